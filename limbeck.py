@@ -1,0 +1,49 @@
+"""Limbeck: a large teacher and a budget in, a small student that is real out.
+
+The public face, for scripts of one's own:
+
+    import limbeck
+
+    source = limbeck.read_experiment("configs/quickstart.yaml", ["optimizer.lr=1e-4"])
+    folder = limbeck.run(source)
+
+`WeightQuantizer`, `prepare_qat` and `ResponseObjective` also serve alone, in anybody's training loop.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {  # name -> where it lives; imported when first used, so that `import limbeck` costs nothing
+    "Experiment": ("trainer.experiment.tree", "Experiment"),
+    "read_experiment": ("trainer.experiment.reading", "read_experiment"),
+    "run": ("trainer.run", "carry_out"),
+    "Trainer": ("trainer.loop", "Trainer"),
+    "ResponseObjective": ("strategies.distillation.response", "ResponseObjective"),
+    "WeightQuantizer": ("strategies.quantization.quantizer", "WeightQuantizer"),
+    "prepare_qat": ("strategies.quantization.qat", "prepare"),
+    "write_report": ("trainer.report", "write_report"),
+    "UserError": ("trainer.errors", "UserError"),
+    "RunFailed": ("trainer.errors", "RunFailed"),
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(import_module(module), attribute)
+
+
+def main() -> int:
+    """The `limbeck` console command."""
+    from trainer.cli import limbeck
+
+    return limbeck(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Losses through which a student learns from its teacher."""

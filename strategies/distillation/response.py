@@ -1,0 +1,88 @@
+"""Response distillation: cross-entropy with the text and KL to the teacher, as sums over target tokens.
+
+Sums, not means: the caller divides by the true number of tokens over micro-batches and processes, which no single
+micro-batch knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+IGNORED = -100  # target of a position that is not learnt: prompt, padding, last token of a document
+
+
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, summed over targets, in fp32.
+
+    Args:
+        logits: (..., vocabulary), any floating dtype; `logits[..., :]` predicts `targets[...]`, already shifted.
+        targets: (...) token ids, or `IGNORED`.
+
+    Source: survey eq. 16, first term.
+    """
+    return functional.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def kl_sum(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 KL(softmax(teacher/T) || softmax(student/T)) in nats, summed over positions that have a target, in fp32.
+
+    T^2 keeps its gradient on the scale of the cross-entropy's whatever the temperature (Hinton et al. 2015,
+    section 2). Zero, with zero gradient, where student and teacher agree.
+
+    Args:
+        student: (..., vocabulary) logits with gradient.
+        teacher: (..., vocabulary) logits without.
+        targets: (...) token ids; positions with `IGNORED` do not count.
+        temperature: T > 0.
+
+    Raises:
+        ValueError: the two vocabularies differ.
+
+    Source: survey eq. 15 (softened probabilities) and eq. 16, second term.
+    """
+    if student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(f"student and teacher logits are over {student.shape[-1]} and {teacher.shape[-1]} tokens")
+    kept = targets.flatten() != IGNORED
+    log_student = functional.log_softmax(student.flatten(0, -2)[kept].float() / temperature, dim=-1)
+    log_teacher = functional.log_softmax(teacher.flatten(0, -2)[kept].float() / temperature, dim=-1)
+    return temperature**2 * functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+
+
+@dataclass(frozen=True)
+class ResponseObjective:
+    """`cross_entropy * CE + kl * T^2 KL`, with both weights exactly as given (survey eq. 16; Hinton et al. 2015)."""
+
+    cross_entropy: float = 1.0
+    kl: float = 1.0
+    temperature: float = 2.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher has to be asked at all."""
+        return self.kl > 0
+
+    def __call__(
+        self, student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weighted loss, and each term unweighted and detached, all summed over target tokens.
+
+        Args:
+            student: (batch, sequence, vocabulary) logits.
+            teacher: the same of the teacher, or None when `kl` is zero.
+            targets: (batch, sequence) next tokens, or `IGNORED`.
+        """
+        loss = student.new_zeros((), dtype=torch.float32)
+        terms: dict[str, torch.Tensor] = {}
+        if self.cross_entropy:
+            terms["cross_entropy"] = cross_entropy_sum(student, targets)
+            loss = loss + self.cross_entropy * terms["cross_entropy"]
+        if self.kl:
+            assert teacher is not None, "a KL term needs the teacher's logits"
+            terms["kl"] = kl_sum(student, teacher, targets, self.temperature)
+            loss = loss + self.kl * terms["kl"]
+        return loss, {name: term.detach() for name, term in terms.items()}

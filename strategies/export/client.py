@@ -1,0 +1,91 @@
+"""A real client: a process of its own that knows only `transformers`, loads exported folders and measures them.
+
+    python client.py request.json answer.json
+
+It imports nothing of this project, so what it can load and compute is what anybody can.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+IGNORED = -100
+
+
+def main(request_file: str, answer_file: str) -> None:
+    """Measure every model of the request on the same held-out rows, one after the other."""
+    with open(request_file) as handle:
+        request = json.load(handle)
+    torch.set_num_threads(request["threads"])
+    held_out = load_file(request["held_out"])
+    answer = {name: measure(model, held_out, request) for name, model in request["models"].items()}
+    with open(answer_file, "w") as handle:
+        json.dump(answer, handle)
+
+
+@torch.no_grad()
+def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: dict[str, Any]) -> dict[str, Any]:
+    """Bits per byte, tokens per second, parameters and a sample of one model; its logits, where they are wanted."""
+    options = {"revision": which["revision"]} if which.get("revision") else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        which["path"], dtype=which.get("dtype", "auto"), use_safetensors=True, trust_remote_code=False, **options
+    ).to(request["device"]).eval()
+    if which.get("logits"):
+        rows, length = request["logit_rows"], request["logit_length"]
+        save_file({"logits": logits_of(model, held_out, slice(0, rows), length).float().cpu().contiguous()},
+                  which["logits"])
+    else:
+        logits_of(model, held_out, slice(0, 1), None)  # packed weights unpack at the first call: not what is timed
+    nats, tokens, seconds = 0.0, 0, 0.0
+    for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
+        part = slice(begin, begin + request["micro_batch"])
+        started = time.perf_counter()
+        logits = logits_of(model, held_out, part, None)
+        if request["device"] != "cpu":
+            torch.cuda.synchronize()
+        seconds += time.perf_counter() - started
+        targets = held_out["targets"][part].to(logits.device)
+        nats += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                                        ignore_index=IGNORED, reduction="sum"))
+        tokens += targets.numel()
+    return {
+        "bits_per_byte": nats / math.log(2) / max(1, int(held_out["bytes"].sum())),
+        "tokens_per_second": tokens / seconds,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        "sample": sample(model, which["path"], options, request),
+    }
+
+
+def logits_of(model: Any, held_out: dict[str, torch.Tensor], rows: slice, length: int | None) -> torch.Tensor:
+    """(rows, length, vocabulary) logits of packed held-out rows."""
+    inputs = {name: held_out[name][rows, :length].to(model.device) for name in ("input_ids", "position_ids")}
+    return model(**inputs, use_cache=False).logits
+
+
+def sample(model: Any, path: str, options: dict[str, Any], request: dict[str, Any]) -> str:
+    """The most probable continuation of the prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or path, **({} if request.get("tokenizer")
+                                                                                 else options))
+    ids = tokenizer(request["prompt"], return_tensors="pt", add_special_tokens=True).input_ids.to(model.device)
+    count = request["sample_tokens"]
+    room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + count
+    count = max(1, min(count, room - ids.shape[1]))
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+                         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,126 @@
+"""The receipt: what a fresh process found when it loaded the student and compared it with the one in training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+LOGIT_BYTES = 64 * 2**20  # of fp32 logits that are compared; a large vocabulary compares fewer tokens
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was exported and how it compares, reloaded by `transformers` in a process of its own.
+
+    Attributes:
+        bytes_on_disk: of the weight files.
+        parameters: weights, tied ones once.
+        bits_per_byte: of held-out text, by the reloaded file.
+        tokens_per_second: of a forward pass by the reloaded file.
+        largest_difference: between logits of the reloaded file and of the model in training, over `tokens_compared`.
+        mean_difference: the mean of the same.
+        largest_logit: to see the difference in proportion.
+        argmax_agreement: share of positions where both predict the same token.
+        tokens_compared: positions compared.
+        tolerance: largest difference allowed, as a share of `largest_logit`.
+        versions: libraries that loaded it.
+    """
+
+    bytes_on_disk: int
+    parameters: int
+    bits_per_byte: float
+    tokens_per_second: float
+    largest_difference: float
+    mean_difference: float
+    largest_logit: float
+    argmax_agreement: float
+    tokens_compared: int
+    tolerance: float
+    versions: dict[str, str]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the file is the student."""
+        return self.largest_difference <= self.tolerance * max(self.largest_logit, 1e-30)
+
+    def write(self, file: Path) -> None:
+        """Write as JSON."""
+        file.write_text(json.dumps({**asdict(self), "holds": self.holds}, indent=2) + "\n")
+
+
+def comparison_shape(rows: int, sequence: int, vocabulary: int) -> tuple[int, int]:
+    """(rows, tokens) of held-out text whose logits are compared, at most `LOGIT_BYTES` of them."""
+    tokens = max(2, LOGIT_BYTES // (4 * vocabulary))
+    length = min(sequence, tokens)
+    return max(1, min(rows, tokens // length)), length
+
+
+def ask_client(
+    models: dict[str, dict[str, Any]],
+    held_out: dict[str, torch.Tensor],
+    **request: Any,
+) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+    """Have a fresh process load and measure models.
+
+    Args:
+        models: by name: `path`, and where wanted `revision`, `dtype`, and `compare: True` for its logits.
+        held_out: rows as the data gives them.
+        request: `device`, `threads`, `micro_batch`, `logit_rows`, `logit_length`, `prompt`, `sample_tokens`.
+
+    Returns:
+        Per model what `client.measure` found, and the logits of those to compare.
+
+    Raises:
+        RuntimeError: the client could not load or run a model; the message ends with its last lines.
+    """
+    with tempfile.TemporaryDirectory(prefix="limbeck-client-") as room:
+        folder = Path(room)
+        save_file({name: tensor.contiguous() for name, tensor in held_out.items()}, folder / "held_out.safetensors")
+        for name, model in models.items():
+            if model.get("compare"):
+                model["logits"] = str(folder / f"{name}.safetensors")
+        (folder / "request.json").write_text(json.dumps(
+            {**request, "models": models, "held_out": str(folder / "held_out.safetensors")}))
+        command = [sys.executable, str(Path(__file__).with_name("client.py")),
+                   str(folder / "request.json"), str(folder / "answer.json")]
+        done = subprocess.run(command, capture_output=True, text=True, env=_plain_environment())
+        if done.returncode:
+            raise RuntimeError("a fresh process could not use the exported model:\n" + done.stderr[-2000:])
+        logits = {name: load_file(model["logits"])["logits"] for name, model in models.items() if "logits" in model}
+        return json.loads((folder / "answer.json").read_text()), logits
+
+
+def _plain_environment() -> dict[str, str]:
+    """The environment without a launcher's variables: the client is one process, not a rank."""
+    prefixes = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_")
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}
+    return {name: value for name, value in os.environ.items() if name not in names and not name.startswith(prefixes)}
+
+
+def make_receipt(found: dict[str, Any], ours: torch.Tensor, theirs: torch.Tensor, bytes_on_disk: int,
+                 parameters: int, tolerance: float) -> Receipt:
+    """Compare logits (rows, length, vocabulary) of the model in training with those of the reloaded file."""
+    difference = (ours.float() - theirs.float()).abs()
+    return Receipt(
+        bytes_on_disk=bytes_on_disk,
+        parameters=parameters,
+        bits_per_byte=found["bits_per_byte"],
+        tokens_per_second=found["tokens_per_second"],
+        largest_difference=float(difference.max()),
+        mean_difference=float(difference.mean()),
+        largest_logit=float(ours.abs().max()),
+        argmax_agreement=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        tokens_compared=ours.shape[0] * ours.shape[1],
+        tolerance=tolerance,
+        versions={name: version(name) for name in ("torch", "transformers", "compressed-tensors", "safetensors")},
+    )

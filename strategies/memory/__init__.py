@@ -1,0 +1,1 @@
+"""The ledger of bytes: what a run keeps in memory, part by part."""

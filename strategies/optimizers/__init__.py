@@ -1,0 +1,1 @@
+"""Optimizers, each from the best-kept implementation there is."""

@@ -1,0 +1,1 @@
+"""One quantiser object for training and for export."""

@@ -1,0 +1,4 @@
+"""The loop and what it needs: experiment tree, data, models, precision, checkpoints, metrics, report.
+
+Importing this package imports nothing heavy, so that `train.py --help` and configuration errors answer at once.
+"""

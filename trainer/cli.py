@@ -1,0 +1,106 @@
+"""The command lines: `train.py`, which is launched, and `limbeck`, which needs no launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from trainer.errors import ExperimentErrors, RunFailed, UserError
+from trainer.experiment.explaining import help_text, schema
+from trainer.experiment.reading import Source, describe, read_experiment
+
+USER_ERROR, FAILURE = 2, 1
+
+
+def train(arguments: list[str]) -> int:
+    """`train.py`: read the experiment, then show what would run or run it. Returns the exit code."""
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0 if arguments else USER_ERROR
+    source = None
+    try:
+        file, overrides, flags = _parse(arguments)
+        source = read_experiment(file, overrides)
+        from trainer import run  # everything heavy comes with this import, after the experiment is known to be good
+
+        if "--dry-run" in flags:
+            run.dry_run(source, as_json="--json" in flags)
+        else:
+            run.carry_out(source)
+    except (UserError, ExperimentErrors) as error:
+        _tell(_messages(error, source))
+        return USER_ERROR
+    except RunFailed as error:
+        _tell(f"error: {error}")
+        return FAILURE
+    except KeyboardInterrupt:
+        _tell("interrupted; start the same command again to go on from the last checkpoint")
+        return 130
+    return 0
+
+
+def _parse(arguments: list[str]) -> tuple[str, list[str], set[str]]:
+    file, overrides, flags = None, [], set()
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config" or argument.startswith("--config="):
+            file = argument.partition("=")[2] or next(rest, None)
+        elif argument in ("--dry-run", "--json"):
+            flags.add(argument)
+        elif argument.startswith("-"):
+            raise UserError("", f"no such option: {argument}", way_out="see train.py --help")
+        else:
+            overrides.append(argument)
+    if file is None:
+        raise UserError("", "no experiment given", way_out="pass one, for example --config configs/quickstart.yaml")
+    return file, overrides, flags
+
+
+def _messages(error: UserError | ExperimentErrors, source: Source | None) -> str:
+    errors = error.errors if isinstance(error, ExperimentErrors) else [error]
+    origins, place = {}, "command line"
+    if source is not None:
+        origins, place = source.origins, source.file
+    elif hasattr(error.__cause__, "origins"):
+        origins, place = error.__cause__.origins, error.__cause__.file
+    return "\n".join(f"error: {describe(one, origins, place)}" for one in errors)
+
+
+def _tell(text: str) -> None:
+    """On standard error, from the first process only: the others have the same to say."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+LIMBECK = """\
+limbeck VERB ...
+
+  limbeck schema [FILE]   write the JSON Schema of experiment files, for editors (default: standard output)
+  limbeck report RUN      write report.md and its pictures of a run folder again
+
+Training is launched: accelerate launch train.py --config FILE (see train.py --help).
+"""
+
+
+def limbeck(arguments: list[str]) -> int:
+    """The `limbeck` console command. Returns the exit code."""
+    match arguments:
+        case ["schema", *file] if len(file) < 2:
+            text = json.dumps(schema(), indent=2) + "\n"
+            Path(file[0]).write_text(text) if file else print(text, end="")
+        case ["report", folder]:
+            from trainer.report import write_report
+
+            try:
+                print(write_report(Path(folder)))
+            except UserError as error:
+                _tell(f"error: {describe(error, {}, folder)}")
+                return USER_ERROR
+        case ["-h" | "--help"]:
+            print(LIMBECK, end="")
+        case _:
+            print(LIMBECK, end="", file=sys.stderr)
+            return USER_ERROR
+    return 0

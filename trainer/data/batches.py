@@ -1,0 +1,60 @@
+"""Batches in an order that depends on (seed, epoch, global position) and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from trainer.data.rows import PackedRows, StreamedRows
+
+Batch = dict[str, torch.Tensor]
+
+
+class Order:
+    """The row at every global position of an endless run: epoch after epoch, each a permutation of all rows."""
+
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed = rows, seed
+        self._permutations: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, position: int) -> int:
+        epoch, offset = divmod(position, self.rows)
+        if epoch not in self._permutations:
+            if len(self._permutations) > 1:  # a batch spans two epochs at most unless rows are very few
+                del self._permutations[min(self._permutations)]
+            self._permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return int(self._permutations[epoch][offset])
+
+
+class _MicroBatches(Sampler):
+    """Row indices of one process's micro-batches from a global position on, for ever.
+
+    Micro-batch number m of the whole run holds positions m b to (m + 1) b; process r of W takes m = r modulo W.
+    """
+
+    def __init__(self, order: Order, micro_batch: int, rank: int, processes: int, skip: int):
+        self.order, self.micro_batch = order, micro_batch
+        self.first, self.stride = skip // micro_batch + rank, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number = self.first
+        while True:
+            begin = number * self.micro_batch
+            yield [self.order[position] for position in range(begin, begin + self.micro_batch)]
+            number += self.stride
+
+
+def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch: int, rank: int, processes: int,
+                     skip: int, workers: int, pin: bool) -> Iterator[Batch]:
+    """This process's micro-batches, after the first `skip` rows of the run.
+
+    Each holds `input_ids`, `position_ids`, `targets` (micro_batch, sequence) and `bytes`, `row` (micro_batch,).
+    """
+    options = {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0}
+    if isinstance(rows, StreamedRows):
+        return iter(DataLoader(rows.share(micro_batch, rank, processes, skip), batch_size=None, **options))
+    sampler = _MicroBatches(Order(len(rows), seed), micro_batch, rank, processes, skip)
+    return iter(DataLoader(rows, batch_sampler=sampler, **options))

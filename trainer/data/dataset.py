@@ -1,0 +1,106 @@
+"""The text of an experiment, ready: tokenizer, training rows and held-out rows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trainer.data import sources, tokenizers
+from trainer.data.batches import Order
+from trainer.data.encoding import Encoder
+from trainer.data.rows import PackedRows, StreamedRows, encode_to
+from trainer.errors import UserError
+from trainer.experiment.tree import Experiment
+from trainer.models import fingerprint
+
+VERSION = 1  # of what is cached; raised when encoding changes
+
+
+@dataclass(frozen=True)
+class Text:
+    """Everything the run needs of its data.
+
+    Attributes:
+        tokenizer: the tokenizer of teacher and student.
+        train: training rows.
+        held_out: (rows, sequence) tensors `input_ids`, `position_ids`, `targets`, and (rows,) `bytes`.
+        notes: what a person should know: how full the rows are, what was cut off.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: PackedRows | StreamedRows
+    held_out: dict[str, torch.Tensor]
+    notes: list[str]
+
+
+def prepare_text(experiment: Experiment) -> Text:
+    """Open, tokenise and pack the data of an experiment; what takes long is cached in `run.cache`.
+
+    Call on one process first, then on the others: they find everything in the cache.
+    """
+    data, cache = experiment.data, Path(experiment.run.cache)
+    corpus = sources.open_corpus(data, cache)
+    origin = tokenizers.tokenizer_origin(experiment)
+    if origin is None:
+        identity = data.model_dump(mode="json", include={"path", "name", "split", "revision", "text", "messages",
+                                                         "prompt", "response", "max_documents", "validation",
+                                                         "tokenizer", "streaming"})
+        folder = cache / "tokenizers" / fingerprint([VERSION, identity, _content(corpus.train)])
+        if not (folder / "tokenizer.json").exists():
+            partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+            tokenizers.train_tokenizer(corpus.train, data, partial)
+            os.rename(partial, folder)
+        origin = ("data.tokenizer", str(folder), None)
+    tokenizer = tokenizers.load_tokenizer(*origin)
+    encoder = Encoder(tokenizer, data)
+    plain = not (data.messages or data.prompt)
+    shape = {"capacity": data.sequence_length, "packing": data.packing, "plain": plain,
+             "padding": tokenizer.pad_token_id}
+    if data.streaming:
+        train: Any = StreamedRows(corpus.train, encoder, **shape, shuffle=(experiment.seed, data.shuffle_buffer))
+        held_out = list(islice(StreamedRows(corpus.validation, encoder, **shape, shuffle=None).rows(),
+                               data.validation.rows))
+        if not held_out:
+            raise UserError("data.validation", "the held-out documents have no token to learn",
+                            way_out="name held-out text in `data.validation.path`")
+        return Text(tokenizer, train, _stack(held_out), [])
+    train = _rows(corpus.train, encoder, cache, "data", shape)
+    validation = _rows(corpus.validation, encoder, cache, "data.validation", shape)
+    # Packing sorts rows by the length of their documents, so a fair sample is drawn, the same for every seed.
+    order = Order(len(validation), seed=0)
+    held_out = [validation[order[index]] for index in range(min(len(validation), data.validation.rows))]
+    return Text(tokenizer, train, _stack(held_out), _notes(train, data.sequence_length, plain))
+
+
+def _rows(documents: Any, encoder: Encoder, cache: Path, key: str, shape: dict[str, Any]) -> PackedRows:
+    fields = encoder.data.model_dump(mode="json", include={"text", "messages", "prompt", "response"})
+    identity = [VERSION, _content(documents), fields, encoder.tokenizer.backend_tokenizer.to_str(),
+                encoder.tokenizer.chat_template, encoder.end, encoder.start]
+    folder = cache / "tokens" / fingerprint(identity)
+    if not folder.exists():
+        encode_to(folder, documents, encoder)
+    return PackedRows(folder, **shape, key=key)
+
+
+def _content(documents: Any) -> str:
+    """What identifies a data set's content: `datasets` fingerprints files by path, size and time of change."""
+    return str(getattr(documents, "_fingerprint", documents.info.dataset_name))
+
+
+def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _notes(train: PackedRows, capacity: int, plain: bool) -> list[str]:
+    share = train.tokens / (len(train) * capacity)
+    notes = [f"{len(train):,} rows of {capacity} tokens, {share:.1%} full"]
+    if train.cut and not plain:
+        notes.append(f"{train.cut:,} tokens left out: records longer than a row, or with nothing to learn")
+    return notes
+

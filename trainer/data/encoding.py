@@ -1,0 +1,152 @@
+"""From a record to tokens, which of them are learnt, and how many bytes of text each stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from trainer.errors import UserError
+from trainer.experiment.tree import Data
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One encoded record.
+
+    Attributes:
+        tokens: (n,) int32 ids, end-of-sequence last.
+        learnt: (n,) whether the token is a target: false for a prompt.
+        bytes: (n,) int32 UTF-8 bytes of text that end with the token; sums over tokens are exact.
+    """
+
+    tokens: np.ndarray
+    learnt: np.ndarray
+    bytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, part: slice) -> Document:
+        return Document(self.tokens[part], self.learnt[part], self.bytes[part])
+
+
+class Encoder:
+    """Turns records into documents: plain text, chat messages, or a prompt and its response.
+
+    Everything is decided on characters: a record becomes one text with the spans that are learnt, the text is
+    tokenised once, and a token is learnt if it begins inside such a span. So no prefix is tokenised apart from what
+    follows it, and the end-of-sequence token is a target by its place, even where it is also the padding token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data):
+        self.tokenizer, self.data = tokenizer, data
+        self.end = tokenizer.eos_token_id
+        empty = tokenizer("")["input_ids"]
+        self.start = [tokenizer.bos_token_id] if empty[:1] == [tokenizer.bos_token_id] != [None] else []
+        if data.messages and not tokenizer.chat_template:
+            raise UserError("data.messages", "this tokenizer has no chat template to write messages with",
+                            value=data.messages, way_out="name another `data.tokenizer.path`, or use `data.prompt` "
+                            "and `data.response`, which need none")
+
+    def __call__(self, records: list[dict[str, Any]], first: int = 0) -> list[Document]:
+        """Encode a batch of records; `first` is the number of the first, for messages."""
+        texts, spans = [], []
+        for number, record in enumerate(records, first):
+            text, learnt = self._render(record, number)
+            texts.append(text)
+            spans.append(learnt)
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True,
+                                 return_attention_mask=False, verbose=False)
+        return [self._document(text, ids, np.asarray(offsets, dtype=np.int64).reshape(-1, 2), learnt)
+                for text, ids, offsets, learnt in zip(texts, encoded["input_ids"], encoded["offset_mapping"], spans,
+                                                      strict=True)]
+
+    # ---- one text and its learnt spans; None learns all of it
+
+    def _render(self, record: dict[str, Any], number: int) -> tuple[str, list[Span] | None]:
+        data = self.data
+        if data.messages:
+            return self._chat(self._field(record, "messages", number, list), number)
+        if data.prompt and data.response:
+            prompt = self._field(record, "prompt", number, str)
+            response = self._field(record, "response", number, str)
+            if self.tokenizer.chat_template:
+                return self._chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+                                  number)
+            head = f"{prompt}\n"
+            return head + response, [(len(head), len(head) + len(response))]
+        return self._field(record, "text", number, str), None
+
+    def _field(self, record: dict[str, Any], key: str, number: int, kind: type) -> Any:
+        name = getattr(self.data, key)
+        value = record.get(name)
+        if not isinstance(value, kind):
+            found = "no such field" if value is None else f"{type(value).__name__} in this field"
+            raise UserError(f"data.{key}", f"record {number} has {found}; expected {kind.__name__}", value=name,
+                            way_out=f"its fields are {', '.join(k for k, v in record.items() if v is not None)}; "
+                            "mend or remove the record")
+        return value
+
+    def _chat(self, messages: list[Any], number: int) -> tuple[str, list[Span]]:
+        """Write messages with the chat template; learn what it adds to say an assistant's message, its end included."""
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+                raise UserError("data.messages", f"record {number} holds a message that is not {{role, content}}",
+                                value=message, way_out="mend or remove the record")
+        text = self._template(messages)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._template(messages[:index], add_generation_prompt=True)
+            after = self._template(messages[:index + 1])
+            if not (text.startswith(before) and text.startswith(after)):
+                raise UserError("data.messages", f"the chat template rewrites earlier turns (record {number}), so it "
+                                "cannot be said which tokens are the assistant's", value=self.data.messages,
+                                way_out="use single-turn records, or a tokenizer whose template only appends")
+            spans.append((len(before), len(after)))
+        return text, spans
+
+    def _template(self, messages: list[Any], **options: Any) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
+
+    # ---- tokens of a text
+
+    def _document(self, text: str, ids: list[int], offsets: np.ndarray, spans: list[Span] | None) -> Document:
+        learnt = np.full(len(ids), spans is None)
+        for begin, end in spans or []:
+            learnt |= (offsets[:, 0] >= begin) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
+        # Differences of where tokens end, not lengths: tokens that share one character then share its bytes exactly.
+        ends = np.maximum.accumulate(_byte_positions(text)[offsets[:, 1]]) if len(ids) else np.zeros(0, np.int64)
+        sizes = np.diff(ends, prepend=0)
+        tokens, start = list(ids), []
+        if self.start and tokens[:1] != self.start:
+            start = self.start
+        # A template may end its last turn itself, perhaps with a newline behind; then nothing is added.
+        closed = spans is not None and self.end in tokens[-3:]
+        end = [] if closed else [self.end]
+        return Document(
+            tokens=np.asarray([*start, *tokens, *end], dtype=np.int32),
+            learnt=np.concatenate([np.zeros(len(start), bool), learnt, np.full(len(end), self._answered(spans, text))]),
+            bytes=np.concatenate([np.zeros(len(start), np.int32), sizes.astype(np.int32),
+                                  np.zeros(len(end), np.int32)]),
+        )
+
+    @staticmethod
+    def _answered(spans: list[Span] | None, text: str) -> bool:
+        """Whether the text ends with something learnt, so that its end is learnt too."""
+        return spans is None or bool(spans) and spans[-1][1] >= len(text.rstrip())
+
+
+def _byte_positions(text: str) -> np.ndarray:
+    """(len(text) + 1,) UTF-8 bytes before each character."""
+    if text.isascii():
+        return np.arange(len(text) + 1)
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    sizes = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate([[0], np.cumsum(sizes)])

@@ -1,0 +1,169 @@
+"""Rows of a data set: tokenised once into flat files that every process and worker maps, or made while streaming."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from trainer.data.encoding import Document, Encoder
+from trainer.data.packing import build_row, cuts, pack
+from trainer.errors import UserError
+
+BATCH = 256  # records tokenised at a time
+FILES = {"tokens": np.int32, "learnt": np.bool_, "bytes": np.int32}
+
+
+def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encoder) -> None:
+    """Tokenise documents into `folder`: flat files of tokens, learnt marks and bytes, and where documents end.
+
+    Written beside and renamed, so that an interrupted run leaves nothing that looks finished.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        ends, total = [], 0
+        handles = {name: open(partial / f"{name}.bin", "wb") for name in FILES}
+        for document in _encoded(documents, encoder):
+            for name, handle in handles.items():
+                handle.write(getattr(document, name).astype(FILES[name]).tobytes())
+            total += len(document.tokens)
+            ends.append(total)
+        for handle in handles.values():
+            handle.close()
+        np.asarray(ends, np.int64).tofile(partial / "ends.bin")
+        (partial / "manifest.json").write_text(json.dumps({"documents": len(ends), "tokens": total}))
+        if folder.exists():  # another process was faster with the same content
+            shutil.rmtree(partial)
+        else:
+            os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _encoded(documents: Iterable[dict[str, Any]], encoder: Encoder) -> Iterator[Document]:
+    batch: list[dict[str, Any]] = []
+    number = 0
+    for record in documents:
+        batch.append(record)
+        if len(batch) == BATCH:
+            yield from encoder(batch, number)
+            number, batch = number + len(batch), []
+    if batch:
+        yield from encoder(batch, number)
+
+
+class PackedRows(Dataset):
+    """Rows of a tokenised data set, by index."""
+
+    def __init__(self, folder: Path, capacity: int, packing: bool, plain: bool, padding: int, key: str):
+        self.folder, self.capacity, self.padding = folder, capacity, padding
+        self._open()
+        self.rows: list[list[range]] = list(pack(self._pieces(plain), capacity, packing))
+        if not self.rows:
+            raise UserError(key, f"no document has a token to learn within {capacity} tokens",
+                            way_out="check the fields, or raise `data.sequence_length`")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows, padding left out."""
+        return sum(len(piece) for row in self.rows for piece in row)
+
+    @property
+    def cut(self) -> int:
+        """Tokens of the data set in no row: ends of long records, and documents that teach nothing."""
+        return (int(self.ends[-1]) if len(self.ends) else 0) - self.tokens
+
+    def _pieces(self, plain: bool) -> Iterator[range]:
+        """Pieces as ranges of the flat files."""
+        begin = 0
+        for end in self.ends.tolist():
+            for cut in cuts(self.flat["learnt"][begin:end], self.capacity, plain):
+                yield range(begin + cut.start, begin + cut.stop)
+            begin = end
+
+    def _open(self) -> None:
+        self.ends = np.fromfile(self.folder / "ends.bin", np.int64)
+        self.flat = {name: np.memmap(self.folder / f"{name}.bin", dtype, "r") if len(self.ends) else np.zeros(0, dtype)
+                     for name, dtype in FILES.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("flat", "ends")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()  # a worker maps the files itself
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        parts = [Document(**{name: flat[piece.start:piece.stop] for name, flat in self.flat.items()})
+                 for piece in self.rows[index]]
+        return {**build_row(parts, self.capacity, self.padding), "row": torch.tensor(index)}
+
+
+class StreamedRows(IterableDataset):
+    """Rows made while training, for ever: epoch after epoch, each shuffled by (seed, epoch) within a buffer.
+
+    Every process reads the whole stream and keeps its share of micro-batches, so that row n is the same whatever
+    the number of processes and workers.
+    """
+
+    def __init__(self, documents: datasets.IterableDataset, encoder: Encoder, capacity: int, packing: bool,
+                 plain: bool, padding: int, shuffle: tuple[int, int] | None):
+        self.documents, self.encoder, self.capacity = documents, encoder, capacity
+        self.packing, self.plain, self.padding, self.shuffle = packing, plain, padding, shuffle
+        self.micro_batch, self.rank, self.processes, self.skip = 1, 0, 1, 0
+
+    def share(self, micro_batch: int, rank: int, processes: int, skip: int) -> StreamedRows:
+        """Yield this process's micro-batches, after the first `skip` rows of the stream."""
+        self.micro_batch, self.rank, self.processes, self.skip = micro_batch, rank, processes, skip
+        return self
+
+    def rows(self) -> Iterator[dict[str, torch.Tensor]]:
+        """All rows of the stream in order; one epoch without shuffling."""
+        documents = self.documents
+        if self.shuffle:
+            documents = documents.shuffle(seed=self.shuffle[0], buffer_size=self.shuffle[1])
+        epoch = number = 0
+        while True:
+            documents.set_epoch(epoch)
+            pieces = (document[cut] for document in _encoded(documents, self.encoder)
+                      for cut in cuts(document.learnt, self.capacity, self.plain))
+            before = number
+            for row in pack(pieces, self.capacity, self.packing):
+                yield {**build_row(row, self.capacity, self.padding), "row": torch.tensor(number)}
+                number += 1
+            if not self.shuffle:
+                return
+            if number == before:
+                raise UserError("data.path", f"no document has a token to learn within {self.capacity} tokens",
+                                way_out="check the fields, or raise `data.sequence_length`")
+            epoch += 1
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        batch: list[dict[str, torch.Tensor]] = []
+        count = 0
+        for number, row in enumerate(self.rows()):
+            micro = number // self.micro_batch
+            if number < self.skip or micro % self.processes != self.rank:
+                continue
+            batch.append(row)
+            if len(batch) == self.micro_batch:
+                if count % workers == own:
+                    yield {name: torch.stack([one[name] for one in batch]) for name in batch[0]}
+                count, batch = count + 1, []
+

@@ -1,0 +1,1 @@
+"""What a person asks for: one YAML file and dotted overrides, read into a frozen, typed tree."""

@@ -1,0 +1,265 @@
+"""From a YAML file and dotted overrides to an `Experiment`, remembering where every value was written."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trainer.errors import ExperimentErrors, UserError
+from trainer.experiment.tree import Experiment, Node
+
+LARGEST_FILE = 1_000_000  # bytes; an experiment is a page or two, and YAML aliases can blow a small file up
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An experiment with the place each of its values was written."""
+
+    experiment: Experiment
+    file: str
+    origins: dict[Key, str] = field(default_factory=dict)
+
+    def origin(self, key: str) -> str:
+        """`file:line`, `override` or `default` for a dotted key; a key nobody wrote answers for its nearest parent."""
+        return nearest_origin(self.origins, tuple(key.split(".")) if key else (), "default")
+
+
+def read_experiment(file: str | Path, overrides: list[str] = ()) -> Source:
+    """Read an experiment.
+
+    Args:
+        file: path of the YAML file.
+        overrides: `dotted.key=value` strings; values are read as YAML.
+
+    Raises:
+        ExperimentErrors: every mistake found, each naming key, `file:line` or override, value and way out.
+    """
+    values, origins = _read_yaml(Path(file))
+    for override in overrides:
+        _apply(override, values, origins)
+    try:
+        experiment = Experiment.model_validate(values)
+    except ValidationError as error:
+        raise ExperimentErrors([_explain(entry) for entry in _distinct(error)]) from _Located(origins, str(file))
+    return Source(experiment, str(file), origins)
+
+
+class _Located(Exception):
+    """Carries the origins of a failed reading to whoever prints the messages."""
+
+    def __init__(self, origins: dict[Key, str], file: str):
+        super().__init__(file)
+        self.origins, self.file = origins, file
+
+
+def describe(error: UserError, origins: dict[Key, str], fallback: str) -> str:
+    """One message for one mistake: place, key, value, what is wrong, what to do."""
+    key = tuple(error.key.split(".")) if error.key else ()
+    place = nearest_origin(origins, key, fallback)
+    head = f"{place}: {error.key}" if error.key else place
+    if error.has_value:
+        head += f" = {_show(error.value)}"
+    return f"{head}: {error.problem}" + (f"\n  -> {error.way_out}" if error.way_out else "")
+
+
+def nearest_origin(origins: dict[Key, str], key: Key, fallback: str) -> str:
+    """The place a key was written, or that of the nearest node around it."""
+    for length in range(len(key), 0, -1):
+        if key[:length] in origins:
+            return origins[key[:length]]
+    return fallback
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+# ---- YAML, with the line of every key
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[Key, str]]:
+    def fail(problem: str, way_out: str, line: int | None = None) -> ExperimentErrors:
+        place = f"{file}:{line}" if line else str(file)
+        error = UserError("", problem, way_out=way_out)
+        result = ExperimentErrors([error])
+        result.__cause__ = _Located({}, place)
+        return result
+
+    try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise fail(f"the file is over {LARGEST_FILE:,} bytes, too large for an experiment",
+                       "pass an experiment file; see configs/ for examples")
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        near = difflib.get_close_matches(str(file), [str(path) for path in Path("configs").glob("*.yaml")], 1, 0.3)
+        hint = f"did you mean {near[0]}?" if near else "pass the path of an experiment file with --config"
+        raise fail(f"cannot read this file ({error.strerror})", hint) from error
+    except UnicodeDecodeError as error:
+        raise fail("the file is not UTF-8 text", "pass a YAML file") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or "nested too deeply"
+        raise fail(f"not valid YAML: {what}", "check the indentation and quotes around this line",
+                   mark.line + 1 if mark else None) from error
+    if root is None:
+        raise fail("the file is empty", "see configs/quickstart.yaml for an experiment")
+    if not isinstance(root, yaml.MappingNode):
+        raise fail("the file holds no `key: value` pairs", "see configs/quickstart.yaml for an experiment")
+    origins: dict[Key, str] = {}
+    try:
+        return _construct(root, (), str(file), origins, frozenset()), origins
+    except _Duplicate as error:
+        raise fail(f"{'.'.join(error.key)}: the key stands twice", "remove one of the two", error.line) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise fail(f"not valid YAML: {getattr(error, 'problem', error)}", "use plain values",
+                   mark.line + 1 if mark else None) from error
+
+
+class _Duplicate(Exception):
+    def __init__(self, key: Key, line: int):
+        super().__init__()
+        self.key, self.line = key, line
+
+
+class _Scalars(yaml.constructor.SafeConstructor):
+    """Builds single values; mappings and lists are walked by `_construct`, which remembers their lines."""
+
+
+def _construct(node: yaml.Node, key: Key, file: str, origins: dict[Key, str], above: frozenset[int]) -> Any:
+    if id(node) in above:
+        raise yaml.constructor.ConstructorError(None, None, "an alias that contains itself", node.start_mark)
+    above = above | {id(node)}
+    if len(origins) > 10_000:
+        raise yaml.constructor.ConstructorError(None, None, "too many values (aliases of aliases?)", node.start_mark)
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for name_node, value_node in node.value:
+            name = str(_Scalars().construct_object(name_node)) if isinstance(name_node, yaml.ScalarNode) else "?"
+            if name in result:
+                raise _Duplicate((*key, name), name_node.start_mark.line + 1)
+            origins[(*key, name)] = f"{file}:{name_node.start_mark.line + 1}"
+            result[name] = _construct(value_node, (*key, name), file, origins, above)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            origins[(*key, str(index))] = f"{file}:{item.start_mark.line + 1}"
+        return [_construct(item, (*key, str(index)), file, origins, above) for index, item in enumerate(node.value)]
+    return _Scalars().construct_object(node)
+
+
+def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> None:
+    """Write one `dotted.key=value` into the values read from the file."""
+    name, equals, text = override.partition("=")
+    place = f"override `{override}`"
+    if not equals or not name:
+        error = ExperimentErrors([UserError("", "an override is written key=value",
+                                            way_out="for example optimizer.lr=1e-4")])
+        error.__cause__ = _Located({}, place)
+        raise error
+    key = tuple(name.split("."))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        error = ExperimentErrors([UserError("", "the value is not valid YAML", value=text,
+                                            way_out="quote it for the shell and for YAML")])
+        error.__cause__ = _Located({}, place)
+        raise error from problem
+    node = values
+    for part in key[:-1]:
+        if not isinstance(node.get(part), dict):  # a null or missing node becomes one that can be filled
+            node[part] = {}
+        node = node[part]
+    node[key[-1]] = value
+    for older in [known for known in origins if known[:len(key)] == key]:
+        del origins[older]
+    origins[key] = place
+
+
+# ---- pydantic's errors in a person's words
+
+def _distinct(error: ValidationError) -> list[dict[str, Any]]:
+    """Errors without the variants of one union, which pydantic lists one by one (`int | None`)."""
+    seen: dict[Key, dict[str, Any]] = {}
+    for entry in error.errors():
+        seen.setdefault(tuple(str(part) for part in entry["loc"]), entry)
+    return list(seen.values())
+
+
+def _explain(entry: dict[str, Any]) -> UserError:
+    key = ".".join(str(part) for part in entry["loc"])
+    cause = entry.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        own = ".".join(part for part in (key, cause.key) if part)
+        explained = UserError(own, cause.problem, way_out=cause.way_out)
+        explained.has_value, explained.value = cause.has_value, cause.value
+        return explained
+    if entry["type"] == "extra_forbidden":
+        return UserError(key, "no such key", value=entry["input"], way_out=_nearest_key(key))
+    if entry["type"] == "missing":
+        return UserError(key, "this key is required", way_out=f"it means: {_help(key)}")
+    if entry["type"] in ("model_type", "model_attributes_type"):
+        keys = ", ".join(_node(key).model_fields) if _node(key) else ""
+        return UserError(key, "expected keys of its own, not a single value", value=entry["input"],
+                         way_out=f"its keys are {keys}")
+    message = entry["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+    meaning = _help(key)
+    return UserError(key, message, value=entry["input"], way_out=f"it means: {meaning}" if meaning else "")
+
+
+def _nearest_key(key: str) -> str:
+    """Name the valid key that a person probably meant, here or elsewhere in the tree."""
+    parts = key.split(".")
+    siblings = _node(".".join(parts[:-1]))
+    names = list(siblings.model_fields) if siblings else []
+    near = difflib.get_close_matches(parts[-1], names, 1, 0.6)
+    if near:
+        return f"did you mean `{'.'.join([*parts[:-1], near[0]])}`?"
+    everywhere = {name.rsplit(".", 1)[-1]: name for name in all_keys(Experiment)}
+    near = difflib.get_close_matches(parts[-1], everywhere, 1, 0.75)
+    if near:
+        return f"did you mean `{everywhere[near[0]]}`?"
+    return f"the keys here are {', '.join(names)}" if names else "see train.py --help"
+
+
+def all_keys(node: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every dotted key below a node with its pydantic field, nodes before what they hold."""
+    keys: dict[str, Any] = {}
+    for name, info in node.model_fields.items():
+        keys[prefix + name] = info
+        inner = node_of(info.annotation)
+        if inner is not None:
+            keys |= all_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def node_of(annotation: Any) -> type[Node] | None:
+    """The `Node` class in an annotation such as `Teacher | None`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Node):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for part in get_args(annotation) if (found := node_of(part))), None)
+    return None
+
+
+def _node(key: str) -> type[Node] | None:
+    if not key:
+        return Experiment
+    info = all_keys(Experiment).get(key)
+    return node_of(info.annotation) if info else None
+
+
+def _help(key: str) -> str:
+    info = all_keys(Experiment).get(key)
+    if info is None:  # an item of a list: explain the list
+        info = all_keys(Experiment).get(key.rpartition(".")[0])
+    return (info.description or "") if info else ""

@@ -1,0 +1,225 @@
+"""The loop: batches in, one optimizer step after another, through Accelerate. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from strategies.distillation.response import IGNORED, cross_entropy_sum
+from trainer import checkpoints
+from trainer.data.batches import Batch, training_batches
+from trainer.data.dataset import Text
+from trainer.errors import RunFailed
+from trainer.experiment.tree import Experiment
+from trainer.folder import RunFolder
+from trainer.metrics import Metrics, Ticker, memory_peak
+
+
+class Trainer:
+    """Trains a student, with or without a teacher, and remembers all it needs to go on after an interruption.
+
+    Attributes:
+        student: the wrapped student; `unwrapped` is the model itself.
+        steps: optimizer steps of the whole run.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: Text,
+                 student: nn.Module, teacher: nn.Module | None, steps: int):
+        self.experiment, self.folder, self.accelerator, self.text = experiment, folder, accelerator, text
+        self.objective = experiment.objective.build(teacher is not None)
+        self.teacher = teacher.to(accelerator.device) if teacher is not None and self.objective.needs_teacher else None
+        self.precision = experiment.precision.build(accelerator.device.type)
+        self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, steps)
+        self.student, self.optimizer = accelerator.prepare(student, experiment.optimizer.build(student.parameters()))
+        self.steps, self.step, self.nonfinite = steps, 0, 0
+        batch, processes = experiment.training.batch_size, accelerator.num_processes
+        self.accumulation = batch // (experiment.training.micro_batch * processes)
+        torch.manual_seed(experiment.seed * 1_000_003 + accelerator.process_index + 1)  # dropout, apart on each process
+        self._resume()
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The student without Accelerate's wrapper: for saving and evaluation afterwards, never for training."""
+        return self.accelerator.unwrap_model(self.student)
+
+    def train(self) -> None:
+        """Train from `step` to `steps`, evaluating and saving on the way."""
+        settings = self.experiment.training
+        metrics = Metrics(self.folder.metrics, self.accelerator.is_main_process, self.step)
+        ticker = Ticker(self.experiment.name, self.steps, self.step, self.experiment.run.log_every,
+                        self.accelerator.is_main_process)
+        if self.step:
+            ticker.say(f"resumed at step {self.step}")
+        batches = self._batches()
+        try:
+            while self.step < self.steps:
+                record = self.train_step(batches)
+                self.step += 1
+                self._log(record, metrics, ticker)
+                if self.step % settings.evaluate_every == 0 or self.step == self.steps:
+                    found = self.evaluate()
+                    metrics.write({"step": self.step, "held_out": found})
+                    self.accelerator.log({f"held_out/{name}": value for name, value in found.items()}, self.step)
+                    ticker.say(f"step {self.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte")
+                if self.step % settings.checkpoint_every == 0 or self.step == self.steps:
+                    self.save()
+                if self.nonfinite >= settings.nonfinite_limit:
+                    self.save()
+                    raise RunFailed(self._diagnosis(record))
+        finally:
+            ticker.close()
+            metrics.close()
+
+    def train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+        """One optimizer step over `accumulation` micro-batches on every process; returns what to log.
+
+        The loss is the objective's sum over all target tokens of the step divided by their number, over micro-batches
+        and processes, so it does not depend on how the batch is split.
+        """
+        started = time.perf_counter()
+        micro_batches = [self._to_device(next(batches)) for _ in range(self.accumulation)]
+        tokens = self._total(sum((batch["targets"] != IGNORED).sum() for batch in micro_batches))
+        sums: dict[str, torch.Tensor] = {}
+        finite: list[torch.Tensor] = []
+        for number, batch in enumerate(micro_batches, 1):
+            last = number == self.accumulation
+            with nullcontext() if last else self.accelerator.no_sync(self.student):
+                loss, terms = self._loss(batch)
+                # Data parallelism averages gradients over processes; the sum over their tokens is wanted.
+                share = loss * (self.accelerator.num_processes / tokens)
+                self.accelerator.backward(self.precision.scale(share))
+            finite.append(loss.detach().isfinite())
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] = sums.get(name, 0) + value
+        means = {name: float(self._total(value) / tokens) for name, value in sums.items()}
+        learning_rate = self.learning_rate(self.step)
+        norm = self._update(learning_rate, math.isfinite(means["loss"]))
+        record = {"step": self.step + 1, **means, "gradient_norm": norm, "learning_rate": learning_rate,
+                  "tokens": int(tokens), "loss_scale": self.precision.loss_scale, "skipped": self.precision.skipped,
+                  "growths": self.precision.growths}
+        if self.nonfinite:
+            record["nonfinite"] = self._culprits(micro_batches, finite)
+        record["seconds"] = time.perf_counter() - started
+        return record
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weighted loss and its terms for a micro-batch, summed over target tokens."""
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        with self.precision.autocast():
+            taught = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = self.teacher(**inputs).logits
+            return self.objective(self.student(**inputs).logits, taught, batch["targets"])
+
+    def _update(self, learning_rate: float, loss_finite: bool) -> float:
+        """Clip, step the weights if everything is finite, and return the gradient's norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.precision.unscale(self.optimizer)
+        limit = self.experiment.training.clip
+        norm = float(self.accelerator.clip_grad_norm_(self.student.parameters(), limit or math.inf))
+        good = loss_finite and math.isfinite(norm)
+        if good or self.precision.overflowed(loss_finite, math.isfinite(norm)):
+            self.nonfinite = 0
+        else:
+            self.nonfinite += 1
+        self.precision.step(self.optimizer, good)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Bits per byte and cross-entropy per token (nats) on held-out rows, the same on any number of processes."""
+        rows, size = self.text.held_out, self.experiment.training.micro_batch
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        self.student.eval()
+        for begin in range(0, len(rows["input_ids"]), size * processes):
+            part = slice(begin + rank * size, begin + (rank + 1) * size)
+            batch = self._to_device({name: tensor[part] for name, tensor in rows.items()})
+            if not len(batch["input_ids"]):  # every process takes part in every forward; this one's rows are used up
+                batch = self._to_device({name: tensor[:1] for name, tensor in rows.items()})
+                batch["targets"] = torch.full_like(batch["targets"], IGNORED)
+            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+            with self.precision.autocast():
+                logits = self.student(**inputs).logits
+            sums[0] += cross_entropy_sum(logits, batch["targets"]).double()
+            sums[1] += (batch["targets"] != IGNORED).sum()
+        self.student.train()
+        nats, tokens = (float(value) for value in self._total(sums))
+        return {"bits_per_byte": nats / math.log(2) / max(1, int(rows["bytes"].sum())), "cross_entropy": nats / tokens}
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        checkpoints.save(
+            self.folder.checkpoints, self.step, self.unwrapped, self.optimizer,
+            {"precision": self.precision.state_dict(), "nonfinite": self.nonfinite},
+            keep=self.experiment.training.keep_checkpoints, rank=self.accelerator.process_index,
+            wait=self.accelerator.wait_for_everyone,
+        )
+
+    # ---- helpers
+
+    def _resume(self) -> None:
+        newest = checkpoints.latest(self.folder.checkpoints)
+        if newest is not None:
+            state = checkpoints.load(newest, self.unwrapped, self.optimizer, self.accelerator.process_index)
+            self.precision.load_state_dict(state["precision"])
+            self.step, self.nonfinite = state["step"], 0  # a restart is a new chance for a step that was not finite
+
+    def _batches(self) -> Iterator[Batch]:
+        training = self.experiment.training
+        return training_batches(
+            self.text.train, seed=self.experiment.seed, micro_batch=training.micro_batch,
+            rank=self.accelerator.process_index, processes=self.accelerator.num_processes,
+            skip=self.step * training.batch_size, workers=self.experiment.data.workers,
+            pin=self.accelerator.device.type == "cuda",
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _total(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over processes."""
+        return self.accelerator.reduce(value, reduction="sum")
+
+    def _culprits(self, micro_batches: list[Batch], finite: list[torch.Tensor]) -> list[dict[str, Any]]:
+        """Process, micro-batch and rows whose loss is not finite; empty where only a gradient is not."""
+        own = torch.stack([flag.long() for flag in finite])
+        rows = torch.stack([batch["row"] for batch in micro_batches])
+        flags, every = self.accelerator.gather(own[None]), self.accelerator.gather(rows[None])
+        return [{"process": process, "micro_batch": number, "rows": every[process, number].tolist()}
+                for process, number in torch.argwhere(flags == 0).tolist()]
+
+    def _diagnosis(self, record: dict[str, Any]) -> str:
+        what = "loss" if record["nonfinite"] else "gradient"
+        where = "".join(f"; process {one['process']}, micro-batch {one['micro_batch']}, rows {one['rows']}"
+                        for one in record["nonfinite"][:4])
+        return (f"the {what} was not finite for {self.nonfinite} steps in a row, last at step {self.step}{where}.\n"
+                f"  No such step reached the weights; they are safe in {self.folder.checkpoints}.\n"
+                "  -> lower optimizer.lr, set training.clip, or use precision.dtype bf16 or fp32; "
+                "then start the same command again, or another run")
+
+    def _log(self, record: dict[str, Any], metrics: Metrics, ticker: Ticker) -> None:
+        record["tokens_per_second"] = record["tokens"] / record["seconds"]
+        record["memory_peak"], record["memory_kind"] = memory_peak(self.accelerator.device)
+        if "nonfinite" in record:
+            ticker.say(f"step {self.step}: non-finite loss or gradient, step skipped {record['nonfinite'] or ''}")
+        metrics.write({name: _plain(value) for name, value in record.items()})
+        self.accelerator.log({name: value for name, value in record.items() if isinstance(value, (int, float))},
+                             self.step)
+        ticker.step(self.step, record)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a non-finite number is written as its name."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,105 @@
+"""What a run tells while it runs: `metrics.jsonl` always, trackers when asked for, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# On a terminal rich wraps and colours; elsewhere lines stay whole, whatever width the pipe pretends to have.
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), markup=False)
+
+
+class Metrics:
+    """One JSON object per line, on the main process; a resumed run drops what it will write again."""
+
+    def __init__(self, file: Path, active: bool, step: int):
+        self._handle = None
+        if not active:
+            return
+        kept = [line for line in read_lines(file) if line["step"] <= step] if file.exists() else []
+        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._handle = open(file, "a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; it is in the file when this returns."""
+        if self._handle:
+            self._handle.write(json.dumps(record) + "\n")
+            self._handle.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._handle:
+            self._handle.close()
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Records of a metrics file; a line cut off by a crash ends it."""
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Ticker:
+    """A progress bar on a terminal, a line every `every` steps elsewhere; silent on other processes than the first."""
+
+    def __init__(self, name: str, steps: int, done: int, every: int, active: bool):
+        self.name, self.steps, self.every, self.active = name, steps, every, active
+        self._bar = None
+        if active and console.is_terminal:
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+                                 TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=console)
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=steps, completed=done, figures="")
+
+    def step(self, number: int, record: dict[str, Any]) -> None:
+        """Show optimizer step `number`, counted from 1."""
+        if self._bar:
+            self._bar.update(self._task, completed=number, figures=_figures(record))
+        elif self.active and (number % self.every == 0 or number == self.steps):
+            console.print(f"{self.name}  step {number}/{self.steps}  {_figures(record)}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.active:
+            console.print(f"{self.name}  {text}")
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar:
+            self._bar.stop()
+
+
+def _figures(record: dict[str, Any]) -> str:
+    parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s",
+             f"grad norm {record['gradient_norm']:.3g}"]
+    if record["loss_scale"] != 1:
+        parts.append(f"scale {record['loss_scale']:g} ({record['skipped']} skipped)")
+    return "  ".join([*parts, f"{record['memory_kind']} peak {readable(record['memory_peak'])}"])
+
+
+def memory_peak(device: torch.device) -> tuple[int, str]:
+    """Largest memory so far, in bytes, and what it counts: CUDA's allocator, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "cuda"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "rss"
+
+
+def readable(count: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"

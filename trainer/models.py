@@ -1,0 +1,236 @@
+"""Teacher and student: from a hub id or local folder, from dimensions in the YAML, or from a teacher's layers."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from strategies.quantization.qat import prepare
+from trainer.errors import UserError, blame
+from trainer.experiment.tree import Experiment, Model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---- configurations: shapes without weights
+
+def teacher_config(experiment: Experiment, vocabulary: int | None, offline: bool = False) -> PretrainedConfig | None:
+    """The teacher's configuration, or None without a teacher."""
+    return _config(experiment.teacher, "teacher", vocabulary, offline) if experiment.teacher else None
+
+
+def student_config(
+    experiment: Experiment, teacher: PretrainedConfig | None, vocabulary: int | None, offline: bool = False
+) -> PretrainedConfig:
+    """The student's configuration: its own, or its teacher's with fewer layers."""
+    student = experiment.student
+    if student.from_teacher is None:
+        return _config(student, "student", vocabulary, offline)
+    assert teacher is not None, "the experiment checks that layers come from a teacher"
+    layers = teacher.num_hidden_layers
+    if max(student.from_teacher) >= layers:
+        raise UserError("student.from_teacher", f"the teacher has layers 0 to {layers - 1}",
+                        value=list(student.from_teacher), way_out=f"choose from 0 to {layers - 1}")
+    config = type(teacher)(**teacher.to_dict())
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in student.from_teacher]
+    config.num_hidden_layers = len(student.from_teacher)
+    return config
+
+
+def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
+                 tokens: int | None) -> None:
+    """Raise `UserError` where models, tokenizer and sequence length do not fit each other."""
+    if teacher is not None and teacher.vocab_size != student.vocab_size:
+        raise UserError("student", f"the student has a vocabulary of {student.vocab_size:,} tokens and the teacher of "
+                        f"{teacher.vocab_size:,}; distillation compares them token by token",
+                        way_out="choose two models of one family, or start the student with `from_teacher`")
+    for key, config in (("teacher", teacher), ("student", student)):
+        if config is None:
+            continue
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions and experiment.data.sequence_length > positions:
+            raise UserError("data.sequence_length", f"the {key} knows {positions} positions",
+                            value=experiment.data.sequence_length, way_out=f"use at most {positions}")
+        if tokens and tokens > config.vocab_size:
+            raise UserError(f"{key}.architecture.vocab_size", f"the tokenizer has {tokens:,} tokens",
+                            value=config.vocab_size, way_out=f"use at least {tokens:,}, or leave it out")
+
+
+def _config(model: Model, key: str, vocabulary: int | None, offline: bool) -> PretrainedConfig:
+    """From the weights' folder when it can be reached, else from the dimensions in the YAML; both must agree."""
+    written = _architecture(model, key, vocabulary) if model.architecture else None
+    if model.path is None or (offline and written is not None and not Path(model.path).is_dir()):
+        assert written is not None, "the experiment checks that a model has an origin"
+        return written
+    loaded = _reach(AutoConfig, model, key)
+    for name in model.architecture or {}:
+        theirs, ours = getattr(loaded, name, None), getattr(written, name, None)
+        if theirs != ours:
+            raise UserError(f"{key}.architecture.{name}", f"{model.path} has {theirs!r}", value=ours,
+                            way_out=f"write {theirs!r}, or remove `architecture`: `path` has the weights")
+    return loaded
+
+
+def _architecture(model: Model, key: str, vocabulary: int | None) -> PretrainedConfig:
+    values = dict(model.architecture or {})
+    model_type = values.pop("model_type")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        near = difflib.get_close_matches(model_type, CONFIG_MAPPING_NAMES, 1)
+        raise UserError(f"{key}.architecture.model_type", "transformers knows no such architecture", value=model_type,
+                        way_out=f"did you mean {near[0]!r}?" if near else "for example 'llama'") from error
+    known = {*default.to_dict(), *default.attribute_map}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UserError(f"{key}.architecture.{name}", f"the {model_type} architecture has no such dimension",
+                            value=values[name], way_out=f"did you mean `{near[0]}`?" if near else "remove it")
+    if vocabulary and "vocab_size" not in values:
+        values["vocab_size"] = vocabulary
+    with blame(f"{key}.architecture", value=model.architecture, way_out="see the transformers page of this model"):
+        try:
+            return AutoConfig.for_model(model_type, **values)
+        except (TypeError, ValueError, ZeroDivisionError, ArithmeticError) as error:
+            raise ValueError(f"not a valid {model_type} architecture: {error}") from error
+
+
+def _reach(auto: Any, model: Model, key: str, **options: Any) -> Any:
+    """`from_pretrained` of an auto class, with one clear message when it cannot."""
+    folder = Path(model.path)
+    if (folder.is_absolute() or model.path.startswith(".")) and not folder.is_dir():
+        raise UserError(f"{key}.path", "there is no such folder", value=model.path,
+                        way_out="name an existing folder or a hub id")
+    try:
+        return auto.from_pretrained(model.path, revision=model.revision or "main",
+                                    trust_remote_code=model.trust_remote_code, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{key}.path", f"cannot load this model: {_first_line(error)}", value=model.path,
+                        way_out=_load_hint(folder, error)) from error
+
+
+def _load_hint(folder: Path, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "the model brings its own code; set `trust_remote_code: true` if you have read it and trust it"
+    if folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
+        return "the folder has pickled weights only; convert them to safetensors, nothing else is loaded"
+    if folder.is_dir():
+        return "the folder must hold config.json and model.safetensors"
+    return "check the name and the network; `architecture` with `train` needs neither"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+# ---- models with weights
+
+def build_teacher(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
+    """The teacher, frozen and in evaluation mode."""
+    teacher = experiment.teacher
+    assert teacher is not None and teacher.path is not None, "an untrained teacher is made first"
+    model = _load(teacher, "teacher", config, DTYPES[teacher.dtype])
+    return model.eval().requires_grad_(False)
+
+
+def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.Module | None,
+                  tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """The student with fp32 weights, prepared for quantisation-aware training where asked for."""
+    student = experiment.student
+    torch.manual_seed(experiment.seed)  # every process makes the same weights
+    if student.path is not None:
+        model = _load(student, "student", config, torch.float32)
+    else:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if student.from_teacher is not None:
+            assert teacher is not None
+            copy_layers(teacher, model, student.from_teacher)
+    if student.quantization is not None:
+        with blame("student.quantization", value=student.quantization.model_dump()):
+            prepare(model, student.quantization.build(DTYPES[experiment.export.dtype]), student.quantization.ignore)
+    return model.train()
+
+
+def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    return _reach(AutoModelForCausalLM, model, key, config=config, dtype=dtype, use_safetensors=True)
+
+
+def copy_layers(teacher: nn.Module, student: nn.Module, layers: tuple[int, ...]) -> None:
+    """Fill a student of `len(layers)` blocks with these blocks of its teacher, and everything around the blocks.
+
+    Blocks are found as the one `ModuleList` whose length is the configuration's number of layers.
+    """
+    prefix = block_prefix(teacher)
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in teacher.state_dict().items():
+        if not name.startswith(prefix):
+            weights[name] = tensor
+            continue
+        number, _, rest = name[len(prefix):].partition(".")
+        if int(number) in layers:
+            weights[f"{prefix}{layers.index(int(number))}.{rest}"] = tensor
+    student.load_state_dict(weights)  # strict: nothing missing, nothing over
+
+
+def block_prefix(model: nn.Module) -> str:
+    """Name of the list of blocks with a dot behind it, for example `model.layers.`"""
+    count = model.config.num_hidden_layers
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+             and len(module) == count]
+    if not lists:
+        raise UserError("student.from_teacher", f"cannot find the {count} layers of {type(model).__name__}",
+                        way_out="give the student a `path` or an `architecture`")
+    return f"{lists[0]}."
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def documents_stay_apart(model: nn.Module) -> bool:
+    """Whether a packed document's logits are those it has alone: shown by running both, whatever the architecture."""
+    tokens = torch.arange(12, device=next(model.parameters()).device) % model.config.vocab_size
+    positions = torch.cat([torch.arange(7), torch.arange(5)]).to(tokens.device)
+    mode = model.training
+    model.eval()
+    try:
+        packed = model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0, 7:]
+        alone = model(input_ids=tokens[None, 7:], position_ids=positions[None, 7:], use_cache=False).logits[0]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    finally:
+        model.train(mode)
+    return bool(torch.allclose(packed.float(), alone.float(), rtol=1e-2, atol=1e-2 * float(alone.abs().max())))
+
+
+def quiet_libraries() -> None:
+    """Keep the base libraries' chatter out of the run's output; warnings of substance still come through ours."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
+
+
+def fingerprint(values: Any) -> str:
+    """Short hash of plain data, for the names of cached things."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

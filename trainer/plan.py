@@ -1,0 +1,203 @@
+"""The plan: every decision that follows from an experiment, as plain data, made from shapes alone, without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_activation_bytes
+from strategies.quantization.qat import prepare, quantized_layers
+from trainer.errors import UserError, blame
+from trainer.experiment.explaining import resolved_table
+from trainer.experiment.reading import Source
+from trainer.experiment.tree import Experiment, divisors
+from trainer.metrics import console, readable
+from trainer.models import DTYPES, count_parameters
+from trainer.precision import DTYPES as COMPUTE
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+ADAMW_BYTES = 8  # per parameter: two fp32 moments
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen.
+
+    Attributes:
+        processes: processes that train together.
+        device: what they run on.
+        batch_size: sequences per optimizer step over all processes.
+        micro_batch: sequences per forward pass in one process.
+        accumulation: forward passes per optimizer step in each process.
+        tokens_per_step: positions per optimizer step, padding included.
+        steps: optimizer steps; None while the data's length is not known.
+        learning_rates: (step, learning rate) at evenly spaced steps.
+        precision: number format of forward and backward.
+        parameters: by model.
+        student_bytes: bytes of the student's weight file: integers, scales, and what stays in full precision.
+        teacher_bytes: bytes of the teacher's weights as they are held.
+        ledger: bytes per process in a training step.
+    """
+
+    processes: int
+    device: str
+    batch_size: int
+    micro_batch: int
+    accumulation: int
+    tokens_per_step: int
+    steps: int | None
+    learning_rates: list[tuple[int, float]]
+    precision: str
+    parameters: dict[str, int]
+    student_bytes: int
+    teacher_bytes: int
+    ledger: Ledger
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for `plan.json`."""
+        return {**asdict(self), "ledger": {**asdict(self.ledger), "total": self.ledger.total}}
+
+
+def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, *,
+              processes: int, device: str, rows: int | None) -> Plan:
+    """Plan a run from configurations; `rows` is the length of the data, where it is known.
+
+    Raises:
+        UserError: the batch cannot be shared among the processes, or a layer cannot be quantised.
+    """
+    training, sequence = experiment.training, experiment.data.sequence_length
+    check_batch(experiment, processes)
+    steps = count_steps(experiment, rows)
+    with torch.device("meta"):
+        small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
+        large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype]) if teacher else None
+    quantization = experiment.student.quantization
+    if quantization:
+        with blame("student.quantization", value=quantization.model_dump()):
+            prepare(small, quantization.build(DTYPES[experiment.export.dtype]), quantization.ignore)
+    compute = COMPUTE[experiment.precision.dtype]
+    weights = parameter_bytes(small)
+    asked = large is not None and experiment.objective.build(True).needs_teacher
+    ledger = Ledger(
+        weights=weights,
+        gradients=weights,
+        optimizer_state=ADAMW_BYTES * count_parameters(small),
+        teacher=parameter_bytes(large) if asked else 0,
+        activations=_activations(experiment, student, compute),
+        loss=loss_bytes(training.micro_batch, sequence, student.vocab_size, compute.itemsize, asked),
+    )
+    return Plan(
+        processes=processes, device=device, batch_size=training.batch_size, micro_batch=training.micro_batch,
+        accumulation=training.batch_size // (training.micro_batch * processes),
+        tokens_per_step=training.batch_size * sequence, steps=steps,
+        learning_rates=_learning_rates(experiment, steps), precision=experiment.precision.dtype,
+        parameters={"student": count_parameters(small)} | ({"teacher": count_parameters(large)} if large else {}),
+        student_bytes=exported_bytes(small, DTYPES[experiment.export.dtype]),
+        teacher_bytes=parameter_bytes(large) if large else 0, ledger=ledger,
+    )
+
+
+def check_batch(experiment: Experiment, processes: int) -> None:
+    """Raise `UserError` if the batch cannot be shared evenly among the processes."""
+    training = experiment.training
+    if training.batch_size % (training.micro_batch * processes):
+        share = training.batch_size // processes
+        way_out = (f"micro_batch can be {divisors(share)}" if share * processes == training.batch_size
+                   else f"make batch_size a multiple of {processes}")
+        raise UserError("training.micro_batch", f"{processes} processes with this micro_batch cannot share a "
+                        f"batch_size of {training.batch_size} evenly", value=training.micro_batch, way_out=way_out)
+
+
+def count_steps(experiment: Experiment, rows: int | None) -> int | None:
+    """Optimizer steps of a run; None while the number of rows is not known."""
+    training = experiment.training
+    if training.steps:
+        return training.steps
+    if experiment.data.streaming:
+        raise UserError("training.epochs", "a stream has no known length", value=training.epochs,
+                        way_out="give `training.steps` instead")
+    return None if rows is None else max(1, round(training.epochs * rows / training.batch_size))
+
+
+def exported_bytes(student: torch.nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the student's tensors on disk, from shapes: packed integers, their scales, and the rest in `dtype`."""
+    layers = dict(quantized_layers(student))
+    total = (count_parameters(student) - sum(layer.weight.numel() for layer in layers.values())) * dtype.itemsize
+    for layer in layers.values():
+        outputs, inputs = layer.weight.shape
+        words = -(-inputs * layer.quantizer.bits // 32)
+        groups = inputs // (layer.quantizer.group_size or inputs)
+        total += outputs * (4 * words + dtype.itemsize * groups) + 16  # 16: the shape, two int64
+    return total
+
+
+def _activations(experiment: Experiment, config: PretrainedConfig, compute: torch.dtype) -> int:
+    """Saved for backward, counted on fake tensors; the fake-quantised weights that products keep are in it."""
+    quantization = experiment.student.quantization
+
+    def build() -> torch.nn.Module:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if quantization:
+            prepare(model, quantization.build(DTYPES[experiment.export.dtype]), quantization.ignore)
+        return model
+
+    return saved_activation_bytes(build, experiment.training.micro_batch, experiment.data.sequence_length,
+                                  None if compute is torch.float32 else compute)
+
+
+def _learning_rates(experiment: Experiment, steps: int | None, points: int = 41) -> list[tuple[int, float]]:
+    if steps is None:
+        return []
+    rate = experiment.schedule.build(experiment.optimizer.lr, steps)
+    count = min(points, steps)
+    chosen = sorted({round(index * (steps - 1) / max(1, count - 1)) for index in range(count)})
+    return [(step, rate(step)) for step in chosen]
+
+
+def show_plan(source: Source, plan: Plan) -> None:
+    """Print the resolved experiment with the origin of each value, and the plan."""
+    _print_columns(f"Experiment {source.experiment.name}: key, value, where it was written", resolved_table(source))
+    _print_columns("Plan", _plan_rows(plan))
+    _print_columns("Ledger: bytes per process in a training step", [
+        (name.replace("_", " "), f"{count:>15,}", readable(count))
+        for name, count in [*plan.ledger.rows(), ("total", plan.ledger.total)]])
+
+
+def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
+    """Aligned columns that a pipe does not cut off and `grep` finds whole."""
+    console.print(f"\n{title}")
+    widths = [min(44, max(len(row[column]) for row in rows)) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        console.print("  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
+
+
+def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    steps = "known once the data is tokenised" if plan.steps is None else f"{plan.steps:,}"
+    rows = [
+        ("processes", f"{plan.processes} on {plan.device}"),
+        ("effective batch", f"{plan.batch_size} sequences = {plan.micro_batch} per micro-batch x {plan.accumulation} "
+                            f"accumulated x {plan.processes} processes; {plan.tokens_per_step:,} tokens"),
+        ("steps", steps), ("precision", f"{plan.precision} forward and backward, fp32 weights and updates"),
+    ]
+    if plan.learning_rates:
+        rates = [rate for _, rate in plan.learning_rates]
+        top = max(rates)
+        curve = "".join(BLOCKS[max(1, round(rate / top * (len(BLOCKS) - 1)))] for rate in rates)
+        rows.append(("learning rate", f"{rates[0]:.2e} {curve} {rates[-1]:.2e} (peak {top:.2e})"))
+    rows += [(f"{name} parameters", f"{count:,}") for name, count in plan.parameters.items()]
+    smaller = f", {plan.teacher_bytes / plan.student_bytes:.1f} times smaller than the teacher's " \
+              f"{readable(plan.teacher_bytes)}" if plan.teacher_bytes else ""
+    rows.append(("student file", f"{plan.student_bytes:,} bytes of tensors{smaller}"))
+    return rows
+
+
+def plan_json(source: Source, plan: Plan) -> str:
+    """The resolved experiment and the plan as JSON."""
+    return json.dumps({"experiment": source.experiment.model_dump(mode="json"),
+                       "origins": {key: origin for key, _, origin in resolved_table(source)},
+                       "plan": plan.to_dict()}, indent=2)

@@ -1,0 +1,191 @@
+"""The report: `report.md` and its pictures, made from a run's folder alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.errors import UserError
+from trainer.folder import RunFolder, write_atomically
+from trainer.metrics import read_lines, readable
+
+COLOURS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
+MEANING = {"teacher": "the large model", "student": "distilled from the teacher",
+           "control": "same student, same tokens, no teacher"}
+
+
+def write_report(path: Path) -> Path:
+    """Write `report.md` and its PNG pictures into a run folder and return the report's path.
+
+    Raises:
+        UserError: the folder is no finished run.
+    """
+    folder = RunFolder(path)
+    for file in (folder.experiment, folder.metrics, folder.comparison, folder.receipt):
+        if not file.exists():
+            raise UserError("", f"not a finished run: {file.name} is missing",
+                            way_out="pass a run folder whose training has ended, for example runs/quickstart")
+    experiment = yaml.safe_load(folder.experiment.read_text())
+    found = json.loads(folder.comparison.read_text())
+    receipt = json.loads(folder.receipt.read_text())
+    plan = json.loads(folder.plan.read_text())
+    curves = {"student": read_lines(folder.metrics)}
+    control = RunFolder(folder.control)
+    if control.metrics.exists():
+        curves["control"] = read_lines(control.metrics)
+    meaning = MEANING if experiment["teacher"] else {"student": "fine-tuned without a teacher"}
+    _plot_loss(curves, folder.path / "loss.png")
+    _plot_held_out(curves, found, folder.path / "held_out.png")
+    _plot_size(found, folder.path / "size.png")
+    parts = [
+        f"# {experiment['name']}\n",
+        _verdict(found, receipt), "",
+        "## Models\n", _models(found, meaning), "",
+        "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
+        "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
+        "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
+        "![size against bits per byte](size.png)\n",
+        "## Training\n", "![training loss](loss.png)\n", "![held-out bits per byte](held_out.png)\n",
+        _training(curves["student"]), "",
+        "## Receipt\n", _receipt(receipt), "",
+        "## Bytes\n", _ledger(plan), "",
+        "## Samples\n", f"Each model continues `{experiment['report']['prompt']}` with its most probable tokens.\n",
+        *[f"**{name}**\n\n```text\n{found[name]['sample']}\n```\n" for name in _ordered(found)],
+        "Run it again: `accelerate launch train.py --config experiment.yaml run.folder=...` with the "
+        "`experiment.yaml` in this folder.\n",
+    ]
+    write_atomically(folder.report, "\n".join(parts))
+    return folder.report
+
+
+def _ordered(found: dict[str, Any]) -> list[str]:
+    return [name for name in COLOURS if name in found]
+
+
+def _verdict(found: dict[str, Any], receipt: dict[str, Any]) -> str:
+    student = found["student"]
+    lines = [f"The student takes {readable(receipt['bytes_on_disk'])} on disk and needs "
+             f"{student['bits_per_byte']:.4f} bits per byte of held-out text."]
+    if "teacher" in found:
+        ratio = found["teacher"]["bytes_on_disk"] / receipt["bytes_on_disk"]
+        lines.append(f"It is {ratio:.1f} times smaller than its teacher, which needs "
+                     f"{found['teacher']['bits_per_byte']:.4f}.")
+    if "control" in found:
+        gap = found["control"]["bits_per_byte"] - student["bits_per_byte"]
+        side = "fewer" if gap > 0 else "more"
+        lines.append(f"Trained on the same tokens without a teacher, it needs "
+                     f"{found['control']['bits_per_byte']:.4f}: the teacher's help came to {abs(gap):.4f} bits per "
+                     f"byte {side}, in this one run.")
+    return " ".join(lines)
+
+
+def _models(found: dict[str, Any], meaning: dict[str, str]) -> str:
+    rows = ["| model | | bits per byte | bytes | parameters | tokens/s |", "|---|---|---:|---:|---:|---:|"]
+    for name in _ordered(found):
+        entry = found[name]
+        rows.append(f"| {name} | {meaning[name]} | {entry['bits_per_byte']:.4f} | {entry['bytes_on_disk']:,} | "
+                    f"{entry['parameters']:,} | {entry['tokens_per_second']:,.0f} |")
+    return "\n".join(rows)
+
+
+def _training(lines: list[dict[str, Any]]) -> str:
+    steps = [line for line in lines if "loss" in line]
+    skipped = [line["step"] for line in steps if "nonfinite" in line]
+    seconds = sum(line["seconds"] for line in steps)
+    tokens = sum(line["tokens"] for line in steps)
+    text = f"{len(steps):,} steps, {tokens:,} target tokens, {seconds:.0f} s of training steps."
+    if steps and steps[-1]["loss_scale"] != 1:
+        text += (f" Loss scale {steps[-1]['loss_scale']:g} at the end; {steps[-1]['skipped']} steps skipped for "
+                 f"overflow, {steps[-1]['growths']} growths.")
+    return text + (f" Steps skipped because loss or gradient was not finite: {skipped}." if skipped else "")
+
+
+def _receipt(receipt: dict[str, Any]) -> str:
+    rows = ["| | |", "|---|---:|"]
+    for name, value in receipt.items():
+        if name == "versions":
+            value = ", ".join(f"{library} {number}" for library, number in value.items())
+        rows.append(f"| {name.replace('_', ' ')} | {f'{value:,}' if isinstance(value, int) and value > 1 else value} |")
+    return "\n".join(rows)
+
+
+def _ledger(plan: dict[str, Any]) -> str:
+    rows = ["| part | planned bytes per process |", "|---|---:|"]
+    rows += [f"| {name.replace('_', ' ')} | {count:,} |" for name, count in plan["ledger"].items()]
+    measured = plan.get("measured")
+    if measured:
+        what = {"rss": "resident set of the process at its largest: libraries and data included, not comparable with "
+                       "the plan on CPU", "cuda": "allocated by CUDA at its largest"}[measured["kind"]]
+        rows += ["", f"Measured: {measured['memory_peak']:,} bytes ({what})."]
+    return "\n".join(rows)
+
+
+# ---- pictures
+
+def _figure(title: str, x: str, y: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, file: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _plot_loss(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Cross-entropy of each model while training; the term they share. A student of KL alone shows its KL."""
+    term = "cross_entropy" if any("cross_entropy" in line for line in curves["student"]) else "loss"
+    figure, axes = _figure("Training", "optimizer step", f"{term.replace('_', '-')} (nats per token)")
+    for name, lines in curves.items():
+        points = [(line["step"], line[term]) for line in lines if isinstance(line.get(term), float)]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLOURS[name], alpha=0.2, linewidth=1)
+            axes.plot(*zip(*_smooth(points), strict=True), color=COLOURS[name], label=name)
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def _plot_held_out(curves: dict[str, list[dict[str, Any]]], found: dict[str, Any], file: Path) -> None:
+    figure, axes = _figure("Held-out text", "optimizer step", "bits per byte")
+    for name, lines in curves.items():
+        points = [(line["step"], line["held_out"]["bits_per_byte"]) for line in lines if "held_out" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLOURS[name], marker="o", markersize=3, label=name)
+    if "teacher" in found:
+        axes.axhline(found["teacher"]["bits_per_byte"], color=COLOURS["teacher"], linestyle="--", label="teacher")
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def _plot_size(found: dict[str, Any], file: Path) -> None:
+    figure, axes = _figure("Exported models", "MiB on disk", "bits per byte on held-out text")
+    for name in _ordered(found):
+        entry = found[name]
+        axes.scatter(entry["bytes_on_disk"] / 2**20, entry["bits_per_byte"], s=60, color=COLOURS[name], label=name,
+                     zorder=3)
+    axes.set_xlim(left=0)
+    axes.margins(y=0.25)
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Exponential moving average over about a thirtieth of the run."""
+    weight, value, smoothed = 1 / max(1, len(points) / 30), points[0][1], []
+    for step, raw in points:
+        value += weight * (raw - value)
+        smoothed.append((step, value))
+    return smoothed

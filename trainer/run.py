@@ -1,0 +1,242 @@
+"""A run from beginning to end: text, teacher, student, control, receipt, report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+from transformers import PretrainedConfig
+
+from strategies.export.receipt import ask_client, comparison_shape, make_receipt
+from strategies.export.transformers_folder import bytes_on_disk, write_folder
+from strategies.quantization.baking import bake
+from strategies.quantization.qat import quantized_layers
+from trainer.data.dataset import Text, prepare_text
+from trainer.errors import RunFailed, UserError
+from trainer.experiment.reading import Source
+from trainer.experiment.tree import Experiment
+from trainer.folder import RunFolder, write_atomically
+from trainer.loop import Trainer
+from trainer.metrics import console, memory_peak, readable
+from trainer.models import (DTYPES, build_student, build_teacher, check_shapes, documents_stay_apart,
+                            fingerprint, quiet_libraries, student_config, teacher_config)
+from trainer.plan import Plan, check_batch, count_steps, make_plan, plan_json, show_plan
+from trainer.report import write_report
+
+
+def dry_run(source: Source, as_json: bool) -> None:
+    """Show what would run, and leave nothing behind."""
+    quiet_libraries()
+    experiment = source.experiment
+    vocabulary = experiment.data.tokenizer.train_vocabulary
+    teacher, student = _configs(experiment, vocabulary, offline=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = make_plan(experiment, teacher, student, processes=int(os.environ.get("WORLD_SIZE", 1)), device=device,
+                     rows=None)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(plan_json(source, plan)) if as_json else show_plan(source, plan)
+
+
+def carry_out(source: Source) -> Path:
+    """Run an experiment, or go on with it, and return its folder.
+
+    Raises:
+        UserError: a mistake in the experiment or its data; nothing has been written then but the cache.
+        RunFailed: training or the comparison failed; checkpoints are kept.
+    """
+    quiet_libraries()
+    experiment, folder = source.experiment, RunFolder(source.experiment.folder)
+    folder.check(experiment)
+    accelerator = start(experiment)
+    say = console.print if accelerator.is_main_process else lambda *_: None
+    if folder.finished:
+        say(f"{folder.path} is finished: see {folder.report}. To run again, choose another run.folder or remove it.")
+        return folder.path
+    check_batch(experiment, accelerator.num_processes)
+    say(f"{experiment.name}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"{experiment.precision.dtype}")
+    with accelerator.main_process_first():
+        text = prepare_text(experiment)
+    for note in text.notes:
+        say(f"{experiment.name}  {note}")
+    _configs(experiment, len(text.tokenizer))
+    experiment = _with_teacher(experiment, accelerator, text)
+    trainer, plan = train_one(source.experiment, experiment, folder, accelerator, text)
+    control = RunFolder(folder.control)
+    if experiment.teacher and experiment.objective.build(True).needs_teacher and experiment.report.control:
+        lone = experiment.as_control(str(folder.control))
+        other, _ = train_one(source.experiment.as_control(str(folder.control)), lone, control, accelerator, text)
+        if accelerator.is_main_process:
+            _export(lone, control.student, other, text)
+        del other
+    if accelerator.is_main_process:
+        compare(experiment, folder, trainer, plan, text, accelerator.device)
+        write_report(folder.path)
+        say(f"{experiment.name}: done, see {folder.report}")
+    accelerator.end_training()
+    return folder.path
+
+
+def start(experiment: Experiment) -> Accelerator:
+    """Join the launched processes, and make sure that they are what was asked for."""
+    accelerator = Accelerator(
+        mixed_precision="no",  # precision is ours, the same on every device
+        log_with=list(experiment.run.trackers) or None,
+        project_dir=experiment.folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise RunFailed(f"the launcher started {launched} processes but they train as {accelerator.num_processes}: "
+                        "each would train alone.\n  -> on CPU set ACCELERATE_USE_CPU=true and pass --multi_gpu to "
+                        "accelerate launch, as launch/two_cpu_ranks.sh does")
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` sets one thread where it finds no GPU, which would leave the other cores idle.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
+        torch.set_num_threads(experiment.run.threads or max(1, _cores() // local))
+    return accelerator
+
+
+def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: Text
+              ) -> tuple[Trainer, Plan]:
+    """Train one student to its last step; `asked` is the experiment as its folder remembers it."""
+    folder.check(asked)
+    teacher_shape, student_shape = _configs(experiment, len(text.tokenizer))
+    rows = len(text.train) if hasattr(text.train, "__len__") else None
+    steps = count_steps(experiment, rows)
+    assert steps is not None, "the length of the data is known once it is tokenised"
+    plan = make_plan(experiment, teacher_shape, student_shape, processes=accelerator.num_processes,
+                     device=accelerator.device.type, rows=rows)
+    teacher = build_teacher(experiment, teacher_shape) if teacher_shape is not None else None
+    student = build_student(experiment, student_shape, teacher, text.tokenizer)
+    if experiment.data.packing:
+        for key, model in (("student", student), ("teacher", teacher)):
+            if model is not None and not documents_stay_apart(model):
+                raise UserError("data.packing", f"documents packed into one sequence would see each other in the {key} "
+                                f"({type(model).__name__}): it does not keep them apart by position", value=True,
+                                way_out="set `data.packing: false`")
+    if accelerator.is_main_process:
+        folder.claim(asked, plan.to_dict())
+        if experiment.run.trackers:
+            _start_trackers(accelerator, asked)
+    accelerator.wait_for_everyone()
+    trainer = Trainer(experiment, folder, accelerator, text, student, teacher, steps)
+    trainer.train()
+    if accelerator.is_main_process:
+        peak, kind = memory_peak(accelerator.device)
+        measured = {**plan.to_dict(), "measured": {"memory_peak": peak, "kind": kind}}
+        write_atomically(folder.plan, json.dumps(measured, indent=2) + "\n")
+    return trainer, plan
+
+
+def compare(experiment: Experiment, folder: RunFolder, trainer: Trainer, plan: Plan, text: Text,
+            device: torch.device) -> None:
+    """Export the student, have a fresh process load it beside teacher and control, and write its receipt.
+
+    Raises:
+        RunFailed: the reloaded student is not the trained one; it stays in `.student.unverified`.
+    """
+    model = trainer.unwrapped
+    rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
+    _export(experiment, folder.unverified, trainer, text)
+    models = {"student": {"path": str(folder.unverified), "compare": True}}
+    if experiment.teacher is not None:
+        models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
+                             "dtype": experiment.teacher.dtype}
+    if RunFolder(folder.control).student.exists():
+        models["control"] = {"path": str(RunFolder(folder.control).student)}
+    ours = _reference_logits(experiment, model, text, rows, length)
+    console.print(f"{experiment.name}: reloading in a fresh process and comparing")
+    try:
+        found, logits = ask_client(
+            models, text.held_out, device=device.type, threads=torch.get_num_threads(),
+            micro_batch=experiment.training.micro_batch, logit_rows=rows, logit_length=length,
+            prompt=experiment.report.prompt, sample_tokens=experiment.report.sample_tokens,
+            tokenizer=str(folder.unverified))
+    except RuntimeError as error:
+        raise RunFailed(str(error)) from error
+    for name, entry in found.items():
+        path = Path(models[name]["path"])
+        entry["bytes_on_disk"] = bytes_on_disk(path) if path.is_dir() else entry["parameter_bytes"]
+    receipt = make_receipt(found["student"], ours, logits["student"], bytes_on_disk(folder.unverified),
+                           plan.parameters["student"], experiment.export.tolerance)
+    receipt.write(folder.unverified / "receipt.json")
+    if not receipt.holds:
+        raise RunFailed(f"the reloaded student differs from the trained one by {receipt.largest_difference:.3g} "
+                        f"(largest logit {receipt.largest_logit:.3g}), over export.tolerance "
+                        f"{receipt.tolerance:g}; it is kept in {folder.unverified}\n  -> the training checkpoint is "
+                        "safe; raise export.tolerance only if you know why they may differ")
+    write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")
+    if folder.student.exists():
+        import shutil
+
+        shutil.rmtree(folder.student)
+    os.rename(folder.unverified, folder.student)
+    console.print(f"{experiment.name}: receipt: {readable(receipt.bytes_on_disk)} on disk, "
+                  f"{receipt.bits_per_byte:.4f} bits per byte, largest logit difference {receipt.largest_difference:g}")
+
+
+def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = False
+             ) -> tuple[PretrainedConfig | None, PretrainedConfig]:
+    """Shapes of teacher and student, checked against each other and the tokenizer."""
+    teacher = teacher_config(experiment, vocabulary, offline)
+    student = student_config(experiment, teacher, vocabulary, offline)
+    check_shapes(experiment, teacher, student, vocabulary)
+    return teacher, student
+
+
+def _with_teacher(experiment: Experiment, accelerator: Accelerator, text: Text) -> Experiment:
+    """The experiment with a teacher that has weights: one that is to be trained is trained once, and cached."""
+    if experiment.teacher is None or experiment.teacher.train is None:
+        return experiment
+    own = experiment.as_teacher("")
+    identity = [own.model_dump(mode="json", exclude={"run", "report", "name"}), text.tokenizer.backend_tokenizer.to_str()]
+    folder = RunFolder(Path(experiment.run.cache) / "teachers" / fingerprint(identity))
+    if not folder.student.exists():
+        own = experiment.as_teacher(str(folder.path))
+        trainer, _ = train_one(own, own, folder, accelerator, text)
+        if accelerator.is_main_process:
+            _export(own, folder.student, trainer, text)
+        accelerator.wait_for_everyone()
+    elif accelerator.is_main_process:
+        console.print(f"{experiment.name}: teacher from the cache, {folder.path}")
+    teacher = experiment.teacher.model_copy(update={"path": str(folder.student), "train": None, "architecture": None})
+    return experiment.model_copy(update={"teacher": teacher})
+
+
+def _export(experiment: Experiment, folder: Path, trainer: Trainer, text: Text) -> None:
+    model = trainer.unwrapped
+    write_folder(folder, model, text.tokenizer, DTYPES[experiment.export.dtype], dict(quantized_layers(model)))
+
+
+@torch.no_grad()
+def _reference_logits(experiment: Experiment, model: nn.Module, text: Text, rows: int, length: int) -> torch.Tensor:
+    """Logits of the trained model on held-out rows, in the dtype of the export, on the CPU.
+
+    In float32 it is the model as it trained, fake quantisation and all; it is baked and cast only for other dtypes.
+    """
+    dtype = DTYPES[experiment.export.dtype]
+    if dtype is not torch.float32:
+        import copy
+
+        model = bake(copy.deepcopy(model)).to(dtype)
+    model.eval()
+    device = next(model.parameters()).device
+    inputs = {name: text.held_out[name][:rows, :length].to(device) for name in ("input_ids", "position_ids")}
+    return model(**inputs, use_cache=False).logits.float().cpu()
+
+
+def _start_trackers(accelerator: Accelerator, experiment: Experiment) -> None:
+    from trainer.folder import _flat
+
+    values = {key: value if isinstance(value, (int, float, str, bool)) else str(value)
+              for key, value in _flat(experiment.model_dump(mode="json")).items()}
+    accelerator.init_trackers("limbeck", config=values)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,51 @@
+"""The learning rate as a function of the optimizer step, and of nothing else: it cannot run at another pace on
+several processes, and resuming it needs no state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up, then cosine (Loshchilov & Hutter 2017), linear, WSD (Hu et al. 2024) or constant.
+
+    Attributes:
+        peak: learning rate after warm-up.
+        steps: optimizer steps of the run.
+        shape: course after warm-up.
+        warmup: share of the run when below 1, number of steps otherwise.
+        decay: share of the run over which `wsd` falls.
+        final: learning rate at the end as a share of the peak.
+    """
+
+    peak: float
+    steps: int
+    shape: str = "cosine"
+    warmup: float = 0.0
+    decay: float = 0.2
+    final: float = 0.0
+
+    @property
+    def warmup_steps(self) -> int:
+        """Warm-up in optimizer steps."""
+        return round(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps))
+        return self.peak * (self.final + (1 - self.final) * self._height(progress, step))
+
+    def _height(self, progress: float, step: int) -> float:
+        """Height above `final`, from 1 after warm-up to 0 at the end."""
+        if self.shape == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        if self.shape == "linear":
+            return 1 - progress
+        if self.shape == "wsd":
+            start = self.steps - round(self.decay * self.steps)
+            return min(1.0, (self.steps - 1 - step) / max(1, self.steps - start)) if step >= start else 1.0
+        return 1.0
