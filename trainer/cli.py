@@ -59,13 +59,10 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], set[str]]:
 
 
 def _messages(error: UserError | ExperimentErrors, source: Source | None) -> str:
-    errors = error.errors if isinstance(error, ExperimentErrors) else [error]
-    origins, place = {}, "command line"
-    if source is not None:
-        origins, place = source.origins, source.file
-    elif hasattr(error.__cause__, "origins"):
-        origins, place = error.__cause__.origins, error.__cause__.file
-    return "\n".join(f"error: {describe(one, origins, place)}" for one in errors)
+    if isinstance(error, ExperimentErrors):
+        return "\n".join(f"error: {describe(one, error.origins, error.place)}" for one in error.errors)
+    origins, place = (source.origins, source.file) if source else ({}, "command line")
+    return f"error: {describe(error, origins, place)}"
 
 
 def _tell(text: str) -> None:

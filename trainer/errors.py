@@ -23,11 +23,17 @@ class UserError(ValueError):
 
 
 class ExperimentErrors(ValueError):
-    """Several mistakes found in one reading of an experiment, shown together."""
+    """Mistakes found in reading an experiment, shown together.
 
-    def __init__(self, errors: list[UserError]):
+    Attributes:
+        errors: the mistakes.
+        origins: where each key that could be read was written, `file:line` or override.
+        place: where the mistakes are, for those whose key has no origin.
+    """
+
+    def __init__(self, errors: list[UserError], origins: dict[tuple[str, ...], str], place: str):
         super().__init__("; ".join(error.problem for error in errors))
-        self.errors = errors
+        self.errors, self.origins, self.place = errors, origins, place
 
 
 class RunFailed(RuntimeError):

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trainer.folder import write_atomically
+
 # On a terminal rich wraps and colours; elsewhere lines stay whole, whatever width the pipe pretends to have.
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), markup=False)
 
@@ -24,8 +26,8 @@ class Metrics:
         if not active:
             return
         kept = [line for line in read_lines(file) if line["step"] <= step] if file.exists() else []
-        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._handle = open(file, "a", encoding="utf-8")
+        write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._handle = file.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; it is in the file when this returns."""

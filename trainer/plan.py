@@ -173,7 +173,8 @@ def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
     console.print(f"\n{title}")
     widths = [min(44, max(len(row[column]) for row in rows)) for column in range(len(rows[0]) - 1)]
     for row in rows:
-        console.print("  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        console.print("  " + "  ".join([*padded, row[-1]]))
 
 
 def _plan_rows(plan: Plan) -> list[tuple[str, str]]:

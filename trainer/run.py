@@ -22,8 +22,17 @@ from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, write_atomically
 from trainer.loop import Trainer
 from trainer.metrics import console, memory_peak, readable
-from trainer.models import (DTYPES, build_student, build_teacher, check_shapes, documents_stay_apart,
-                            fingerprint, quiet_libraries, student_config, teacher_config)
+from trainer.models import (
+    DTYPES,
+    build_student,
+    build_teacher,
+    check_shapes,
+    documents_stay_apart,
+    fingerprint,
+    quiet_libraries,
+    student_config,
+    teacher_config,
+)
 from trainer.plan import Plan, check_batch, count_steps, make_plan, plan_json, show_plan
 from trainer.report import write_report
 
@@ -194,7 +203,8 @@ def _with_teacher(experiment: Experiment, accelerator: Accelerator, text: Text) 
     if experiment.teacher is None or experiment.teacher.train is None:
         return experiment
     own = experiment.as_teacher("")
-    identity = [own.model_dump(mode="json", exclude={"run", "report", "name"}), text.tokenizer.backend_tokenizer.to_str()]
+    identity = [own.model_dump(mode="json", exclude={"run", "report", "name"}),
+                text.tokenizer.backend_tokenizer.to_str()]
     folder = RunFolder(Path(experiment.run.cache) / "teachers" / fingerprint(identity))
     if not folder.student.exists():
         own = experiment.as_teacher(str(folder.path))
@@ -223,7 +233,7 @@ def _reference_logits(experiment: Experiment, model: nn.Module, text: Text, rows
     if dtype is not torch.float32:
         import copy
 
-        model = bake(copy.deepcopy(model)).to(dtype)
+        model = bake(copy.deepcopy(model), dtype)
     model.eval()
     device = next(model.parameters()).device
     inputs = {name: text.held_out[name][:rows, :length].to(device) for name in ("input_ids", "position_ids")}

@@ -48,9 +48,31 @@ def kl_sum(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, 
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(f"student and teacher logits are over {student.shape[-1]} and {teacher.shape[-1]} tokens")
     kept = targets.flatten() != IGNORED
-    log_student = functional.log_softmax(student.flatten(0, -2)[kept].float() / temperature, dim=-1)
-    log_teacher = functional.log_softmax(teacher.flatten(0, -2)[kept].float() / temperature, dim=-1)
-    return temperature**2 * functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return _SoftenedKL.apply(student.flatten(0, -2)[kept], teacher.flatten(0, -2)[kept], temperature)
+
+
+class _SoftenedKL(torch.autograd.Function):
+    """T^2 KL(p || q) with p, q the softened teacher and student, exact also where they nearly agree.
+
+    With d = log p - log q, sum p d loses its digits when d is small: large terms of both signs cancel. Since both
+    sum to one, sum p d = sum p (d + exp(-d) - 1), where no term is negative. The gradient with respect to the
+    student's logits is T (q - p), which is all that is kept for backward.
+    """
+
+    @staticmethod
+    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        log_q = functional.log_softmax(student.float() / temperature, dim=-1)
+        log_p = functional.log_softmax(teacher.float() / temperature, dim=-1)
+        p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+        q_minus_p = torch.where(d.abs() < 1, p * torch.expm1(-d.clamp(-1, 1)), q - p)
+        ctx.save_for_backward(q_minus_p)
+        ctx.temperature, ctx.dtype = temperature, student.dtype
+        return temperature**2 * (p * d + q_minus_p).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (q_minus_p,) = ctx.saved_tensors
+        return (gradient * ctx.temperature * q_minus_p).to(ctx.dtype), None, None
 
 
 @dataclass(frozen=True)

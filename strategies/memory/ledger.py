@@ -72,8 +72,8 @@ def saved_activation_bytes(
 def loss_bytes(batch: int, sequence: int, vocabulary: int, logit_bytes: int, distilled: bool) -> int:
     """Bytes of logits and of what the loss keeps of them, for the untiled loss of this version.
 
-    Cross-entropy keeps fp32 log-probabilities beside the logits; KL adds the teacher's logits and the fp32
-    log-probabilities of both.
+    Cross-entropy keeps fp32 log-probabilities beside the student's logits; KL keeps the fp32 difference of the two
+    distributions beside the teacher's logits.
     """
     values = batch * sequence * vocabulary
-    return values * (logit_bytes + 4) + (values * (logit_bytes + 8) if distilled else 0)
+    return values * (logit_bytes + 4) * (2 if distilled else 1)

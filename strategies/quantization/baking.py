@@ -9,13 +9,18 @@ from strategies.quantization.qat import quantized_layers
 
 
 @torch.no_grad()
-def bake(model: nn.Module) -> nn.Module:
-    """Replace every fake-quantised layer, in place, by a linear layer that holds the quantised values.
+def bake(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Turn a trained model, in place, into the one that is served: quantised values in plain layers, all in `dtype`.
 
-    Full precision is lost for good: this is the model that is served, not one to train on.
+    Only what is saved is cast. `model.to(dtype)` would also round the buffers that a model computes for itself, such
+    as rotary frequencies, which loading leaves in fp32: logits then differ by a percent.
     """
     for _, layer in list(quantized_layers(model)):
         layer.weight.copy_(layer.quantizer.fake_quantize(layer.weight))
         layer.__class__ = nn.Linear
         del layer.quantizer
+    saved = model.state_dict()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     return model

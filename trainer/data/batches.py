@@ -53,6 +53,9 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
 
     Each holds `input_ids`, `position_ids`, `targets` (micro_batch, sequence) and `bytes`, `row` (micro_batch,).
     """
+    if isinstance(rows, StreamedRows):
+        # Inside a worker process `datasets` deals a stream's files out and shuffles them otherwise than in this one.
+        workers = 0
     options = {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0}
     if isinstance(rows, StreamedRows):
         return iter(DataLoader(rows.share(micro_batch, rank, processes, skip), batch_size=None, **options))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset
 
 from trainer.data.encoding import Document, Encoder
 from trainer.data.packing import build_row, cuts, pack
@@ -32,14 +34,13 @@ def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encode
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         ends, total = [], 0
-        handles = {name: open(partial / f"{name}.bin", "wb") for name in FILES}
-        for document in _encoded(documents, encoder):
-            for name, handle in handles.items():
-                handle.write(getattr(document, name).astype(FILES[name]).tobytes())
-            total += len(document.tokens)
-            ends.append(total)
-        for handle in handles.values():
-            handle.close()
+        with ExitStack() as stack:
+            handles = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in FILES}
+            for document in _encoded(documents, encoder):
+                for name, handle in handles.items():
+                    handle.write(getattr(document, name).astype(FILES[name]).tobytes())
+                total += len(document)
+                ends.append(total)
         np.asarray(ends, np.int64).tofile(partial / "ends.bin")
         (partial / "manifest.json").write_text(json.dumps({"documents": len(ends), "tokens": total}))
         if folder.exists():  # another process was faster with the same content
@@ -127,9 +128,10 @@ class StreamedRows(IterableDataset):
         self.micro_batch, self.rank, self.processes, self.skip = 1, 0, 1, 0
 
     def share(self, micro_batch: int, rank: int, processes: int, skip: int) -> StreamedRows:
-        """Yield this process's micro-batches, after the first `skip` rows of the stream."""
-        self.micro_batch, self.rank, self.processes, self.skip = micro_batch, rank, processes, skip
-        return self
+        """The same stream, yielding one process's micro-batches after the first `skip` rows."""
+        shared = copy.copy(self)
+        shared.micro_batch, shared.rank, shared.processes, shared.skip = micro_batch, rank, processes, skip
+        return shared
 
     def rows(self) -> Iterator[dict[str, torch.Tensor]]:
         """All rows of the stream in order; one epoch without shuffling."""
@@ -153,17 +155,13 @@ class StreamedRows(IterableDataset):
             epoch += 1
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        worker = get_worker_info()
-        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
         batch: list[dict[str, torch.Tensor]] = []
-        count = 0
         for number, row in enumerate(self.rows()):
             micro = number // self.micro_batch
             if number < self.skip or micro % self.processes != self.rank:
                 continue
             batch.append(row)
             if len(batch) == self.micro_batch:
-                if count % workers == own:
-                    yield {name: torch.stack([one[name] for one in batch]) for name in batch[0]}
-                count, batch = count + 1, []
+                yield {name: torch.stack([one[name] for one in batch]) for name in batch[0]}
+                batch = []
 

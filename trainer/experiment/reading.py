@@ -47,16 +47,8 @@ def read_experiment(file: str | Path, overrides: list[str] = ()) -> Source:
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:
-        raise ExperimentErrors([_explain(entry) for entry in _distinct(error)]) from _Located(origins, str(file))
+        raise ExperimentErrors([_explain(entry) for entry in _distinct(error)], origins, str(file)) from error
     return Source(experiment, str(file), origins)
-
-
-class _Located(Exception):
-    """Carries the origins of a failed reading to whoever prints the messages."""
-
-    def __init__(self, origins: dict[Key, str], file: str):
-        super().__init__(file)
-        self.origins, self.file = origins, file
 
 
 def describe(error: UserError, origins: dict[Key, str], fallback: str) -> str:
@@ -86,11 +78,7 @@ def _show(value: Any) -> str:
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     def fail(problem: str, way_out: str, line: int | None = None) -> ExperimentErrors:
-        place = f"{file}:{line}" if line else str(file)
-        error = UserError("", problem, way_out=way_out)
-        result = ExperimentErrors([error])
-        result.__cause__ = _Located({}, place)
-        return result
+        return ExperimentErrors([UserError("", problem, way_out=way_out)], {}, f"{file}:{line}" if line else str(file))
 
     try:
         if file.stat().st_size > LARGEST_FILE:
@@ -162,18 +150,14 @@ def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> No
     name, equals, text = override.partition("=")
     place = f"override `{override}`"
     if not equals or not name:
-        error = ExperimentErrors([UserError("", "an override is written key=value",
-                                            way_out="for example optimizer.lr=1e-4")])
-        error.__cause__ = _Located({}, place)
-        raise error
+        raise ExperimentErrors([UserError("", "an override is written key=value",
+                                          way_out="for example optimizer.lr=1e-4")], {}, place)
     key = tuple(name.split("."))
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as problem:
-        error = ExperimentErrors([UserError("", "the value is not valid YAML", value=text,
-                                            way_out="quote it for the shell and for YAML")])
-        error.__cause__ = _Located({}, place)
-        raise error from problem
+        raise ExperimentErrors([UserError("", "the value is not valid YAML", value=text,
+                                          way_out="quote it for the shell and for YAML")], {}, place) from problem
     node = values
     for part in key[:-1]:
         if not isinstance(node.get(part), dict):  # a null or missing node becomes one that can be filled

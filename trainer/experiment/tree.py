@@ -189,7 +189,7 @@ class Data(Node):
     shuffle_buffer: Positive = 1000
     """Documents held for shuffling when streaming; otherwise the whole data set is shuffled."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that prepare batches; the order of samples does not depend on it."""
+    """Processes that prepare batches (streams are read in the training process); the order of samples does not depend on it."""
     tokenizer: Tokenizer = Tokenizer()
     """How text becomes tokens."""
 
@@ -386,7 +386,8 @@ class Experiment(Node):
     def _whole(self) -> Experiment:
         if self.teacher is None and self.student.from_teacher is not None:
             raise UserError("student.from_teacher", "there is no teacher to take layers from",
-                            value=list(self.student.from_teacher), way_out="add `teacher`, or give the student a `path`")
+                            value=list(self.student.from_teacher),
+                            way_out="add `teacher`, or give the student a `path`")
         if self.teacher is None and self.objective.kl:
             raise UserError("objective.kl", "there is no teacher to learn from", value=self.objective.kl,
                             way_out="add `teacher`, or remove `objective.kl`")

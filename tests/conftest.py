@@ -1,0 +1,118 @@
+"""Small real things that many tests use: a corpus, an experiment on it, a way to launch it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True}
+
+
+def sentences(seed: int, count: int) -> str:
+    """Text with something to learn, the same on every machine: a small grammar driven by a fixed generator."""
+    state, lines = seed * 2654435761 % 2**32 + 1, []
+    subjects, verbs = ["cat", "dog", "bird", "fish", "fox"], ["sees", "likes", "finds", "takes"]
+    objects = ["bread", "milk", "corn"]
+    for _ in range(count):
+        words = []
+        for choice in (subjects, verbs, objects):
+            state = (state * 1664525 + 1013904223) % 2**32
+            words.append(choice[(state >> 16) % len(choice)])
+        lines.append(f"The {words[0]} {words[1]} the {words[2]}.")
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of 40 text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(sentences(number, 6 + number % 5))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """One cache for the session, as one user would have it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` written into its nested dictionaries."""
+    result = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+@pytest.fixture
+def write_experiment(corpus, cache, tmp_path):
+    """Writes a tiny experiment, with changes, and returns its file."""
+    def write(name: str = "tiny", **changes: Any) -> Path:
+        values = {
+            "name": name,
+            "student": {"architecture": TINY},
+            "data": {"path": str(corpus), "sequence_length": 32, "tokenizer": {"train_vocabulary": 300},
+                     "validation": {"fraction": 0.1, "rows": 6}},
+            "optimizer": {"lr": 3e-3},
+            "training": {"steps": 4, "batch_size": 8, "micro_batch": 8, "evaluate_every": 4, "checkpoint_every": 4},
+            "report": {"sample_tokens": 4, "prompt": "The"},
+            "run": {"folder": str(tmp_path / name), "cache": str(cache), "threads": 1},
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(merge(values, changes), sort_keys=False))
+        return file
+    return write
+
+
+@pytest.fixture
+def train_here(write_experiment):
+    """Trains a tiny student in this process and returns its trainer: the loop alone, without export and report."""
+    def train(name: str = "tiny", overrides: tuple[str, ...] = (), until: int | None = None, **changes: Any):
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        from trainer.data.dataset import prepare_text
+        from trainer.experiment.reading import read_experiment
+        from trainer.folder import RunFolder
+        from trainer.run import start, train_one
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        experiment = read_experiment(write_experiment(name, **changes), list(overrides)).experiment
+        accelerator = start(experiment)
+        trainer, _ = train_one(experiment, experiment, RunFolder(experiment.folder), accelerator,
+                               prepare_text(experiment))
+        return trainer
+    return train
+
+
+def launch(*arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
+    """`accelerate launch train.py ...` in processes of their own, as a person would on CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    environment = {**os.environ}
+    if processes > 1:
+        environment["ACCELERATE_USE_CPU"] = "true"
+        command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
+                    "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
+                    "--main_process_port", "0"]
+    return subprocess.run([*command, str(ROOT / "train.py"), *arguments], cwd=cwd, env=environment, timeout=timeout,
+                          capture_output=True, text=True)
+
+
+def train_py(*arguments: str, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
+    """`python train.py ...` in a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], cwd=cwd, timeout=timeout,
+                          capture_output=True, text=True)

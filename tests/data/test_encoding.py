@@ -1,0 +1,113 @@
+"""Which tokens are learnt, and how many bytes they stand for."""
+
+import numpy as np
+import pytest
+
+from trainer.data.encoding import Encoder
+from trainer.data.tokenizers import END, load_tokenizer, train_tokenizer
+from trainer.errors import UserError
+from trainer.experiment.tree import Data, Tokenizer
+
+TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}" + END + "\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}")
+# As some reasoning models do: earlier answers are rewritten once another turn follows.
+REWRITES = ("{% for m in messages %}<{{ m['role'] }}>"
+            "{{ m['content'] if loop.last else m['content'][:1] }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    records = [{"text": "a question about cats and the answer, naïve café 日本 🐈"}] * 3
+    train_tokenizer(records, Data(tokenizer=Tokenizer(train_vocabulary=300)), folder)
+    return load_tokenizer("data.tokenizer.path", str(folder), None)
+
+
+def learnt_text(tokenizer, document):
+    return tokenizer.decode(document.tokens[document.learnt].tolist())
+
+
+def test_plain_text_learns_everything_and_its_end(tokenizer):
+    (one,) = Encoder(tokenizer, Data())([{"text": "the cats"}])
+    assert tokenizer.decode(one.tokens.tolist()) == "the cats" + END
+    assert one.learnt.all() and one.tokens[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "日本 🐈🐈 x", "", "\n\n", "a\u0301"])
+def test_bytes_are_exact(tokenizer, text):
+    (one,) = Encoder(tokenizer, Data())([{"text": text}])
+    assert one.bytes.sum() == len(text.encode()) and one.bytes[-1] == 0 and (one.bytes >= 0).all()
+
+
+def test_prompt_is_masked_and_the_answer_with_its_end_is_learnt(tokenizer):
+    encoder = Encoder(tokenizer, Data(prompt="q", response="a"))
+    (one,) = encoder([{"q": "a question", "a": "the answer"}])
+    assert tokenizer.decode(one.tokens.tolist()) == "a question\nthe answer" + END
+    assert learnt_text(tokenizer, one) == "the answer" + END
+    assert one.bytes[one.learnt].sum() == len("the answer")
+
+
+def test_only_the_assistant_is_learnt_in_every_turn(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    try:
+        encoder = Encoder(tokenizer, Data(messages="m"))
+        turns = [("system", "s"), ("user", "u1"), ("assistant", "first"), ("user", "u2"), ("assistant", "second")]
+        (one,) = encoder([{"m": [{"role": role, "content": content} for role, content in turns]}])
+        assert learnt_text(tokenizer, one) == f"first{END}\nsecond{END}\n"
+        assert (one.tokens == tokenizer.eos_token_id).sum() == 5, "the template ends its turns itself"
+        (asked,) = encoder([{"m": [{"role": "user", "content": "u"}]}])
+        assert not asked.learnt.any()
+        prompted = Encoder(tokenizer, Data(prompt="q", response="a"))([{"q": "u", "a": "first"}])[0]
+        assert learnt_text(tokenizer, prompted) == f"first{END}\n"
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_end_is_added_where_the_template_has_none(tokenizer):
+    tokenizer.chat_template = TEMPLATE.replace(END, "")
+    try:
+        (one,) = Encoder(tokenizer, Data(messages="m"))(
+            [{"m": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "yes"}]}])
+        assert one.tokens[-1] == tokenizer.eos_token_id and one.learnt[-1]
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_a_template_that_rewrites_turns_is_refused(tokenizer):
+    tokenizer.chat_template = REWRITES
+    try:
+        turns = [("user", "u"), ("assistant", "long"), ("user", "v"), ("assistant", "again")]
+        with pytest.raises(UserError, match="rewrites earlier turns"):
+            Encoder(tokenizer, Data(messages="m"))([{"m": [{"role": a, "content": b} for a, b in turns]}])
+    finally:
+        tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize(("data", "record", "message"), [
+    (Data(), {"text": None, "body": "x"}, "record 7 has no such field"),
+    (Data(), {"text": 3}, "record 7 has int in this field; expected str"),
+    (Data(prompt="q", response="a"), {"q": "x", "a": None}, "record 7 has no such field"),
+])
+def test_a_record_without_its_field_is_named(tokenizer, data, record, message):
+    with pytest.raises(UserError, match=message):
+        Encoder(tokenizer, data)([record], first=7)
+
+
+def test_chat_needs_a_template(tokenizer):
+    with pytest.raises(UserError, match="no chat template"):
+        Encoder(tokenizer, Data(messages="m"))
+
+
+def test_bos_is_put_first_where_the_tokenizer_does(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    plain = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, tokenizer.bos_token_id)])
+    try:
+        (one,) = Encoder(tokenizer, Data())([{"text": "cats"}])
+        assert one.tokens[0] == tokenizer.bos_token_id and np.array_equal(one.bytes[[0, -1]], [0, 0])
+    finally:
+        if plain is not None:
+            tokenizer.backend_tokenizer.post_processor = plain

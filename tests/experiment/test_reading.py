@@ -1,0 +1,144 @@
+"""A wrong key, value or file: one message with key, place, value and the nearest right name."""
+
+import pytest
+
+from trainer.cli import _messages
+from trainer.errors import ExperimentErrors
+from trainer.experiment.explaining import help_text, resolved_yaml, schema
+from trainer.experiment.reading import all_keys, read_experiment
+from trainer.experiment.tree import Experiment
+
+GOOD = """\
+name: good
+student:
+  architecture: {model_type: llama}
+optimizer:
+  lr: 1e-3
+training: {steps: 10, batch_size: 32, micro_batch: 8}
+"""
+
+
+def message(tmp_path, text: str, *overrides: str) -> str:
+    file = tmp_path / "e.yaml"
+    file.write_text(text)
+    with pytest.raises(ExperimentErrors) as caught:
+        read_experiment(file, list(overrides))
+    return _messages(caught.value, None)
+
+
+def read(tmp_path, text: str, *overrides: str):
+    file = tmp_path / "e.yaml"
+    file.write_text(text)
+    return read_experiment(file, list(overrides))
+
+
+def test_scientific_notation_is_a_number(tmp_path):
+    assert read(tmp_path, GOOD).experiment.optimizer.lr == 1e-3
+
+
+def test_override_wins_and_is_remembered(tmp_path):
+    source = read(tmp_path, GOOD, "optimizer.lr=3e-4", "student.quantization.bits=8")
+    assert source.experiment.optimizer.lr == 3e-4
+    assert source.experiment.student.quantization.bits == 8
+    assert source.origin("optimizer.lr") == "override `optimizer.lr=3e-4`"
+    assert source.origin("training.steps") == f"{tmp_path}/e.yaml:6"
+    assert source.origin("objective.temperature") == "default"
+
+
+@pytest.mark.parametrize(("text", "overrides", "parts"), [
+    (GOOD.replace("  lr", "  lrr"), (),
+     ["e.yaml:5: optimizer.lrr = '1e-3'", "no such key", "did you mean `optimizer.lr`"]),
+    (GOOD, ("data.sequence_lenght=64",), ["override `data.sequence_lenght=64`", "= 64", "`data.sequence_length`"]),
+    (GOOD + "temperature: 3\n", (), ["e.yaml:7: temperature = 3", "did you mean `objective.temperature`"]),
+    (GOOD.replace("1e-3", "fast"), (), ["e.yaml:5: optimizer.lr = 'fast'", "valid number", "Peak learning rate"]),
+    (GOOD.replace("1e-3", "-1"), (), ["e.yaml:5: optimizer.lr = -1", "greater than 0"]),
+    (GOOD, ("optimizer.lr=.inf",), ["optimizer.lr = inf", "finite"]),
+    (GOOD, ("optimizer=3",), ["optimizer = 3", "its keys are name, lr"]),
+    (GOOD, ("precision.dtype=fp8",), ["precision.dtype = 'fp8'", "'fp32', 'bf16' or 'fp16'"]),
+    (GOOD.replace("micro_batch: 8", "micro_batch: 5"), (),
+     ["e.yaml:6: training.micro_batch = 5", "must divide batch_size (32)", "1, 2, 4, 8, 16, 32"]),
+    (GOOD.replace("steps: 10, ", ""), (), ["e.yaml:6: training.steps = None", "exactly one of `steps` and `epochs`"]),
+    (GOOD.replace("training:", "#"), (), ["training", "this key is required", "How long and in which batches"]),
+    (GOOD.replace("  architecture: {model_type: llama}", "  quantization: {bits: 4}"), (),
+     ["e.yaml:2: student", "the student has no origin", "`from_teacher`"]),
+    (GOOD.replace("model_type: llama", "hidden_size: 3"), (), ["student.architecture", "lack `model_type`"]),
+    (GOOD, ("student.from_teacher=[0]", "student.architecture=null"),
+     ["student.from_teacher = [0]", "no teacher to take layers from"]),
+    (GOOD, ("student.from_teacher=[0]",), ["student.from_teacher", "two origins"]),
+    (GOOD, ("teacher.path=x", "student.from_teacher=[2, 1]", "student.architecture=null"),
+     ["student.from_teacher = [2, 1]", "rising order"]),
+    (GOOD, ("objective.kl=0.5",), ["objective.kl = 0.5", "no teacher to learn from"]),
+    (GOOD, ("objective.cross_entropy=0",), ["every weight of the objective is zero"]),
+    (GOOD, ("objective.temperature=0",), ["objective.temperature = 0", "greater than 0"]),
+    (GOOD, ("teacher.dtype=float32",), ["teacher", "neither `path` nor `architecture`"]),
+    (GOOD, ("teacher.architecture={model_type: llama}",), ["teacher.train", "random weights", "train: {steps: 500}"]),
+    (GOOD, ("teacher.path=x", "teacher.train.steps=3"), ["teacher.train", "also to be trained from scratch"]),
+    (GOOD, ("data.prompt=q",), ["data.prompt", "belong together"]),
+    (GOOD, ("data.prompt=q", "data.response=a", "data.messages=m"), ["data.messages = 'm'", "either chat messages"]),
+    (GOOD, ("data.tokenizer.path=x", "data.tokenizer.train_vocabulary=300"), ["both loaded", "keep one"]),
+    (GOOD, ("student.quantization.bits=5",), ["student.quantization.bits = 5", "8 or 4"]),
+    (GOOD, ("name=../up",), ["name = '../up'", "pattern"]),
+    (GOOD + "name: again\n", (), ["e.yaml:7", "name: the key stands twice", "remove one"]),
+    ("name: [\n", (), ["e.yaml:2", "not valid YAML"]),
+    ("", (), ["e.yaml", "the file is empty"]),
+    ("- 1\n", (), ["no `key: value` pairs"]),
+    ("a: &a [*a]\n", (), ["e.yaml:1", "contains itself"]),
+    (GOOD, ("lr",), ["override `lr`", "written key=value"]),
+    (GOOD, ("optimizer.lr=[",), ["override `optimizer.lr=[`", "not valid YAML"]),
+    (GOOD + "!!python/object/apply:os.system ['true']: 1\n", (), ["e.yaml:7"]),
+])
+def test_message(tmp_path, text, overrides, parts):
+    said = message(tmp_path, text, *overrides)
+    for part in parts:
+        assert part in said, said
+
+
+def test_missing_file_names_the_nearest():
+    with pytest.raises(ExperimentErrors) as caught:
+        read_experiment("configs/quikstart.yaml")
+    said = _messages(caught.value, None)
+    assert "configs/quikstart.yaml: cannot read this file" in said
+    assert "did you mean configs/quickstart.yaml?" in said
+
+
+def test_aliases_of_aliases_do_not_exhaust_memory(tmp_path):
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    assert "too many values" in message(tmp_path, bomb)
+
+
+def test_several_mistakes_are_told_together(tmp_path):
+    said = message(tmp_path, GOOD, "optimizer.lr=x", "training.steps=0")
+    assert said.count("error: ") == 2
+
+
+def test_resolved_experiment_reads_back_to_itself(tmp_path):
+    first = read(tmp_path, GOOD, "student.quantization.bits=8", "optimizer.lr=2e-5").experiment
+    file = tmp_path / "resolved.yaml"
+    file.write_text(resolved_yaml(first))
+    assert read_experiment(file).experiment == first
+
+
+def test_frozen(tmp_path):
+    experiment = read(tmp_path, GOOD).experiment
+    with pytest.raises(ValueError, match="frozen"):
+        experiment.optimizer.lr = 1.0
+
+
+def test_every_key_has_its_line_of_help():
+    text = help_text()
+    for key, info in all_keys(Experiment).items():
+        assert info.description and "\n" not in info.description, f"{key} says nothing about itself"
+        assert info.description in text
+
+
+def test_schema_accepts_and_refuses_what_the_reader_does(tmp_path):
+    import jsonschema
+    import yaml
+
+    validator = jsonschema.Draft202012Validator(schema())
+    from tests.conftest import ROOT
+
+    for file in sorted((ROOT / "configs").glob("*.yaml")):
+        assert not list(validator.iter_errors(yaml.safe_load(file.read_text()))), file
+    wrong = yaml.safe_load(GOOD) | {"optimiser": {}}
+    assert list(validator.iter_errors(wrong))
