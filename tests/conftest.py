@@ -101,15 +101,13 @@ def train_here(write_experiment):
 
 def launch(*arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
     """`accelerate launch train.py ...` in processes of their own, as a person would on CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    environment = {**os.environ}
-    if processes > 1:
-        environment["ACCELERATE_USE_CPU"] = "true"
-        command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
-                    "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
-                    "--main_process_port", "0"]
-    return subprocess.run([*command, str(ROOT / "train.py"), *arguments], cwd=cwd, env=environment, timeout=timeout,
-                          capture_output=True, text=True)
+    assert processes in (1, 2)
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py")]
+    if processes == 2:
+        command = [str(ROOT / "launch" / "two_cpu_ranks.sh")]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run([*command, *arguments], cwd=cwd, env=environment, timeout=timeout, capture_output=True,
+                          text=True)
 
 
 def train_py(*arguments: str, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:

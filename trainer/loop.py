@@ -67,7 +67,7 @@ class Trainer:
                 if self.step % settings.evaluate_every == 0 or self.step == self.steps:
                     found = self.evaluate()
                     metrics.write({"step": self.step, "held_out": found})
-                    self.accelerator.log({f"held_out/{name}": value for name, value in found.items()}, self.step)
+                    self._track({f"held_out/{name}": value for name, value in found.items()})
                     ticker.say(f"step {self.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte")
                 if self.step % settings.checkpoint_every == 0 or self.step == self.steps:
                     self.save()
@@ -215,9 +215,12 @@ class Trainer:
         if "nonfinite" in record:
             ticker.say(f"step {self.step}: non-finite loss or gradient, step skipped {record['nonfinite'] or ''}")
         metrics.write({name: _plain(value) for name, value in record.items()})
-        self.accelerator.log({name: value for name, value in record.items() if isinstance(value, (int, float))},
-                             self.step)
+        self._track({name: value for name, value in record.items() if isinstance(value, (int, float))})
         ticker.step(self.step, record)
+
+    def _track(self, values: dict[str, float]) -> None:
+        if self.experiment.run.trackers:  # teacher and control, trained by the way, have none
+            self.accelerator.log(values, self.step)
 
 
 def _plain(value: Any) -> Any:

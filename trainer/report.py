@@ -114,7 +114,7 @@ def _receipt(receipt: dict[str, Any]) -> str:
 
 def _ledger(plan: dict[str, Any]) -> str:
     rows = ["| part | planned bytes per process |", "|---|---:|"]
-    rows += [f"| {name.replace('_', ' ')} | {count:,} |" for name, count in plan["ledger"].items()]
+    rows += [f"| {name.replace('_', ' ')} | {count:,} |" for name, count in plan["ledger"].items() if count]
     measured = plan.get("measured")
     if measured:
         what = {"rss": "resident set of the process at its largest: libraries and data included, not comparable with "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -92,6 +93,10 @@ def carry_out(source: Source) -> Path:
 
 def start(experiment: Experiment) -> Accelerator:
     """Join the launched processes, and make sure that they are what was asked for."""
+    for tracker in experiment.run.trackers:
+        if find_spec(tracker) is None:  # Accelerate would go on without a word
+            raise UserError("run.trackers", f"{tracker} is not installed", value=list(experiment.run.trackers),
+                            way_out=f"pip install '{tracker}', or remove it here; metrics.jsonl is always written")
     accelerator = Accelerator(
         mixed_precision="no",  # precision is ours, the same on every device
         log_with=list(experiment.run.trackers) or None,

@@ -60,7 +60,9 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
     return {
         "bits_per_byte": nats / math.log(2) / max(1, int(held_out["bytes"].sum())),
         "tokens_per_second": tokens / seconds,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        # Scales and shapes of quantised weights are kept as parameters too; they are no weights of the model.
+        "parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
+                          if not name.endswith(("_scale", "_shape", "_zero_point"))),
         "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         "sample": sample(model, which["path"], options, request),
     }

@@ -31,8 +31,8 @@ class Ledger:
         return sum(asdict(self).values())
 
     def rows(self) -> list[tuple[str, int]]:
-        """Parts with their bytes, largest first."""
-        return sorted(asdict(self).items(), key=lambda part: -part[1])
+        """Parts that take any bytes, largest first."""
+        return sorted(((name, count) for name, count in asdict(self).items() if count), key=lambda part: -part[1])
 
 
 def parameter_bytes(model: nn.Module) -> int:

@@ -56,7 +56,9 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
     if isinstance(rows, StreamedRows):
         # Inside a worker process `datasets` deals a stream's files out and shuffles them otherwise than in this one.
         workers = 0
-    options = {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0}
+    # A generator of its own: the loader would draw from the global one, and a resumed run would drop out otherwise.
+    options = {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0,
+               "generator": torch.Generator()}
     if isinstance(rows, StreamedRows):
         return iter(DataLoader(rows.share(micro_batch, rank, processes, skip), batch_size=None, **options))
     sampler = _MicroBatches(Order(len(rows), seed), micro_batch, rank, processes, skip)

@@ -189,7 +189,7 @@ class Data(Node):
     shuffle_buffer: Positive = 1000
     """Documents held for shuffling when streaming; otherwise the whole data set is shuffled."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that prepare batches (streams are read in the training process); the order of samples does not depend on it."""
+    """Processes that prepare batches (a stream is read by the training process); they do not change the order."""
     tokenizer: Tokenizer = Tokenizer()
     """How text becomes tokens."""
 
@@ -331,7 +331,7 @@ class Report(Node):
 
     control: bool = True
     """Also train the same student on the same tokens without its teacher."""
-    prompt: str = "def "
+    prompt: str = "The"
     """Start of the text that every model continues as a sample."""
     sample_tokens: Positive = 64
     """Tokens in a sample."""

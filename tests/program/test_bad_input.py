@@ -1,0 +1,143 @@
+"""Each mistake: exit code 2, one clear message that names the key and the way out, and no half-written run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import TINY, launch, train_py
+
+
+def refused(file, tmp_path, *overrides, parts, folder="tiny"):
+    done = train_py("--config", str(file), *overrides)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1, "one message"
+    assert not (tmp_path / folder).exists(), "a half-written run is left behind"
+    return done
+
+
+def line_of(file, text):
+    return next(number for number, line in enumerate(file.read_text().splitlines(), 1) if text in line)
+
+
+def test_missing_data_file(write_experiment, tmp_path):
+    file = write_experiment(data={"path": "./no/such/file.txt"})
+    refused(file, tmp_path, parts=[f"{file}:{line_of(file, 'path: ./no')}: data.path = './no/such/file.txt'",
+                                   "there is no such file or folder", "-> name an existing path"])
+
+
+def test_empty_data_set(write_experiment, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    refused(write_experiment(data={"path": str(tmp_path / "empty.jsonl")}), tmp_path,
+            parts=["data.path", "the data set is empty", "at least one record"])
+
+
+def test_record_without_the_named_field(write_experiment, tmp_path):
+    records = [{"body": "x y z"}] * 30
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    file = write_experiment(data={"path": str(tmp_path / "records.jsonl")})
+    refused(file, tmp_path, parts=["data.text", "the records have no such field", "their fields are body"])
+    records[17] = {"other": "no body"}
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    refused(file, tmp_path, f"data.path={tmp_path / 'some.jsonl'}", "data.text=body",
+            parts=["override `data.text=body`: data.text = 'body'", "has no such field", "mend or remove the record"])
+
+
+def test_sequence_longer_than_the_models_positions(write_experiment, tmp_path):
+    file = write_experiment(data={"sequence_length": 65})
+    refused(file, tmp_path, parts=["data.sequence_length = 65", "the student knows 64 positions", "use at most 64"])
+
+
+def test_different_vocabularies(write_experiment, tmp_path):
+    file = write_experiment(teacher={"architecture": {**TINY, "vocab_size": 400}, "train": {"steps": 1}},
+                            student={"architecture": {**TINY, "vocab_size": 500}})
+    refused(file, tmp_path, parts=["student", "vocabulary of 500 tokens and the teacher of 400", "one family"])
+
+
+def test_vocabulary_smaller_than_the_tokenizers(write_experiment, tmp_path):
+    file = write_experiment(student={"architecture": {**TINY, "vocab_size": 100}})
+    refused(file, tmp_path, parts=["student.architecture.vocab_size = 100", "the tokenizer has 300 tokens"])
+
+
+def test_unknown_dimension_and_architecture(write_experiment, tmp_path):
+    file = write_experiment(student={"architecture": {**TINY, "hiden_size": 3}})
+    refused(file, tmp_path, parts=[f"{file}:{line_of(file, 'hiden_size')}", "did you mean `hidden_size`?"])
+    refused(file, tmp_path, "student.architecture={model_type: lama}", parts=["'lama'", "did you mean 'llama'?"])
+    refused(file, tmp_path, "student.architecture={model_type: llama, hidden_size: 30, num_attention_heads: 4}",
+            parts=["student.architecture", "not a valid llama architecture"])
+
+
+def test_model_that_is_not_there_or_not_safe(write_experiment, tmp_path):
+    file = write_experiment(student={"architecture": None, "path": "./nowhere"})
+    refused(file, tmp_path, parts=["student.path = './nowhere'", "there is no such folder"])
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text(json.dumps({**TINY, "vocab_size": 300, "architectures": ["LlamaForCausalLM"]}))
+    (pickled / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    refused(file, tmp_path, f"student.path={pickled}", parts=["student.path", "pickled weights only", "safetensors"])
+    refused(file, tmp_path, "student.path=no/such-model", "run.threads=2",
+            parts=["student.path = 'no/such-model'", "cannot load this model", "check the name and the network"])
+
+
+def test_layers_the_teacher_does_not_have(write_experiment, tmp_path):
+    file = write_experiment(teacher={"architecture": TINY, "train": {"steps": 1}},
+                            student={"architecture": None, "from_teacher": [0, 3]})
+    refused(file, tmp_path, parts=["student.from_teacher = [0, 3]", "layers 0 to 2"])
+
+
+def test_group_that_does_not_divide_a_layer(write_experiment, tmp_path):
+    file = write_experiment(student={"quantization": {"bits": 4, "group_size": 24}})
+    refused(file, tmp_path, parts=["student.quantization", "groups of 24 do not divide its 32 inputs", "q_proj"])
+
+
+def test_batch_that_processes_cannot_share(write_experiment, tmp_path):
+    file = write_experiment(training={"batch_size": 9, "micro_batch": 9})
+    done = launch("--config", str(file), processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, "rank 0 only"
+    assert "training.micro_batch = 9: 2 processes with this micro_batch cannot share a batch_size of 9" in done.stderr
+    assert "make batch_size a multiple of 2" in done.stderr
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_epochs_of_a_stream(write_experiment, tmp_path):
+    file = write_experiment(data={"streaming": True}, training={"steps": None, "epochs": 1})
+    refused(file, tmp_path, parts=["training.epochs", "no known length", "training.steps"])
+
+
+def test_folder_that_is_no_run(write_experiment, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("years of work")
+    done = train_py("--config", str(write_experiment()), f"run.folder={tmp_path / 'taken'}")
+    assert done.returncode == 2 and "exists and is not a run folder" in done.stderr
+    assert (tmp_path / "taken" / "thesis.tex").read_text() == "years of work"
+
+
+def test_tracker_that_is_not_installed(write_experiment, tmp_path):
+    file = write_experiment(run={"trackers": ["trackio"]})
+    refused(file, tmp_path, parts=["run.trackers", "trackio is not installed", "pip install 'trackio'"])
+
+
+def test_model_that_cannot_keep_documents_apart(write_experiment, tmp_path):
+    architecture = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 2}
+    file = write_experiment()
+    values = yaml.safe_load(file.read_text())
+    values["student"] = {"architecture": architecture}
+    file.write_text(yaml.safe_dump(values))
+    refused(file, tmp_path, parts=["data.packing = True", "would see each other in the student", "data.packing: false"])
+
+
+@pytest.mark.parametrize("precision", ["fp32"])
+def test_nan_in_the_loss_stops_with_exit_code_1(write_experiment, tmp_path, precision):
+    """Driven to NaN for real, by a learning rate that no model survives."""
+    file = write_experiment(optimizer={"lr": 1e30, "weight_decay": 0}, schedule={"warmup": 0},
+                            training={"steps": 50, "nonfinite_limit": 2, "clip": None})
+    done = train_py("--config", str(file))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "not finite for 2 steps in a row" in done.stderr and "lower optimizer.lr" in done.stderr
+    assert not (tmp_path / "tiny" / "student").exists() and not (tmp_path / "tiny" / "report.md").exists()
+    assert list(Path(tmp_path / "tiny" / "checkpoints").glob("step-*"))

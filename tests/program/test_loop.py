@@ -1,0 +1,193 @@
+"""The loop's promises: a loss that does not depend on how a batch is split, and weights that nothing bad reaches."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from strategies.distillation.response import IGNORED
+from tests.conftest import ROOT, TINY, launch
+from trainer.errors import RunFailed
+from trainer.metrics import read_lines
+
+UNEVEN = {"packing": False, "sequence_length": 64}  # rows of different length: only true token counts are right
+
+
+def losses(trainer) -> list[float]:
+    return [line["loss"] for line in read_lines(trainer.folder.metrics) if "loss" in line]
+
+
+def relative(one, other) -> float:
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+
+
+def test_accumulation_does_not_change_the_loss_curve(train_here):
+    """Silent error 5. Batch of 8 as 8x1, 4x2 (two splits) and 1x8."""
+    curves, weights = {}, {}
+    for micro_batch in (8, 4, 2, 1):
+        trainer = train_here(f"micro{micro_batch}", data=UNEVEN, training={"micro_batch": micro_batch, "steps": 12})
+        assert trainer.accumulation == 8 // micro_batch
+        curves[micro_batch] = losses(trainer)
+        weights[micro_batch] = torch.cat([p.detach().flatten() for p in trainer.unwrapped.parameters()])
+    assert curves[8][-1] < curves[8][0]
+    for micro_batch in (4, 2, 1):
+        assert relative(curves[8], curves[micro_batch]) < 1e-6, micro_batch
+        assert torch.allclose(weights[8], weights[micro_batch], atol=2e-5)
+
+
+def test_two_processes_train_as_one(write_experiment, tmp_path):
+    """Silent errors 4, 5 and 8: real processes through `accelerate launch`, the same losses, schedule and weights."""
+    curves, rates, held_out = {}, {}, {}
+    for name, processes in (("one", 1), ("two", 2)):
+        file = write_experiment(
+            name, data=UNEVEN, training={"steps": 10, "micro_batch": 2, "evaluate_every": 5},
+            teacher={"architecture": TINY, "train": {"steps": 3}}, report={"control": False})
+        done = launch("--config", str(file), processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"{name}: {processes} process(es) on cpu" in done.stdout
+        lines = read_lines(tmp_path / name / "metrics.jsonl")
+        curves[name] = [line["loss"] for line in lines if "loss" in line]
+        rates[name] = [line["learning_rate"] for line in lines if "loss" in line]
+        held_out[name] = [line["held_out"]["bits_per_byte"] for line in lines if "held_out" in line]
+        assert done.stdout.count("step 10/10  loss") == 1, "lines come from rank 0 only"
+    assert relative(curves["one"], curves["two"]) < 1e-6
+    assert relative(held_out["one"], held_out["two"]) < 1e-6
+    assert rates["one"] == rates["two"]
+    plan = json.loads((tmp_path / "two" / "plan.json").read_text())
+    assert plan["processes"] == 2 and plan["accumulation"] == 2
+
+
+def test_golden_losses(train_here):
+    """100 steps in fp32 on CPU against a curve kept in the repository, within 2e-5 relative.
+
+    On one machine they are equal to the last bit; the tolerance is for other processors' kernels.
+    To write them anew after a change that is meant to change them: `python -m tests.program.write_golden`.
+    """
+    golden = json.loads((ROOT / "tests" / "golden" / "losses.json").read_text())
+    trainer = train_here("golden", training={"steps": 100}, student={"quantization": {"bits": 4, "group_size": 16}})
+    found = losses(trainer)
+    assert len(found) == len(golden["loss"]) == 100
+    assert relative(golden["loss"], found) < 2e-5
+    assert found[-1] < 0.6 * found[0]
+
+
+def test_same_seed_is_bitwise_the_same_and_another_is_not(train_here):
+    first, again, other = (losses(train_here(name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_precision_is_what_it_says(train_here, precision):
+    """Nothing is silently something else: matrix products run in the dtype asked for, weights stay fp32."""
+    trainer = train_here(precision, precision={"dtype": precision}, training={"steps": 2})
+    seen = set()
+    layer = trainer.unwrapped.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer.steps = 3
+    trainer.train()
+    assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    assert {parameter.dtype for parameter in trainer.unwrapped.parameters()} == {torch.float32}
+    assert {value.dtype for entry in trainer.optimizer.state.values() for value in entry.values()} == {torch.float32}
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+
+
+def test_fp16_overflow_backs_off_skips_and_goes_on(train_here):
+    """The scale begins far too high: it halves, no such step reaches the weights, then training goes on; it grows."""
+    changes = {"precision": {"dtype": "fp16", "loss_scale": {"initial": 2.0**32, "growth_interval": 4}}}
+    trainer = train_here("overflow", training={"steps": 40}, **changes)
+    lines = [line for line in read_lines(trainer.folder.metrics) if "loss" in line]
+    scales = [line["loss_scale"] for line in lines]
+    skipped = trainer.precision.skipped
+    assert skipped >= 3 and scales[skipped - 1] < 2.0**32 and trainer.precision.growths >= 1
+    assert all("nonfinite" not in line for line in lines), "an overflow of the scale is no failure"
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.unwrapped.parameters())
+    # While every step is skipped the weights do not move: each loss is that of the untouched student on its batch.
+    untouched = losses(train_here("untouched", training={"steps": 3}, optimizer={"lr": 1e-12},
+                                  precision={"dtype": "fp16"}))
+    assert relative(untouched[:3], [line["loss"] for line in lines[:3]]) < 1e-3
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+
+
+def poison(trainer, rows: set[int]):
+    """Make the loss of batches that hold one of these rows NaN, as a bad sample would."""
+    plain = trainer.objective
+
+    class Poisoned:
+        needs_teacher = False
+
+        def __call__(self, student, teacher, targets):
+            loss, terms = plain(student, teacher, targets)
+            if rows & set(trainer.current_rows):
+                loss = loss * float("nan")
+            return loss, terms
+
+    original = trainer._loss
+
+    def loss(batch):
+        trainer.current_rows = batch["row"].tolist()
+        return original(batch)
+
+    trainer.objective, trainer._loss = Poisoned(), loss
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_non_finite_loss_never_reaches_the_weights(train_here, precision):
+    """Silent error 9. One bad row: its step is skipped and logged with its place; the run goes on."""
+    trainer = train_here("nan", training={"steps": 1, "micro_batch": 4}, precision={"dtype": precision})
+    order = [row for batch in _next_rows(trainer) for row in batch]
+    poison(trainer, {order[5]})
+    before = [parameter.detach().clone() for parameter in trainer.unwrapped.parameters()]
+    trainer.steps = 2
+    trainer.train()
+    after = list(trainer.unwrapped.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    line = [line for line in read_lines(trainer.folder.metrics) if "nonfinite" in line][-1]
+    assert line["loss"] == "nan" and line["step"] == 2
+    assert line["nonfinite"] == [{"process": 0, "micro_batch": 1, "rows": order[4:8]}]
+    poison(trainer, set())
+    trainer.steps = 3
+    trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
+
+
+def _next_rows(trainer):
+    """Rows of the micro-batches of the trainer's next step."""
+    batches = trainer._batches()
+    return [next(batches)["row"].tolist() for _ in range(trainer.accumulation)]
+
+
+def test_too_many_non_finite_steps_stop_the_run_with_good_weights(train_here):
+    trainer = train_here("stuck", training={"steps": 2, "nonfinite_limit": 3})
+    poison(trainer, set(range(10_000)))
+    before = [parameter.detach().clone() for parameter in trainer.unwrapped.parameters()]
+    trainer.steps = 20
+    with pytest.raises(RunFailed) as caught:
+        trainer.train()
+    said = str(caught.value)
+    assert "the loss was not finite for 3 steps in a row, last at step 5; process 0, micro-batch 0, rows [" in said
+    assert "optimizer.lr" in said and "checkpoints" in said
+    from safetensors.torch import load_file
+
+    saved = load_file(max(trainer.folder.checkpoints.glob("step-*")) / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
+
+
+def test_clipping_bounds_the_update(train_here):
+    trainer = train_here("clip", training={"steps": 1, "clip": 1e-3})
+    lines = read_lines(trainer.folder.metrics)
+    assert lines[0]["gradient_norm"] > 1e-3, "the norm is logged before clipping"
+    total = torch.cat([entry["exp_avg"].flatten() for entry in trainer.optimizer.state.values()]).norm()
+    assert float(total) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 - beta1) times the clipped gradient
+
+
+def test_targets_of_prompts_are_not_learnt(train_here, tmp_path):
+    records = [{"q": f"what {number}", "a": "yes"} for number in range(20)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    trainer = train_here("prompts", data={"path": str(tmp_path / "records.jsonl"), "prompt": "q", "response": "a"},
+                         training={"steps": 1})
+    batch = next(trainer._batches())
+    tokenizer = trainer.text.tokenizer
+    learnt = {tokenizer.decode([int(token)]) for token in batch["targets"][batch["targets"] != IGNORED]}
+    assert learnt <= set("yes") | {"yes", "ye", "es", tokenizer.eos_token} and tokenizer.eos_token in learnt
