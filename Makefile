@@ -8,7 +8,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-c
 .PHONY: quickstart test setup lint schema clean
 
 quickstart: setup
-	$(BIN)/accelerate launch train.py --config configs/quickstart.yaml
+	$(BIN)/accelerate launch --quiet train.py --config configs/quickstart.yaml
 
 test: setup
 	$(BIN)/ruff check .

@@ -87,14 +87,14 @@ def train_here(write_experiment):
         from trainer.data.dataset import prepare_text
         from trainer.experiment.reading import read_experiment
         from trainer.folder import RunFolder
-        from trainer.run import start, train_one
+        from trainer.run import prepare, start
 
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         experiment = read_experiment(write_experiment(name, **changes), list(overrides)).experiment
         accelerator = start(experiment)
-        trainer, _ = train_one(experiment, experiment, RunFolder(experiment.folder), accelerator,
-                               prepare_text(experiment))
+        trainer = prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, prepare_text(experiment))
+        trainer.train()
         return trainer
     return train
 

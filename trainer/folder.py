@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -47,8 +48,8 @@ class RunFolder:
         if not self.experiment.exists():
             raise UserError("run.folder", "the folder exists and is not a run folder", value=str(self.path),
                             way_out=way_out)
-        theirs = _flat(yaml.safe_load(self.experiment.read_text()))
-        ours = _flat(experiment.model_dump(mode="json"))
+        theirs = flatten(yaml.safe_load(self.experiment.read_text()))
+        ours = flatten(experiment.model_dump(mode="json"))
         changed = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key) and not _free(key)]
         if changed:
             shown = "; ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in changed[:3])
@@ -74,11 +75,17 @@ def write_atomically(file: Path, text: str) -> None:
     os.replace(partial, file)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def fingerprint(values: Any) -> str:
+    """Short hash of plain data, for the names of cached things."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

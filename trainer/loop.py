@@ -167,6 +167,11 @@ class Trainer:
             wait=self.accelerator.wait_for_everyone,
         )
 
+    def release(self) -> None:
+        """Give models and optimizer back, so that the next training of this process finds the memory free."""
+        self.student = self.teacher = self.optimizer = None
+        self.accelerator.free_memory()
+
     # ---- helpers
 
     def _resume(self) -> None:

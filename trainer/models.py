@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from strategies.quantization.qat import prepare
 from trainer.errors import UserError, blame
-from trainer.experiment.tree import Experiment, Model
+from trainer.experiment.nodes import Model
+from trainer.experiment.tree import Experiment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -236,9 +236,3 @@ def quiet_libraries() -> None:
     datasets.logging.set_verbosity_error()
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
 
-
-def fingerprint(values: Any) -> str:
-    """Short hash of plain data, for the names of cached things."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -14,8 +14,9 @@ from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_
 from strategies.quantization.qat import prepare, quantized_layers
 from trainer.errors import UserError, blame
 from trainer.experiment.explaining import resolved_table
+from trainer.experiment.nodes import divisors
 from trainer.experiment.reading import Source
-from trainer.experiment.tree import Experiment, divisors
+from trainer.experiment.tree import Experiment
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, count_parameters
 from trainer.precision import DTYPES as COMPUTE

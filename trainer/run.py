@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -20,7 +24,7 @@ from trainer.data.dataset import Text, prepare_text
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
-from trainer.folder import RunFolder, write_atomically
+from trainer.folder import RunFolder, fingerprint, flatten, write_atomically
 from trainer.loop import Trainer
 from trainer.metrics import console, memory_peak, readable
 from trainer.models import (
@@ -29,12 +33,11 @@ from trainer.models import (
     build_teacher,
     check_shapes,
     documents_stay_apart,
-    fingerprint,
     quiet_libraries,
     student_config,
     teacher_config,
 )
-from trainer.plan import Plan, check_batch, count_steps, make_plan, plan_json, show_plan
+from trainer.plan import check_batch, count_steps, make_plan, plan_json, show_plan
 from trainer.report import write_report
 
 
@@ -75,16 +78,13 @@ def carry_out(source: Source) -> Path:
         say(f"{experiment.name}  {note}")
     _configs(experiment, len(text.tokenizer))
     experiment = _with_teacher(experiment, accelerator, text)
-    trainer, plan = train_one(source.experiment, experiment, folder, accelerator, text)
-    control = RunFolder(folder.control)
+    ours = train_one(source.experiment, experiment, folder, folder.unverified, accelerator, text)
     if experiment.teacher and experiment.objective.build(True).needs_teacher and experiment.report.control:
-        lone = experiment.as_control(str(folder.control))
-        other, _ = train_one(source.experiment.as_control(str(folder.control)), lone, control, accelerator, text)
-        if accelerator.is_main_process:
-            _export(lone, control.student, other, text)
-        del other
+        control = RunFolder(folder.control)
+        asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
+        train_one(asked, lone, control, control.student, accelerator, text)
     if accelerator.is_main_process:
-        compare(experiment, folder, trainer, plan, text, accelerator.device)
+        compare(experiment, folder, ours, text, accelerator.device)
         write_report(folder.path)
         say(f"{experiment.name}: done, see {folder.report}")
     accelerator.end_training()
@@ -101,7 +101,10 @@ def start(experiment: Experiment) -> Accelerator:
         mixed_precision="no",  # precision is ours, the same on every device
         log_with=list(experiment.run.trackers) or None,
         project_dir=experiment.folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # the others wait while the first one tokenises
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
@@ -115,9 +118,31 @@ def start(experiment: Experiment) -> Accelerator:
     return accelerator
 
 
-def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: Text
-              ) -> tuple[Trainer, Plan]:
-    """Train one student to its last step; `asked` is the experiment as its folder remembers it."""
+def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, accelerator: Accelerator,
+              text: Text) -> torch.Tensor:
+    """Train one student to its last step, export it to the folder `student`, and give its memory back.
+
+    `asked` is the experiment as its run folder remembers it; in `experiment` the teacher has weights. Returns the
+    logits that the exported student has to reproduce, on the main process.
+    """
+    trainer = prepare(asked, experiment, folder, accelerator, text)
+    trainer.train()
+    logits = torch.empty(0)
+    if accelerator.is_main_process:
+        peak, kind = memory_peak(accelerator.device)
+        plan = json.loads(folder.plan.read_text())
+        write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
+        model = trainer.unwrapped
+        write_folder(student, model, text.tokenizer, DTYPES[experiment.export.dtype], dict(quantized_layers(model)))
+        logits = _reference_logits(experiment, model, text)
+    trainer.release()
+    accelerator.wait_for_everyone()
+    return logits
+
+
+def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: Text
+            ) -> Trainer:
+    """Plan a run, build its models, check them, claim its folder, and put it where its last checkpoint left it."""
     folder.check(asked)
     teacher_shape, student_shape = _configs(experiment, len(text.tokenizer))
     rows = len(text.train) if hasattr(text.train, "__len__") else None
@@ -138,37 +163,29 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, acce
         if experiment.run.trackers:
             _start_trackers(accelerator, asked)
     accelerator.wait_for_everyone()
-    trainer = Trainer(experiment, folder, accelerator, text, student, teacher, steps)
-    trainer.train()
-    if accelerator.is_main_process:
-        peak, kind = memory_peak(accelerator.device)
-        measured = {**plan.to_dict(), "measured": {"memory_peak": peak, "kind": kind}}
-        write_atomically(folder.plan, json.dumps(measured, indent=2) + "\n")
-    return trainer, plan
+    return Trainer(experiment, folder, accelerator, text, student, teacher, steps)
 
 
-def compare(experiment: Experiment, folder: RunFolder, trainer: Trainer, plan: Plan, text: Text,
-            device: torch.device) -> None:
-    """Export the student, have a fresh process load it beside teacher and control, and write its receipt.
+def compare(experiment: Experiment, folder: RunFolder, ours: torch.Tensor, text: Text, device: torch.device) -> None:
+    """Have a fresh process load the exported student beside teacher and control, and write the receipt.
+
+    Args:
+        ours: (rows, length, vocabulary) logits of the student in training, on the first held-out rows.
 
     Raises:
         RunFailed: the reloaded student is not the trained one; it stays in `.student.unverified`.
     """
-    model = trainer.unwrapped
-    rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
-    _export(experiment, folder.unverified, trainer, text)
     models = {"student": {"path": str(folder.unverified), "compare": True}}
     if experiment.teacher is not None:
         models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
                              "dtype": experiment.teacher.dtype}
     if RunFolder(folder.control).student.exists():
         models["control"] = {"path": str(RunFolder(folder.control).student)}
-    ours = _reference_logits(experiment, model, text, rows, length)
     console.print(f"{experiment.name}: reloading in a fresh process and comparing")
     try:
         found, logits = ask_client(
             models, text.held_out, device=device.type, threads=torch.get_num_threads(),
-            micro_batch=experiment.training.micro_batch, logit_rows=rows, logit_length=length,
+            micro_batch=experiment.training.micro_batch, logit_rows=ours.shape[0], logit_length=ours.shape[1],
             prompt=experiment.report.prompt, sample_tokens=experiment.report.sample_tokens,
             tokenizer=str(folder.unverified))
     except RuntimeError as error:
@@ -177,7 +194,7 @@ def compare(experiment: Experiment, folder: RunFolder, trainer: Trainer, plan: P
         path = Path(models[name]["path"])
         entry["bytes_on_disk"] = bytes_on_disk(path) if path.is_dir() else entry["parameter_bytes"]
     receipt = make_receipt(found["student"], ours, logits["student"], bytes_on_disk(folder.unverified),
-                           plan.parameters["student"], experiment.export.tolerance)
+                           experiment.export.tolerance)
     receipt.write(folder.unverified / "receipt.json")
     if not receipt.holds:
         raise RunFailed(f"the reloaded student differs from the trained one by {receipt.largest_difference:.3g} "
@@ -186,8 +203,6 @@ def compare(experiment: Experiment, folder: RunFolder, trainer: Trainer, plan: P
                         "safe; raise export.tolerance only if you know why they may differ")
     write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")
     if folder.student.exists():
-        import shutil
-
         shutil.rmtree(folder.student)
     os.rename(folder.unverified, folder.student)
     console.print(f"{experiment.name}: receipt: {readable(receipt.bytes_on_disk)} on disk, "
@@ -213,31 +228,22 @@ def _with_teacher(experiment: Experiment, accelerator: Accelerator, text: Text) 
     folder = RunFolder(Path(experiment.run.cache) / "teachers" / fingerprint(identity))
     if not folder.student.exists():
         own = experiment.as_teacher(str(folder.path))
-        trainer, _ = train_one(own, own, folder, accelerator, text)
-        if accelerator.is_main_process:
-            _export(own, folder.student, trainer, text)
-        accelerator.wait_for_everyone()
+        train_one(own, own, folder, folder.student, accelerator, text)
     elif accelerator.is_main_process:
         console.print(f"{experiment.name}: teacher from the cache, {folder.path}")
     teacher = experiment.teacher.model_copy(update={"path": str(folder.student), "train": None, "architecture": None})
     return experiment.model_copy(update={"teacher": teacher})
 
 
-def _export(experiment: Experiment, folder: Path, trainer: Trainer, text: Text) -> None:
-    model = trainer.unwrapped
-    write_folder(folder, model, text.tokenizer, DTYPES[experiment.export.dtype], dict(quantized_layers(model)))
-
-
 @torch.no_grad()
-def _reference_logits(experiment: Experiment, model: nn.Module, text: Text, rows: int, length: int) -> torch.Tensor:
-    """Logits of the trained model on held-out rows, in the dtype of the export, on the CPU.
+def _reference_logits(experiment: Experiment, model: nn.Module, text: Text) -> torch.Tensor:
+    """(rows, length, vocabulary) logits of the trained model on the first held-out rows, in the dtype of the export.
 
     In float32 it is the model as it trained, fake quantisation and all; it is baked and cast only for other dtypes.
     """
+    rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
     dtype = DTYPES[experiment.export.dtype]
     if dtype is not torch.float32:
-        import copy
-
         model = bake(copy.deepcopy(model), dtype)
     model.eval()
     device = next(model.parameters()).device
@@ -246,10 +252,8 @@ def _reference_logits(experiment: Experiment, model: nn.Module, text: Text, rows
 
 
 def _start_trackers(accelerator: Accelerator, experiment: Experiment) -> None:
-    from trainer.folder import _flat
-
     values = {key: value if isinstance(value, (int, float, str, bool)) else str(value)
-              for key, value in _flat(experiment.model_dump(mode="json")).items()}
+              for key, value in flatten(experiment.model_dump(mode="json")).items()}
     accelerator.init_trackers("limbeck", config=values)
 
 

@@ -108,12 +108,12 @@ def _plain_environment() -> dict[str, str]:
 
 
 def make_receipt(found: dict[str, Any], ours: torch.Tensor, theirs: torch.Tensor, bytes_on_disk: int,
-                 parameters: int, tolerance: float) -> Receipt:
+                 tolerance: float) -> Receipt:
     """Compare logits (rows, length, vocabulary) of the model in training with those of the reloaded file."""
     difference = (ours.float() - theirs.float()).abs()
     return Receipt(
         bytes_on_disk=bytes_on_disk,
-        parameters=parameters,
+        parameters=found["parameters"],
         bits_per_byte=found["bits_per_byte"],
         tokens_per_second=found["tokens_per_second"],
         largest_difference=float(difference.max()),

@@ -17,7 +17,7 @@ from trainer.data.encoding import Encoder
 from trainer.data.rows import PackedRows, StreamedRows, encode_to
 from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
-from trainer.models import fingerprint
+from trainer.folder import fingerprint
 
 VERSION = 1  # of what is cached; raised when encoding changes
 

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import UserError
-from trainer.experiment.tree import Data
+from trainer.experiment.nodes import Data
 
 Span = tuple[int, int]
 

@@ -13,7 +13,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from trainer.errors import UserError
-from trainer.experiment.tree import Data
+from trainer.experiment.nodes import Data
 
 PYTHON_LIBRARY = "python-library"
 BUILDERS = {".txt": "text", ".md": "text", ".rst": "text", ".py": "text", ".jsonl": "json", ".json": "json",

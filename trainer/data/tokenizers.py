@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from trainer.data.sources import Documents, fields
 from trainer.errors import UserError
-from trainer.experiment.tree import Data, Experiment
+from trainer.experiment.nodes import Data
+from trainer.experiment.tree import Experiment
 
 END = "<|endoftext|>"
 TRAINING_DOCUMENTS = 2000  # enough text for a vocabulary; the rest would only take time

@@ -1,0 +1,357 @@
+"""The nodes of the experiment tree: every key a person can write, its meaning in one line, its default, its limits.
+
+A node that stands for one object builds it: `experiment.optimizer.build(parameters)`. Heavy imports stay inside
+`build`, so that reading, checking and explaining an experiment takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.errors import UserError
+
+if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
+    from collections.abc import Iterable
+
+    import torch
+
+    from strategies.distillation.response import ResponseObjective
+    from strategies.quantization.quantizer import WeightQuantizer
+    from trainer.precision import MixedPrecision
+    from trainer.schedule import LearningRate
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Node(BaseModel):
+    """A frozen part of the experiment; a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TeacherTraining(Node):
+    """How to make the teacher when there is none: train it on the experiment's data, once, and cache it."""
+
+    steps: Positive = 500
+    """Optimizer steps of the teacher's own training."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    """Peak learning rate of the teacher's own training."""
+
+
+class Model(Node):
+    """A causal language model from a hub id or local folder (`path`), or from its dimensions (`architecture`)."""
+
+    path: str | None = None
+    """Hub id or local folder holding `config.json` and safetensors weights."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub id."""
+    architecture: dict[str, Any] | None = None
+    """Dimensions as transformers names them, with `model_type`; beside `path` they let `--dry-run` work offline."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: nothing from a file is executed."""
+
+    @model_validator(mode="after")
+    def _model_type(self) -> Model:
+        if self.architecture is not None and not isinstance(self.architecture.get("model_type"), str):
+            raise UserError(
+                "architecture", "the dimensions lack `model_type`", value=self.architecture,
+                way_out="name the transformers architecture, for example `model_type: llama`",
+            )
+        return self
+
+
+class Teacher(Model):
+    """The large model that is learnt from."""
+
+    dtype: Dtype = "float32"
+    """Number format the teacher's weights are held in."""
+    train: TeacherTraining | None = None
+    """Train the teacher from its `architecture` first, when it has no `path`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Teacher:
+        if self.path is None and self.architecture is None:
+            raise UserError("", "the teacher has neither `path` nor `architecture`",
+                            way_out="name a hub id or local folder in `path`, or give `architecture` and `train`")
+        if self.path is None and self.train is None:
+            raise UserError("train", "a teacher made from its `architecture` alone has random weights",
+                            way_out="add `train: {steps: 500}` to train it first, or name its weights in `path`")
+        if self.path is not None and self.train is not None:
+            raise UserError("train", "the teacher has weights (`path`) and is also to be trained from scratch",
+                            way_out="remove `path` or `train`")
+        return self
+
+
+class Quantization(Node):
+    """Quantisation-aware training: integer weights with one scale per output channel or per group of inputs."""
+
+    bits: Literal[8, 4] = 4
+    """Bits per weight."""
+    group_size: Positive | None = None
+    """Neighbouring input weights that share a scale; null gives one scale per output channel."""
+    ignore: tuple[str, ...] = ("lm_head",)
+    """Name patterns (shell wildcards) of linear layers that stay in full precision."""
+
+    def build(self, scale_dtype: torch.dtype) -> WeightQuantizer:
+        from strategies.quantization.quantizer import WeightQuantizer
+
+        return WeightQuantizer(bits=self.bits, group_size=self.group_size, scale_dtype=scale_dtype)
+
+
+class Student(Model):
+    """The small model that is trained and handed back."""
+
+    from_teacher: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Start from these layers of the teacher (0 is the first), with its embeddings and head."""
+    quantization: Quantization | None = None
+    """Train with quantised weights and export them bit-packed; null keeps full precision."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Student:
+        if self.from_teacher is not None and (self.path or self.architecture):
+            raise UserError("from_teacher", "the student has two origins: layers of the teacher, and its own model",
+                            way_out="keep either `from_teacher` or `path`/`architecture`")
+        if self.from_teacher is not None and (not self.from_teacher or sorted(set(self.from_teacher)) != list(
+                self.from_teacher)):
+            raise UserError("from_teacher", "the layers must be listed once each, in rising order",
+                            value=list(self.from_teacher), way_out="for example `from_teacher: [0, 2, 5]`")
+        if self.from_teacher is None and not self.path and not self.architecture:
+            raise UserError("", "the student has no origin",
+                            way_out="give `from_teacher` (layers), `path` (weights) or `architecture` (dimensions)")
+        return self
+
+
+class Tokenizer(Node):
+    """How text becomes tokens. By default the teacher's own tokenizer, or else the student's."""
+
+    path: str | None = None
+    """Hub id or local folder of a tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub id."""
+    train_vocabulary: Annotated[int, Field(ge=257)] | None = None
+    """Train a byte-level BPE of this many tokens on the training text, once, and cache it."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Tokenizer:
+        if self.path and self.train_vocabulary:
+            raise UserError("train_vocabulary", "the tokenizer is both loaded (`path`) and trained",
+                            value=self.train_vocabulary, way_out="keep one of the two")
+        return self
+
+
+class Validation(Node):
+    """Held-out documents, never trained on, that bits per byte is measured on."""
+
+    path: str | None = None
+    """Where they are; null takes them from the training data."""
+    split: str | None = None
+    """Split of a hub data set to hold out, instead of a share of the training split."""
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of training documents held out, when neither `path` nor `split` is given."""
+    rows: Positive = 64
+    """At most this many sequences are evaluated each time."""
+
+
+class Data(Node):
+    """The text that is trained on: where it is, which fields hold it, and how it becomes sequences."""
+
+    path: str = "python-library"
+    """Hub id, local folder, file or glob (text, JSONL, Parquet), or `python-library`: this interpreter's own source."""
+    name: str | None = None
+    """Configuration of a hub data set that has several."""
+    split: str = "train"
+    """Split of a hub data set that is trained on."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub id."""
+    text: str = "text"
+    """Field that holds plain text, when neither `messages` nor `prompt` is given."""
+    messages: str | None = None
+    """Field that holds chat messages, a list of {role, content}; only the assistant's are learnt."""
+    prompt: str | None = None
+    """Field that holds an instruction; it is read but not learnt."""
+    response: str | None = None
+    """Field that holds the answer to `prompt`; only it is learnt."""
+    validation: Validation = Validation()
+    """Held-out documents."""
+    max_documents: Positive | None = None
+    """Use only this many documents."""
+    sequence_length: Annotated[int, Field(gt=1)] = 512
+    """Tokens per sequence."""
+    packing: bool = True
+    """Put several documents into a sequence, blind to each other; false gives each its own padded sequence."""
+    streaming: bool = False
+    """Read, tokenise and pack while training, for data that does not fit in memory or on disk."""
+    shuffle_buffer: Positive = 1000
+    """Documents held for shuffling when streaming; otherwise the whole data set is shuffled."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that prepare batches (a stream is read by the training process); they do not change the order."""
+    tokenizer: Tokenizer = Tokenizer()
+    """How text becomes tokens."""
+
+    @model_validator(mode="after")
+    def _fields(self) -> Data:
+        if (self.prompt is None) != (self.response is None):
+            raise UserError("prompt" if self.prompt else "response", "`prompt` and `response` belong together",
+                            way_out="name both fields, or neither")
+        if self.messages and self.prompt:
+            raise UserError("messages", "a record is either chat messages or a prompt and a response",
+                            value=self.messages, way_out="remove `messages`, or `prompt` and `response`")
+        return self
+
+
+class Objective(Node):
+    """What the student minimises: a weighted sum of cross-entropy and the divergence from its teacher."""
+
+    cross_entropy: Weight = 1.0
+    """Weight of the cross-entropy with the text's own next token (survey eq. 16)."""
+    kl: Weight | None = None
+    """Weight of KL(teacher || student) times temperature squared (survey eq. 15-16); null: 1 with a teacher, else 0."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    """Divides teacher and student logits in the KL term; above 1 it softens both."""
+
+    def build(self, teacher: bool) -> ResponseObjective:
+        from strategies.distillation.response import ResponseObjective
+
+        kl = float(teacher) if self.kl is None else self.kl
+        return ResponseObjective(cross_entropy=self.cross_entropy, kl=kl, temperature=self.temperature)
+
+
+class Optimizer(Node):
+    """AdamW (Loshchilov & Hutter 2019), fused; no weight decay on vectors (norms and biases)."""
+
+    name: Literal["adamw"] = "adamw"
+    """Which optimizer."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Weight = 0.1
+    """Decoupled weight decay of matrices."""
+
+    def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        from strategies.optimizers.adamw import adamw
+
+        return adamw(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+
+
+class Schedule(Node):
+    """How the learning rate moves over the run, counted in optimizer steps whatever the number of processes."""
+
+    shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Course after warm-up; `wsd` is constant, then linear decay over the last `decay` share."""
+    warmup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
+    """Linear warm-up: a share of the run when below 1, a number of steps otherwise."""
+    decay: Fraction = 0.2
+    """Share of the run over which `wsd` decays."""
+    final: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+    def build(self, peak: float, steps: int) -> LearningRate:
+        from trainer.schedule import LearningRate
+
+        return LearningRate(peak=peak, steps=steps, shape=self.shape, warmup=self.warmup, decay=self.decay,
+                            final=self.final)
+
+
+class LossScale(Node):
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, section 3.2)."""
+
+    initial: Annotated[float, Field(gt=0)] = 65536.0
+    """Scale at the first step."""
+    growth_interval: Positive = 2000
+    """Steps without overflow after which the scale doubles; an overflow halves it and skips the step."""
+
+
+class Precision(Node):
+    """Number format of forward and backward; weights and their updates stay fp32 (survey eq. 24)."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, bf16, or fp16 with dynamic loss scaling; the same on CPU and GPU."""
+    loss_scale: LossScale = LossScale()
+    """Used by fp16 only."""
+
+    def build(self, device_type: str) -> MixedPrecision:
+        from trainer.precision import MixedPrecision
+
+        return MixedPrecision(self.dtype, device_type, initial_scale=self.loss_scale.initial,
+                              growth_interval=self.loss_scale.growth_interval)
+
+
+class Training(Node):
+    """How long, in which batches, and what is checked on the way."""
+
+    steps: Positive | None = None
+    """Optimizer steps; null takes as many as `epochs` needs."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data, when `steps` is null."""
+    batch_size: Positive = 32
+    """Sequences per optimizer step, over all processes."""
+    micro_batch: Positive = 8
+    """Sequences per forward pass in one process; the rest of the batch is accumulated."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient over all weights; null does not clip."""
+    evaluate_every: Positive = 100
+    """Optimizer steps between evaluations on held-out text."""
+    checkpoint_every: Positive = 200
+    """Optimizer steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: Positive = 2
+    """Checkpoints kept; an older one is removed only after a newer one is safe."""
+    nonfinite_limit: Positive = 5
+    """Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops."""
+
+    @model_validator(mode="after")
+    def _length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError("steps", "give exactly one of `steps` and `epochs`", value=self.steps,
+                            way_out="for example `steps: 1000` with `epochs` left out")
+        if self.batch_size % self.micro_batch:
+            raise UserError("micro_batch", f"micro_batch must divide batch_size ({self.batch_size})",
+                            value=self.micro_batch, way_out=f"try {divisors(self.batch_size)}")
+        return self
+
+
+class Export(Node):
+    """The student's file: a transformers folder, integer weights bit-packed in the compressed-tensors format."""
+
+    dtype: Dtype = "float32"
+    """Number format of what is not quantised, and of the scales."""
+    tolerance: Annotated[float, Field(ge=0)] = 1e-5
+    """Largest allowed logit difference, as a share of the largest logit, between training and the reloaded file."""
+
+
+class Report(Node):
+    """What `report.md` compares."""
+
+    control: bool = True
+    """Also train the same student on the same tokens without its teacher."""
+    prompt: str = "The"
+    """Start of the text that every model continues as a sample."""
+    sample_tokens: Positive = 64
+    """Tokens in a sample."""
+
+
+class Run(Node):
+    """Where a run lives and what it tells; none of it changes what is learnt."""
+
+    folder: str | None = None
+    """Run folder; null is `runs/<name>`. Started again on the same folder, a run resumes."""
+    cache: str = "runs/cache"
+    """Folder for what runs share: tokenised data, trained tokenizers and teachers."""
+    log_every: Positive = 10
+    """Optimizer steps between log lines (metrics.jsonl has every step)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also log to these, through Accelerate."""
+    threads: Positive | None = None
+    """CPU threads per process; null shares the machine's cores between its processes."""
+
+
+def divisors(number: int) -> str:
+    """The divisors of `number` in words, for messages."""
+    return ", ".join(str(candidate) for candidate in range(1, number + 1) if number % candidate == 0)
