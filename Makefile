@@ -8,7 +8,7 @@ CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-c
 .PHONY: quickstart test setup lint schema clean
 
 quickstart: setup
-	$(BIN)/accelerate launch --quiet train.py --config configs/quickstart.yaml
+	$(BIN)/accelerate launch --quiet --config_file launch/one_process.yaml train.py --config configs/quickstart.yaml
 
 test: setup
 	$(BIN)/ruff check .
@@ -17,7 +17,9 @@ test: setup
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints-cpu.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[test]'
 	touch $@
 

@@ -12,7 +12,8 @@ def one_step(precision, parameter, optimizer, factor):
     precision.scale((parameter * factor).sum()).backward()
     precision.unscale(optimizer)
     gradient = parameter.grad.clone()
-    precision.step(optimizer, bool(torch.isfinite(gradient).all()))
+    finite = bool(torch.isfinite(gradient).all())
+    precision.step(optimizer, finite, precision.overflowed(True, finite))
     return gradient
 
 

@@ -47,7 +47,7 @@ def test_readme_opens_with_the_two_commands_and_its_files_exist():
 
 def test_make_targets_do_what_the_readme_shows_as_plain_commands():
     dry = subprocess.run(["make", "-n", "quickstart", "test"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert "accelerate launch --quiet train.py --config configs/quickstart.yaml" in dry and "/pytest" in dry
+    assert "accelerate launch" in dry and "train.py --config configs/quickstart.yaml" in dry and "/pytest" in dry
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 

@@ -33,6 +33,8 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         wait: a barrier over all processes.
     """
     final = folder / NAME.format(step)
+    if final.exists():  # this step is saved; writing it again would only put it at risk
+        return final
     partial = folder / f".{final.name}.partial"
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -48,7 +50,6 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     if rank == 0:
         for file in [*partial.iterdir(), partial]:
             _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         _sync(folder)
         for old in sorted(folder.glob("step-*"))[:-keep]:

@@ -35,6 +35,16 @@ def train(arguments: list[str]) -> int:
     except RunFailed as error:
         _tell(f"error: {error}")
         return FAILURE
+    except OSError as error:
+        _tell(f"error: cannot read or write {error.filename or 'a file'}: {error.strerror or error}\n"
+              "  -> check the path, its permissions and the free space; start the same command again to go on")
+        return FAILURE
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _tell(f"error: the device is out of memory: {error}\n  -> lower training.micro_batch (the loss stays the same) "
+              "or data.sequence_length; --dry-run shows where the bytes go")
+        return FAILURE
     except KeyboardInterrupt:
         _tell("interrupted; start the same command again to go on from the last checkpoint")
         return 130
@@ -53,6 +63,8 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], set[str]]:
             raise UserError("", f"no such option: {argument}", way_out="see train.py --help")
         else:
             overrides.append(argument)
+    if "--json" in flags and "--dry-run" not in flags:
+        raise UserError("", "--json goes with --dry-run", way_out="add --dry-run to print the plan as JSON")
     if file is None:
         raise UserError("", "no experiment given", way_out="pass one, for example --config configs/quickstart.yaml")
     return file, overrides, flags
@@ -86,7 +98,11 @@ def limbeck(arguments: list[str]) -> int:
     match arguments:
         case ["schema", *file] if len(file) < 2:
             text = json.dumps(schema(), indent=2) + "\n"
-            Path(file[0]).write_text(text) if file else print(text, end="")
+            try:
+                Path(file[0]).write_text(text) if file else print(text, end="")
+            except OSError as error:
+                _tell(f"error: cannot write {file[0]}: {error.strerror}")
+                return USER_ERROR
         case ["report", folder]:
             from trainer.report import write_report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,8 +16,11 @@ from trainer.experiment.explaining import resolved_yaml
 from trainer.experiment.tree import Experiment
 
 # What a continued run may change: where it is kept, what it tells, how often it looks. None of it changes the weights.
+# A micro-batch splits the same sum otherwise; with dropout it draws otherwise, which is as good.
 FREE = ("run", "report", "training.evaluate_every", "training.checkpoint_every", "training.keep_checkpoints",
-        "data.workers", "export.tolerance")
+        "training.micro_batch", "data.workers", "export.tolerance")
+
+_LOCKS: dict[Path, Any] = {}  # held by this process; the system releases them when it ends
 
 
 class RunFolder:
@@ -42,7 +46,9 @@ class RunFolder:
 
     def check(self, experiment: Experiment) -> None:
         """Raise `UserError` if the folder belongs to another experiment or is not a run folder."""
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError("run.folder", "this is a file", value=str(self.path), way_out="name a folder")
+        if not self.path.exists() or all(entry.name.startswith(".") for entry in self.path.iterdir()):
             return
         way_out = "choose another `run.folder` or `name`, or move this folder away"
         if not self.experiment.exists():
@@ -50,7 +56,8 @@ class RunFolder:
                             way_out=way_out)
         theirs = flatten(yaml.safe_load(self.experiment.read_text()))
         ours = flatten(experiment.model_dump(mode="json"))
-        changed = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key) and not _free(key)]
+        changed = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key) and not _free(key)
+                   and not (key.endswith(".revision") and ours.get(key) is None)]  # it was resolved when it began
         if changed:
             shown = "; ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in changed[:3])
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -58,11 +65,30 @@ class RunFolder:
                             value=str(self.path), way_out=way_out)
 
     def claim(self, experiment: Experiment, plan: dict[str, Any]) -> None:
-        """Make the folder, with the resolved experiment and the plan."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder, with the resolved experiment and the plan; on the main process.
+
+        Raises:
+            UserError: another process is using the folder.
+        """
+        self.lock(wait=False)
+        if not self.experiment.exists():
+            write_atomically(self.experiment, f"# Resolved by Limbeck: every value, defaults included.\n"
+                             f"{resolved_yaml(experiment)}")
         write_atomically(self.plan, json.dumps(plan, indent=2) + "\n")
-        write_atomically(self.experiment, f"# Resolved by Limbeck: every value, defaults included.\n"
-                         f"{resolved_yaml(experiment)}")
+
+    def lock(self, wait: bool) -> None:
+        """Keep other runs out of the folder until this process ends, however it ends."""
+        if self.path in _LOCKS:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            handle.close()
+            raise UserError("run.folder", "another run is using this folder now", value=str(self.path),
+                            way_out="wait for it to end, or choose another `run.folder` or `name`") from error
+        _LOCKS[self.path] = handle
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -89,6 +115,12 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def learnt_from(experiment: Experiment) -> dict[str, Any]:
+    """The values of an experiment that decide its weights, by dotted key."""
+    values = flatten(experiment.model_dump(mode="json"))
+    return {key: value for key, value in values.items() if key != "name" and not _free(key)}
 
 
 def _free(key: str) -> bool:

@@ -128,11 +128,9 @@ class Trainer:
         limit = self.experiment.training.clip
         norm = float(self.accelerator.clip_grad_norm_(self.student.parameters(), limit or math.inf))
         good = loss_finite and math.isfinite(norm)
-        if good or self.precision.overflowed(loss_finite, math.isfinite(norm)):
-            self.nonfinite = 0
-        else:
-            self.nonfinite += 1
-        self.precision.step(self.optimizer, good)
+        overflow = self.precision.overflowed(loss_finite, math.isfinite(norm))
+        self.nonfinite = 0 if good or overflow else self.nonfinite + 1
+        self.precision.step(self.optimizer, good, overflow)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -141,7 +139,8 @@ class Trainer:
         """Bits per byte and cross-entropy per token (nats) on held-out rows, the same on any number of processes."""
         rows, size = self.text.held_out, self.experiment.training.micro_batch
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        wide = torch.float32 if self.accelerator.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+        sums = torch.zeros(2, dtype=wide, device=self.accelerator.device)
         self.student.eval()
         for begin in range(0, len(rows["input_ids"]), size * processes):
             part = slice(begin + rank * size, begin + (rank + 1) * size)
@@ -152,7 +151,7 @@ class Trainer:
             inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
             with self.precision.autocast():
                 logits = self.student(**inputs).logits
-            sums[0] += cross_entropy_sum(logits, batch["targets"]).double()
+            sums[0] += cross_entropy_sum(logits, batch["targets"]).to(wide)
             sums[1] += (batch["targets"] != IGNORED).sum()
         self.student.train()
         nats, tokens = (float(value) for value in self._total(sums))

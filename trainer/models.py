@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -115,7 +116,7 @@ def _reach(auto: Any, model: Model, key: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(model.path, revision=model.revision or "main",
                                     trust_remote_code=model.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{key}.path", f"cannot load this model: {_first_line(error)}", value=model.path,
                         way_out=_load_hint(folder, error)) from error
 
@@ -126,7 +127,7 @@ def _load_hint(folder: Path, error: Exception) -> str:
     if folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
         return "the folder has pickled weights only; convert them to safetensors, nothing else is loaded"
     if folder.is_dir():
-        return "the folder must hold config.json and model.safetensors"
+        return "the folder must hold config.json and whole safetensors files (with git, `git lfs pull` fetches them)"
     return "check the name and the network; `architecture` with `train` needs neither"
 
 
@@ -152,8 +153,10 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
     if student.path is not None:
         model = _load(student, "student", config, torch.float32)
     else:
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(tokenizer, name))
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        # A padding token gets no gradient as input; where it is also the end of a sequence, that must not be.
+        same = tokenizer.pad_token_id == tokenizer.eos_token_id
+        config.pad_token_id = None if same else tokenizer.pad_token_id
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if student.from_teacher is not None:
             assert teacher is not None
@@ -165,7 +168,13 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
 
 
 def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    return _reach(AutoModelForCausalLM, model, key, config=config, dtype=dtype, use_safetensors=True)
+    loaded, info = _reach(AutoModelForCausalLM, model, key, config=config, dtype=dtype, use_safetensors=True,
+                          output_loading_info=True)
+    if info["missing_keys"]:  # transformers fills them with random numbers
+        raise UserError(f"{key}.path", f"the weights lack {len(info['missing_keys'])} tensors, for example "
+                        f"{sorted(info['missing_keys'])[0]}", value=model.path,
+                        way_out="name a complete causal language model")
+    return loaded
 
 
 def copy_layers(teacher: nn.Module, student: nn.Module, layers: tuple[int, ...]) -> None:

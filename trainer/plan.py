@@ -137,8 +137,11 @@ def exported_bytes(student: torch.nn.Module, dtype: torch.dtype) -> int:
     return total
 
 
-def _activations(experiment: Experiment, config: PretrainedConfig, compute: torch.dtype) -> int:
-    """Saved for backward, counted on fake tensors; the fake-quantised weights that products keep are in it."""
+def _activations(experiment: Experiment, config: PretrainedConfig, compute: torch.dtype) -> int | None:
+    """Saved for backward, counted on fake tensors; the fake-quantised weights that products keep are in it.
+
+    None where the model cannot run without data (some mixtures of experts): that is no reason not to train it.
+    """
     quantization = experiment.student.quantization
 
     def build() -> torch.nn.Module:
@@ -147,8 +150,11 @@ def _activations(experiment: Experiment, config: PretrainedConfig, compute: torc
             prepare(model, quantization.build(DTYPES[experiment.export.dtype]), quantization.ignore)
         return model
 
-    return saved_activation_bytes(build, experiment.training.micro_batch, experiment.data.sequence_length,
-                                  None if compute is torch.float32 else compute)
+    try:
+        return saved_activation_bytes(build, experiment.training.micro_batch, experiment.data.sequence_length,
+                                      None if compute is torch.float32 else compute)
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _learning_rates(experiment: Experiment, steps: int | None, points: int = 41) -> list[tuple[int, float]]:
@@ -167,6 +173,8 @@ def show_plan(source: Source, plan: Plan) -> None:
     _print_columns("Ledger: bytes per process in a training step", [
         (name.replace("_", " "), f"{count:>15,}", readable(count))
         for name, count in [*plan.ledger.rows(), ("total", plan.ledger.total)]])
+    if plan.ledger.activations is None:
+        console.print("  activations are not in it: this architecture cannot be run without data")
 
 
 def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:

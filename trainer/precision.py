@@ -51,15 +51,15 @@ class MixedPrecision:
         if self._scaler:
             self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
-        """Update the weights if the gradients are finite, and move the loss scale."""
+    def step(self, optimizer: torch.optim.Optimizer, finite: bool, overflow: bool) -> None:
+        """Update the weights if the gradients are finite, and move the loss scale; count an overflow as skipped."""
         if finite:
             optimizer.step()
         if self._scaler:
             before = self.loss_scale
             self._scaler.update()
             self.growths += self.loss_scale > before
-            self.skipped += not finite
+            self.skipped += overflow
 
     def overflowed(self, loss_finite: bool, gradient_finite: bool) -> bool:
         """Whether a non-finite gradient only means that the loss scale was too large."""

@@ -14,7 +14,7 @@ from trainer.metrics import read_lines, readable
 
 COLOURS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
 MEANING = {"teacher": "the large model", "student": "distilled from the teacher",
-           "control": "same student, same tokens, no teacher"}
+           "control": "same start, same tokens, cross-entropy only"}
 
 
 def write_report(path: Path) -> Path:
@@ -24,7 +24,7 @@ def write_report(path: Path) -> Path:
         UserError: the folder is no finished run.
     """
     folder = RunFolder(path)
-    for file in (folder.experiment, folder.metrics, folder.comparison, folder.receipt):
+    for file in (folder.experiment, folder.plan, folder.metrics, folder.comparison, folder.receipt):
         if not file.exists():
             raise UserError("", f"not a finished run: {file.name} is missing",
                             way_out="pass a run folder whose training has ended, for example runs/quickstart")
@@ -73,10 +73,12 @@ def _verdict(found: dict[str, Any], receipt: dict[str, Any]) -> str:
         ratio = found["teacher"]["bytes_on_disk"] / receipt["bytes_on_disk"]
         lines.append(f"It is {ratio:.1f} times smaller than its teacher, which needs "
                      f"{found['teacher']['bits_per_byte']:.4f}.")
+        if student["bits_per_byte"] < found["teacher"]["bits_per_byte"]:
+            lines.append("It is better than its teacher because it went on learning from the text itself.")
     if "control" in found:
         gap = found["control"]["bits_per_byte"] - student["bits_per_byte"]
         side = "fewer" if gap > 0 else "more"
-        lines.append(f"Trained on the same tokens without a teacher, it needs "
+        lines.append(f"The same student, trained from the same start on the same tokens by cross-entropy alone, needs "
                      f"{found['control']['bits_per_byte']:.4f}: the teacher's help came to {abs(gap):.4f} bits per "
                      f"byte {side}, in this one run.")
     return " ".join(lines)

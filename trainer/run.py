@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -24,9 +24,9 @@ from trainer.data.dataset import Text, prepare_text
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
-from trainer.folder import RunFolder, fingerprint, flatten, write_atomically
+from trainer.folder import RunFolder, fingerprint, flatten, learnt_from, write_atomically
 from trainer.loop import Trainer
-from trainer.metrics import console, memory_peak, readable
+from trainer.metrics import console, read_lines, readable
 from trainer.models import (
     DTYPES,
     build_student,
@@ -72,19 +72,20 @@ def carry_out(source: Source) -> Path:
     check_batch(experiment, accelerator.num_processes)
     say(f"{experiment.name}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"{experiment.precision.dtype}")
+    say(f"{experiment.name}: reading and tokenising {experiment.data.path}")
     with accelerator.main_process_first():
         text = prepare_text(experiment)
     for note in text.notes:
         say(f"{experiment.name}  {note}")
     _configs(experiment, len(text.tokenizer))
     experiment = _with_teacher(experiment, accelerator, text)
-    ours = train_one(source.experiment, experiment, folder, folder.unverified, accelerator, text)
+    trained, exported = train_one(source.experiment, experiment, folder, folder.unverified, accelerator, text)
     if experiment.teacher and experiment.objective.build(True).needs_teacher and experiment.report.control:
         control = RunFolder(folder.control)
         asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
         train_one(asked, lone, control, control.student, accelerator, text)
     if accelerator.is_main_process:
-        compare(experiment, folder, ours, text, accelerator.device)
+        compare(experiment, folder, trained, exported, text, accelerator.device)
         write_report(folder.path)
         say(f"{experiment.name}: done, see {folder.report}")
     accelerator.end_training()
@@ -111,6 +112,12 @@ def start(experiment: Experiment) -> Accelerator:
         raise RunFailed(f"the launcher started {launched} processes but they train as {accelerator.num_processes}: "
                         "each would train alone.\n  -> on CPU set ACCELERATE_USE_CPU=true and pass --multi_gpu to "
                         "accelerate launch, as launch/two_cpu_ranks.sh does")
+    plain = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if not plain or accelerator.gradient_accumulation_steps != 1 or accelerator.scaler is not None:
+        raise RunFailed("accelerate's own configuration asks for something that this version leaves to the experiment "
+                        f"file ({accelerator.distributed_type.value}, gradient accumulation "
+                        f"{accelerator.gradient_accumulation_steps}).\n  -> launch with --config_file "
+                        "launch/one_process.yaml, or a file of your own that names processes and machines only")
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets one thread where it finds no GPU, which would leave the other cores idle.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
@@ -119,25 +126,27 @@ def start(experiment: Experiment) -> Accelerator:
 
 
 def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, accelerator: Accelerator,
-              text: Text) -> torch.Tensor:
+              text: Text) -> tuple[torch.Tensor, torch.Tensor]:
     """Train one student to its last step, export it to the folder `student`, and give its memory back.
 
-    `asked` is the experiment as its run folder remembers it; in `experiment` the teacher has weights. Returns the
-    logits that the exported student has to reproduce, on the main process.
+    `asked` is the experiment as its run folder remembers it; in `experiment` the teacher has weights. Returns, on
+    the main process, logits on held-out rows: of the model in training, and of the same in the dtype of its export.
     """
     trainer = prepare(asked, experiment, folder, accelerator, text)
     trainer.train()
-    logits = torch.empty(0)
+    trained = exported = torch.empty(0)
     if accelerator.is_main_process:
-        peak, kind = memory_peak(accelerator.device)
+        lines = [line for line in read_lines(folder.metrics) if "memory_peak" in line]
+        peak, kind = max(line["memory_peak"] for line in lines), lines[-1]["memory_kind"]
         plan = json.loads(folder.plan.read_text())
         write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
         model = trainer.unwrapped
         write_folder(student, model, text.tokenizer, DTYPES[experiment.export.dtype], dict(quantized_layers(model)))
-        logits = _reference_logits(experiment, model, text)
+        trained = _logits(model, text)
+        exported = _logits(bake(copy.deepcopy(model), DTYPES[experiment.export.dtype]), text)
     trainer.release()
     accelerator.wait_for_everyone()
-    return logits
+    return trained, exported
 
 
 def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: Text
@@ -150,7 +159,12 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
     assert steps is not None, "the length of the data is known once it is tokenised"
     plan = make_plan(experiment, teacher_shape, student_shape, processes=accelerator.num_processes,
                      device=accelerator.device.type, rows=rows)
-    teacher = build_teacher(experiment, teacher_shape) if teacher_shape is not None else None
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    asks = experiment.objective.build(teacher_shape is not None).needs_teacher
+    teacher = None
+    if teacher_shape is not None and (asks or experiment.student.from_teacher is not None):
+        teacher = build_teacher(experiment, teacher_shape)
     student = build_student(experiment, student_shape, teacher, text.tokenizer)
     if experiment.data.packing:
         for key, model in (("student", student), ("teacher", teacher)):
@@ -158,34 +172,38 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
                 raise UserError("data.packing", f"documents packed into one sequence would see each other in the {key} "
                                 f"({type(model).__name__}): it does not keep them apart by position", value=True,
                                 way_out="set `data.packing: false`")
+    if experiment.run.trackers:
+        _start_trackers(accelerator, asked)
     if accelerator.is_main_process:
-        folder.claim(asked, plan.to_dict())
-        if experiment.run.trackers:
-            _start_trackers(accelerator, asked)
+        folder.claim(_with_revisions(asked, teacher_shape, student_shape), plan.to_dict())
     accelerator.wait_for_everyone()
     return Trainer(experiment, folder, accelerator, text, student, teacher, steps)
 
 
-def compare(experiment: Experiment, folder: RunFolder, ours: torch.Tensor, text: Text, device: torch.device) -> None:
+def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, exported: torch.Tensor, text: Text,
+            device: torch.device) -> None:
     """Have a fresh process load the exported student beside teacher and control, and write the receipt.
 
     Args:
-        ours: (rows, length, vocabulary) logits of the student in training, on the first held-out rows.
+        trained: (rows, length, vocabulary) logits of the fake-quantised student in training, on held-out rows.
+        exported: the same in the dtype of the export, which the file has to reproduce.
 
     Raises:
         RunFailed: the reloaded student is not the trained one; it stays in `.student.unverified`.
     """
-    models = {"student": {"path": str(folder.unverified), "compare": True}}
+    trust = experiment.student.trust_remote_code
+    models = {"student": {"path": str(folder.unverified), "compare": True, "trust_remote_code": trust}}
     if experiment.teacher is not None:
         models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
-                             "dtype": experiment.teacher.dtype}
+                             "dtype": experiment.teacher.dtype,
+                             "trust_remote_code": experiment.teacher.trust_remote_code}
     if RunFolder(folder.control).student.exists():
-        models["control"] = {"path": str(RunFolder(folder.control).student)}
+        models["control"] = {"path": str(RunFolder(folder.control).student), "trust_remote_code": trust}
     console.print(f"{experiment.name}: reloading in a fresh process and comparing")
     try:
         found, logits = ask_client(
             models, text.held_out, device=device.type, threads=torch.get_num_threads(),
-            micro_batch=experiment.training.micro_batch, logit_rows=ours.shape[0], logit_length=ours.shape[1],
+            micro_batch=experiment.training.micro_batch, logit_rows=exported.shape[0], logit_length=exported.shape[1],
             prompt=experiment.report.prompt, sample_tokens=experiment.report.sample_tokens,
             tokenizer=str(folder.unverified))
     except RuntimeError as error:
@@ -193,7 +211,7 @@ def compare(experiment: Experiment, folder: RunFolder, ours: torch.Tensor, text:
     for name, entry in found.items():
         path = Path(models[name]["path"])
         entry["bytes_on_disk"] = bytes_on_disk(path) if path.is_dir() else entry["parameter_bytes"]
-    receipt = make_receipt(found["student"], ours, logits["student"], bytes_on_disk(folder.unverified),
+    receipt = make_receipt(found["student"], trained, exported, logits["student"], bytes_on_disk(folder.unverified),
                            experiment.export.tolerance)
     receipt.write(folder.unverified / "receipt.json")
     if not receipt.holds:
@@ -222,10 +240,11 @@ def _with_teacher(experiment: Experiment, accelerator: Accelerator, text: Text) 
     """The experiment with a teacher that has weights: one that is to be trained is trained once, and cached."""
     if experiment.teacher is None or experiment.teacher.train is None:
         return experiment
-    own = experiment.as_teacher("")
-    identity = [own.model_dump(mode="json", exclude={"run", "report", "name"}),
-                text.tokenizer.backend_tokenizer.to_str()]
+    identity = [learnt_from(experiment.as_teacher("")), text.identity]
     folder = RunFolder(Path(experiment.run.cache) / "teachers" / fingerprint(identity))
+    if accelerator.is_main_process and not folder.student.exists():
+        folder.lock(wait=True)  # another run may be making this very teacher
+    accelerator.wait_for_everyone()
     if not folder.student.exists():
         own = experiment.as_teacher(str(folder.path))
         train_one(own, own, folder, folder.student, accelerator, text)
@@ -236,15 +255,9 @@ def _with_teacher(experiment: Experiment, accelerator: Accelerator, text: Text) 
 
 
 @torch.no_grad()
-def _reference_logits(experiment: Experiment, model: nn.Module, text: Text) -> torch.Tensor:
-    """(rows, length, vocabulary) logits of the trained model on the first held-out rows, in the dtype of the export.
-
-    In float32 it is the model as it trained, fake quantisation and all; it is baked and cast only for other dtypes.
-    """
+def _logits(model: nn.Module, text: Text) -> torch.Tensor:
+    """(rows, length, vocabulary) fp32 logits on the first held-out rows, without autocast, on the CPU."""
     rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
-    dtype = DTYPES[experiment.export.dtype]
-    if dtype is not torch.float32:
-        model = bake(copy.deepcopy(model), dtype)
     model.eval()
     device = next(model.parameters()).device
     inputs = {name: text.held_out[name][:rows, :length].to(device) for name in ("input_ids", "position_ids")}
@@ -254,7 +267,20 @@ def _reference_logits(experiment: Experiment, model: nn.Module, text: Text) -> t
 def _start_trackers(accelerator: Accelerator, experiment: Experiment) -> None:
     values = {key: value if isinstance(value, (int, float, str, bool)) else str(value)
               for key, value in flatten(experiment.model_dump(mode="json")).items()}
-    accelerator.init_trackers("limbeck", config=values)
+    try:
+        accelerator.init_trackers("limbeck", config=values)
+    except Exception as error:  # each tracker has errors of its own, a missing login for example
+        raise UserError("run.trackers", f"a tracker could not start: {error}", value=list(experiment.run.trackers),
+                        way_out="log in to it, or remove it; metrics.jsonl is always written") from error
+
+
+def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> Experiment:
+    """The experiment with the hub's commit of each model, so that it loads the same when a branch has moved."""
+    for key, config in (("teacher", teacher), ("student", student)):
+        model, commit = getattr(experiment, key), getattr(config, "_commit_hash", None)
+        if model is not None and model.path is not None and commit:
+            experiment = experiment.model_copy(update={key: model.model_copy(update={"revision": commit})})
+    return experiment
 
 
 def _cores() -> int:

@@ -17,7 +17,7 @@ class LearningRate:
         shape: course after warm-up.
         warmup: share of the run when below 1, number of steps otherwise.
         decay: share of the run over which `wsd` falls.
-        final: learning rate at the end as a share of the peak.
+        final: learning rate that is come to after the last step, as a share of the peak: no step is taken at zero.
     """
 
     peak: float
@@ -36,7 +36,7 @@ class LearningRate:
         """Learning rate of optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps))
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         return self.peak * (self.final + (1 - self.final) * self._height(progress, step))
 
     def _height(self, progress: float, step: int) -> float:
@@ -47,5 +47,5 @@ class LearningRate:
             return 1 - progress
         if self.shape == "wsd":
             start = self.steps - round(self.decay * self.steps)
-            return min(1.0, (self.steps - 1 - step) / max(1, self.steps - start)) if step >= start else 1.0
+            return (self.steps - step) / max(1, self.steps - start) if step >= start else 1.0
         return 1.0

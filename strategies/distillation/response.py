@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+CHUNK = 16 * 2**20  # bytes of fp32 logits worked on at a time, small enough to stay near a processor's caches
 IGNORED = -100  # target of a position that is not learnt: prompt, padding, last token of a document
 
 
@@ -47,8 +48,8 @@ def kl_sum(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, 
     """
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(f"student and teacher logits are over {student.shape[-1]} and {teacher.shape[-1]} tokens")
-    kept = targets.flatten() != IGNORED
-    return _SoftenedKL.apply(student.flatten(0, -2)[kept], teacher.flatten(0, -2)[kept], temperature)
+    kept = torch.argwhere(targets.flatten() != IGNORED)[:, 0]
+    return _SoftenedKL.apply(student.flatten(0, -2), teacher.flatten(0, -2), kept, temperature)
 
 
 class _SoftenedKL(torch.autograd.Function):
@@ -56,23 +57,30 @@ class _SoftenedKL(torch.autograd.Function):
 
     With d = log p - log q, sum p d loses its digits when d is small: large terms of both signs cancel. Since both
     sum to one, sum p d = sum p (d + exp(-d) - 1), where no term is negative. The gradient with respect to the
-    student's logits is T (q - p), which is all that is kept for backward.
+    student's logits is T (q - p), which is all that is kept for backward, one fp32 number per logit; everything else
+    lives for `CHUNK` bytes at a time.
     """
 
     @staticmethod
-    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-        log_q = functional.log_softmax(student.float() / temperature, dim=-1)
-        log_p = functional.log_softmax(teacher.float() / temperature, dim=-1)
-        p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
-        q_minus_p = torch.where(d.abs() < 1, p * torch.expm1(-d.clamp(-1, 1)), q - p)
-        ctx.save_for_backward(q_minus_p)
+    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor, temperature: float
+                ) -> torch.Tensor:
+        gradient = torch.zeros(student.shape, dtype=torch.float32, device=student.device)
+        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        for rows in kept.split(max(1, CHUNK // (4 * student.shape[-1]))):
+            log_q = functional.log_softmax(student[rows].float() / temperature, dim=-1)
+            log_p = functional.log_softmax(teacher[rows].float() / temperature, dim=-1)
+            p, d = log_p.exp(), log_p - log_q
+            q_minus_p = torch.where(d.abs() < 1, p * torch.expm1(-d.clamp(-1, 1)), log_q.exp() - p)
+            total += (p * d + q_minus_p).sum()
+            gradient[rows] = q_minus_p
+        ctx.save_for_backward(gradient)
         ctx.temperature, ctx.dtype = temperature, student.dtype
-        return temperature**2 * (p * d + q_minus_p).sum()
+        return temperature**2 * total
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (q_minus_p,) = ctx.saved_tensors
-        return (gradient * ctx.temperature * q_minus_p).to(ctx.dtype), None, None
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (upstream * ctx.temperature * gradient).to(ctx.dtype), None, None, None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import time
 from typing import Any
@@ -37,7 +38,8 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
     """Bits per byte, tokens per second, parameters and a sample of one model; its logits, where they are wanted."""
     options = {"revision": which["revision"]} if which.get("revision") else {}
     model = AutoModelForCausalLM.from_pretrained(
-        which["path"], dtype=which.get("dtype", "auto"), use_safetensors=True, trust_remote_code=False, **options
+        which["path"], dtype=which.get("dtype", "auto"), use_safetensors=True,
+        trust_remote_code=which.get("trust_remote_code", False), **options
     ).to(request["device"]).eval()
     if which.get("logits"):
         rows, length = request["logit_rows"], request["logit_length"]
@@ -45,27 +47,31 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
                   which["logits"])
     else:
         logits_of(model, held_out, slice(0, 1), None)  # packed weights unpack at the first call: not what is timed
-    nats, tokens, seconds = 0.0, 0, 0.0
+    nats, speeds = 0.0, []
     for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
         part = slice(begin, begin + request["micro_batch"])
         started = time.perf_counter()
         logits = logits_of(model, held_out, part, None)
-        if request["device"] != "cpu":
+        if request["device"] == "cuda":
             torch.cuda.synchronize()
-        seconds += time.perf_counter() - started
+        speeds.append(part_tokens(held_out, part) / (time.perf_counter() - started))
         targets = held_out["targets"][part].to(logits.device)
         nats += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
                                                         ignore_index=IGNORED, reduction="sum"))
-        tokens += targets.numel()
     return {
         "bits_per_byte": nats / math.log(2) / max(1, int(held_out["bytes"].sum())),
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": statistics.median(speeds),
         # Scales and shapes of quantised weights are kept as parameters too; they are no weights of the model.
         "parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
                           if not name.endswith(("_scale", "_shape", "_zero_point"))),
         "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         "sample": sample(model, which["path"], options, request),
     }
+
+
+def part_tokens(held_out: dict[str, torch.Tensor], rows: slice) -> int:
+    """Tokens in some held-out rows."""
+    return held_out["input_ids"][rows].numel()
 
 
 def logits_of(model: Any, held_out: dict[str, torch.Tensor], rows: slice, length: int | None) -> torch.Tensor:

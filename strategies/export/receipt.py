@@ -27,10 +27,12 @@ class Receipt:
         parameters: weights, tied ones once.
         bits_per_byte: of held-out text, by the reloaded file.
         tokens_per_second: of a forward pass by the reloaded file.
-        largest_difference: between logits of the reloaded file and of the model in training, over `tokens_compared`.
+        largest_difference: between logits of the reloaded file and of the student in the dtype of the export.
         mean_difference: the mean of the same.
+        difference_from_training: largest difference from the fake-quantised model in training, in fp32; the same as
+            `largest_difference` in a float32 export, and the rounding of everything else in a half-precision one.
         largest_logit: to see the difference in proportion.
-        argmax_agreement: share of positions where both predict the same token.
+        argmax_agreement: share of positions where file and model in training predict the same token.
         tokens_compared: positions compared.
         tolerance: largest difference allowed, as a share of `largest_logit`.
         versions: libraries that loaded it.
@@ -42,6 +44,7 @@ class Receipt:
     tokens_per_second: float
     largest_difference: float
     mean_difference: float
+    difference_from_training: float
     largest_logit: float
     argmax_agreement: float
     tokens_compared: int
@@ -107,10 +110,19 @@ def _plain_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in names and not name.startswith(prefixes)}
 
 
-def make_receipt(found: dict[str, Any], ours: torch.Tensor, theirs: torch.Tensor, bytes_on_disk: int,
-                 tolerance: float) -> Receipt:
-    """Compare logits (rows, length, vocabulary) of the model in training with those of the reloaded file."""
-    difference = (ours.float() - theirs.float()).abs()
+def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.Tensor, theirs: torch.Tensor,
+                 bytes_on_disk: int, tolerance: float) -> Receipt:
+    """Compare logits of the reloaded file with those of the student.
+
+    Args:
+        found: what the client measured.
+        trained: (rows, length, vocabulary) logits of the fake-quantised model in training.
+        exported: the same in the dtype of the export; equal to `trained` in float32.
+        theirs: the same of the reloaded file.
+        bytes_on_disk: of the weight files.
+        tolerance: largest difference from `exported` allowed, as a share of the largest logit.
+    """
+    difference = (exported - theirs).abs()
     return Receipt(
         bytes_on_disk=bytes_on_disk,
         parameters=found["parameters"],
@@ -118,9 +130,10 @@ def make_receipt(found: dict[str, Any], ours: torch.Tensor, theirs: torch.Tensor
         tokens_per_second=found["tokens_per_second"],
         largest_difference=float(difference.max()),
         mean_difference=float(difference.mean()),
-        largest_logit=float(ours.abs().max()),
-        argmax_agreement=float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        tokens_compared=ours.shape[0] * ours.shape[1],
+        difference_from_training=float((trained - theirs).abs().max()),
+        largest_logit=float(exported.abs().max()),
+        argmax_agreement=float((trained.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        tokens_compared=trained.shape[0] * trained.shape[1],
         tolerance=tolerance,
         versions={name: version(name) for name in ("torch", "transformers", "compressed-tensors", "safetensors")},
     )

@@ -16,19 +16,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes per process of one training step."""
+    """Bytes per process of one training step; `activations` is None where the architecture cannot be counted."""
 
     weights: int
     gradients: int
     optimizer_state: int
     teacher: int
-    activations: int
+    activations: int | None
     loss: int
 
     @property
     def total(self) -> int:
         """Sum of all parts: nearly the peak, which comes when the loss turns back, before temporaries."""
-        return sum(asdict(self).values())
+        return sum(count for count in asdict(self).values() if count)
 
     def rows(self) -> list[tuple[str, int]]:
         """Parts that take any bytes, largest first."""

@@ -100,10 +100,10 @@ def test_interrupted_export_leaves_nothing_that_looks_finished(tmp_path):
 def test_receipt_holds_only_within_tolerance(tmp_path):
     ours = torch.randn(1, 4, 10)
     found = {"bits_per_byte": 1.0, "tokens_per_second": 2.0, "parameters": 5}
-    same = make_receipt(found, ours, ours.clone(), 10, 1e-5)
+    same = make_receipt(found, ours, ours, ours.clone(), 10, 1e-5)
     assert same.holds and same.largest_difference == 0 and same.argmax_agreement == 1
-    assert not make_receipt(found, ours, ours + 0.01, 10, 1e-5).holds
-    assert not make_receipt(found, ours, ours * float("nan"), 10, 1e-5).holds, "NaN is no agreement"
+    assert not make_receipt(found, ours, ours, ours + 0.01, 10, 1e-5).holds
+    assert not make_receipt(found, ours, ours, ours * float("nan"), 10, 1e-5).holds, "NaN is no agreement"
     same.write(tmp_path / "receipt.json")
     assert json.loads((tmp_path / "receipt.json").read_text())["holds"] is True
     assert isinstance(same, Receipt)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data import sources, tokenizers
 from trainer.data.batches import Order
 from trainer.data.encoding import Encoder
-from trainer.data.rows import PackedRows, StreamedRows, encode_to
+from trainer.data.rows import PackedRows, StreamedRows, encode_to, keep_one
 from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
 from trainer.folder import fingerprint
@@ -29,12 +29,14 @@ class Text:
     Attributes:
         tokenizer: the tokenizer of teacher and student.
         train: training rows.
+        identity: short hash of the training text and how it was tokenised.
         held_out: (rows, sequence) tensors `input_ids`, `position_ids`, `targets`, and (rows,) `bytes`.
         notes: what a person should know: how full the rows are, what was cut off.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train: PackedRows | StreamedRows
+    identity: str
     held_out: dict[str, torch.Tensor]
     notes: list[str]
 
@@ -55,9 +57,10 @@ def prepare_text(experiment: Experiment) -> Text:
         if not (folder / "tokenizer.json").exists():
             partial = folder.with_name(f".{folder.name}-{os.getpid()}")
             tokenizers.train_tokenizer(corpus.train, data, partial)
-            os.rename(partial, folder)
+            keep_one(partial, folder)
         origin = ("data.tokenizer", str(folder), None)
     tokenizer = tokenizers.load_tokenizer(*origin)
+    tokenizers.check_models(experiment, tokenizer)
     encoder = Encoder(tokenizer, data)
     plain = not (data.messages or data.prompt)
     shape = {"capacity": data.sequence_length, "packing": data.packing, "plain": plain,
@@ -69,13 +72,13 @@ def prepare_text(experiment: Experiment) -> Text:
         if not held_out:
             raise UserError("data.validation", "the held-out documents have no token to learn",
                             way_out="name held-out text in `data.validation.path`")
-        return Text(tokenizer, train, _stack(held_out), [])
+        return Text(tokenizer, train, fingerprint(data.model_dump(mode="json")), _stack(held_out), [])
     train = _rows(corpus.train, encoder, cache, "data", shape)
     validation = _rows(corpus.validation, encoder, cache, "data.validation", shape)
     # Packing sorts rows by the length of their documents, so a fair sample is drawn, the same for every seed.
     order = Order(len(validation), seed=0)
     held_out = [validation[order[index]] for index in range(min(len(validation), data.validation.rows))]
-    return Text(tokenizer, train, _stack(held_out), _notes(train, data.sequence_length, plain))
+    return Text(tokenizer, train, train.folder.name, _stack(held_out), _notes(train, data.sequence_length, plain))
 
 
 def _rows(documents: Any, encoder: Encoder, cache: Path, key: str, shape: dict[str, Any]) -> PackedRows:

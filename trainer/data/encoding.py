@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import UserError
@@ -98,13 +99,13 @@ class Encoder:
             if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
                 raise UserError("data.messages", f"record {number} holds a message that is not {{role, content}}",
                                 value=message, way_out="mend or remove the record")
-        text = self._template(messages)
+        text = self._template(messages, number)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._template(messages[:index], add_generation_prompt=True)
-            after = self._template(messages[:index + 1])
+            before = self._template(messages[:index], number, add_generation_prompt=True)
+            after = self._template(messages[:index + 1], number)
             if not (text.startswith(before) and text.startswith(after)):
                 raise UserError("data.messages", f"the chat template rewrites earlier turns (record {number}), so it "
                                 "cannot be said which tokens are the assistant's", value=self.data.messages,
@@ -112,18 +113,26 @@ class Encoder:
             spans.append((len(before), len(after)))
         return text, spans
 
-    def _template(self, messages: list[Any], **options: Any) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
+    def _template(self, messages: list[Any], number: int, **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
+        except TemplateError as error:  # templates may forbid a system message, or two of one role in a row
+            raise UserError("data.messages", f"the chat template refuses record {number}: {error}",
+                            value=self.data.messages, way_out="mend or remove the record") from error
 
     # ---- tokens of a text
 
     def _document(self, text: str, ids: list[int], offsets: np.ndarray, spans: list[Span] | None) -> Document:
+        # Differences of where tokens end, not lengths: tokens that share one character then share its bytes exactly.
+        # Some tokenizers trim white space from offsets, so what is over at the end is the last token's.
+        ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else np.zeros(0, np.int64)
+        ends[-1:] = len(text)
+        sizes = np.diff(_byte_positions(text)[ends], prepend=0)
+        # A token of white space alone is then empty; it begins where the one before it ended.
+        begins = np.where(offsets[:, 1] > offsets[:, 0], offsets[:, 0], np.concatenate([[0], ends])[:-1])
         learnt = np.full(len(ids), spans is None)
         for begin, end in spans or []:
-            learnt |= (offsets[:, 0] >= begin) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
-        # Differences of where tokens end, not lengths: tokens that share one character then share its bytes exactly.
-        ends = np.maximum.accumulate(_byte_positions(text)[offsets[:, 1]]) if len(ids) else np.zeros(0, np.int64)
-        sizes = np.diff(ends, prepend=0)
+            learnt |= (begins >= begin) & (begins < end)
         tokens, start = list(ids), []
         if self.start and tokens[:1] != self.start:
             start = self.start

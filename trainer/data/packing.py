@@ -56,17 +56,19 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def pack(pieces: Iterable[Packed], capacity: int, packing: bool) -> Iterator[list[Packed]]:
     """Rows of pieces, window by window in the order the documents come; one piece a row without packing."""
     window: list[Packed] = []
+    number = 0
     for piece in pieces:
         window.append(piece)
         if len(window) == (WINDOW if packing else 1):
-            yield from _pack_window(window, capacity)
-            window = []
-    yield from _pack_window(window, capacity)
+            yield from _pack_window(window, capacity, number)
+            window, number = [], number + 1
+    yield from _pack_window(window, capacity, number)
 
 
-def _pack_window(window: list[Packed], capacity: int) -> Iterator[list[Packed]]:
-    for row in best_fit([len(piece) for piece in window], capacity):
-        yield [window[index] for index in row]
+def _pack_window(window: list[Packed], capacity: int, number: int) -> Iterator[list[Packed]]:
+    rows = best_fit([len(piece) for piece in window], capacity)
+    for row in np.random.default_rng(number).permutation(len(rows)):  # best fit leaves long documents first
+        yield [window[index] for index in rows[row]]
 
 
 def build_row(parts: Sequence[Document], capacity: int, padding: int) -> dict[str, torch.Tensor]:

@@ -43,13 +43,20 @@ def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encode
                 ends.append(total)
         np.asarray(ends, np.int64).tofile(partial / "ends.bin")
         (partial / "manifest.json").write_text(json.dumps({"documents": len(ends), "tokens": total}))
-        if folder.exists():  # another process was faster with the same content
-            shutil.rmtree(partial)
-        else:
-            os.rename(partial, folder)
+        keep_one(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def keep_one(partial: Path, folder: Path) -> None:
+    """Rename a finished folder into its place; if another run was faster with the same content, keep that one."""
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(partial)
 
 
 def _encoded(documents: Iterable[dict[str, Any]], encoder: Encoder) -> Iterator[Document]:

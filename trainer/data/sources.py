@@ -48,7 +48,12 @@ def open_corpus(data: Data, cache: Path) -> Corpus:
     if data.max_documents:
         train = train.take(data.max_documents)
     if data.streaming:  # a stream has no length to take a share of: its first documents are held out
-        return Corpus(train.skip(held_out.rows), train.take(held_out.rows))
+        rest = train.skip(held_out.rows)
+        if next(iter(rest), None) is None:
+            raise UserError("data.validation.rows", "the stream has no more documents than are held out",
+                            value=held_out.rows, way_out="hold out fewer, or name held-out text in "
+                            "`data.validation.path`")
+        return Corpus(rest, train.take(held_out.rows))
     if len(train) == 1:
         train = _cut_in_two(train, data, held_out.fraction)
         return Corpus(train.select([0]), train.select([1]))
@@ -68,9 +73,11 @@ def _open(data: Data, path: str, split: str, key: str, cache: Path) -> Documents
     options = {"split": split, "streaming": data.streaming, "cache_dir": str(cache / "datasets")}
     try:
         if path == PYTHON_LIBRARY:
+            if split != "train":
+                raise UserError(key, "the python-library has no splits", value=split, way_out="remove the split")
             documents = _python_library(data.streaming)
         elif files := _local_files(path):
-            documents = _load_files(files, path, key, {**options, "split": "train"})
+            documents = _load_files(files, path, key, options)  # their one split is `train`; slices of it work
         else:
             if path.startswith((".", "/", "~")) and not os.path.isdir(path):
                 raise UserError(key, "there is no such file or folder", value=path,

@@ -21,22 +21,50 @@ TRAINING_DOCUMENTS = 2000  # enough text for a vocabulary; the rest would only t
 def tokenizer_origin(experiment: Experiment) -> tuple[str, str, str | None] | None:
     """(key, path, revision) of the tokenizer to load, or None where one is to be trained."""
     own = experiment.data.tokenizer
+    loaded = _loaded(experiment)
     if own.path:
         return "data.tokenizer.path", own.path, own.revision
     if own.train_vocabulary:
+        if loaded:
+            raise UserError("data.tokenizer.train_vocabulary", f"{loaded[0][1]} was trained with its own tokenizer",
+                            value=own.train_vocabulary, way_out="remove `train_vocabulary`")
         return None
-    for key, model in (("teacher.path", experiment.teacher), ("student.path", experiment.student)):
-        if model is not None and model.path:
-            return key, model.path, model.revision
+    if loaded:
+        return loaded[0]
     raise UserError("data.tokenizer", "no model brings a tokenizer",
                     way_out="set `data.tokenizer.train_vocabulary: 2048`, or name one in `data.tokenizer.path`")
+
+
+def _loaded(experiment: Experiment) -> list[tuple[str, str, str | None]]:
+    """(key, path, revision) of the models that come with weights, and so with a vocabulary of their own."""
+    return [(f"{key}.path", model.path, model.revision)
+            for key, model in (("teacher", experiment.teacher), ("student", experiment.student))
+            if model is not None and model.path]
+
+
+def check_models(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `UserError` if a model with weights knows other tokens by the same numbers.
+
+    Vocabularies of one size can be of different families, and training on them would go on without a word.
+    """
+    ours = tokenizer.get_vocab()
+    for key, path, revision in _loaded(experiment):
+        try:
+            theirs = AutoTokenizer.from_pretrained(path, revision=revision or "main").get_vocab()
+        except (OSError, ValueError, KeyError, ImportError):
+            continue  # a folder of weights alone: there is nothing to compare
+        different = sorted((number, token) for token, number in ours.items() if theirs.get(token, number) != number)
+        if different or len(set(ours) & set(theirs)) < min(len(ours), len(theirs)):
+            example = f"; for example token {different[0][0]} is {different[0][1]!r} here" if different else ""
+            raise UserError(key, f"this model has another vocabulary than the tokenizer in use{example}", value=path,
+                            way_out="choose a teacher, a student and a tokenizer of one family")
 
 
 def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer; one without a padding token pads with its end-of-sequence token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(key, f"cannot load this tokenizer: {reason}", value=path,
                         way_out="name a hub id or a folder with tokenizer.json in `data.tokenizer.path`") from error

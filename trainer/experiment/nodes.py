@@ -6,9 +6,10 @@ A node that stands for one object builds it: `experiment.optimizer.build(paramet
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from trainer.errors import UserError
 
@@ -26,6 +27,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+PathName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class Node(BaseModel):
@@ -46,7 +48,7 @@ class TeacherTraining(Node):
 class Model(Node):
     """A causal language model from a hub id or local folder (`path`), or from its dimensions (`architecture`)."""
 
-    path: str | None = None
+    path: PathName | None = None
     """Hub id or local folder holding `config.json` and safetensors weights."""
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
@@ -129,7 +131,7 @@ class Student(Model):
 class Tokenizer(Node):
     """How text becomes tokens. By default the teacher's own tokenizer, or else the student's."""
 
-    path: str | None = None
+    path: PathName | None = None
     """Hub id or local folder of a tokenizer."""
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
@@ -147,7 +149,7 @@ class Tokenizer(Node):
 class Validation(Node):
     """Held-out documents, never trained on, that bits per byte is measured on."""
 
-    path: str | None = None
+    path: PathName | None = None
     """Where they are; null takes them from the training data."""
     split: str | None = None
     """Split of a hub data set to hold out, instead of a share of the training split."""
@@ -160,7 +162,7 @@ class Validation(Node):
 class Data(Node):
     """The text that is trained on: where it is, which fields hold it, and how it becomes sequences."""
 
-    path: str = "python-library"
+    path: PathName = "python-library"
     """Hub id, local folder, file or glob (text, JSONL, Parquet), or `python-library`: this interpreter's own source."""
     name: str | None = None
     """Configuration of a hub data set that has several."""
@@ -331,7 +333,7 @@ class Report(Node):
 
     control: bool = True
     """Also train the same student on the same tokens without its teacher."""
-    prompt: str = "The"
+    prompt: Annotated[str, Field(min_length=1)] = "The"
     """Start of the text that every model continues as a sample."""
     sample_tokens: Positive = 64
     """Tokens in a sample."""
@@ -340,9 +342,9 @@ class Report(Node):
 class Run(Node):
     """Where a run lives and what it tells; none of it changes what is learnt."""
 
-    folder: str | None = None
+    folder: PathName | None = None
     """Run folder; null is `runs/<name>`. Started again on the same folder, a run resumes."""
-    cache: str = "runs/cache"
+    cache: PathName = "runs/cache"
     """Folder for what runs share: tokenised data, trained tokenizers and teachers."""
     log_every: Positive = 10
     """Optimizer steps between log lines (metrics.jsonl has every step)."""

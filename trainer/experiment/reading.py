@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +124,12 @@ class _Duplicate(Exception):
 class _Scalars(yaml.constructor.SafeConstructor):
     """Builds single values; mappings and lists are walked by `_construct`, which remembers their lines."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """YAML 1.1 takes 1e-4 for text, since it has no point; people mean a number."""
+        value = super().construct_object(node, deep)
+        plain = isinstance(value, str) and node.style is None
+        return float(value) if plain and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value
+
 
 def _construct(node: yaml.Node, key: Key, file: str, origins: dict[Key, str], above: frozenset[int]) -> Any:
     if id(node) in above:
@@ -155,7 +162,8 @@ def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> No
                                           way_out="for example optimizer.lr=1e-4")], {}, place)
     key = tuple(name.split("."))
     try:
-        value = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = None if root is None else _construct(root, (), "", {}, frozenset())
     except yaml.YAMLError as problem:
         raise ExperimentErrors([UserError("", "the value is not valid YAML", value=text,
                                           way_out="quote it for the shell and for YAML")], {}, place) from problem
