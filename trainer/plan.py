@@ -22,6 +22,7 @@ from trainer.models import DTYPES, count_parameters
 from trainer.precision import DTYPES as COMPUTE
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
+NOMINAL_STEPS = 1000  # to draw a learning-rate curve before the length of the data is known
 ADAMW_BYTES = 8  # per parameter: two fp32 moments
 
 
@@ -37,7 +38,7 @@ class Plan:
         accumulation: forward passes per optimizer step in each process.
         tokens_per_step: positions per optimizer step, padding included.
         steps: optimizer steps; None while the data's length is not known.
-        learning_rates: (step, learning rate) at evenly spaced steps.
+        learning_rates: (step, learning rate) at evenly spaced steps; of `NOMINAL_STEPS` while `steps` is None.
         precision: number format of forward and backward.
         parameters: by model.
         student_bytes: bytes of the student's weight file: integers, scales, and what stays in full precision.
@@ -158,8 +159,7 @@ def _activations(experiment: Experiment, config: PretrainedConfig, compute: torc
 
 
 def _learning_rates(experiment: Experiment, steps: int | None, points: int = 41) -> list[tuple[int, float]]:
-    if steps is None:
-        return []
+    steps = steps or NOMINAL_STEPS
     rate = experiment.schedule.build(experiment.optimizer.lr, steps)
     count = min(points, steps)
     chosen = sorted({round(index * (steps - 1) / max(1, count - 1)) for index in range(count)})
@@ -194,11 +194,11 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
                             f"accumulated x {plan.processes} processes; {plan.tokens_per_step:,} tokens"),
         ("steps", steps), ("precision", f"{plan.precision} forward and backward, fp32 weights and updates"),
     ]
-    if plan.learning_rates:
-        rates = [rate for _, rate in plan.learning_rates]
-        top = max(rates)
-        curve = "".join(BLOCKS[max(1, round(rate / top * (len(BLOCKS) - 1)))] for rate in rates)
-        rows.append(("learning rate", f"{rates[0]:.2e} {curve} {rates[-1]:.2e} (peak {top:.2e})"))
+    rates = [rate for _, rate in plan.learning_rates]
+    top = max(rates)
+    curve = "".join(BLOCKS[max(1, round(rate / top * (len(BLOCKS) - 1)))] for rate in rates)
+    nominal = "" if plan.steps else f", drawn over {NOMINAL_STEPS:,} steps"
+    rows.append(("learning rate", f"{rates[0]:.2e} {curve} {rates[-1]:.2e} (peak {top:.2e}{nominal})"))
     rows += [(f"{name} parameters", f"{count:,}") for name, count in plan.parameters.items()]
     smaller = f", {plan.teacher_bytes / plan.student_bytes:.1f} times smaller than the teacher's " \
               f"{readable(plan.teacher_bytes)}" if plan.teacher_bytes else ""

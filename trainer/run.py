@@ -70,6 +70,7 @@ def carry_out(source: Source) -> Path:
         say(f"{folder.path} is finished: see {folder.report}. To run again, choose another run.folder or remove it.")
         return folder.path
     check_batch(experiment, accelerator.num_processes)
+    _configs(experiment, experiment.data.tokenizer.train_vocabulary)  # what is wrong with shapes is known at once
     say(f"{experiment.name}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"{experiment.precision.dtype}")
     say(f"{experiment.name}: reading and tokenising {experiment.data.path}")
@@ -140,10 +141,11 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         peak, kind = max(line["memory_peak"] for line in lines), lines[-1]["memory_kind"]
         plan = json.loads(folder.plan.read_text())
         write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
-        model = trainer.unwrapped
-        write_folder(student, model, text.tokenizer, DTYPES[experiment.export.dtype], dict(quantized_layers(model)))
-        trained = _logits(model, text)
-        exported = _logits(bake(copy.deepcopy(model), DTYPES[experiment.export.dtype]), text)
+        model, dtype = trainer.unwrapped, DTYPES[experiment.export.dtype]
+        write_folder(student, model, text.tokenizer, dtype, dict(quantized_layers(model)))
+        trained = exported = _logits(model, text)
+        if dtype is not torch.float32:
+            exported = _logits(bake(copy.deepcopy(model), dtype), text)
     trainer.release()
     accelerator.wait_for_everyone()
     return trained, exported

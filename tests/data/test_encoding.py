@@ -74,6 +74,29 @@ def test_end_is_added_where_the_template_has_none(tokenizer):
         tokenizer.chat_template = None
 
 
+def test_a_template_that_refuses_a_record_names_it(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    try:
+        with pytest.raises(UserError, match="the chat template refuses record 4: no system role"):
+            Encoder(tokenizer, Data(messages="m"))([{"m": [{"role": "system", "content": "s"}]}], first=4)
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_white_space_is_learnt_and_counted_where_the_tokenizer_trims_offsets(tokenizer):
+    """GPT-NeoX and RoBERTa tokenizers leave white space out of offsets: a token of spaces looks empty."""
+    from tokenizers.processors import ByteLevel
+
+    plain = tokenizer.backend_tokenizer.post_processor
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    try:
+        (one,) = Encoder(tokenizer, Data(prompt="q", response="a"))([{"q": "code  ", "a": "if x:\n        y  "}])
+        assert learnt_text(tokenizer, one) == "if x:\n        y  " + END
+        assert one.bytes.sum() == len("code  \nif x:\n        y  ")
+    finally:
+        tokenizer.backend_tokenizer.post_processor = plain or ByteLevel(trim_offsets=False)
+
+
 def test_a_template_that_rewrites_turns_is_refused(tokenizer):
     tokenizer.chat_template = REWRITES
     try:

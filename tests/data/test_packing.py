@@ -53,6 +53,14 @@ def test_long_text_is_cut_and_long_records_keep_their_beginning():
     assert not list(cuts(np.ones(1, bool), 4, plain=True)), "a single token has nothing to be predicted from"
 
 
+def test_rows_of_a_window_are_not_sorted_by_length():
+    pieces = [document([1] * length) for length in range(2, 30)]
+    sizes = [len(row[0]) for row in pack(pieces, 30, packing=True)]
+    assert sizes != sorted(sizes, reverse=True) and sum(sizes) > 0
+    assert [[len(piece) for piece in row] for row in pack(pieces, 30, True)] == \
+        [[len(piece) for piece in row] for row in pack(pieces, 30, True)]
+
+
 def test_without_packing_each_document_has_its_row():
     rows = list(pack([document([1, 2]), document([3, 4])], 8, packing=False))
     assert [len(row) for row in rows] == [1, 1]

@@ -44,6 +44,17 @@ def test_folder_in_the_hubs_layout_with_splits(room):
     assert len(corpus.train) == 8 and texts(corpus.validation)[0].startswith("document 8")
 
 
+def test_slices_of_a_local_split_are_disjoint_where_they_are_meant_to_be(room):
+    corpus = open_corpus(Data(path=str(room / "records.jsonl"), split="train[:7]",
+                              validation=Validation(split="train[7:]")), room / "cache")
+    assert len(corpus.train) == 7 and not set(texts(corpus.train)) & set(texts(corpus.validation))
+
+
+def test_home_is_expanded(room, monkeypatch):
+    monkeypatch.setenv("HOME", str(room))
+    assert Data(path="~/records.jsonl").path == str(room / "records.jsonl")
+
+
 def test_one_long_text_holds_out_its_end(room):
     (room / "book.txt").write_text("".join(f"line {number}\n" for number in range(200)))
     corpus = open_corpus(Data(path=str(room / "book.txt"), validation=Validation(fraction=0.1)), room / "cache")
@@ -70,6 +81,10 @@ def test_python_library_is_real_text_in_a_fixed_order(room):
     ({"path": "records.jsonl", "prompt": "q", "response": "b"}, "data.response", "no such field"),
     ({"path": "records.jsonl", "messages": "turns"}, "data.messages", "their fields"),
     ({"path": "hub", "split": "trian"}, "data.path", "cannot read this data set"),
+    ({"path": "records.jsonl", "validation": Validation(split="test")}, "data.validation.split", "cannot read"),
+    ({"validation": Validation(split="test")}, "data.validation.split", "no splits"),
+    ({"path": "records.jsonl", "streaming": True, "validation": Validation(rows=10)}, "data.validation.rows",
+     "no more documents than are held out"),
     ({"path": "one.jsonl"}, "data.validation.fraction", "one record is too little"),
     ({"path": "records.jsonl", "validation": Validation(path="gone.txt")}, "data.validation.path", "no such"),
 ])

@@ -36,6 +36,12 @@ def test_scientific_notation_is_a_number(tmp_path):
     assert read(tmp_path, GOOD).experiment.optimizer.lr == 1e-3
 
 
+def test_numbers_without_a_point_are_numbers_everywhere_and_quoted_ones_are_text(tmp_path):
+    text = GOOD.replace("{model_type: llama}", "{model_type: llama, a: 1e6, b: '1e6', c: x1e6}")
+    architecture = read(tmp_path, text, "student.architecture.d=2e-5").experiment.student.architecture
+    assert architecture == {"model_type": "llama", "a": 1e6, "b": "1e6", "c": "x1e6", "d": 2e-5}
+
+
 def test_override_wins_and_is_remembered(tmp_path):
     source = read(tmp_path, GOOD, "optimizer.lr=3e-4", "student.quantization.bits=8")
     assert source.experiment.optimizer.lr == 3e-4
@@ -47,7 +53,7 @@ def test_override_wins_and_is_remembered(tmp_path):
 
 @pytest.mark.parametrize(("text", "overrides", "parts"), [
     (GOOD.replace("  lr", "  lrr"), (),
-     ["e.yaml:5: optimizer.lrr = '1e-3'", "no such key", "did you mean `optimizer.lr`"]),
+     ["e.yaml:5: optimizer.lrr = 0.001", "no such key", "did you mean `optimizer.lr`"]),
     (GOOD, ("data.sequence_lenght=64",), ["override `data.sequence_lenght=64`", "= 64", "`data.sequence_length`"]),
     (GOOD + "temperature: 3\n", (), ["e.yaml:7: temperature = 3", "did you mean `objective.temperature`"]),
     (GOOD.replace("1e-3", "fast"), (), ["e.yaml:5: optimizer.lr = 'fast'", "valid number", "Peak learning rate"]),
@@ -129,6 +135,15 @@ def test_every_key_has_its_line_of_help():
     for key, info in all_keys(Experiment).items():
         assert info.description and "\n" not in info.description, f"{key} says nothing about itself"
         assert info.description in text
+
+
+def test_shipped_schema_is_of_this_tree():
+    import json
+
+    from tests.conftest import ROOT
+
+    shipped = json.loads((ROOT / "configs" / "experiment.schema.json").read_text())
+    assert shipped == schema(), "run `make schema`"
 
 
 def test_schema_accepts_and_refuses_what_the_reader_does(tmp_path):

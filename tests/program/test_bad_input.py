@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY, launch, train_py
+from trainer.data.tokenizers import train_tokenizer
+from trainer.experiment.nodes import Data, Tokenizer
 
 
 def refused(file, tmp_path, *overrides, parts, folder="tiny"):
@@ -72,15 +76,82 @@ def test_unknown_dimension_and_architecture(write_experiment, tmp_path):
 
 
 def test_model_that_is_not_there_or_not_safe(write_experiment, tmp_path):
-    file = write_experiment(student={"architecture": None, "path": "./nowhere"})
+    file = write_experiment(student={"architecture": None, "path": "./nowhere"},
+                            data={"tokenizer": {"train_vocabulary": None}})
     refused(file, tmp_path, parts=["student.path = './nowhere'", "there is no such folder"])
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text(json.dumps({**TINY, "vocab_size": 300, "architectures": ["LlamaForCausalLM"]}))
     (pickled / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    train_tokenizer([{"text": "some text"}], Data(tokenizer=Tokenizer(train_vocabulary=300)), pickled)
     refused(file, tmp_path, f"student.path={pickled}", parts=["student.path", "pickled weights only", "safetensors"])
     refused(file, tmp_path, "student.path=no/such-model", "run.threads=2",
             parts=["student.path = 'no/such-model'", "cannot load this model", "check the name and the network"])
+
+
+def saved_model(folder, vocabulary_text="some text", **changes):
+    """A whole model with its tokenizer, as a hub folder is."""
+    config = AutoConfig.for_model(**{**TINY, **changes}, vocab_size=300)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train_tokenizer([{"text": vocabulary_text}] * 5, Data(tokenizer=Tokenizer(train_vocabulary=300)), folder)
+    return folder
+
+
+def test_weights_that_are_incomplete_or_no_safetensors(write_experiment, tmp_path):
+    folder = saved_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if "layers.1." not in name},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    file = write_experiment(student={"architecture": None, "path": str(folder)},
+                            data={"tokenizer": {"train_vocabulary": None}})
+    refused(file, tmp_path, parts=["student.path", "the weights lack 9 tensors, for example model.layers.1."])
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    refused(file, tmp_path, parts=["student.path", "cannot load this model", "git lfs pull"])
+
+
+def test_models_of_different_families_are_told_apart_at_equal_size(write_experiment, tmp_path):
+    one = saved_model(tmp_path / "one", "the cat sat on the mat and the cat was fat")
+    other = saved_model(tmp_path / "other", "un chien mange une pomme verte sous un arbre vert")
+    file = write_experiment(teacher={"path": str(one)}, student={"architecture": None, "path": str(other)},
+                            data={"tokenizer": {"train_vocabulary": None}})
+    refused(file, tmp_path, parts=[f"student.path = '{other}'", "another vocabulary than the tokenizer in use",
+                                   "for example token", "one family"])
+    refused(file, tmp_path, "data.tokenizer.train_vocabulary=300",
+            parts=["data.tokenizer.train_vocabulary = 300", f"{one} was trained with its own tokenizer"])
+
+
+def test_two_runs_at_once_on_one_folder(write_experiment, tmp_path):
+    import fcntl
+
+    file = write_experiment()
+    (tmp_path / "tiny").mkdir()
+    with (tmp_path / "tiny" / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        done = train_py("--config", str(file))
+    assert done.returncode == 2 and "another run is using this folder now" in done.stderr
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == [".lock"]
+
+
+def test_folder_and_cache_that_cannot_be_written(write_experiment, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = train_py("--config", str(write_experiment()), f"run.folder={tmp_path / 'file'}")
+    assert done.returncode == 2 and "run.folder" in done.stderr and "this is a file" in done.stderr
+    done = train_py("--config", str(write_experiment()), f"run.cache={tmp_path / 'file' / 'cache'}")
+    assert done.returncode == 2 and "run.cache" in done.stderr and "cannot make this folder" in done.stderr
+    done = train_py("--config", str(write_experiment()), f"run.folder={tmp_path / 'file' / 'run'}")
+    assert done.returncode == 1 and "error: cannot read or write" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_json_without_dry_run():
+    done = train_py("--config", "configs/quickstart.yaml", "--json")
+    assert done.returncode == 2 and "--json goes with --dry-run" in done.stderr
+
+
+def test_launched_by_accelerate_the_message_is_there_too(write_experiment, tmp_path):
+    done = launch("--config", str(write_experiment(data={"sequence_length": 65})))
+    assert done.returncode != 0 and "error: " in done.stderr
+    assert "data.sequence_length = 65: the student knows 64 positions" in done.stderr
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_layers_the_teacher_does_not_have(write_experiment, tmp_path):

@@ -50,7 +50,7 @@ def test_run_folder_holds_everything(finished):
     names = {path.name for path in run.iterdir()}
     assert {"experiment.yaml", "plan.json", "metrics.jsonl", "checkpoints", "student", "report.md",
             "comparison.json", "control"} <= names
-    assert not [name for name in names if name.startswith(".")], "nothing half-written is left"
+    assert not [name for name in names if name.startswith(".") and name != ".lock"], "nothing half-written is left"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

@@ -47,6 +47,11 @@ def prepare_text(experiment: Experiment) -> Text:
     Call on one process first, then on the others: they find everything in the cache.
     """
     data, cache = experiment.data, Path(experiment.run.cache)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("run.cache", f"cannot make this folder ({error.strerror})", value=str(cache),
+                        way_out="name a folder that can be written") from error
     corpus = sources.open_corpus(data, cache)
     origin = tokenizers.tokenizer_origin(experiment)
     if origin is None:

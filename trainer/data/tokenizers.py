@@ -47,17 +47,18 @@ def check_models(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> 
 
     Vocabularies of one size can be of different families, and training on them would go on without a word.
     """
-    ours = tokenizer.get_vocab()
+    ours = {number: token for token, number in tokenizer.get_vocab().items()}
     for key, path, revision in _loaded(experiment):
         try:
-            theirs = AutoTokenizer.from_pretrained(path, revision=revision or "main").get_vocab()
+            vocabulary = AutoTokenizer.from_pretrained(path, revision=revision or "main").get_vocab()
         except (OSError, ValueError, KeyError, ImportError):
             continue  # a folder of weights alone: there is nothing to compare
-        different = sorted((number, token) for token, number in ours.items() if theirs.get(token, number) != number)
-        if different or len(set(ours) & set(theirs)) < min(len(ours), len(theirs)):
-            example = f"; for example token {different[0][0]} is {different[0][1]!r} here" if different else ""
-            raise UserError(key, f"this model has another vocabulary than the tokenizer in use{example}", value=path,
-                            way_out="choose a teacher, a student and a tokenizer of one family")
+        theirs = {number: token for token, number in vocabulary.items()}
+        different = [number for number in sorted(ours) if theirs.get(number, ours[number]) != ours[number]]
+        if different:
+            raise UserError(key, "this model has another vocabulary than the tokenizer in use; for example token "
+                            f"{different[0]} is {theirs[different[0]]!r} to it and {ours[different[0]]!r} here",
+                            value=path, way_out="choose a teacher, a student and a tokenizer of one family")
 
 
 def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
