@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# On a machine with an NVIDIA GPU: the CUDA tests and every benchmark in a single call.
+#   benchmarks/on_gpu.sh [FOLDER]     results go to FOLDER (default: benchmarks/results)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-benchmarks/results}
+mkdir -p "$out"
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
+python -m pytest tests/program/test_cuda.py -v
+python -m benchmarks.quickstart --seeds 3 --json "$out/quickstart-gpu.json"
