@@ -58,17 +58,25 @@ def test_two_processes_train_as_one(write_experiment, tmp_path):
     assert plan["processes"] == 2 and plan["accumulation"] == 2
 
 
-def test_golden_losses(train_here):
-    """100 steps in fp32 on CPU against a curve kept in the repository, within 2e-5 relative.
+GOLDEN = {  # changes to the experiment, and the tolerance
+    # Kernels for AVX-512, AVX2 and SSE gave curves within 3e-7 of each other.
+    "plain": ({}, 5e-6),
+    # A weight near the middle of two integers goes to one or the other by its last bit: the same kernels gave 3e-4.
+    "quantised": ({"student": {"quantization": {"bits": 8}}}, 2e-3),
+}
 
-    On one machine they are equal to the last bit; the tolerance is for other processors' kernels.
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_losses(train_here, name):
+    """100 steps in fp32 on CPU against a curve kept in the repository, within the tolerance above.
+
     To write them anew after a change that is meant to change them: `python -m tests.program.write_golden`.
     """
-    golden = json.loads((ROOT / "tests" / "golden" / "losses.json").read_text())
-    trainer = train_here("golden", training={"steps": 100}, student={"quantization": {"bits": 4, "group_size": 16}})
-    found = losses(trainer)
-    assert len(found) == len(golden["loss"]) == 100
-    assert relative(golden["loss"], found) < 2e-5
+    golden = json.loads((ROOT / "tests" / "golden" / "losses.json").read_text())[name]
+    changes, tolerance = GOLDEN[name]
+    found = losses(train_here(f"golden-{name}", training={"steps": 100}, **changes))
+    assert len(found) == len(golden) == 100
+    assert relative(golden, found) < tolerance
     assert found[-1] < 0.6 * found[0]
 
 

@@ -13,8 +13,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "pytest", "tests/program/test_loop.py", "-k", "golden",
                         f"--basetemp={folder}/pytest"], cwd=ROOT, env={**os.environ}, check=False)
-        (metrics,) = Path(folder).rglob("golden/metrics.jsonl")
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    (ROOT / "tests" / "golden" / "losses.json").write_text(json.dumps({"loss": losses}, indent=0) + "\n")
-    print(f"{len(losses)} losses from {losses[0]:.4f} to {losses[-1]:.4f}")
+        golden = {}
+        for metrics in sorted(Path(folder).rglob("golden-*/metrics.jsonl")):
+            lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+            golden[metrics.parent.name.removeprefix("golden-")] = [line["loss"] for line in lines if "loss" in line]
+    (ROOT / "tests" / "golden" / "losses.json").write_text(json.dumps(golden, indent=0) + "\n")
+    print({name: (len(curve), curve[0], curve[-1]) for name, curve in golden.items()})
