@@ -43,7 +43,9 @@ def test_interrupted_by_hand_says_how_to_go_on(write_experiment, tmp_path):
 
     file = write_experiment(training={"steps": 5000, "checkpoint_every": 5})
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--config", str(file)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               # where tests run in the background, a shell has made children deaf to Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 120
     while not list((tmp_path / "tiny" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
