@@ -7,7 +7,7 @@ The public face, for scripts of one's own:
     source = limbeck.read_experiment("configs/quickstart.yaml", ["optimizer.lr=1e-4"])
     folder = limbeck.run(source)
 
-`WeightQuantizer`, `prepare_qat` and `ResponseObjective` also serve alone, in anybody's training loop.
+`WeightQuantizer`, `prepare_qat`, `ResponseObjective` and `write_student` also serve alone, in anybody's training loop.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _PUBLIC = {  # name -> where it lives; imported when first used, so that `import
     "ResponseObjective": ("strategies.distillation.response", "ResponseObjective"),
     "WeightQuantizer": ("strategies.quantization.quantizer", "WeightQuantizer"),
     "prepare_qat": ("strategies.quantization.qat", "prepare"),
+    "write_student": ("strategies.export.transformers_folder", "write_folder"),
     "write_report": ("trainer.report", "write_report"),
     "UserError": ("trainer.errors", "UserError"),
     "RunFailed": ("trainer.errors", "RunFailed"),
@@ -36,6 +37,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def main() -> int:

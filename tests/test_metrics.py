@@ -6,6 +6,8 @@ import pty
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 from trainer.metrics import Metrics, read_lines, readable
 
@@ -29,9 +31,10 @@ def test_plain_lines_without_a_terminal():
     assert out.splitlines() == [*(f"run  step {step}/40  {FIGURES}" for step in (10, 20, 30, 40)), "run  done"]
 
 
-def test_progress_bar_on_a_terminal():
+@pytest.mark.parametrize(("columns", "figures"), [("200", FIGURES), ("80", "loss 1.2500  1,234 tokens/s")])
+def test_progress_bar_on_a_terminal(columns, figures):
     parent, child = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+    environment = {**os.environ, "COLUMNS": columns, "TERM": "xterm"}
     process = subprocess.Popen([sys.executable, "-c", CODE], cwd=ROOT, stdout=child, stderr=child, env=environment)
     os.close(child)
     out = b""
@@ -45,7 +48,7 @@ def test_progress_bar_on_a_terminal():
         out += chunk
     assert process.wait() == 0
     text = out.decode()
-    assert "━" in text and "40/40" in text and FIGURES in text and "\x1b[" in text
+    assert "━" in text and "40/40" in text and figures in text and "\x1b[" in text
 
 
 def test_metrics_drop_what_a_resumed_run_writes_again_and_a_torn_line(tmp_path):

@@ -46,7 +46,7 @@ def train(arguments: list[str]) -> int:
               "or data.sequence_length; --dry-run shows where the bytes go")
         return FAILURE
     except KeyboardInterrupt:
-        _tell("interrupted; start the same command again to go on from the last checkpoint")
+        _tell("interrupted; start the same command again to go on from its last checkpoint, if it has one")
         return 130
     return 0
 
@@ -56,11 +56,15 @@ def _parse(arguments: list[str]) -> tuple[str, list[str], set[str]]:
     rest = iter(arguments)
     for argument in rest:
         if argument == "--config" or argument.startswith("--config="):
+            if file is not None:
+                raise UserError("", "--config is given twice", way_out="give one experiment; key=value changes it")
             file = argument.partition("=")[2] or next(rest, None)
         elif argument in ("--dry-run", "--json"):
             flags.add(argument)
         elif argument.startswith("-"):
-            raise UserError("", f"no such option: {argument}", way_out="see train.py --help")
+            bare = argument.lstrip("-")
+            raise UserError("", f"no such option: {argument}",
+                            way_out=f"write it without dashes: {bare}" if "=" in bare else "see train.py --help")
         else:
             overrides.append(argument)
     if "--json" in flags and "--dry-run" not in flags:
@@ -95,6 +99,12 @@ Training is launched: accelerate launch train.py --config FILE (see train.py --h
 
 def limbeck(arguments: list[str]) -> int:
     """The `limbeck` console command. Returns the exit code."""
+    wrong = next((one for one in arguments if one.startswith("-") and one not in ("-h", "--help")), None)
+    if wrong is not None:
+        _tell(f"error: no such option: {wrong}")
+        arguments = []
+    elif {"-h", "--help"} & set(arguments):
+        arguments = ["--help"]
     match arguments:
         case ["schema", *file] if len(file) < 2:
             text = json.dumps(schema(), indent=2) + "\n"
@@ -111,7 +121,7 @@ def limbeck(arguments: list[str]) -> int:
             except UserError as error:
                 _tell(f"error: {describe(error, {}, folder)}")
                 return USER_ERROR
-        case ["-h" | "--help"]:
+        case ["--help"]:
             print(LIMBECK, end="")
         case _:
             print(LIMBECK, end="", file=sys.stderr)

@@ -46,8 +46,9 @@ class RunFolder:
 
     def check(self, experiment: Experiment) -> None:
         """Raise `UserError` if the folder belongs to another experiment or is not a run folder."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError("run.folder", "this is a file", value=str(self.path), way_out="name a folder")
+        for place in (self.path, *self.path.parents):
+            if place.is_file():
+                raise UserError("run.folder", f"{place} is a file", value=str(self.path), way_out="name a folder")
         if not self.path.exists() or all(entry.name.startswith(".") for entry in self.path.iterdir()):
             return
         way_out = "choose another `run.folder` or `name`, or move this folder away"
@@ -63,6 +64,12 @@ class RunFolder:
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError("run.folder", f"the folder belongs to another experiment: {shown}{more}",
                             value=str(self.path), way_out=way_out)
+
+    def changed(self, experiment: Experiment) -> list[str]:
+        """Keys outside `run` that differ from the experiment that the folder was made by."""
+        theirs, ours = flatten(yaml.safe_load(self.experiment.read_text())), flatten(experiment.model_dump(mode="json"))
+        return [key for key in ours if ours[key] != theirs.get(key) and not key.startswith("run.")
+                and not key.endswith(".revision")]
 
     def claim(self, experiment: Experiment, plan: dict[str, Any]) -> None:
         """Make the folder, with the resolved experiment and the plan; on the main process.

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from trainer.folder import write_atomically
+
+WIDE = 130  # columns that the bar with all its figures takes
 
 # On a terminal rich wraps and colours; elsewhere lines stay whole, whatever width the pipe pretends to have.
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), markup=False)
@@ -59,15 +62,17 @@ class Ticker:
         self.name, self.steps, self.every, self.active = name, steps, every, active
         self._bar = None
         if active and console.is_terminal:
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-                                 TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=console)
+            whole = {"table_column": Column(no_wrap=True, overflow="crop", min_width=9)}
+            self._bar = Progress(TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                                 BarColumn(bar_width=20 if console.width >= WIDE else 8), MofNCompleteColumn(**whole),
+                                 TimeRemainingColumn(**whole), TextColumn("{task.fields[figures]}"), console=console)
             self._bar.start()
             self._task = self._bar.add_task(name, total=steps, completed=done, figures="")
 
     def step(self, number: int, record: dict[str, Any]) -> None:
         """Show optimizer step `number`, counted from 1."""
         if self._bar:
-            self._bar.update(self._task, completed=number, figures=_figures(record))
+            self._bar.update(self._task, completed=number, figures=_figures(record, console.width < WIDE))
         elif self.active and (number % self.every == 0 or number == self.steps):
             console.print(f"{self.name}  step {number}/{self.steps}  {_figures(record)}")
 
@@ -82,9 +87,11 @@ class Ticker:
             self._bar.stop()
 
 
-def _figures(record: dict[str, Any]) -> str:
-    parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s",
-             f"grad norm {record['gradient_norm']:.3g}"]
+def _figures(record: dict[str, Any], short: bool = False) -> str:
+    parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
+    if short:  # metrics.jsonl has the rest
+        return "  ".join(parts)
+    parts.append(f"grad norm {record['gradient_norm']:.3g}")
     if record["loss_scale"] != 1:
         parts.append(f"scale {record['loss_scale']:g} ({record['skipped']} skipped)")
     return "  ".join([*parts, f"{record['memory_kind']} peak {readable(record['memory_peak'])}"])

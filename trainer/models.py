@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, stude
     for key, config in (("teacher", teacher), ("student", student)):
         if config is None:
             continue
+        heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+        if heads and shared and heads % shared:
+            raise UserError(f"{key}.architecture.num_key_value_heads", f"{heads} attention heads cannot share {shared} "
+                            "evenly", value=shared, way_out=f"use a divisor of {heads}")
         positions = getattr(config, "max_position_embeddings", None)
         if positions and experiment.data.sequence_length > positions:
             raise UserError("data.sequence_length", f"the {key} knows {positions} positions",
@@ -162,9 +167,21 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
             assert teacher is not None
             copy_layers(teacher, model, student.from_teacher)
     if student.quantization is not None:
-        with blame("student.quantization", value=student.quantization.model_dump()):
-            prepare(model, student.quantization.build(DTYPES[experiment.export.dtype]), student.quantization.ignore)
+        quantize(experiment, model)
     return model.train()
+
+
+def quantize(experiment: Experiment, model: nn.Module) -> None:
+    """Prepare the student's layers for quantisation-aware training; what does not fit is named with its way out."""
+    asked = experiment.student.quantization
+    assert asked is not None
+    inputs = math.gcd(*(layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)))
+    fitting = ", ".join(str(size) for size in range(8, inputs + 1) if inputs % size == 0) or "null"
+    key = "group_size" if asked.group_size and inputs % asked.group_size else "ignore"
+    with blame(f"student.quantization.{key}", value=getattr(asked, key),
+               way_out=f"group sizes that fit every layer: {fitting}" if key == "group_size" else
+               "name layers as they are called, with * for any part, for example ignore: ['*.0.*']"):
+        prepare(model, asked.build(DTYPES[experiment.export.dtype]), asked.ignore)
 
 
 def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
@@ -222,6 +239,11 @@ def documents_stay_apart(model: nn.Module) -> bool:
     changed = torch.where(torch.arange(12, device=tokens.device) < 7, tokens.flip(0), tokens)
     mode = model.training
     model.eval()
+    try:
+        model(input_ids=tokens[None], use_cache=False)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError("student", f"{type(model).__name__} cannot run: {_first_line(error)}",
+                        way_out="check the dimensions of its architecture") from error
     try:
         packed, other, alone = (
             model(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0, -5:].float()

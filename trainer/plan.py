@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_activation_bytes
-from strategies.quantization.qat import prepare, quantized_layers
-from trainer.errors import UserError, blame
+from strategies.quantization.qat import quantized_layers
+from trainer.errors import UserError
 from trainer.experiment.explaining import resolved_table
 from trainer.experiment.nodes import divisors
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
 from trainer.metrics import console, readable
-from trainer.models import DTYPES, count_parameters
+from trainer.models import DTYPES, count_parameters, quantize
 from trainer.precision import DTYPES as COMPUTE
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -78,10 +78,8 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
     with torch.device("meta"):
         small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
         large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype]) if teacher else None
-    quantization = experiment.student.quantization
-    if quantization:
-        with blame("student.quantization", value=quantization.model_dump()):
-            prepare(small, quantization.build(DTYPES[experiment.export.dtype]), quantization.ignore)
+    if experiment.student.quantization:
+        quantize(experiment, small)
     compute = COMPUTE[experiment.precision.dtype]
     weights = parameter_bytes(small)
     asked = large is not None and experiment.objective.build(True).needs_teacher
@@ -118,12 +116,16 @@ def check_batch(experiment: Experiment, processes: int) -> None:
 def count_steps(experiment: Experiment, rows: int | None) -> int | None:
     """Optimizer steps of a run; None while the number of rows is not known."""
     training = experiment.training
-    if training.steps:
-        return training.steps
-    if experiment.data.streaming:
+    if not training.steps and experiment.data.streaming:
         raise UserError("training.epochs", "a stream has no known length", value=training.epochs,
                         way_out="give `training.steps` instead")
-    return None if rows is None else max(1, round(training.epochs * rows / training.batch_size))
+    steps = training.steps
+    if not steps and rows is not None:
+        steps = max(1, round(training.epochs * rows / training.batch_size))
+    if steps and experiment.schedule.warmup >= max(1, steps):
+        raise UserError("schedule.warmup", f"the warm-up never ends in a run of {steps} steps",
+                        value=experiment.schedule.warmup, way_out="use fewer steps, or a share such as 0.05")
+    return steps
 
 
 def exported_bytes(student: torch.nn.Module, dtype: torch.dtype) -> int:
@@ -143,12 +145,10 @@ def _activations(experiment: Experiment, config: PretrainedConfig, compute: torc
 
     None where the model cannot run without data (some mixtures of experts): that is no reason not to train it.
     """
-    quantization = experiment.student.quantization
-
     def build() -> torch.nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        if quantization:
-            prepare(model, quantization.build(DTYPES[experiment.export.dtype]), quantization.ignore)
+        if experiment.student.quantization:
+            quantize(experiment, model)
         return model
 
     try:

@@ -11,16 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from strategies.export.receipt import ask_client, comparison_shape, make_receipt
-from strategies.export.transformers_folder import bytes_on_disk, write_folder
+from strategies.export.transformers_folder import weight_files, write_folder
 from strategies.quantization.baking import bake
-from strategies.quantization.qat import quantized_layers
 from trainer.data.dataset import Text, prepare_text
+from trainer.data.sources import check_path
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
@@ -33,6 +33,7 @@ from trainer.models import (
     build_teacher,
     check_shapes,
     documents_stay_apart,
+    quantize,
     quiet_libraries,
     student_config,
     teacher_config,
@@ -46,6 +47,7 @@ def dry_run(source: Source, as_json: bool) -> None:
     quiet_libraries()
     experiment = source.experiment
     vocabulary = experiment.data.tokenizer.train_vocabulary
+    check_path(experiment.data.path, "data.path")
     teacher, student = _configs(experiment, vocabulary, offline=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = make_plan(experiment, teacher, student, processes=int(os.environ.get("WORLD_SIZE", 1)), device=device,
@@ -68,9 +70,11 @@ def carry_out(source: Source) -> Path:
     say = console.print if accelerator.is_main_process else lambda *_: None
     if folder.finished:
         say(f"{folder.path} is finished: see {folder.report}. To run again, choose another run.folder or remove it.")
+        if changed := folder.changed(experiment):
+            say(f"not used, since it is finished: {', '.join(changed)}")
         return folder.path
     check_batch(experiment, accelerator.num_processes)
-    _configs(experiment, experiment.data.tokenizer.train_vocabulary)  # what is wrong with shapes is known at once
+    check_early(experiment)
     say(f"{experiment.name}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"{experiment.precision.dtype}")
     say(f"{experiment.name}: reading and tokenising {experiment.data.path}")
@@ -93,6 +97,17 @@ def carry_out(source: Source) -> Path:
     return folder.path
 
 
+def check_early(experiment: Experiment) -> None:
+    """Raise `UserError` for what can be known before anything is read, tokenised or trained."""
+    _, student = _configs(experiment, experiment.data.tokenizer.train_vocabulary)
+    count_steps(experiment, None)
+    if experiment.teacher is not None and experiment.teacher.train is not None:
+        count_steps(experiment.as_teacher(""), None)
+    if experiment.student.quantization is not None:
+        with torch.device("meta"):
+            quantize(experiment, AutoModelForCausalLM.from_config(student))
+
+
 def start(experiment: Experiment) -> Accelerator:
     """Join the launched processes, and make sure that they are what was asked for."""
     for tracker in experiment.run.trackers:
@@ -103,10 +118,8 @@ def start(experiment: Experiment) -> Accelerator:
         mixed_precision="no",  # precision is ours, the same on every device
         log_with=list(experiment.run.trackers) or None,
         project_dir=experiment.folder,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),  # the others wait while the first one tokenises
-        ],
+        # The others wait while the first one tokenises.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
@@ -142,7 +155,7 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         plan = json.loads(folder.plan.read_text())
         write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
         model, dtype = trainer.unwrapped, DTYPES[experiment.export.dtype]
-        write_folder(student, model, text.tokenizer, dtype, dict(quantized_layers(model)))
+        write_folder(student, model, text.tokenizer, dtype)
         trained = exported = _logits(model, text)
         if dtype is not torch.float32:
             exported = _logits(bake(copy.deepcopy(model), dtype), text)
@@ -177,7 +190,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
     if experiment.run.trackers:
         _start_trackers(accelerator, asked)
     if accelerator.is_main_process:
-        folder.claim(_with_revisions(asked, teacher_shape, student_shape), plan.to_dict())
+        folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
     accelerator.wait_for_everyone()
     return Trainer(experiment, folder, accelerator, text, student, teacher, steps)
 
@@ -212,8 +225,9 @@ def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, ex
         raise RunFailed(str(error)) from error
     for name, entry in found.items():
         path = Path(models[name]["path"])
-        entry["bytes_on_disk"] = bytes_on_disk(path) if path.is_dir() else entry["parameter_bytes"]
-    receipt = make_receipt(found["student"], trained, exported, logits["student"], bytes_on_disk(folder.unverified),
+        files = weight_files(path)
+        entry["bytes_on_disk"] = sum(file.stat().st_size for file in files) if files else entry["parameter_bytes"]
+    receipt = make_receipt(found["student"], trained, exported, logits["student"], weight_files(folder.unverified),
                            experiment.export.tolerance)
     receipt.write(folder.unverified / "receipt.json")
     if not receipt.holds:

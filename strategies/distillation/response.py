@@ -22,8 +22,14 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
         logits: (..., vocabulary), any floating dtype; `logits[..., :]` predicts `targets[...]`, already shifted.
         targets: (...) token ids, or `IGNORED`.
 
+    Raises:
+        ValueError: logits and targets are not of the same positions.
+
     Source: survey eq. 16, first term.
     """
+    if logits.shape[:-1] != targets.shape:
+        shapes = tuple(logits.shape), tuple(targets.shape)
+        raise ValueError(f"logits of shape {shapes[0]} cannot predict targets of shape {shapes[1]}")
     return functional.cross_entropy(
         logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )

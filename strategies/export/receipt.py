@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ class Receipt:
     """What was exported and how it compares, reloaded by `transformers` in a process of its own.
 
     Attributes:
+        sha256: of the weight files one after the other.
         bytes_on_disk: of the weight files.
         parameters: weights, tied ones once.
         bits_per_byte: of held-out text, by the reloaded file.
@@ -38,6 +40,7 @@ class Receipt:
         versions: libraries that loaded it.
     """
 
+    sha256: str
     bytes_on_disk: int
     parameters: int
     bits_per_byte: float
@@ -111,7 +114,7 @@ def _plain_environment() -> dict[str, str]:
 
 
 def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.Tensor, theirs: torch.Tensor,
-                 bytes_on_disk: int, tolerance: float) -> Receipt:
+                 files: list[Path], tolerance: float) -> Receipt:
     """Compare logits of the reloaded file with those of the student.
 
     Args:
@@ -119,12 +122,18 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         trained: (rows, length, vocabulary) logits of the fake-quantised model in training.
         exported: the same in the dtype of the export; equal to `trained` in float32.
         theirs: the same of the reloaded file.
-        bytes_on_disk: of the weight files.
+        files: the weight files.
         tolerance: largest difference from `exported` allowed, as a share of the largest logit.
     """
     difference = (exported - theirs).abs()
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            for block in iter(lambda: handle.read(2**20), b""):
+                digest.update(block)
     return Receipt(
-        bytes_on_disk=bytes_on_disk,
+        sha256=digest.hexdigest(),
+        bytes_on_disk=sum(file.stat().st_size for file in files),
         parameters=found["parameters"],
         bits_per_byte=found["bits_per_byte"],
         tokens_per_second=found["tokens_per_second"],

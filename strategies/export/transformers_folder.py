@@ -25,19 +25,19 @@ class Quantizer(Protocol):
     def integers(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor: ...
 
 
-def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype,
-                 quantized: dict[str, nn.Module]) -> None:
+def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> None:
     """Write a model so that `AutoModelForCausalLM.from_pretrained(folder)` loads it.
 
     Written beside and renamed: an interrupted export leaves no folder that looks finished.
 
     Args:
         folder: where; replaced if it exists.
-        model: the trained model, with its quantised layers still fake-quantising.
+        model: the trained model, its quantised layers still fake-quantising: each has its `quantizer`.
         tokenizer: saved with it.
         dtype: dtype of everything that is not quantised, and of the scales.
-        quantized: quantised layers by name, each with its `quantizer`; empty for a full-precision student.
     """
+    folder = Path(folder)
+    quantized = {name: module for name, module in model.named_modules() if hasattr(module, "quantizer")}
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -94,6 +94,6 @@ def _config(model: nn.Module, dtype: torch.dtype, quantized: dict[str, nn.Module
     return config
 
 
-def bytes_on_disk(folder: Path) -> int:
-    """Bytes of the weight files of a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, in order; none where it is no folder here."""
+    return sorted(folder.glob("*.safetensors"))

@@ -74,7 +74,11 @@ def test_python_library_is_real_text_in_a_fixed_order(room):
     ({"path": "no-such/dataset"}, "data.path", "no such file or folder here, and no such data set on the hub"),
     ({"path": "empty.jsonl"}, "data.path", "the data set is empty"),
     ({"path": "empty/*.txt"}, "data.path", "the data set is empty"),
-    ({"path": "broken.jsonl"}, "data.path", "cannot read this data set"),
+    ({"path": "latin.txt"}, "data.path", "latin.txt:2 is not UTF-8 text convert the file, for example with iconv"),
+    ({"path": "nothing.jsonl"}, "data.path", "there is no such file or folder"),
+    ({"path": "no/*.txt"}, "data.path", "no file matches this pattern"),
+    ({"path": "void"}, "data.path", "this folder is empty"),
+    ({"path": "broken.jsonl"}, "data.path", "broken.jsonl:2 is not JSON"),
     ({"path": "{mixed/a.txt,mixed/b.jsonl}"}, "data.path", "no such file"),
     ({"path": "mixed/*"}, "data.path", "not all text, all JSONL or all Parquet"),
     ({"path": "records.jsonl", "text": "body"}, "data.text", "the records have no such field"),
@@ -86,7 +90,8 @@ def test_python_library_is_real_text_in_a_fixed_order(room):
     ({"path": "records.jsonl", "streaming": True, "validation": Validation(rows=10)}, "data.validation.rows",
      "no more documents than are held out"),
     ({"path": "one.jsonl"}, "data.validation.fraction", "one record is too little"),
-    ({"path": "records.jsonl", "validation": Validation(path="gone.txt")}, "data.validation.path", "no such"),
+    ({"path": "records.jsonl", "validation": Validation(path="gone.txt")}, "data.validation.path",
+     "there is no such file"),
 ])
 def test_mistakes_name_the_key(room, monkeypatch, change, key, message):
     monkeypatch.chdir(room)
@@ -95,6 +100,8 @@ def test_mistakes_name_the_key(room, monkeypatch, change, key, message):
     (room / "empty" / "a.txt").write_text("")
     (room / "broken.jsonl").write_text('{"text": "x"}\n{"text": \n')
     (room / "one.jsonl").write_text('{"text": "x"}\n')
+    (room / "latin.txt").write_bytes("line\ncaf\u00e9\n".encode("latin-1"))
+    (room / "void").mkdir()
     (room / "mixed").mkdir()
     (room / "mixed" / "a.txt").write_text("x")
     (room / "mixed" / "b.jsonl").write_text('{"text": "x"}\n')

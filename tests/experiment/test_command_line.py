@@ -27,13 +27,22 @@ def test_wrong_key_exits_2_with_its_place(write_experiment):
 
 def test_no_config_and_wrong_option():
     assert "pass one, for example --config" in train_py("optimizer.lr=1").stderr
+    assert "write it without dashes: optimizer.lr=1" in train_py("--optimizer.lr=1").stderr
+    assert "--config is given twice" in train_py("--config", "a", "--config", "b").stderr
     done = train_py("--confg", "x")
     assert done.returncode == 2 and "no such option: --confg" in done.stderr
 
 
 def test_limbeck_schema_and_unknown_verb(tmp_path):
     def limbeck(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / "limbeck.py"), *arguments], capture_output=True, text=True)
+        return subprocess.run([sys.executable, str(ROOT / "limbeck.py"), *arguments], capture_output=True, text=True,
+                              cwd=tmp_path)
+
+    assert "limbeck schema [FILE]" in limbeck("schema", "--help").stdout and not list(tmp_path.iterdir())
+    done = limbeck("schema", "--out")
+    assert done.returncode == 2 and "no such option: --out" in done.stderr and not list(tmp_path.iterdir())
+    done = limbeck("schema", "no/such/folder.json")
+    assert done.returncode == 2 and "cannot write no/such/folder.json" in done.stderr
 
     assert limbeck("schema", str(tmp_path / "schema.json")).returncode == 0
     assert json.loads((tmp_path / "schema.json").read_text())["properties"]["teacher"]
@@ -45,5 +54,6 @@ def test_limbeck_schema_and_unknown_verb(tmp_path):
 def test_public_names_all_import():
     import limbeck
 
+    assert dir(limbeck) == sorted(limbeck.__all__)
     for name in limbeck.__all__:
         assert getattr(limbeck, name) is not None

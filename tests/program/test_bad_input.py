@@ -48,7 +48,8 @@ def test_record_without_the_named_field(write_experiment, tmp_path):
     records[17] = {"other": "no body"}
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     refused(file, tmp_path, f"data.path={tmp_path / 'some.jsonl'}", "data.text=body",
-            parts=["override `data.text=body`: data.text = 'body'", "has no such field", "mend or remove the record"])
+            parts=["override `data.text=body`: data.text = 'body'", "has nothing in this field",
+                   '{"body": null, "other": "no body"}', "mend or remove the record"])
 
 
 def test_sequence_longer_than_the_models_positions(write_experiment, tmp_path):
@@ -135,11 +136,11 @@ def test_two_runs_at_once_on_one_folder(write_experiment, tmp_path):
 def test_folder_and_cache_that_cannot_be_written(write_experiment, tmp_path):
     (tmp_path / "file").write_text("")
     done = train_py("--config", str(write_experiment()), f"run.folder={tmp_path / 'file'}")
-    assert done.returncode == 2 and "run.folder" in done.stderr and "this is a file" in done.stderr
+    assert done.returncode == 2 and "run.folder" in done.stderr and "is a file" in done.stderr
     done = train_py("--config", str(write_experiment()), f"run.cache={tmp_path / 'file' / 'cache'}")
     assert done.returncode == 2 and "run.cache" in done.stderr and "cannot make this folder" in done.stderr
     done = train_py("--config", str(write_experiment()), f"run.folder={tmp_path / 'file' / 'run'}")
-    assert done.returncode == 1 and "error: cannot read or write" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "run.folder" in done.stderr and f"{tmp_path / 'file'} is a file" in done.stderr
 
 
 def test_json_without_dry_run():
@@ -162,7 +163,28 @@ def test_layers_the_teacher_does_not_have(write_experiment, tmp_path):
 
 def test_group_that_does_not_divide_a_layer(write_experiment, tmp_path):
     file = write_experiment(student={"quantization": {"bits": 4, "group_size": 24}})
-    refused(file, tmp_path, parts=["student.quantization", "groups of 24 do not divide its 32 inputs", "q_proj"])
+    refused(file, tmp_path, parts=["student.quantization.group_size = 24", "q_proj: groups of 24 do not divide its 32",
+                                   "group sizes that fit every layer: 8, 16, 32"])
+    refused(file, tmp_path, "student.quantization={bits: 8, ignore: ['atention*']}",
+            parts=["override `student.quantization={bits: 8, ignore: ['atention*']}`: student.quantization.ignore",
+                   "matches no linear layer"])
+
+
+def test_heads_that_cannot_be_shared(write_experiment, tmp_path):
+    file = write_experiment(teacher={"architecture": {**TINY, "num_attention_heads": 4, "num_key_value_heads": 3},
+                                     "train": {"steps": 1}})
+    refused(file, tmp_path, parts=["teacher.architecture.num_key_value_heads = 3", "use a divisor of 4"])
+
+
+def test_warm_up_that_never_ends(write_experiment, tmp_path):
+    file = write_experiment(schedule={"warmup": 4})
+    refused(file, tmp_path, parts=["schedule.warmup = 4", "never ends in a run of 4 steps", "0.05"])
+
+
+def test_white_space_is_no_text(write_experiment, tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n\t\n" * 200)
+    refused(write_experiment(data={"path": str(tmp_path / "blank.txt"), "tokenizer": {"train_vocabulary": 257}}),
+            tmp_path, parts=["data", "no document has a token to learn"])
 
 
 def test_batch_that_processes_cannot_share(write_experiment, tmp_path):

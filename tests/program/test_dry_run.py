@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import ROOT, TINY, train_py
+from tests.conftest import ROOT, TINY, launch, train_py
 from trainer.experiment.reading import read_experiment
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -18,6 +18,20 @@ def test_every_shipped_experiment_dry_runs_without_network_and_leaves_nothing(fi
         assert part in done.stdout
     assert f"{file}:" in done.stdout and "default" in done.stdout, "every value says where it was written"
     assert not list(tmp_path.iterdir())
+
+
+def test_readmes_launch_on_two_ranks_is_possible():
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("launch/two_cpu"))
+    script, *arguments = line.split()
+    assert script == "launch/two_cpu_ranks.sh"
+    done = launch(*arguments, "--dry-run", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 per micro-batch x 1 accumulated x 2 processes" in done.stdout
+
+
+def test_dry_run_sees_that_a_local_file_is_missing():
+    done = train_py("--config", "configs/quickstart.yaml", "--dry-run", "data.path=nope.jsonl")
+    assert done.returncode == 2 and "data.path = 'nope.jsonl': there is no such file or folder" in done.stderr
 
 
 def test_plan_is_exact(write_experiment):

@@ -1,5 +1,6 @@
 """A folder that `transformers` reloads in a process that knows nothing of this project."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strategies.export.receipt import Receipt, ask_client, comparison_shape, make_receipt
-from strategies.export.transformers_folder import bytes_on_disk, write_folder
+from strategies.export.transformers_folder import weight_files, write_folder
 from strategies.quantization.baking import bake
 from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import WeightQuantizer
@@ -58,7 +59,7 @@ def test_reloaded_logits_are_equal(tmp_path, kind, bits, group, dtype, tied):
     model = build(kind, tied)
     if bits:
         prepare(model, WeightQuantizer(bits, group, dtype))
-    write_folder(tmp_path / "student", model, Tokenizer(), dtype, dict(quantized_layers(model)))
+    write_folder(tmp_path / "student", model, Tokenizer(), dtype)
     ids = torch.randint(0, 90, (3, 20), generator=torch.Generator().manual_seed(0))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
     done = subprocess.run([sys.executable, "-c", RELOAD, tmp_path / "student", tmp_path / "ids.safetensors",
@@ -76,7 +77,7 @@ def test_four_bits_take_four_bits_on_disk(tmp_path):
     model = build("llama")
     prepare(model, WeightQuantizer(4, 32))
     layers = dict(quantized_layers(model))
-    write_folder(tmp_path / "s", model, Tokenizer(), torch.float32, layers)
+    write_folder(tmp_path / "s", model, Tokenizer(), torch.float32)
     with safe_open(tmp_path / "s" / "model.safetensors", "pt") as file:
         for name, layer in layers.items():
             packed = file.get_tensor(f"{name}.weight_packed")
@@ -84,7 +85,7 @@ def test_four_bits_take_four_bits_on_disk(tmp_path):
     weights = sum(layer.weight.numel() for layer in layers.values())
     rest = sum(p.numel() for p in model.parameters()) - weights
     least = weights / 2 + 4 * weights / 32 + 4 * rest
-    assert least < bytes_on_disk(tmp_path / "s") < least + 8000  # the header, in JSON
+    assert least < weight_files(tmp_path / "s")[0].stat().st_size < least + 8000  # the header, in JSON
 
 
 def test_interrupted_export_leaves_nothing_that_looks_finished(tmp_path):
@@ -93,17 +94,19 @@ def test_interrupted_export_leaves_nothing_that_looks_finished(tmp_path):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_folder(tmp_path / "student", build("llama"), Broken(), torch.float32, {})
+        write_folder(tmp_path / "student", build("llama"), Broken(), torch.float32)
     assert not (tmp_path / "student").exists()
 
 
 def test_receipt_holds_only_within_tolerance(tmp_path):
-    ours = torch.randn(1, 4, 10)
+    ours, weights = torch.randn(1, 4, 10), tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
     found = {"bits_per_byte": 1.0, "tokens_per_second": 2.0, "parameters": 5}
-    same = make_receipt(found, ours, ours, ours.clone(), 10, 1e-5)
+    same = make_receipt(found, ours, ours, ours.clone(), [weights], 1e-5)
+    assert same.sha256 == hashlib.sha256(b"weights").hexdigest() and same.bytes_on_disk == 7
     assert same.holds and same.largest_difference == 0 and same.argmax_agreement == 1
-    assert not make_receipt(found, ours, ours, ours + 0.01, 10, 1e-5).holds
-    assert not make_receipt(found, ours, ours, ours * float("nan"), 10, 1e-5).holds, "NaN is no agreement"
+    assert not make_receipt(found, ours, ours, ours + 0.01, [weights], 1e-5).holds
+    assert not make_receipt(found, ours, ours, ours * float("nan"), [weights], 1e-5).holds, "NaN is no agreement"
     same.write(tmp_path / "receipt.json")
     assert json.loads((tmp_path / "receipt.json").read_text())["holds"] is True
     assert isinstance(same, Receipt)

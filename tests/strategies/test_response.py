@@ -91,6 +91,11 @@ def test_all_masked_is_zero_without_nan():
     assert float(loss) == 0 and not ours.grad.any()
 
 
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"\(2, 3, 8\) cannot predict targets of shape \(2, 4\)"):
+        cross_entropy_sum(torch.zeros(2, 3, 8), torch.zeros(2, 4, dtype=torch.long))
+
+
 def test_different_vocabularies_are_refused():
     """Silent error 2: a shorter vocabulary padded with zero logits."""
     with pytest.raises(ValueError, match="over 50 and 40 tokens"):

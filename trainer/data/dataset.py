@@ -83,7 +83,8 @@ def prepare_text(experiment: Experiment) -> Text:
     # Packing sorts rows by the length of their documents, so a fair sample is drawn, the same for every seed.
     order = Order(len(validation), seed=0)
     held_out = [validation[order[index]] for index in range(min(len(validation), data.validation.rows))]
-    return Text(tokenizer, train, train.folder.name, _stack(held_out), _notes(train, data.sequence_length, plain))
+    notes = _notes(train, data.sequence_length, plain, experiment.training.batch_size)
+    return Text(tokenizer, train, train.folder.name, _stack(held_out), notes)
 
 
 def _rows(documents: Any, encoder: Encoder, cache: Path, key: str, shape: dict[str, Any]) -> PackedRows:
@@ -105,10 +106,14 @@ def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _notes(train: PackedRows, capacity: int, plain: bool) -> list[str]:
+def _notes(train: PackedRows, capacity: int, plain: bool, batch: int) -> list[str]:
     share = train.tokens / (len(train) * capacity)
     notes = [f"{len(train):,} rows of {capacity} tokens, {share:.1%} full"]
     if train.cut and not plain:
-        notes.append(f"{train.cut:,} tokens left out: records longer than a row, or with nothing to learn")
+        left_out = train.cut / (train.cut + train.tokens)
+        notes.append(f"{left_out:.0%} of all tokens ({train.cut:,}) are left out: a record longer than a row loses its "
+                     f"end, or has nothing to learn within it; data.sequence_length above {capacity} keeps more")
+    if len(train) < batch:
+        notes.append(f"there are fewer rows than the {batch} of one step: every step repeats the same text")
     return notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,11 @@ class Encoder:
                             value=data.messages, way_out="name another `data.tokenizer.path`, or use `data.prompt` "
                             "and `data.response`, which need none")
 
-    def __call__(self, records: list[dict[str, Any]], first: int = 0) -> list[Document]:
-        """Encode a batch of records; `first` is the number of the first, for messages."""
+    def __call__(self, records: list[dict[str, Any]]) -> list[Document]:
+        """Encode a batch of records."""
         texts, spans = [], []
-        for number, record in enumerate(records, first):
-            text, learnt = self._render(record, number)
+        for record in records:
+            text, learnt = self._render(record)
             texts.append(text)
             spans.append(learnt)
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True,
@@ -69,55 +70,58 @@ class Encoder:
 
     # ---- one text and its learnt spans; None learns all of it
 
-    def _render(self, record: dict[str, Any], number: int) -> tuple[str, list[Span] | None]:
+    def _render(self, record: dict[str, Any]) -> tuple[str, list[Span] | None]:
         data = self.data
         if data.messages:
-            return self._chat(self._field(record, "messages", number, list), number)
+            return self._chat(self._field(record, "messages", list))
         if data.prompt and data.response:
-            prompt = self._field(record, "prompt", number, str)
-            response = self._field(record, "response", number, str)
+            prompt = self._field(record, "prompt", str)
+            response = self._field(record, "response", str)
             if self.tokenizer.chat_template:
-                return self._chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
-                                  number)
+                return self._chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
             head = f"{prompt}\n"
             return head + response, [(len(head), len(head) + len(response))]
-        return self._field(record, "text", number, str), None
+        return self._plain(self._field(record, "text", str))
 
-    def _field(self, record: dict[str, Any], key: str, number: int, kind: type) -> Any:
+    @staticmethod
+    def _plain(text: str) -> tuple[str, list[Span] | None]:
+        """All of a text is learnt, unless it is white space alone."""
+        return text, None if text.strip() else []
+
+    def _field(self, record: dict[str, Any], key: str, kind: type) -> Any:
         name = getattr(self.data, key)
         value = record.get(name)
         if not isinstance(value, kind):
-            found = "no such field" if value is None else f"{type(value).__name__} in this field"
-            raise UserError(f"data.{key}", f"record {number} has {found}; expected {kind.__name__}", value=name,
-                            way_out=f"its fields are {', '.join(k for k, v in record.items() if v is not None)}; "
-                            "mend or remove the record")
+            found = "nothing" if value is None else type(value).__name__
+            raise UserError(f"data.{key}", f"a record has {found} in this field where {kind.__name__} is expected: "
+                            f"{_shown(record)}", value=name, way_out="mend or remove the record")
         return value
 
-    def _chat(self, messages: list[Any], number: int) -> tuple[str, list[Span]]:
+    def _chat(self, messages: list[Any]) -> tuple[str, list[Span]]:
         """Write messages with the chat template; learn what it adds to say an assistant's message, its end included."""
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-                raise UserError("data.messages", f"record {number} holds a message that is not {{role, content}}",
+                raise UserError("data.messages", "a record holds a message that is not {role, content}",
                                 value=message, way_out="mend or remove the record")
-        text = self._template(messages, number)
+        text = self._template(messages)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._template(messages[:index], number, add_generation_prompt=True)
-            after = self._template(messages[:index + 1], number)
+            before = self._template(messages[:index], add_generation_prompt=True)
+            after = self._template(messages[:index + 1])
             if not (text.startswith(before) and text.startswith(after)):
-                raise UserError("data.messages", f"the chat template rewrites earlier turns (record {number}), so it "
-                                "cannot be said which tokens are the assistant's", value=self.data.messages,
+                raise UserError("data.messages", "the chat template rewrites earlier turns, so it cannot be said which "
+                                f"tokens are the assistant's: {_shown(messages)}", value=self.data.messages,
                                 way_out="use single-turn records, or a tokenizer whose template only appends")
             spans.append((len(before), len(after)))
         return text, spans
 
-    def _template(self, messages: list[Any], number: int, **options: Any) -> str:
+    def _template(self, messages: list[Any], **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
         except TemplateError as error:  # templates may forbid a system message, or two of one role in a row
-            raise UserError("data.messages", f"the chat template refuses record {number}: {error}",
+            raise UserError("data.messages", f"the chat template refuses a record ({error}): {_shown(messages)}",
                             value=self.data.messages, way_out="mend or remove the record") from error
 
     # ---- tokens of a text
@@ -150,6 +154,11 @@ class Encoder:
     def _answered(spans: list[Span] | None, text: str) -> bool:
         """Whether the text ends with something learnt, so that its end is learnt too."""
         return spans is None or bool(spans) and spans[-1][1] >= len(text.rstrip())
+
+
+def _shown(record: Any) -> str:
+    """The beginning of a record, to find it by: its number would be one after shuffling."""
+    return json.dumps(record, default=str, ensure_ascii=False)[:200]
 
 
 def _byte_positions(text: str) -> np.ndarray:

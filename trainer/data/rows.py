@@ -61,14 +61,13 @@ def keep_one(partial: Path, folder: Path) -> None:
 
 def _encoded(documents: Iterable[dict[str, Any]], encoder: Encoder) -> Iterator[Document]:
     batch: list[dict[str, Any]] = []
-    number = 0
     for record in documents:
         batch.append(record)
         if len(batch) == BATCH:
-            yield from encoder(batch, number)
-            number, batch = number + len(batch), []
+            yield from encoder(batch)
+            batch = []
     if batch:
-        yield from encoder(batch, number)
+        yield from encoder(batch)
 
 
 class PackedRows(Dataset):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import random
 import sysconfig
@@ -50,9 +51,9 @@ def open_corpus(data: Data, cache: Path) -> Corpus:
     if data.streaming:  # a stream has no length to take a share of: its first documents are held out
         rest = train.skip(held_out.rows)
         if next(iter(rest), None) is None:
-            raise UserError("data.validation.rows", "the stream has no more documents than are held out",
-                            value=held_out.rows, way_out="hold out fewer, or name held-out text in "
-                            "`data.validation.path`")
+            raise UserError("data.validation.rows", "the stream has no more documents than are held out (a text file "
+                            "is one document)", value=held_out.rows,
+                            way_out="name held-out text in `data.validation.path`, or hold out fewer documents")
         return Corpus(rest, train.take(held_out.rows))
     if len(train) == 1:
         train = _cut_in_two(train, data, held_out.fraction)
@@ -79,9 +80,7 @@ def _open(data: Data, path: str, split: str, key: str, cache: Path) -> Documents
         elif files := _local_files(path):
             documents = _load_files(files, path, key, options)  # their one split is `train`; slices of it work
         else:
-            if path.startswith((".", "/", "~")) and not os.path.isdir(path):
-                raise UserError(key, "there is no such file or folder", value=path,
-                                way_out="name an existing path, a glob such as texts/*.txt, or a hub id")
+            check_path(path, key)
             documents = datasets.load_dataset(path, data.name, revision=data.revision, **options)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise UserError(key, f"no such file or folder here, and no such data set on the hub: {_last_line(error)}",
@@ -89,11 +88,42 @@ def _open(data: Data, path: str, split: str, key: str, cache: Path) -> Documents
     except (DatasetGenerationError, ValueError, OSError) as error:
         if isinstance(error, UserError):
             raise
+        _explain_broken(_local_files(path), key, path)
         raise UserError(key, f"cannot read this data set: {_last_line(error)}", value=path,
                         way_out="check that every file is valid, and `data.name` and `data.split`") from error
     if not data.streaming and len(documents) == 0 or data.streaming and next(iter(documents), None) is None:
         raise UserError(key, "the data set is empty", value=path, way_out="name data with at least one record")
     return documents
+
+
+def check_path(path: str, key: str) -> None:
+    """Raise `UserError` for a path that can only be meant locally, and has nothing there."""
+    local = path.startswith((".", "/")) or glob.has_magic(path) or Path(path).suffix in BUILDERS
+    if path != PYTHON_LIBRARY and local and not _local_files(path) and not os.path.isdir(path):
+        what = "no file matches this pattern" if glob.has_magic(path) else "there is no such file or folder"
+        raise UserError(key, what, value=path,
+                        way_out="name an existing path, a glob such as texts/*.txt, or a hub id")
+    if os.path.isdir(path) and not any(file.is_file() for file in Path(path).rglob("*")):
+        raise UserError(key, "this folder is empty", value=path, way_out="name a folder with text, JSONL or Parquet")
+
+
+def _explain_broken(files: list[str], key: str, path: str) -> None:
+    """Say where a local file is broken, which the readers do not."""
+    for file in files:
+        if BUILDERS.get(Path(file).suffix) == "parquet":
+            continue
+        with open(file, "rb") as handle:
+            for number, line in enumerate(handle, 1):
+                try:
+                    text = line.decode("utf-8")
+                    if file.endswith(".jsonl") and text.strip():
+                        json.loads(text)
+                except UnicodeDecodeError as error:
+                    raise UserError(key, f"{file}:{number} is not UTF-8 text", value=path,
+                                    way_out="convert the file, for example with iconv -f LATIN1 -t UTF-8") from error
+                except ValueError as error:
+                    raise UserError(key, f"{file}:{number} is not JSON: {error}", value=path,
+                                    way_out="mend or remove this line") from error
 
 
 def _local_files(path: str) -> list[str]:

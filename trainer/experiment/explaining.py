@@ -68,7 +68,7 @@ def resolved_table(source: Source) -> list[tuple[str, str, str]]:
         if value is None and any(_get(source.experiment, above) is None for above in _above(key)):
             continue  # the whole node is absent; its own row says so
         shown = value.model_dump() if hasattr(value, "model_dump") else value
-        rows.append((key, json.dumps(shown), source.origin(key)))
+        rows.append((key, json.dumps(shown), source.origins.get(tuple(key.split(".")), "default")))
     return rows
 
 

@@ -37,7 +37,7 @@ class Node(BaseModel):
 
 
 class TeacherTraining(Node):
-    """How to make the teacher when there is none: train it on the experiment's data, once, and cache it."""
+    """How to make the teacher when there is none: once, with the experiment's own data, batches and schedule."""
 
     steps: Positive = 500
     """Optimizer steps of the teacher's own training."""

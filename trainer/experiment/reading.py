@@ -88,7 +88,8 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[Key, str]]:
                        "pass an experiment file; see configs/ for examples")
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        near = difflib.get_close_matches(str(file), [str(path) for path in Path("configs").glob("*.yaml")], 1, 0.3)
+        known = [str(path) for path in Path("configs").glob("*.yaml")]
+        near = difflib.get_close_matches(str(file), known, 1, 0.75)
         hint = f"did you mean {near[0]}?" if near else "pass the path of an experiment file with --config"
         raise fail(f"cannot read this file ({error.strerror})", hint) from error
     except UnicodeDecodeError as error:
@@ -98,7 +99,9 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or "nested too deeply"
-        raise fail(f"not valid YAML: {what}", "check the indentation and quotes around this line",
+        tabs = "'\\t'" in what
+        raise fail(f"not valid YAML: {what}", "indent with spaces, not tabs" if tabs else
+                   "check the indentation and quotes around this line",
                    mark.line + 1 if mark else None) from error
     if root is None:
         raise fail("the file is empty", "see configs/quickstart.yaml for an experiment")
@@ -161,6 +164,9 @@ def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> No
         raise ExperimentErrors([UserError("", "an override is written key=value",
                                           way_out="for example optimizer.lr=1e-4")], {}, place)
     key = tuple(name.split("."))
+    if not text.strip():
+        raise ExperimentErrors([UserError("", "the value is missing", way_out=f"for example {name}=1; {name}=null is "
+                                          "the value null")], {}, place)
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         value = None if root is None else _construct(root, (), "", {}, frozenset())
@@ -168,14 +174,21 @@ def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> No
         raise ExperimentErrors([UserError("", "the value is not valid YAML", value=text,
                                           way_out="quote it for the shell and for YAML")], {}, place) from problem
     node = values
-    for part in key[:-1]:
+    for depth, part in enumerate(key[:-1], 1):
         if not isinstance(node.get(part), dict):  # a null or missing node becomes one that can be filled
             node[part] = {}
+            origins[key[:depth]] = place
         node = node[part]
     node[key[-1]] = value
     for older in [known for known in origins if known[:len(key)] == key]:
         del origins[older]
-    origins[key] = place
+    origins |= {key: place} | {(*key, *inner): place for inner in _inner_keys(value)}
+
+
+def _inner_keys(value: Any) -> list[Key]:
+    if not isinstance(value, dict):
+        return []
+    return [(name, *inner) for name in value for inner in [(), *_inner_keys(value[name])]]
 
 
 # ---- pydantic's errors in a person's words
@@ -201,9 +214,14 @@ def _explain(entry: dict[str, Any]) -> UserError:
     if entry["type"] == "missing":
         return UserError(key, "this key is required", way_out=f"it means: {_help(key)}")
     if entry["type"] in ("model_type", "model_attributes_type"):
-        keys = ", ".join(_node(key).model_fields) if _node(key) else ""
+        names = list(_node(key).model_fields) if _node(key) else []
+        path = "path" in names and isinstance(entry["input"], str)
         return UserError(key, "expected keys of its own, not a single value", value=entry["input"],
-                         way_out=f"its keys are {keys}")
+                         way_out=f"write {key.rpartition('.')[2]}: {{path: {entry['input']}}}" if path
+                         else f"its keys are {', '.join(names)}")
+    if entry["type"] == "string_pattern_mismatch":
+        return UserError(key, "only letters, digits, '.', '_' and '-' can be used, beginning with a letter or digit",
+                         value=entry["input"], way_out=f"it means: {_help(key)}")
     message = entry["msg"].replace("Input should be", "must be").replace("Value error, ", "")
     meaning = _help(key)
     return UserError(key, message, value=entry["input"], way_out=f"it means: {meaning}" if meaning else "")
@@ -214,7 +232,8 @@ def _nearest_key(key: str) -> str:
     parts = key.split(".")
     siblings = _node(".".join(parts[:-1]))
     names = list(siblings.model_fields) if siblings else []
-    near = difflib.get_close_matches(parts[-1], names, 1, 0.6)
+    near = difflib.get_close_matches(parts[-1], names, 1, 0.6) or \
+        [name for name in names if name in parts[-1] or parts[-1] in name]
     if near:
         return f"did you mean `{'.'.join([*parts[:-1], near[0]])}`?"
     everywhere = {name.rsplit(".", 1)[-1]: name for name in all_keys(Experiment)}
