@@ -55,21 +55,19 @@ class RunFolder:
         if not self.experiment.exists():
             raise UserError("run.folder", "the folder exists and is not a run folder", value=str(self.path),
                             way_out=way_out)
-        theirs = flatten(yaml.safe_load(self.experiment.read_text()))
-        ours = flatten(experiment.model_dump(mode="json"))
-        changed = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key) and not _free(key)
-                   and not (key.endswith(".revision") and ours.get(key) is None)]  # it was resolved when it began
+        changed = [(key, *values) for key, values in self.changed(experiment).items() if not _free(key)]
         if changed:
-            shown = "; ".join(f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in changed[:3])
+            shown = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed[:3])
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError("run.folder", f"the folder belongs to another experiment: {shown}{more}",
                             value=str(self.path), way_out=way_out)
 
-    def changed(self, experiment: Experiment) -> list[str]:
-        """Keys outside `run` that differ from the experiment that the folder was made by."""
-        theirs, ours = flatten(yaml.safe_load(self.experiment.read_text())), flatten(experiment.model_dump(mode="json"))
-        return [key for key in ours if ours[key] != theirs.get(key) and not key.startswith("run.")
-                and not key.endswith(".revision")]
+    def changed(self, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
+        """Keys that differ from the experiment that the folder was made by, each with its value then and now."""
+        then = flatten(yaml.safe_load(self.experiment.read_text()))
+        now = flatten(experiment.model_dump(mode="json"))
+        return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)
+                and not (key.endswith(".revision") and now.get(key) is None)}  # it was resolved when it began
 
     def claim(self, experiment: Experiment, plan: dict[str, Any]) -> None:
         """Make the folder, with the resolved experiment and the plan; on the main process.

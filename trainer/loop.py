@@ -112,7 +112,7 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted loss and its terms for a micro-batch, summed over target tokens."""
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        inputs = model_inputs(batch)
         with self.precision.autocast():
             taught = None
             if self.teacher is not None:
@@ -148,9 +148,8 @@ class Trainer:
             if not len(batch["input_ids"]):  # every process takes part in every forward; this one's rows are used up
                 batch = self._to_device({name: tensor[:1] for name, tensor in rows.items()})
                 batch["targets"] = torch.full_like(batch["targets"], IGNORED)
-            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
             with self.precision.autocast():
-                logits = self.student(**inputs).logits
+                logits = self.student(**model_inputs(batch)).logits
             sums[0] += cross_entropy_sum(logits, batch["targets"]).to(wide)
             sums[1] += (batch["targets"] != IGNORED).sum()
         self.student.train()
@@ -225,6 +224,11 @@ class Trainer:
     def _track(self, values: dict[str, float]) -> None:
         if self.experiment.run.trackers:  # teacher and control, trained by the way, have none
             self.accelerator.log(values, self.step)
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model is given of a batch: positions restart with every packed document and keep them apart."""
+    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
 
 
 def _plain(value: Any) -> Any:

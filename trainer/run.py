@@ -25,7 +25,7 @@ from trainer.errors import RunFailed, UserError
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, fingerprint, flatten, learnt_from, write_atomically
-from trainer.loop import Trainer
+from trainer.loop import Trainer, model_inputs
 from trainer.metrics import console, read_lines, readable
 from trainer.models import (
     DTYPES,
@@ -70,7 +70,7 @@ def carry_out(source: Source) -> Path:
     say = console.print if accelerator.is_main_process else lambda *_: None
     if folder.finished:
         say(f"{folder.path} is finished: see {folder.report}. To run again, choose another run.folder or remove it.")
-        if changed := folder.changed(experiment):
+        if changed := [key for key in folder.changed(experiment) if not key.startswith("run.")]:
             say(f"not used, since it is finished: {', '.join(changed)}")
         return folder.path
     check_batch(experiment, accelerator.num_processes)
@@ -276,8 +276,8 @@ def _logits(model: nn.Module, text: Text) -> torch.Tensor:
     rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
     model.eval()
     device = next(model.parameters()).device
-    inputs = {name: text.held_out[name][:rows, :length].to(device) for name in ("input_ids", "position_ids")}
-    return model(**inputs, use_cache=False).logits.float().cpu()
+    part = {name: text.held_out[name][:rows, :length].to(device) for name in ("input_ids", "position_ids")}
+    return model(**model_inputs(part)).logits.float().cpu()
 
 
 def _start_trackers(accelerator: Accelerator, experiment: Experiment) -> None:

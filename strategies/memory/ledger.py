@@ -27,7 +27,7 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """Sum of all parts: nearly the peak, which comes when the loss turns back, before temporaries."""
+        """Sum of all parts: what is kept when the loss turns back; the peak has its temporaries on top."""
         return sum(count for count in asdict(self).values() if count)
 
     def rows(self) -> list[tuple[str, int]]:
