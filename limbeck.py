@@ -7,7 +7,7 @@ The public face, for scripts of one's own:
     source = limbeck.read_experiment("configs/quickstart.yaml", ["optimizer.lr=1e-4"])
     folder = limbeck.run(source)
 
-`WeightQuantizer`, `prepare_qat`, `ResponseObjective` and `write_student` also serve alone, in anybody's training loop.
+`rematerialize`, `WeightQuantizer`, `prepare_qat`, `ResponseObjective` and `write_student` also serve alone, in anybody's training loop.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _PUBLIC = {  # name -> where it lives; imported when first used, so that `import
     "Trainer": ("trainer.loop", "Trainer"),
     "ResponseObjective": ("strategies.distillation.response", "ResponseObjective"),
     "WeightQuantizer": ("strategies.quantization.quantizer", "WeightQuantizer"),
+    "rematerialize": ("strategies.rematerialization.rematerialize", "rematerialize"),
     "prepare_qat": ("strategies.quantization.qat", "prepare"),
     "write_student": ("strategies.export.transformers_folder", "write_folder"),
     "write_report": ("trainer.report", "write_report"),

@@ -1,0 +1,119 @@
+"""Bytes that an operation's kernel takes for itself while it runs: what a count of tensors cannot see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from strategies.memory.meter import measure, resident_tensors
+from strategies.memory.tracker import LiveBytes
+
+LIMIT = 2 * 2**30  # bytes of arguments and outputs up to which an operation is tried
+_INTRINSIC = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# (mean, inverse deviation, weight) among the arguments: on CPU the kernels keep statistics in the weight's dtype, while
+# torch's shape functions give them the input's, which the backward kernels then refuse.
+_STATISTICS = {"native_layer_norm_backward": (3, 4, 5), "native_batch_norm_backward": (5, 6, 2)}
+_found: dict[tuple, int | None] = {}
+
+
+def workspace(operation: Any, args: tuple, kwargs: dict[str, Any] | None = None, limit: int = LIMIT) -> int | None:
+    """Bytes by which an operation's memory exceeds its arguments and outputs while it runs on this machine.
+
+    It runs twice (the first call may build what a library keeps) on tensors of the given shapes, strides and dtypes:
+    floats are random in [0, 1), integers and booleans 0, which is a valid index. The second run is measured. Neither
+    the arguments nor any random generator change. Answers are kept for the life of the process, by arguments and number
+    of threads (a kernel may take a buffer for each). Memory that a library takes behind torch's allocator is not seen.
+
+    Args:
+        operation: for example torch.ops.aten.convolution_backward.default.
+        args, kwargs: with real tensors or tensors without data.
+        limit: bytes of arguments plus outputs above which the operation is not tried.
+
+    Returns:
+        The bytes, or None where they are not known: above the limit, on an absent or third kind of device, and where
+        the operation refuses such values.
+    """
+    if not isinstance(operation, OpOverload):
+        return None  # a higher-order operator runs others, which are asked about one by one
+    if operation.is_view or operation._opname in _INTRINSIC or operation.namespace == "prim":
+        return 0
+    args = _with_statistics(operation, args)
+    key = (operation, limit, torch.get_num_threads(), *_described((args, kwargs or {})))
+    if key not in _found:
+        _found[key] = _try(operation, args, kwargs or {}, limit)
+    return _found[key]
+
+
+def _with_statistics(operation: OpOverload, args: tuple) -> tuple:
+    mean, deviation, weight = _STATISTICS.get(operation._opname, (None, None, None))
+    if mean is None or args[weight] is None or args[mean] is None or args[mean].dtype == args[weight].dtype:
+        return args
+    repaired = list(args)
+    for place in (mean, deviation):
+        repaired[place] = args[place].to(args[weight].dtype)
+    return tuple(repaired)
+
+
+def _described(arguments: Any) -> tuple:
+    """What an operation's memory may depend on, hashable."""
+    leaves, structure = tree_flatten(arguments)
+    return (str(structure), *[
+        (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else repr(leaf)
+        for leaf in leaves])
+
+
+def _try(operation: OpOverload, args: tuple, kwargs: dict, limit: int) -> int | None:
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    kinds = {tensor.device.type for tensor in tensors} | {str(kwargs.get("device") or "cpu").split(":")[0]}
+    device = "cuda" if "cuda" in kinds else "cpu"
+    if kinds - {"cpu", "cuda"} or device == "cuda" and not torch.cuda.is_available():
+        return None
+    if any(tensor.layout is not torch.strided for tensor in tensors):
+        return None
+    try:
+        generators = [torch.cuda.current_device()] if device == "cuda" else []
+        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(generators):
+            if _planned_bytes(operation, args, kwargs) > limit:
+                return None
+            return _excess(operation, *_with_values((args, kwargs)), device)
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
+        return None
+
+
+def _planned_bytes(operation: OpOverload, args: tuple, kwargs: dict) -> int:
+    """Bytes of arguments and outputs, found without data; of the arguments alone where outputs depend on values."""
+    with FakeTensorMode(), LiveBytes() as tracker:
+        args, kwargs = tree_map_only(torch.Tensor, _empty_like, (args, kwargs))
+        try:
+            kept = operation(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - whatever a shape function raises, the real run will tell
+            kept = None
+        del kept
+    return tracker.peak
+
+
+def _excess(operation: OpOverload, args: tuple, kwargs: dict, device: str) -> int:
+    kept = [operation(*args, **kwargs)]
+    kept.clear()
+    before = resident_tensors(args, kwargs)
+    measured = measure(lambda: kept.append(operation(*args, **kwargs)), device)
+    outputs = resident_tensors(args, kwargs, kept) - before
+    return max(0, measured.peak - measured.base - outputs)
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _with_values(arguments: Any) -> Any:
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        flat = torch.zeros(extent if tensor.numel() else 0, dtype=tensor.dtype, device=tensor.device)
+        if flat.is_floating_point():
+            flat.uniform_()  # filled before it is expanded: a view may have one element at many places
+        return flat.as_strided(tensor.shape, tensor.stride())
+    return tree_map_only(torch.Tensor, real, arguments)

@@ -1,0 +1,1 @@
+"""Rematerialization: capture a region, price it, solve for what to keep, execute the schedule."""

@@ -1,0 +1,116 @@
+"""Run a region by its schedule: captured by torch.compile, split by the order planned, run by eager kernels or Inductor."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch import fx, nn
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch.fx.graph import _BoxedCodeGen
+
+from strategies.rematerialization.capture import Captured, capture
+from strategies.rematerialization.partition import partition
+
+Choose = Callable[[Captured], Sequence[int]]
+Notice = Callable[[Captured], None]
+BEFORE = "_forward_before_planning"
+
+
+def compiled(choose: Choose, inductor: bool = False, notice: Notice | None = None) -> Callable:
+    """A function that calls a module's own forward by a schedule: `call(module, *args, **kwargs)`.
+
+    Whatever the module does is captured whole, or the call raises what torch.compile has to say: nothing is run half.
+
+    Args:
+        choose: gives the order of operations for a region captured, at most once for every shape and dtype.
+        inductor: compile the two graphs instead of running them by eager kernels.
+        notice: told which captured region runs, whenever one does; not with Inductor.
+    """
+    # Every schedule has a code object of its own: torch.compile keeps its cache, and counts recompilations, by it.
+    function = types.FunctionType(_call.__code__.replace(co_name="region"), globals(), "region", _call.__defaults__)
+    return torch.compile(function, backend=_backend(choose, inductor, notice), dynamic=False, fullgraph=True)
+
+
+def _call(module: nn.Module, *args, **kwargs):
+    if hasattr(module, BEFORE):
+        return getattr(module, BEFORE)(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
+
+
+def own_forward(module: nn.Module, *args, **kwargs) -> object:
+    """A region's own forward: the one put on the module by others (Accelerate does) before ours, or its class's."""
+    return _call(module, *args, **kwargs)
+
+
+def replace_forward(module: nn.Module, forward: Callable) -> None:
+    """Put a forward on a module, keeping in reach what was there."""
+    if "forward" in module.__dict__ and BEFORE not in module.__dict__:
+        module.__dict__[BEFORE] = module.__dict__["forward"]
+    module.forward = forward
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Give a module back the forward that it had before `replace_forward`."""
+    module.__dict__.pop("forward", None)
+    if BEFORE in module.__dict__:
+        module.forward = module.__dict__.pop(BEFORE)
+
+
+def _backend(choose: Choose, inductor: bool, notice: Notice | None) -> Callable:
+    def split(joint: fx.GraphModule, joint_inputs: object, *, num_fwd_outputs: int, **_) -> tuple:
+        captured = capture(joint, num_fwd_outputs)
+        forward, backward = partition(captured, choose(captured))
+        forward.meta["captured"] = captured
+        return forward, backward
+
+    def noticed(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
+        return boxed(gm, notice=notice)
+
+    def eager(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
+        # a region may be turned back twice (retain_graph), so what it keeps is never given away
+        with torch._functorch.config.patch(donated_buffer=False):
+            return aot_module_simplified(gm, inputs, fw_compiler=noticed, bw_compiler=boxed, inference_compiler=boxed,
+                                         partition_fn=split)
+
+    def fused(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
+        from torch._inductor.compile_fx import compile_fx
+
+        with (torch._functorch.config.patch(donated_buffer=False),
+              torch._inductor.config.patch(custom_partitioner_fn=_Partitioner(split))):
+            return compile_fx(gm, inputs)
+
+    return fused if inductor else eager
+
+
+class _Partitioner:
+    """Inductor's hook for a partitioner; without an identity, so that nothing is taken from its cache on disk."""
+
+    def __init__(self, split: Callable) -> None:
+        self.split = split
+
+    def __call__(self, joint: fx.GraphModule, joint_inputs: object, **keywords) -> tuple:
+        return self.split(joint, joint_inputs, **keywords)
+
+    def uuid(self) -> None:
+        """No identity: the schedule is not part of the code that Inductor hashes."""
+        return None
+
+
+def boxed(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] = (), notice: Notice | None = None) -> Callable:
+    """A graph as a function of one list, which it empties, so that inputs are freed after their last use."""
+    gm.graph.set_codegen(_BoxedCodeGen())
+    gm.recompile()
+
+    captured = gm.meta.get("captured")
+
+    def run(arguments: list) -> object:
+        if notice is not None and captured is not None:
+            notice(captured)
+        return gm.forward(arguments)
+
+    run._boxed_call = True
+    return run

@@ -1,0 +1,127 @@
+"""The ways to run one block: what is kept against what is recomputed, as a frontier that the master problem chooses from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from strategies.rematerialization.bound import Bound
+from strategies.rematerialization.capture import Captured, is_random, problem
+from strategies.rematerialization.chain import Option
+from strategies.rematerialization.graph import Graph, simulate
+from strategies.rematerialization.moments import program
+from strategies.rematerialization.partition import state_like
+from strategies.rematerialization.solve import Infeasible, least_peak, solve
+
+LEVELS = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.06, 0.0)
+"""Shares of what keeping all keeps; most of the gain lies where little is kept."""
+MOVES = 3000
+
+
+def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int = MOVES) -> tuple[Option, ...]:
+    """Ways to run a region that no other way beats in bytes kept, both peaks and seconds, cheapest first.
+
+    For each amount of bytes kept an integer program says what to keep at the least cost; a search then lowers the peak
+    of the backward from there, step by step.
+
+    Args:
+        captured: the region.
+        seconds, workspace: prices of its operations.
+        moves: effort of each search.
+    """
+    free = problem(captured, seconds, workspace)
+    all_kept = option_of(captured, free, tuple(range(len(free.seconds))))
+    most = 2 * (max(all_kept.backward_peak, all_kept.forward_peak) + all_kept.kept)
+    least = least_peak(free, 0.3)
+    found = [all_kept, option_of(captured, free, least.order)]
+    for level in LEVELS:
+        kept = int(level * all_kept.kept)
+        order = _cheapest(captured, seconds, workspace, kept, most)
+        for peak in (most, *np.geomspace(max(least.peak, 1), all_kept.backward_peak, 4)[2::-1].astype(int)):
+            order = _solved(captured, seconds, workspace, kept, int(peak), moves, order)
+            if order is None:
+                break
+            found.append(option_of(captured, free, order))
+    return frontier(found)
+
+
+def _cheapest(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, most: int) -> Sequence[int] | None:
+    """The order that recomputes least for the bytes kept, whatever its peak: an integer program for one moment."""
+    graph = problem(captured, seconds, workspace, kept, most)
+    bound = Bound(graph, most)
+    bound.prove(program(graph, most, [graph.forward]), time.perf_counter() + 0.5)
+    return bound.starts[-1] if bound.starts else None
+
+
+def _solved(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int, moves: int,
+            start: Sequence[int] | None) -> tuple[int, ...] | None:
+    graph = problem(captured, seconds, workspace, kept, peak)
+    try:
+        return solve(graph, peak, 0.5, bound=False, start=start, iterations=moves).order
+    except Infeasible:
+        return None
+
+
+def option_of(captured: Captured, graph: Graph, order: Sequence[int]) -> Option:
+    """What running a region in an order keeps, needs and costs beyond running everything once."""
+    border = list(order).index(captured.forward)
+    resident = simulate(graph, order).resident
+    extra = float(sum(graph.seconds[index] for index in order) - graph.seconds.sum())
+    states = _state_bytes(captured, order)
+    return Option(kept_bytes(graph, order) + states, int(resident[:border].max(initial=0)) + states,
+                  int(resident[border + 1:].max(initial=0)) + states, max(0.0, extra), tuple(order))
+
+
+def kept_bytes(graph: Graph, order: Sequence[int]) -> int:
+    """Bytes of values made before the moment between forward and backward and read after it."""
+    border = list(order).index(graph.forward)
+    makes = graph.makes
+    made, kept = set(makes[graph.forward]), set()
+    for operation in order[border + 1:]:
+        kept |= set(graph.reads[operation]) - made
+        made |= set(makes[operation])
+    return int(sum(graph.size[value] for value in kept))
+
+
+def _state_bytes(captured: Captured, order: Sequence[int]) -> int:
+    """Bytes of generator states kept for random operations that run again."""
+    shift = [index + (index >= captured.forward) for index in range(len(captured.operations))]
+    ran = list(order)
+    return sum(state_like(node).numel() for index, node in zip(shift, captured.operations, strict=True)
+               if is_random(node) and ran.count(index) > 1)
+
+
+def frontier(found: Sequence[Option]) -> tuple[Option, ...]:
+    """Options that no other one equals or beats in everything, cheapest first."""
+    kept: list[Option] = []
+    for option in sorted(found, key=lambda option: (option.seconds, option.kept, option.backward_peak)):
+        if not any(other.kept <= option.kept and other.backward_peak <= option.backward_peak
+                   and other.forward_peak <= option.forward_peak for other in kept):
+            kept.append(option)
+    return tuple(kept)
+
+
+def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float = 0.3) -> list[tuple[int, float]]:
+    """Least seconds of recomputation of a region for bytes kept, proven: (bytes, seconds), fewer bytes first.
+
+    Bytes are those between forward and backward: of what the region keeps, its own output (the next region's input)
+    included, its input left out. Every value that the backward reads must then be there or be computed again from
+    what is, and so must the output. A relaxation: the peak in between is not looked at.
+
+    Args:
+        captured, seconds, workspace: the region and its prices.
+        limit: seconds for each point.
+    """
+    free = problem(captured, seconds, workspace, again=True)
+    most = option_of(captured, free, tuple(range(len(free.seconds)))).kept
+    curve = []
+    for level in sorted({0.0, 1.0, *LEVELS}):
+        kept = int(level * most)
+        graph = problem(captured, seconds, workspace, kept, 4 * most + 1, again=True)
+        bound = Bound(graph, 4 * most + 1)
+        bound.prove(program(graph, 4 * most + 1, [graph.forward]), time.perf_counter() + limit)
+        if np.isfinite(bound.value):
+            curve.append((kept, max(0.0, bound.value - float(graph.seconds.sum()))))
+    return curve

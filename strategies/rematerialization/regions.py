@@ -1,0 +1,197 @@
+"""Find a model's regions and capture each as the model calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from strategies.rematerialization.capture import Captured
+from strategies.rematerialization.execute import compiled, own_forward, replace_forward, restore_forward
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Shape and kind of a tensor, without it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    bytes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Meta:
+        """The kind of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad,
+                   tensor.untyped_storage().nbytes())
+
+    def empty(self) -> torch.Tensor:
+        """A tensor of this kind."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+@dataclass
+class Call:
+    """One call of a region in a step.
+
+    Attributes:
+        name, module: the region.
+        captured: its graph, or None with the `reason` why it could not be captured.
+        input: bytes of the tensors passed in that the region before handed out; else of the largest with a gradient.
+        passed: which of its arguments those are.
+        chained: whether the region before handed them out.
+        arguments, outputs: kinds of its tensors in and out among whatever else there is, and how all is nested.
+    """
+
+    name: str
+    module: nn.Module
+    captured: Captured | None = None
+    reason: str = ""
+    input: int = 0
+    passed: frozenset[int] = frozenset()
+    chained: bool = False
+    arguments: tuple[list[Meta | object], TreeSpec] = field(default=([], None), repr=False)
+    outputs: tuple[list[Meta | object], TreeSpec] = field(default=([], None), repr=False)
+
+
+def find_regions(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's repeated blocks by name, or the model itself where there are none to speak of.
+
+    Blocks are the children of a list of at least two, some of them equal in the shapes of their parameters, that
+    together hold most of what is not an embedding. Networks of convolutions are one region: what they would hand from
+    block to block is as large as what they keep.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if 4 * sum(module.weight.numel() for module in model.modules() if _convolves(module)) >= total:
+        return {"": model}
+    lists = [(name, module) for name, module in model.named_modules()
+             if isinstance(module, (nn.ModuleList, nn.Sequential)) and _repeats(module)]
+    outer = [(name, module) for name, module in lists
+             if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    blocks = {f"{name}.{index}": block for name, module in outer for index, block in module.named_children()}
+    embeddings = {id(parameter) for module in model.modules() if isinstance(module, nn.Embedding)
+                  for parameter in module.parameters()}
+    total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings)
+    covered = sum(parameter.numel() for block in blocks.values() for parameter in block.parameters())
+    return blocks if covered * 2 >= total and blocks else {"": model}
+
+
+def _convolves(module: nn.Module) -> bool:
+    """Whether a module convolves; cutting an image into patches does not count."""
+    return isinstance(module, (nn.modules.conv._ConvNd)) and module.kernel_size != module.stride
+
+
+def _repeats(module: nn.Module) -> bool:
+    shapes = [(type(child), tuple(tuple(parameter.shape) for parameter in child.parameters()))
+              for child in module.children()]
+    return len(shapes) >= 2 and len(set(shapes)) < len(shapes) and all(shape for _, shape in shapes)
+
+
+@contextmanager
+def calling(modules: dict[str, nn.Module], instead: Callable[[str, nn.Module], Callable]) -> Iterator[None]:
+    """Within the context, regions' forwards are replaced by `instead(name, module)`; hooks around them stay."""
+    try:
+        for name, module in modules.items():
+            replace_forward(module, instead(name, module))
+        yield
+    finally:
+        for module in modules.values():
+            restore_forward(module)
+
+
+def record(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[Call]:
+    """Run a model forward once and capture each of its regions with what it is given.
+
+    Tensors between regions are cut off from the graph of autograd, so that nothing is kept from one to the next.
+    Generators and buffers are as before, afterwards.
+
+    Args:
+        modules: regions by name.
+        run: calls the model.
+    """
+    seen: list[Captured] = []
+    function = compiled(_as_traced, notice=seen.append)
+    calls: list[Call] = []
+    last: list[torch.Tensor] = []  # held, so that no other storage takes their place in memory
+
+    def instead(name: str, module: nn.Module) -> Callable:
+        def forward(*args, **kwargs):
+            call = Call(name, module, arguments=_kinds((args, kwargs)))
+            _note_input(call, tree_flatten((args, kwargs))[0], set(map(_storage, last)))
+            seen.clear()
+            out = _captured_call(call, function, seen, args, kwargs)
+            leaves, spec = tree_flatten(out)
+            call.outputs = _kinds(out)
+            calls.append(call)
+            leaves = [leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+                      for leaf in leaves]
+            last[:] = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            return tree_unflatten(leaves, spec)
+        return forward
+
+    with _undisturbed(modules.values()), calling(modules, instead), torch.enable_grad():
+        run()
+    return calls
+
+
+def _captured_call(call: Call, function: Callable, seen: list[Captured], args: tuple, kwargs: dict) -> object:
+    try:
+        out = function(call.module, *args, **kwargs)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        call.reason = first_line(error)
+        return own_forward(call.module, *args, **kwargs)
+    if len(seen) == 1:
+        call.captured = seen[0]
+    else:
+        call.reason = "nothing in it takes part in the gradient"
+    return out
+
+
+def _note_input(call: Call, leaves: Sequence[object], before: set[int]) -> None:
+    given = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    passed = {index: leaf for index, leaf in given.items() if _storage(leaf) in before}
+    call.chained = bool(passed)
+    if not passed:
+        wanted = [index for index, leaf in given.items() if leaf.requires_grad]
+        passed = {index: given[index] for index in sorted(wanted, key=lambda index: -given[index].numel())[:1]}
+    call.passed = frozenset(passed)
+    call.input = sum({_storage(leaf): leaf.untyped_storage().nbytes() for leaf in passed.values()}.values())
+
+
+def _kinds(structure: object) -> tuple[list[Meta | object], TreeSpec]:
+    leaves, spec = tree_flatten(structure)
+    return [Meta.of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _as_traced(captured: Captured) -> list[int]:
+    return list(range(len(captured.operations) + 1))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Generators and buffers as they were."""
+    buffers = {buffer: buffer.clone() for module in modules for buffer in module.buffers()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers.items():
+                    buffer.copy_(value)

@@ -1,0 +1,139 @@
+"""The function people call: plan a model's training step for a budget of bytes, and make the model keep to it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from strategies.memory.units import parse_bytes
+from strategies.rematerialization.fallback import fallback_options
+from strategies.rematerialization.frame import fake_batch, observe, without_data
+from strategies.rematerialization.planner import Plan, Planner
+from strategies.rematerialization.price import DEVICES, Prices, this_device
+from strategies.rematerialization.regions import find_regions, record
+
+Loss = Callable[[nn.Module, object], torch.Tensor]
+
+
+def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
+                  optimizer: torch.optim.Optimizer | None = None, loss: Loss | None = None,
+                  autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
+                  compile: bool = False) -> Plan:
+    """Make a model train within a budget of bytes, at the least recomputation found, and say how much that is.
+
+        plan = limbeck.rematerialize(model, batch, budget="8GiB", optimizer=optimizer)
+        print(plan)
+
+    The model's code, parameters and names stay as they are; gradients are those of keeping everything. Its repeated
+    blocks (or the whole of a convolutional network) then run by schedules of what to keep and what to recompute just
+    before it is used. Call it on every rank, before or after the model is prepared by Accelerate or handed to a
+    Trainer, with a batch of the size trained on. `plan.remove()` undoes it.
+
+    Args:
+        model: on the device it trains on.
+        example_batch: what `loss` takes; by default a mapping for `model(**batch)`, labels included.
+        budget: bytes ("8GiB") for everything: weights, gradients, optimizer state, activations, loss, temporaries.
+        optimizer: counted, its state too, even where that does not exist yet.
+        loss: gives the loss from model and batch; by default what the model returns as `.loss`, or first.
+        autocast: dtype of mixed precision, if training uses it and the model's forward does not enter it by itself.
+        accumulate: whether gradients of earlier micro-batches exist when a step begins.
+        others: modules and tensors that stay beside the model, a teacher for example.
+        compile: run the schedules by Inductor instead of by eager kernels. What it fuses needs no memory, so that the
+            prediction is an upper estimate.
+
+    Returns:
+        the plan, which is then installed in the model.
+
+    Raises:
+        BudgetError: no plan fits; it says what the least is.
+        ValueError: the budget is not a number of bytes.
+    """
+    budget = parse_bytes(budget)
+    planner = study(model, example_batch, optimizer=optimizer, loss=loss, autocast=autocast, accumulate=accumulate,
+                    others=others)
+    plan = planner.plan(budget)
+    planner.install(plan, inductor=compile)
+    return plan
+
+
+def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer | None = None, loss: Loss | None = None,
+          autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
+          device: str | None = None, update: Callable | None = None) -> Planner:
+    """Learn all about a step that plans for any budget need; see `rematerialize`.
+
+    A model without data (parameters made under FakeTensorMode) is studied without computing anything, and priced for
+    the `device` named.
+    """
+    model = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    loss = loss or loss_of
+    parameters = list(model.parameters())
+    kind = parameters[0].device.type if parameters else "cpu"
+    pretended = any(isinstance(parameter, FakeTensor) for parameter in parameters)
+
+    def step(model: nn.Module, batch: object) -> torch.Tensor:
+        with torch.autocast(kind, autocast) if autocast is not None else nullcontext():
+            return loss(model, batch)
+
+    modules = find_regions(model)
+    with without_data(*[thing for thing in [model, *others] if isinstance(thing, nn.Module)]) if pretended \
+            else nullcontext((None, None)) as (mode, _), mode or nullcontext():
+        calls = record(modules, lambda: step(model, fake_batch(mode, batch) if pretended else batch))
+    calls = [call for call in calls if call.outputs[0]]
+    with without_data(*[thing for thing in [model, *others] if isinstance(thing, nn.Module)]) as (mode, stand_in):
+        frame = _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, others, kind, update)
+        known = DEVICES[device] if device else this_device(kind)
+        fallback = {id(call): fallback_options(call, known, mode) for call in calls if call.captured is None}
+    prices = Prices(known, measure=not pretended)
+    return Planner(calls, frame, prices, lambda call: fallback[id(call)])
+
+
+def loss_of(model: nn.Module, batch: object) -> torch.Tensor:
+    """The loss that a model returns for a batch: `.loss`, "loss", or the first thing."""
+    out = model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    if isinstance(out, torch.Tensor):
+        return out
+    return out["loss"] if isinstance(out, Mapping) else out[0]
+
+
+def _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, others, kind, update):
+    mine = fake_batch(mode, batch)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.grad for parameter in parameters]
+    with mode:
+        fake = None if optimizer is None else _without_data(optimizer, stand_in)
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        if fake is not None:
+            fake.step()
+        if not accumulate:
+            for parameter in parameters:
+                parameter.grad = None
+        parts = {"weights": [model.parameters(), model.buffers()], "optimizer state": [fake.state] if fake else [],
+                 "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+                 "others": list(others), "batch": [mine]}
+
+    def advance() -> None:
+        if fake is not None:
+            fake.step()
+        for parameter in parameters:
+            parameter.grad = None
+
+    try:
+        return observe(calls, mode, lambda: step(model, mine), parts, advance, 512 if kind == "cuda" else 1)
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+
+def _without_data(optimizer: torch.optim.Optimizer, stand_in: Mapping[int, torch.Tensor]) -> torch.optim.Optimizer:
+    """An optimizer of the same kind and settings over parameters without data."""
+    real = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps them
+    groups = [{**group, "params": [stand_in.get(id(parameter), parameter) for parameter in group["params"]]}
+              for group in real.param_groups]
+    accepted = inspect.signature(type(real)).parameters
+    return type(real)(groups, **{name: value for name, value in real.defaults.items() if name in accepted})
