@@ -1,0 +1,1 @@
+"""Benchmarks of rematerialization: the solver on recorded graphs, and whole training steps."""
