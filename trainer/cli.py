@@ -11,7 +11,7 @@ from trainer.errors import ExperimentErrors, RunFailed, UserError
 from trainer.experiment.explaining import help_text, schema
 from trainer.experiment.reading import Source, describe, read_experiment
 
-USER_ERROR, FAILURE = 2, 1
+USER_ERROR, FAILURE, BUDGET_UNMET = 2, 1, 3
 
 
 def train(arguments: list[str]) -> int:
@@ -31,7 +31,7 @@ def train(arguments: list[str]) -> int:
             run.carry_out(source)
     except (UserError, ExperimentErrors) as error:
         _tell(_messages(error, source))
-        return USER_ERROR
+        return BUDGET_UNMET if type(error).__name__ == "BudgetUnmet" else USER_ERROR
     except RunFailed as error:
         _tell(f"error: {error}")
         return FAILURE

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from strategies.distillation.response import IGNORED, cross_entropy_sum
+from strategies.distillation.response import IGNORED, ResponseObjective, cross_entropy_sum
+from strategies.memory.meter import Measured, mark, measure
+from strategies.memory.picture import curve
+from strategies.rematerialization.rematerialize import study
 from trainer import checkpoints
+from trainer.budget import (
+    POINTS,
+    MemoryPlan,
+    accumulates,
+    choose,
+    describe,
+    example_batch,
+    reserved,
+    study_experiment,
+)
 from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import Text
 from trainer.errors import RunFailed
 from trainer.experiment.tree import Experiment
-from trainer.folder import RunFolder
-from trainer.metrics import Metrics, Ticker, memory_peak
+from trainer.folder import RunFolder, write_atomically
+from trainer.metrics import Metrics, Ticker, memory_peak, readable
+from trainer.precision import MixedPrecision
+
+MEASURED = 2  # the step of a process, counted from 1, whose memory is measured: by then all state exists
 
 
 class Trainer:
@@ -42,8 +60,10 @@ class Trainer:
         self.steps, self.step, self.nonfinite = steps, 0, 0
         batch, processes = experiment.training.batch_size, accelerator.num_processes
         self.accumulation = batch // (experiment.training.micro_batch * processes)
+        self.memory = self._plan_memory()
         torch.manual_seed(experiment.seed * 1_000_003 + accelerator.process_index + 1)  # dropout, apart on each process
         self._resume()
+        self._measured_at = min(self.step + MEASURED, self.steps) - 1
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -61,9 +81,15 @@ class Trainer:
         batches = self._batches()
         try:
             while self.step < self.steps:
-                record = self.train_step(batches)
+                measured = None
+                if self.step == self._measured_at:
+                    record, measured = self._measured_step(batches)
+                else:
+                    record = self.train_step(batches)
                 self.step += 1
                 self._log(record, metrics, ticker)
+                if measured is not None:
+                    self._tell_memory(measured, metrics, ticker)
                 if self.step % settings.evaluate_every == 0 or self.step == self.steps:
                     found = self.evaluate()
                     metrics.write({"step": self.step, "held_out": found})
@@ -92,15 +118,20 @@ class Trainer:
         for number, batch in enumerate(micro_batches, 1):
             last = number == self.accumulation
             with nullcontext() if last else self.accelerator.no_sync(self.student):
+                if last:
+                    mark("forward")
                 loss, terms = self._loss(batch)
                 # Data parallelism averages gradients over processes; the sum over their tokens is wanted.
                 share = loss * (self.accelerator.num_processes / tokens)
+                if last:
+                    mark("backward")
                 self.accelerator.backward(self.precision.scale(share))
             finite.append(loss.detach().isfinite())
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0) + value
         means = {name: float(self._total(value) / tokens) for name, value in sums.items()}
         learning_rate = self.learning_rate(self.step)
+        mark("update")
         norm = self._update(learning_rate, math.isfinite(means["loss"]))
         record = {"step": self.step + 1, **means, "gradient_norm": norm, "learning_rate": learning_rate,
                   "tokens": int(tokens), "loss_scale": self.precision.loss_scale, "skipped": self.precision.skipped,
@@ -111,14 +142,7 @@ class Trainer:
         return record
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted loss and its terms for a micro-batch, summed over target tokens."""
-        inputs = model_inputs(batch)
-        with self.precision.autocast():
-            taught = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    taught = self.teacher(**inputs).logits
-            return self.objective(self.student(**inputs).logits, taught, batch["targets"])
+        return loss_of_batch(self.objective, self.precision, self.student, self.teacher, batch)
 
     def _update(self, learning_rate: float, loss_finite: bool) -> float:
         """Clip, step the weights if everything is finite, and return the gradient's norm before clipping."""
@@ -169,6 +193,48 @@ class Trainer:
         """Give models and optimizer back, so that the next training of this process finds the memory free."""
         self.student = self.teacher = self.optimizer = None
         self.accelerator.free_memory()
+
+    # ---- memory
+
+    def _plan_memory(self) -> MemoryPlan | None:
+        """Plan a step for the budget, with the models at hand, and make the student run by the plan."""
+        experiment, training, data = self.experiment, self.experiment.training, self.experiment.data
+        processes, student = self.accelerator.num_processes, self.unwrapped
+        batch = example_batch(training.micro_batch, data.sequence_length, data.packing, self.accelerator.device)
+        planner = study(
+            student, batch, optimizer=self.optimizer, accumulate=accumulates(experiment, processes),
+            loss=lambda model, batch: loss_of_batch(self.objective, self.precision, model, self.teacher, batch)[0],
+            others=[] if self.teacher is None else [self.teacher], reserved=reserved(student, processes),
+            regions=experiment.memory.bytes is not None)
+        shapes = None if self.teacher is None else self.teacher.config, student.config
+        chosen = choose(experiment, planner, lambda changed: study_experiment(changed, *shapes, processes))
+        planner.install(chosen, inductor=experiment.memory.compile)
+        memory = describe(planner, chosen)
+        if self.accelerator.is_main_process and self.folder.plan.exists():
+            plan = json.loads(self.folder.plan.read_text())
+            write_atomically(self.folder.plan, json.dumps({**plan, "memory": asdict(memory)}, indent=2))
+        return memory
+
+    def _measured_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], Measured]:
+        """A training step whose memory is measured."""
+        records: list[dict[str, Any]] = []
+        resident = [thing for thing in (self.unwrapped, self.optimizer, self.teacher) if thing is not None]
+        found = measure(lambda: records.append(self.train_step(batches)), self.accelerator.device, resident)
+        return records[0], found
+
+    def _tell_memory(self, found: Measured, metrics: Metrics, ticker: Ticker) -> None:
+        """Write what was measured, and say it beside what was planned."""
+        drawn = curve(found)
+        step = max(1, len(drawn.points) // POINTS)
+        metrics.write({"step": self.step, "memory": {
+            "peak": found.peak, "base": found.base, "reserved": found.reserved, "marks": drawn.marks,
+            "curve": [[float(drawn.points[at, 0]), int(drawn.points[at:at + step, 1].max())]
+                      for at in range(0, len(drawn.points), step)]}})
+        reserved_ = "" if found.reserved is None else f", {readable(found.reserved)} reserved"
+        planned = "" if self.memory is None else f", {readable(self.memory.peak)} planned"
+        budget = self.experiment.memory.bytes
+        ticker.say(f"step {self.step}: memory peak {readable(found.peak)} measured{reserved_}{planned}"
+                   + ("" if budget is None else f", budget {readable(budget)}"))
 
     # ---- helpers
 
@@ -224,6 +290,18 @@ class Trainer:
     def _track(self, values: dict[str, float]) -> None:
         if self.experiment.run.trackers:  # teacher and control, trained by the way, have none
             self.accelerator.log(values, self.step)
+
+
+def loss_of_batch(objective: ResponseObjective, precision: MixedPrecision, student: nn.Module,
+                  teacher: nn.Module | None, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted loss and its terms for a micro-batch, summed over target tokens; the plan of memory runs this too."""
+    inputs = model_inputs(batch)
+    with precision.autocast():
+        taught = None
+        if teacher is not None:
+            with torch.no_grad():
+                taught = teacher(**inputs).logits
+        return objective(student(**inputs).logits, taught, batch["targets"])
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_activation_bytes
 from strategies.quantization.qat import quantized_layers
+from trainer.budget import MemoryPlan
 from trainer.errors import UserError
 from trainer.experiment.explaining import resolved_table
 from trainer.experiment.nodes import divisors
@@ -43,7 +44,8 @@ class Plan:
         parameters: by model.
         student_bytes: bytes of the student's weight file: integers, scales, and what stays in full precision.
         teacher_bytes: bytes of the teacher's weights as they are held.
-        ledger: bytes per process in a training step.
+        ledger: bytes per process that training keeps, part by part.
+        memory: bytes per process at the peak of a step; None where the architecture cannot run without data.
     """
 
     processes: int
@@ -59,6 +61,7 @@ class Plan:
     student_bytes: int
     teacher_bytes: int
     ledger: Ledger
+    memory: MemoryPlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for `plan.json`."""
@@ -66,8 +69,9 @@ class Plan:
 
 
 def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, *,
-              processes: int, device: str, rows: int | None) -> Plan:
-    """Plan a run from configurations; `rows` is the length of the data, where it is known.
+              processes: int, device: str, rows: int | None,
+              memory: MemoryPlan | None = None) -> Plan:
+    """Plan a run from configurations; `rows` is the length of the data, where it is known, `memory` its own plan.
 
     Raises:
         UserError: the batch cannot be shared among the processes, or a layer cannot be quantised.
@@ -98,7 +102,7 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         learning_rates=_learning_rates(experiment, steps), precision=experiment.precision.dtype,
         parameters={"student": count_parameters(small)} | ({"teacher": count_parameters(large)} if large else {}),
         student_bytes=exported_bytes(small, DTYPES[experiment.export.dtype]),
-        teacher_bytes=parameter_bytes(large) if large else 0, ledger=ledger,
+        teacher_bytes=parameter_bytes(large) if large else 0, ledger=ledger, memory=memory,
     )
 
 
@@ -175,6 +179,8 @@ def show_plan(source: Source, plan: Plan) -> None:
         for name, count in [*plan.ledger.rows(), ("total", plan.ledger.total)]])
     if plan.ledger.activations is None:
         console.print("  activations are not in it: this architecture cannot be run without data")
+    if plan.memory is not None:
+        _print_columns("Memory at the peak of a step: predicted bytes per process", _memory_rows(plan.memory))
 
 
 def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
@@ -203,6 +209,34 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     smaller = f", {plan.teacher_bytes / plan.student_bytes:.1f} times smaller than the teacher's " \
               f"{readable(plan.teacher_bytes)}" if plan.teacher_bytes else ""
     rows.append(("student file", f"{plan.student_bytes:,} bytes of tensors{smaller}"))
+    return rows
+
+
+def _memory_rows(memory: MemoryPlan) -> list[tuple[str, ...]]:
+    rows = [(name, f"{count:>15,}", readable(count))
+            for name, count in sorted(memory.parts.items(), key=lambda part: -part[1]) if count]
+    rows.append(("peak", f"{memory.peak:>15,}", f"{readable(memory.peak)}, at: {memory.moment}"))
+    if memory.budget is None:
+        return [*rows, ("budget", f"{'none':>15}", "nothing is recomputed; set memory.budget=... to fit fewer bytes")]
+    rows.append(("budget", f"{memory.budget:>15,}", f"{readable(memory.budget)}; keeping all would need "
+                                                    f"{readable(memory.keep_all)}"))
+    rows.append(("recomputed", f"{memory.recomputed:>15.1%}", "of the blocks' forward and backward time; a better "
+                 f"schedule could save at most {memory.gap:.1%}"))
+    rows += [(" ".join(names), f"{kept:>15,}", what) for names, kept, what in _block_rows(memory)]
+    return [*rows, *(("as it is", "", text) for text in memory.unplanned)]
+
+
+def _block_rows(memory: MemoryPlan) -> list[tuple[list[str], int, str]]:
+    """Blocks that run alike, together: names of the first and last, bytes each keeps, and how it runs."""
+    rows: list[tuple[list[str], int, str]] = []
+    for block in memory.blocks:
+        what = "keeps all" if not block["seconds"] else f"recomputes {1000 * block['seconds']:.2f} ms"
+        what += "" if block["segment"] is None else f", in the segment of blocks {block['segment'][0]} to " \
+                                                    f"{block['segment'][1]}, of which one input is kept"
+        if rows and rows[-1][1:] == (block["kept"], what):
+            rows[-1][0][1:] = ["to", block["name"]]
+        else:
+            rows.append(([block["name"] or "model"], block["kept"], what))
     return rows
 
 

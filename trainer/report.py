@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import yaml
 
+from strategies.memory.picture import Curve, draw_step
 from trainer.errors import UserError
 from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import read_lines, readable
@@ -51,7 +53,7 @@ def write_report(path: Path) -> Path:
         "## Training\n", "![training loss](loss.png)\n", "![held-out bits per byte](held_out.png)\n",
         _training(curves["student"]), *(f"Text: {note}." for note in plan.get("text", [])), "",
         "## Receipt\n", _receipt(receipt), "",
-        "## Bytes\n", _ledger(plan), "",
+        "## Bytes\n", _ledger(plan), "", *_memory(plan, curves["student"], folder), "",
         "## Samples\n", f"Each model continues `{experiment['report']['prompt']}` with its most probable tokens.\n",
         *[f"**{name}**\n\n```text\n{found[name]['sample']}\n```\n" for name in _ordered(found)],
         "Run it again: `accelerate launch train.py --config experiment.yaml run.folder=...` with the "
@@ -129,6 +131,32 @@ def _ledger(plan: dict[str, Any]) -> str:
                        "the plan on CPU", "cuda": "allocated by CUDA at its largest"}[measured["kind"]]
         rows += ["", f"Measured: {measured['memory_peak']:,} bytes ({what})."]
     return "\n".join(rows)
+
+
+def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder) -> list[str]:
+    """Bytes at the peak of a training step, planned and measured, and their course over the step."""
+    memory = plan.get("memory")
+    measured = next((line for line in lines if "memory" in line), None)
+    if memory is None or measured is None:
+        return []
+    found = measured["memory"]
+    rows = [f"| at the peak ({memory['moment']}) | planned bytes per process |", "|---|---:|"]
+    rows += [f"| {name} | {count:,} |" for name, count in sorted(memory["parts"].items(), key=lambda part: -part[1])
+             if count]
+    rows += [f"| **planned peak** | {memory['peak']:,} |", f"| **measured peak**, step {measured['step']} | "
+                                                           f"{found['peak']:,} |"]
+    if found["reserved"] is not None:
+        rows.append(f"| reserved by the allocator | {found['reserved']:,} |")
+    if memory["budget"] is not None:
+        rows.append(f"| **budget** | {memory['budget']:,} |")
+        rows += ["", f"Keeping everything would have needed {memory['keep_all']:,} bytes. Recomputation takes "
+                     f"{memory['recomputed']:.1%} of the blocks' forward and backward time by prediction; a better "
+                     f"schedule of the blocks could save at most {memory['gap']:.1%} of it."]
+    rows += [f"\nNot planned: {text}." for text in memory["unplanned"]]
+    draw_step(Curve(numpy.array(memory["curve"]), tuple(map(tuple, memory["marks"]))),
+              Curve(numpy.array(found["curve"]), tuple(map(tuple, found["marks"]))), memory["budget"],
+              folder.path / "memory.png")
+    return [*rows, "", "![memory over one step](memory.png)"]
 
 
 # ---- pictures

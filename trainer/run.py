@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from strategies.export.receipt import ask_client, comparison_shape, make_receipt
 from strategies.export.transformers_folder import weight_files, write_folder
 from strategies.quantization.baking import bake
+from trainer.budget import plan_memory
 from trainer.data.dataset import Text, prepare_text
 from trainer.data.sources import check_path
 from trainer.errors import RunFailed, UserError
@@ -49,9 +50,10 @@ def dry_run(source: Source, as_json: bool) -> None:
     vocabulary = experiment.data.tokenizer.train_vocabulary
     check_path(experiment.data.path, "data.path")
     teacher, student = _configs(experiment, vocabulary, offline=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = make_plan(experiment, teacher, student, processes=int(os.environ.get("WORLD_SIZE", 1)), device=device,
-                     rows=None)
+    device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    plan = make_plan(experiment, teacher, student, processes=processes, device=device, rows=None,
+                     memory=plan_memory(experiment, teacher, student, processes))
     if int(os.environ.get("RANK", 0)) == 0:
         print(plan_json(source, plan)) if as_json else show_plan(source, plan)
 
@@ -74,7 +76,7 @@ def carry_out(source: Source) -> Path:
             say(f"not used, since it is finished: {', '.join(changed)}")
         return folder.path
     check_batch(experiment, accelerator.num_processes)
-    check_early(experiment)
+    check_early(experiment, accelerator.num_processes)
     say(f"{experiment.name}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"{experiment.precision.dtype}")
     say(f"{experiment.name}: reading and tokenising {experiment.data.path}")
@@ -97,15 +99,21 @@ def carry_out(source: Source) -> Path:
     return folder.path
 
 
-def check_early(experiment: Experiment) -> None:
+def check_early(experiment: Experiment, processes: int) -> None:
     """Raise `UserError` for what can be known before anything is read, tokenised or trained."""
-    _, student = _configs(experiment, experiment.data.tokenizer.train_vocabulary)
+    vocabulary = experiment.data.tokenizer.train_vocabulary
+    teacher, student = _configs(experiment, vocabulary)
     count_steps(experiment, None)
     if experiment.teacher is not None and experiment.teacher.train is not None:
         count_steps(experiment.as_teacher(""), None)
     if experiment.student.quantization is not None:
         with torch.device("meta"):
             quantize(experiment, AutoModelForCausalLM.from_config(student))
+    if experiment.memory.bytes is not None:
+        plan_memory(experiment, teacher, student, processes)
+        if experiment.teacher is not None and experiment.teacher.train is not None:
+            own = experiment.as_teacher("")
+            plan_memory(own, *_configs(own, vocabulary), processes)
 
 
 def start(experiment: Experiment) -> Accelerator:

@@ -69,7 +69,8 @@ def one(name: str, graph: Graph, budget: str, run: dict, seconds: float, seed: i
         row |= {"objective": None, "peak_KB": error.peak, "bound": None, "gap": None}
         least = {"least_KB": error.bound}
     row |= {"seconds": round(time.perf_counter() - began, 2), **least,
-            "once": float(graph.seconds.sum()), "gurobi": run.get("objective_10us"), "gurobi_bound": run.get("gurobi_bound"), "gurobi_seconds": run.get("solve_s")}
+            "once": float(graph.seconds.sum()), "gurobi": run.get("objective_10us"),
+            "gurobi_bound": run.get("gurobi_bound"), "gurobi_seconds": run.get("solve_s")}
     return row | rules
 
 

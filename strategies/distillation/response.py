@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 CHUNK = 16 * 2**20  # bytes of fp32 logits worked on at a time, small enough to stay near a processor's caches
@@ -54,8 +55,15 @@ def kl_sum(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, 
     """
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(f"student and teacher logits are over {student.shape[-1]} and {teacher.shape[-1]} tokens")
-    kept = torch.argwhere(targets.flatten() != IGNORED)[:, 0]
+    kept = _learnt(targets.flatten())
     return _SoftenedKL.apply(student.flatten(0, -2), teacher.flatten(0, -2), kept, temperature)
+
+
+def _learnt(targets: torch.Tensor) -> torch.Tensor:
+    """Positions that have a target; all of them, which needs the most memory, where a step is only planned."""
+    if isinstance(targets, FakeTensor):
+        return torch.arange(targets.numel(), device=targets.device)
+    return torch.argwhere(targets != IGNORED)[:, 0]
 
 
 class _SoftenedKL(torch.autograd.Function):

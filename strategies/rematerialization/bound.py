@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from strategies.rematerialization.moments import Program, program
 from strategies.rematerialization.orders import unroll
 
 TOLERANCE = 1e-6  # of HiGHS's own, relative: what it proves is lowered by this much before it is believed
+COARSE = 12  # moments tried first, spread over where memory is short
+TRIES = 3  # single moments solved in integers
 
 
 class Bound:
@@ -28,33 +31,48 @@ class Bound:
         self.value = float(np.sum(graph.seconds))
         self.starts: list[tuple[int, ...]] = []
         self.whole = bool(np.all(np.asarray(graph.seconds) == np.round(graph.seconds)))
+        self.singles: dict[int, float] = {}  # what each moment proves alone, by linear program
         self.tight = simulate(graph, range(len(graph.seconds))).resident
-        if not fits_locally(graph, budget):
+        if least_bytes(graph) > budget:
             self.value = np.inf
 
-    def single(self, deadline: float, tries: int = 12) -> int:
-        """Bound by one moment: the best of some by linear program, then that one in integers. Returns the moment."""
-        over = np.flatnonzero(self.tight > self.budget)
-        if not len(over):
-            return int(self.tight.argmax())
-        chosen = {int(self.tight.argmax()), *over[np.linspace(0, len(over) - 1, tries).astype(int)].tolist()}
-        values = {}
-        for moment in sorted(chosen, key=lambda moment: -self.tight[moment]):
-            if values and time.perf_counter() > deadline:
-                break
-            values[moment] = self.prove(program(self.graph, self.budget, [moment]), deadline, whole=False)
-        best = max(values, key=values.get)
-        self.prove(program(self.graph, self.budget, [best]), deadline)
-        return best
+    def first(self, deadline: float) -> None:
+        """Bound by the moment at which most is resident: most often the best single one, and a good start."""
+        self.prove(program(self.graph, self.budget, [int(self.tight.argmax())]), deadline)
 
-    def several(self, moment: int, deadline: float) -> None:
-        """Bound by more and more moments, spread over where memory is short and around the best single one."""
-        over = np.flatnonzero(self.tight > self.budget)
-        for count in (3, 5, 9, 17, 33):
-            left = deadline - time.perf_counter()
-            if left < 0.5 or not len(over):
+    def single(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Bound by one moment: each is tried by linear program, in half of the time, and the best few in integers.
+
+        This and `several` end early when there is `enough`.
+        """
+        begin = time.perf_counter()
+        until = begin + 0.5 * (deadline - begin) if np.isfinite(deadline) else deadline
+        short = np.flatnonzero(self.tight > self.budget)
+        coarse = short[np.linspace(0, len(short) - 1, min(len(short), COARSE)).astype(int)]
+        for moment in dict.fromkeys([int(self.tight.argmax()), *coarse.tolist(), *short.tolist()]):
+            if self.singles and (time.perf_counter() > until or enough()):
+                break
+            self.singles[moment] = self.prove(program(self.graph, self.budget, [moment]), deadline, whole=False)
+        for moment in self.peaks()[:TRIES]:
+            if time.perf_counter() < deadline and not enough():
+                self.prove(program(self.graph, self.budget, [moment]), deadline)
+
+    def peaks(self) -> list[int]:
+        """Moments that alone prove at least as much as those beside them, best first."""
+        moments = sorted(self.singles)
+        bounds = [-np.inf, *(self.singles[moment] for moment in moments), -np.inf]
+        high = [moment for moment, before, here, after in zip(moments, bounds, bounds[1:], bounds[2:], strict=False)
+                if here >= before and here > after]
+        return sorted(high, key=lambda moment: -self.singles[moment])
+
+    def several(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Bound by more and more moments: those that prove most alone, then some spread over where memory is short."""
+        short = np.flatnonzero(self.tight > self.budget)
+        for count in (2, 3, 5, 8, 12, 18, 27):
+            if deadline - time.perf_counter() < 0.5 or not len(short) or enough():
                 return
-            moments = {moment, *over[np.linspace(0, len(over) - 1, count).astype(int)].tolist()}
+            spread = short[np.linspace(0, len(short) - 1, count).astype(int)] if count > 3 else []
+            moments = {*self.peaks()[:count], *map(int, spread)}
             self.prove(program(self.graph, self.budget, sorted(moments)), deadline)
 
     def prove(self, relaxation: Program, deadline: float, whole: bool = True) -> float:
@@ -63,8 +81,8 @@ class Bound:
         if answer.status == 2:
             self.value = np.inf
             return np.inf
-        found = answer.mip_dual_bound if whole else answer.fun
-        if found is None or not np.isfinite(found):
+        found = answer.mip_dual_bound if whole else (answer.fun if answer.status == 0 else None)
+        if found is None or not np.isfinite(found):  # stopped before it proved anything
             return 0.0
         proven = relaxation.constant + found - TOLERANCE * abs(found)
         if self.whole:
@@ -73,11 +91,6 @@ class Bound:
         if whole and answer.x is not None:
             self.starts.append(unroll(self.graph, relaxation.moments, relaxation.kept(answer.x)))
         return proven
-
-
-def fits_locally(graph: Graph, budget: int) -> bool:
-    """Whether every operation fits alone; see `least_bytes`."""
-    return least_bytes(graph) <= budget
 
 
 def least_bytes(graph: Graph) -> int:

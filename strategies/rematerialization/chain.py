@@ -68,7 +68,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks `first` to `last` (excluded) of which only the first input is kept; `inside`: how they run the next time."""
+    """Blocks `first` to `last` (excluded) of which only the first input is kept; `inside` is how they run again."""
 
     first: int
     last: int

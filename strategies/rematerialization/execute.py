@@ -1,4 +1,4 @@
-"""Run a region by its schedule: captured by torch.compile, split by the order planned, run by eager kernels or Inductor."""
+"""Run a region by its schedule: captured by torch.compile, split as planned, run by eager kernels or Inductor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from strategies.rematerialization.partition import partition
 
 Choose = Callable[[Captured], Sequence[int]]
 Notice = Callable[[Captured], None]
-BEFORE = "_forward_before_planning"
+BEFORE, STANDS_IN = "_forward_before_planning", "_stands_in"
 
 
 def compiled(choose: Choose, inductor: bool = False, notice: Notice | None = None) -> Callable:
@@ -47,9 +47,11 @@ def own_forward(module: nn.Module, *args, **kwargs) -> object:
 
 
 def replace_forward(module: nn.Module, forward: Callable) -> None:
-    """Put a forward on a module, keeping in reach what was there."""
-    if "forward" in module.__dict__ and BEFORE not in module.__dict__:
-        module.__dict__[BEFORE] = module.__dict__["forward"]
+    """Put a forward on a module in place of its own, or of another that was put there so; its own stays in reach."""
+    there = module.__dict__.get("forward")
+    if there is not None and not getattr(there, STANDS_IN, False):
+        module.__dict__[BEFORE] = there
+    setattr(forward, STANDS_IN, True)
     module.forward = forward
 
 

@@ -2,50 +2,76 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from strategies.memory.tracker import LiveBytes
 from strategies.rematerialization.chain import Option
 from strategies.rematerialization.execute import own_forward
 from strategies.rematerialization.price import HALF, Device
-from strategies.rematerialization.regions import Call, Meta
 
 KEEP, CHECKPOINT = "keep", "checkpoint"
 STATE = 16_384  # bytes of generator states and arguments that a checkpoint keeps
 
 
-def fallback_options(call: Call, device: Device, where: AbstractContextManager | None = None) -> tuple[
-        tuple[Option, ...], float]:
-    """Both ways to run a region as it is, and the seconds of its forward, by running it once on blank tensors.
+@dataclass(frozen=True)
+class Measured:
+    """What one forward and backward of a region needed as it is.
 
-    Args:
-        call: the region and what it was given.
-        device: for the time, which is that of its matrix products.
-        where: FakeTensorMode, if it is to run on tensors without data.
+    Attributes:
+        kept: bytes that autograd kept in between, parameters, arguments and outputs left out.
+        forward: bytes at the forward's peak, beside its arguments.
+        backward: bytes at the backward's peak, what was kept and the gradients that arrive included.
+        handed: bytes of the outputs.
+        operations: floating-point operations of the forward's matrix products.
+        half: whether outputs have 16 bits.
     """
-    with where or nullcontext(), LiveBytes() as tracker, FlopCounterMode(display=False) as flops:
-        leaves, spec = call.arguments
-        given = [leaf.empty().zero_().requires_grad_(leaf.requires_grad) if isinstance(leaf, Meta) else leaf
-                 for leaf in leaves]
-        args, kwargs = tree_unflatten(given, spec)
-        before = tracker.current
-        tracker.peak = before
-        out = [leaf for leaf in tree_flatten(own_forward(call.module, *args, **kwargs))[0]
-               if isinstance(leaf, torch.Tensor)]
-        handed = sum({leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes() for leaf in out}.values())
-        forward, kept = tracker.peak - before, tracker.current - before - handed
-        operations = flops.get_total_flops()
-        turned = [leaf for leaf in out if leaf.requires_grad]
-        parameters = [parameter for parameter in call.module.parameters() if parameter.requires_grad]
-        wanted = [leaf for leaf in [*given, *parameters] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+
+    kept: int
+    forward: int
+    backward: int
+    handed: int
+    operations: int
+    half: bool
+
+
+def measured_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[object, Measured]:
+    """Call a module's own forward, turn it back once for nothing, and say what that needed."""
+    given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    with LiveBytes() as tracker:
+        with FlopCounterMode(display=False) as flops:
+            out = own_forward(module, *args, **kwargs)
+        handed_out = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)]
+        handed = _bytes(handed_out)
+        forward, kept = tracker.peak, max(0, tracker.current - handed)
         tracker.peak = tracker.current
-        gradients = torch.autograd.grad(turned, wanted, [torch.empty_like(leaf) for leaf in turned], allow_unused=True)
-        backward = tracker.peak - before - handed
-        del gradients
-    seconds = operations / (device.half if {leaf.dtype for leaf in out} & set(HALF) else device.single)
-    return (Option(kept, forward, backward, 0.0, mode=KEEP),
-            Option(STATE, forward, backward + handed, seconds, mode=CHECKPOINT)), seconds
+        turned = [leaf for leaf in handed_out if leaf.requires_grad]
+        wanted = [leaf for leaf in [*given, *module.parameters()] if leaf.requires_grad]
+        if turned and wanted:
+            torch.autograd.grad(turned, wanted, [torch.zeros_like(leaf) for leaf in turned], allow_unused=True)
+        backward = max(kept, tracker.peak - handed)
+    half = bool({leaf.dtype for leaf in handed_out} & set(HALF))
+    return out, Measured(kept, forward, backward, handed, flops.get_total_flops(), half)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def fallback_options(measured: Measured, device: Device) -> tuple[tuple[Option, ...], float]:
+    """Both ways to run a region as it is, and the seconds of its forward by its matrix products.
+
+    A region keeps what autograd keeps; or it keeps its input only, and what it hands out is there again, beside the
+    gradients that arrive, when it has been recomputed.
+    """
+    seconds = device.overhead + measured.operations / (device.half if measured.half else device.single)
+    again = max(measured.forward, measured.kept + measured.handed) + measured.handed
+    return (Option(measured.kept, measured.forward, measured.backward, 0.0, mode=KEEP),
+            Option(STATE, measured.forward, max(again, measured.backward + measured.handed), seconds,
+                   mode=CHECKPOINT)), seconds

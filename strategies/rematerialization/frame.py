@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from strategies.memory.tracker import LiveBytes
-from strategies.rematerialization.regions import Call, Meta, calling
+from strategies.rematerialization.execute import own_forward
+from strategies.rematerialization.regions import Call, Meta, calling, takes_part, without_cache
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Frame:
         end: most after the first region's backward.
         update: most while the optimizer steps.
         parts: bytes of `base` by name.
+        timeline: bytes after every change, regions standing still.
+        marks: (phase, position in the timeline).
     """
 
     base: int
@@ -40,6 +44,8 @@ class Frame:
     end: int
     update: int
     parts: dict[str, int]
+    timeline: tuple[int, ...] = ()
+    marks: tuple[tuple[str, int], ...] = ()
 
 
 @contextmanager
@@ -77,7 +83,7 @@ def _without_data(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torch.Tensor], parts: dict[str, list],
-            update: Callable[[], object], round_to: int = 1) -> Frame:
+            update: Callable[[], object], round_to: int = 1, reserved: Mapping[str, int] | None = None) -> Frame:
     """Run one step on tensors without data, with regions that only hand out what they would.
 
     Args:
@@ -87,22 +93,38 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
         parts: what is there before the step by name: tensors, modules, optimizers.
         update: takes the optimizer's step and drops the gradients.
         round_to: see LiveBytes.
+        reserved: bytes by name that are held besides.
     """
-    with mode, LiveBytes(round_to=round_to) as tracker:
+    with mode, Answers(), LiveBytes(round_to=round_to) as tracker:
         counted = {}
         for name, things in parts.items():
             before = tracker.current
             tracker.watch(*things)
             counted[name] = tracker.current - before
+        for name, count in (reserved or {}).items():
+            tracker.allocate(count)
+            counted[name] = count
         stage = _Stage(tracker, calls)
         with calling({call.name: call.module for call in calls}, stage.instead):
             base = tracker.current
-            tracker.mark("start")
-            loss().backward()
+            tracker.mark("forward")
+            found = loss()
+            tracker.mark("backward")
+            found.backward()
+            del found
         tracker.mark("update")
         update()
         tracker.mark("end")
     return stage.frame(base, counted)
+
+
+class Answers(TorchDispatchMode):
+    """Tensors without data answer those who ask for a number: 1; so that `print(loss.item())` stops no plan."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        return func(*args, **(kwargs or {}))
 
 
 class _Stage:
@@ -117,6 +139,9 @@ class _Stage:
 
     def instead(self, name: str, module: nn.Module) -> Callable:
         def forward(*args, **kwargs):
+            if not takes_part(module, args, kwargs):
+                return own_forward(module, *args, **kwargs)
+            args, kwargs = without_cache(args, kwargs)
             index = self.count
             self.count += 1
             call = self.calls[index]
@@ -148,6 +173,11 @@ class _Stage:
         def most(start: int, stop: int) -> int:
             return max([at(stop), *self.tracker.timeline[start:stop]])
 
+        steps = tuple(self.tracker.timeline), tuple(self.tracker.marks[:3])
+        update = most(marks["update"], marks["end"])
+        if not count:  # everything is the head
+            return Frame(base, base, (), most(marks["forward"], marks["update"]), (), (), at(marks["update"]), update,
+                         parts, *steps)
         forward = [self.at["forward", index] for index in range(count)]
         backward = [self.at["backward", index] for index in range(count)]
         before = [most(forward[index - 1][1] if index else forward[0][0], forward[index][0]) - self.calls[index].input
@@ -155,11 +185,11 @@ class _Stage:
         behind = [most(backward[index + 1][1] if index < count - 1 else backward[index][0], backward[index][0])
                   - self.arriving[index] for index in range(count)]
         return Frame(
-            base=base, start=max(base, most(marks["start"], forward[0][0])), before=tuple(before),
+            base=base, start=max(base, most(marks["forward"], forward[0][0])), before=tuple(before),
             head=max(at(forward[-1][1]), most(forward[-1][1], backward[-1][0])), behind=tuple(behind),
             arriving=tuple(self.arriving[index] for index in range(count)),
             end=max(at(backward[0][1]), most(backward[0][1], marks["update"])),
-            update=most(marks["update"], marks["end"]), parts=parts)
+            update=update, parts=parts, timeline=steps[0], marks=steps[1])
 
 
 class _StandIn(torch.autograd.Function):

@@ -36,6 +36,9 @@ class Program:
 
     def solve(self, seconds: float, whole: bool = True, gap: float = 0.0) -> OptimizeResult:
         """HiGHS's answer; its `mip_dual_bound` (or `fun` of the linear program) plus `constant` is the bound."""
+        if not self.cost.size:
+            status = 2 if (self.limit < 0).any() else 0
+            return OptimizeResult(status=status, fun=0.0, mip_dual_bound=0.0, x=np.zeros(0))
         return milp(self.cost, constraints=LinearConstraint(self.rows, -np.inf, self.limit), bounds=Bounds(0, 1),
                     integrality=np.full(self.cost.size, int(whole)),
                     options={"time_limit": max(seconds, 0.01), "mip_rel_gap": gap})
@@ -93,6 +96,8 @@ class _Builder:
             self.keep_at(k, moment, keep, run, relevant)
             keep[k, list(makes[moment])] = ALWAYS
             self.run_between(k, moment, after, keep, run, relevant)
+        for k, moment in enumerate(self.moments[:-1], start=1):
+            self.run_after(k, moment, keep, run)
         rows = sparse.csr_array((self.entries[2], (self.entries[0], self.entries[1])),
                                 shape=(len(self.limit), len(self.cost)))
         return Program(tuple(self.moments), np.array(self.cost), self.constant, rows, np.array(self.limit, float),
@@ -129,6 +134,23 @@ class _Builder:
             if run[k, operation] != NEVER:
                 for value in graph.reads[operation]:
                     self.row([(run[k, operation], 1), (keep[k, value], -1), (run[k, graph.maker[value]], -1)], 0)
+
+    def run_after(self, k: int, moment: int, keep: np.ndarray, run: np.ndarray) -> None:
+        """What runs at any time after moment k, counted once, obeys the program of moment k alone.
+
+        Implied for integers; it makes the linear relaxation at least as strong as that of every single moment, which
+        it is not otherwise: fractions of a rerun in several intervals would each lean on the same fraction kept.
+        """
+        graph, ever = self.graph, np.full(len(self.graph.seconds), NEVER)
+        ever[moment + 1:] = ALWAYS
+        for operation in range(moment + 1):
+            runs = [(int(column), -1.0) for column in run[k:, operation] if column != NEVER]
+            if runs:
+                ever[operation] = self.column(0.0)
+                self.row([(ever[operation], 1.0), *runs], 0)
+        for operation in np.flatnonzero(ever != NEVER):
+            for value in graph.reads[operation]:
+                self.row([(ever[operation], 1), (keep[k, value], -1), (ever[graph.maker[value]], -1)], 0)
 
 
 def needed_after(graph: Graph, moment: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The ways to run one block: what is kept against what is recomputed, as a frontier that the master problem chooses from."""
+"""The ways to run one block, what is kept against what is recomputed: the frontier that the master problem chooses from."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
     return frontier(found)
 
 
-def _cheapest(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, most: int) -> Sequence[int] | None:
+def _cheapest(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, most: int
+              ) -> Sequence[int] | None:
     """The order that recomputes least for the bytes kept, whatever its peak: an integer program for one moment."""
     graph = problem(captured, seconds, workspace, kept, most)
     bound = Bound(graph, most)
@@ -103,7 +104,8 @@ def frontier(found: Sequence[Option]) -> tuple[Option, ...]:
     return tuple(kept)
 
 
-def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float = 0.3) -> list[tuple[int, float]]:
+def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float = 0.3
+                ) -> list[tuple[int, float]]:
     """Least seconds of recomputation of a region for bytes kept, proven: (bytes, seconds), fewer bytes first.
 
     Bytes are those between forward and backward: of what the region keeps, its own output (the next region's input)

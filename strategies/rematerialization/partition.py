@@ -161,7 +161,8 @@ class _Writer:
         keywords = fx.node.map_arg(operation.kwargs, self.read)
         value = operation.meta["val"]
         if operation in self.states:
-            return self._call(run_with_rng_state, (self.states[operation], operation.target, *arguments), value, keywords)
+            drawn = (self.states[operation], operation.target, *arguments)
+            return self._call(run_with_rng_state, drawn, value, keywords)
         state = state_like(operation)
         both = self._call(run_and_save_rng_state, (operation.target, *arguments), (state, value), keywords)
         self.states[operation] = self._call(operator.getitem, (both, 0), state)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
-from torch.utils.checkpoint import checkpoint
 
 from strategies.rematerialization.capture import Captured
 from strategies.rematerialization.chain import Block, Option, Schedule, Segment, leaves
 from strategies.rematerialization.execute import compiled, own_forward, replace_forward, restore_forward
 from strategies.rematerialization.fallback import CHECKPOINT, KEEP
-from strategies.rematerialization.regions import first_line
+from strategies.rematerialization.regions import first_line, takes_part, without_cache
 from strategies.rematerialization.segments import Recorder
+
+SHAPES = 32  # most sets of shapes for which one option is captured; each takes a second or so
 
 
 @dataclass
@@ -36,106 +41,178 @@ class Planned:
     options: Sequence[Sequence[Option]]
     orders: Callable[[Captured, Option], Sequence[int]]
     inductor: bool = False
-    _functions: dict[int, Callable] = field(default_factory=dict)
+    _functions: dict[tuple, Callable] = field(default_factory=dict)
+    _graphs: dict[int, tuple] = field(default_factory=dict)
     _opened: tuple[int, Recorder] | None = None
-    _failed: set[str] = field(default_factory=set)
+    _last: int = -1
+    _warned: set[tuple] = field(default_factory=set)
 
     def install(self) -> None:
         """Replace the regions' forwards."""
-        self._option = {position: self.options[position][which] for item in self.schedule
+        schedule = [self._unfolded(item) for item in self.schedule]
+        self._option = {position: self.options[position][which] for item in schedule
                         for position, which in leaves(item)}
-        self._segment = {position: item for item in self.schedule if isinstance(item, Segment)
+        self._segment = {position: item for item in schedule if isinstance(item, Segment)
                          for position in range(item.first, item.last)}
+        places: dict[nn.Module, list[int]] = {}
         for position, module in enumerate(self.modules):
-            PlannedForward(self, position, module).install()
+            places.setdefault(module, []).append(position)
+        for module, positions in places.items():
+            PlannedForward(self, positions, module).install()
 
     def remove(self) -> None:
         """Give the regions their own forwards back."""
         for module in self.modules:
-            if isinstance(module.__dict__.get("forward"), PlannedForward):
-                restore_forward(module)
+            forward = installed(module)
+            if forward is not None and forward.planned is self:
+                forward.remove()
 
-    def call(self, position: int, module: nn.Module, args: tuple, kwargs: dict) -> object:
-        """Run a region as its place in the schedule says."""
-        run = self._run(position)
+    def _unfolded(self, item: Block | Segment) -> Block | Segment:
+        """A block that keeps only its input is a segment of one block, which keeps all the next time."""
+        if isinstance(item, Segment):
+            return Segment(item.first, item.last, tuple(map(self._unfolded, item.inside)))
+        ways = self.options[item.position]
+        if ways[item.option].mode != CHECKPOINT:
+            return item
+        keep = next(which for which, way in enumerate(ways) if way.mode == KEEP)
+        return Segment(item.position, item.position + 1, (Block(item.position, keep),))
+
+    def call(self, positions: Sequence[int], module: nn.Module, args: tuple, kwargs: dict) -> object:
+        """Run a region as its place in the schedule says; of several places it is the next one's turn."""
+        position = next((position for position in positions if position > self._last), positions[0])
+        self._last = position
+        try:
+            return self._call(position, module, args, kwargs)
+        except BaseException:
+            self._opened, self._last = None, -1  # the next step begins anew
+            raise
+
+    def _call(self, position: int, module: nn.Module, args: tuple, kwargs: dict) -> object:
+        run = self._runner(self._option[position])
         segment = self._segment.get(position)
-        if segment is None:
-            self._opened = None
-            return run(module, *args, **kwargs)
-        if position == segment.first:
+        if segment is not None and position == segment.first:
             self._opened = (position, Recorder(segment))
-        if self._opened is None or self._opened[0] != position:  # the model calls its blocks in another order today
-            self._opened = None
+        if segment is None or self._opened is None or self._opened[0] != position:
+            self._opened = None  # in no segment, or the model calls its blocks in another order today
             return run(module, *args, **kwargs)
         recorder = self._opened[1]
         out = recorder.call(run, module, args, kwargs)
         self._opened = None if position + 1 == segment.last else (position + 1, recorder)
         return out
 
-    def _run(self, position: int) -> Callable:
-        option = self._option[position]
-        if id(option) not in self._functions:
-            self._functions[id(option)] = self._by(option)
-        return self._functions[id(option)]
-
-    def _by(self, option: Option) -> Callable:
+    def _runner(self, option: Option) -> Callable:
         if option.mode == KEEP:
             return own_forward
-        if option.mode == CHECKPOINT:
-            return checkpointed
-        function = compiled(lambda captured: self.orders(captured, option), self.inductor)
 
         def run(module: nn.Module, *args, **kwargs):
+            key = (id(option), _kinds(args, kwargs))
+            if key not in self._functions:
+                self._functions[key] = self._made(option, module)
             try:
-                return function(module, *args, **kwargs)
+                return self._functions[key](module, *args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
-                self._warn(module, error)
-                return checkpointed(module, *args, **kwargs)
+                out = checkpointed(module, *args, **kwargs)  # raises what the module itself has to say
+                self._functions[key] = checkpointed
+                self._warn(module, first_line(error))
+                return out
         return run
 
-    def _warn(self, module: nn.Module, error: Exception) -> None:
-        name = type(module).__name__
-        if name not in self._failed:
-            self._failed.add(name)
-            warnings.warn(f"{name} runs by block checkpointing where its plan does not hold: {first_line(error)}",
-                          stacklevel=4)
+    def _made(self, option: Option, module: nn.Module) -> Callable:
+        """A function for one option and one set of shapes: torch.compile counts recompilations by function."""
+        if sum(known == id(option) for known, _ in self._functions) < SHAPES:
+            return compiled(lambda captured: self._order(captured, option), self.inductor)
+        self._warn(module, f"it has met more than {SHAPES} different shapes; pad batches to fewer lengths")
+        return checkpointed
+
+    def _order(self, captured: Captured, option: Option) -> Sequence[int]:
+        """An option's order fits any shape whose graph has the same operations; others are asked for."""
+        graph = [(str(node.target), [str(part) for part in node.all_input_nodes]) for node in captured.operations]
+        if self._graphs.get(id(option)) == graph:
+            return option.order
+        order = self.orders(captured, option)
+        if order is option.order:
+            self._graphs[id(option)] = graph
+        return order
+
+    def _warn(self, module: nn.Module, reason: str) -> None:
+        key = type(module), reason
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(f"{type(module).__name__} keeps only its input where its plan does not hold: {reason}",
+                          stacklevel=6)
 
 
 class PlannedForward:
-    """Stands for a module's forward. Copies of the module, and pickles, have the module's own forward again."""
+    """Stands for a module's forward. Copies of the module, and pickles, have the module's own forward again.
 
-    def __init__(self, planned: Planned, position: int, module: nn.Module) -> None:
-        self.planned = planned
-        self.position = position
+    Args:
+        planned: what runs the module; None once it has been removed.
+        positions: the module's places in the schedule, more than one if it is called more than once in a step.
+        module: the region.
+    """
+
+    def __init__(self, planned: Planned, positions: Sequence[int], module: nn.Module) -> None:
+        self.planned: Planned | None = planned
+        self.positions = positions
         self.module = module
+        self.before: Callable | None = None
 
     def install(self) -> None:
-        """Become the module's forward."""
+        """Become the module's forward, in place of an older plan's."""
+        older = installed(self.module)
+        if older is not None:
+            older.remove()
+        self.before = self.module.__dict__.get("forward")
         replace_forward(self.module, self)
+        INSTALLED[self.module] = weakref.ref(self)
 
+    def remove(self) -> None:
+        """Give the module its forward back; where others have wrapped this one meanwhile, do nothing when called."""
+        self.planned = None
+        INSTALLED.pop(self.module, None)
+        if self.module.__dict__.get("forward") is self:
+            restore_forward(self.module)
+
+    @torch.compiler.disable  # a model compiled around its plan keeps the plan
     def __call__(self, *args, **kwargs):
-        if not _takes_part(self.module, args, kwargs):
+        if self.planned is None:
+            return (self.before or partial(type(self.module).forward, self.module))(*args, **kwargs)
+        if not takes_part(self.module, args, kwargs):
             return own_forward(self.module, *args, **kwargs)
-        return self.planned.call(self.position, self.module, args, kwargs)
+        return self.planned.call(self.positions, self.module, *without_cache(args, kwargs))
 
     def __deepcopy__(self, memo: dict) -> Callable:
+        if self.before is not None:
+            return copy.deepcopy(self.before, memo)
         return types.MethodType(type(self.module).forward, memo.get(id(self.module), self.module))
 
     def __reduce__(self) -> tuple:
+        if self.before is not None:
+            return _same, (self.before,)
         return types.MethodType, (type(self.module).forward, self.module)
+
+
+INSTALLED: WeakKeyDictionary[nn.Module, weakref.ref[PlannedForward]] = WeakKeyDictionary()  # even if wrapped since
+
+
+def installed(module: nn.Module) -> PlannedForward | None:
+    """What stands for a module's forward by a plan."""
+    known = INSTALLED.get(module)
+    return None if known is None else known()
 
 
 def checkpointed(module: nn.Module, *args, **kwargs) -> object:
     """The module's forward, with nothing kept but its input."""
-    return checkpoint(own_forward, module, *args, use_reentrant=False, **kwargs)
+    return Recorder(Segment(0, 1, (Block(0, 0),))).call(own_forward, module, args, kwargs)
 
 
-def _takes_part(module: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether a gradient will come back through this call."""
-    if not torch.is_grad_enabled():
-        return False
-    return (any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_flatten((args, kwargs))[0])
-            or any(parameter.requires_grad for parameter in module.parameters()))
+def _kinds(args: tuple, kwargs: dict) -> tuple:
+    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else None
+                 for leaf in tree_flatten((args, kwargs))[0])
+
+
+def _same(value: object) -> object:
+    return value
 
 
 def whole(count: int, option: int = 0) -> Schedule:

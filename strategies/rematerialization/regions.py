@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from strategies.rematerialization.capture import Captured
-from strategies.rematerialization.execute import compiled, own_forward, replace_forward, restore_forward
+from strategies.rematerialization.execute import STANDS_IN, compiled, own_forward, replace_forward, restore_forward
+from strategies.rematerialization.fallback import Measured, measured_call
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Call:
         input: bytes of the tensors passed in that the region before handed out; else of the largest with a gradient.
         passed: which of its arguments those are.
         chained: whether the region before handed them out.
+        changes: whether it writes to what it is given, so that it cannot run twice.
+        measured: what it needed where it could not be captured.
         arguments, outputs: kinds of its tensors in and out among whatever else there is, and how all is nested.
     """
 
@@ -56,6 +59,8 @@ class Call:
     input: int = 0
     passed: frozenset[int] = frozenset()
     chained: bool = False
+    changes: bool = False
+    measured: Measured | None = None
     arguments: tuple[list[Meta | object], TreeSpec] = field(default=([], None), repr=False)
     outputs: tuple[list[Meta | object], TreeSpec] = field(default=([], None), repr=False)
 
@@ -95,21 +100,29 @@ def _repeats(module: nn.Module) -> bool:
 
 @contextmanager
 def calling(modules: dict[str, nn.Module], instead: Callable[[str, nn.Module], Callable]) -> Iterator[None]:
-    """Within the context, regions' forwards are replaced by `instead(name, module)`; hooks around them stay."""
+    """Within the context, regions' forwards are replaced by `instead(name, module)`; hooks around them stay.
+
+    A plan that is installed is back afterwards.
+    """
+    planned = {name: module.__dict__["forward"] for name, module in modules.items()
+               if getattr(module.__dict__.get("forward"), STANDS_IN, False)}
     try:
         for name, module in modules.items():
             replace_forward(module, instead(name, module))
         yield
     finally:
-        for module in modules.values():
-            restore_forward(module)
+        for name, module in modules.items():
+            if name in planned:
+                module.forward = planned[name]
+            else:
+                restore_forward(module)
 
 
 def record(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[Call]:
     """Run a model forward once and capture each of its regions with what it is given.
 
     Tensors between regions are cut off from the graph of autograd, so that nothing is kept from one to the next.
-    Generators and buffers are as before, afterwards.
+    Generators and buffers are as before, afterwards. Calls that no gradient comes back through are left out.
 
     Args:
         modules: regions by name.
@@ -119,17 +132,24 @@ def record(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[Cal
     function = compiled(_as_traced, notice=seen.append)
     calls: list[Call] = []
     last: list[torch.Tensor] = []  # held, so that no other storage takes their place in memory
+    anchor = torch.zeros(1, requires_grad=True)
 
     def instead(name: str, module: nn.Module) -> Callable:
         def forward(*args, **kwargs):
+            if not takes_part(module, args, kwargs):
+                return own_forward(module, *args, **kwargs)
+            args, kwargs = without_cache(args, kwargs)
             call = Call(name, module, arguments=_kinds((args, kwargs)))
-            _note_input(call, tree_flatten((args, kwargs))[0], set(map(_storage, last)))
+            given = tree_flatten((args, kwargs))[0]
+            _note_input(call, given, set(map(_storage, last)))
+            versions = [version(leaf) for leaf in given]
             seen.clear()
             out = _captured_call(call, function, seen, args, kwargs)
+            call.changes = versions != [version(leaf) for leaf in given]
             leaves, spec = tree_flatten(out)
             call.outputs = _kinds(out)
             calls.append(call)
-            leaves = [leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+            leaves = [_Cut.apply(anchor, leaf) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
                       for leaf in leaves]
             last[:] = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             return tree_unflatten(leaves, spec)
@@ -143,14 +163,52 @@ def record(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[Cal
 def _captured_call(call: Call, function: Callable, seen: list[Captured], args: tuple, kwargs: dict) -> object:
     try:
         out = function(call.module, *args, **kwargs)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except Exception as error:  # whatever torch.compile could not do; what the module itself raises comes again
         call.reason = first_line(error)
-        return own_forward(call.module, *args, **kwargs)
+        out, call.measured = measured_call(call.module, args, kwargs)
+        return out
     if len(seen) == 1:
         call.captured = seen[0]
     else:
-        call.reason = "nothing in it takes part in the gradient"
+        call.reason = "torch.compile made no graph of it"
+        out, call.measured = measured_call(call.module, args, kwargs)
     return out
+
+
+class _Cut(torch.autograd.Function):
+    """A tensor cut off from what made it; unlike a leaf, the model may write to it."""
+
+    @staticmethod
+    def forward(ctx, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def takes_part(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a gradient will come back through this call of a module."""
+    if not torch.is_grad_enabled():
+        return False
+    return (any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_flatten((args, kwargs))[0])
+            or any(parameter.requires_grad for parameter in module.parameters()))
+
+
+def without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments without a key-value cache of transformers: it would hold what is to be recomputed, and grow twice.
+
+    transformers' own activation checkpointing drops it as well.
+    """
+    def is_cache(value: object) -> bool:
+        return any(kind.__name__ == "Cache" and kind.__module__.startswith("transformers.")
+                   for kind in type(value).__mro__)
+
+    args = tuple(None if is_cache(value) else value for value in args)
+    dropped = {name: None for name, value in kwargs.items() if is_cache(value)}
+    if dropped and kwargs.get("use_cache"):
+        dropped["use_cache"] = False
+    return args, {**kwargs, **dropped}
 
 
 def _note_input(call: Call, leaves: Sequence[object], before: set[int]) -> None:
@@ -173,6 +231,13 @@ def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def version(leaf: object) -> tuple[int, int] | None:
+    """Another whenever a tensor has been written to, or is another."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return id(leaf), 0 if leaf.is_inference() else leaf._version
 
 
 def _as_traced(captured: Captured) -> list[int]:

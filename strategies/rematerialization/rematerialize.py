@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
@@ -15,7 +16,7 @@ from strategies.rematerialization.fallback import fallback_options
 from strategies.rematerialization.frame import fake_batch, observe, without_data
 from strategies.rematerialization.planner import Plan, Planner
 from strategies.rematerialization.price import DEVICES, Prices, this_device
-from strategies.rematerialization.regions import find_regions, record
+from strategies.rematerialization.regions import Call, find_regions, record
 
 Loss = Callable[[nn.Module, object], torch.Tensor]
 
@@ -51,7 +52,7 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
 
     Raises:
         BudgetError: no plan fits; it says what the least is.
-        ValueError: the budget is not a number of bytes.
+        ValueError: the budget is not a number of bytes, or the loss not one number.
     """
     budget = parse_bytes(budget)
     planner = study(model, example_batch, optimizer=optimizer, loss=loss, autocast=autocast, accumulate=accumulate,
@@ -63,13 +64,15 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
 
 def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer | None = None, loss: Loss | None = None,
           autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
-          device: str | None = None, update: Callable | None = None) -> Planner:
+          device: str | None = None, reserved: Mapping[str, int] | None = None,
+          regions: bool = True) -> Planner:
     """Learn all about a step that plans for any budget need; see `rematerialize`.
 
     A model without data (parameters made under FakeTensorMode) is studied without computing anything, and priced for
-    the `device` named.
+    the `device` named. `reserved` are bytes by name that are held besides, by whom nothing here knows of.
+    Without `regions` the model runs as it is, and only what that needs is found.
     """
-    model = getattr(model, "module", model) if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = _unwrapped(model)
     loss = loss or loss_of
     parameters = list(model.parameters())
     kind = parameters[0].device.type if parameters else "cpu"
@@ -77,30 +80,70 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
 
     def step(model: nn.Module, batch: object) -> torch.Tensor:
         with torch.autocast(kind, autocast) if autocast is not None else nullcontext():
-            return loss(model, batch)
+            found = loss(model, batch)
+        if not isinstance(found, torch.Tensor) or found.numel() != 1:
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ValueError(f"the loss is to be one number, not {shape}: give `loss`, a function of model and batch, "
+                             "or labels in the batch")
+        return found
 
-    modules = find_regions(model)
+    modules = find_regions(model) if regions else {}
     with without_data(*[thing for thing in [model, *others] if isinstance(thing, nn.Module)]) if pretended \
             else nullcontext((None, None)) as (mode, _), mode or nullcontext():
-        calls = record(modules, lambda: step(model, fake_batch(mode, batch) if pretended else batch))
-    calls = [call for call in calls if call.outputs[0]]
+        calls = record(modules, lambda: step(model, fake_batch(mode, batch) if pretended else batch)) if modules else []
+    calls = _plannable(calls)
+    _warn_of([call for call in calls if call.captured is None], "keeps all or only its input")
     with without_data(*[thing for thing in [model, *others] if isinstance(thing, nn.Module)]) as (mode, stand_in):
-        frame = _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, others, kind, update)
+        frame = _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, others,
+                       kind if device is None else "cuda", reserved or {})
         known = DEVICES[device] if device else this_device(kind)
-        fallback = {id(call): fallback_options(call, known, mode) for call in calls if call.captured is None}
+        fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
     prices = Prices(known, measure=not pretended)
     return Planner(calls, frame, prices, lambda call: fallback[id(call)])
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers of torch.compile and data parallelism."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _plannable(calls: Sequence[Call]) -> list[Call]:
+    """Calls whose modules can run twice and hand something out; the others run as they are, as part of the frame."""
+    changing = [call for call in calls if call.changes]
+    for call in changing:
+        call.reason = "it writes to a tensor that it is given"
+    _warn_of(changing, "runs as it is")
+    unfit = {id(call.module) for call in calls if call.changes or not call.outputs[0]}
+    for before, call in zip(calls, calls[1:], strict=False):
+        call.chained = call.chained and id(before.module) not in unfit
+    return [call for call in calls if id(call.module) not in unfit]
+
+
+def _warn_of(calls: Sequence[Call], consequence: str) -> None:
+    """One warning for each class of module that has no schedule of its own, with the first one's name."""
+    for call in {type(call.module): call for call in reversed(calls)}.values():
+        name = f"{call.name} ({type(call.module).__name__})" if call.name else type(call.module).__name__
+        warnings.warn(f"{name} is not planned inside and {consequence}: {call.reason}", stacklevel=4)
+
+
 def loss_of(model: nn.Module, batch: object) -> torch.Tensor:
     """The loss that a model returns for a batch: `.loss`, "loss", or the first thing."""
-    out = model(**batch) if isinstance(batch, Mapping) else model(*batch)
-    if isinstance(out, torch.Tensor):
-        return out
-    return out["loss"] if isinstance(out, Mapping) else out[0]
+    if isinstance(batch, Mapping):
+        out = model(**batch)
+    else:
+        out = model(batch) if isinstance(batch, torch.Tensor) else model(*batch)
+    if isinstance(out, Mapping):
+        return out["loss"]
+    return out if isinstance(out, torch.Tensor) else out[0]
 
 
-def _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, others, kind, update):
+def _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, others, kind, reserved):
     mine = fake_batch(mode, batch)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.grad for parameter in parameters]
@@ -124,7 +167,7 @@ def _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, oth
             parameter.grad = None
 
     try:
-        return observe(calls, mode, lambda: step(model, mine), parts, advance, 512 if kind == "cuda" else 1)
+        return observe(calls, mode, lambda: step(model, mine), parts, advance, 512 if kind == "cuda" else 1, reserved)
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient

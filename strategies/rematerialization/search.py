@@ -258,6 +258,8 @@ def propose(g, order, begin, live, next_read, mark, state):
     kind = draw(state)
     if kind < 0.75:
         put_in(g, order, begin, begin + int(draw(state) * (order.size - begin)), live, next_read, mark, state)
+    if kind < 0.2 or 0.6 < kind < 0.68:
+        put_in(g, order, begin, begin + int(draw(state) * (order.size - begin)), live, next_read, mark, state)
     if kind > 0.45:
         p = random_rerun(order, begin, operations, state)
         if p >= 0 and mark[p] == 0:

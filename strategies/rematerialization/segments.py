@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from strategies.rematerialization.chain import Block, Schedule, Segment
+from strategies.rematerialization.regions import version
 
 SMALL = 8192  # bytes up to which a saved tensor stays: states of generators
 
@@ -44,7 +46,11 @@ class Recorded:
     module: nn.Module
     arguments: list
     spec: object
+    outside: list[torch.Tensor]  # those of its arguments that the outermost segment was given from outside
     saved: range = range(0)  # numbers of the tensors that it saved and that were dropped
+    versions: list = field(default_factory=list)  # of its arguments
+    again: str = ""  # why it cannot be made again
+    buffers: list = field(default_factory=list)  # (module, name, value before) of those that it updates
 
 
 class Frame:
@@ -68,7 +74,9 @@ class Frame:
     def run(self, call: Recorded, args: tuple, kwargs: dict) -> object:
         """Make a call of which nothing is kept but what is held elsewhere."""
         self.calls.append(call)
-        held, given = self._held(call), [_same(leaf) for leaf in tree_flatten((args, kwargs))[0]]
+        leaves = tree_flatten((args, kwargs))[0]
+        held, given, versions = self._held(call), list(map(_same, leaves)), list(map(version, leaves))
+        call.versions = list(map(version, call.arguments))
         first = self.next
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | Handle:
@@ -81,16 +89,16 @@ class Frame:
             self.next += 1
             return handle
 
-        with saved_tensors_hooks(pack, unpack):
+        with saved_tensors_hooks(pack, unpack), _noting_buffers(call):
             out = call.run(call.module, *args, **kwargs)
         call.saved = range(first, self.next)
+        if versions != list(map(version, leaves)):
+            call.again = "it writes to a tensor that it is given"
         return out
 
     def _held(self, call: Recorded) -> set[int]:
         """Storages that stay whatever happens: parameters, and arguments from outside of the segment."""
-        tensors = [*call.module.parameters(), *call.module.buffers(),
-                   *[leaf for leaf in call.arguments if isinstance(leaf, torch.Tensor)]]
-        return set(map(_storage, tensors))
+        return set(map(_storage, [*call.module.parameters(), *call.module.buffers(), *call.outside]))
 
     def get(self, index: int) -> torch.Tensor:
         """A tensor that was saved, made again with all others of the segment unless that has just been done.
@@ -150,7 +158,7 @@ class _Again:
             self.frame.values[self._number(tensor)] = tensor.detach()
 
         args, kwargs = self._arguments(call)
-        with saved_tensors_hooks(pack, unpack):
+        with saved_tensors_hooks(pack, unpack), _old_buffers(call):
             self.before = _leaves(call.run(call.module, *args, **kwargs))
 
     def _segment(self, item: Segment, calls: Sequence[Recorded]) -> None:
@@ -159,7 +167,9 @@ class _Again:
             first = position == 0
             args, kwargs = self._arguments(call)
             leaves = tree_flatten((args, kwargs))[0] if first else call.arguments
-            self.before = _leaves(inner.run(Recorded(call.run, call.module, leaves, call.spec), args, kwargs))
+            with _old_buffers(call):
+                again = Recorded(call.run, call.module, leaves, call.spec, call.outside)
+                self.before = _leaves(inner.run(again, args, kwargs))
         for index in range(self.index, inner.next):
             self.frame.values[index] = Handle(inner, index)
         self.index = inner.next
@@ -172,6 +182,11 @@ class _Again:
         return index
 
     def _arguments(self, call: Recorded) -> tuple[tuple, dict]:
+        reason = call.again
+        if call.versions != list(map(version, call.arguments)):
+            reason = reason or "a tensor that it was given has been written to since"
+        if reason:
+            raise RuntimeError(f"{type(call.module).__name__} cannot be recomputed: {reason}")
         leaves = [self.before[leaf.output] if isinstance(leaf, Link) else leaf for leaf in call.arguments]
         leaves = [leaf.detach().requires_grad_(leaf.requires_grad)
                   if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) else leaf for leaf in leaves]
@@ -187,18 +202,59 @@ class Recorder:
 
     def __init__(self, segment: Segment) -> None:
         self.frame = Frame(segment.inside)
-        self.before: dict[int, int] = {}
+        self.out: list[object] = []
         self.handed: list[object] = []
 
     def call(self, run: Callable, module: nn.Module, args: tuple, kwargs: dict) -> object:
         """Make the model's call, remembering what it was given; what the block before handed out, only by number."""
         leaves, spec = tree_flatten((args, kwargs))
-        numbers = {id(leaf): number for number, leaf in enumerate(self.handed) if isinstance(leaf, torch.Tensor)}
-        leaves = [Link(numbers[id(leaf)]) if isinstance(leaf, torch.Tensor) and id(leaf) in numbers else leaf
-                  for leaf in leaves]
-        out = self.frame.run(Recorded(run, module, leaves, spec), args, kwargs)
-        self.handed = _leaves(out)
+        numbers = {kind: number for number, kind in enumerate(self.handed) if kind is not None}
+        leaves = [Link(numbers[version(leaf)]) if version(leaf) in numbers else leaf for leaf in leaves]
+        outside = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        out = self.frame.run(Recorded(run, module, leaves, spec, outside), args, kwargs)
+        self.out = _leaves(out)  # held, so that no other tensor takes its place
+        self.handed = [version(leaf) for leaf in self.out]
         return out
+
+
+_updating: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # which buffers a module's forward changes
+
+
+def _buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where a module's buffers are: whose, and their names."""
+    return [(part, name) for part in module.modules() for name, buffer in part._buffers.items() if buffer is not None]
+
+
+@contextmanager
+def _noting_buffers(call: Recorded) -> Iterator[None]:
+    """Note the buffers that a call updates as they were before: so it is to find them when it is made again.
+
+    All are copied the first time that a module is called here, afterwards only those that have changed.
+    """
+    places = _buffers(call.module)
+    known = _updating.setdefault(call.module, set(range(len(places))))
+    before = [part._buffers[name] for part, name in places]
+    copies = {index: before[index].detach().clone() for index in known if index < len(before)}
+    versions = list(map(version, before))
+    yield
+    changed = {index for index, (part, name) in enumerate(places) if version(part._buffers[name]) != versions[index]}
+    if changed - set(copies):
+        call.again = f"it updates the buffer {places[min(changed - set(copies))][1]}, which it did not before"
+    _updating[call.module] = changed | (known if len(known) < len(places) else set())
+    call.buffers = [(*places[index], copies[index]) for index in changed & set(copies)]
+
+
+@contextmanager
+def _old_buffers(call: Recorded) -> Iterator[None]:
+    """Within the context a call finds the buffers that it updates as it found them the first time."""
+    now = [part._buffers[name] for part, name, _ in call.buffers]
+    for part, name, old in call.buffers:
+        part._buffers[name] = old.clone()
+    try:
+        yield
+    finally:
+        for (part, name, _), buffer in zip(call.buffers, now, strict=True):
+            part._buffers[name] = buffer
 
 
 class _Around:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,17 @@ from strategies.rematerialization.graph import Graph, simulate
 from strategies.rematerialization.search import Searcher
 
 THREADED = 2.0  # from this many seconds on the bound and a second search get a thread of their own
-SHARE = 0.3  # below it, the share of the time that goes to the bound first
-ROUNDS = ((0.1, 0.3, 1.0, "best"), (0.2, 0.03, 1.0, "best"), (0.3, 1.0, 8.0, "first"), (0.5, 0.1, 1.0, "best"),
-          (1.0, 0.03, 1.0, "best"))
-"""Rounds of annealing: (share of the time left, first temperature, spread, from which order)."""
+SHARE = 0.3  # of the time, for the bound by single moments, whose solutions are good starts to search from
+QUICK = 0.04  # of the time, for improving the first such start before proving goes on
+CLOSE = 1.01  # after SHARE, a cost of at most this many times the bound lets the bound's thread search instead
+PROOF = 0.6  # of the time, up to where the thread of the bound goes on proving before it searches too
+ROUNDS = ((0.06, 0.03, 0.2, "best"), (0.12, 1.0, 0.2, "first"), (0.1, 0.3, 8.0, "first"), (0.16, 0.3, 0.2, "first"),
+          (0.2, 0.1, 0.2, "best"), (0.25, 0.3, 0.1, "first"), (0.33, 1.0, 0.2, "first"), (0.5, 0.1, 0.2, "first"),
+          (0.5, 0.1, 0.2, "best"), (1.0, 0.03, 0.2, "best"))
+"""Rounds of annealing: (share of the time left, first temperature, spread, from which order).
+
+A low spread finds the better orders, a high one finds orders that fit at all when memory is short everywhere.
+"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
     for order in starts:
         search.offer(order)
     if np.isinf(prover.value):
-        raise infeasible(graph, budget, seconds, seed)
+        raise infeasible(graph, budget, seconds, seed, iterations)
 
     def proven() -> bool:
         return search.cost <= prover.value
@@ -84,19 +91,26 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
     if iterations is not None:
         rounds(search, starts, deadline, proven, iterations)
         if bound and search.order is not None and not proven():
-            prover.several(prover.single(deadline), deadline)
+            prover.first(deadline)
+            prover.single(deadline, proven)
+            prover.several(deadline, proven)
+    elif not proven() and bound and seconds >= THREADED:
+        beside(search, prover, starts, deadline)
     elif not proven() and bound:
-        (beside if seconds >= THREADED else in_turn)(search, prover, starts, deadline, proven)
+        in_turn(search, prover, starts, deadline, proven)
     elif not proven():
         rounds(search, starts, deadline, proven)
     if search.order is None:
-        least = infeasible(graph, budget, seconds, seed)
-        if search.offer(least.order) and search.order is None:
+        least = infeasible(graph, budget, seconds, seed, iterations)
+        search.offer(least.order)
+        if search.order is None:
             raise least
     outcome = simulate(graph, search.order)
     assert outcome.peak <= budget, (outcome.peak, budget)
-    gap = max(0.0, outcome.seconds - prover.value) / outcome.seconds if outcome.seconds else 0.0
-    return Solution(search.order, outcome.seconds, outcome.peak, min(prover.value, outcome.seconds), gap)
+    assert prover.value <= outcome.seconds * (1 + 1e-6), (prover.value, outcome.seconds)
+    proved = min(prover.value, outcome.seconds)
+    return Solution(search.order, outcome.seconds, outcome.peak, proved,
+                    (outcome.seconds - proved) / outcome.seconds if outcome.seconds else 0.0)
 
 
 def rounds(search: Searcher, starts: list[tuple[int, ...]], deadline: float, enough: Callable[[], bool],
@@ -107,6 +121,9 @@ def rounds(search: Searcher, starts: list[tuple[int, ...]], deadline: float, eno
         begin = starts[0] if source == "first" else min(list(starts), key=search.offer)
         now = time.perf_counter()
         moves = None if left is None else max(1, int(left * share))
+        if source == "first" and search.order is None and not search.least:
+            starts.append(least_peak(search.graph, share * (deadline - now), search.seed, moves).order)
+            begin = starts[-1]
         search.round(begin, hot, spread, now + share * (deadline - now), moves, enough)
         left = None if left is None else left - moves
         if search.order is not None:
@@ -117,31 +134,42 @@ def in_turn(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], dead
             proven: Callable[[], bool]) -> None:
     """First the bound, as its solution is a good start, then the search."""
     now = time.perf_counter()
-    prover.single(now + SHARE * (deadline - now), tries=3)
+    prover.first(now + SHARE * (deadline - now))
+    prover.single(now + SHARE * (deadline - now), proven)
     rounds(search, starts, deadline, proven)
 
 
-def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadline: float,
-           proven: Callable[[], bool]) -> None:
+def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadline: float) -> None:
     """The bound and then a second search in one thread, a search in another (all without Python's lock)."""
-    def prove() -> None:
-        moment = prover.single(deadline)
-        if not proven():
-            prover.several(moment, min(deadline, time.perf_counter() + SHARE * (deadline - time.perf_counter())))
-        second = Searcher(search.graph, search.budget, seed=search.seed + 1)
-        rounds(second, starts, deadline, lambda: proven() or second.cost <= prover.value)
+    second = Searcher(search.graph, search.budget, seed=search.seed + 1)
 
-    thread = threading.Thread(target=prove, daemon=True)
-    thread.start()
-    rounds(search, starts, deadline, proven)
-    thread.join()
+    def enough(times: float = 1.0) -> bool:
+        return min(search.cost, second.cost) <= times * prover.value
+
+    def prove() -> None:
+        begin = time.perf_counter()
+        prover.first(begin + SHARE * (deadline - begin))
+        now = time.perf_counter()
+        second.round(min(list(starts), key=second.offer), 0.03, 0.2, now + QUICK * (deadline - now), enough=enough)
+        starts.extend([] if second.order is None else [second.order])
+        prover.single(begin + SHARE * (deadline - begin), enough)
+        turn = begin + SHARE * (deadline - begin)
+        prover.several(begin + PROOF * (deadline - begin),
+                       lambda: enough(1.0 if time.perf_counter() < turn else CLOSE))
+        if not enough():
+            rounds(second, starts, deadline, enough)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(prove)
+        rounds(search, starts, deadline, enough)
+        other.result()
     for order in starts:
         search.offer(order)
 
 
-def infeasible(graph: Graph, budget: int, seconds: float, seed: int) -> Infeasible:
+def infeasible(graph: Graph, budget: int, seconds: float, seed: int, iterations: int | None = None) -> Infeasible:
     """The error that says what would fit, after a tenth of the time spent on finding out."""
-    least = least_peak(graph, 0.1 * seconds, seed)
+    least = least_peak(graph, 0.1 * seconds, seed, iterations)
     return Infeasible(budget, least.peak, least.bound, least.order)
 
 

@@ -47,3 +47,48 @@ def test_resume_on_the_gpu(train_here):
     assert again.step == 8
     for one, two in zip(whole.unwrapped.parameters(), again.unwrapped.parameters(), strict=True):
         assert torch.allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_budget_holds_on_the_allocators_peak(train_here, precision):
+    settings = {"student": {"architecture": {**TINY, "num_hidden_layers": 6, "attention_dropout": 0.1}},
+                "precision": {"dtype": precision}, "training": {"steps": 4, "batch_size": 32, "micro_batch": 32}}
+    free = train_here("free", **settings)
+    budget = int(0.85 * free.memory.peak)
+    fitted = train_here("fitted", memory={"budget": budget}, **settings)
+    found = next(line["memory"] for line in read_lines(fitted.folder.metrics) if "memory" in line)
+    assert found["peak"] <= budget and found["reserved"] >= found["peak"]
+    losses = [[line["loss"] for line in read_lines(trainer.folder.metrics) if "loss" in line]
+              for trainer in (free, fitted)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+def test_rematerialized_gradients_on_the_gpu(inductor):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    import limbeck
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=128, n_layer=6, n_head=4, n_positions=128)).cuda()
+    ids = torch.randint(0, 512, (8, 128), device="cuda")
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(**batch).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients()
+    torch.cuda.reset_peak_memory_stats()
+    gradients()
+    peak = torch.cuda.max_memory_allocated()
+    plan = limbeck.rematerialize(model, batch, budget=int(0.6 * peak), compile=inductor)
+    planned = gradients()
+    torch.cuda.reset_peak_memory_stats()
+    gradients()
+    assert torch.cuda.max_memory_allocated() <= plan.budget
+    if not inductor:  # the kernels are the same, and so are dropout's draws
+        for one, two in zip(plain, planned, strict=True):
+            assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)

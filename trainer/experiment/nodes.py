@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from trainer.errors import UserError
+from strategies.memory.units import parse_bytes
+from trainer.errors import UserError, blame
 
 if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
     from collections.abc import Iterable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interp
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+DeviceName = Literal["h200", "h100", "a100-80gb", "a100-40gb", "l40s", "l4", "v100", "t4", "rtx4090", "rtx3090"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 PathName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
@@ -317,6 +319,33 @@ class Training(Node):
             raise UserError("micro_batch", f"micro_batch must divide batch_size ({self.batch_size})",
                             value=self.micro_batch, way_out=f"try {divisors(self.batch_size)}")
         return self
+
+
+class Memory(Node):
+    """How many bytes a training step may take in each process, everything counted, and what is recomputed to fit."""
+
+    budget: str | int | None = None
+    """Bytes, such as 6GiB; null: nine tenths of a `device` that is named, else no limit and nothing recomputed."""
+    device: DeviceName | None = None
+    """A device to plan a dry run for; null plans for the one that is present."""
+    compile: bool = False
+    """Run planned blocks by Inductor instead of by eager kernels; needs a C++ compiler, and warms up for a while."""
+
+    @model_validator(mode="after")
+    def _bytes(self) -> Memory:
+        if self.budget is not None:
+            with blame("budget", value=self.budget):
+                parse_bytes(self.budget)
+        return self
+
+    @property
+    def bytes(self) -> int | None:
+        """The budget in bytes."""
+        if self.budget is None and self.device is not None:
+            from strategies.rematerialization.price import DEVICES
+
+            return DEVICES[self.device].memory * 9 // 10
+        return None if self.budget is None else parse_bytes(self.budget)
 
 
 class Export(Node):

@@ -10,6 +10,7 @@ from trainer.errors import UserError
 from trainer.experiment.nodes import (
     Data,
     Export,
+    Memory,
     Node,
     Objective,
     Optimizer,
@@ -46,6 +47,8 @@ class Experiment(Node):
     """How long and in which batches."""
     precision: Precision = Precision()
     """Number format of forward and backward."""
+    memory: Memory = Memory()
+    """How many bytes a step may take."""
     export: Export = Export()
     """The student's file."""
     report: Report = Report()

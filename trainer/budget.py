@@ -1,0 +1,202 @@
+"""The budget of bytes: what a training step of an experiment needs, and the plan that makes it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from strategies.memory.ledger import parameter_bytes
+from strategies.rematerialization.planner import BudgetError, Planner
+from strategies.rematerialization.planner import Plan as Schedule
+from strategies.rematerialization.rematerialize import study
+from trainer.data.batches import Batch
+from trainer.errors import UserError
+from trainer.experiment.tree import Experiment
+from trainer.metrics import readable
+from trainer.models import DTYPES, quantize
+
+POINTS = 600  # of a curve that is kept for the picture
+
+
+class BudgetUnmet(UserError):
+    """A budget that no plan meets; the command ends with exit code 3."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a training step in each process, and what is recomputed so that they fit.
+
+    Attributes:
+        budget: bytes allowed; None where there is no limit.
+        peak: predicted bytes at the peak.
+        keep_all: predicted bytes at the peak when nothing is recomputed.
+        moment: when the peak is.
+        parts: bytes at the peak by what they are; their sum is the peak.
+        recomputed: recomputation as a share of the time of the blocks' forward and backward, predicted.
+        gap: share of that time which a better schedule could save at most, proven.
+        blocks: for every block, how it runs: bytes kept, seconds recomputed, and the segment it is in.
+        unplanned: blocks that run as they are because they could not be captured, and why.
+        curve: planned bytes over one micro-batch's step, as (position, bytes).
+        marks: (phase, position) where phases begin.
+    """
+
+    budget: int | None
+    peak: int
+    keep_all: int
+    moment: str
+    parts: dict[str, int]
+    recomputed: float
+    gap: float
+    blocks: list[dict[str, Any]]
+    unplanned: list[str]
+    curve: list[tuple[int, int]]
+    marks: list[tuple[str, int]]
+
+
+def example_batch(rows: int, length: int, packed: bool, device: torch.device | str = "cpu") -> Batch:
+    """A micro-batch like those of training, every position learnt; packed rows hold two documents."""
+    positions = torch.arange(length, device=device)
+    if packed and length > 1:
+        positions = torch.where(positions < length // 2, positions, positions - length // 2)
+    ids = torch.zeros(rows, length, dtype=torch.long, device=device)
+    return {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "targets": ids.clone()}
+
+
+def plan_memory(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
+                processes: int) -> MemoryPlan | None:
+    """Plan a step's memory from shapes alone; None where the architecture cannot run without data.
+
+    Raises:
+        BudgetUnmet: no plan fits the budget.
+    """
+    def again(changed: Experiment) -> Planner:
+        return study_experiment(changed, teacher, student, processes)
+
+    try:
+        planner = again(experiment)
+    except (RuntimeError, NotImplementedError):  # some mixtures of experts look at their data
+        return None
+    return describe(planner, choose(experiment, planner, again))
+
+
+def choose(experiment: Experiment, planner: Planner, again: Callable[[Experiment], Planner]) -> Schedule:
+    """The schedule for the experiment's budget; without one, nothing is recomputed.
+
+    Raises:
+        BudgetUnmet: no plan fits.
+    """
+    budget = experiment.memory.bytes
+    if budget is None:
+        return planner.keep_all()
+    try:
+        return planner.plan(budget)
+    except BudgetError as error:
+        raise refuse(experiment, error, again) from error
+
+
+def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
+                     processes: int) -> Planner:
+    """Learn what a step needs from shapes alone: models, batch and optimizer are made without data.
+
+    Raises:
+        UserError: a layer cannot be quantised.
+        RuntimeError, NotImplementedError: the architecture cannot run without data.
+    """
+    from trainer.loop import loss_of_batch
+
+    objective = experiment.objective.build(teacher is not None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
+        if experiment.student.quantization is not None:
+            quantize(experiment, small)
+        large = None
+        if teacher is not None and objective.needs_teacher:
+            large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype])
+            large.eval().requires_grad_(False)
+        optimizer = experiment.optimizer.build(small.parameters())
+        batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
+                              experiment.data.packing)
+    precision = experiment.precision.build("cpu")
+    return study(small.train(), batch, optimizer=optimizer, accumulate=accumulates(experiment, processes),
+                 loss=lambda model, batch: loss_of_batch(objective, precision, model, large, batch)[0],
+                 others=[large] if large is not None else [], device=experiment.memory.device,
+                 reserved=reserved(small, processes), regions=experiment.memory.bytes is not None)
+
+
+def accumulates(experiment: Experiment, processes: int) -> bool:
+    """Whether a micro-batch begins with the gradients of another one."""
+    return experiment.training.batch_size > experiment.training.micro_batch * processes
+
+
+def reserved(student: nn.Module, processes: int) -> dict[str, int]:
+    """Bytes held outside of what a step shows: the buckets in which data parallelism sums gradients."""
+    return {"communication": parameter_bytes(student)} if processes > 1 else {}
+
+
+def describe(planner: Planner, chosen: Schedule) -> MemoryPlan:
+    """A schedule as plain data."""
+    moment, parts = chosen.parts()
+    curve, marks = chosen.curve()
+    if "others" in parts:
+        parts["teacher"] = parts.pop("others")
+    step = max(1, len(curve) // POINTS)
+    return MemoryPlan(
+        budget=chosen.budget, peak=chosen.peak, keep_all=planner.keep_all().peak, moment=moment, parts=parts,
+        recomputed=chosen.overhead, gap=chosen.gap, blocks=chosen.blocks(), unplanned=chosen.fallbacks,
+        curve=[(begin, max(count for _, count in curve[begin:begin + step])) for begin in range(0, len(curve), step)],
+        marks=list(marks))
+
+
+def refuse(experiment: Experiment, error: BudgetError, again: Callable[[Experiment], Planner]) -> BudgetUnmet:
+    """The message for a budget that cannot be met: what is possible, where it goes, and changes that would fit.
+
+    Args:
+        again: studies a changed experiment.
+    """
+    lines = [f"a training step cannot be made to fit: the least that any plan found needs is {readable(error.least)} "
+             f"({error.least:,} bytes), and none can need less than {readable(error.bound)}"]
+    lines += ["  the largest parts then:"]
+    lines += [f"    {'teacher' if name == 'others' else name:<28} {count:>16,} bytes  {readable(count)}"
+              for name, count in sorted(error.parts.items(), key=lambda part: -part[1]) if count][:7]
+    fitting = list(_fitting(experiment, error.budget, again))[:4]
+    way_out = "; or ".join(fitting) if fitting else "no single change of batch or precision fits; use a smaller model"
+    return BudgetUnmet("memory.budget", "\n".join(lines),
+                       value=experiment.memory.budget or f"nine tenths of {experiment.memory.device}", way_out=way_out)
+
+
+def _fitting(experiment: Experiment, budget: int, again: Callable[[Experiment], Planner]) -> Iterator[str]:
+    """Changes that fit, cheapest first: what is learnt stays the same, or nearly, or sequences are shorter."""
+    found: set[str] = set()
+    for text, changed in _changes(experiment):
+        key = text.partition("=")[0]
+        if key in found:
+            continue  # the largest micro-batch that fits is the best one
+        try:
+            plan = again(changed).plan(budget)
+        except (BudgetError, UserError):
+            continue
+        found.add(key)
+        yield f"{text} (then {readable(plan.peak)}, {plan.overhead:.0%} recomputed)"
+
+
+def _changes(experiment: Experiment) -> Iterator[tuple[str, Experiment]]:
+    def with_(node: str, **values: Any) -> Experiment:
+        return experiment.model_copy(update={node: getattr(experiment, node).model_copy(update=values)})
+
+    micro = experiment.training.micro_batch
+    for smaller in [size for size in range(micro - 1, 0, -1) if micro % size == 0]:
+        yield f"training.micro_batch={smaller}", with_("training", micro_batch=smaller)
+    if experiment.precision.dtype == "fp32":
+        yield "precision.dtype=bf16", with_("precision", dtype="bf16")
+    if experiment.teacher is not None and experiment.teacher.dtype == "float32":
+        yield "teacher.dtype=bfloat16", with_("teacher", dtype="bfloat16")
+    for shorter in (experiment.data.sequence_length // 2, experiment.data.sequence_length // 4):
+        if shorter > 1:
+            yield f"data.sequence_length={shorter}", with_("data", sequence_length=shorter)
+
