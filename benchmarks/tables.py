@@ -4,19 +4,64 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.quickstart import table
+from benchmarks.quickstart import table as quickstart_table
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- python -m benchmarks.tables -->\n", "<!-- end -->"
+
+
+def frontier_table(rows: list[dict]) -> str:
+    """For each model, plans at a few budgets beside the peers: peak and step time against keeping everything."""
+    lines = ["| model | plans, measured peak in MB (step time) | peers, measured peak in MB (step time) |", "|---|---|---|"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        plans = [row for row in own if row["method"] == "limbeck"]
+        keep = next(row for row in own if row["method"] == "keep_all")
+        peers = [row for row in own if row["method"] not in ("limbeck", "keep_all")]
+        shown = ", ".join(_figure(row) for row in plans[::2])
+        others = ", ".join(f"{row['method']} {_figure(row)}{_wrong(row)}" for row in peers)
+        lines.append(f"| {model} | keep all {_figure(keep)}; {shown} | {others} |")
+    plans = [row for row in rows if row["method"] == "limbeck"]
+    over = sum(row["measured_peak"] > row["budget_bytes"] for row in plans)
+    worst = max(abs(row["predicted_peak"] / row["measured_peak"] - 1) for row in plans)
+    lines.append(f"\nOf {len(plans)} plans {over} measured over their budget; predictions are within {worst:.2%}. "
+                 "(!): gradients differ from keep-all's, because dropout is drawn again.")
+    return "\n".join(lines)
+
+
+def _figure(row: dict) -> str:
+    return f"{row['measured_peak'] / 1e6:.1f} (x{row['time_ratio']:.2f})"
+
+
+def _wrong(row: dict) -> str:
+    return " (!)" if row.get("gradient_difference", 0) > 1e-2 else ""
+
+
+def instances_table(rows: list[dict]) -> str:
+    """Costs of schedules beside Gurobi's, with the proven bound."""
+    lines = ["| graph | budget, GB | cost | Gurobi, 24 h | proven bound | gap | seconds |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {row['graph']} | {row['budget_GB']:g} | {row['objective']:,.0f} | {row['gurobi']:,.0f} | "
+              f"{row['bound']:,.0f} | {row['gap']:.2%} | {row['seconds']:.1f} |" for row in rows]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, tuple[str, Callable]] = {
+    "quickstart": ("quickstart-cpu.json", quickstart_table),
+    "frontier": ("rematerialization-frontier-cpu.json", frontier_table),
+    "instances": ("rematerialization-instances-cpu.json", instances_table),
+}
 
 
 def with_tables(readme: str) -> str:
     """The README with its tables made from the result files."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "quickstart-cpu.json").read_text())
-    body = re.escape(BEGIN) + ".*?" + re.escape(END)
-    return re.sub(body, lambda _: f"{BEGIN}{table(result)}\n{END}", readme, flags=re.DOTALL)
+    for name, (file, make) in TABLES.items():
+        begin, end = f"<!-- python -m benchmarks.tables {name} -->\n", "<!-- end -->"
+        made = make(json.loads((ROOT / "benchmarks" / "results" / file).read_text()))
+        readme = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, text=f"{begin}{made}\n{end}": text, readme,
+                        flags=re.DOTALL)
+    return readme
 
 
 if __name__ == "__main__":

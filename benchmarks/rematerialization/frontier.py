@@ -11,8 +11,10 @@ graphs run by eager kernels. Budgets lie evenly between keep-all's measured peak
 Peers: checkpointing of blocks as a model offers it (of blocks and of stages in convolutional networks, which offer
 none), torch's min-cut partitioner at several `activation_memory_budget`s, and op-level selective checkpointing that
 saves matrix products, convolutions and attention. The partitioner gets what a plan gets: a block, or a convolutional
-network whole. `gradient_difference` is the largest difference to keep-all's gradients and buffers, over the largest
-value of the same tensor.
+network whole. `gradient_difference` is the largest difference to keep-all's gradients after the same random numbers,
+over the largest value of the same tensor, and `buffer_difference` that of running statistics and the like. A peer whose
+gradients differ by more than rounding (random masks drawn anew, say) does not train the same step: it is named, and
+left out of the comparison.
 """
 
 from __future__ import annotations
@@ -28,35 +30,25 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch._functorch.config
+import transformers
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 from strategies.memory.meter import measure
-from strategies.rematerialization.planner import BudgetError
+from strategies.rematerialization.planner import BudgetError, Planner
 from strategies.rematerialization.rematerialize import study
 
+ROUNDING = 1e-3
+"""Difference of gradients that is taken for rounding."""
 TOLERANCE = 0.03
 """Difference of step times that is taken for noise, as is twice the standard error where that is more."""
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -105,17 +97,17 @@ class Training:
         wait()
         return time.perf_counter() - began
 
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients, and buffers as the step leaves them; the random numbers are the same in every call."""
+    def outcome(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Gradients, and buffers as a step leaves them; the random numbers are the same in every call."""
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         torch.manual_seed(1)
         self.turn()
-        found = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
-        found |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        gradients = {name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.optimizer.zero_grad()
         for name, buffer in self.model.named_buffers():
             buffer.copy_(before[name])
-        return found
+        return gradients, buffers
 
 
 # ---- models: real shapes, narrow and short enough for a step on CPU to take a fraction of a second
@@ -131,27 +123,29 @@ def language(model: nn.Module, blocks: Callable[[nn.Module], Sequence[nn.Module]
 
 def gpt2() -> tuple:
     """GPT-2 with its default dropout of 0.1."""
-    return language(GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=4,
-                                               n_positions=LENGTH)), lambda model: model.transformer.h)
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=LENGTH,
+                                     bos_token_id=0, eos_token_id=0)
+    return language(transformers.GPT2LMHeadModel(config), lambda model: model.transformer.h)
 
 
 def llama() -> tuple:
     """Llama, with grouped queries."""
-    return language(LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=688, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2)), lambda model: model.model.layers)
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=688,
+                                      num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2)
+    return language(transformers.LlamaForCausalLM(config), lambda model: model.model.layers)
 
 
 def qwen() -> tuple:
     """Qwen3, deeper, with queries and keys normalised."""
-    return language(Qwen3ForCausalLM(Qwen3Config(
+    config = transformers.Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)), lambda model: model.model.layers)
+        num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
+    return language(transformers.Qwen3ForCausalLM(config), lambda model: model.model.layers)
 
 
 def vit() -> tuple:
     """ViT, 101 tokens to an image."""
-    model = ViTForImageClassification(ViTConfig(
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(
         hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, image_size=80,
         patch_size=8, num_labels=100))
     batch = {"pixel_values": torch.randn(6, 3, 80, 80), "labels": torch.randint(0, 100, (6,))}
@@ -160,7 +154,7 @@ def vit() -> tuple:
 
 def resnet50() -> tuple:
     """ResNet-50 on small images."""
-    model = ResNetForImageClassification(ResNetConfig(num_labels=100))
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=100))
     batch = {"pixel_values": torch.randn(8, 3, 64, 64), "labels": torch.randint(0, 100, (8,))}
     stages = list(model.resnet.encoder.stages)
     return model, batch, [block for stage in stages for block in stage.layers], stages
@@ -222,7 +216,7 @@ MODELS = {make.__name__: make for make in (gpt2, llama, qwen, vit, resnet50, une
 # ---- what is run
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the models asked for, print tables and verdicts; returns the exit code."""
+    """Run the models asked for, print tables and verdicts; returns 1 if a plan failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
     parser.add_argument("--json", type=Path, help="where rows go; those of other models that it has stay")
@@ -238,12 +232,14 @@ def main(arguments: list[str] | None = None) -> int:
         rows = json.loads(options.report.read_text())
         print("\n\n".join(report(rows, name) for name in dict.fromkeys(row["model"] for row in rows)))
         return 0
+    missing = 0
     for name in MODELS if options.model == "all" else [options.model]:
         rows = one_model(name, options)
         print(report(rows, name), end="\n\n", flush=True)
         if options.json:
             save(options.json, name, rows)
-    return 0
+        missing += options.budgets - sum(row["method"] == "limbeck" for row in rows)
+    return 1 if missing else 0
 
 
 def one_model(name: str, options: argparse.Namespace) -> list[dict]:
@@ -259,23 +255,23 @@ def one_model(name: str, options: argparse.Namespace) -> list[dict]:
     facts = {"predicted_peak": everything.peak, "least": least.peak, "least_bound": planner.least_bound,
              "plan_seconds": time.perf_counter() - began}
     rows = [row(name, training, Method("keep_all", facts=facts), options.steps)]
-    for budget in np.linspace(max(rows[0]["measured_peak"], least.peak), least.peak, options.budgets):
-        rows.append(row(name, training, planned(planner, int(np.ceil(budget))), options.steps))
-    for peer, make in peers(training).items():
+    budgets = np.ceil(np.linspace(max(rows[0]["measured_peak"], least.peak), least.peak, options.budgets)).astype(int)
+    methods = [("limbeck", functools.partial(planned, planner, int(budget))) for budget in budgets]
+    for method, make in [*methods, *peers(training).items()]:
         try:
-            rows.append(row(name, training, make(peer), options.steps))
-        except Exception as error:  # a peer that cannot run a model is a finding, not the end
+            rows.append(row(name, training, make(method), options.steps))
+        except Exception as error:  # a finding, and no reason not to measure the others
             training.optimizer.zero_grad()
-            print(f"{name} {peer}: fails: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            print(f"{name} {method}: FAILS: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
     return rows
 
 
 def row(name: str, training: Training, method: Method, steps: int | None) -> dict:
     """What one method needs and takes."""
-    expected = training.gradients()
+    expected = training.outcome()
     method.on()
     try:
-        unequal = difference(expected, training.gradients())
+        gradients, buffers = map(difference, expected, training.outcome())
         del expected
         training.step()
         peak = measure(training.step, training.device, [training.model, training.optimizer, training.batch]).peak
@@ -286,10 +282,10 @@ def row(name: str, training: Training, method: Method, steps: int | None) -> dic
     found = {"model": name, "method": method.name, "budget_bytes": budget, "predicted_peak": None,
              "measured_peak": peak, "time_ratio": 1.0 if method.name == "keep_all" else statistics.median(ratios),
              "fits": None if budget is None else peak <= budget, "time_ratio_error": error_of_median(ratios),
-             "seconds": statistics.median(seconds), "pairs": len(ratios), "gradient_difference": unequal,
-             **method.facts, "machine": machine(training.device)}
+             "seconds": statistics.median(seconds), "pairs": len(ratios), "gradient_difference": gradients,
+             "buffer_difference": buffers, **method.facts, "machine": machine(training.device)}
     print(f"{name} {method.name} {budget or ''}: peak {peak:,}, time x{found['time_ratio']:.3f}, gradients differ by "
-          f"{unequal:.1e}", flush=True)
+          f"{gradients:.1e}", flush=True)
     return found
 
 
@@ -321,28 +317,28 @@ def error_of_median(values: Sequence[float]) -> float:
 
 def difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> float:
     """Largest difference over the largest value of the same tensor, or over 1e-6 of the largest of all."""
-    most = max(float(value.abs().max()) for value in expected.values() if value.is_floating_point() and value.numel())
-    return max(float((expected[name] - found[name]).abs().max()) / max(float(expected[name].abs().max()), 1e-6 * most)
-               for name in expected if expected[name].numel())
+    most = max((float(value.abs().max()) for value in expected.values() if value.numel()), default=0.0)
+    return max((float((value - found[name]).abs().max()) / max(float(value.abs().max()), 1e-6 * most, 1e-30)
+                for name, value in expected.items() if value.numel()), default=0.0)
 
 
 # ---- methods
 
-def planned(planner, budget: int) -> Method:
+def planned(planner: Planner, budget: int, name: str) -> Method:
     """A plan for a budget."""
-    began = time.perf_counter()
+    began, refused = time.perf_counter(), False
     try:
         plan = planner.plan(budget)
     except BudgetError:  # the solver did not find again what has been found already
-        plan = planner.least
+        plan, refused = planner.least, True
         if plan.peak > budget:
             raise
     took = time.perf_counter() - began
     planner.install(plan)
     plan.remove()
-    return Method("limbeck", plan.planned.install, plan.remove, {
+    return Method(name, plan.planned.install, plan.remove, {
         "budget_bytes": budget, "predicted_peak": plan.peak, "overhead": plan.overhead, "gap": plan.gap,
-        "plan_seconds": took, "fallbacks": len(plan.fallbacks)})
+        "plan_seconds": took, "fallbacks": len(plan.fallbacks), "refused": refused})
 
 
 def peers(training: Training) -> dict[str, Callable[[str], Method]]:
@@ -445,7 +441,8 @@ def table(rows: list[dict]) -> str:
 def verdict(rows: list[dict]) -> str:
     """Whether plans kept to their budgets, were predicted well, and were beaten by a peer that fits."""
     plans = [row for row in rows if row["method"] == "limbeck"]
-    others = [row for row in rows if row["method"] not in ("limbeck", "keep_all")]
+    peers_ = [row for row in rows if row["method"] not in ("limbeck", "keep_all")]
+    others = [row for row in peers_ if row["gradient_difference"] <= ROUNDING]
     if not plans:
         return "no plans"
     over = sum(not row["fits"] for row in plans)
@@ -453,6 +450,10 @@ def verdict(rows: list[dict]) -> str:
     least = min(row["measured_peak"] for row in plans)
     lines = [f"{rows[0]['model']}: {over} of {len(plans)} plans measured over their budget; predicted and measured "
              f"peak differ by {off:.2%} at most; gradients by {max(row['gradient_difference'] for row in plans):.1e}"]
+    notes = [f"  left out: {row['method']}, whose gradients differ by {row['gradient_difference']:.0e}"
+             for row in peers_ if row not in others]
+    lines += [f"  refused: {row['budget_bytes'] / 1e6:.2f} MB, for which there is a plan" for row in plans
+              if row.get("refused")]
     for plan in plans:
         fitting = [row for row in others if row["measured_peak"] <= plan["budget_bytes"]]
         for row in fitting:
@@ -465,7 +466,7 @@ def verdict(rows: list[dict]) -> str:
     if len(lines) == 1:
         lines.append(f"  at no budget slower than a peer that fits it (tolerance {TOLERANCE:.0%} or 2 sd); least peak "
                      f"{least / 1e6:.2f} MB below every peer's")
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])
 
 
 def save(file: Path, name: str, rows: list[dict]) -> None:
@@ -481,7 +482,7 @@ def machine(device: str) -> str:
     """What figures were measured on."""
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
-    return f"{name}; torch {torch.__version__}, transformers {version('transformers')}"
+    return f"{name}; torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import fx, nn
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx.graph import _BoxedCodeGen
 
 from strategies.rematerialization.capture import Captured, capture
@@ -81,15 +82,16 @@ def _backend(choose: Choose, inductor: bool, notice: Notice | None) -> Callable:
     def fused(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
         from torch._inductor.compile_fx import compile_fx
 
-        with (torch._functorch.config.patch(donated_buffer=False),
-              torch._inductor.config.patch(custom_partitioner_fn=_Partitioner(split))):
+        # Nothing from caches on disk: they know the code, not the schedule.
+        with (torch._functorch.config.patch(donated_buffer=False, enable_autograd_cache=False),
+              torch._inductor.config.patch(custom_partitioner_fn=_Partitioner(split), fx_graph_cache=False)):
             return compile_fx(gm, inputs)
 
     return fused if inductor else eager
 
 
-class _Partitioner:
-    """Inductor's hook for a partitioner; without an identity, so that nothing is taken from its cache on disk."""
+class _Partitioner(CustomPartitionerFn):
+    """Inductor's hook for a partitioner."""
 
     def __init__(self, split: Callable) -> None:
         self.split = split
@@ -104,6 +106,8 @@ class _Partitioner:
 
 def boxed(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] = (), notice: Notice | None = None) -> Callable:
     """A graph as a function of one list, which it empties, so that inputs are freed after their last use."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default  # where a kernel's strides are not those that tracing foretold
     gm.graph.set_codegen(_BoxedCodeGen())
     gm.recompile()
 

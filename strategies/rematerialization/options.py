@@ -1,4 +1,4 @@
-"""The ways to run one block, what is kept against what is recomputed: the frontier that the master problem chooses from."""
+"""The ways to run one block, what is kept against what is recomputed: what the master problem chooses from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from strategies.rematerialization.solve import Infeasible, least_peak, solve
 
 LEVELS = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.06, 0.0)
 """Shares of what keeping all keeps; most of the gain lies where little is kept."""
-MOVES = 3000
+MOVES = 20_000
 
 
 def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int = MOVES) -> tuple[Option, ...]:
@@ -34,8 +34,9 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
     free = problem(captured, seconds, workspace)
     all_kept = option_of(captured, free, tuple(range(len(free.seconds))))
     most = 2 * (max(all_kept.backward_peak, all_kept.forward_peak) + all_kept.kept)
-    least = least_peak(free, 0.3)
-    found = [all_kept, option_of(captured, free, least.order)]
+    least = least_peak(free, 1.2, iterations=6 * moves)
+    lowest = option_of(captured, free, least.order)
+    found = [all_kept, lowest]
     for level in LEVELS:
         kept = int(level * all_kept.kept)
         order = _cheapest(captured, seconds, workspace, kept, most)
@@ -44,6 +45,9 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
             if order is None:
                 break
             found.append(option_of(captured, free, order))
+        if kept >= lowest.kept:  # as low as it gets, and cheaper for what may be kept
+            order = _solved(captured, seconds, workspace, kept, int(1.01 * least.peak), moves, least.order)
+            found += [option_of(captured, free, order)] if order is not None else []
     return frontier(found)
 
 

@@ -50,6 +50,19 @@ def partition(captured: Captured, order: Sequence[int]) -> tuple[fx.GraphModule,
     return forward_module, backward.finish([backward.read(node) for node in captured.gradients])
 
 
+def fits(captured: Captured, order: Sequence[int]) -> bool:
+    """Whether an order serves a region, even if it was found for one of other shapes: all is there when it is read."""
+    border = captured.forward
+    once = [border, *(index + (index >= border) for index in captured.once)]
+    if set(order) != set(range(len(captured.operations) + 1)) or any(list(order).count(index) != 1 for index in once):
+        return False
+    try:
+        partition(captured, order)
+    except ValueError:
+        return False
+    return True
+
+
 def _kept(captured: Captured, late: Sequence[fx.Node], early: set[fx.Node]) -> list[fx.Node]:
     """Nodes that the backward takes from the forward: what it reads before it makes it, inputs included."""
     kept: dict[fx.Node, None] = {}
@@ -86,6 +99,14 @@ def state_like(operation: fx.Node) -> torch.Tensor:
         return torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
+def _updates(operation: fx.Node) -> list[fx.Node]:
+    """The running statistics that an operation makes: the last two of its outputs."""
+    if operation.target not in RUNNING_STATISTICS:
+        return []
+    count = len(operation.meta["val"])
+    return [part for part in operation.users if is_part(part) and part.args[1] >= count - 2]
+
+
 class _Writer:
     """Writes one of the two graphs: operations in the order asked for, views where they are first read."""
 
@@ -96,6 +117,7 @@ class _Writer:
         self.ran = set(ran)
         self.replayed = replayed
         self.states: dict[fx.Node, fx.Node] = {}
+        self.final: set[fx.Node] = set()  # running statistics as the first run made them
         self.looks_at: dict[int, list[fx.Node]] = {}
         for node, values in captured.values.items():
             for value in values:
@@ -117,10 +139,13 @@ class _Writer:
             made = self._random(node) if node in self.replayed else self._copy(node)
             for value in self.captured.values[node]:
                 for view in self.looks_at[value]:
-                    self.newest.pop(view, None)
+                    if view not in self.final:
+                        self.newest.pop(view, None)
             self.newest[node] = made
             for part in filter(is_part, node.users):  # at once, so that the tuple does not hold what is not needed
-                self.newest[part] = self._copy(part)
+                if part not in self.final:
+                    self.newest[part] = self._copy(part)
+            self.final.update(_updates(node))
             self.ran.add(node)
 
     def read(self, node: fx.Node | None) -> fx.Node | None:

@@ -19,6 +19,7 @@ from strategies.rematerialization.capture import Captured
 from strategies.rematerialization.chain import Block, Option, Schedule, Segment, leaves
 from strategies.rematerialization.execute import compiled, own_forward, replace_forward, restore_forward
 from strategies.rematerialization.fallback import CHECKPOINT, KEEP
+from strategies.rematerialization.partition import fits
 from strategies.rematerialization.regions import first_line, takes_part, without_cache
 from strategies.rematerialization.segments import Recorder
 
@@ -42,7 +43,6 @@ class Planned:
     orders: Callable[[Captured, Option], Sequence[int]]
     inductor: bool = False
     _functions: dict[tuple, Callable] = field(default_factory=dict)
-    _graphs: dict[int, tuple] = field(default_factory=dict)
     _opened: tuple[int, Recorder] | None = None
     _last: int = -1
     _warned: set[tuple] = field(default_factory=set)
@@ -92,8 +92,10 @@ class Planned:
         segment = self._segment.get(position)
         if segment is not None and position == segment.first:
             self._opened = (position, Recorder(segment))
-        if segment is None or self._opened is None or self._opened[0] != position:
-            self._opened = None  # in no segment, or the model calls its blocks in another order today
+        elif self._opened is not None and not (self._opened[0] == position and self._opened[1].follows(args, kwargs)):
+            self._opened = None  # the model calls its blocks in another order today
+        if segment is None or self._opened is None:
+            self._opened = None
             return run(module, *args, **kwargs)
         recorder = self._opened[1]
         out = recorder.call(run, module, args, kwargs)
@@ -125,14 +127,8 @@ class Planned:
         return checkpointed
 
     def _order(self, captured: Captured, option: Option) -> Sequence[int]:
-        """An option's order fits any shape whose graph has the same operations; others are asked for."""
-        graph = [(str(node.target), [str(part) for part in node.all_input_nodes]) for node in captured.operations]
-        if self._graphs.get(id(option)) == graph:
-            return option.order
-        order = self.orders(captured, option)
-        if order is option.order:
-            self._graphs[id(option)] = graph
-        return order
+        """An option's order serves any shape whose graph has the same operations; for others one is asked for."""
+        return option.order if fits(captured, option.order) else self.orders(captured, option)
 
     def _warn(self, module: nn.Module, reason: str) -> None:
         key = type(module), reason
@@ -179,7 +175,10 @@ class PlannedForward:
             return (self.before or partial(type(self.module).forward, self.module))(*args, **kwargs)
         if not takes_part(self.module, args, kwargs):
             return own_forward(self.module, *args, **kwargs)
-        return self.planned.call(self.positions, self.module, *without_cache(args, kwargs))
+        planned_args, planned_kwargs = without_cache(args, kwargs)
+        if not self.module.training and (planned_args, planned_kwargs) != (args, kwargs):
+            return own_forward(self.module, *args, **kwargs)  # text is being generated
+        return self.planned.call(self.positions, self.module, planned_args, planned_kwargs)
 
     def __deepcopy__(self, memo: dict) -> Callable:
         if self.before is not None:
@@ -189,7 +188,7 @@ class PlannedForward:
     def __reduce__(self) -> tuple:
         if self.before is not None:
             return _same, (self.before,)
-        return types.MethodType, (type(self.module).forward, self.module)
+        return getattr, (self.module, "forward")  # when this is read back the module is still empty: its class's
 
 
 INSTALLED: WeakKeyDictionary[nn.Module, weakref.ref[PlannedForward]] = WeakKeyDictionary()  # even if wrapped since

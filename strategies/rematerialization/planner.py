@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from strategies.rematerialization.bound import least_bytes
 from strategies.rematerialization.capture import Captured, problem
-from strategies.rematerialization.chain import Block, Link, Option, Replay, Schedule, leaves, replay, solve_chain
+from strategies.rematerialization.chain import (
+    Block,
+    Link,
+    Option,
+    Replay,
+    Schedule,
+    Segment,
+    leaves,
+    replay,
+    solve_chain,
+)
 from strategies.rematerialization.frame import Frame
 from strategies.rematerialization.options import bound_curve, option_of, options
 from strategies.rematerialization.planned import Planned, whole
 from strategies.rematerialization.price import Prices
 from strategies.rematerialization.regions import Call
 from strategies.rematerialization.solve import Infeasible, least_peak, solve
+
+# What a count of tensors cannot see, small temporaries and buffers of kernels: a part of what comes and goes, and
+# 64 KiB, or a hundredth of what comes and goes where that is less.
+MARGIN_SHARE, MARGIN_BYTES, MARGIN_OF_SMALL = 0.002, 65_536, 0.01
+STATES = 12_288  # bytes of generator states that a segment keeps for each of its blocks, on CPU
 
 
 class BudgetError(ValueError):
@@ -32,8 +47,8 @@ class BudgetError(ValueError):
         by_size = sorted(parts.items(), key=lambda part: -part[1])
         largest = ", ".join(f"{name} {count:,}" for name, count in by_size[:4])
         super().__init__(f"a budget of {budget:,} bytes cannot be met: the least for which there is a plan is "
-                         f"{least:,} bytes, and no plan needs less than {bound:,} (largest parts: {largest}); a smaller "
-                         "micro-batch, an optimizer with less state or a lower precision need less")
+                         f"{least:,} bytes, and no plan needs less than {bound:,} (largest parts: {largest}); a "
+                         "smaller micro-batch, an optimizer with less state or a lower precision need less")
 
 
 @dataclass(eq=False)
@@ -99,9 +114,9 @@ class Plan:
             moment, position, _ = max(self.replay.moments, key=lambda entry: entry[2])
             held = {"forward": self.frame.before, "backward": self.frame.behind}.get(moment)
             around = self.frame.head if held is None else held[position]
-            kept = self.peak - around
+            kept = self.replay.peak - around
         gradients = self._gradients(moment, position)
-        rest = around - self.frame.base - gradients
+        rest = self.peak - kept - self.frame.base - gradients
         found = dict(self.frame.parts)
         found["gradients"] = found.get("gradients", 0) + gradients
         found |= {"activations": kept, "loss and temporaries": rest} if self.calls else {
@@ -206,7 +221,10 @@ class Planner:
             return everything
         if self.single:
             return self._plan_single(budget, seconds)
-        schedule = solve_chain(self.links, self.frame.head, budget) if self._around <= budget else None
+        room = self._without_margin(budget)
+        schedule = solve_chain(self.links, self.frame.head, room) if self._around <= room else None
+        if schedule is not None and self._plan(budget, schedule, self.links, 0.0).peak > budget:  # by segments' states
+            schedule = solve_chain(self.links, self.frame.head, room - STATES * len(self.links))
         if schedule is None and self.least.peak <= budget:
             schedule = self.least.schedule
         if schedule is None:
@@ -248,18 +266,32 @@ class Planner:
 
     def _plan(self, budget: int | None, schedule: Schedule, links: Sequence[Link], bound: float) -> Plan:
         found = replay(links, schedule, self.frame.head)
-        peak = max(found.peak, self._around)
+        states = STATES * sum(item.last - item.first for item in schedule if isinstance(item, Segment))
+        peak = self._with_margin(max(found.peak + states, self._around))
         return Plan(budget, peak, schedule, found, self.frame, links, self.calls, self.seconds, bound)
+
+    def _with_margin(self, count: int) -> int:
+        """Bytes of a peak with what the count of it misses; a step without regions is counted as it runs."""
+        moving = count - self.frame.base
+        return count + int(MARGIN_SHARE * moving + min(MARGIN_BYTES, MARGIN_OF_SMALL * moving)) if self.calls else count
+
+    def _without_margin(self, budget: int) -> int:
+        moving = budget - self.frame.base
+        return self.frame.base + int(max((moving - MARGIN_BYTES) / (1 + MARGIN_SHARE),
+                                         moving / (1 + MARGIN_SHARE + MARGIN_OF_SMALL))) - 1
 
     def _plan_single(self, budget: int, seconds: float) -> Plan:
         call, frame = self.calls[0], self.frame
-        room = budget - max(frame.before[0], frame.behind[0]) - call.input
-        graph = problem(call.captured, *self.prices.price(call.captured), budget - frame.head - call.input, room)
+        fitting = self._without_margin(budget)
+        room = fitting - max(frame.before[0], frame.behind[0]) - call.input
+        graph = problem(call.captured, *self.prices.price(call.captured), fitting - frame.head - call.input, room)
         try:
-            if room <= 0 or self._around > budget:
+            if room <= 0 or self._around > fitting:
                 raise self._refusal(budget)
             found = solve(graph, room, seconds)
         except Infeasible:
+            if self.least.peak <= budget:
+                return replace(self.least, budget=budget)
             raise self._refusal(budget) from None
         option = self._own(call.captured, option_of(call.captured, self._problem(call.captured), found.order))
         bound = max(0.0, found.bound - float(graph.seconds.sum()))

@@ -251,12 +251,16 @@ def _storage(tensor: torch.Tensor) -> int:
 @contextmanager
 def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Generators and buffers as they were."""
-    buffers = {buffer: buffer.clone() for module in modules for buffer in module.buffers()}
+    places = [(part, name, buffer) for module in modules for part in module.modules()
+              for name, buffer in part._buffers.items() if buffer is not None]
+    values = {id(buffer): (buffer, buffer.clone()) for _, _, buffer in places}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
+            for part, name, buffer in places:
+                part._buffers[name] = buffer
             with torch.no_grad():
-                for buffer, value in buffers.items():
+                for buffer, value in values.values():
                     buffer.copy_(value)

@@ -8,7 +8,7 @@ that hooks on parameters (DistributedDataParallel) fire once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -51,6 +51,9 @@ class Recorded:
     versions: list = field(default_factory=list)  # of its arguments
     again: str = ""  # why it cannot be made again
     buffers: list = field(default_factory=list)  # (module, name, value before) of those that it updates
+    generators: tuple | None = None  # their states when it was made, unless those at the end of the call before
+    autocast: tuple = ()
+    training: bool = True
 
 
 class Frame:
@@ -69,14 +72,16 @@ class Frame:
         self.values: dict[int, torch.Tensor | Handle] = {}
         self.kinds: dict[int, tuple] = {}
         self.passed: dict[int, int] = {}  # saved tensors that are an argument: which
-        self.around = _Around()
+        self.ended: tuple | None = None
 
     def run(self, call: Recorded, args: tuple, kwargs: dict) -> object:
         """Make a call of which nothing is kept but what is held elsewhere."""
         self.calls.append(call)
         leaves = tree_flatten((args, kwargs))[0]
         held, given, versions = self._held(call), list(map(_same, leaves)), list(map(version, leaves))
-        call.versions = list(map(version, call.arguments))
+        call.versions, call.training, call.autocast = list(map(version, call.arguments)), call.module.training, _casts()
+        now = _generators()
+        call.generators = None if _equal(now, self.ended) else now
         first = self.next
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | Handle:
@@ -94,6 +99,7 @@ class Frame:
         call.saved = range(first, self.next)
         if versions != list(map(version, leaves)):
             call.again = "it writes to a tensor that it is given"
+        self.ended = _generators() if len(self.calls) < sum(_count(item) for item in self.items) else None
         return out
 
     def _held(self, call: Recorded) -> set[int]:
@@ -112,8 +118,13 @@ class Frame:
         return value.frame.get(value.index) if isinstance(value, Handle) else value
 
     def _again(self) -> None:
-        with self.around.restored(), torch.enable_grad():
-            count = _Again(self).run()
+        again = _Again(self)
+        try:
+            with torch.random.fork_rng(_devices()), torch.enable_grad():
+                count = again.run()
+        finally:
+            # The graph of this forward holds the hooks and so `again`; that must not hold the graph, or it never ends.
+            again.before = []
         if count != self.next:
             raise RuntimeError(f"recomputing {self.calls[0].module.__class__.__name__} and what follows saved "
                                f"{count - self.first} tensors, the first time {self.next - self.first}: its forward "
@@ -129,16 +140,15 @@ class _Again:
         self.before: list[object] = []
 
     def run(self) -> int:
-        calls = iter(self.frame.calls)
+        calls = list(self.frame.calls)  # fewer than planned, if the model left blocks out
         for item in self.frame.items:
-            if isinstance(item, Block):
-                call = next(calls)
-                if item is self.frame.items[-1] and all(index in self.frame.passed for index in call.saved):
-                    self._pass_on(call)
-                else:
-                    self._block(call)
-            else:
-                self._segment(item, [next(calls) for _ in range(item.last - item.first)])
+            now, calls = calls[:_count(item)], calls[_count(item):]
+            if now and isinstance(item, Segment):
+                self._segment(item, now)
+            elif now and not calls and all(index in self.frame.passed for index in now[0].saved):
+                self._pass_on(now[0])
+            elif now:
+                self._block(now[0])
         return self.index
 
     def _pass_on(self, call: Recorded) -> None:
@@ -158,7 +168,7 @@ class _Again:
             self.frame.values[self._number(tensor)] = tensor.detach()
 
         args, kwargs = self._arguments(call)
-        with saved_tensors_hooks(pack, unpack), _old_buffers(call):
+        with saved_tensors_hooks(pack, unpack), _as_then(call):
             self.before = _leaves(call.run(call.module, *args, **kwargs))
 
     def _segment(self, item: Segment, calls: Sequence[Recorded]) -> None:
@@ -167,7 +177,7 @@ class _Again:
             first = position == 0
             args, kwargs = self._arguments(call)
             leaves = tree_flatten((args, kwargs))[0] if first else call.arguments
-            with _old_buffers(call):
+            with _as_then(call):
                 again = Recorded(call.run, call.module, leaves, call.spec, call.outside)
                 self.before = _leaves(inner.run(again, args, kwargs))
         for index in range(self.index, inner.next):
@@ -185,6 +195,8 @@ class _Again:
         reason = call.again
         if call.versions != list(map(version, call.arguments)):
             reason = reason or "a tensor that it was given has been written to since"
+        if call.training != call.module.training:
+            reason = reason or "it has been switched between training and evaluation since"
         if reason:
             raise RuntimeError(f"{type(call.module).__name__} cannot be recomputed: {reason}")
         leaves = [self.before[leaf.output] if isinstance(leaf, Link) else leaf for leaf in call.arguments]
@@ -205,6 +217,11 @@ class Recorder:
         self.out: list[object] = []
         self.handed: list[object] = []
 
+    def follows(self, args: tuple, kwargs: dict) -> bool:
+        """Whether a call is given something that the block before handed out; if not, another step has begun."""
+        handed = {_storage(leaf) for leaf in self.out if isinstance(leaf, torch.Tensor)}
+        return any(isinstance(leaf, torch.Tensor) and _storage(leaf) in handed for leaf in _leaves((args, kwargs)))
+
     def call(self, run: Callable, module: nn.Module, args: tuple, kwargs: dict) -> object:
         """Make the model's call, remembering what it was given; what the block before handed out, only by number."""
         leaves, spec = tree_flatten((args, kwargs))
@@ -217,68 +234,79 @@ class Recorder:
         return out
 
 
-_updating: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # which buffers a module's forward changes
-
-
-def _buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where a module's buffers are: whose, and their names."""
-    return [(part, name) for part in module.modules() for name, buffer in part._buffers.items() if buffer is not None]
+_updating: WeakKeyDictionary[nn.Module, dict[tuple, set[int]]] = WeakKeyDictionary()
+"""Which of a module's buffers its forward changes, for each choice of parts that train."""
 
 
 @contextmanager
 def _noting_buffers(call: Recorded) -> Iterator[None]:
     """Note the buffers that a call updates as they were before: so it is to find them when it is made again.
 
-    All are copied the first time that a module is called here, afterwards only those that have changed.
+    All are copied and compared the first time (batch norm's kernels do not tell that they write), afterwards only
+    those that have changed.
     """
-    places = _buffers(call.module)
-    known = _updating.setdefault(call.module, set(range(len(places))))
+    places = [(part, name) for part in call.module.modules() for name, buffer in part._buffers.items()
+              if buffer is not None]
+    known = _updating.setdefault(call.module, {})
+    key = (len(places), *(part.training for part, _ in places))
     before = [part._buffers[name] for part, name in places]
-    copies = {index: before[index].detach().clone() for index in known if index < len(before)}
+    copies = {index: before[index].detach().clone() for index in known.get(key, range(len(places)))}
     versions = list(map(version, before))
     yield
-    changed = {index for index, (part, name) in enumerate(places) if version(part._buffers[name]) != versions[index]}
+    after = [part._buffers[name] for part, name in places]
+    changed = {index for index, buffer in enumerate(after) if version(buffer) != versions[index]
+               or (key not in known and not torch.equal(buffer, copies[index]))}
     if changed - set(copies):
         call.again = f"it updates the buffer {places[min(changed - set(copies))][1]}, which it did not before"
-    _updating[call.module] = changed | (known if len(known) < len(places) else set())
-    call.buffers = [(*places[index], copies[index]) for index in changed & set(copies)]
+    known[key] = changed | known.get(key, set())
+    call.buffers = [(*places[index], copies[index]) for index in known[key] & set(copies)]
 
 
 @contextmanager
-def _old_buffers(call: Recorded) -> Iterator[None]:
-    """Within the context a call finds the buffers that it updates as it found them the first time."""
+def _as_then(call: Recorded) -> Iterator[None]:
+    """Generators, autocast and buffers as a call found them the first time; buffers go back afterwards."""
+    if call.generators is not None:
+        cpu, cuda = call.generators
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
     now = [part._buffers[name] for part, name, _ in call.buffers]
     for part, name, old in call.buffers:
         part._buffers[name] = old.clone()
     try:
-        yield
+        with ExitStack() as casts:
+            for kind, enabled, dtype, cache in call.autocast:
+                casts.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            yield
     finally:
         for (part, name, _), buffer in zip(call.buffers, now, strict=True):
             part._buffers[name] = buffer
 
 
-class _Around:
-    """What a forward runs in besides its arguments: generators and autocast."""
+def _devices() -> list[int]:
+    """The current GPU, if any is in use."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
 
-    def __init__(self) -> None:
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-        kinds = ["cpu", *(["cuda"] if self.cuda is not None else [])]
-        self.autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind),
-                          torch.is_autocast_cache_enabled()) for kind in kinds]
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Generators and autocast as they were then; generators go back afterwards."""
-        devices = [torch.cuda.current_device()] if self.cuda is not None else []
-        with torch.random.fork_rng(devices):
-            torch.set_rng_state(self.cpu)
-            if self.cuda is not None:
-                torch.cuda.set_rng_state(self.cuda)
-            casts = [torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache)
-                     for kind, enabled, dtype, cache in self.autocast]
-            with casts[0], casts[1] if len(casts) > 1 else nullcontext():
-                yield
+def _generators() -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States of the generators of the CPU and of the current GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if _devices() else None
+
+
+def _equal(one: tuple, other: tuple | None) -> bool:
+    return other is not None and all(
+        (left is None) == (right is None) and (left is None or torch.equal(left, right))
+        for left, right in zip(one, other, strict=True))
+
+
+def _casts() -> tuple:
+    """Autocast for each kind of device, as torch.autocast takes it."""
+    return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind),
+                  torch.is_autocast_cache_enabled()) for kind in ["cpu", *(["cuda"] if _devices() else [])])
+
+
+def _count(item: Block | Segment) -> int:
+    return 1 if isinstance(item, Block) else item.last - item.first
 
 
 def unpack(saved: torch.Tensor | Handle | None) -> torch.Tensor:

@@ -90,7 +90,8 @@ def test_a_budget_changes_neither_loss_nor_weights_and_the_measured_peak_keeps_i
 
 def test_a_whole_run_on_two_ranks_under_a_budget(write_experiment, tmp_path):
     file = write_experiment(
-        student={"architecture": None, "from_teacher": [0, 2], "quantization": {"bits": 4, "group_size": 16}}, teacher=TEACHER,
+        teacher=TEACHER,
+        student={"architecture": None, "from_teacher": [0, 2], "quantization": {"bits": 4, "group_size": 16}},
         training={"batch_size": 8, "micro_batch": 2}, memory={"budget": "1900KB"})
     done = launch("--config", str(file), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
