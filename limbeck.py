@@ -7,7 +7,8 @@ The public face, for scripts of one's own:
     source = limbeck.read_experiment("configs/quickstart.yaml", ["optimizer.lr=1e-4"])
     folder = limbeck.run(source)
 
-`rematerialize`, `WeightQuantizer`, `prepare_qat`, `ResponseObjective` and `write_student` also serve alone, in anybody's training loop.
+`rematerialize`, `WeightQuantizer`, `prepare_qat`, `ResponseObjective` and `write_student` also serve alone, in
+anybody's training loop.
 """
 
 from __future__ import annotations

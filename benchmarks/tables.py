@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 def frontier_table(rows: list[dict]) -> str:
     """For each model, plans at a few budgets beside the peers: peak and step time against keeping everything."""
-    lines = ["| model | plans, measured peak in MB (step time) | peers, measured peak in MB (step time) |", "|---|---|---|"]
+    lines = ["| model | plans, measured peak in MB (step time) | peers, measured peak in MB (step time) |",
+             "|---|---|---|"]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         plans = [row for row in own if row["method"] == "limbeck"]
@@ -41,7 +42,8 @@ def _wrong(row: dict) -> str:
 
 def instances_table(rows: list[dict]) -> str:
     """Costs of schedules beside Gurobi's, with the proven bound."""
-    lines = ["| graph | budget, GB | cost | Gurobi, 24 h | proven bound | gap | seconds |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| graph | budget, GB | cost | Gurobi, 24 h | proven bound | gap | seconds |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
     lines += [f"| {row['graph']} | {row['budget_GB']:g} | {row['objective']:,.0f} | {row['gurobi']:,.0f} | "
               f"{row['bound']:,.0f} | {row['gap']:.2%} | {row['seconds']:.1f} |" for row in rows]
     return "\n".join(lines)

@@ -41,7 +41,7 @@ def test_a_budget_is_planned_from_shapes_and_every_part_is_shown(write_experimen
 
 def test_a_named_device_is_planned_for(write_experiment):
     memory = plan_of("--config", str(write_experiment()), "memory.device=t4")
-    assert memory["budget"] == 16 * 2**30 * 9 // 10 and memory["peak"] % 512 == 0
+    assert memory["budget"] == 16 * 2**30 * 9 // 10 > memory["peak"]
 
 
 def test_a_budget_that_cannot_be_met_ends_with_3_and_a_way_out_that_works(write_experiment):

@@ -71,7 +71,7 @@ def test_verdict_names_what_is_wrong():
 def test_planning_of_a_model_without_data(tmp_path, capsys):
     file = tmp_path / "planning.json"
 
-    assert planning.main(["--blocks", "4", "--length", "256", "--json", str(file)]) == 0
+    assert planning.main(["--blocks", "4", "--json", str(file)]) == 0
 
     figures = json.loads(file.read_text())
     assert figures["blocks"] == 4 and figures["fallbacks"] == []
