@@ -27,8 +27,8 @@ from strategies.rematerialization.regions import Call
 from strategies.rematerialization.solve import Infeasible, least_peak, solve
 
 # What a count of tensors cannot see, small temporaries and buffers of kernels: a part of what comes and goes, and
-# 64 KiB, or a hundredth of what comes and goes where that is less.
-MARGIN_SHARE, MARGIN_BYTES, MARGIN_OF_SMALL = 0.002, 65_536, 0.01
+# 96 KiB, or a hundredth of what comes and goes where that is less.
+MARGIN_SHARE, MARGIN_BYTES, MARGIN_OF_SMALL = 0.003, 98_304, 0.01
 STATES = 12_288  # bytes of generator states that a segment keeps for each of its blocks, on CPU
 
 

@@ -21,7 +21,8 @@ from tests.strategies.planning import (
 )
 
 KINDS = ("llama", "qwen2", "qwen3", "gpt2", "bert", "vit", "t5", "resnet", "unet")
-HALF = [*((kind, torch.bfloat16) for kind in ("llama", "gpt2", "t5", "resnet")), ("gpt2", torch.float16)]
+HALF = [("llama", torch.bfloat16), ("gpt2", torch.bfloat16), ("resnet", torch.bfloat16), ("llama", torch.float16),
+        ("gpt2", torch.float16)]
 CASES = [*((kind, None) for kind in KINDS), *HALF]
 
 
@@ -30,7 +31,7 @@ def quick(monkeypatch):
     """One thread, few options for each block, and segments that drop even the smallest tensors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(ways, "LEVELS", (0.3, 0.0))
+    monkeypatch.setattr(ways, "LEVELS", (0.1,))
     monkeypatch.setattr(segments, "SMALL", 0)
     yield
     torch.set_num_threads(threads)
@@ -51,7 +52,7 @@ def mixed(planner):
 
 def compare(planner, run, expected):
     """Every plan and every forced schedule gives what was expected."""
-    for plan in plans_of(planner, 2):
+    for plan in plans_of(planner, 1):
         if planner.single:
             planner.install(plan)
         else:
@@ -69,8 +70,7 @@ def compare(planner, run, expected):
 @pytest.mark.parametrize("kind, autocast", CASES, ids=[f"{kind}-{dtype or 'fp32'}" for kind, dtype in CASES])
 def test_gradients_are_those_of_keeping_everything(kind, autocast):
     """All plans and schedules agree bit by bit, with plain training too but for what torch itself does otherwise when
-    it captures: in half precision its eager dropout rounds 1 / (1 - p) to 16 bits on CPU, autocast adds gradients of a
-    weight used twice in 16 bits, attention with dropout is off by a last bit, and what all blocks of a T5 read (the
+    it captures: in half precision its eager dropout rounds 1 / (1 - p) to 16 bits on CPU, attention with dropout is off by a last bit, and what all blocks of a T5 read (the
     position biases, the encoder's output) gets its gradient summed in another order. There it must be close."""
     model, batch = language_model(kind), batch_for(kind)
     planner = study(model, batch, autocast=autocast)
@@ -130,10 +130,11 @@ def test_scaled_twice_and_accumulated(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "resnet"])
-def test_peak_is_predicted_and_never_above_the_budget(kind):
+def test_peak_is_predicted_and_never_above_the_budget(kind, monkeypatch):
+    monkeypatch.setattr(ways, "LEVELS", (0.3, 0.0))
     model, batch = language_model(kind), batch_for(kind)
     if kind != "resnet":
-        batch = {name: value.repeat(4, 5) for name, value in batch.items()}
+        batch = {name: value.repeat(8, 5) for name, value in batch.items()}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step():
@@ -148,8 +149,8 @@ def test_peak_is_predicted_and_never_above_the_budget(kind):
             step()  # optimizer state, and compilation
         measured = measure(step, "cpu", [model, optimizer, batch])
         plan.remove()
-        assert measured.peak <= (plan.budget or plan.peak) * 1.0005 + 8192, (kind, plan.budget)
-        assert abs(measured.peak - plan.peak) <= 0.03 * plan.peak, (kind, plan.budget, plan.schedule)
+        assert measured.peak <= (plan.budget or plan.peak), (kind, plan.budget, plan.schedule)
+        assert measured.peak >= 0.97 * plan.peak, (kind, plan.budget, plan.schedule)
 
 
 def test_budgets():
