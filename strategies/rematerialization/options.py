@@ -17,7 +17,7 @@ from strategies.rematerialization.solve import Infeasible, least_peak, solve
 
 LEVELS = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.06, 0.0)
 """Shares of what keeping all keeps; most of the gain lies where little is kept."""
-MOVES = 20_000
+MOVES = 8_000
 
 
 def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int = MOVES) -> tuple[Option, ...]:
@@ -34,7 +34,7 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
     free = problem(captured, seconds, workspace)
     all_kept = option_of(captured, free, tuple(range(len(free.seconds))))
     most = 2 * (max(all_kept.backward_peak, all_kept.forward_peak) + all_kept.kept)
-    least = least_peak(free, 1.2, iterations=6 * moves)
+    least = least_peak(free, 1.2, iterations=12 * moves)
     lowest = option_of(captured, free, least.order)
     found = [all_kept, lowest]
     for level in LEVELS:

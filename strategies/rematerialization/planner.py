@@ -225,6 +225,8 @@ class Planner:
         schedule = solve_chain(self.links, self.frame.head, room) if self._around <= room else None
         if schedule is not None and self._plan(budget, schedule, self.links, 0.0).peak > budget:  # by segments' states
             schedule = solve_chain(self.links, self.frame.head, room - STATES * len(self.links))
+        if schedule is None and self._around <= room:  # memory in finer pieces loses less by rounding
+            schedule = solve_chain(self.links, self.frame.head, room - STATES * len(self.links), slots=8000)
         if schedule is None and self.least.peak <= budget:
             schedule = self.least.schedule
         if schedule is None:
@@ -236,8 +238,10 @@ class Planner:
         """The plan with the least peak that was found."""
         if self.single:
             captured = self.calls[0].captured
-            found = least_peak(problem(captured, *self.prices.price(captured)), 10.0)
-            option = self._own(captured, option_of(captured, self._problem(captured), found.order))
+            graph = self._problem(captured)
+            found = least_peak(graph, 10.0)
+            found = solve(graph, found.peak, 10.0, bound=False, start=found.order)  # as low, at less recomputation
+            option = self._own(captured, option_of(captured, graph, found.order))
             return self._plan(None, whole(1), [self._link(0, (option,), self._forward(self.calls[0]))], 0.0)
         low, high = self.least_bound, self.keep_all().peak
         best = whole(len(self.calls))

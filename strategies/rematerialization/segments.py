@@ -118,13 +118,8 @@ class Frame:
         return value.frame.get(value.index) if isinstance(value, Handle) else value
 
     def _again(self) -> None:
-        again = _Again(self)
-        try:
-            with torch.random.fork_rng(_devices()), torch.enable_grad():
-                count = again.run()
-        finally:
-            # The graph of this forward holds the hooks and so `again`; that must not hold the graph, or it never ends.
-            again.before = []
+        with torch.random.fork_rng(_devices()), torch.enable_grad():
+            count = _Again(self).run()
         if count != self.next:
             raise RuntimeError(f"recomputing {self.calls[0].module.__class__.__name__} and what follows saved "
                                f"{count - self.first} tensors, the first time {self.next - self.first}: its forward "
@@ -169,7 +164,7 @@ class _Again:
 
         args, kwargs = self._arguments(call)
         with saved_tensors_hooks(pack, unpack), _as_then(call):
-            self.before = _leaves(call.run(call.module, *args, **kwargs))
+            self.before = _cut(call.run(call.module, *args, **kwargs))
 
     def _segment(self, item: Segment, calls: Sequence[Recorded]) -> None:
         inner = Frame(item.inside, self.index)
@@ -179,7 +174,7 @@ class _Again:
             leaves = tree_flatten((args, kwargs))[0] if first else call.arguments
             with _as_then(call):
                 again = Recorded(call.run, call.module, leaves, call.spec, call.outside)
-                self.before = _leaves(inner.run(again, args, kwargs))
+                self.before = _cut(inner.run(again, args, kwargs))
         for index in range(self.index, inner.next):
             self.frame.values[index] = Handle(inner, index)
         self.index = inner.next
@@ -200,9 +195,7 @@ class _Again:
         if reason:
             raise RuntimeError(f"{type(call.module).__name__} cannot be recomputed: {reason}")
         leaves = [self.before[leaf.output] if isinstance(leaf, Link) else leaf for leaf in call.arguments]
-        leaves = [leaf.detach().requires_grad_(leaf.requires_grad)
-                  if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) else leaf for leaf in leaves]
-        return tree_unflatten(leaves, call.spec)
+        return tree_unflatten(_cut(leaves), call.spec)
 
 
 class Recorder:
@@ -316,6 +309,16 @@ def unpack(saved: torch.Tensor | Handle | None) -> torch.Tensor:
 
 def _leaves(out: object) -> list[object]:
     return tree_flatten(out)[0]
+
+
+def _cut(out: object) -> list[object]:
+    """Leaves, tensors cut off from what made them.
+
+    A forward that runs again has done its work when its saved tensors have been seen. Its graph would hold the
+    arguments, and the hooks, which hold those who hold the graph: it would never end.
+    """
+    return [leaf.detach().requires_grad_(leaf.requires_grad)
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) else leaf for leaf in _leaves(out)]
 
 
 def _storage(tensor: torch.Tensor) -> int:
