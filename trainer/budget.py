@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from strategies.memory.ledger import parameter_bytes
-from strategies.rematerialization.planner import BudgetError, Planner
-from strategies.rematerialization.planner import Plan as Schedule
+from strategies.rematerialization.plan import BudgetError
+from strategies.rematerialization.plan import Plan as Schedule
+from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.rematerialize import study
 from trainer.data.batches import Batch
 from trainer.errors import UserError

@@ -79,7 +79,7 @@ def _try(operation: OpOverload, args: tuple, kwargs: dict, limit: int) -> int | 
         with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(generators):
             if _planned_bytes(operation, args, kwargs) > limit:
                 return None
-            return _excess(operation, *_with_values((args, kwargs)), device)
+            return _excess(operation, *with_values((args, kwargs)), device)
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
         return None
 
@@ -109,7 +109,8 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _with_values(arguments: Any) -> Any:
+def with_values(arguments: Any) -> Any:
+    """Arguments with real tensors like those given: floats random in [0, 1), integers and booleans 0."""
     def real(tensor: torch.Tensor) -> torch.Tensor:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         flat = torch.zeros(extent if tensor.numel() else 0, dtype=tensor.dtype, device=tensor.device)

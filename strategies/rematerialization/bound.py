@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -112,3 +112,39 @@ def least_bytes(graph: Graph) -> int:
         resident.update(value for value in stays if graph.maker[value] < operation < last[value])
         most = max(most, int(graph.workspace[operation]) + sum(int(graph.size[value]) for value in resident))
     return most + int(graph.fixed)
+
+
+def least_sum(curves: Sequence[Sequence[tuple[int, float]]], room: int) -> float:
+    """Least sum of functions whose arguments sum to at most `room`, each bounded from below by points of it.
+
+    Args:
+        curves: for each function, which falls, values at increasing arguments. Between two points it is at least the
+            value at the right one.
+        room: what is shared out.
+    """
+    pieces: list[tuple[float, int]] = []
+    total = 0.0
+    for curve in curves:
+        corners = [(bytes_, following) for (bytes_, _), (_, following) in zip(curve, curve[1:], strict=False)]
+        hull = _lower_hull([*corners, curve[-1]])
+        total += hull[0][1]
+        room -= hull[0][0]
+        pieces += [((left[1] - right[1]) / (right[0] - left[0]), right[0] - left[0])
+                   for left, right in zip(hull, hull[1:], strict=False)]
+    for slope, width in sorted(pieces, reverse=True):
+        used = min(max(room, 0), width)
+        total -= slope * used
+        room -= used
+    return max(0.0, total)
+
+
+def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    hull: list[tuple[int, float]] = []
+    for point in sorted(set(points)):
+        if hull and point[0] == hull[-1][0]:
+            continue
+        while len(hull) >= 2 and ((hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0])
+                                  >= (point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0])):
+            hull.pop()
+        hull.append(point)
+    return hull

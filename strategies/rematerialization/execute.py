@@ -32,19 +32,20 @@ def compiled(choose: Choose, inductor: bool = False, notice: Notice | None = Non
         notice: told which captured region runs, whenever one does; not with Inductor.
     """
     # Every schedule has a code object of its own: torch.compile keeps its cache, and counts recompilations, by it.
-    function = types.FunctionType(_call.__code__.replace(co_name="region"), globals(), "region", _call.__defaults__)
+    function = types.FunctionType(own_forward.__code__.replace(co_name="region"), globals(), "region")
     return torch.compile(function, backend=_backend(choose, inductor, notice), dynamic=False, fullgraph=True)
 
 
-def _call(module: nn.Module, *args, **kwargs):
+def own_forward(module: nn.Module, *args, **kwargs) -> object:
+    """A region's own forward: the one put on the module by others (Accelerate does) before ours, or its class's."""
     if hasattr(module, BEFORE):
         return getattr(module, BEFORE)(*args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
 
 
-def own_forward(module: nn.Module, *args, **kwargs) -> object:
-    """A region's own forward: the one put on the module by others (Accelerate does) before ours, or its class's."""
-    return _call(module, *args, **kwargs)
+def gpus_in_use() -> list[int]:
+    """The current GPU, if any is in use: whose generator runs beside the CPU's."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
 
 
 def replace_forward(module: nn.Module, forward: Callable) -> None:

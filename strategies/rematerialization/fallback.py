@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from strategies.memory.meter import resident_tensors
 from strategies.memory.tracker import LiveBytes
 from strategies.rematerialization.chain import Option
 from strategies.rematerialization.execute import own_forward
@@ -47,7 +47,7 @@ def measured_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[object,
         with FlopCounterMode(display=False) as flops:
             out = own_forward(module, *args, **kwargs)
         handed_out = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)]
-        handed = _bytes(handed_out)
+        handed = resident_tensors(handed_out)
         forward, kept = tracker.peak, max(0, tracker.current - handed)
         tracker.peak = tracker.current
         turned = [leaf for leaf in handed_out if leaf.requires_grad]
@@ -57,11 +57,6 @@ def measured_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[object,
         backward = max(kept, tracker.peak - handed)
     half = bool({leaf.dtype for leaf in handed_out} & set(HALF))
     return out, Measured(kept, forward, backward, handed, flops.get_total_flops(), half)
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def fallback_options(measured: Measured, device: Device) -> tuple[tuple[Option, ...], float]:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from strategies.memory.meter import resident_tensors
 from strategies.memory.tracker import LiveBytes
 from strategies.rematerialization.execute import own_forward
 from strategies.rematerialization.regions import Call, Meta, calling, takes_part, without_cache
@@ -64,7 +65,7 @@ def without_data(*models: nn.Module) -> Iterator[tuple[FakeTensorMode, dict[int,
         for place in [place for model in models for module in model.modules()
                       for place in (module._parameters, module._buffers)]:
             for name, tensor in place.items():
-                if tensor is None or isinstance(tensor, FakeTensor) or id(tensor) in map(id, stand_in.values()):
+                if tensor is None or isinstance(tensor, FakeTensor):
                     continue
                 if id(tensor) not in stand_in:
                     stand_in[id(tensor)] = _without_data(mode, tensor)
@@ -215,9 +216,7 @@ class _StandIn(torch.autograd.Function):
     def backward(ctx, *gradients: torch.Tensor | None):
         stage = ctx.stage
         stage.enter("backward", ctx.index)
-        arrived = {gradient.untyped_storage()._cdata: gradient.untyped_storage().nbytes()
-                   for gradient in gradients if gradient is not None}
-        stage.arriving[ctx.index] = sum(arrived.values())
+        stage.arriving[ctx.index] = resident_tensors([gradient for gradient in gradients if gradient is not None])
         made = tuple(None if kind is None else kind.empty() for kind in ctx.kinds)
         stage.leave("backward", ctx.index)
         ctx.shared = None

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from strategies.memory.workspace import workspace
+from strategies.memory.workspace import with_values, workspace
 from strategies.rematerialization.capture import Captured, tensors
+from strategies.rematerialization.execute import gpus_in_use
 
 HALF = (torch.float16, torch.bfloat16)
 TRIES = 5
@@ -111,11 +111,15 @@ class Prices:
         self.measure = measure
         self.largest = largest
         self._known: dict[tuple, tuple[float, int]] = {}
+        self._regions: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def price(self, captured: Captured) -> tuple[np.ndarray, np.ndarray]:
         """(operations,) seconds, and (operations,) bytes of temporaries."""
-        found = [self._price(node) for node in captured.operations]
-        return np.array([seconds for seconds, _ in found]), np.array([count for _, count in found], dtype=np.int64)
+        if captured.signature not in self._regions:
+            found = [self._price(node) for node in captured.operations]
+            self._regions[captured.signature] = (np.array([seconds for seconds, _ in found]),
+                                                 np.array([count for _, count in found], dtype=np.int64))
+        return self._regions[captured.signature]
 
     def _price(self, node: fx.Node) -> tuple[float, int]:
         key = _key(node)
@@ -147,8 +151,8 @@ def _timed(node: fx.Node, args: tuple, kwargs: dict) -> float | None:
     kinds = {tensor.device.type for tensor in tensors(node.meta.get("val"))}
     wait: Callable[[], object] = torch.cuda.synchronize if kinds == {"cuda"} else lambda: None
     try:
-        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng():
-            real_args, real_kwargs = tree_map_only(torch.Tensor, _filled, (args, kwargs))
+        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(gpus_in_use()):
+            real_args, real_kwargs = with_values((args, kwargs))
             taken = []
             for _ in range(TRIES + 1):
                 wait()
@@ -159,11 +163,3 @@ def _timed(node: fx.Node, args: tuple, kwargs: dict) -> float | None:
         return min(taken[1:])
     except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
         return None
-
-
-def _filled(tensor: torch.Tensor) -> torch.Tensor:
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = torch.zeros(extent if tensor.numel() else 0, dtype=tensor.dtype, device=tensor.device)
-    if flat.is_floating_point():
-        flat.uniform_()
-    return flat.as_strided(tensor.shape, tensor.stride())

@@ -10,8 +10,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from strategies.memory.meter import resident_tensors
 from strategies.rematerialization.capture import Captured
-from strategies.rematerialization.execute import STANDS_IN, compiled, own_forward, replace_forward, restore_forward
+from strategies.rematerialization.execute import (
+    STANDS_IN,
+    compiled,
+    gpus_in_use,
+    own_forward,
+    replace_forward,
+    restore_forward,
+)
 from strategies.rematerialization.fallback import Measured, measured_call
 
 
@@ -219,7 +227,7 @@ def _note_input(call: Call, leaves: Sequence[object], before: set[int]) -> None:
         wanted = [index for index, leaf in given.items() if leaf.requires_grad]
         passed = {index: given[index] for index in sorted(wanted, key=lambda index: -given[index].numel())[:1]}
     call.passed = frozenset(passed)
-    call.input = sum({_storage(leaf): leaf.untyped_storage().nbytes() for leaf in passed.values()}.values())
+    call.input = resident_tensors([leaf.detach() for leaf in passed.values()])
 
 
 def _kinds(structure: object) -> tuple[list[Meta | object], TreeSpec]:
@@ -254,8 +262,7 @@ def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
     places = [(part, name, buffer) for module in modules for part in module.modules()
               for name, buffer in part._buffers.items() if buffer is not None]
     values = {id(buffer): (buffer, buffer.clone()) for _, _, buffer in places}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(gpus_in_use()):
         try:
             yield
         finally:

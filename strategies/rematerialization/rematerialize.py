@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from strategies.memory.units import parse_bytes
 from strategies.rematerialization.fallback import fallback_options
 from strategies.rematerialization.frame import fake_batch, observe, without_data
-from strategies.rematerialization.planner import Plan, Planner
+from strategies.rematerialization.plan import Plan
+from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price import DEVICES, Prices, this_device
 from strategies.rematerialization.regions import Call, find_regions, record
 

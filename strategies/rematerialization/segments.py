@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from strategies.rematerialization.chain import Block, Schedule, Segment
+from strategies.rematerialization.execute import gpus_in_use
 from strategies.rematerialization.regions import version
 
 SMALL = 8192  # bytes up to which a saved tensor stays: states of generators
@@ -32,7 +33,7 @@ class Handle:
 
 
 @dataclass(frozen=True)
-class Link:
+class Passed:
     """Stands in recorded arguments for a tensor that the block before handed out: the how-manieth."""
 
     output: int
@@ -118,7 +119,7 @@ class Frame:
         return value.frame.get(value.index) if isinstance(value, Handle) else value
 
     def _again(self) -> None:
-        with torch.random.fork_rng(_devices()), torch.enable_grad():
+        with torch.random.fork_rng(gpus_in_use()), torch.enable_grad():
             count = _Again(self).run()
         if count != self.next:
             raise RuntimeError(f"recomputing {self.calls[0].module.__class__.__name__} and what follows saved "
@@ -194,7 +195,7 @@ class _Again:
             reason = reason or "it has been switched between training and evaluation since"
         if reason:
             raise RuntimeError(f"{type(call.module).__name__} cannot be recomputed: {reason}")
-        leaves = [self.before[leaf.output] if isinstance(leaf, Link) else leaf for leaf in call.arguments]
+        leaves = [self.before[leaf.output] if isinstance(leaf, Passed) else leaf for leaf in call.arguments]
         return tree_unflatten(_cut(leaves), call.spec)
 
 
@@ -219,7 +220,7 @@ class Recorder:
         """Make the model's call, remembering what it was given; what the block before handed out, only by number."""
         leaves, spec = tree_flatten((args, kwargs))
         numbers = {kind: number for number, kind in enumerate(self.handed) if kind is not None}
-        leaves = [Link(numbers[version(leaf)]) if version(leaf) in numbers else leaf for leaf in leaves]
+        leaves = [Passed(numbers[version(leaf)]) if version(leaf) in numbers else leaf for leaf in leaves]
         outside = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         out = self.frame.run(Recorded(run, module, leaves, spec, outside), args, kwargs)
         self.out = _leaves(out)  # held, so that no other tensor takes its place
@@ -276,14 +277,9 @@ def _as_then(call: Recorded) -> Iterator[None]:
             part._buffers[name] = buffer
 
 
-def _devices() -> list[int]:
-    """The current GPU, if any is in use."""
-    return [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-
-
 def _generators() -> tuple[torch.Tensor, torch.Tensor | None]:
     """States of the generators of the CPU and of the current GPU."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if _devices() else None
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if gpus_in_use() else None
 
 
 def _equal(one: tuple, other: tuple | None) -> bool:
@@ -295,7 +291,7 @@ def _equal(one: tuple, other: tuple | None) -> bool:
 def _casts() -> tuple:
     """Autocast for each kind of device, as torch.autocast takes it."""
     return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind),
-                  torch.is_autocast_cache_enabled()) for kind in ["cpu", *(["cuda"] if _devices() else [])])
+                  torch.is_autocast_cache_enabled()) for kind in ["cpu", *(["cuda"] if gpus_in_use() else [])])
 
 
 def _count(item: Block | Segment) -> int:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 
+from strategies.rematerialization import options, segments
 from strategies.rematerialization.chain import Block, Segment
 from strategies.rematerialization.planned import Planned
 
 VOCABULARY, WIDTH, HEADS, ROWS, LENGTH = 48, 32, 4, 2, 12
+
+
+@contextmanager
+def quick(monkeypatch, levels: tuple[float, ...]) -> Iterator[None]:
+    """One thread, few options for each block, and segments that drop even the smallest tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(options, "LEVELS", levels)
+    monkeypatch.setattr(segments, "SMALL", 0)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tokens(rows: int = ROWS, length: int = LENGTH) -> torch.Tensor:

@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
+from strategies.rematerialization.bound import least_sum
 from strategies.rematerialization.chain import Block, Link, Option, Segment, replay, solve_chain
-from strategies.rematerialization.planner import least_sum
 
 
 def chain(seed: int, count: int, even: bool) -> tuple[list[Link], int]:

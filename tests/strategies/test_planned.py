@@ -11,25 +11,18 @@ from torch import nn
 from strategies.memory.meter import measure
 from strategies.quantization.qat import prepare
 from strategies.quantization.quantizer import WeightQuantizer
-from strategies.rematerialization import options as ways
 from strategies.rematerialization import planned as execution
-from strategies.rematerialization import segments
 from strategies.rematerialization.chain import Block, Segment
 from strategies.rematerialization.rematerialize import rematerialize, study
-from tests.strategies.planning import assert_equal, by_hand, language_model, results, schedules, text_batch
+from tests.strategies.planning import assert_equal, by_hand, language_model, quick, results, schedules, text_batch
 
 SIZE = 16
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, few options for each block, and segments that drop even the smallest tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(ways, "LEVELS", (0.0,))
-    monkeypatch.setattr(segments, "SMALL", 0)
-    yield
-    torch.set_num_threads(threads)
+def few_options(monkeypatch):
+    with quick(monkeypatch, levels=(0.0,)):
+        yield
 
 
 class Plain(nn.Module):

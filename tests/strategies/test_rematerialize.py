@@ -6,15 +6,15 @@ import torch
 
 from strategies.memory.meter import measure
 from strategies.rematerialization import options as ways
-from strategies.rematerialization import segments
 from strategies.rematerialization.chain import Block
-from strategies.rematerialization.planner import BudgetError
+from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.rematerialize import rematerialize, study
 from tests.strategies.planning import (
     assert_equal,
     batch_for,
     by_hand,
     language_model,
+    quick,
     results,
     schedules,
     text_batch,
@@ -27,14 +27,9 @@ CASES = [*((kind, None) for kind in KINDS), *HALF]
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, few options for each block, and segments that drop even the smallest tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(ways, "LEVELS", (0.1,))
-    monkeypatch.setattr(segments, "SMALL", 0)
-    yield
-    torch.set_num_threads(threads)
+def few_options(monkeypatch):
+    with quick(monkeypatch, levels=(0.1,)):
+        yield
 
 
 def plans_of(planner, count: int = 3):
