@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[1]
 
 def frontier_table(rows: list[dict]) -> str:
     """For each model, plans at a few budgets beside the peers: peak and step time against keeping everything."""
-    lines = ["| model | plans, measured peak in MB (step time) | peers, measured peak in MB (step time) |",
-             "|---|---|---|"]
+    lines = ["| model | plans, measured peak in MB (step time) | peers, measured peak in MB (step time; a plan's in as "
+             "many bytes) |", "|---|---|---|"]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        plans = [row for row in own if row["method"] == "limbeck"]
+        plans = [row for row in own if row["method"] == "limbeck" and "beside" not in row]
+        beside = {row["beside"]: row for row in own if "beside" in row}
         keep = next(row for row in own if row["method"] == "keep_all")
         peers = [row for row in own if row["method"] not in ("limbeck", "keep_all")]
         shown = ", ".join(_figure(row) for row in plans[::2])
-        others = ", ".join(f"{row['method']} {_figure(row)}{_wrong(row)}" for row in peers)
+        others = ", ".join(f"{row['method']} {_figure(row, beside.get(row['method']))}{_wrong(row)}" for row in peers)
         lines.append(f"| {model} | keep all {_figure(keep)}; {shown} | {others} |")
     plans = [row for row in rows if row["method"] == "limbeck"]
     over = sum(row["measured_peak"] > row["budget_bytes"] for row in plans)
@@ -32,8 +33,9 @@ def frontier_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _figure(row: dict) -> str:
-    return f"{row['measured_peak'] / 1e6:.1f} (x{row['time_ratio']:.2f})"
+def _figure(row: dict, beside: dict | None = None) -> str:
+    ours = "" if beside is None else f"; x{beside['time_ratio']:.2f}"
+    return f"{row['measured_peak'] / 1e6:.1f} (x{row['time_ratio']:.2f}{ours})"
 
 
 def _wrong(row: dict) -> str:

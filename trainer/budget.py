@@ -112,7 +112,8 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
     from trainer.loop import loss_of_batch
 
     objective = experiment.objective.build(teacher is not None)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    place = "cuda" if torch.cuda.is_available() and experiment.memory.device != "cpu" else "cpu"
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
         small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
         if experiment.student.quantization is not None:
             quantize(experiment, small)
@@ -122,8 +123,8 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
             large.eval().requires_grad_(False)
         optimizer = experiment.optimizer.build(small.parameters())
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
-                              experiment.data.packing)
-    precision = experiment.precision.build("cpu")
+                              experiment.data.packing, place)
+    precision = experiment.precision.build(place)
     return study(small.train(), batch, optimizer=optimizer, accumulate=accumulates(experiment, processes),
                  loss=lambda model, batch: loss_of_batch(objective, precision, model, large, batch)[0],
                  others=[large] if large is not None else [], device=experiment.memory.device,

@@ -6,7 +6,8 @@
 Every method trains the same weights on the same batch: forward, loss, backward, AdamW's fused step. Peaks are
 measured and absolute: weights, gradients and optimizer state included. `time_ratio` is the median, over pairs of steps
 that follow each other in alternating order, of a method's time over that of keeping all in plain eager mode. All
-graphs run by eager kernels. Budgets lie evenly between keep-all's measured peak and the least that a plan needs.
+graphs run by eager kernels. Budgets lie evenly between keep-all's measured peak and the least that a plan needs; then
+a plan is made for the bytes that each peer was measured to need (`beside` names the peer).
 
 Peers: checkpointing of blocks as a model offers it (of blocks and of stages in convolutional networks, which offer
 none), torch's min-cut partitioner at several `activation_memory_budget`s, and op-level selective checkpointing that
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(report(rows, name), end="\n\n", flush=True)
         if options.json:
             save(options.json, name, rows)
-        missing += options.budgets - sum(row["method"] == "limbeck" for row in rows)
+        missing += options.budgets - sum(row["method"] == "limbeck" and "beside" not in row for row in rows)
     return 1 if missing else 0
 
 
@@ -161,6 +162,12 @@ def one_model(name: str, options: argparse.Namespace) -> list[dict]:
         except Exception as error:  # a finding, and no reason not to measure the others
             training.optimizer.zero_grad()
             print(f"{name} {method}: FAILS: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+    rivals = [row for row in rows if row["method"] not in ("limbeck", "keep_all")
+              and row["gradient_difference"] <= ROUNDING and row["measured_peak"] >= least.peak]
+    for rival in rivals:
+        made = planned(planner, rival["measured_peak"], "limbeck")
+        made.facts["beside"] = rival["method"]
+        rows.append(row(name, training, made, options.steps))
     return rows
 
 

@@ -273,13 +273,18 @@ def leaves(item: Block | Segment) -> list[tuple[int, int]]:
     return [leaf for part in item.inside for leaf in leaves(part)]
 
 
+def segments_in(items: Schedule) -> int:
+    """How many segments there are, those inside of others too."""
+    return sum(1 + segments_in(item.inside) for item in items if isinstance(item, Segment))
+
+
 def _spend(links: Sequence[Link], schedule: Schedule, head: int, budget: int) -> Schedule:
     """Use what rounding left over: give blocks cheaper options while the exact peak stays within the budget."""
     best = replay(links, schedule, head)
     for position, _ in [leaf for item in schedule for leaf in leaves(item)]:
         ways = links[position].options
         for which in sorted(range(len(ways)), key=lambda which: ways[which].seconds):
-            trial = _replace(schedule, position, which)
+            trial = with_option(schedule, position, which)
             found = replay(links, trial, head)
             if found.seconds >= best.seconds:
                 break
@@ -289,8 +294,9 @@ def _spend(links: Sequence[Link], schedule: Schedule, head: int, budget: int) ->
     return schedule
 
 
-def _replace(items: Schedule, position: int, which: int) -> Schedule:
+def with_option(items: Schedule, position: int, which: int) -> Schedule:
+    """The schedule with another option for the block at a position."""
     return tuple(
         Block(position, which) if isinstance(item, Block) and item.position == position else
-        Segment(item.first, item.last, _replace(item.inside, position, which))
+        Segment(item.first, item.last, with_option(item.inside, position, which))
         if isinstance(item, Segment) and item.first <= position < item.last else item for item in items)

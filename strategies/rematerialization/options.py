@@ -34,7 +34,7 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
     free = problem(captured, seconds, workspace)
     all_kept = option_of(captured, free, tuple(range(len(free.seconds))))
     most = 2 * (max(all_kept.backward_peak, all_kept.forward_peak) + all_kept.kept)
-    least = least_peak(free, 1.2, iterations=12 * moves)
+    least = least_peak(free, 30.0, iterations=12 * moves)  # by moves: so that the least is the least each time
     lowest = option_of(captured, free, least.order)
     found = [all_kept, lowest]
     for level in LEVELS:

@@ -12,13 +12,15 @@ from strategies.rematerialization.chain import (
     Link,
     Option,
     Schedule,
-    Segment,
+    leaves,
     replay,
+    segments_in,
     solve_chain,
+    with_option,
 )
 from strategies.rematerialization.frame import Frame
 from strategies.rematerialization.graph import Graph
-from strategies.rematerialization.options import bound_curve, option_of, options
+from strategies.rematerialization.options import bound_curve, frontier, option_of, options
 from strategies.rematerialization.plan import BudgetError, Plan
 from strategies.rematerialization.planned import Planned, whole
 from strategies.rematerialization.price import Prices
@@ -28,7 +30,8 @@ from strategies.rematerialization.solve import Infeasible, least_peak, solve
 # What a count of tensors cannot see, small temporaries and buffers of kernels: a part of what comes and goes, and
 # 96 KiB, or a hundredth of what comes and goes where that is less.
 MARGIN_SHARE, MARGIN_BYTES, MARGIN_OF_SMALL = 0.003, 98_304, 0.01
-STATES = 12_288  # bytes of generator states that a segment keeps for each of its blocks, on CPU
+LEAST_MOVES = 400_000  # of the search for the least peak of a whole network
+STATES = 12_288  # bytes of generator states that a segment keeps on CPU, before its first block and after its last run
 
 
 class Planner:
@@ -48,6 +51,8 @@ class Planner:
         self._options: dict[str, tuple[Option, ...]] = {}
         self._curves: dict[str, list[tuple[int, float]]] = {}
         self._problems: dict[str, Graph] = {}
+        self._steady: dict[str, tuple[Option, ...]] = {}
+        self._steady_priced: dict[str, tuple[Option, ...]] = {}
         self._made_for: dict[int, str] = {}
 
     @property
@@ -92,31 +97,41 @@ class Planner:
         if schedule is None and self._around <= room:  # memory in finer pieces loses less by rounding
             schedule = solve_chain(self.links, self.frame.head, room - STATES * len(self.links), slots=8000)
         if schedule is None and self.least.peak <= budget:
-            schedule = self.least.schedule
+            return replace(self.least, budget=budget, bound=self._bound(budget))
         if schedule is None:
             raise self._refusal(budget)
         return self._plan(budget, schedule, self.links, self._bound(budget))
 
     @cached_property
     def least(self) -> Plan:
-        """The plan with the least peak that was found."""
+        """The plan with the least peak that was found: by moves and rooflines, so that it is the same each time.
+
+        Seconds that were measured would lead the search elsewhere each time, and a budget of the least that an error
+        named could be refused by the next study.
+        """
         if self.single:
             captured = self.calls[0].captured
+            _, workspace = self.prices.price(captured)
+            plain = problem(captured, self.prices.roofline(captured), workspace)
+            found = least_peak(plain, 60.0, iterations=LEAST_MOVES)
             graph = self._problem(captured)
-            found = least_peak(graph, 10.0)
             found = solve(graph, found.peak, 10.0, bound=False, start=found.order)  # as low, at less recomputation
             option = self._own(captured, option_of(captured, graph, found.order))
             return self._plan(None, whole(1), [self._link(0, (option,), self._forward(self.calls[0]))], 0.0)
+        steady = [self._link(index, *self._steady_ways(call)) for index, call in enumerate(self.calls)]
         low, high = self.least_bound, self.keep_all().peak
         best = whole(len(self.calls))
         while high - low > max(1024, high // 500):
             middle = (low + high) // 2
-            found = solve_chain(self.links, self.frame.head, middle) if middle >= self._around else None
+            found = solve_chain(steady, self.frame.head, middle) if middle >= self._around else None
             if found is None:
                 low = middle
             else:
                 best = found
-                high = max(self._around, replay(self.links, found, self.frame.head).peak)
+                high = max(self._around, replay(steady, found, self.frame.head).peak)
+        for position, which in [leaf for item in best for leaf in leaves(item)]:
+            option = self._priced(self.calls[position], steady[position].options)[which]
+            best = with_option(best, position, self.links[position].options.index(option))
         return self._plan(None, best, self.links, 0.0)
 
     @cached_property
@@ -133,7 +148,7 @@ class Planner:
 
     def _plan(self, budget: int | None, schedule: Schedule, links: Sequence[Link], bound: float) -> Plan:
         found = replay(links, schedule, self.frame.head)
-        states = STATES * sum(item.last - item.first for item in schedule if isinstance(item, Segment))
+        states = STATES * segments_in(schedule)
         peak = self._with_margin(max(found.peak + states, self._around))
         return Plan(budget, peak, schedule, found, self.frame, links, self.calls, self.seconds, bound)
 
@@ -179,14 +194,38 @@ class Planner:
             return self.fallback(call)
         signature = call.captured.signature
         if signature not in self._options:
-            self._options[signature] = self._made(call.captured)
+            self._options[signature] = self._made(call)
         return self._options[signature], self._forward(call)
 
-    def _made(self, captured: Captured) -> tuple[Option, ...]:
+    def _made(self, call: Call) -> tuple[Option, ...]:
+        captured = call.captured
         if self.single:
             graph = self._problem(captured)
             return (self._own(captured, option_of(captured, graph, range(len(graph.seconds)))),)
-        return tuple(self._own(captured, option) for option in options(captured, *self.prices.price(captured)))
+        steady = self._priced(call, self._steady_ways(call)[0])
+        found = options(captured, *self.prices.price(captured)) if self.prices.measure else ()
+        more = [self._own(captured, option) for option in frontier([*steady, *found]) if option not in steady]
+        return tuple(sorted([*steady, *more], key=lambda way: (way.seconds, way.kept, way.backward_peak)))
+
+    def _steady_ways(self, call: Call) -> tuple[tuple[Option, ...], float]:
+        """Ways to run a region that are found again each time, and the seconds of its forward, by the roofline."""
+        if call.captured is None:
+            return self.fallback(call)
+        seconds, signature = self.prices.roofline(call.captured), call.captured.signature
+        if signature not in self._steady:
+            self._steady[signature] = options(call.captured, seconds, self.prices.price(call.captured)[1])
+        return self._steady[signature], float(seconds[:call.captured.forward].sum())
+
+    def _priced(self, call: Call, ways: Sequence[Option]) -> tuple[Option, ...]:
+        """The same ways, in the same order, with seconds by the prices at hand."""
+        if call.captured is None:
+            return tuple(ways)
+        signature = call.captured.signature
+        if signature not in self._steady_priced:
+            graph = self._problem(call.captured)
+            self._steady_priced[signature] = tuple(
+                self._own(call.captured, option_of(call.captured, graph, way.order)) for way in ways)
+        return self._steady_priced[signature]
 
     def _own(self, captured: Captured, option: Option) -> Option:
         self._made_for[id(option)] = captured.signature

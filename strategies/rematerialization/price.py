@@ -121,6 +121,10 @@ class Prices:
                                                  np.array([count for _, count in found], dtype=np.int64))
         return self._regions[captured.signature]
 
+    def roofline(self, captured: Captured) -> np.ndarray:
+        """(operations,) seconds by the roofline, the same each time."""
+        return np.array([roofline(node, self.device) for node in captured.operations])
+
     def _price(self, node: fx.Node) -> tuple[float, int]:
         key = _key(node)
         if key not in self._known:

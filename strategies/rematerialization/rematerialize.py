@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.memory.units import parse_bytes
+from strategies.rematerialization.elsewhere import attention_as_on_gpus
 from strategies.rematerialization.fallback import fallback_options
 from strategies.rematerialization.frame import fake_batch, observe, without_data
 from strategies.rematerialization.plan import Plan
@@ -89,12 +90,14 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
         return found
 
     modules = find_regions(model) if regions else {}
+    elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and device not in (None, "cpu") else nullcontext
     with without_data(*[thing for thing in [model, *others] if isinstance(thing, nn.Module)]) if pretended \
-            else nullcontext((None, None)) as (mode, _), mode or nullcontext():
+            else nullcontext((None, None)) as (mode, _), mode or nullcontext(), elsewhere():
         calls = record(modules, lambda: step(model, fake_batch(mode, batch) if pretended else batch)) if modules else []
     calls = _plannable(calls)
     _warn_of([call for call in calls if call.captured is None], "keeps all or only its input")
-    with without_data(*[thing for thing in [model, *others] if isinstance(thing, nn.Module)]) as (mode, stand_in):
+    with without_data(*[thing for thing in [model, *others] if isinstance(thing, nn.Module)]) as (mode, stand_in), \
+            elsewhere():
         frame = _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, others,
                        kind if device is None else "cuda", reserved or {})
         known = DEVICES[device] if device else this_device(kind)

@@ -17,6 +17,7 @@ THREADED = 2.0  # from this many seconds on the bound and a second search get a 
 SHARE = 0.3  # of the time, for the bound by single moments, whose solutions are good starts to search from
 QUICK = 0.04  # of the time, for improving the first such start before proving goes on
 CLOSE = 1.01  # after SHARE, a cost of at most this many times the bound lets the bound's thread search instead
+AS_GOOD_AS_PROVEN = 2e-6  # above the bound, which is lowered by what solvers round
 PROOF = 0.6  # of the time, up to where the thread of the bound goes on proving before it searches too
 ROUNDS = ((0.06, 0.03, 0.2, "best"), (0.12, 1.0, 0.2, "first"), (0.1, 0.3, 8.0, "first"), (0.16, 0.3, 0.2, "first"),
           (0.2, 0.1, 0.2, "best"), (0.25, 0.3, 0.1, "first"), (0.33, 1.0, 0.2, "first"), (0.5, 0.1, 0.2, "first"),
@@ -86,7 +87,7 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
         raise infeasible(graph, budget, seconds, seed, iterations)
 
     def proven() -> bool:
-        return search.cost <= prover.value
+        return search.cost <= (1 + AS_GOOD_AS_PROVEN) * prover.value
 
     if iterations is not None:
         rounds(search, starts, deadline, proven, iterations)
@@ -144,7 +145,7 @@ def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadl
     second = Searcher(search.graph, search.budget, seed=search.seed + 1)
 
     def enough(times: float = 1.0) -> bool:
-        return min(search.cost, second.cost) <= times * prover.value
+        return min(search.cost, second.cost) <= times * (1 + AS_GOOD_AS_PROVEN) * prover.value
 
     def prove() -> None:
         begin = time.perf_counter()

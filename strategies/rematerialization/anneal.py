@@ -1,0 +1,428 @@
+"""Simulated annealing over orders of operations, compiled: any operation may run again any number of times.
+
+The state is the order itself, first runs in the graph's order with reruns between them, so that what is resident
+follows from it. A move takes reruns out or puts some in, right before the read they serve. Going over the order
+backwards gives cost and peak and drops the reruns that nobody reads any more. What is known at every `STRIDE`th
+position lets a move be judged from the last position that it touches down to where nothing differs any more, which
+takes a few microseconds whatever the length of the order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+STRIDE = 8
+compiled = numba.njit(cache=True, nogil=True, boundscheck=False)
+
+
+class Arrays(NamedTuple):
+    """A `Graph` as arrays: `reads[read_start[o]:read_start[o + 1]]` are the values operation o reads, and so on.
+
+    `movable` values are those that may be made anew: their maker may run again, they are not held, and have bytes.
+    """
+
+    cost: np.ndarray
+    read_start: np.ndarray
+    reads: np.ndarray
+    make_start: np.ndarray
+    makes: np.ndarray
+    user_start: np.ndarray
+    users: np.ndarray
+    maker: np.ndarray
+    size: np.ndarray
+    workspace: np.ndarray
+    once: np.ndarray
+    held: np.ndarray
+    movable: np.ndarray
+    fixed: int
+
+
+class Known(NamedTuple):
+    """What is known of the present order, for slots of `STRIDE` positions.
+
+    Going backwards, `live[s]`, `now[s]`, `peak[s]`, `over[s]` and `extra[s]` are the resident values, their bytes, the
+    peak so far, the summed excess and the cost of reruns when all positions from `s * STRIDE` on have been seen.
+    `highest[s]` is the peak within slot s, and `before[s]` the peak of all slots before it.
+    """
+
+    live: np.ndarray
+    now: np.ndarray
+    peak: np.ndarray
+    over: np.ndarray
+    extra: np.ndarray
+    highest: np.ndarray
+    before: np.ndarray
+
+
+def nothing_known(room: int, values: int) -> Known:
+    """Arrays for an order of at most `room` runs."""
+    slots = room // STRIDE + 2
+    return Known(np.zeros((slots, values), np.uint8), *(np.zeros(slots, kind) for kind in (
+        np.int64, np.int64, np.float64, np.float64, np.int64, np.int64)))
+
+
+@compiled
+def draw(state):
+    """Next number in [0, 1) of xorshift64*; `state` is a (1,) uint64 array, so that threads do not share it."""
+    x = state[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    state[0] = x
+    return ((x * np.uint64(2685821657736338717)) >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+
+
+@compiled
+def ending(g, live):
+    """Mark in `live` what is resident at the end; returns its bytes."""
+    now = g.fixed
+    for value in range(live.size):
+        live[value] = g.held[value]
+        if g.held[value]:
+            now += g.size[value]
+    return now
+
+
+@compiled
+def look(g, order, begin, end, budget, known):
+    """Bring `known` up to date for `order[begin:]`, of which positions from `end` on, a slot's first, are as before.
+
+    Returns (cost of reruns, peak, summed excess).
+    """
+    operations, values = g.cost.size, g.size.size
+    slot = end // STRIDE
+    if end >= order.size:
+        slot = order.size // STRIDE + 1
+        known.now[slot] = ending(g, known.live[slot])
+        known.peak[slot], known.over[slot], known.extra[slot] = 0, 0.0, 0.0
+    live = known.live[0]  # in use only while looking: no order begins at position 0
+    live[:] = known.live[slot]
+    now, peak, over, extra = known.now[slot], known.peak[slot], known.over[slot], known.extra[slot]
+    highest = 0
+    for position in range(min(end, order.size) - 1, begin - 1, -1):
+        code = order[position]
+        again = code >= operations
+        operation = code - operations if again else code
+        here, freed = now + g.workspace[operation], 0
+        for k in range(g.make_start[operation], g.make_start[operation + 1]):
+            value = g.makes[k]
+            if again and g.held[value]:
+                here += g.size[value]
+            elif live[value]:
+                freed += g.size[value]
+                live[value] = 0
+            else:
+                here += g.size[value]
+        now -= freed
+        for k in range(g.read_start[operation], g.read_start[operation + 1]):
+            value = g.reads[k]
+            if not live[value]:
+                live[value] = 1
+                now += g.size[value]
+                here += g.size[value]
+        highest, peak = max(highest, here), max(peak, here)
+        over += max(0, here - budget)
+        if again:
+            extra += g.cost[operation]
+        if position % STRIDE == 0 or position == begin:
+            slot = position // STRIDE
+            known.highest[slot], highest = highest, 0
+            if position % STRIDE == 0:
+                known.live[slot, :values] = live
+                known.now[slot], known.peak[slot] = now, peak
+                known.over[slot], known.extra[slot] = over, extra
+    highest = 0
+    for slot in range(begin // STRIDE, order.size // STRIDE + 2):
+        known.before[slot] = highest
+        highest = max(highest, known.highest[slot])
+    return extra, peak, over
+
+
+@compiled
+def alike(one, other):
+    """Whether two arrays hold the same."""
+    for k in range(one.size):  # noqa: SIM110, compiled
+        if one[k] != other[k]:
+            return False
+    return True
+
+
+@compiled
+def judge(g, order, begin, known, total, mark, low, high, depth, budget, price, spread, limit, live, window, pending,
+          state):
+    """What the order would be with the changes marked between positions `low` and `high`.
+
+    `mark[p]` is 0, -1 to take out the run at p, or v + 1 to put in a rerun that makes value v right before p; with
+    chance `depth` the same is done for every value that rerun reads and that would otherwise have to stay for it alone.
+
+    Args:
+        total: the present order's (cost of reruns, peak, summed excess).
+        limit: the most that cost + price * excess may be, where excess is the bytes of the peak over `budget` plus
+            `spread` times those of every run.
+
+    Returns:
+        (runs written to the end of `window`, first position that they do not replace, first that stays behind them,
+        cost of reruns, peak, summed excess); -1 runs where the limit is passed.
+    """
+    operations = g.cost.size
+    slot = high // STRIDE + 1
+    end = min(slot * STRIDE, order.size)
+    if end == order.size:
+        slot = order.size // STRIDE + 1
+    live[:] = known.live[slot]
+    now, peak, over, extra = known.now[slot], known.peak[slot], known.over[slot], known.extra[slot]
+    write = window.size
+    for position in range(end - 1, begin - 1, -1):
+        if mark[position] != -1:
+            waiting, inserting, code = 0, False, order[position]
+            while True:
+                again = code >= operations
+                operation = code - operations if again else code
+                needed = not again
+                here, freed = now + g.workspace[operation], 0
+                for k in range(g.make_start[operation], g.make_start[operation + 1]):
+                    value = g.makes[k]
+                    if again and g.held[value]:
+                        here += g.size[value]
+                    elif live[value]:
+                        needed = True
+                        freed += g.size[value]
+                    else:
+                        here += g.size[value]
+                if needed:
+                    if write == 0:
+                        return -1, 0, 0, 0.0, 0, 0.0
+                    for k in range(g.make_start[operation], g.make_start[operation + 1]):
+                        value = g.makes[k]
+                        if not (again and g.held[value]):
+                            live[value] = 0
+                    now -= freed
+                    for k in range(g.read_start[operation], g.read_start[operation + 1]):
+                        value = g.reads[k]
+                        if not live[value]:
+                            live[value] = 1
+                            now += g.size[value]
+                            here += g.size[value]
+                            if (inserting and waiting < pending.size and not g.once[g.maker[value]]
+                                    and not g.held[value] and draw(state) < depth):
+                                pending[waiting] = g.maker[value]
+                                waiting += 1
+                    write -= 1
+                    window[write] = code
+                    peak = max(peak, here)
+                    over += max(0, here - budget)
+                    if again:
+                        extra += g.cost[operation]
+                    if extra + price * (max(0, peak - budget) + spread * over) > limit:
+                        return -1, 0, 0, 0.0, 0, 0.0
+                if mark[position] > 0 and not inserting:
+                    inserting = True
+                    pending[0] = g.maker[mark[position] - 1]
+                    waiting = 1
+                if waiting == 0:
+                    break
+                latest = 0  # reruns of one chain in the graph's order, so going backward the latest comes first
+                for k in range(1, waiting):
+                    if pending[k] > pending[latest]:
+                        latest = k
+                code = pending[latest] + operations
+                waiting -= 1
+                pending[latest] = pending[waiting]
+        if position <= low and position % STRIDE == 0 and position > begin:
+            slot = position // STRIDE
+            if now == known.now[slot] and alike(live, known.live[slot]):
+                extra += total[0] - known.extra[slot]
+                over += total[2] - known.over[slot]
+                peak = max(peak, known.before[slot])
+                if extra + price * (max(0, peak - budget) + spread * over) > limit:
+                    return -1, 0, 0, 0.0, 0, 0.0
+                return window.size - write, position, end, extra, peak, over
+    return window.size - write, begin, end, extra, peak, over
+
+
+@compiled
+def take(order, begin, window, runs, stop, end):
+    """Put `runs` of the window in place of `order[stop:end]`; returns where the order begins now, 0 if it is full."""
+    shift = end - stop - runs
+    if begin + shift < 1:
+        return 0
+    if shift > 0:
+        for position in range(stop - 1, begin - 1, -1):
+            order[position + shift] = order[position]
+    elif shift < 0:
+        for position in range(begin, stop):
+            order[position + shift] = order[position]
+    for k in range(runs):
+        order[end - runs + k] = window[window.size - runs + k]
+    return begin + shift
+
+
+@compiled
+def next_use(g, order, value, position):
+    """First position from `position` on that reads `value`, -1 when it is made anew before or never read."""
+    operations = g.cost.size
+    for p in range(position, order.size):
+        operation = order[p] % operations
+        for k in range(g.read_start[operation], g.read_start[operation + 1]):
+            if g.reads[k] == value:
+                return p
+        if operation == g.maker[value]:
+            return -1
+    return -1
+
+
+@compiled
+def put_in(g, order, position, known, live, mark, state):
+    """Mark a rerun of a random value resident across `position`, before its next read; returns where, -1 if nowhere."""
+    operations = g.cost.size
+    slot = position // STRIDE + 1
+    end = min(slot * STRIDE, order.size)
+    if end == order.size:
+        slot = order.size // STRIDE + 1
+    live[:] = known.live[slot]
+    for p in range(end - 1, position, -1):
+        again = order[p] >= operations
+        operation = order[p] % operations
+        for k in range(g.make_start[operation], g.make_start[operation + 1]):
+            if not (again and g.held[g.makes[k]]):
+                live[g.makes[k]] = 0
+        for k in range(g.read_start[operation], g.read_start[operation + 1]):
+            live[g.reads[k]] = 1
+    count = 0
+    for value in range(live.size):
+        count += live[value] & g.movable[value]
+    if count == 0:
+        return -1
+    chosen = int(draw(state) * count)
+    for value in range(live.size):
+        if live[value] & g.movable[value]:
+            if chosen == 0:
+                p = next_use(g, order, value, position + 1)
+                mark[p] = value + 1
+                return p
+            chosen -= 1
+    return -1
+
+
+@compiled
+def random_rerun(order, begin, operations, state):
+    """A random position that holds a rerun, -1 if there is none."""
+    length = order.size - begin
+    at = int(draw(state) * length)
+    for k in range(length):
+        p = begin + (at + k) % length
+        if order[p] >= operations:
+            return p
+    return -1
+
+
+@compiled
+def slide(g, order, begin, p, mark, state):
+    """Take out the rerun at p and mark one of an operation before or after it in the graph; returns where, or -1."""
+    operations = g.cost.size
+    operation = order[p] - operations
+    mark[p] = -1
+    reads = g.read_start[operation + 1] - g.read_start[operation]
+    makes = g.makes[g.make_start[operation]:g.make_start[operation + 1]]
+    if draw(state) < 0.5 and reads > 0:
+        value = g.reads[g.read_start[operation] + int(draw(state) * reads)]
+    else:
+        made = makes[int(draw(state) * makes.size)]
+        users = g.user_start[made + 1] - g.user_start[made]
+        if users == 0:
+            return -1
+        user = g.users[g.user_start[made] + int(draw(state) * users)]
+        outputs = g.make_start[user + 1] - g.make_start[user]
+        if outputs == 0:
+            return -1
+        value = g.makes[g.make_start[user] + int(draw(state) * outputs)]
+    if g.once[g.maker[value]] or g.held[value]:
+        return -1
+    q = next_use(g, order, value, p + 1)
+    if q >= 0 and mark[q] == 0:
+        for k in range(p, begin - 1, -1):  # it must have run before
+            if order[k] == g.maker[value]:
+                mark[q] = value + 1
+                return q
+    return -1
+
+
+@compiled
+def propose(g, order, begin, known, live, mark, places, state):
+    """Mark a random move in up to four `places`, -1 where there is none; returns the depth of its chains."""
+    operations = g.cost.size
+    places[:] = -1
+    kind = draw(state)
+    if kind < 0.75:
+        places[0] = put_in(g, order, begin + int(draw(state) * (order.size - begin)), known, live, mark, state)
+    if kind < 0.2 or 0.6 < kind < 0.68:
+        places[1] = put_in(g, order, begin + int(draw(state) * (order.size - begin)), known, live, mark, state)
+    if kind > 0.45:
+        p = random_rerun(order, begin, operations, state)
+        if p >= 0 and mark[p] == 0:
+            places[2] = p
+            if kind < 0.6 or kind > 0.85:
+                places[3] = slide(g, order, begin, p, mark, state)
+            else:
+                mark[p] = -1
+    chance = draw(state)
+    return 0.0 if chance < 0.4 else (1.0 if chance < 0.7 else draw(state))
+
+
+@compiled
+def remember(order, begin, total, budget, least, best, best_begin, best_figure):
+    """Copy the order to `best` if it is better; returns where the best begins and its figure."""
+    figure = float(total[1]) if least else (total[0] if total[1] <= budget else np.inf)
+    if figure >= best_figure:
+        return best_begin, best_figure
+    best[begin:] = order[begin:]
+    return begin, figure
+
+
+@compiled
+def anneal(g, order, begin, known, best, best_begin, best_figure, budget, least, iterations, hot, cold, price, highest,
+           spread, state):
+    """`iterations` moves at temperatures from `hot` to `cold` on cost of reruns + price * excess (see `judge`).
+
+    `order[begin:]` is the present order and `best[best_begin:]` the best, by its peak if `least`, else by its cost
+    among those that fit; both change in place. The price follows what it takes to fit about half of the time.
+    Returns (begin, best_begin, best_figure, price).
+    """
+    live, window = np.zeros(g.size.size, np.uint8), np.zeros_like(order)
+    pending, mark, places = np.zeros(64, np.int64), np.zeros(order.size, np.int64), np.zeros(4, np.int64)
+    total = look(g, order, begin, order.size, budget, known)
+    excess = max(0, total[1] - budget) + spread * total[2]
+    score, feasible = total[0] + price * excess, 0
+    temperature = hot
+    best_begin, best_figure = remember(order, begin, total, budget, least, best, best_begin, best_figure)
+    for iteration in range(iterations):
+        feasible += excess == 0.0
+        if iteration % 64 == 63:
+            price = min(highest, price * 1.05) if feasible < 32 else price * 0.95
+            score, feasible = total[0] + price * excess, 0
+            temperature = hot * (cold / hot) ** (iteration / iterations)
+        depth = propose(g, order, begin, known, live, mark, places, state)
+        high, low = places.max(), order.size
+        for place in places:
+            if place >= 0:
+                low = min(low, place)
+        if high < 0:
+            continue
+        limit = score - temperature * np.log(1.0 - draw(state))
+        runs, stop, end, extra, peak, over = judge(
+            g, order, begin, known, total, mark, low, high, depth, budget, price, spread, limit, live, window, pending,
+            state)
+        for place in places:
+            if place >= 0:
+                mark[place] = 0
+        moved = take(order, begin, window, runs, stop, end) if runs >= 0 else 0
+        if moved:
+            begin = moved
+            total = look(g, order, begin, end, budget, known)
+            excess = max(0, total[1] - budget) + spread * total[2]
+            score = total[0] + price * excess
+            best_begin, best_figure = remember(order, begin, total, budget, least, best, best_begin, best_figure)
+    return begin, best_begin, best_figure, price
