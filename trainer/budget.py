@@ -128,7 +128,7 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
     return study(small.train(), batch, optimizer=optimizer, accumulate=accumulates(experiment, processes),
                  loss=lambda model, batch: loss_of_batch(objective, precision, model, large, batch)[0],
                  others=[large] if large is not None else [], device=experiment.memory.device,
-                 reserved=reserved(small, processes), regions=experiment.memory.bytes is not None)
+                 reserved=reserved(experiment, small, processes, place), regions=experiment.memory.bytes is not None)
 
 
 def accumulates(experiment: Experiment, processes: int) -> bool:
@@ -136,9 +136,17 @@ def accumulates(experiment: Experiment, processes: int) -> bool:
     return experiment.training.batch_size > experiment.training.micro_batch * processes
 
 
-def reserved(student: nn.Module, processes: int) -> dict[str, int]:
-    """Bytes held outside of what a step shows: the buckets in which data parallelism sums gradients."""
-    return {"communication": parameter_bytes(student)} if processes > 1 else {}
+def reserved(experiment: Experiment, student: nn.Module, processes: int, device: str) -> dict[str, int]:
+    """Bytes held outside of what one micro-batch shows.
+
+    The buckets in which data parallelism sums gradients and, where batches are made on the device itself, the other
+    micro-batches of a step.
+    """
+    more = experiment.training.batch_size // (experiment.training.micro_batch * processes) - 1
+    one = example_batch(experiment.training.micro_batch, experiment.data.sequence_length, experiment.data.packing)
+    bytes_ = sum(tensor.nbytes for tensor in one.values()) + 16 * experiment.training.micro_batch  # rows and bytes
+    found = {"communication": parameter_bytes(student)} if processes > 1 else {}
+    return found | ({"batch": more * bytes_} if more > 0 and device == "cpu" else {})
 
 
 def describe(planner: Planner, chosen: Schedule) -> MemoryPlan:

@@ -17,6 +17,8 @@ from torch import nn
 from strategies.distillation.response import IGNORED, ResponseObjective, cross_entropy_sum
 from strategies.memory.meter import Measured, mark, measure
 from strategies.memory.picture import curve
+from strategies.rematerialization.framed import CannotPlan
+from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.rematerialize import study
 from trainer import checkpoints
 from trainer.budget import (
@@ -31,7 +33,7 @@ from trainer.budget import (
 )
 from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import Text
-from trainer.errors import RunFailed
+from trainer.errors import RunFailed, UserError
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import Metrics, Ticker, memory_peak, readable
@@ -111,11 +113,12 @@ class Trainer:
         and processes, so it does not depend on how the batch is split.
         """
         started = time.perf_counter()
-        micro_batches = [self._to_device(next(batches)) for _ in range(self.accumulation)]
-        tokens = self._total(sum((batch["targets"] != IGNORED).sum() for batch in micro_batches))
+        micro_batches = [next(batches) for _ in range(self.accumulation)]
+        learnt = sum((batch["targets"] != IGNORED).sum() for batch in micro_batches)
+        tokens = self._total(learnt.to(self.accelerator.device))
         sums: dict[str, torch.Tensor] = {}
         finite: list[torch.Tensor] = []
-        for number, batch in enumerate(micro_batches, 1):
+        for number, batch in enumerate(map(self._to_device, micro_batches), 1):  # one at a time on the device
             last = number == self.accumulation
             with nullcontext() if last else self.accelerator.no_sync(self.student):
                 if last:
@@ -201,11 +204,13 @@ class Trainer:
         experiment, training, data = self.experiment, self.experiment.training, self.experiment.data
         processes, student = self.accelerator.num_processes, self.unwrapped
         batch = example_batch(training.micro_batch, data.sequence_length, data.packing, self.accelerator.device)
-        planner = study(
-            student, batch, optimizer=self.optimizer, accumulate=accumulates(experiment, processes),
-            loss=lambda model, batch: loss_of_batch(self.objective, self.precision, model, self.teacher, batch)[0],
-            others=[] if self.teacher is None else [self.teacher], reserved=reserved(student, processes),
-            regions=experiment.memory.bytes is not None)
+        try:
+            planner = self._study(student, batch, processes)
+        except CannotPlan as error:
+            if experiment.memory.bytes is None:
+                return None
+            raise UserError("memory.budget", f"cannot be promised for this architecture: {error}",
+                            value=experiment.memory.budget, way_out="leave memory.budget out") from error
         shapes = None if self.teacher is None else self.teacher.config, student.config
         chosen = choose(experiment, planner, lambda changed: study_experiment(changed, *shapes, processes))
         planner.install(chosen, inductor=experiment.memory.compile)
@@ -214,6 +219,15 @@ class Trainer:
             plan = json.loads(self.folder.plan.read_text())
             write_atomically(self.folder.plan, json.dumps({**plan, "memory": asdict(memory)}, indent=2))
         return memory
+
+    def _study(self, student: nn.Module, batch: Batch, processes: int) -> Planner:
+        experiment = self.experiment
+        return study(
+            student, batch, optimizer=self.optimizer, accumulate=accumulates(experiment, processes),
+            loss=lambda model, batch: loss_of_batch(self.objective, self.precision, model, self.teacher, batch)[0],
+            others=[] if self.teacher is None else [self.teacher],
+            reserved=reserved(experiment, student, processes, self.accelerator.device.type),
+            regions=experiment.memory.bytes is not None)
 
     def _measured_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], Measured]:
         """A training step whose memory is measured."""
@@ -264,7 +278,7 @@ class Trainer:
     def _culprits(self, micro_batches: list[Batch], finite: list[torch.Tensor]) -> list[dict[str, Any]]:
         """Process, micro-batch and rows whose loss is not finite; empty where only a gradient is not."""
         own = torch.stack([flag.long() for flag in finite])
-        rows = torch.stack([batch["row"] for batch in micro_batches])
+        rows = torch.stack([batch["row"] for batch in micro_batches]).to(own.device)
         flags, every = self.accelerator.gather(own[None]), self.accelerator.gather(rows[None])
         return [{"process": process, "micro_batch": number, "rows": every[process, number].tolist()}
                 for process, number in torch.argwhere(flags == 0).tolist()]

@@ -156,6 +156,22 @@ def tensor_arguments(node: fx.Node) -> list[fx.Node]:
     return [argument for argument in node.all_input_nodes if argument not in ignored]
 
 
+def read_by_backward(captured: Captured) -> set[fx.Node]:
+    """Primals that the operations of the backward read, through views too."""
+    found: set[fx.Node] = set()
+    stack = [argument for node in captured.operations[captured.forward:] for argument in tensor_arguments(node)]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            found.add(node)
+        elif node not in captured.computing:
+            fresh = set(node.all_input_nodes) - seen
+            seen |= fresh
+            stack += fresh
+    return found
+
+
 def is_given(node: fx.Node) -> bool:
     """Whether a node is there from the beginning: an input or a constant."""
     return node.op in ("placeholder", "get_attr")
@@ -172,8 +188,9 @@ def is_effect(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether an operation draws from a generator."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    """Whether an operation draws from a generator, or may do so: others' own operations seldom say."""
+    return isinstance(node.target, torch._ops.OpOverload) and (
+        torch.Tag.nondeterministic_seeded in node.target.tags or node.target.namespace not in ("aten", "prims"))
 
 
 def tensors(value: object) -> Iterator[torch.Tensor]:

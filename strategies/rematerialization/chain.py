@@ -47,6 +47,8 @@ class Link:
         behind: the same when its backward runs.
         arriving: bytes of the gradients of its output, which are there while a segment that ends with it runs again.
         cut: its input comes from elsewhere, so that no segment can reach over it.
+        fresh: bytes of other arguments that no block before it is given. A segment that began before it holds them
+            until its first block has been turned back, where `behind` lets go of them with this block.
     """
 
     options: tuple[Option, ...]
@@ -56,6 +58,7 @@ class Link:
     behind: int
     arriving: int = 0
     cut: bool = False
+    fresh: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,82 +149,103 @@ def _solve(links: Sequence[Link], allowed: list[list[Option]], cap: list[int], h
         return min(int(np.ceil(count / unit - 1e-9)), slots + 1)
 
     n, most = len(links), max(map(len, allowed))
-    kept, ahead, back = (np.full((n, most), slots + 1, dtype=np.int64) for _ in range(3))
+    kept, ahead, back, back_again = (np.full((n, most), slots + 1, dtype=np.int64) for _ in range(4))
     seconds = np.zeros((n, most))
+    later = _fresh_after(links, n)
     for index, (link, options) in enumerate(zip(links, allowed, strict=True)):
         for which, option in enumerate(options):
             kept[index, which], seconds[index, which] = up(option.kept), option.seconds
             ahead[index, which] = up(option.forward_peak + link.before - floor)
             back[index, which] = up(option.backward_peak + link.behind - floor)
-    again = [links[max(t - 1, 0)].behind + links[max(t - 1, 0)].arriving - floor for t in range(n)]
+            back_again[index, which] = up(option.backward_peak + link.behind + later[index] - floor)
+    again = [links[max(t - 1, 0)].behind + links[max(t - 1, 0)].arriving - floor for t in range(n + 1)]
     extra = np.array([[[up(options[which].forward_peak + others) if which < len(options) else slots + 1
                         for which in range(most)] for others in again] for options in allowed])
     pass_ahead = np.array([up(cap[i] + link.before - floor) for i, link in enumerate(links)])
     pass_behind = np.array([[up(limit + others) for others in again] for limit in cap])
     inputs = np.array([up(link.input) for link in links] + [0])
-    cost, choice = _program(n, slots, kept, ahead, back, seconds, extra, pass_ahead, pass_behind, inputs, np.array(
-        [link.seconds for link in links]), np.array([link.cut for link in links]), up(head))
+    cost, choice = _program(n, slots, kept, ahead, back, back_again, seconds, extra, pass_ahead, pass_behind, inputs,
+                            np.array([link.seconds for link in links]), np.array([link.cut for link in links]),
+                            up(head))
     start = slots - inputs[0]
-    if start < 0 or not np.isfinite(cost[0, n, start]):
+    if start < 0 or not np.isfinite(cost[0, n + 1, start]):
         return None
     names = [[link.options.index(option) for option in options] for link, options in zip(links, allowed, strict=True)]
-    return float(cost[0, n, start]), _read(choice, 0, n, start, kept, inputs, names)
+    return float(cost[0, n + 1, start]), _read(choice, 0, n + 1, start, kept, inputs, names)
+
+
+def _fresh_after(links: Sequence[Link], end: int) -> list[int]:
+    """For every block, bytes of other arguments that blocks after it and before `end` are the first to be given."""
+    found = [0] * (len(links) + 1)
+    for position in range(end - 2, -1, -1):
+        found[position] = found[position + 1] + links[position + 1].fresh
+    return found
 
 
 @numba.njit(cache=True)
-def _program(n, slots, kept, ahead, back, seconds, extra, pass_ahead, pass_behind, inputs, forward, cut, head):
+def _program(n, slots, kept, ahead, back, back_again, seconds, extra, pass_ahead, pass_behind, inputs, forward, cut,
+             head):
     """Least seconds for every part of the chain and every amount of memory, and the choice that gives them.
 
-    cost[s, t, m]: run blocks s to t-1 forward, what follows them if t == n, and them backward, with m slots beside what
-    is kept for blocks before s and the input of s. choice: an option, or -(j + 1) for a segment that ends before j.
+    cost[s, t, m] for t <= n: run blocks s to t-1 forward again, in a segment that ends there, and them backward, with m
+    slots beside what is kept for blocks before s and the input of s. For t = n + 1: run blocks s to the last forward
+    for the first time, what follows them, and them backward. choice: an option, or -(j + 1) for a segment that ends
+    before j.
     """
-    most = kept.shape[1]
-    cost = np.full((n + 1, n + 1, slots + 1), np.inf, dtype=np.float32)
-    choice = np.full((n + 1, n + 1, slots + 1), 0, dtype=np.int16)
+    cost = np.full((n + 1, n + 2, slots + 1), np.inf, dtype=np.float32)
+    choice = np.full((n + 1, n + 2, slots + 1), 0, dtype=np.int16)
     for t in range(n + 1):
-        for m in range(slots + 1):
-            cost[t, t, m] = 0.0 if t < n or m >= head else np.inf
+        cost[t, t, :] = 0.0
+    cost[n, n + 1, min(head, slots + 1):] = 0.0
     for length in range(1, n + 1):
         for s in range(0, n - length + 1):
-            t = s + length
-            handed = inputs[s + 1] if s + 1 < t else 0
-            for which in range(most):
-                need = max(ahead[s, which] if t == n else extra[s, t, which], back[s, which])
-                taken = kept[s, which] + handed
-                for m in range(max(need, taken), slots + 1):
-                    found = cost[s + 1, t, m - taken] + seconds[s, which]
-                    if found < cost[s, t, m]:
-                        cost[s, t, m] = found
-                        choice[s, t, m] = which
-            again, need = forward[s], pass_ahead[s] if t == n else pass_behind[s, t]
-            for j in range(s + 1, t + (t == n)):
-                if j > s + 1:
-                    if cut[j - 1]:
-                        break
-                    again += forward[j - 1]
-                    need = max(need, inputs[j - 1] + (pass_ahead[j - 1] if t == n else pass_behind[j - 1, t]))
-                    handed = inputs[j] if j < t else 0
-                    for m in range(max(need, handed), slots + 1):
-                        found = again + cost[j, t, m - handed] + cost[s, j, m]
-                        if found < cost[s, t, m]:
-                            cost[s, t, m] = found
-                            choice[s, t, m] = -(j + 1)
+            _fill(s, s + length, False, n, slots, kept, extra[:, s + length], back_again, seconds,
+                  pass_behind[:, s + length], inputs, forward, cut, cost, choice)
+    for s in range(n - 1, -1, -1):
+        _fill(s, n + 1, True, n, slots, kept, ahead, back, seconds, pass_ahead, inputs, forward, cut, cost, choice)
     return cost, choice
+
+
+@numba.njit(cache=True)
+def _fill(s, t, first, n, slots, kept, ahead, back, seconds, passing, inputs, forward, cut, cost, choice):
+    """Fill in cost[s, t] and its choice; `ahead` and `passing` are what forwards need then, `back` what backwards."""
+    end = min(t, n)
+    handed = inputs[s + 1] if s + 1 < end else 0
+    for which in range(kept.shape[1]):
+        need, taken = max(ahead[s, which], back[s, which]), kept[s, which] + handed
+        for m in range(max(need, taken), slots + 1):
+            found = cost[s + 1, t, m - taken] + seconds[s, which]
+            if found < cost[s, t, m]:
+                cost[s, t, m] = found
+                choice[s, t, m] = which
+    again, need = forward[s], passing[s]
+    for j in range(s + 2, end + first):
+        if cut[j - 1]:
+            break
+        again += forward[j - 1]
+        need = max(need, inputs[j - 1] + passing[j - 1])
+        handed = inputs[j] if j < end else 0
+        for m in range(max(need, handed), slots + 1):
+            found = again + cost[j, t, m - handed] + cost[s, j, m]
+            if found < cost[s, t, m]:
+                cost[s, t, m] = found
+                choice[s, t, m] = -(j + 1)
 
 
 def _read(choice: np.ndarray, s: int, t: int, m: int, kept: np.ndarray, inputs: np.ndarray,
           names: list[list[int]]) -> Schedule:
     items: list[Block | Segment] = []
-    while s < t:
+    end = min(t, len(names))
+    while s < end:
         which = int(choice[s, t, m])
         if which >= 0:
             items.append(Block(s, names[s][which]))
-            m -= int(kept[s, which]) + (int(inputs[s + 1]) if s + 1 < t else 0)
+            m -= int(kept[s, which]) + (int(inputs[s + 1]) if s + 1 < end else 0)
             s += 1
         else:
             j = -which - 1
             items.append(Segment(s, j, _read(choice, s, j, m, kept, inputs, names)))
-            m -= int(inputs[j]) if j < t else 0
+            m -= int(inputs[j]) if j < end else 0
             s = j
     return tuple(items)
 
@@ -233,10 +257,18 @@ def replay(links: Sequence[Link], schedule: Schedule, head: int) -> Replay:
     return result
 
 
-def _run(links: Sequence[Link], items: Schedule, held: int, end: int | None, head: int, result: Replay) -> None:
-    """Run items forward, what follows, and them backward; `held` counts what is kept, the first input included."""
+def _run(links: Sequence[Link], items: Schedule, held: int, end: int | None, head: int, result: Replay,
+         outer: int | None = None) -> None:
+    """Run items forward, what follows, and them backward.
+
+    Args:
+        held: bytes of what is kept, the first input included.
+        end: where the segment ends that runs again; None for the first pass.
+        outer: where the segment ends that this one is inside of, if any.
+    """
     last = items[-1] if items else None
     behind = end is not None
+    later = _fresh_after(links, outer) if behind else [0] * len(links)
 
     def others(position: int) -> int:
         return links[end - 1].behind + links[end - 1].arriving if behind else links[position].before
@@ -258,12 +290,12 @@ def _run(links: Sequence[Link], items: Schedule, held: int, end: int | None, hea
     for item, level in zip(reversed(items), reversed(levels), strict=True):
         if isinstance(item, Block):
             option = links[item.position].options[item.option]
-            others_then = links[item.position].behind
+            others_then = links[item.position].behind + later[item.position]
             result.moments.append(("backward", item.position, level + others_then + option.backward_peak))
             result.seconds += option.seconds
         else:
             result.seconds += sum(links[position].seconds for position in range(item.first, item.last))
-            _run(links, item.inside, level, item.last, head, result)
+            _run(links, item.inside, level, item.last, head, result, item.last if outer is None else outer)
 
 
 def leaves(item: Block | Segment) -> list[tuple[int, int]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch._functorch.config
@@ -17,7 +19,7 @@ from strategies.rematerialization.capture import Captured, capture
 from strategies.rematerialization.partition import partition
 
 Choose = Callable[[Captured], Sequence[int]]
-Notice = Callable[[Captured], None]
+Notice = Callable[[Captured, Sequence[object]], None]
 BEFORE, STANDS_IN = "_forward_before_planning", "_stands_in"
 
 
@@ -29,11 +31,40 @@ def compiled(choose: Choose, inductor: bool = False, notice: Notice | None = Non
     Args:
         choose: gives the order of operations for a region captured, at most once for every shape and dtype.
         inductor: compile the two graphs instead of running them by eager kernels.
-        notice: told which captured region runs, whenever one does; not with Inductor.
+        notice: told which captured region runs, and on what, whenever one does; not with Inductor.
     """
     # Every schedule has a code object of its own: torch.compile keeps its cache, and counts recompilations, by it.
     function = types.FunctionType(own_forward.__code__.replace(co_name="region"), globals(), "region")
-    return torch.compile(function, backend=_backend(choose, inductor, notice), dynamic=False, fullgraph=True)
+    function = torch.compile(function, backend=_backend(choose, inductor, notice), dynamic=False, fullgraph=True)
+
+    def call(module: nn.Module, *args, **kwargs) -> object:
+        with idle_hooks():
+            return function(module, *args, **kwargs)
+    return call
+
+
+@contextmanager
+def idle_hooks() -> Iterator[None]:
+    """Within the context, hooks by which transformers collects hidden states do nothing, and can be captured.
+
+    Once a model has been asked for hidden states, there are hooks inside of its blocks too, for attention maps, which
+    look into a context variable that torch.compile does not know. If more than hidden states is being collected, they
+    stay as they are: the block is then not captured.
+    """
+    try:
+        from transformers.utils.output_capturing import _active_collector as collector
+    except ImportError:
+        yield
+        return
+    if set(collector.get() or ()) - {"hidden_states", "_hidden_states_layers"}:
+        yield
+        return
+    before = collector.global_var, collector.compiling
+    collector.global_var, collector.compiling = None, True  # the state in which get() can be captured
+    try:
+        yield
+    finally:
+        collector.global_var, collector.compiling = before
 
 
 def own_forward(module: nn.Module, *args, **kwargs) -> object:
@@ -41,6 +72,19 @@ def own_forward(module: nn.Module, *args, **kwargs) -> object:
     if hasattr(module, BEFORE):
         return getattr(module, BEFORE)(*args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Within the context, loggers of torch say nothing: what they would tell of is expected and taken care of."""
+    before = {name: logging.getLogger(name).disabled for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).disabled = True
+        yield
+    finally:
+        for name, disabled in before.items():
+            logging.getLogger(name).disabled = disabled
 
 
 def gpus_in_use() -> list[int]:
@@ -116,7 +160,7 @@ def boxed(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] = (), notice: Notic
 
     def run(arguments: list) -> object:
         if notice is not None and captured is not None:
-            notice(captured)
+            notice(captured, arguments)
         return gm.forward(arguments)
 
     run._boxed_call = True

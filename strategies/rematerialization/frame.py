@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from strategies.memory.meter import resident_tensors
 from strategies.memory.tracker import LiveBytes
 from strategies.rematerialization.execute import own_forward
-from strategies.rematerialization.regions import Call, Meta, calling, takes_part, without_cache
+from strategies.rematerialization.fake import Answers
+from strategies.rematerialization.regions import Call, Meta, attributes_kept, calling, takes_part, without_cache
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,8 @@ class Frame:
         head: most between the last region's forward and its backward, its output included.
         behind: for every region, when its backward runs, gradients that arrive left out.
         arriving: for every region, bytes of these gradients.
+        fresh: for every region, bytes of its arguments that no earlier region is given, nor made by one.
+        spare: bytes of regions' arguments that are counted until their backward, though it may not read them.
         end: most after the first region's backward.
         update: most while the optimizer steps.
         parts: bytes of `base` by name.
@@ -42,6 +43,8 @@ class Frame:
     head: int
     behind: tuple[int, ...]
     arriving: tuple[int, ...]
+    fresh: tuple[int, ...]
+    spare: int
     end: int
     update: int
     parts: dict[str, int]
@@ -49,38 +52,16 @@ class Frame:
     marks: tuple[tuple[str, int], ...] = ()
 
 
-@contextmanager
-def without_data(*models: nn.Module) -> Iterator[tuple[FakeTensorMode, dict[int, torch.Tensor]]]:
-    """Within the context, the models' parameters and buffers are tensors without data; tied ones stay tied.
+class Unreached(Exception):
+    """No gradient comes back to some regions.
 
-    Yields:
-        the mode in which such tensors live, and for every real parameter (by id) the one that stands for it.
+    Attributes:
+        regions: which, by number.
     """
-    tensors = [tensor for model in models for tensor in [*model.parameters(), *model.buffers()]]
-    own = next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None)
-    mode = own or FakeTensorMode(allow_non_fake_inputs=True)
-    stand_in: dict[int, torch.Tensor] = {}
-    swapped: list[tuple[dict, str, torch.Tensor]] = []
-    try:
-        for place in [place for model in models for module in model.modules()
-                      for place in (module._parameters, module._buffers)]:
-            for name, tensor in place.items():
-                if tensor is None or isinstance(tensor, FakeTensor):
-                    continue
-                if id(tensor) not in stand_in:
-                    stand_in[id(tensor)] = _without_data(mode, tensor)
-                swapped.append((place, name, tensor))
-                place[name] = stand_in[id(tensor)]
-        yield mode, stand_in
-    finally:
-        for place, name, tensor in swapped:
-            place[name] = tensor
 
-
-def _without_data(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    with mode:
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    def __init__(self, regions: Sequence[int]) -> None:
+        self.regions = frozenset(regions)
+        super().__init__(f"no gradient reaches regions {sorted(regions)}")
 
 
 def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torch.Tensor], parts: dict[str, list],
@@ -95,8 +76,12 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
         update: takes the optimizer's step and drops the gradients.
         round_to: see LiveBytes.
         reserved: bytes by name that are held besides.
+
+    Raises:
+        Unreached: some regions have no backward.
     """
-    with mode, Answers(), LiveBytes(round_to=round_to) as tracker:
+    modules = {call.name: call.module for call in calls}
+    with attributes_kept(modules.values()), mode, Answers(), LiveBytes(round_to=round_to) as tracker:
         counted = {}
         for name, things in parts.items():
             before = tracker.current
@@ -104,9 +89,9 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
             counted[name] = tracker.current - before
         for name, count in (reserved or {}).items():
             tracker.allocate(count)
-            counted[name] = count
+            counted[name] = counted.get(name, 0) + count
         stage = _Stage(tracker, calls)
-        with calling({call.name: call.module for call in calls}, stage.instead):
+        with calling(modules, stage.instead):
             base = tracker.current
             tracker.mark("forward")
             found = loss()
@@ -119,15 +104,6 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
     return stage.frame(base, counted)
 
 
-class Answers(TorchDispatchMode):
-    """Tensors without data answer those who ask for a number: 1; so that `print(loss.item())` stops no plan."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-        return func(*args, **(kwargs or {}))
-
-
 class _Stage:
     """Stands in for the regions and notes where on the timeline each runs."""
 
@@ -136,6 +112,8 @@ class _Stage:
         self.calls = calls
         self.at: dict[tuple[str, int], tuple[int, int]] = {}  # (phase, region): timeline at entry and exit
         self.arriving: dict[int, int] = {}
+        self.fresh = [0] * len(calls)
+        self.arguments: dict[int, tuple[int, bool]] = {}  # storages by address: bytes, and whether a backward reads it
         self.count = 0
 
     def instead(self, name: str, module: nn.Module) -> Callable:
@@ -150,12 +128,24 @@ class _Stage:
             given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             weights = [weight for weight in module.parameters() if weight.requires_grad]
             specs, tree = call.outputs
-            shared = [leaf for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
-                      and number not in call.passed]
-            made = _StandIn.apply(self, index, shared, *given, *weights)
-            tensors = iter(made)
-            return tree_unflatten([next(tensors) if isinstance(spec, Meta) else spec for spec in specs], tree)
+            shared = {number: leaf for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
+                      and number not in call.passed}
+            self.note(index, shared)
+            made = iter(_StandIn.apply(self, index, list(shared.values()), *given, *weights))
+            out = [next(made) if isinstance(spec, Meta) else spec for spec in specs]
+            for part, attribute, _ in call.attributes:
+                part.__dict__[attribute] = next(made)
+            return tree_unflatten(out, tree)
         return forward
+
+    def note(self, index: int, shared: Mapping[int, torch.Tensor]) -> None:
+        """Note arguments of a region, by their number; they are held until its backward."""
+        for number, tensor in shared.items():
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.arguments:
+                self.fresh[index] += storage.nbytes()
+            known = self.arguments.get(storage._cdata, (0, False))[1]
+            self.arguments[storage._cdata] = storage.nbytes(), known or number in self.calls[index].read
 
     def enter(self, phase: str, index: int) -> None:
         self.at[phase, index] = (len(self.tracker.timeline), 0)
@@ -177,8 +167,11 @@ class _Stage:
         steps = tuple(self.tracker.timeline), tuple(self.tracker.marks[:3])
         update = most(marks["update"], marks["end"])
         if not count:  # everything is the head
-            return Frame(base, base, (), most(marks["forward"], marks["update"]), (), (), at(marks["update"]), update,
-                         parts, *steps)
+            return Frame(base, base, (), most(marks["forward"], marks["update"]), (), (), (), 0, at(marks["update"]),
+                         update, parts, *steps)
+        unreached = [index for index in range(count) if ("backward", index) not in self.at]
+        if unreached:
+            raise Unreached(unreached)
         forward = [self.at["forward", index] for index in range(count)]
         backward = [self.at["backward", index] for index in range(count)]
         before = [most(forward[index - 1][1] if index else forward[0][0], forward[index][0]) - self.calls[index].input
@@ -188,7 +181,8 @@ class _Stage:
         return Frame(
             base=base, start=max(base, most(marks["forward"], forward[0][0])), before=tuple(before),
             head=max(at(forward[-1][1]), most(forward[-1][1], backward[-1][0])), behind=tuple(behind),
-            arriving=tuple(self.arriving[index] for index in range(count)),
+            arriving=tuple(self.arriving[index] for index in range(count)), fresh=tuple(self.fresh),
+            spare=sum(count for count, read in self.arguments.values() if not read),
             end=max(at(backward[0][1]), most(backward[0][1], marks["update"])),
             update=update, parts=parts, timeline=steps[0], marks=steps[1])
 
@@ -204,7 +198,8 @@ class _StandIn(torch.autograd.Function):
         stage.enter("forward", index)
         ctx.stage, ctx.index, ctx.shared = stage, index, shared
         ctx.kinds = [Meta.of(tensor) if tensor.requires_grad else None for tensor in given]
-        specs = [spec for spec in stage.calls[index].outputs[0] if isinstance(spec, Meta)]
+        call = stage.calls[index]
+        specs = [*(spec for spec in call.outputs[0] if isinstance(spec, Meta)), *(spec for *_, spec in call.attributes)]
         made = tuple(spec.empty() for spec in specs)
         ctx.mark_non_differentiable(*[tensor for tensor, spec in zip(made, specs, strict=True)
                                       if not spec.requires_grad])
@@ -221,17 +216,3 @@ class _StandIn(torch.autograd.Function):
         stage.leave("backward", ctx.index)
         ctx.shared = None
         return None, None, None, *made
-
-
-def fake_batch(mode: FakeTensorMode, batch: object) -> object:
-    """A batch of tensors without data like the one given."""
-    with mode:
-        known: dict[int, torch.Tensor] = {}
-
-        def like(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, FakeTensor) and id(tensor) not in known:
-                known[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype,
-                                                        device=tensor.device)
-            return known.get(id(tensor), tensor)
-
-        return tree_map_only(torch.Tensor, like, batch)

@@ -122,12 +122,18 @@ def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, 
     """
     free = problem(captured, seconds, workspace, again=True)
     most = option_of(captured, free, tuple(range(len(free.seconds)))).kept
-    curve = []
+    curve: list[tuple[int, float]] = []
+    too_little: int | None = None  # the most bytes with which it cannot run at all
     for level in sorted({0.0, 1.0, *LEVELS}):
         kept = int(level * most)
         graph = problem(captured, seconds, workspace, kept, 4 * most + 1, again=True)
         bound = Bound(graph, 4 * most + 1)
         bound.prove(program(graph, 4 * most + 1, [graph.forward]), time.perf_counter() + limit)
-        if np.isfinite(bound.value):
-            curve.append((kept, max(0.0, bound.value - float(graph.seconds.sum()))))
+        if np.isinf(bound.value):
+            too_little = kept
+            continue
+        least = max(0.0, bound.value - float(graph.seconds.sum()))
+        if not curve and too_little is not None:
+            curve.append((too_little, least))  # it may run with a byte more, at no less than this
+        curve.append((kept, least))
     return curve

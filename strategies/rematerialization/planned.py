@@ -7,6 +7,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from strategies.rematerialization.capture import Captured
 from strategies.rematerialization.chain import Block, Option, Schedule, Segment, leaves
-from strategies.rematerialization.execute import compiled, own_forward, replace_forward, restore_forward
+from strategies.rematerialization.execute import compiled, own_forward, quiet, replace_forward, restore_forward
 from strategies.rematerialization.fallback import CHECKPOINT, KEEP
 from strategies.rematerialization.partition import fits
 from strategies.rematerialization.regions import first_line, takes_part, without_cache
@@ -43,6 +44,8 @@ class Planned:
     orders: Callable[[Captured, Option], Sequence[int]]
     inductor: bool = False
     _functions: dict[tuple, Callable] = field(default_factory=dict)
+    _apart: dict[tuple, int] = field(default_factory=dict)  # modules that torch.compile had no room for in the first
+    _met: set[tuple] = field(default_factory=set)
     _opened: tuple[int, Recorder] | None = None
     _last: int = -1
     _warned: set[tuple] = field(default_factory=set)
@@ -107,21 +110,29 @@ class Planned:
             return own_forward
 
         def run(module: nn.Module, *args, **kwargs):
-            key = (id(option), _kinds(args, kwargs))
-            if key not in self._functions:
-                self._functions[key] = self._made(option, module)
-            try:
-                return self._functions[key](module, *args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                out = checkpointed(module, *args, **kwargs)  # raises what the module itself has to say
-                self._functions[key] = checkpointed
-                self._warn(module, first_line(error))
-                return out
+            kinds = id(option), _kinds(args, kwargs)
+            while True:
+                key = (*kinds, self._apart.get((*kinds, id(module)), 0))
+                known = key in self._functions
+                if not known:
+                    self._functions[key] = self._made(option, module)
+                try:
+                    with nullcontext() if (key, id(module)) in self._met else quiet("torch._dynamo.convert_frame"):
+                        self._met.add((key, id(module)))
+                        return self._functions[key](module, *args, **kwargs)
+                except (torch._dynamo.exc.FailOnRecompileLimitHit, torch._dynamo.exc.TorchDynamoException) as error:
+                    if known and isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+                        self._apart[*kinds, id(module)] = key[-1] + 1  # torch.compile keeps a few graphs for a function
+                        continue
+                    out = checkpointed(module, *args, **kwargs)  # raises what the module itself has to say
+                    self._functions[key] = checkpointed
+                    self._warn(module, first_line(error))
+                    return out
         return run
 
     def _made(self, option: Option, module: nn.Module) -> Callable:
         """A function for one option and one set of shapes: torch.compile counts recompilations by function."""
-        if sum(known == id(option) for known, _ in self._functions) < SHAPES:
+        if len({kinds for known, kinds, _ in self._functions if known == id(option)}) < SHAPES:
             return compiled(lambda captured: self._order(captured, option), self.inductor)
         self._warn(module, f"it has met more than {SHAPES} different shapes; pad batches to fewer lengths")
         return checkpointed

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+import numpy as np
+
 from strategies.rematerialization.bound import least_bytes, least_sum
 from strategies.rematerialization.capture import Captured, problem
 from strategies.rematerialization.chain import (
@@ -30,6 +32,7 @@ from strategies.rematerialization.solve import Infeasible, least_peak, solve
 # What a count of tensors cannot see, small temporaries and buffers of kernels: a part of what comes and goes, and
 # 96 KiB, or a hundredth of what comes and goes where that is less.
 MARGIN_SHARE, MARGIN_BYTES, MARGIN_OF_SMALL = 0.003, 98_304, 0.01
+CLOSE_ENOUGH = 1e-3  # of a step: what a better plan for a whole network may save at most for the search to end
 LEAST_MOVES = 400_000  # of the search for the least peak of a whole network
 STATES = 12_288  # bytes of generator states that a segment keeps on CPU, before its first block and after its last run
 
@@ -111,12 +114,9 @@ class Planner:
         """
         if self.single:
             captured = self.calls[0].captured
-            _, workspace = self.prices.price(captured)
-            plain = problem(captured, self.prices.roofline(captured), workspace)
-            found = least_peak(plain, 60.0, iterations=LEAST_MOVES)
-            graph = self._problem(captured)
-            found = solve(graph, found.peak, 10.0, bound=False, start=found.order)  # as low, at less recomputation
-            option = self._own(captured, option_of(captured, graph, found.order))
+            found = least_peak(self._in_place(0, self.prices.roofline(captured)), 60.0, iterations=LEAST_MOVES)
+            found = solve(self._in_place(0), found.peak, 10.0, bound=False, start=found.order)  # at less recomputation
+            option = self._own(captured, option_of(captured, self._problem(captured), found.order))
             return self._plan(None, whole(1), [self._link(0, (option,), self._forward(self.calls[0]))], 0.0)
         steady = [self._link(index, *self._steady_ways(call)) for index, call in enumerate(self.calls)]
         low, high = self.least_bound, self.keep_all().peak
@@ -137,10 +137,8 @@ class Planner:
     @cached_property
     def least_bound(self) -> int:
         """Bytes that no plan can do without, proven: each region's largest operation, with what others hold then."""
-        regions = {call.captured.signature: call.captured for call in self.calls if call.captured is not None}
-        least = {signature: least_bytes(self._problem(captured)) for signature, captured in regions.items()}
-        return max([self._around, *(self.frame.behind[index] + least[call.captured.signature]
-                                    for index, call in enumerate(self.calls) if call.captured is not None)])
+        captured = [index for index, call in enumerate(self.calls) if call.captured is not None]
+        return max([self._around, *(least_bytes(self._in_place(index)) for index in captured)]) - self.frame.spare
 
     @property
     def _around(self) -> int:
@@ -163,21 +161,37 @@ class Planner:
                                          moving / (1 + MARGIN_SHARE + MARGIN_OF_SMALL))) - 1
 
     def _plan_single(self, budget: int, seconds: float) -> Plan:
-        call, frame = self.calls[0], self.frame
-        fitting = self._without_margin(budget)
-        room = fitting - max(frame.before[0], frame.behind[0]) - call.input
-        graph = problem(call.captured, *self.prices.price(call.captured), fitting - frame.head - call.input, room)
+        call, fitting = self.calls[0], self._without_margin(budget)
+        graph = self._in_place(0)
         try:
-            if room <= 0 or self._around > fitting:
+            if self._around > fitting:
                 raise self._refusal(budget)
-            found = solve(graph, room, seconds)
+            found = solve(graph, fitting, seconds, gap=CLOSE_ENOUGH)
         except Infeasible:
             if self.least.peak <= budget:
                 return replace(self.least, budget=budget)
             raise self._refusal(budget) from None
         option = self._own(call.captured, option_of(call.captured, self._problem(call.captured), found.order))
-        bound = max(0.0, found.bound - float(graph.seconds.sum()))
+        bound = 0.0 if self.frame.spare else max(0.0, found.bound - float(graph.seconds.sum()))
         return self._plan(budget, whole(1), [self._link(0, (option,), self._forward(call))], bound)
+
+    def _in_place(self, index: int, seconds: np.ndarray | None = None) -> Graph:
+        """A region's problem with what others hold beside it in each of its phases; seconds by the prices at hand.
+
+        What others hold in one phase only counts as workspace of each of its operations. Between forward and backward
+        that is `head` for the last region; its own output and the gradient of it are part of that.
+        """
+        frame, call, graph = self.frame, self.calls[index], self._problem(self.calls[index].captured)
+        border = graph.forward
+        fixed = min(frame.before[index], frame.behind[index])
+        beside = np.where(np.arange(len(graph.seconds)) < border, frame.before[index], frame.behind[index])
+        workspace = graph.workspace + beside - fixed
+        leaving, arriving = (sum(int(graph.size[value]) for value in values)
+                             for values in (graph.reads[border], graph.makes[border]))
+        last = index == len(self.calls) - 1
+        workspace[border] = (frame.head - arriving if last else frame.behind[index]) - leaving - fixed
+        return replace(graph, seconds=graph.seconds if seconds is None else np.insert(seconds, border, 0.0),
+                       workspace=workspace, fixed=fixed + (call.input if self.single else 0))
 
     def _refusal(self, budget: int) -> BudgetError:
         least = self.least
@@ -234,7 +248,7 @@ class Planner:
     def _link(self, index: int, ways: tuple[Option, ...], forward: float) -> Link:
         frame, call = self.frame, self.calls[index]
         return Link(ways, call.input, forward, frame.before[index], frame.behind[index], frame.arriving[index],
-                    cut=not call.chained)
+                    not call.chained, frame.fresh[index])
 
     def _forward(self, call: Call) -> float:
         return float(self.prices.price(call.captured)[0][:call.captured.forward].sum())
@@ -254,7 +268,7 @@ class Planner:
             if call.captured.signature not in self._curves:
                 self._curves[call.captured.signature] = bound_curve(call.captured, *self.prices.price(call.captured))
             curves.append(self._curves[call.captured.signature])
-        return least_sum(curves, budget - self.frame.head)
+        return least_sum(curves, budget - self.frame.head + self.frame.spare)
 
     def orders(self, captured: Captured, option: Option) -> Sequence[int]:
         """How to run a graph by an option; for a shape that was not planned for, one that keeps and needs no more."""

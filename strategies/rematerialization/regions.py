@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from strategies.memory.meter import resident_tensors
-from strategies.rematerialization.capture import Captured
+from strategies.rematerialization.capture import Captured, read_by_backward
 from strategies.rematerialization.execute import (
     STANDS_IN,
     compiled,
-    gpus_in_use,
     own_forward,
+    quiet,
     replace_forward,
     restore_forward,
 )
 from strategies.rematerialization.fallback import Measured, measured_call
+from strategies.rematerialization.randomness import undisturbed
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ class Call:
         input: bytes of the tensors passed in that the region before handed out; else of the largest with a gradient.
         passed: which of its arguments those are.
         chained: whether the region before handed them out.
-        changes: whether it writes to what it is given, so that it cannot run twice.
+        read: which of its arguments its backward reads for certain.
+        unfit: why it cannot run twice, or cannot be stood in for; empty if it can.
         measured: what it needed where it could not be captured.
         arguments, outputs: kinds of its tensors in and out among whatever else there is, and how all is nested.
+        attributes: (part, name, kind) of tensors that it leaves on its parts instead of handing them out.
     """
 
     name: str
@@ -67,10 +71,12 @@ class Call:
     input: int = 0
     passed: frozenset[int] = frozenset()
     chained: bool = False
-    changes: bool = False
+    read: frozenset[int] = frozenset()
+    unfit: str = ""
     measured: Measured | None = None
     arguments: tuple[list[Meta | object], TreeSpec] = field(default=([], None), repr=False)
     outputs: tuple[list[Meta | object], TreeSpec] = field(default=([], None), repr=False)
+    attributes: list[tuple[nn.Module, str, Meta]] = field(default_factory=list, repr=False)
 
 
 def find_regions(model: nn.Module) -> dict[str, nn.Module]:
@@ -126,7 +132,7 @@ def calling(modules: dict[str, nn.Module], instead: Callable[[str, nn.Module], C
                 restore_forward(module)
 
 
-def record(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[Call]:
+def record(modules: dict[str, nn.Module], run: Callable[[], object], around: Sequence[nn.Module] = ()) -> list[Call]:
     """Run a model forward once and capture each of its regions with what it is given.
 
     Tensors between regions are cut off from the graph of autograd, so that nothing is kept from one to the next.
@@ -135,9 +141,9 @@ def record(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[Cal
     Args:
         modules: regions by name.
         run: calls the model.
+        around: modules that run besides: the model itself, a teacher.
     """
-    seen: list[Captured] = []
-    function = compiled(_as_traced, notice=seen.append)
+    capturing = _Capturing()
     calls: list[Call] = []
     last: list[torch.Tensor] = []  # held, so that no other storage takes their place in memory
     anchor = torch.zeros(1, requires_grad=True)
@@ -149,38 +155,112 @@ def record(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[Cal
             args, kwargs = without_cache(args, kwargs)
             call = Call(name, module, arguments=_kinds((args, kwargs)))
             given = tree_flatten((args, kwargs))[0]
-            _note_input(call, given, set(map(_storage, last)))
-            versions = [version(leaf) for leaf in given]
-            seen.clear()
-            out = _captured_call(call, function, seen, args, kwargs)
-            call.changes = versions != [version(leaf) for leaf in given]
+            _note_input(call, given, last)
+            versions, left = [version(leaf) for leaf in given], tensor_attributes(module)
+            out = capturing.call(call, args, kwargs)
             leaves, spec = tree_flatten(out)
             call.outputs = _kinds(out)
+            if versions != [version(leaf) for leaf in given]:
+                call.unfit = "it writes to a tensor that it is given"
+            elif not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+                call.unfit = "it hands out no tensors, or only inside of objects"
             calls.append(call)
-            leaves = [_Cut.apply(anchor, leaf) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
-                      for leaf in leaves]
+
+            def cut(leaf: object) -> object:
+                return _Cut.apply(anchor, leaf) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
+
+            for (part, attribute), value in tensor_attributes(module).items():
+                if left.get((part, attribute)) is not value:
+                    call.attributes.append((part, attribute, Meta.of(value)))
+                    part.__dict__[attribute] = cut(value)
+            leaves = list(map(cut, leaves))
             last[:] = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             return tree_unflatten(leaves, spec)
         return forward
 
-    with _undisturbed(modules.values()), calling(modules, instead), torch.enable_grad():
+    with (_undisturbed([*modules.values(), *around]), attributes_kept(modules.values()), calling(modules, instead),
+          torch.enable_grad()):
         run()
     return calls
 
 
-def _captured_call(call: Call, function: Callable, seen: list[Captured], args: tuple, kwargs: dict) -> object:
-    try:
-        out = function(call.module, *args, **kwargs)
-    except Exception as error:  # whatever torch.compile could not do; what the module itself raises comes again
-        call.reason = first_line(error)
+class _Capturing:
+    """Captures calls of regions; equal ones once."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Captured, list[object]]] = []  # graphs that ran, and the storages of their inputs
+        self.function = self._new()
+
+    def _new(self) -> Callable:
+        return compiled(_as_traced, notice=lambda captured, inputs: self.seen.append(
+            (captured, [_storage(value) if isinstance(value, torch.Tensor) else None for value in inputs])))
+
+    def call(self, call: Call, args: tuple, kwargs: dict) -> object:
+        """Call a region and note its graph, or why there is none and what it needs as it is."""
+        self.seen.clear()
+        try:
+            out = self._captured(call.module, args, kwargs)
+        except Exception as error:  # whatever torch.compile could not do; what the module itself raises comes again
+            call.reason = first_line(error)
+        else:
+            if len(self.seen) == 1:
+                call.captured, inputs = self.seen[0]
+                wanted = read_by_backward(call.captured)
+                read = {storage for node, storage in zip(call.captured.primals, inputs, strict=True) if node in wanted}
+                call.read = frozenset(index for index, leaf in enumerate(tree_flatten((args, kwargs))[0])
+                                      if isinstance(leaf, torch.Tensor) and _storage(leaf) in read)
+                return out
+            call.reason = "torch.compile made no graph of it"
+        again = _second(call.module, args, kwargs)
+        torch.clear_autocast_cache()  # so that 16-bit copies of its weights are counted
         out, call.measured = measured_call(call.module, args, kwargs)
+        if again is not None and not _same(again, out):
+            call.unfit = "it draws random numbers that cannot be drawn again, or does not do the same twice"
         return out
-    if len(seen) == 1:
-        call.captured = seen[0]
-    else:
-        call.reason = "torch.compile made no graph of it"
-        out, call.measured = measured_call(call.module, args, kwargs)
-    return out
+
+    def _captured(self, module: nn.Module, args: tuple, kwargs: dict) -> object:
+        try:
+            with quiet("torch._dynamo.convert_frame"):
+                return self.function(module, *args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # torch.compile keeps a few graphs for each function
+            self.function = self._new()
+            return self.function(module, *args, **kwargs)
+
+
+def _second(module: nn.Module, args: tuple, kwargs: dict) -> object | None:
+    """What a module hands out once more, from the same buffers and generators; None without data."""
+    if any(isinstance(leaf, FakeTensor) for leaf in [*tree_flatten((args, kwargs))[0], *module.parameters()]):
+        return None
+    with _undisturbed([module]), attributes_kept([module]):
+        return own_forward(module, *args, **kwargs)
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two things that a module handed out are equal to the bit, not-a-numbers included."""
+    mine, its = tree_flatten(one)[0], tree_flatten(other)[0]
+    return len(mine) == len(its) and all(
+        torch.equal(torch.nan_to_num(left.detach()), torch.nan_to_num(right.detach()))
+        for left, right in zip(mine, its, strict=True) if isinstance(left, torch.Tensor))
+
+
+def tensor_attributes(module: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
+    """Tensors that parts of a module hold as plain attributes, by part and name."""
+    return {(part, name): value for part in module.modules() for name, value in part.__dict__.items()
+            if isinstance(value, torch.Tensor)}
+
+
+@contextmanager
+def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards the modules' plain attributes hold the tensors that they held."""
+    modules = list(modules)
+    before = {place: value for module in modules for place, value in tensor_attributes(module).items()}
+    try:
+        yield
+    finally:
+        for part, name in {place for module in modules for place in tensor_attributes(module)} - set(before):
+            part.__dict__.pop(name)
+        for (part, name), value in before.items():
+            part.__dict__[name] = value
 
 
 class _Cut(torch.autograd.Function):
@@ -219,15 +299,20 @@ def without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, {**kwargs, **dropped}
 
 
-def _note_input(call: Call, leaves: Sequence[object], before: set[int]) -> None:
+def _note_input(call: Call, leaves: Sequence[object], before: Sequence[torch.Tensor]) -> None:
     given = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-    passed = {index: leaf for index, leaf in given.items() if _storage(leaf) in before}
+    passed = {index: leaf for index, leaf in given.items() if any(looks_at(leaf, out) for out in before)}
     call.chained = bool(passed)
     if not passed:
         wanted = [index for index, leaf in given.items() if leaf.requires_grad]
         passed = {index: given[index] for index in sorted(wanted, key=lambda index: -given[index].numel())[:1]}
     call.passed = frozenset(passed)
     call.input = resident_tensors([leaf.detach() for leaf in passed.values()])
+
+
+def looks_at(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor is another one, or a view of its memory in the same number format."""
+    return _storage(tensor) == _storage(other) and tensor.dtype == other.dtype
 
 
 def _kinds(structure: object) -> tuple[list[Meta | object], TreeSpec]:
@@ -257,12 +342,12 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Generators and buffers as they were."""
+def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards generators and the modules' buffers are as they were."""
     places = [(part, name, buffer) for module in modules for part in module.modules()
               for name, buffer in part._buffers.items() if buffer is not None]
     values = {id(buffer): (buffer, buffer.clone()) for _, _, buffer in places}
-    with torch.random.fork_rng(gpus_in_use()):
+    with undisturbed():
         try:
             yield
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.memory.units import parse_bytes
 from strategies.rematerialization.elsewhere import attention_as_on_gpus
+from strategies.rematerialization.fake import fake_batch, without_data
 from strategies.rematerialization.fallback import fallback_options
-from strategies.rematerialization.frame import fake_batch, observe, without_data
+from strategies.rematerialization.framed import Step, framed, gradients_kept, without
 from strategies.rematerialization.plan import Plan
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price import DEVICES, Prices, this_device
@@ -42,7 +42,8 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
         example_batch: what `loss` takes; by default a mapping for `model(**batch)`, labels included.
         budget: bytes ("8GiB") for everything: weights, gradients, optimizer state, activations, loss, temporaries.
         optimizer: counted, its state too, even where that does not exist yet.
-        loss: gives the loss from model and batch; by default what the model returns as `.loss`, or first.
+        loss: gives the loss from model and batch; by default what the model returns as `.loss`, or first. It is called
+            twice, the second time on tensors without data: what it keeps for itself is of no use afterwards.
         autocast: dtype of mixed precision, if training uses it and the model's forward does not enter it by itself.
         accumulate: whether gradients of earlier micro-batches exist when a step begins.
         others: modules and tensors that stay beside the model, a teacher for example.
@@ -54,11 +55,12 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
 
     Raises:
         BudgetError: no plan fits; it says what the least is.
-        ValueError: the budget is not a number of bytes, or the loss not one number.
+        ValueError: the budget is not a number of bytes, the loss not one number, or nothing trains.
+        CannotPlan: the model does not run on tensors without data, as some mixtures of experts do not.
     """
     budget = parse_bytes(budget)
     planner = study(model, example_batch, optimizer=optimizer, loss=loss, autocast=autocast, accumulate=accumulate,
-                    others=others)
+                    others=others, reserved=_buckets(model))
     plan = planner.plan(budget)
     planner.install(plan, inductor=compile)
     return plan
@@ -74,36 +76,58 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
     the `device` named. `reserved` are bytes by name that are held besides, by whom nothing here knows of.
     Without `regions` the model runs as it is, and only what that needs is found.
     """
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        raise ValueError(f"autocast is a dtype such as torch.bfloat16, not {autocast!r}")
     model = _unwrapped(model)
     loss = loss or loss_of
     parameters = list(model.parameters())
     kind = parameters[0].device.type if parameters else "cpu"
     pretended = any(isinstance(parameter, FakeTensor) for parameter in parameters)
+    if kind == "meta":
+        raise ValueError("the model is on the meta device: put it on the device it trains on, or make it under "
+                         "torch's FakeTensorMode to plan it without weights")
 
     def step(model: nn.Module, batch: object) -> torch.Tensor:
-        with torch.autocast(kind, autocast) if autocast is not None else nullcontext():
+        with torch.enable_grad(), torch.autocast(kind, autocast) if autocast is not None else nullcontext():
             found = loss(model, batch)
         if not isinstance(found, torch.Tensor) or found.numel() != 1:
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise ValueError(f"the loss is to be one number, not {shape}: give `loss`, a function of model and batch, "
                              "or labels in the batch")
+        if not found.requires_grad:
+            raise ValueError("no gradient comes back from the loss: nothing in the model trains")
         return found
 
     modules = find_regions(model) if regions else {}
     elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and device not in (None, "cpu") else nullcontext
-    with without_data(*[thing for thing in [model, *others] if isinstance(thing, nn.Module)]) if pretended \
-            else nullcontext((None, None)) as (mode, _), mode or nullcontext(), elsewhere():
-        calls = record(modules, lambda: step(model, fake_batch(mode, batch) if pretended else batch)) if modules else []
+    around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
+    with without_data(*around) if pretended else nullcontext((None, None)) as (mode, _), mode or nullcontext(), \
+            elsewhere():
+        calls = record(modules, lambda: step(model, fake_batch(mode, batch) if pretended else batch), around) \
+            if modules else []
     calls = _plannable(calls)
     _warn_of([call for call in calls if call.captured is None], "keeps all or only its input")
-    with without_data(*[thing for thing in [model, *others] if isinstance(thing, nn.Module)]) as (mode, stand_in), \
-            elsewhere():
-        frame = _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, others,
-                       kind if device is None else "cuda", reserved or {})
-        known = DEVICES[device] if device else this_device(kind)
+    known = DEVICES[device] if device else this_device(kind)
+    with gradients_kept(around, optimizer), without_data(*around) as (mode, stand_in), elsewhere():
+        calls, frame = framed(calls, Step(
+            model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
+            accumulate, reserved or {}, on_gpu=kind == "cuda" or device not in (None, "cpu")), mode)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
     prices = Prices(known, measure=not pretended)
     return Planner(calls, frame, prices, lambda call: fallback[id(call)])
+
+
+def _buckets(model: nn.Module) -> dict[str, int]:
+    """Bytes in which data parallelism sums gradients; a model that is not wrapped yet will be, where there are ranks.
+
+    With `gradient_as_bucket_view` gradients lie in them, and are counted as gradients.
+    """
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if getattr(model, "gradient_as_bucket_view", False) or not (wrapped or ranks > 1):
+        return {}
+    return {"communication": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()
+                                 if parameter.requires_grad)}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -119,14 +143,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _plannable(calls: Sequence[Call]) -> list[Call]:
     """Calls whose modules can run twice and hand something out; the others run as they are, as part of the frame."""
-    changing = [call for call in calls if call.changes]
-    for call in changing:
-        call.reason = "it writes to a tensor that it is given"
-    _warn_of(changing, "runs as it is")
-    unfit = {id(call.module) for call in calls if call.changes or not call.outputs[0]}
-    for before, call in zip(calls, calls[1:], strict=False):
-        call.chained = call.chained and id(before.module) not in unfit
-    return [call for call in calls if id(call.module) not in unfit]
+    unfit = [call for call in calls if call.unfit]
+    for call in unfit:
+        call.reason = call.unfit
+    _warn_of(unfit, "runs as it is")
+    return without({id(call.module) for call in unfit}, calls)
 
 
 def _warn_of(calls: Sequence[Call], consequence: str) -> None:
@@ -143,44 +164,5 @@ def loss_of(model: nn.Module, batch: object) -> torch.Tensor:
     else:
         out = model(batch) if isinstance(batch, torch.Tensor) else model(*batch)
     if isinstance(out, Mapping):
-        return out["loss"]
+        return out.get("loss")
     return out if isinstance(out, torch.Tensor) else out[0]
-
-
-def _frame(calls, mode, model, batch, step, optimizer, stand_in, accumulate, others, kind, reserved):
-    mine = fake_batch(mode, batch)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = [parameter.grad for parameter in parameters]
-    with mode:
-        fake = None if optimizer is None else _without_data(optimizer, stand_in)
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
-        if fake is not None:
-            fake.step()
-        if not accumulate:
-            for parameter in parameters:
-                parameter.grad = None
-        parts = {"weights": [model.parameters(), model.buffers()], "optimizer state": [fake.state] if fake else [],
-                 "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
-                 "others": list(others), "batch": [mine]}
-
-    def advance() -> None:
-        if fake is not None:
-            fake.step()
-        for parameter in parameters:
-            parameter.grad = None
-
-    try:
-        return observe(calls, mode, lambda: step(model, mine), parts, advance, 512 if kind == "cuda" else 1, reserved)
-    finally:
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
-
-
-def _without_data(optimizer: torch.optim.Optimizer, stand_in: Mapping[int, torch.Tensor]) -> torch.optim.Optimizer:
-    """An optimizer of the same kind and settings over parameters without data."""
-    real = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps them
-    groups = [{**group, "params": [stand_in.get(id(parameter), parameter) for parameter in group["params"]]}
-              for group in real.param_groups]
-    accepted = inspect.signature(type(real)).parameters
-    return type(real)(groups, **{name: value for name, value in real.defaults.items() if name in accepted})

@@ -18,8 +18,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from strategies.rematerialization.chain import Block, Schedule, Segment
-from strategies.rematerialization.execute import gpus_in_use
-from strategies.rematerialization.regions import version
+from strategies.rematerialization.execute import gpus_in_use, own_forward
+from strategies.rematerialization.randomness import Generators, undisturbed
+from strategies.rematerialization.regions import looks_at, version
 
 SMALL = 8192  # bytes up to which a saved tensor stays: states of generators
 
@@ -34,9 +35,34 @@ class Handle:
 
 @dataclass(frozen=True)
 class Passed:
-    """Stands in recorded arguments for a tensor that the block before handed out: the how-manieth."""
+    """Stands in recorded arguments for a tensor that the block before handed out, or for a view of it.
+
+    Attributes:
+        output: the how-manieth.
+        view: size, stride, and how far into the tensor; None for the tensor itself.
+    """
 
     output: int
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, handed: Sequence[object], versions: Sequence[object]) -> Passed | None:
+        """How a tensor comes from those that were handed out, if it does and none has been written to since."""
+        for number, other in enumerate(handed):
+            if isinstance(other, torch.Tensor) and looks_at(tensor, other) and tensor._version == versions[number][1]:
+                if tensor is other:
+                    return cls(number)
+                return cls(number, (tuple(tensor.shape), tensor.stride(),
+                                    tensor.storage_offset() - other.storage_offset()))
+        return None
+
+    def again(self, handed: Sequence[object]) -> torch.Tensor:
+        """The same of tensors that were handed out again."""
+        tensor = handed[self.output]
+        if self.view is None:
+            return tensor
+        size, stride, offset = self.view
+        return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
 @dataclass
@@ -52,7 +78,7 @@ class Recorded:
     versions: list = field(default_factory=list)  # of its arguments
     again: str = ""  # why it cannot be made again
     buffers: list = field(default_factory=list)  # (module, name, value before) of those that it updates
-    generators: tuple | None = None  # their states when it was made, unless those at the end of the call before
+    generators: Generators | None = None  # their states when it was made, unless those at the end of the call before
     autocast: tuple = ()
     training: bool = True
 
@@ -73,7 +99,7 @@ class Frame:
         self.values: dict[int, torch.Tensor | Handle] = {}
         self.kinds: dict[int, tuple] = {}
         self.passed: dict[int, int] = {}  # saved tensors that are an argument: which
-        self.ended: tuple | None = None
+        self.ended: Generators | None = None
 
     def run(self, call: Recorded, args: tuple, kwargs: dict) -> object:
         """Make a call of which nothing is kept but what is held elsewhere."""
@@ -81,8 +107,8 @@ class Frame:
         leaves = tree_flatten((args, kwargs))[0]
         held, given, versions = self._held(call), list(map(_same, leaves)), list(map(version, leaves))
         call.versions, call.training, call.autocast = list(map(version, call.arguments)), call.module.training, _casts()
-        now = _generators()
-        call.generators = None if _equal(now, self.ended) else now
+        now = Generators.now()
+        call.generators = None if now.equals(self.ended) else now
         first = self.next
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | Handle:
@@ -95,12 +121,12 @@ class Frame:
             self.next += 1
             return handle
 
-        with saved_tensors_hooks(pack, unpack), _noting_buffers(call):
+        with saved_tensors_hooks(pack, unpack), _noting_buffers(call), _cast_anew(call):
             out = call.run(call.module, *args, **kwargs)
         call.saved = range(first, self.next)
         if versions != list(map(version, leaves)):
             call.again = "it writes to a tensor that it is given"
-        self.ended = _generators() if len(self.calls) < sum(_count(item) for item in self.items) else None
+        self.ended = Generators.now() if len(self.calls) < sum(_count(item) for item in self.items) else None
         return out
 
     def _held(self, call: Recorded) -> set[int]:
@@ -119,7 +145,7 @@ class Frame:
         return value.frame.get(value.index) if isinstance(value, Handle) else value
 
     def _again(self) -> None:
-        with torch.random.fork_rng(gpus_in_use()), torch.enable_grad():
+        with undisturbed(), torch.enable_grad():
             count = _Again(self).run()
         if count != self.next:
             raise RuntimeError(f"recomputing {self.calls[0].module.__class__.__name__} and what follows saved "
@@ -195,7 +221,7 @@ class _Again:
             reason = reason or "it has been switched between training and evaluation since"
         if reason:
             raise RuntimeError(f"{type(call.module).__name__} cannot be recomputed: {reason}")
-        leaves = [self.before[leaf.output] if isinstance(leaf, Passed) else leaf for leaf in call.arguments]
+        leaves = [leaf.again(self.before) if isinstance(leaf, Passed) else leaf for leaf in call.arguments]
         return tree_unflatten(_cut(leaves), call.spec)
 
 
@@ -219,8 +245,8 @@ class Recorder:
     def call(self, run: Callable, module: nn.Module, args: tuple, kwargs: dict) -> object:
         """Make the model's call, remembering what it was given; what the block before handed out, only by number."""
         leaves, spec = tree_flatten((args, kwargs))
-        numbers = {kind: number for number, kind in enumerate(self.handed) if kind is not None}
-        leaves = [Passed(numbers[version(leaf)]) if version(leaf) in numbers else leaf for leaf in leaves]
+        leaves = [leaf if not isinstance(leaf, torch.Tensor) else Passed.of(leaf, self.out, self.handed) or leaf
+                  for leaf in leaves]
         outside = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         out = self.frame.run(Recorded(run, module, leaves, spec, outside), args, kwargs)
         self.out = _leaves(out)  # held, so that no other tensor takes its place
@@ -260,10 +286,7 @@ def _noting_buffers(call: Recorded) -> Iterator[None]:
 def _as_then(call: Recorded) -> Iterator[None]:
     """Generators, autocast and buffers as a call found them the first time; buffers go back afterwards."""
     if call.generators is not None:
-        cpu, cuda = call.generators
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+        call.generators.put_back()
     now = [part._buffers[name] for part, name, _ in call.buffers]
     for part, name, old in call.buffers:
         part._buffers[name] = old.clone()
@@ -271,21 +294,21 @@ def _as_then(call: Recorded) -> Iterator[None]:
         with ExitStack() as casts:
             for kind, enabled, dtype, cache in call.autocast:
                 casts.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            casts.enter_context(_cast_anew(call))
             yield
     finally:
         for (part, name, _), buffer in zip(call.buffers, now, strict=True):
             part._buffers[name] = buffer
 
 
-def _generators() -> tuple[torch.Tensor, torch.Tensor | None]:
-    """States of the generators of the CPU and of the current GPU."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if gpus_in_use() else None
-
-
-def _equal(one: tuple, other: tuple | None) -> bool:
-    return other is not None and all(
-        (left is None) == (right is None) and (left is None or torch.equal(left, right))
-        for left, right in zip(one, other, strict=True))
+@contextmanager
+def _cast_anew(call: Recorded) -> Iterator[None]:
+    """Autocast without its cache for modules that run as they are: it would hold 16-bit weights until the step ends."""
+    with ExitStack() as casts:
+        for kind, enabled, dtype, cache in _casts():
+            if enabled and cache and call.run is own_forward:
+                casts.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+        yield
 
 
 def _casts() -> tuple:

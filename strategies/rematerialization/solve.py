@@ -63,7 +63,8 @@ class Infeasible(Exception):
 
 
 def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool = True,
-          start: Sequence[int] | None = None, iterations: int | None = None) -> Solution:
+          start: Sequence[int] | None = None, iterations: int | None = None,
+          gap: float = AS_GOOD_AS_PROVEN) -> Solution:
     """The cheapest order found in `seconds` of wall time whose peak is at most `budget` bytes.
 
     Args:
@@ -72,6 +73,7 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
         bound: whether to spend time on the lower bound; without, it is the cost of running everything once.
         start: an order to begin with.
         iterations: moves of the search instead of a time limit; `seconds` then limits the bound alone.
+        gap: end as soon as no order can be cheaper by more than this share.
 
     Raises:
         Infeasible: no order was found that fits.
@@ -87,7 +89,7 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
         raise infeasible(graph, budget, seconds, seed, iterations)
 
     def proven() -> bool:
-        return search.cost <= (1 + AS_GOOD_AS_PROVEN) * prover.value
+        return search.cost <= (1 + gap) * prover.value
 
     if iterations is not None:
         rounds(search, starts, deadline, proven, iterations)
@@ -96,7 +98,7 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
             prover.single(deadline, proven)
             prover.several(deadline, proven)
     elif not proven() and bound and seconds >= THREADED:
-        beside(search, prover, starts, deadline)
+        beside(search, prover, starts, deadline, gap)
     elif not proven() and bound:
         in_turn(search, prover, starts, deadline, proven)
     elif not proven():
@@ -140,12 +142,12 @@ def in_turn(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], dead
     rounds(search, starts, deadline, proven)
 
 
-def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadline: float) -> None:
+def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadline: float, gap: float) -> None:
     """The bound and then a second search in one thread, a search in another (all without Python's lock)."""
     second = Searcher(search.graph, search.budget, seed=search.seed + 1)
 
     def enough(times: float = 1.0) -> bool:
-        return min(search.cost, second.cost) <= times * (1 + AS_GOOD_AS_PROVEN) * prover.value
+        return min(search.cost, second.cost) <= times * (1 + gap) * prover.value
 
     def prove() -> None:
         begin = time.perf_counter()

@@ -6,8 +6,9 @@ import torch
 
 from strategies.memory.meter import measure
 from strategies.rematerialization import options as ways
-from strategies.rematerialization.chain import Block
+from strategies.rematerialization.chain import Block, segments_in
 from strategies.rematerialization.plan import BudgetError
+from strategies.rematerialization.planner import STATES
 from strategies.rematerialization.rematerialize import rematerialize, study
 from tests.strategies.planning import (
     assert_equal,
@@ -148,7 +149,8 @@ def test_peak_is_predicted_and_never_above_the_budget(kind, monkeypatch):
         measured = measure(step, "cpu", [model, optimizer, batch])
         plan.remove()
         assert measured.peak <= (plan.budget or plan.peak), (kind, plan.budget, plan.schedule)
-        assert measured.peak >= 0.97 * plan.peak, (kind, plan.budget, plan.schedule)
+        states = STATES * segments_in(plan.schedule)  # planned for every segment, there only while it runs
+        assert measured.peak >= 0.97 * plan.peak - states, (kind, plan.budget, plan.schedule)
 
 
 def test_budgets():

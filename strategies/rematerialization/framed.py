@@ -1,0 +1,139 @@
+"""The frame of a training step: its parts, its optimizer, and what to do where a step cannot be tried without data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from strategies.memory.tracker import tensors_of
+from strategies.rematerialization.execute import quiet
+from strategies.rematerialization.fake import Answers, fake_optimizer
+from strategies.rematerialization.frame import Frame, Unreached, observe
+from strategies.rematerialization.regions import Call, first_line
+
+ROUNDED = 512  # bytes to whose multiple a GPU's allocator rounds up
+
+
+class CannotPlan(RuntimeError):
+    """Nothing can be foretold of a model: it does not run on tensors without data."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step on tensors without data.
+
+    Attributes:
+        model, batch: without data.
+        loss: of a batch.
+        optimizer: the real one; None if there is none.
+        stand_in: for real parameters by id, what stands for them.
+        others: what stays beside the model: modules and tensors.
+        accumulate: whether gradients of earlier micro-batches exist when a step begins.
+        reserved: bytes by name that are held besides.
+        on_gpu: whether bytes are counted as a GPU's allocator rounds them.
+    """
+
+    model: nn.Module
+    batch: object
+    loss: Callable[[object], torch.Tensor]
+    optimizer: torch.optim.Optimizer | None
+    stand_in: Mapping[int, torch.Tensor]
+    others: Sequence[object]
+    accumulate: bool
+    reserved: Mapping[str, int]
+    on_gpu: bool
+
+    def frame(self, calls: Sequence[Call], mode: FakeTensorMode) -> Frame:
+        """Try the step; see `observe` for what it raises."""
+        optimizer = None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in)
+        modules = [self.model, *(thing for thing in self.others if isinstance(thing, nn.Module))]
+        groups = [] if optimizer is None else optimizer.param_groups
+        parameters = list({id(parameter): parameter for parameter in (
+            *(parameter for module in modules for parameter in module.parameters()),
+            *(parameter for group in groups for parameter in group["params"])) if parameter.requires_grad}.values())
+        with mode:
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            state, update = self._updating(optimizer, parameters)
+            if not self.accumulate:
+                for parameter in parameters:
+                    parameter.grad = None
+        parts = {"gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+                 "weights": [self.model.parameters(), self.model.buffers()],
+                 "optimizer state": state, "others": list(self.others), "batch": [self.batch]}
+
+        def advance() -> None:
+            update()
+            for parameter in parameters:
+                parameter.grad = None
+
+        return observe(calls, mode, lambda: self.loss(self.batch), parts, advance, ROUNDED if self.on_gpu else 1,
+                       self.reserved)
+
+    def _updating(self, optimizer: torch.optim.Optimizer | None, parameters: Sequence[torch.Tensor]
+                  ) -> tuple[list[object], Callable[[], object]]:
+        """The optimizer's state after a step, and what takes another one."""
+        if optimizer is None:
+            return [], lambda: None
+        try:
+            with Answers():
+                optimizer.step()
+        except Exception as error:  # whatever an optimizer of others cannot do without numbers
+            real = list(tensors_of(getattr(self.optimizer, "optimizer", self.optimizer).state))
+            guess = [torch.empty(2 * parameter.numel()) for parameter in parameters]
+            what = "its state is counted as it is" if real else "its state is taken for two fp32 numbers a parameter"
+            warnings.warn(f"{type(optimizer).__name__} cannot take a step on tensors without data, so {what}, and its "
+                          f"temporaries not at all: {first_line(error)}", stacklevel=6)
+            return real or guess, lambda: None
+        return [optimizer.state], optimizer.step
+
+
+def framed(calls: list[Call], step: Step, mode: FakeTensorMode) -> tuple[list[Call], Frame]:
+    """The frame of a step, and the regions that take part in it.
+
+    Regions that no gradient comes back to run as they are. So do all, with a warning, where standing in for them
+    makes the model fail.
+
+    Raises:
+        CannotPlan: the model does not run without data at all.
+    """
+    while True:
+        try:
+            with quiet("torch._subclasses.fake_tensor"):
+                return calls, step.frame(calls, mode)
+        except Unreached as error:
+            calls = without({id(calls[index].module) for index in error.regions}, calls)
+        except Exception as error:
+            if not calls:
+                raise CannotPlan(f"{type(step.model).__name__} cannot be planned: a step of it cannot be tried on "
+                                 f"tensors without data ({type(error).__name__}: {first_line(error)})") from error
+            warnings.warn(f"{type(step.model).__name__} runs as it is, nothing of it is planned: it does not run "
+                          f"with its blocks replaced ({type(error).__name__}: {first_line(error)})", stacklevel=4)
+            calls = []
+
+
+def without(modules: Collection[int], calls: Sequence[Call]) -> list[Call]:
+    """The calls of other modules than those given by id; what they handed out comes from elsewhere now."""
+    for before, call in zip(calls, calls[1:], strict=False):
+        call.chained = call.chained and id(before.module) not in modules
+    return [call for call in calls if id(call.module) not in modules]
+
+
+@contextmanager
+def gradients_kept(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Afterwards all parameters have the gradients that they had."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    before = [(parameter, parameter.grad) for parameter in (
+        *(parameter for module in modules for parameter in module.parameters()),
+        *(parameter for group in groups for parameter in group["params"]))]
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
