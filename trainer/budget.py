@@ -76,34 +76,44 @@ def plan_memory(experiment: Experiment, teacher: PretrainedConfig | None, studen
     Raises:
         BudgetUnmet: no plan fits the budget.
     """
-    def again(changed: Experiment) -> Planner:
-        return study_experiment(changed, teacher, student, processes)
+    def again(changed: Experiment, regions: bool) -> Planner:
+        return study_experiment(changed, teacher, student, processes, regions)
 
     try:
-        planner = again(experiment)
+        return describe(*choose(experiment, again))
     except (RuntimeError, NotImplementedError):  # some mixtures of experts look at their data
         return None
-    return describe(planner, choose(experiment, planner, again))
 
 
-def choose(experiment: Experiment, planner: Planner, again: Callable[[Experiment], Planner]) -> Schedule:
-    """The schedule for the experiment's budget; without one, nothing is recomputed.
+def choose(experiment: Experiment, again: Callable[[Experiment, bool], Planner],
+           first: Callable[[bool], Planner] | None = None) -> tuple[Planner, Schedule]:
+    """What was learnt of the experiment's step, and its schedule; where the model fits as it is, nothing is planned.
+
+    Args:
+        again: studies an experiment, with or without a schedule for its blocks in view.
+        first: the same for this experiment, if it can be done better.
 
     Raises:
         BudgetUnmet: no plan fits.
     """
-    budget = experiment.memory.bytes
-    if budget is None:
-        return planner.keep_all()
+    first = first or (lambda regions: again(experiment, regions))
+    budget, planner = experiment.memory.bytes, first(False)
+    if budget is None or planner.fits_as_it_is(budget):
+        schedule = planner.keep_all()
+        schedule.budget = budget
+        return planner, schedule
+    planner = first(True)
     try:
-        return planner.plan(budget)
+        return planner, planner.plan(budget)
     except BudgetError as error:
-        raise refuse(experiment, error, again) from error
+        raise refuse(experiment, error, planner.least, again) from error
 
 
 def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                     processes: int) -> Planner:
+                     processes: int, regions: bool) -> Planner:
     """Learn what a step needs from shapes alone: models, batch and optimizer are made without data.
+
+    Without `regions` the model is to run as it is.
 
     Raises:
         UserError: a layer cannot be quantised.
@@ -128,7 +138,7 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
     return study(small.train(), batch, optimizer=optimizer, accumulate=accumulates(experiment, processes),
                  loss=lambda model, batch: loss_of_batch(objective, precision, model, large, batch)[0],
                  others=[large] if large is not None else [], device=experiment.memory.device,
-                 reserved=reserved(experiment, small, processes, place), regions=experiment.memory.bytes is not None)
+                 reserved=reserved(experiment, small, processes, place), regions=regions)
 
 
 def accumulates(experiment: Experiment, processes: int) -> bool:
@@ -151,10 +161,8 @@ def reserved(experiment: Experiment, student: nn.Module, processes: int, device:
 
 def describe(planner: Planner, chosen: Schedule) -> MemoryPlan:
     """A schedule as plain data."""
-    moment, parts = chosen.parts()
+    moment, parts = named_parts(chosen)
     curve, marks = chosen.curve()
-    if "others" in parts:
-        parts["teacher"] = parts.pop("others")
     step = max(1, len(curve) // POINTS)
     return MemoryPlan(
         budget=chosen.budget, peak=chosen.peak, keep_all=planner.keep_all().peak, moment=moment, parts=parts,
@@ -163,24 +171,37 @@ def describe(planner: Planner, chosen: Schedule) -> MemoryPlan:
         marks=list(marks))
 
 
-def refuse(experiment: Experiment, error: BudgetError, again: Callable[[Experiment], Planner]) -> BudgetUnmet:
+def named_parts(chosen: Schedule) -> tuple[str, dict[str, int]]:
+    """When the peak of a schedule is, and its bytes by what they are."""
+    moment, parts = chosen.parts()
+    return moment, {"teacher" if name == "others" else name: count for name, count in parts.items()}
+
+
+def refuse(experiment: Experiment, error: BudgetError, least: Schedule,
+           again: Callable[[Experiment, bool], Planner]) -> BudgetUnmet:
     """The message for a budget that cannot be met: what is possible, where it goes, and changes that would fit.
 
     Args:
+        least: the plan with the least peak.
         again: studies a changed experiment.
     """
+    moment, parts = named_parts(least)
     lines = [f"a training step cannot be made to fit: the least that any plan found needs is {readable(error.least)} "
              f"({error.least:,} bytes), and none can need less than {readable(error.bound)}"]
-    lines += ["  the largest parts then:"]
-    lines += [f"    {'teacher' if name == 'others' else name:<28} {count:>16,} bytes  {readable(count)}"
-              for name, count in sorted(error.parts.items(), key=lambda part: -part[1]) if count][:7]
+    lines += [f"  the largest parts then, at the peak ({moment}):"]
+    lines += [f"    {name:<28} {count:>16,} bytes  {readable(count)}"
+              for name, count in sorted(parts.items(), key=lambda part: -part[1]) if count][:7]
     fitting = list(_fitting(experiment, error.budget, again))[:4]
-    way_out = "; or ".join(fitting) if fitting else "no single change of batch or precision fits; use a smaller model"
-    return BudgetUnmet("memory.budget", "\n".join(lines),
-                       value=experiment.memory.budget or f"nine tenths of {experiment.memory.device}", way_out=way_out)
+    memory, named = experiment.memory, experiment.memory.budget is None
+    ways = [*fitting, f"memory.budget={error.least}" if not named else "a larger memory.device"]
+    if not fitting:
+        ways.append("a smaller model")
+    return BudgetUnmet("memory.device" if named else "memory.budget", "\n".join(lines),
+                       value=f"{memory.device}, nine tenths of it" if named else memory.budget,
+                       way_out="; or ".join(ways))
 
 
-def _fitting(experiment: Experiment, budget: int, again: Callable[[Experiment], Planner]) -> Iterator[str]:
+def _fitting(experiment: Experiment, budget: int, again: Callable[[Experiment, bool], Planner]) -> Iterator[str]:
     """Changes that fit, cheapest first: what is learnt stays the same, or nearly, or sequences are shorter."""
     found: set[str] = set()
     for text, changed in _changes(experiment):
@@ -188,7 +209,10 @@ def _fitting(experiment: Experiment, budget: int, again: Callable[[Experiment], 
         if key in found:
             continue  # the largest micro-batch that fits is the best one
         try:
-            plan = again(changed).plan(budget)
+            planner = again(changed, True)
+            if planner.least_bound > budget:
+                continue
+            plan = planner.plan(budget)
         except (BudgetError, UserError):
             continue
         found.add(key)

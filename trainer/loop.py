@@ -204,15 +204,16 @@ class Trainer:
         experiment, training, data = self.experiment, self.experiment.training, self.experiment.data
         processes, student = self.accelerator.num_processes, self.unwrapped
         batch = example_batch(training.micro_batch, data.sequence_length, data.packing, self.accelerator.device)
+        shapes = None if self.teacher is None else self.teacher.config, student.config
         try:
-            planner = self._study(student, batch, processes)
+            planner, chosen = choose(
+                experiment, lambda changed, regions: study_experiment(changed, *shapes, processes, regions),
+                lambda regions: self._study(student, batch, processes, regions))
         except CannotPlan as error:
             if experiment.memory.bytes is None:
                 return None
             raise UserError("memory.budget", f"cannot be promised for this architecture: {error}",
                             value=experiment.memory.budget, way_out="leave memory.budget out") from error
-        shapes = None if self.teacher is None else self.teacher.config, student.config
-        chosen = choose(experiment, planner, lambda changed: study_experiment(changed, *shapes, processes))
         planner.install(chosen, inductor=experiment.memory.compile)
         memory = describe(planner, chosen)
         if self.accelerator.is_main_process and self.folder.plan.exists():
@@ -220,14 +221,13 @@ class Trainer:
             write_atomically(self.folder.plan, json.dumps({**plan, "memory": asdict(memory)}, indent=2))
         return memory
 
-    def _study(self, student: nn.Module, batch: Batch, processes: int) -> Planner:
+    def _study(self, student: nn.Module, batch: Batch, processes: int, regions: bool) -> Planner:
         experiment = self.experiment
         return study(
             student, batch, optimizer=self.optimizer, accumulate=accumulates(experiment, processes),
             loss=lambda model, batch: loss_of_batch(self.objective, self.precision, model, self.teacher, batch)[0],
             others=[] if self.teacher is None else [self.teacher],
-            reserved=reserved(experiment, student, processes, self.accelerator.device.type),
-            regions=experiment.memory.bytes is not None)
+            reserved=reserved(experiment, student, processes, self.accelerator.device.type), regions=regions)
 
     def _measured_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], Measured]:
         """A training step whose memory is measured."""

@@ -174,13 +174,13 @@ def show_plan(source: Source, plan: Plan) -> None:
     """Print the resolved experiment with the origin of each value, and the plan."""
     _print_columns(f"Experiment {source.experiment.name}: key, value, where it was written", resolved_table(source))
     _print_columns("Plan", _plan_rows(plan))
-    _print_columns("Ledger: bytes per process in a training step", [
-        (name.replace("_", " "), f"{count:>15,}", readable(count))
-        for name, count in [*plan.ledger.rows(), ("total", plan.ledger.total)]])
-    if plan.ledger.activations is None:
-        console.print("  activations are not in it: this architecture cannot be run without data")
     if plan.memory is not None:
         _print_columns("Memory at the peak of a step: predicted bytes per process", _memory_rows(plan.memory))
+        return
+    _print_columns("Ledger: bytes per process that a training step keeps", [
+        (name.replace("_", " "), f"{count:>15,}", readable(count))
+        for name, count in [*plan.ledger.rows(), ("total", plan.ledger.total)]])
+    console.print("  activations and the peak are not in it: this architecture cannot be run without data")
 
 
 def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
@@ -220,8 +220,12 @@ def _memory_rows(memory: MemoryPlan) -> list[tuple[str, ...]]:
         return [*rows, ("budget", f"{'none':>15}", "nothing is recomputed; set memory.budget=... to fit fewer bytes")]
     rows.append(("budget", f"{memory.budget:>15,}", f"{readable(memory.budget)}; keeping all would need "
                                                     f"{readable(memory.keep_all)}"))
+    if not memory.blocks and not memory.unplanned:
+        return [*rows, ("recomputed", f"{'nothing':>15}", "the model fits as it is")]
     rows.append(("recomputed", f"{memory.recomputed:>15.1%}", "of the blocks' forward and backward time; a better "
                  f"schedule could save at most {memory.gap:.1%}"))
+    if memory.blocks:
+        rows.append(("blocks", f"{'bytes kept':>15}", "by each between forward and backward, beside its input"))
     rows += [(" ".join(names), f"{kept:>15,}", what) for names, kept, what in _block_rows(memory)]
     return [*rows, *(("as it is", "", text) for text in memory.unplanned)]
 

@@ -53,7 +53,7 @@ def write_report(path: Path) -> Path:
         "## Training\n", "![training loss](loss.png)\n", "![held-out bits per byte](held_out.png)\n",
         _training(curves["student"]), *(f"Text: {note}." for note in plan.get("text", [])), "",
         "## Receipt\n", _receipt(receipt), "",
-        "## Bytes\n", _ledger(plan), "", *_memory(plan, curves["student"], folder), "",
+        "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan), "",
         "## Samples\n", f"Each model continues `{experiment['report']['prompt']}` with its most probable tokens.\n",
         *[f"**{name}**\n\n```text\n{found[name]['sample']}\n```\n" for name in _ordered(found)],
         "Run it again: `accelerate launch train.py --config experiment.yaml run.folder=...` with the "
@@ -123,20 +123,23 @@ def _receipt(receipt: dict[str, Any]) -> str:
 
 
 def _ledger(plan: dict[str, Any]) -> str:
-    rows = ["| part | planned bytes per process |", "|---|---:|"]
-    rows += [f"| {name.replace('_', ' ')} | {count:,} |" for name, count in plan["ledger"].items() if count]
+    """What is kept, where nothing is known of the peak, and what was measured over the whole run."""
+    rows = []
+    if plan.get("memory") is None:
+        rows = ["| part | planned bytes per process |", "|---|---:|"]
+        rows += [f"| {name.replace('_', ' ')} | {count:,} |" for name, count in plan["ledger"].items() if count]
     measured = plan.get("measured")
     if measured:
         what = {"rss": "resident set of the process at its largest: libraries and data included, not comparable with "
                        "the plan on CPU", "cuda": "allocated by CUDA at its largest"}[measured["kind"]]
-        rows += ["", f"Measured: {measured['memory_peak']:,} bytes ({what})."]
+        rows += ["", f"Over the whole run: {measured['memory_peak']:,} bytes ({what})."]
     return "\n".join(rows)
 
 
 def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder) -> list[str]:
     """Bytes at the peak of a training step, planned and measured, and their course over the step."""
     memory = plan.get("memory")
-    measured = next((line for line in lines if "memory" in line), None)
+    measured = next((line for line in reversed(lines) if "memory" in line), None)
     if memory is None or measured is None:
         return []
     found = measured["memory"]
@@ -152,6 +155,8 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
         rows += ["", f"Keeping everything would have needed {memory['keep_all']:,} bytes. Recomputation takes "
                      f"{memory['recomputed']:.1%} of the blocks' forward and backward time by prediction; a better "
                      f"schedule of the blocks could save at most {memory['gap']:.1%} of it."]
+    rows += ["", "Planned for a micro-batch whose rows hold several documents each; rows of one document need no mask, "
+                 "and a little less."]
     rows += [f"\nNot planned: {text}." for text in memory["unplanned"]]
     draw_step(Curve(numpy.array(memory["curve"]), tuple(map(tuple, memory["marks"]))),
               Curve(numpy.array(found["curve"]), tuple(map(tuple, found["marks"]))), memory["budget"],

@@ -76,6 +76,8 @@ def carry_out(source: Source) -> Path:
             say(f"not used, since it is finished: {', '.join(changed)}")
         return folder.path
     check_batch(experiment, accelerator.num_processes)
+    if experiment.memory.bytes is not None:
+        say(f"{experiment.name}: planning memory")
     check_early(experiment, accelerator.num_processes)
     say(f"{experiment.name}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"{experiment.precision.dtype}")
@@ -109,6 +111,9 @@ def check_early(experiment: Experiment, processes: int) -> None:
     if experiment.student.quantization is not None:
         with torch.device("meta"):
             quantize(experiment, AutoModelForCausalLM.from_config(student))
+    if experiment.memory.device is not None and not torch.cuda.is_available():
+        raise UserError("memory.device", "a run is on the device that is there, which is no GPU",
+                        value=experiment.memory.device, way_out="leave it out, or add --dry-run to plan for it")
     if experiment.memory.bytes is not None:
         plan_memory(experiment, teacher, student, processes)
         if experiment.teacher is not None and experiment.teacher.train is not None:

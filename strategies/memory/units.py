@@ -15,9 +15,12 @@ def parse_bytes(text: int | float | str) -> int:
         ValueError: it is not a number of bytes above 0.
     """
     found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", str(text).replace("_", "").lower())
+    if found is not None and found[2] not in UNITS:
+        raise ValueError(f"{text!r} is not a number of bytes: units are KB, MB, GB, TB (powers of 1000) and KiB, MiB, "
+                         "GiB, TiB (of 1024)")
     try:
         count = int(float(found[1]) * UNITS[found[2]]) if found else 0
-    except (KeyError, ValueError, OverflowError):
+    except (ValueError, OverflowError):
         count = 0
     if count <= 0 or isinstance(text, bool):
         raise ValueError(f"{text!r} is not a number of bytes above 0; write for example 6GiB, 800MB or 6442450944")

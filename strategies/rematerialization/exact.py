@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 
 from strategies.rematerialization.graph import Graph
+from strategies.rematerialization.highs import mixed_integer
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class _Checkmate:
         integer[: self.whole] = int(whole)
         options = {} if np.isinf(seconds) else {"time_limit": seconds}
         low, high = np.array(self.limits).T
-        return milp(cost, constraints=LinearConstraint(matrix, low, high), integrality=integer,
-                    bounds=Bounds(self.lower, self.upper), options={**options, "mip_rel_gap": 0.0})
+        return mixed_integer(cost, constraints=LinearConstraint(matrix, low, high), integrality=integer,
+                             bounds=Bounds(self.lower, self.upper), options={**options, "mip_rel_gap": 0.0})
 
     def row(self, terms: list[tuple[int, float]], low: float = -np.inf, high: float = np.inf) -> None:
         """low <= sum of factor * column <= high."""

@@ -92,10 +92,15 @@ def gpus_in_use() -> list[int]:
     return [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
 
 
+def stood_in(module: nn.Module) -> bool:
+    """Whether something stands in place of a module's forward."""
+    return getattr(module.__dict__.get("forward"), STANDS_IN, False)
+
+
 def replace_forward(module: nn.Module, forward: Callable) -> None:
     """Put a forward on a module in place of its own, or of another that was put there so; its own stays in reach."""
     there = module.__dict__.get("forward")
-    if there is not None and not getattr(there, STANDS_IN, False):
+    if there is not None and not stood_in(module):
         module.__dict__[BEFORE] = there
     setattr(forward, STANDS_IN, True)
     module.forward = forward

@@ -35,6 +35,8 @@ class Frame:
         parts: bytes of `base` by name.
         timeline: bytes after every change, regions standing still.
         marks: (phase, position in the timeline).
+        around: the parts of the timeline before the first region's forward, between the last one's forward and its
+            backward, after the first one's backward, and while the optimizer steps.
     """
 
     base: int
@@ -50,6 +52,7 @@ class Frame:
     parts: dict[str, int]
     timeline: tuple[int, ...] = ()
     marks: tuple[tuple[str, int], ...] = ()
+    around: tuple[tuple[int, ...], ...] = ()
 
 
 class Unreached(Exception):
@@ -178,13 +181,16 @@ class _Stage:
                   for index in range(count)]
         behind = [most(backward[index + 1][1] if index < count - 1 else backward[index][0], backward[index][0])
                   - self.arriving[index] for index in range(count)]
+        pieces = [(marks["forward"], forward[0][0]), (forward[-1][1], backward[-1][0]),
+                  (backward[0][1], marks["update"]), (marks["update"], marks["end"])]
         return Frame(
             base=base, start=max(base, most(marks["forward"], forward[0][0])), before=tuple(before),
             head=max(at(forward[-1][1]), most(forward[-1][1], backward[-1][0])), behind=tuple(behind),
             arriving=tuple(self.arriving[index] for index in range(count)), fresh=tuple(self.fresh),
             spare=sum(count for count, read in self.arguments.values() if not read),
             end=max(at(backward[0][1]), most(backward[0][1], marks["update"])),
-            update=update, parts=parts, timeline=steps[0], marks=steps[1])
+            update=update, parts=parts, timeline=steps[0], marks=steps[1],
+            around=tuple(tuple(self.tracker.timeline[begin:stop]) for begin, stop in pieces))
 
 
 class _StandIn(torch.autograd.Function):

@@ -110,6 +110,8 @@ def framed(calls: list[Call], step: Step, mode: FakeTensorMode) -> tuple[list[Ca
         except Unreached as error:
             calls = without({id(calls[index].module) for index in error.regions}, calls)
         except Exception as error:
+            if not calls and isinstance(error, ValueError):  # a mistake of whoever asks, said in its own words
+                raise
             if not calls:
                 raise CannotPlan(f"{type(step.model).__name__} cannot be planned: a step of it cannot be tried on "
                                  f"tensors without data ({type(error).__name__}: {first_line(error)})") from error

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult
 
 from strategies.rematerialization.graph import Graph
+from strategies.rematerialization.highs import mixed_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +40,10 @@ class Program:
         if not self.cost.size:
             status = 2 if (self.limit < 0).any() else 0
             return OptimizeResult(status=status, fun=0.0, mip_dual_bound=0.0, x=np.zeros(0))
-        return milp(self.cost, constraints=LinearConstraint(self.rows, -np.inf, self.limit), bounds=Bounds(0, 1),
-                    integrality=np.full(self.cost.size, int(whole)),
-                    options={"time_limit": max(seconds, 0.01), "mip_rel_gap": gap})
+        return mixed_integer(
+            self.cost, constraints=LinearConstraint(self.rows, -np.inf, self.limit), bounds=Bounds(0, 1),
+            integrality=np.full(self.cost.size, int(whole)),
+            options={"time_limit": max(seconds, 0.01), "mip_rel_gap": gap})
 
     def kept(self, solution: np.ndarray) -> list[set[int]]:
         """For every moment, the values a solution (columns,) has resident."""

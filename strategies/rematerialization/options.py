@@ -51,6 +51,12 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
     return frontier(found)
 
 
+def cheapest_within(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int,
+                    moves: int = MOVES) -> tuple[int, ...] | None:
+    """The order found that recomputes least while it keeps at most `kept` bytes and needs at most `peak`, or None."""
+    return _solved(captured, seconds, workspace, kept, peak, moves, _cheapest(captured, seconds, workspace, kept, peak))
+
+
 def _cheapest(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, most: int
               ) -> Sequence[int] | None:
     """The order that recomputes least for the bytes kept, whatever its peak: an integer program for one moment."""
@@ -73,7 +79,8 @@ def option_of(captured: Captured, graph: Graph, order: Sequence[int]) -> Option:
     """What running a region in an order keeps, needs and costs beyond running everything once."""
     border = list(order).index(captured.forward)
     resident = simulate(graph, order).resident
-    extra = float(sum(graph.seconds[index] for index in order) - graph.seconds.sum())
+    again = len(order) > len(graph.seconds)
+    extra = float(sum(graph.seconds[index] for index in order) - graph.seconds.sum()) if again else 0.0
     states = _state_bytes(captured, order)
     return Option(kept_bytes(graph, order) + states, int(resident[:border].max(initial=0)) + states,
                   int(resident[border + 1:].max(initial=0)) + states, max(0.0, extra), tuple(order))
@@ -96,6 +103,11 @@ def _state_bytes(captured: Captured, order: Sequence[int]) -> int:
     ran = list(order)
     return sum(state_like(node).numel() for index, node in zip(shift, captured.operations, strict=True)
                if is_random(node) and ran.count(index) > 1)
+
+
+def most_states(captured: Captured) -> int:
+    """Bytes of generator states if every random operation runs again."""
+    return sum(state_like(node).numel() for node in captured.operations if is_random(node))
 
 
 def frontier(found: Sequence[Option]) -> tuple[Option, ...]:

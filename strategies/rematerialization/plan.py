@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from strategies.rematerialization.chain import Block, Link, Replay, Schedule, leaves
+from strategies.rematerialization.chain import Block, Link, Option, Replay, Schedule, leaves
 from strategies.rematerialization.frame import Frame
 from strategies.rematerialization.planned import Planned
 from strategies.rematerialization.regions import Call
@@ -44,6 +44,8 @@ class Plan:
         calls: the regions.
         seconds: of forward and backward of all regions, each operation once, by the prices.
         bound: seconds of recomputation below which no schedule of the regions fits, proven.
+        planned: the model that it is installed in.
+        resident: bytes at every operation of a region's forward, and of its backward, by an option.
     """
 
     budget: int | None
@@ -56,6 +58,7 @@ class Plan:
     seconds: float
     bound: float
     planned: Planned | None = field(default=None, repr=False)
+    resident: Callable[[int, Option], tuple[list[int], list[int]]] | None = field(default=None, repr=False)
 
     @property
     def recomputed(self) -> float:
@@ -122,15 +125,36 @@ class Plan:
         return found
 
     def curve(self) -> tuple[list[tuple[int, int]], tuple[tuple[str, int], ...]]:
-        """Planned bytes over the step as (position, bytes), and where its phases begin."""
-        frame, moments = self.frame, self.replay.moments
+        """Planned bytes over the step as (position, bytes), operation by operation, and where its phases begin.
+
+        The largest is the predicted peak: what the count misses is added in proportion.
+        """
+        frame = self.frame
         if not self.calls:
             return list(enumerate(frame.timeline)), frame.marks
-        head = next((index for index, (name, _, _) in enumerate(moments) if name == "head"), len(moments))
-        ahead, behind = [count for *_, count in moments[:head + 1]], [count for *_, count in moments[head + 1:]]
-        values = [frame.base, frame.start, *ahead, *behind, frame.end, frame.update, frame.base]
-        marks = (("forward", 0), ("backward", 2 + head), ("update", len(values) - 2))
-        return list(enumerate(values)), marks
+        chosen = dict(leaf for item in self.schedule for leaf in leaves(item))
+        start, head, end, update = frame.around
+        values, marks = [frame.base, *start], {"forward": 0}
+        for name, position, count in self.replay.moments:
+            if name == "head":
+                values += [count - frame.head + value for value in head or (frame.head,)]
+                marks["backward"] = len(values)
+            else:
+                values += self._operations(name, position, self.links[position].options[chosen[position]], count)
+        values += end
+        marks["update"] = len(values)
+        values += [*update, frame.base]
+        scale = (self.peak - frame.base) / max(1, max(values) - frame.base)
+        return [(at, round(frame.base + scale * (value - frame.base))) for at, value in enumerate(values)], tuple(
+            marks.items())
+
+    def _operations(self, phase: str, position: int, option: Option, most: int) -> list[int]:
+        """Bytes at every operation of a block's forward or backward, of which the largest is `most`."""
+        if self.resident is None or not option.order:
+            return [most]
+        forward, backward = self.resident(position, option)
+        own = forward if phase == "forward" else backward
+        return [most - max(own) + value for value in own] if own else [most]
 
     def __str__(self) -> str:
         moment, parts = self.parts()

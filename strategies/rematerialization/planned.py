@@ -211,6 +211,14 @@ def installed(module: nn.Module) -> PlannedForward | None:
     return None if known is None else known()
 
 
+def uninstall(model: nn.Module) -> None:
+    """Take whatever plans a model has out of it."""
+    for module in model.modules():
+        forward = installed(module)
+        if forward is not None:
+            forward.remove()
+
+
 def checkpointed(module: nn.Module, *args, **kwargs) -> object:
     """The module's forward, with nothing kept but its input."""
     return Recorder(Segment(0, 1, (Block(0, 0),))).call(own_forward, module, args, kwargs)

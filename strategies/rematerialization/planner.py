@@ -21,8 +21,8 @@ from strategies.rematerialization.chain import (
     with_option,
 )
 from strategies.rematerialization.frame import Frame
-from strategies.rematerialization.graph import Graph
-from strategies.rematerialization.options import bound_curve, frontier, option_of, options
+from strategies.rematerialization.graph import Graph, simulate
+from strategies.rematerialization.options import bound_curve, cheapest_within, frontier, most_states, option_of, options
 from strategies.rematerialization.plan import BudgetError, Plan
 from strategies.rematerialization.planned import Planned, whole
 from strategies.rematerialization.price import Prices
@@ -56,6 +56,7 @@ class Planner:
         self._problems: dict[str, Graph] = {}
         self._steady: dict[str, tuple[Option, ...]] = {}
         self._steady_priced: dict[str, tuple[Option, ...]] = {}
+        self._whole: dict[str, Option] = {}
         self._made_for: dict[int, str] = {}
 
     @property
@@ -73,9 +74,30 @@ class Planner:
         """Seconds of forward and backward of all regions without recomputation."""
         return sum(self._seconds(call) for call in self.calls)
 
+    def fits_as_it_is(self, budget: int) -> bool:
+        """Whether keeping all is certain to fit: its kernels' own buffers, which are not counted, too."""
+        peak = self.keep_all().peak
+        return (peak if self.calls else self._more(peak)) <= budget
+
     def keep_all(self) -> Plan:
         """The plan that recomputes nothing."""
-        return self._plan(None, whole(len(self.calls)), self.links, 0.0)
+        return self._plan(None, whole(len(self.calls)), self._keeping, 0.0)
+
+    @cached_property
+    def _keeping(self) -> list[Link]:
+        """The regions with one option each, to keep all; that needs no search."""
+        return [self._link(index, (self._kept_whole(call),), self._forward(call)) for index, call
+                in enumerate(self.calls)]
+
+    def _kept_whole(self, call: Call) -> Option:
+        if call.captured is None:
+            return self.fallback(call)[0][0]
+        signature = call.captured.signature
+        if signature not in self._whole:
+            graph = self._problem(call.captured)
+            kept = option_of(call.captured, graph, range(len(graph.seconds)))
+            self._whole[signature] = self._own(call.captured, kept)
+        return self._whole[signature]
 
     def plan(self, budget: int, seconds: float = 20.0) -> Plan:
         """The plan with the least recomputation found whose predicted peak is within the budget.
@@ -148,12 +170,21 @@ class Planner:
         found = replay(links, schedule, self.frame.head)
         states = STATES * segments_in(schedule)
         peak = self._with_margin(max(found.peak + states, self._around))
-        return Plan(budget, peak, schedule, found, self.frame, links, self.calls, self.seconds, bound)
+        return Plan(budget, peak, schedule, found, self.frame, links, self.calls, self.seconds, bound,
+                    resident=self._resident)
+
+    def _resident(self, position: int, option: Option) -> tuple[list[int], list[int]]:
+        graph = self._problem(self.calls[position].captured)
+        resident, border = simulate(graph, option.order).resident.tolist(), list(option.order).index(graph.forward)
+        return resident[:border], resident[border + 1:]
 
     def _with_margin(self, count: int) -> int:
         """Bytes of a peak with what the count of it misses; a step without regions is counted as it runs."""
+        return self._more(count) if self.calls else count
+
+    def _more(self, count: int) -> int:
         moving = count - self.frame.base
-        return count + int(MARGIN_SHARE * moving + min(MARGIN_BYTES, MARGIN_OF_SMALL * moving)) if self.calls else count
+        return count + int(MARGIN_SHARE * moving + min(MARGIN_BYTES, MARGIN_OF_SMALL * moving))
 
     def _without_margin(self, budget: int) -> int:
         moving = budget - self.frame.base
@@ -214,8 +245,7 @@ class Planner:
     def _made(self, call: Call) -> tuple[Option, ...]:
         captured = call.captured
         if self.single:
-            graph = self._problem(captured)
-            return (self._own(captured, option_of(captured, graph, range(len(graph.seconds)))),)
+            return (self._kept_whole(call),)
         steady = self._priced(call, self._steady_ways(call)[0])
         found = options(captured, *self.prices.price(captured)) if self.prices.measure else ()
         more = [self._own(captured, option) for option in frontier([*steady, *found]) if option not in steady]
@@ -251,6 +281,8 @@ class Planner:
                     not call.chained, frame.fresh[index])
 
     def _forward(self, call: Call) -> float:
+        if call.captured is None:
+            return self.fallback(call)[1]
         return float(self.prices.price(call.captured)[0][:call.captured.forward].sum())
 
     def _seconds(self, call: Call) -> float:
@@ -274,12 +306,12 @@ class Planner:
         """How to run a graph by an option; for a shape that was not planned for, one that keeps and needs no more."""
         if self._made_for.get(id(option)) == captured.signature:
             return option.order
-        if captured.signature not in self._options:
-            self._options[captured.signature] = tuple(
-                self._own(captured, made) for made in options(captured, *Prices(self.prices.device).price(captured)))
-        ways = self._options[captured.signature]
-        fitting = [way for way in ways if way.kept <= option.kept and way.backward_peak <= option.backward_peak]
-        return min(fitting or ways, key=lambda way: way.seconds if fitting else way.backward_peak).order
+        prices = Prices(self.prices.device).price(captured)
+        states = most_states(captured)
+        order = cheapest_within(captured, *prices, option.kept - states, option.backward_peak - states)
+        if order is not None:
+            return order
+        return min(options(captured, *prices), key=lambda way: way.backward_peak).order
 
     def install(self, plan: Plan, inductor: bool = False) -> None:
         """Make the model run by a plan."""

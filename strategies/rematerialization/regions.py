@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -14,12 +15,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from strategies.memory.meter import resident_tensors
 from strategies.rematerialization.capture import Captured, read_by_backward
 from strategies.rematerialization.execute import (
-    STANDS_IN,
     compiled,
     own_forward,
     quiet,
     replace_forward,
     restore_forward,
+    stood_in,
 )
 from strategies.rematerialization.fallback import Measured, measured_call
 from strategies.rematerialization.randomness import undisturbed
@@ -45,6 +46,10 @@ class Meta:
     def empty(self) -> torch.Tensor:
         """A tensor of this kind."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+LEAVING: WeakSet[nn.Module] = WeakSet()
+"""Regions that leave tensors on their parts as plain attributes."""
 
 
 @dataclass
@@ -118,8 +123,7 @@ def calling(modules: dict[str, nn.Module], instead: Callable[[str, nn.Module], C
 
     A plan that is installed is back afterwards.
     """
-    planned = {name: module.__dict__["forward"] for name, module in modules.items()
-               if getattr(module.__dict__.get("forward"), STANDS_IN, False)}
+    planned = {name: module.__dict__["forward"] for name, module in modules.items() if stood_in(module)}
     try:
         for name, module in modules.items():
             replace_forward(module, instead(name, module))
@@ -169,8 +173,10 @@ def record(modules: dict[str, nn.Module], run: Callable[[], object], around: Seq
             def cut(leaf: object) -> object:
                 return _Cut.apply(anchor, leaf) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
 
+            LEAVING.discard(module)
             for (part, attribute), value in tensor_attributes(module).items():
                 if left.get((part, attribute)) is not value:
+                    LEAVING.add(module)
                     call.attributes.append((part, attribute, Meta.of(value)))
                     part.__dict__[attribute] = cut(value)
             leaves = list(map(cut, leaves))

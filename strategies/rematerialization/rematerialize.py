@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,13 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.memory.units import parse_bytes
 from strategies.rematerialization.elsewhere import attention_as_on_gpus
+from strategies.rematerialization.execute import own_forward, stood_in
 from strategies.rematerialization.fake import fake_batch, without_data
 from strategies.rematerialization.fallback import fallback_options
 from strategies.rematerialization.framed import Step, framed, gradients_kept, without
 from strategies.rematerialization.plan import Plan
+from strategies.rematerialization.planned import uninstall
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price import DEVICES, Prices, this_device
-from strategies.rematerialization.regions import Call, find_regions, record
+from strategies.rematerialization.regions import Call, calling, find_regions, record
 
 Loss = Callable[[nn.Module, object], torch.Tensor]
 
@@ -43,7 +46,7 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
         budget: bytes ("8GiB") for everything: weights, gradients, optimizer state, activations, loss, temporaries.
         optimizer: counted, its state too, even where that does not exist yet.
         loss: gives the loss from model and batch; by default what the model returns as `.loss`, or first. It is called
-            twice, the second time on tensors without data: what it keeps for itself is of no use afterwards.
+            a few times, also on tensors without data: what it keeps for itself is of no use afterwards.
         autocast: dtype of mixed precision, if training uses it and the model's forward does not enter it by itself.
         accumulate: whether gradients of earlier micro-batches exist when a step begins.
         others: modules and tensors that stay beside the model, a teacher for example.
@@ -59,9 +62,13 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
         CannotPlan: the model does not run on tensors without data, as some mixtures of experts do not.
     """
     budget = parse_bytes(budget)
-    planner = study(model, example_batch, optimizer=optimizer, loss=loss, autocast=autocast, accumulate=accumulate,
-                    others=others, reserved=_buckets(model))
+    settings = {"optimizer": optimizer, "loss": loss, "autocast": autocast, "accumulate": accumulate,
+                "others": others, "reserved": _buckets(model)}
+    planner = study(model, example_batch, regions=False, **settings)
+    if not planner.fits_as_it_is(budget):
+        planner = study(model, example_batch, **settings)
     plan = planner.plan(budget)
+    uninstall(model)
     planner.install(plan, inductor=compile)
     return plan
 
@@ -80,9 +87,7 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
         raise ValueError(f"autocast is a dtype such as torch.bfloat16, not {autocast!r}")
     model = _unwrapped(model)
     loss = loss or loss_of
-    parameters = list(model.parameters())
-    kind = parameters[0].device.type if parameters else "cpu"
-    pretended = any(isinstance(parameter, FakeTensor) for parameter in parameters)
+    kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     if kind == "meta":
         raise ValueError("the model is on the meta device: put it on the device it trains on, or make it under "
                          "torch's FakeTensorMode to plan it without weights")
@@ -98,6 +103,16 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
             raise ValueError("no gradient comes back from the loss: nothing in the model trains")
         return found
 
+    standing = {name: module for name, module in model.named_modules() if stood_in(module)}
+    with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # without an older plan
+        return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions)
+
+
+def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], torch.Tensor],
+           optimizer: torch.optim.Optimizer | None, accumulate: bool, others: Sequence[object], device: str | None,
+           reserved: Mapping[str, int], regions: bool) -> Planner:
+    kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    pretended = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     modules = find_regions(model) if regions else {}
     elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and device not in (None, "cpu") else nullcontext
     around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
@@ -111,7 +126,7 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
     with gradients_kept(around, optimizer), without_data(*around) as (mode, stand_in), elsewhere():
         calls, frame = framed(calls, Step(
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
-            accumulate, reserved or {}, on_gpu=kind == "cuda" or device not in (None, "cpu")), mode)
+            accumulate, reserved, on_gpu=kind == "cuda" or device not in (None, "cpu")), mode)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
     prices = Prices(known, measure=not pretended)
     return Planner(calls, frame, prices, lambda call: fallback[id(call)])

@@ -56,15 +56,20 @@ class Searcher:
         self.price = max(self.once, 1e-30) / max(1.0, float(self.arrays.size.sum()))
         self.highest = DEAREST * self.price
         self.figure, self.order = np.inf, None
+        self.known: dict[tuple[int, ...], tuple[float, int]] = {}  # orders offered: cost and peak
         self.rate = 1e5  # moves a second, measured as it goes
 
     def offer(self, order: Sequence[int]) -> float:
         """Take `order` for the best if it is; returns its cost with overshoot at the present price."""
-        outcome = simulate(self.graph, order)
-        figure = float(outcome.peak) if self.least else outcome.seconds - self.once
-        if figure < self.figure and (self.least or outcome.peak <= self.budget):
-            self.figure, self.order = figure, tuple(map(int, order))
-        return outcome.seconds + self.price * max(0, outcome.peak - self.budget)
+        order = tuple(map(int, order))
+        if order not in self.known:
+            outcome = simulate(self.graph, order)
+            self.known[order] = outcome.seconds, outcome.peak
+        seconds, peak = self.known[order]
+        figure = float(peak) if self.least else seconds - self.once
+        if figure < self.figure and (self.least or peak <= self.budget):
+            self.figure, self.order = figure, order
+        return seconds + self.price * max(0, peak - self.budget)
 
     @property
     def cost(self) -> float:

@@ -21,7 +21,7 @@ def chain(seed: int, count: int, even: bool) -> tuple[list[Link], int]:
             ways.append(Option(kept, ahead, kept + draw.randint(0, 60), which * draw.uniform(0.1, 1.0)))
         links.append(Link(tuple(ways), handed, seconds, 100 + draw.randint(0, 10), 100 + draw.randint(0, 10), handed,
                           cut=position > 0 and draw.random() < 0.2))
-    return links, 100 + draw.randint(0, 60)
+    return links, 100 + draw.randint(0, 60) * draw.choice((1, 4))  # at times the loss needs more than all blocks
 
 
 def items(links, first: int, last: int, whole: bool):

@@ -23,7 +23,8 @@ Train a student from one experiment file.
   --help          this text
   key=value       override a value of the file, for example optimizer.lr=1e-4 student.quantization.bits=8
 
-Exit codes: 0 done (or resumed and done), 1 the run could not go on, 2 a mistake in the experiment or the data.
+Exit codes: 0 done (or resumed and done), 1 the run could not go on, 2 a mistake in the experiment or the data,
+3 a memory.budget that no plan can keep.
 
 Keys of the file, with their defaults:
 """

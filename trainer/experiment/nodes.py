@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, blame
@@ -321,10 +321,18 @@ class Training(Node):
         return self
 
 
+def _bytes_as_written(budget: object) -> object:
+    if budget is None:
+        return None
+    with blame("", value=budget):
+        parse_bytes(budget)
+    return budget if isinstance(budget, (str, int)) else int(budget)
+
+
 class Memory(Node):
     """How many bytes a training step may take in each process, everything counted, and what is recomputed to fit."""
 
-    budget: str | int | None = None
+    budget: Annotated[str | int | None, BeforeValidator(_bytes_as_written)] = None
     """Bytes, such as 6GiB; null: nine tenths of a `device` that is named, else no limit and nothing recomputed."""
     device: DeviceName | None = None
     """A device to plan a dry run for; null plans for the one that is present."""
@@ -332,10 +340,15 @@ class Memory(Node):
     """Run planned blocks by Inductor instead of by eager kernels; needs a C++ compiler, and warms up for a while."""
 
     @model_validator(mode="after")
-    def _bytes(self) -> Memory:
-        if self.budget is not None:
-            with blame("budget", value=self.budget):
-                parse_bytes(self.budget)
+    def _device_holds_it(self) -> Memory:
+        if self.budget is not None and self.device is not None:
+            from strategies.rematerialization.price import DEVICES
+
+            memory = DEVICES[self.device].memory
+            if parse_bytes(self.budget) > memory:
+                raise UserError("budget", f"a {self.device} has {memory:,} bytes", value=self.budget,
+                                way_out="leave a tenth of them for what CUDA and its libraries hold: "
+                                        f"{memory * 9 // 10}, which is the default with memory.device")
         return self
 
     @property

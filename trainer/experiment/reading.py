@@ -222,6 +222,11 @@ def _explain(entry: dict[str, Any]) -> UserError:
     if entry["type"] == "string_pattern_mismatch":
         return UserError(key, "only letters, digits, '.', '_' and '-' can be used, beginning with a letter or digit",
                          value=entry["input"], way_out=f"it means: {_help(key)}")
+    if entry["type"] == "literal_error" and isinstance(entry["input"], str):
+        names = re.findall(r"'([^']*)'", entry["ctx"]["expected"])
+        if near := difflib.get_close_matches(entry["input"], names, 1, 0.5):
+            return UserError(key, f"must be {entry['ctx']['expected']}", value=entry["input"],
+                             way_out=f"did you mean `{near[0]}`?")
     message = entry["msg"].replace("Input should be", "must be").replace("Value error, ", "")
     meaning = _help(key)
     return UserError(key, message, value=entry["input"], way_out=f"it means: {meaning}" if meaning else "")
