@@ -55,11 +55,19 @@ def test_a_budget_that_cannot_be_met_ends_with_3_and_a_way_out_that_works(write_
     offered = re.search(r"(training\.micro_batch=\d+) \(then", done.stderr)
     assert offered, done.stderr
     assert plan_of("--config", str(file), offered[1])["peak"] <= 1_500_000
+    least = re.search(r"memory\.budget=\d+$", done.stderr.strip())
+    assert least and plan_of("--config", str(file), least[0])["peak"] <= int(least[0].partition("=")[2])
     assert not (file.parent / "tiny").exists(), "nothing was begun"
 
 
 @pytest.mark.parametrize(("override", "said"), [
-    ("memory.budget=6GiBs", "is not a number of bytes above 0; write for example 6GiB"),
+    ("memory.budget=6GiBs", "units are KB, MB, GB, TB (powers of 1000) and KiB"),
+    ("memory.budget=lots", "is not a number of bytes above 0"),
+    ("memory.budget=0", "is not a number of bytes above 0; write for example 6GiB"),
+    ("memory.budget=true", "True is not a number of bytes"),
+    ("memory.budget=1e9999", "memory.budget = inf: inf is not a number of bytes"),
+    ("memory.device=h10", "did you mean `h100`?"),
+    ("memory={device: t4, budget: 17GiB}", "a t4 has 17,179,869,184 bytes"),
     ("memory.budget=-1", "is not a number of bytes above 0"),
     ("memory.device=h1000", "memory.device"),
     ("memory.bugdet=6GiB", "did you mean `memory.budget`"),
@@ -67,6 +75,29 @@ def test_a_budget_that_cannot_be_met_ends_with_3_and_a_way_out_that_works(write_
 def test_mistakes(write_experiment, override, said):
     done = train_py("--config", str(write_experiment()), override, "--dry-run")
     assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_a_run_is_not_for_a_device_that_is_not_there(write_experiment):
+    done = train_py("--config", str(write_experiment()), "memory.device=h100")
+    assert done.returncode == 2 and "add --dry-run to plan for it" in done.stderr
+
+
+def test_another_budget_goes_on_with_the_same_run_and_the_same_teacher(write_experiment, tmp_path):
+    file = write_experiment(teacher=TEACHER, student={"architecture": DEEP}, report={"control": False},
+                            training={"checkpoint_every": 2, "evaluate_every": 2, "batch_size": 16})
+    full = plan_of("--config", str(file))["keep_all"]
+    first = train_py("--config", str(file), f"memory.budget={full + 10**6}", "training.steps=4")
+    assert first.returncode == 0, first.stderr[-3000:]
+    other = tmp_path / "other"
+    again = train_py("--config", str(file), f"memory.budget={int(0.8 * full)}", f"run.folder={other}")
+    assert again.returncode == 0 and "teacher from the cache" in again.stdout, again.stdout + again.stderr[-3000:]
+    for finished in ("report.md", "student"):  # as if it had been stopped after its last checkpoint
+        (other / finished).rename(tmp_path / finished)
+    resumed = train_py("--config", str(file), f"memory.budget={int(0.85 * full)}", f"run.folder={other}")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    losses = [[line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+              for folder in (tmp_path / "tiny", other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -14,7 +14,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 def test_every_shipped_experiment_dry_runs_without_network_and_leaves_nothing(file, tmp_path):
     done = train_py("--config", str(file), "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    for part in ("effective batch", "learning rate", "student parameters", "Ledger", "activations", "total"):
+    for part in ("effective batch", "learning rate", "student parameters", "Memory at the peak",
+                 "optimizer state", "activations", "peak"):
         assert part in done.stdout
     assert f"{file}:" in done.stdout and "default" in done.stdout, "every value says where it was written"
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.rematerialization import instances
+from benchmarks.rematerialization.checking import check
 from strategies.rematerialization import baselines
 from strategies.rematerialization.bound import Bound
 from strategies.rematerialization.exact import exact, linear_bound
@@ -109,7 +110,18 @@ def test_brute_force_agrees(seed):
         found = solve(graph, budget, 5, iterations=MOVES)
         assert found.seconds == optimum
         assert found.bound <= optimum
-        assert simulate(graph, found.order).peak == found.peak <= budget
+        assert check(graph, found.order) == (found.seconds, found.peak)
+        assert found.peak <= budget
+
+
+def test_the_second_simulator_refuses_what_cannot_run():
+    graph = random_graph(0)
+    order = list(range(len(graph.seconds)))
+    assert check(graph, order) == (simulate(graph, order).seconds, simulate(graph, order).peak)
+    with pytest.raises(ValueError, match="never runs"):
+        check(graph, order[:-1])
+    with pytest.raises(ValueError, match="gone by then"):
+        check(graph, [order[-1], *order[:-1]])
 
 
 @pytest.mark.parametrize("seed", range(30))
