@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from strategies.memory.besides import ROUNDED
 from strategies.memory.tracker import tensors_of
 from strategies.rematerialization.execute import quiet
 from strategies.rematerialization.fake import Answers, fake_optimizer
 from strategies.rematerialization.frame import Frame, Unreached, observe
 from strategies.rematerialization.regions import Call, first_line
-
-ROUNDED = 512  # bytes to whose multiple a GPU's allocator rounds up
 
 
 class CannotPlan(RuntimeError):

@@ -30,6 +30,8 @@ class Device:
         bandwidth: bytes per second to and from memory.
         memory: bytes; 0 where nobody says.
         overhead: seconds that starting any operation takes.
+        workspace: bytes that cuBLAS takes for each thread that multiplies matrices, through torch's allocator: 32 MiB
+            from Hopper on, 8,519,680 before (pytorch's CublasHandlePool.cpp and pull request 120925).
     """
 
     name: str
@@ -38,12 +40,13 @@ class Device:
     bandwidth: float
     memory: int = 0
     overhead: float = 4e-6
+    workspace: int = 8_519_680
 
 
 GIB = 2**30
 DEVICES = {device.name: device for device in (
-    Device("h200", 989e12, 67e12, 4.8e12, 141 * 10**9),
-    Device("h100", 989e12, 67e12, 3.35e12, 80 * 10**9),
+    Device("h200", 989e12, 67e12, 4.8e12, 141 * 10**9, workspace=32 * 2**20),
+    Device("h100", 989e12, 67e12, 3.35e12, 80 * 10**9, workspace=32 * 2**20),
     Device("a100-80gb", 312e12, 19.5e12, 2.04e12, 80 * GIB),
     Device("a100-40gb", 312e12, 19.5e12, 1.56e12, 40 * GIB),
     Device("l40s", 362e12, 91.6e12, 0.864e12, 48 * GIB),

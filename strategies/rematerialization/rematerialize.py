@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from strategies.memory.besides import held_besides
 from strategies.memory.units import parse_bytes
 from strategies.rematerialization.elsewhere import attention_as_on_gpus
 from strategies.rematerialization.execute import own_forward, stood_in
@@ -123,6 +124,11 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     calls = _plannable(calls)
     _warn_of([call for call in calls if call.captured is None], "keeps all or only its input")
     known = DEVICES[device] if device else this_device(kind)
+    if kind == "cuda" and not pretended:
+        reserved = {**reserved, "held besides": held_besides(
+            next(model.parameters()).device, [model, *others, batch, *([] if optimizer is None else [optimizer])])}
+    elif device not in (None, "cpu"):
+        reserved = {**reserved, "libraries": 2 * known.workspace}  # of the caller's thread and of autograd's
     with gradients_kept(around, optimizer), without_data(*around) as (mode, stand_in), elsewhere():
         calls, frame = framed(calls, Step(
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from strategies.rematerialization.anneal import Arrays, anneal, nothing_known
+from strategies.rematerialization.anneal import anneal
 from strategies.rematerialization.graph import Graph, simulate
+from strategies.rematerialization.moves import Arrays, nothing_known
 
 ROOM = 8  # an order holds at most this many runs per operation on average
 BURST = 0.03  # seconds of annealing between two looks at the clock

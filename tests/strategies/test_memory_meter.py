@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from strategies.memory.besides import unknown_bytes
 from strategies.memory.meter import (
     Measured,
     changes_of,
@@ -420,3 +421,9 @@ def test_phases_of_both_curves_lie_above_each_other():
     assert progress(planned, phases).tolist() == pytest.approx(progress(measured, phases).tolist())
     other = Curve(measured.points, (("backward", 60),))
     assert shared_phases([planned, other]) == {} and progress(planned, {}).tolist() == pytest.approx([0, 0.1, 1])
+
+
+def test_what_a_gpu_holds_besides_is_what_nobody_knows_of():
+    weight, other = torch.ones(100), torch.ones(200)  # 400 bytes, of which the allocator makes 512, and 800
+    assert unknown_bytes(10_000, [weight, weight.view(10, 10), other]) == 10_000 - 512 - 1024
+    assert unknown_bytes(100, [weight]) == 0

@@ -5,14 +5,16 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import OptimizeResult
 
 from benchmarks.rematerialization import instances
 from benchmarks.rematerialization.checking import check
-from strategies.rematerialization import baselines
+from strategies.rematerialization import baselines, highs
 from strategies.rematerialization.bound import Bound
 from strategies.rematerialization.exact import exact, linear_bound
 from strategies.rematerialization.graph import Graph, simulate
@@ -271,3 +273,16 @@ def test_instances_command_on_a_bad_file(tmp_path, capsys, text, message):
     assert instances.main([str(file)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_native_code_of_the_solver_writes_nothing_to_standard_output(capfd, monkeypatch):
+    def talkative(cost, **program):
+        os.write(1, b"HighsMipSolverData::for developers\n")
+        return OptimizeResult(status=0)
+
+    monkeypatch.setattr(highs, "milp", talkative)
+    print("a table")
+    assert highs.mixed_integer(np.zeros(1)).status == 0
+    print("goes on")
+    captured = capfd.readouterr()
+    assert captured.out == "a table\ngoes on\n" and "for developers" in captured.err
