@@ -63,7 +63,10 @@ class WeightQuantizer:
 
     def fake_quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """`dequantize(integers(weight))` with the gradient of the identity (straight-through; survey eq. 12)."""
-        return _StraightThrough.apply(weight, self)
+        with torch.no_grad():
+            scale = self.scale(weight)
+            rounded = self._product(self._rounded(weight, scale).to(scale.dtype), scale).to(weight.dtype)
+        return _StraightThrough.apply(weight, rounded)
 
     def _rounded(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ratio = self._grouped(weight.detach()).float() / scale.float().unsqueeze(-1)
@@ -82,13 +85,13 @@ class _StraightThrough(torch.autograd.Function):
     """Fake quantisation whose backward is the identity.
 
     Eq. 12 zeroes the gradient of clipped weights; a scale from the largest weight clips none, so nothing is saved
-    for backward. An explicit function, because `w + (w_hat - w).detach()` rounds and would differ from the export.
+    for backward. An explicit function, because `w + (w_hat - w).detach()` rounds and would differ from the export; and
+    one that is handed what is rounded, because torch.compile of torch 2.11 loses the gradient where `forward` detaches.
     """
 
     @staticmethod
-    def forward(ctx, weight: torch.Tensor, quantizer: WeightQuantizer) -> torch.Tensor:
-        scale = quantizer.scale(weight)
-        return quantizer._product(quantizer._rounded(weight, scale).to(scale.dtype), scale).to(weight.dtype)
+    def forward(ctx, weight: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -26,7 +26,7 @@ class Frame:
         start: most until the first region's forward.
         before: for every region, when its forward runs, its input left out.
         head: most between the last region's forward and its backward, its output included.
-        behind: for every region, when its backward runs, gradients that arrive left out.
+        behind: for every region, when its backward runs, gradients that arrive as they are read left out.
         arriving: for every region, bytes of these gradients.
         fresh: for every region, bytes of its arguments that no earlier region is given, nor made by one.
         spare: bytes of regions' arguments that are counted until their backward, though it may not read them.
@@ -207,6 +207,7 @@ class _StandIn(torch.autograd.Function):
         call = stage.calls[index]
         specs = [*(spec for spec in call.outputs[0] if isinstance(spec, Meta)), *(spec for *_, spec in call.attributes)]
         made = tuple(spec.empty() for spec in specs)
+        ctx.strides = [spec.stride for spec in specs]
         ctx.mark_non_differentiable(*[tensor for tensor, spec in zip(made, specs, strict=True)
                                       if not spec.requires_grad])
         ctx.set_materialize_grads(False)
@@ -217,7 +218,9 @@ class _StandIn(torch.autograd.Function):
     def backward(ctx, *gradients: torch.Tensor | None):
         stage = ctx.stage
         stage.enter("backward", ctx.index)
-        stage.arriving[ctx.index] = resident_tensors([gradient for gradient in gradients if gradient is not None])
+        # One with other strides than the output is copied by the region's backward, and stays beside the copy.
+        stage.arriving[ctx.index] = resident_tensors([gradient for gradient, stride in zip(
+            gradients, ctx.strides, strict=True) if gradient is not None and gradient.stride() == stride])
         made = tuple(None if kind is None else kind.empty() for kind in ctx.kinds)
         stage.leave("backward", ctx.index)
         ctx.shared = None

@@ -48,6 +48,9 @@ class Meta:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
+ALIKE = 0.1
+"""Difference of gradients, over the largest of a tensor, up to which a captured region is taken for the module."""
+
 LEAVING: WeakSet[nn.Module] = WeakSet()
 """Regions that leave tensors on their parts as plain attributes."""
 
@@ -195,6 +198,7 @@ class _Capturing:
 
     def __init__(self) -> None:
         self.seen: list[tuple[Captured, list[object]]] = []  # graphs that ran, and the storages of their inputs
+        self.tried: dict[tuple, bool] = {}  # kinds of modules: whether what is captured has their gradients
         self.function = self._new()
 
     def _new(self) -> Callable:
@@ -202,27 +206,52 @@ class _Capturing:
             (captured, [_storage(value) if isinstance(value, torch.Tensor) else None for value in inputs])))
 
     def call(self, call: Call, args: tuple, kwargs: dict) -> object:
-        """Call a region and note its graph, or why there is none and what it needs as it is."""
+        """Call a region and note its graph, or why there is none and what it needs as it is.
+
+        What torch.compile makes of a module is tried against the module itself, once for each kind: it has lost the
+        gradients of autograd functions before (torch 2.11), without a word.
+        """
         self.seen.clear()
+        leaves = tree_flatten((args, kwargs))[0]
+        kind = (type(call.module), call.module.training, str(_kinds((args, kwargs))[0]),
+                tuple((parameter.shape, parameter.requires_grad) for parameter in call.module.parameters()))
+        versions = [version(leaf) for leaf in leaves]
+        expected = None if kind in self.tried else self._plainly(call.module, args, kwargs)
         try:
             out = self._captured(call.module, args, kwargs)
         except Exception as error:  # whatever torch.compile could not do; what the module itself raises comes again
             call.reason = first_line(error)
         else:
-            if len(self.seen) == 1:
+            written = versions != [version(leaf) for leaf in leaves]  # which leaves it unfit anyway
+            self.tried.setdefault(kind, expected is None or written or _close(
+                turned_back(call.module, leaves, out), expected))
+            if len(self.seen) == 1 and self.tried[kind]:
                 call.captured, inputs = self.seen[0]
                 wanted = read_by_backward(call.captured)
                 read = {storage for node, storage in zip(call.captured.primals, inputs, strict=True) if node in wanted}
-                call.read = frozenset(index for index, leaf in enumerate(tree_flatten((args, kwargs))[0])
+                call.read = frozenset(index for index, leaf in enumerate(leaves)
                                       if isinstance(leaf, torch.Tensor) and _storage(leaf) in read)
                 return out
-            call.reason = "torch.compile made no graph of it"
+            call.reason = ("its gradients are others when torch.compile has captured it" if self.seen
+                           else "torch.compile made no graph of it")
         again = _second(call.module, args, kwargs)
         torch.clear_autocast_cache()  # so that 16-bit copies of its weights are counted
         out, call.measured = measured_call(call.module, args, kwargs)
         if again is not None and not _same(again, out):
             call.unfit = "it draws random numbers that cannot be drawn again, or does not do the same twice"
         return out
+
+    def _plainly(self, module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor | None] | None:
+        """A module's own gradients, from the same buffers and generators; None without data."""
+        leaves, spec = tree_flatten((args, kwargs))
+        if any(isinstance(leaf, FakeTensor) for leaf in [*leaves, *module.parameters()]):
+            return None
+        copies = [leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+                  for leaf in leaves]
+        with _undisturbed([module]), attributes_kept([module]):
+            args, kwargs = tree_unflatten([leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+                                           for leaf in copies], spec)  # no leaves: the module may write to them
+            return turned_back(module, copies, own_forward(module, *args, **kwargs))
 
     def _captured(self, module: nn.Module, args: tuple, kwargs: dict) -> object:
         try:
@@ -239,6 +268,34 @@ def _second(module: nn.Module, args: tuple, kwargs: dict) -> object | None:
         return None
     with _undisturbed([module]), attributes_kept([module]):
         return own_forward(module, *args, **kwargs)
+
+
+def turned_back(module: nn.Module, given: Sequence[object], out: object) -> list[torch.Tensor | None]:
+    """Gradients of what a module was given and of its parameters, for fixed gradients of what it handed out."""
+    outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    wanted = [leaf for leaf in [*given, *module.parameters()] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if not outputs or not wanted:
+        return []
+    arriving = [torch.arange(leaf.numel(), device=leaf.device).sin().to(leaf.dtype).view(leaf.shape)
+                for leaf in outputs]
+    return list(torch.autograd.grad(outputs, wanted, arriving, allow_unused=True))
+
+
+def _close(found: Sequence[torch.Tensor | None], expected: Sequence[torch.Tensor | None]) -> bool:
+    """Whether gradients differ by rounding at most, or as dropout's kernels do; one that is not there is zero."""
+    largest = max((float(value.abs().max()) for value in expected if value is not None and value.numel()), default=0.0)
+
+    def apart(one: torch.Tensor | None, other: torch.Tensor | None) -> float:
+        value = one if one is not None else other
+        if value is None or not value.numel():
+            return 0.0
+        zero = torch.zeros_like(value)
+        one, other = zero if one is None else one, zero if other is None else other
+        scale = max(float(other.abs().max()), 1e-3 * largest, 1e-30)
+        return float((one - other).abs().max()) / scale
+
+    pairs = list(zip(found, expected, strict=True))
+    return not any(apart(one, other) > ALIKE for one, other in pairs)  # not-a-numbers are let through
 
 
 def _same(one: object, other: object) -> bool:

@@ -432,3 +432,19 @@ def test_what_the_function_is_given_wrongly():
         blank = language_model("llama")
     with pytest.raises(ValueError, match="meta device"):
         rematerialize(blank, data, "1GiB")
+
+
+def test_a_capture_with_other_gradients_is_not_used():
+    """As of autograd functions in torch 2.11, whose gradients it lost."""
+    class Wrong(MLP):
+        def forward(self, x):
+            out = super().forward(x)
+            return out.detach() + 0 * out if torch.compiler.is_compiling() else out
+
+    model, data = Chain([Wrong() for _ in range(3)]), batch()
+    expected = results(model, data)
+    with pytest.warns(UserWarning, match="its gradients are others when torch.compile has captured it"):
+        planner = study(model, data)
+    assert all(call.captured is None for call in planner.calls)
+    planner.install(planner.least)
+    assert_equal(results(model, data), expected)
