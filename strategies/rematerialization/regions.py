@@ -174,7 +174,8 @@ def record(modules: dict[str, nn.Module], run: Callable[[], object], around: Seq
             calls.append(call)
 
             def cut(leaf: object) -> object:
-                return _Cut.apply(anchor, leaf) if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
+                turns = isinstance(leaf, torch.Tensor) and leaf.requires_grad
+                return _Cut.apply(anchor, leaf.detach()) if turns else leaf
 
             LEAVING.discard(module)
             for (part, attribute), value in tensor_attributes(module).items():

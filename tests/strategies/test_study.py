@@ -448,3 +448,18 @@ def test_a_capture_with_other_gradients_is_not_used():
     assert all(call.captured is None for call in planner.calls)
     planner.install(planner.least)
     assert_equal(results(model, data), expected)
+
+
+def test_a_study_holds_one_region_at_a_time():
+    """Tensors between regions are cut off, so that what a region keeps goes when the next one runs."""
+    data = batch(64)
+
+    def needed(count: int) -> int:
+        model = Chain([MLP() for _ in range(count)])
+        study(model, data)  # kernels are tried once
+        torch._dynamo.reset()
+        return measure(lambda: study(model, data), "cpu", [model, data]).peak
+
+    few, more = needed(2), needed(8)
+    held = 64 * 64 * 32 * 4 * 10  # about what one block keeps
+    assert more - few < 2 * held, (few, more)
