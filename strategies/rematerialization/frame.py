@@ -37,6 +37,7 @@ class Frame:
         marks: (phase, position in the timeline).
         around: the parts of the timeline before the first region's forward, between the last one's forward and its
             backward, after the first one's backward, and while the optimizer steps.
+        turn: changes in the second of these parts before the loss turns back.
     """
 
     base: int
@@ -53,6 +54,7 @@ class Frame:
     timeline: tuple[int, ...] = ()
     marks: tuple[tuple[str, int], ...] = ()
     around: tuple[tuple[int, ...], ...] = ()
+    turn: int = 0
 
 
 class Unreached(Exception):
@@ -190,7 +192,8 @@ class _Stage:
             spare=sum(count for count, read in self.arguments.values() if not read),
             end=max(at(backward[0][1]), most(backward[0][1], marks["update"])),
             update=update, parts=parts, timeline=steps[0], marks=steps[1],
-            around=tuple(tuple(self.tracker.timeline[begin:stop]) for begin, stop in pieces))
+            around=tuple(tuple(self.tracker.timeline[begin:stop]) for begin, stop in pieces),
+            turn=marks["backward"] - forward[-1][1])
 
 
 class _StandIn(torch.autograd.Function):

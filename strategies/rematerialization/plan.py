@@ -137,8 +137,8 @@ class Plan:
         values, marks = [frame.base, *start], {"forward": 0}
         for name, position, count in self.replay.moments:
             if name == "head":
+                marks["backward"] = len(values) + frame.turn
                 values += [count - frame.head + value for value in head or (frame.head,)]
-                marks["backward"] = len(values)
             else:
                 values += self._operations(name, position, self.links[position].options[chosen[position]], count)
         values += end

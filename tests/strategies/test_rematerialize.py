@@ -163,3 +163,16 @@ def test_budgets():
     assert "weights" in str(refused.value)
     assert rematerialize(model, batch, refused.value.least).peak <= refused.value.least
     assert rematerialize(model, batch, "1GiB").recomputed == 0.0
+
+
+def test_the_planned_curve_goes_operation_by_operation_up_to_the_peak():
+    model, batch = language_model("llama"), text_batch()
+    planner = study(model, batch)
+    for plan in (planner.keep_all(), planner.least):
+        curve, marks = plan.curve()
+        assert max(count for _, count in curve) == plan.peak
+        assert [name for name, _ in marks] == ["forward", "backward", "update"]
+        assert 0 == marks[0][1] < marks[1][1] < marks[2][1] < len(curve)
+        assert len(curve) > sum(len(call.captured.operations) for call in planner.calls)
+    measured = planner.frame.marks[1][1] - planner.frame.marks[0][1]
+    assert len(planner.keep_all().curve()[0]) > measured
