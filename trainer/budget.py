@@ -122,7 +122,7 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
     from trainer.loop import loss_of_batch
 
     objective = experiment.objective.build(teacher is not None)
-    place = "cuda" if torch.cuda.is_available() and experiment.memory.device != "cpu" else "cpu"
+    place = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
         small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
         if experiment.student.quantization is not None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from strategies.memory.tracker import strided_parts, tensors_of
-
-ROUNDED = 512  # bytes to whose multiple the CUDA caching allocator rounds up
+from strategies.memory.meter import CUDA_BLOCK
+from strategies.memory.tracker import LiveBytes
 
 
 def held_besides(device: torch.device, known: Iterable[Any]) -> int:
@@ -22,12 +21,11 @@ def held_besides(device: torch.device, known: Iterable[Any]) -> int:
         weight = torch.ones(16, 16, dtype=dtype, device=device, requires_grad=True)
         torch.nn.functional.linear(weight, weight, weight[0]).sum().backward()
     del weight
-    return unknown_bytes(torch.cuda.memory_allocated(device), [
-        tensor for tensor in tensors_of(*known) if tensor.device.type == "cuda"])
+    return unknown_bytes(torch.cuda.memory_allocated(device), known, "cuda")
 
 
-def unknown_bytes(allocated: int, tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes allocated that are none of the tensors', each storage counted once and as the allocator rounds it."""
-    sizes = {part.untyped_storage()._cdata: part.untyped_storage().nbytes() for tensor in tensors
-             for part in strided_parts(tensor)}
-    return max(0, allocated - sum(-(-size // ROUNDED) * ROUNDED for size in sizes.values()))
+def unknown_bytes(allocated: int, known: Iterable[Any], kind: str | None = None) -> int:
+    """Bytes allocated that are none of the known tensors', of one kind of device or any, as the allocator rounds."""
+    counted = LiveBytes(round_to=CUDA_BLOCK, device=kind)
+    counted.watch(*known)
+    return max(0, allocated - counted.current)

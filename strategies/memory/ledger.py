@@ -35,9 +35,10 @@ class Ledger:
         return sorted(((name, count) for name, count in asdict(self).items() if count), key=lambda part: -part[1])
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, tied ones once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def parameter_bytes(model: nn.Module, trained: bool = False) -> int:
+    """Bytes of all parameters, or of those that are trained; tied ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()
+               if parameter.requires_grad or not trained)
 
 
 def saved_activation_bytes(

@@ -16,7 +16,7 @@ from torch.autograd import profiler
 from strategies.memory.tracker import strided_parts, tensors_of
 
 _FREE, _MARK = "limbeck.free.", "limbeck.mark."
-_CUDA_BLOCK = 512  # bytes to whose next multiple the CUDA caching allocator rounds a request up
+CUDA_BLOCK = 512  # bytes to whose next multiple the CUDA caching allocator rounds a request up
 _CUDA_ENTRIES = 1_000_000  # most allocations and frees that a timeline on CUDA keeps; the newest stay
 _cuda_marks: list[tuple[float, str]] | None = None  # (microseconds, name) while a step is measured on CUDA
 
@@ -195,7 +195,7 @@ def changes_of_trace(
 ) -> tuple[list[tuple[float, int]], tuple[tuple[str, int], ...]]:
     """Changes (microseconds, bytes) and marks from the allocator's trace; a block ends when its free is requested."""
     sign = {"alloc": 1, "free_requested": -1}
-    changes = [(entry["time_us"], sign[entry["action"]] * -(-entry["size"] // _CUDA_BLOCK) * _CUDA_BLOCK)
+    changes = [(entry["time_us"], sign[entry["action"]] * -(-entry["size"] // CUDA_BLOCK) * CUDA_BLOCK)
                for entry in trace if entry["action"] in sign]
     marks = tuple((name, sum(moment < noted_at for moment, _ in changes)) for noted_at, name in noted)
     return changes, marks

@@ -11,7 +11,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from strategies.rematerialization.moves import STRIDE, compiled, draw, ending, propose
+from strategies.rematerialization.moves import (
+    STRIDE,
+    compiled,
+    draw,
+    ending,
+    known_behind,
+    propose,
+    step_back,
+    weigh,
+)
 
 
 @compiled
@@ -34,23 +43,9 @@ def look(g, order, begin, end, budget, known):
         code = order[position]
         again = code >= operations
         operation = code - operations if again else code
-        here, freed = now + g.workspace[operation], 0
-        for k in range(g.make_start[operation], g.make_start[operation + 1]):
-            value = g.makes[k]
-            if again and g.held[value]:
-                here += g.size[value]
-            elif live[value]:
-                freed += g.size[value]
-                live[value] = 0
-            else:
-                here += g.size[value]
-        now -= freed
-        for k in range(g.read_start[operation], g.read_start[operation + 1]):
-            value = g.reads[k]
-            if not live[value]:
-                live[value] = 1
-                now += g.size[value]
-                here += g.size[value]
+        here, freed, _ = weigh(g, operation, again, live, now)
+        fetched = step_back(g, operation, again, live)
+        now, here = now - freed + fetched, here + fetched
         highest, peak = max(highest, here), max(peak, here)
         over += max(0, here - budget)
         if again:
@@ -79,6 +74,18 @@ def alike(one, other):
 
 
 @compiled
+def ask_for(g, operation, live, depth, pending, waiting, state):
+    """Add the makers of what a rerun reads and nobody reads later to `pending`, by chance; returns how many wait."""
+    for k in range(g.read_start[operation], g.read_start[operation + 1]):
+        value = g.reads[k]
+        if (not live[value] and waiting < pending.size and not g.once[g.maker[value]] and not g.held[value]
+                and draw(state) < depth):
+            pending[waiting] = g.maker[value]
+            waiting += 1
+    return waiting
+
+
+@compiled
 def judge(g, order, begin, known, total, mark, low, high, depth, budget, price, spread, limit, live, window, pending,
           state):
     """What the order would be with the changes marked between positions `low` and `high`.
@@ -96,10 +103,7 @@ def judge(g, order, begin, known, total, mark, low, high, depth, budget, price, 
         cost of reruns, peak, summed excess); -1 runs where the limit is passed.
     """
     operations = g.cost.size
-    slot = high // STRIDE + 1
-    end = min(slot * STRIDE, order.size)
-    if end == order.size:
-        slot = order.size // STRIDE + 1
+    slot, end = known_behind(order, high)
     live[:] = known.live[slot]
     now, peak, over, extra = known.now[slot], known.peak[slot], known.over[slot], known.extra[slot]
     write = window.size
@@ -109,35 +113,14 @@ def judge(g, order, begin, known, total, mark, low, high, depth, budget, price, 
             while True:
                 again = code >= operations
                 operation = code - operations if again else code
-                needed = not again
-                here, freed = now + g.workspace[operation], 0
-                for k in range(g.make_start[operation], g.make_start[operation + 1]):
-                    value = g.makes[k]
-                    if again and g.held[value]:
-                        here += g.size[value]
-                    elif live[value]:
-                        needed = True
-                        freed += g.size[value]
-                    else:
-                        here += g.size[value]
-                if needed:
+                here, freed, wanted = weigh(g, operation, again, live, now)
+                if wanted or not again:
                     if write == 0:
                         return -1, 0, 0, 0.0, 0, 0.0
-                    for k in range(g.make_start[operation], g.make_start[operation + 1]):
-                        value = g.makes[k]
-                        if not (again and g.held[value]):
-                            live[value] = 0
-                    now -= freed
-                    for k in range(g.read_start[operation], g.read_start[operation + 1]):
-                        value = g.reads[k]
-                        if not live[value]:
-                            live[value] = 1
-                            now += g.size[value]
-                            here += g.size[value]
-                            if (inserting and waiting < pending.size and not g.once[g.maker[value]]
-                                    and not g.held[value] and draw(state) < depth):
-                                pending[waiting] = g.maker[value]
-                                waiting += 1
+                    if inserting:
+                        waiting = ask_for(g, operation, live, depth, pending, waiting, state)
+                    fetched = step_back(g, operation, again, live)
+                    now, here = now - freed + fetched, here + fetched
                     write -= 1
                     window[write] = code
                     peak = max(peak, here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,12 +52,9 @@ def idle_hooks() -> Iterator[None]:
     look into a context variable that torch.compile does not know. If more than hidden states is being collected, they
     stay as they are: the block is then not captured.
     """
-    try:
-        from transformers.utils.output_capturing import _active_collector as collector
-    except ImportError:
-        yield
-        return
-    if set(collector.get() or ()) - {"hidden_states", "_hidden_states_layers"}:
+    collecting = sys.modules.get("transformers.utils.output_capturing")  # not there, no hooks
+    collector = getattr(collecting, "_active_collector", None)
+    if collector is None or set(collector.get() or ()) - {"hidden_states", "_hidden_states_layers"}:
         yield
         return
     before = collector.global_var, collector.compiling

@@ -69,7 +69,7 @@ def fake_optimizer(optimizer: torch.optim.Optimizer, stand_in: Mapping[int, torc
         optimizer: also one that Accelerate has wrapped.
         stand_in: for real parameters by id, what stands for them.
     """
-    real = getattr(optimizer, "optimizer", optimizer)
+    real = unwrapped(optimizer)
     made = object.__new__(type(real))
     made.__dict__ = {name: value for name, value in real.__dict__.items() if name != "step"}  # which schedulers wrap
     made.__dict__ |= {"state": defaultdict(dict), "_optimizer_step_pre_hooks": OrderedDict(),
@@ -82,6 +82,11 @@ def fake_optimizer(optimizer: torch.optim.Optimizer, stand_in: Mapping[int, torc
             changed["foreach"] = _default_to_fused_or_foreach(params, bool(group.get("differentiable")), False)[1]
         made.param_groups.append({**group, **changed})
     return made
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer itself, where Accelerate has wrapped it."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class Answers(TorchDispatchMode):

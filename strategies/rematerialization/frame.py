@@ -14,7 +14,8 @@ from strategies.memory.meter import resident_tensors
 from strategies.memory.tracker import LiveBytes
 from strategies.rematerialization.execute import own_forward
 from strategies.rematerialization.fake import Answers
-from strategies.rematerialization.regions import Call, Meta, attributes_kept, calling, takes_part, without_cache
+from strategies.rematerialization.regions import Call, Meta, calling, takes_part, without_cache
+from strategies.rematerialization.trying import attributes_kept
 
 
 @dataclass(frozen=True)

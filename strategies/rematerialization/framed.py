@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from strategies.memory.besides import ROUNDED
+from strategies.memory.meter import CUDA_BLOCK
 from strategies.memory.tracker import tensors_of
 from strategies.rematerialization.execute import quiet
-from strategies.rematerialization.fake import Answers, fake_optimizer
+from strategies.rematerialization.fake import Answers, fake_optimizer, unwrapped
 from strategies.rematerialization.frame import Frame, Unreached, observe
 from strategies.rematerialization.regions import Call, first_line
 
@@ -52,10 +52,7 @@ class Step:
         """Try the step; see `observe` for what it raises."""
         optimizer = None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in)
         modules = [self.model, *(thing for thing in self.others if isinstance(thing, nn.Module))]
-        groups = [] if optimizer is None else optimizer.param_groups
-        parameters = list({id(parameter): parameter for parameter in (
-            *(parameter for module in modules for parameter in module.parameters()),
-            *(parameter for group in groups for parameter in group["params"])) if parameter.requires_grad}.values())
+        parameters = [parameter for parameter in parameters_of(modules, optimizer) if parameter.requires_grad]
         with mode:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
@@ -72,7 +69,7 @@ class Step:
             for parameter in parameters:
                 parameter.grad = None
 
-        return observe(calls, mode, lambda: self.loss(self.batch), parts, advance, ROUNDED if self.on_gpu else 1,
+        return observe(calls, mode, lambda: self.loss(self.batch), parts, advance, CUDA_BLOCK if self.on_gpu else 1,
                        self.reserved)
 
     def _updating(self, optimizer: torch.optim.Optimizer | None, parameters: Sequence[torch.Tensor]
@@ -84,7 +81,7 @@ class Step:
             with Answers():
                 optimizer.step()
         except Exception as error:  # whatever an optimizer of others cannot do without numbers
-            real = list(tensors_of(getattr(self.optimizer, "optimizer", self.optimizer).state))
+            real = list(tensors_of(unwrapped(self.optimizer)))
             guess = [torch.empty(2 * parameter.numel()) for parameter in parameters]
             what = "its state is counted as it is" if real else "its state is taken for two fp32 numbers a parameter"
             warnings.warn(f"{type(optimizer).__name__} cannot take a step on tensors without data, so {what}, and its "
@@ -126,13 +123,18 @@ def without(modules: Collection[int], calls: Sequence[Call]) -> list[Call]:
     return [call for call in calls if id(call.module) not in modules]
 
 
+def parameters_of(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
+    """All parameters of modules, and those that an optimizer has besides, each once."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    found = [*(parameter for module in modules for parameter in module.parameters()),
+             *(parameter for group in groups for parameter in group["params"])]
+    return list({id(parameter): parameter for parameter in found}.values())
+
+
 @contextmanager
 def gradients_kept(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
     """Afterwards all parameters have the gradients that they had."""
-    groups = [] if optimizer is None else optimizer.param_groups
-    before = [(parameter, parameter.grad) for parameter in (
-        *(parameter for module in modules for parameter in module.parameters()),
-        *(parameter for group in groups for parameter in group["params"]))]
+    before = [(parameter, parameter.grad) for parameter in parameters_of(modules, optimizer)]
     try:
         yield
     finally:

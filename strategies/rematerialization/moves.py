@@ -9,6 +9,7 @@ import numpy as np
 
 STRIDE = 8
 compiled = numba.njit(cache=True, nogil=True, boundscheck=False)
+inlined = numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")  # a call would cost as much again
 
 
 class Arrays(NamedTuple):
@@ -80,6 +81,48 @@ def ending(g, live):
 
 
 @compiled
+def known_behind(order, position):
+    """The slot that knows what is resident when all positions after `position`, or some more, have been seen.
+
+    Returns (slot, first of the positions that it has seen).
+    """
+    slot = position // STRIDE + 1
+    end = slot * STRIDE
+    return (slot, end) if end < order.size else (order.size // STRIDE + 1, order.size)
+
+
+@inlined
+def weigh(g, operation, again, live, now):
+    """Bytes while an operation runs, without what it reads; bytes before it of its values; whether they are read."""
+    here, freed, wanted = now + g.workspace[operation], 0, False
+    for k in range(g.make_start[operation], g.make_start[operation + 1]):
+        value = g.makes[k]
+        if again and g.held[value]:
+            here += g.size[value]
+        elif live[value]:
+            wanted = True
+            freed += g.size[value]
+        else:
+            here += g.size[value]
+    return here, freed, wanted
+
+
+@inlined
+def step_back(g, operation, again, live):
+    """Make `live` what is resident before an operation; returns bytes of what it reads that nobody reads later."""
+    for k in range(g.make_start[operation], g.make_start[operation + 1]):
+        if not (again and g.held[g.makes[k]]):
+            live[g.makes[k]] = 0
+    fetched = 0
+    for k in range(g.read_start[operation], g.read_start[operation + 1]):
+        value = g.reads[k]
+        if not live[value]:
+            live[value] = 1
+            fetched += g.size[value]
+    return fetched
+
+
+@compiled
 def next_use(g, order, value, position):
     """First position from `position` on that reads `value`, -1 when it is made anew before or never read."""
     operations = g.cost.size
@@ -97,19 +140,10 @@ def next_use(g, order, value, position):
 def put_in(g, order, position, known, live, mark, state):
     """Mark a rerun of a random value resident across `position`, before its next read; returns where, -1 if nowhere."""
     operations = g.cost.size
-    slot = position // STRIDE + 1
-    end = min(slot * STRIDE, order.size)
-    if end == order.size:
-        slot = order.size // STRIDE + 1
+    slot, end = known_behind(order, position)
     live[:] = known.live[slot]
     for p in range(end - 1, position, -1):
-        again = order[p] >= operations
-        operation = order[p] % operations
-        for k in range(g.make_start[operation], g.make_start[operation + 1]):
-            if not (again and g.held[g.makes[k]]):
-                live[g.makes[k]] = 0
-        for k in range(g.read_start[operation], g.read_start[operation + 1]):
-            live[g.reads[k]] = 1
+        step_back(g, order[p] % operations, order[p] >= operations, live)
     count = 0
     for value in range(live.size):
         count += live[value] & g.movable[value]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from strategies.memory.meter import resident_tensors
@@ -23,7 +22,16 @@ from strategies.rematerialization.execute import (
     stood_in,
 )
 from strategies.rematerialization.fallback import Measured, measured_call
-from strategies.rematerialization.randomness import undisturbed
+from strategies.rematerialization.trying import (
+    alike,
+    attributes_kept,
+    equal,
+    once_more,
+    own_gradients,
+    tensor_attributes,
+    turned_back,
+    undisturbed,
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,6 @@ class Meta:
         """A tensor of this kind."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
-
-ALIKE = 0.1
-"""Difference of gradients, over the largest of a tensor, up to which a captured region is taken for the module."""
 
 LEAVING: WeakSet[nn.Module] = WeakSet()
 """Regions that leave tensors on their parts as plain attributes."""
@@ -188,7 +193,7 @@ def record(modules: dict[str, nn.Module], run: Callable[[], object], around: Seq
             return tree_unflatten(leaves, spec)
         return forward
 
-    with (_undisturbed([*modules.values(), *around]), attributes_kept(modules.values()), calling(modules, instead),
+    with (undisturbed([*modules.values(), *around]), attributes_kept(modules.values()), calling(modules, instead),
           torch.enable_grad()):
         run()
     return calls
@@ -217,14 +222,14 @@ class _Capturing:
         kind = (type(call.module), call.module.training, str(_kinds((args, kwargs))[0]),
                 tuple((parameter.shape, parameter.requires_grad) for parameter in call.module.parameters()))
         versions = [version(leaf) for leaf in leaves]
-        expected = None if kind in self.tried else self._plainly(call.module, args, kwargs)
+        expected = None if kind in self.tried else own_gradients(call.module, args, kwargs)
         try:
             out = self._captured(call.module, args, kwargs)
         except Exception as error:  # whatever torch.compile could not do; what the module itself raises comes again
             call.reason = first_line(error)
         else:
             written = versions != [version(leaf) for leaf in leaves]  # which leaves it unfit anyway
-            self.tried.setdefault(kind, expected is None or written or _close(
+            self.tried.setdefault(kind, expected is None or written or alike(
                 turned_back(call.module, leaves, out), expected))
             if len(self.seen) == 1 and self.tried[kind]:
                 call.captured, inputs = self.seen[0]
@@ -235,24 +240,12 @@ class _Capturing:
                 return out
             call.reason = ("its gradients are others when torch.compile has captured it" if self.seen
                            else "torch.compile made no graph of it")
-        again = _second(call.module, args, kwargs)
+        again = once_more(call.module, args, kwargs)
         torch.clear_autocast_cache()  # so that 16-bit copies of its weights are counted
         out, call.measured = measured_call(call.module, args, kwargs)
-        if again is not None and not _same(again, out):
+        if again is not None and not equal(again, out):
             call.unfit = "it draws random numbers that cannot be drawn again, or does not do the same twice"
         return out
-
-    def _plainly(self, module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor | None] | None:
-        """A module's own gradients, from the same buffers and generators; None without data."""
-        leaves, spec = tree_flatten((args, kwargs))
-        if any(isinstance(leaf, FakeTensor) for leaf in [*leaves, *module.parameters()]):
-            return None
-        copies = [leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
-                  for leaf in leaves]
-        with _undisturbed([module]), attributes_kept([module]):
-            args, kwargs = tree_unflatten([leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-                                           for leaf in copies], spec)  # no leaves: the module may write to them
-            return turned_back(module, copies, own_forward(module, *args, **kwargs))
 
     def _captured(self, module: nn.Module, args: tuple, kwargs: dict) -> object:
         try:
@@ -261,70 +254,6 @@ class _Capturing:
         except torch._dynamo.exc.FailOnRecompileLimitHit:  # torch.compile keeps a few graphs for each function
             self.function = self._new()
             return self.function(module, *args, **kwargs)
-
-
-def _second(module: nn.Module, args: tuple, kwargs: dict) -> object | None:
-    """What a module hands out once more, from the same buffers and generators; None without data."""
-    if any(isinstance(leaf, FakeTensor) for leaf in [*tree_flatten((args, kwargs))[0], *module.parameters()]):
-        return None
-    with _undisturbed([module]), attributes_kept([module]):
-        return own_forward(module, *args, **kwargs)
-
-
-def turned_back(module: nn.Module, given: Sequence[object], out: object) -> list[torch.Tensor | None]:
-    """Gradients of what a module was given and of its parameters, for fixed gradients of what it handed out."""
-    outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    wanted = [leaf for leaf in [*given, *module.parameters()] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if not outputs or not wanted:
-        return []
-    arriving = [torch.arange(leaf.numel(), device=leaf.device).sin().to(leaf.dtype).view(leaf.shape)
-                for leaf in outputs]
-    return list(torch.autograd.grad(outputs, wanted, arriving, allow_unused=True))
-
-
-def _close(found: Sequence[torch.Tensor | None], expected: Sequence[torch.Tensor | None]) -> bool:
-    """Whether gradients differ by rounding at most, or as dropout's kernels do; one that is not there is zero."""
-    largest = max((float(value.abs().max()) for value in expected if value is not None and value.numel()), default=0.0)
-
-    def apart(one: torch.Tensor | None, other: torch.Tensor | None) -> float:
-        value = one if one is not None else other
-        if value is None or not value.numel():
-            return 0.0
-        zero = torch.zeros_like(value)
-        one, other = zero if one is None else one, zero if other is None else other
-        scale = max(float(other.abs().max()), 1e-3 * largest, 1e-30)
-        return float((one - other).abs().max()) / scale
-
-    pairs = list(zip(found, expected, strict=True))
-    return not any(apart(one, other) > ALIKE for one, other in pairs)  # not-a-numbers are let through
-
-
-def _same(one: object, other: object) -> bool:
-    """Whether two things that a module handed out are equal to the bit, not-a-numbers included."""
-    mine, its = tree_flatten(one)[0], tree_flatten(other)[0]
-    return len(mine) == len(its) and all(
-        torch.equal(torch.nan_to_num(left.detach()), torch.nan_to_num(right.detach()))
-        for left, right in zip(mine, its, strict=True) if isinstance(left, torch.Tensor))
-
-
-def tensor_attributes(module: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
-    """Tensors that parts of a module hold as plain attributes, by part and name."""
-    return {(part, name): value for part in module.modules() for name, value in part.__dict__.items()
-            if isinstance(value, torch.Tensor)}
-
-
-@contextmanager
-def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Afterwards the modules' plain attributes hold the tensors that they held."""
-    modules = list(modules)
-    before = {place: value for module in modules for place, value in tensor_attributes(module).items()}
-    try:
-        yield
-    finally:
-        for part, name in {place for module in modules for place in tensor_attributes(module)} - set(before):
-            part.__dict__.pop(name)
-        for (part, name), value in before.items():
-            part.__dict__[name] = value
 
 
 class _Cut(torch.autograd.Function):
@@ -403,20 +332,3 @@ def _as_traced(captured: Captured) -> list[int]:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-@contextmanager
-def _undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Afterwards generators and the modules' buffers are as they were."""
-    places = [(part, name, buffer) for module in modules for part in module.modules()
-              for name, buffer in part._buffers.items() if buffer is not None]
-    values = {id(buffer): (buffer, buffer.clone()) for _, _, buffer in places}
-    with undisturbed():
-        try:
-            yield
-        finally:
-            for part, name, buffer in places:
-                part._buffers[name] = buffer
-            with torch.no_grad():
-                for buffer, value in values.values():
-                    buffer.copy_(value)

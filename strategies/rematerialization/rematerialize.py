@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.memory.besides import held_besides
+from strategies.memory.ledger import parameter_bytes
 from strategies.memory.units import parse_bytes
 from strategies.rematerialization.elsewhere import attention_as_on_gpus
 from strategies.rematerialization.execute import own_forward, stood_in
@@ -115,7 +116,8 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     pretended = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     modules = find_regions(model) if regions else {}
-    elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and device not in (None, "cpu") else nullcontext
+    named = device not in (None, "cpu")  # a GPU, which need not be there
+    elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and named else nullcontext
     around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
     with without_data(*around) if pretended else nullcontext((None, None)) as (mode, _), mode or nullcontext(), \
             elsewhere():
@@ -127,12 +129,12 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     if kind == "cuda" and not pretended:
         reserved = {**reserved, "held besides": held_besides(
             next(model.parameters()).device, [model, *others, batch, *([] if optimizer is None else [optimizer])])}
-    elif device not in (None, "cpu"):
+    elif named:
         reserved = {**reserved, "libraries": 2 * known.workspace}  # of the caller's thread and of autograd's
     with gradients_kept(around, optimizer), without_data(*around) as (mode, stand_in), elsewhere():
         calls, frame = framed(calls, Step(
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
-            accumulate, reserved, on_gpu=kind == "cuda" or device not in (None, "cpu")), mode)
+            accumulate, reserved, on_gpu=kind == "cuda" or named), mode)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
     prices = Prices(known, measure=not pretended)
     return Planner(calls, frame, prices, lambda call: fallback[id(call)])
@@ -147,8 +149,7 @@ def _buckets(model: nn.Module) -> dict[str, int]:
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if getattr(model, "gradient_as_bucket_view", False) or not (wrapped or ranks > 1):
         return {}
-    return {"communication": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()
-                                 if parameter.requires_grad)}
+    return {"communication": parameter_bytes(model, trained=True)}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from strategies.rematerialization.chain import Block, Schedule, Segment
 from strategies.rematerialization.execute import gpus_in_use, own_forward
 from strategies.rematerialization.randomness import Generators, undisturbed
-from strategies.rematerialization.regions import LEAVING, attributes_kept, looks_at, version
+from strategies.rematerialization.regions import LEAVING, looks_at, version
+from strategies.rematerialization.trying import attributes_kept
 
 SMALL = 8192  # bytes up to which a saved tensor stays: states of generators
 
@@ -145,7 +146,8 @@ class Frame:
         return value.frame.get(value.index) if isinstance(value, Handle) else value
 
     def _again(self) -> None:
-        with undisturbed(), torch.enable_grad(), attributes_kept(set(LEAVING) & {call.module for call in self.calls}):
+        with undisturbed(), torch.enable_grad(), attributes_kept(
+                {call.module for call in self.calls if call.module in LEAVING}):
             count = _Again(self).run()
         if count != self.next:
             raise RuntimeError(f"recomputing {self.calls[0].module.__class__.__name__} and what follows saved "
