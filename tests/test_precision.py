@@ -3,18 +3,19 @@
 import pytest
 import torch
 
+from strategies.sharding.engine import Engine
 from trainer.precision import MixedPrecision
 
 
 def one_step(precision, parameter, optimizer, factor):
-    """A step whose gradient is `factor` before scaling; returns the gradient after unscaling."""
-    optimizer.zero_grad()
+    """A step, as the trainer takes it, whose gradient is `factor` before scaling; returns the one after unscaling."""
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(parameter.grad.clone()))
+    engine = Engine(torch.nn.Identity(), torch.nn.Identity(), optimizer)
     precision.scale((parameter * factor).sum()).backward()
-    precision.unscale(optimizer)
-    gradient = parameter.grad.clone()
-    finite = bool(torch.isfinite(gradient).all())
-    precision.step(optimizer, finite, precision.overflowed(True, finite))
-    return gradient
+    done = engine.update(None, True, precision.loss_scale)
+    precision.settle(precision.overflowed(True, done.finite), done.finite)
+    return seen[0] if seen else None
 
 
 def test_scale_halves_on_overflow_skips_and_grows_back():

@@ -131,7 +131,7 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
         if teacher is not None and objective.needs_teacher:
             large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype])
             large.eval().requires_grad_(False)
-        optimizer = experiment.optimizer.build(small.parameters())
+        optimizer = experiment.optimizer.build(small)
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
     precision = experiment.precision.build(place)

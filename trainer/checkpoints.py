@@ -1,35 +1,51 @@
 """Checkpoints of a run: weights, optimizer, loss scale, random state and step, in safetensors and JSON.
 
-A checkpoint is written beside and renamed when all of it is on disk; older ones are removed only after that.
+Every process writes what it holds; any number of processes, under any engine, reads what it needs of that, in parts and
+without ever holding more than a parameter. A checkpoint is written beside and renamed when all of it is on disk; older
+ones are removed only then.
+
+    model.safetensors       weights, fp32, by name; of a sharded student model-00000-of-00002.safetensors and so on, with
+                            what each process holds of a weight, flat, as `name@start`
+    optimizer.safetensors   its state: `name/exp_avg` like the weights, `name/=step` and the like the same everywhere
+    random-0.safetensors    random state of process 0
+    state.json              step, loss scale, shapes
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from strategies.memory.shards import Piece, layout_of, local_of
+from strategies.optimizers.state import PieceState, read_state, write_state
+from strategies.sharding.engine import Engine
+
 NAME = "step-{:08d}"
+WHOLE, PART = "{}.safetensors", "{}-{:05d}-of-{:05d}.safetensors"
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any],
-         keep: int, rank: int, wait: Any) -> Path:
+def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int, rank: int, ranks: int,
+         wait: Any) -> Path:
     """Write a checkpoint from all processes.
 
     Args:
         folder: the run's `checkpoints`.
         step: optimizer steps done.
-        model: the unwrapped model.
-        optimizer: its optimizer.
+        engine: what holds the student and its optimizer.
         state: what else the main process must remember, as plain data.
         keep: checkpoints to leave, this one included.
-        rank: number of this process; each writes its own random state.
+        rank: number of this process; each writes its own part and random state.
+        ranks: number of processes.
         wait: a barrier over all processes.
     """
     final = folder / NAME.format(step)
@@ -41,11 +57,15 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         partial.mkdir(parents=True)
     wait()
     save_file(_random_state(), partial / f"random-{rank}.safetensors")
+    weights, moments = _held(engine, rank)
+    for kind, tensors in (("model", weights), ("optimizer", moments)):
+        if tensors:
+            file = partial / (PART.format(kind, rank, ranks) if engine.sharded else WHOLE.format(kind))
+            save_file(tensors, file, metadata={"format": "pt"})
+            _sync(file)
     if rank == 0:
-        save_model(model, str(partial / "model.safetensors"))
-        tensors, groups = _flatten(optimizer.state_dict())
-        save_file(tensors, partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, "groups": groups, **state}, indent=1))
+        shapes = {piece.name: piece.shape for _, layout in engine.tensors() for piece in layout.pieces}
+        (partial / "state.json").write_text(json.dumps({"step": step, **state, "shapes": shapes}, indent=1))
     wait()
     if rank == 0:
         for file in [*partial.iterdir(), partial]:
@@ -63,33 +83,157 @@ def latest(folder: Path) -> Path | None:
     return max(folder.glob("step-*"), default=None)
 
 
-def load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, Any]:
+def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
     """Put a checkpoint's weights, optimizer state and random state back, and return its plain state.
 
     A process that the checkpoint did not know keeps its fresh random state.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
     """
     state = json.loads((checkpoint / "state.json").read_text())
-    load_model(model, str(checkpoint / "model.safetensors"), device="cpu")
-    optimizer.load_state_dict(_unflatten(load_file(checkpoint / "optimizer.safetensors"), state.pop("groups")))
+    saved = Saved(checkpoint, state.pop("shapes"))
+    trained = {id(parameter) for parameter in engine.parameters()}
+    with torch.no_grad():
+        for tensor, layout in engine.tensors():
+            flat = local_of(tensor)
+            for piece in layout.pieces:
+                if piece.numel:
+                    piece.of(flat).copy_(saved.read("model", piece.name, piece))
+            if id(tensor) in trained or layout_of(tensor) is layout:
+                write_state(engine.inner, tensor, [saved.moments(piece) for piece in layout.pieces])
+        _load_buffers(saved, engine.student)
+    engine.refresh()
     random = checkpoint / f"random-{rank}.safetensors"
     if random.exists():
         _set_random_state(load_file(random))
     return state
 
 
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Optimizer state as named tensors, and its groups as plain data."""
-    tensors = {f"{index}.{name}": value.detach().contiguous() for index, entry in state["state"].items()
-               for name, value in entry.items()}
-    return tensors, state["param_groups"]
+def load_whole(checkpoint: Path, model: nn.Module) -> None:
+    """Fill a whole model with a checkpoint's weights, whatever engine wrote it."""
+    saved = Saved(checkpoint, json.loads((checkpoint / "state.json").read_text())["shapes"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = Piece(name, tuple(parameter.shape), 0, parameter.numel())
+            local_of(parameter).copy_(saved.read("model", name, whole))
+        _load_buffers(saved, model)
 
 
-def _unflatten(tensors: dict[str, torch.Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    return {"state": state, "param_groups": groups}
+class Saved:
+    """The tensors of a checkpoint, read in parts.
+
+    Args:
+        checkpoint: its folder.
+        shapes: of whole parameters, by name.
+    """
+
+    def __init__(self, checkpoint: Path, shapes: dict[str, list[int]]) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self._parts: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
+        self._states: dict[str, set[str]] = defaultdict(set)
+        files = [file for kind in ("model", "optimizer") for file in sorted(checkpoint.glob(f"{kind}*.safetensors"))]
+        for file in files:
+            kind = file.stem.partition("-")[0]
+            handle = safe_open(file, framework="pt")
+            for key in handle.keys():  # noqa: SIM118 - no dictionary
+                name, _, start = key.partition("@")
+                count = math.prod(handle.get_slice(key).get_shape())
+                first = int(start or 0)
+                self._parts[kind, name].append((first, first + count, handle, key))
+                if kind == "optimizer":
+                    parameter, _, what = name.rpartition("/")
+                    self._states[parameter].add(what)
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return (kind, name) in self._parts
+
+    def read(self, kind: str, name: str, piece: Piece) -> torch.Tensor:
+        """Elements of a piece, flat.
+
+        Raises:
+            ValueError: the checkpoint has no such tensor, another shape of it, or not all of its elements.
+        """
+        if self.shapes.get(piece.name, piece.shape) != piece.shape or not self.has(kind, name):
+            raise ValueError(f"the checkpoint is of another model: {piece.name} has shape {piece.shape}, and there "
+                             f"it has {self.shapes.get(piece.name, 'none')}")
+        found = torch.cat([_elements(handle, key, max(0, piece.start - start), min(stop, piece.stop) - start)
+                           for start, stop, handle, key in sorted(self._parts[kind, name], key=lambda part: part[0])
+                           if start < piece.stop and stop > piece.start])
+        if found.numel() != piece.numel:
+            raise ValueError(f"the checkpoint lacks a part of {name}")
+        return found
+
+    def whole(self, kind: str, name: str) -> torch.Tensor:
+        """A tensor that was written whole, in its own shape."""
+        (_, _, handle, key), *_ = self._parts[kind, name]
+        return handle.get_tensor(key)
+
+    def moments(self, piece: Piece) -> PieceState:
+        """Optimizer state of a piece; empty where there is none."""
+        elementwise, whole = {}, {}
+        for what in sorted(self._states.get(piece.name, ())):
+            if what.startswith("="):  # the same on all ranks
+                whole[what[1:]] = self.whole("optimizer", f"{piece.name}/{what}")
+            elif piece.numel:
+                elementwise[what] = self.read("optimizer", f"{piece.name}/{what}", piece)
+        return PieceState(elementwise, whole)
+
+
+def _held(engine: Engine, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What this process writes: weights, and optimizer state. What all hold alike is written by the first."""
+    weights: dict[str, torch.Tensor] = {}
+    moments: dict[str, torch.Tensor] = {}
+    trained = {id(parameter) for parameter in engine.parameters()}
+    for tensor, layout in engine.tensors():
+        whole = layout.group is None
+        flat = local_of(tensor)
+        known = id(tensor) in trained or layout_of(tensor) is layout
+        states = read_state(engine.inner, tensor) if known else [PieceState({}, {})] * len(layout.pieces)
+        for piece, state in zip(layout.pieces, states, strict=True):
+            if rank == 0:
+                moments |= {f"{piece.name}/={what}": value.cpu() for what, value in state.whole.items()}
+            if not piece.numel or (whole and rank):
+                continue
+            weights[_key(piece.name, piece, whole)] = _shaped(piece.of(flat), piece, whole)
+            moments |= {_key(f"{piece.name}/{what}", piece, whole): _shaped(value, piece, whole)
+                        for what, value in state.elementwise.items()}
+    if rank == 0:
+        weights |= {name: buffer.detach().cpu().clone() for name, buffer in _buffers(engine.student).items()}
+    return weights, moments
+
+
+def _key(name: str, piece: Piece, whole: bool) -> str:
+    return name if whole else f"{name}@{piece.start}"
+
+
+def _shaped(flat: torch.Tensor, piece: Piece, whole: bool) -> torch.Tensor:
+    return flat.to("cpu", copy=True).reshape(piece.shape if whole else (-1,))
+
+
+def _elements(handle: Any, key: str, begin: int, end: int) -> torch.Tensor:
+    """Elements `begin` to `end` of a saved tensor, flat; no more rows are read than they are in."""
+    part = handle.get_slice(key)
+    shape = part.get_shape()
+    if not shape:
+        return handle.get_tensor(key).reshape(1)
+    row = math.prod(shape[1:])
+    first = begin // row
+    rows = part[first:-(-end // row)].reshape(-1)
+    return rows[begin - first * row:end - first * row]
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to a model's state."""
+    names = set(model.state_dict(keep_vars=True)) if any(True for _ in model.buffers()) else set()
+    return {name: buffer for name, buffer in model.named_buffers() if name in names}
+
+
+def _load_buffers(saved: Saved, model: nn.Module) -> None:
+    for name, buffer in _buffers(model).items():
+        if saved.has("model", name):
+            buffer.copy_(saved.whole("model", name))
 
 
 def _random_state() -> dict[str, torch.Tensor]:

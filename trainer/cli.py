@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from trainer.errors import ExperimentErrors, RunFailed, UserError
@@ -12,6 +13,7 @@ from trainer.experiment.explaining import help_text, schema
 from trainer.experiment.reading import Source, describe, read_experiment
 
 USER_ERROR, FAILURE, BUDGET_UNMET = 2, 1, 3
+OTHERS_WAIT = 5.0  # seconds
 
 
 def train(arguments: list[str]) -> int:
@@ -82,9 +84,15 @@ def _messages(error: UserError | ExperimentErrors, source: Source | None) -> str
 
 
 def _tell(text: str) -> None:
-    """On standard error, from the first process only: the others have the same to say."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, file=sys.stderr, flush=True)
+    """On standard error, from the first process: the others mostly have the same to say.
+
+    Another process speaks after a while: where the first one failed too, the launcher has ended this one by then.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(OTHERS_WAIT)
+        text = f"process {rank}: {text}"
+    print(text, file=sys.stderr, flush=True)
 
 
 LIMBECK = """\

@@ -17,8 +17,9 @@ from trainer.experiment.tree import Experiment
 
 # What a continued run may change: where it is kept, what it tells, how often it looks. None of it changes the weights.
 # A micro-batch splits the same sum otherwise; with dropout it draws otherwise, which is as good.
-FREE = ("run", "report", "memory", "training.evaluate_every", "training.checkpoint_every", "training.keep_checkpoints",
-        "training.micro_batch", "data.workers", "export.tolerance")
+# Another engine computes the same; in half precision it rounds elsewhere.
+FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
+        "training.keep_checkpoints", "training.micro_batch", "data.workers", "export.tolerance")
 
 _LOCKS: dict[Path, Any] = {}  # held by this process; the system releases them when it ends
 

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -33,10 +32,12 @@ from trainer.budget import (
 )
 from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import Text
+from trainer.engines import engine_for, place_teacher
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import Metrics, Ticker, memory_peak, readable
+from trainer.models import whole_student
 from trainer.precision import MixedPrecision
 
 MEASURED = 2  # the step of a process, counted from 1, whose memory is measured: by then all state exists
@@ -46,7 +47,7 @@ class Trainer:
     """Trains a student, with or without a teacher, and remembers all it needs to go on after an interruption.
 
     Attributes:
-        student: the wrapped student; `unwrapped` is the model itself.
+        engine: holds the student and its optimizer on their ranks; `student` is what is called.
         steps: optimizer steps of the whole run.
         step: optimizer steps done.
     """
@@ -55,10 +56,11 @@ class Trainer:
                  student: nn.Module, teacher: nn.Module | None, steps: int):
         self.experiment, self.folder, self.accelerator, self.text = experiment, folder, accelerator, text
         self.objective = experiment.objective.build(teacher is not None)
-        self.teacher = teacher.to(accelerator.device) if teacher is not None and self.objective.needs_teacher else None
+        asked = teacher is not None and self.objective.needs_teacher
+        self.teacher = place_teacher(experiment, accelerator, teacher) if asked else None
         self.precision = experiment.precision.build(accelerator.device.type)
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, steps)
-        self.student, self.optimizer = accelerator.prepare(student, experiment.optimizer.build(student.parameters()))
+        self.engine = engine_for(experiment, accelerator, student)
         self.steps, self.step, self.nonfinite = steps, 0, 0
         batch, processes = experiment.training.batch_size, accelerator.num_processes
         self.accumulation = batch // (experiment.training.micro_batch * processes)
@@ -68,9 +70,19 @@ class Trainer:
         self._measured_at = min(self.step + MEASURED, self.steps) - 1
 
     @property
+    def student(self) -> nn.Module:
+        """The student as it is called in training, whatever wraps it."""
+        return self.engine.model
+
+    @property
     def unwrapped(self) -> nn.Module:
-        """The student without Accelerate's wrapper: for saving and evaluation afterwards, never for training."""
-        return self.accelerator.unwrap_model(self.student)
+        """The student itself, without wrappers: for saving and evaluation afterwards, never for training."""
+        return self.engine.student
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The student's optimizer."""
+        return self.engine.optimizer
 
     def train(self) -> None:
         """Train from `step` to `steps`, evaluating and saving on the way."""
@@ -120,15 +132,15 @@ class Trainer:
         finite: list[torch.Tensor] = []
         for number, batch in enumerate(map(self._to_device, micro_batches), 1):  # one at a time on the device
             last = number == self.accumulation
-            with nullcontext() if last else self.accelerator.no_sync(self.student):
+            with self.engine.accumulating(last):
                 if last:
                     mark("forward")
                 loss, terms = self._loss(batch)
-                # Data parallelism averages gradients over processes; the sum over their tokens is wanted.
+                # Engines average gradients over processes; the sum over their tokens is wanted.
                 share = loss * (self.accelerator.num_processes / tokens)
                 if last:
                     mark("backward")
-                self.accelerator.backward(self.precision.scale(share))
+                self.engine.backward(share if self.engine.scales else self.precision.scale(share))
             finite.append(loss.detach().isfinite())
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0) + value
@@ -145,21 +157,21 @@ class Trainer:
         return record
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return loss_of_batch(self.objective, self.precision, self.student, self.teacher, batch)
+        return loss_of_batch(self.objective, self.precision, self.student, self.teacher, batch, self.engine.casts)
 
     def _update(self, learning_rate: float, loss_finite: bool) -> float:
         """Clip, step the weights if everything is finite, and return the gradient's norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.precision.unscale(self.optimizer)
-        limit = self.experiment.training.clip
-        norm = float(self.accelerator.clip_grad_norm_(self.student.parameters(), limit or math.inf))
-        good = loss_finite and math.isfinite(norm)
-        overflow = self.precision.overflowed(loss_finite, math.isfinite(norm))
-        self.nonfinite = 0 if good or overflow else self.nonfinite + 1
-        self.precision.step(self.optimizer, good, overflow)
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        scale = 1.0 if self.engine.scales else self.precision.loss_scale
+        done = self.engine.update(self.experiment.training.clip, loss_finite, scale)
+        overflow = self.precision.overflowed(loss_finite, done.finite)
+        self.nonfinite = 0 if done.taken or overflow else self.nonfinite + 1
+        if self.engine.scales:
+            self.precision.follow(self.engine.loss_scale, overflow)
+        else:
+            self.precision.settle(overflow, done.finite)
+        return done.norm
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -175,7 +187,7 @@ class Trainer:
             if not len(batch["input_ids"]):  # every process takes part in every forward; this one's rows are used up
                 batch = self._to_device({name: tensor[:1] for name, tensor in rows.items()})
                 batch["targets"] = torch.full_like(batch["targets"], IGNORED)
-            with self.precision.autocast():
+            with self.precision.autocast(self.engine.casts):
                 logits = self.student(**model_inputs(batch)).logits
             sums[0] += cross_entropy_sum(logits, batch["targets"]).to(wide)
             sums[1] += (batch["targets"] != IGNORED).sum()
@@ -186,21 +198,38 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this moment."""
         checkpoints.save(
-            self.folder.checkpoints, self.step, self.unwrapped, self.optimizer,
-            {"precision": self.precision.state_dict(), "nonfinite": self.nonfinite},
+            self.folder.checkpoints, self.step, self.engine,
+            {"precision": self.precision.state_dict(), "engine": self.engine.scale_state(), "nonfinite": self.nonfinite,
+             "processes": self.accelerator.num_processes},
             keep=self.experiment.training.keep_checkpoints, rank=self.accelerator.process_index,
-            wait=self.accelerator.wait_for_everyone,
+            ranks=self.accelerator.num_processes, wait=self.accelerator.wait_for_everyone,
         )
+
+    def whole(self) -> nn.Module:
+        """The student whole, on the main process: where it is sharded, made again and filled from the last checkpoint.
+
+        Nothing is gathered for it, so no other process takes part.
+        """
+        if not self.engine.sharded:
+            return self.unwrapped
+        model = whole_student(self.experiment, self.unwrapped)
+        newest = checkpoints.latest(self.folder.checkpoints)
+        assert newest is not None, "the last step writes a checkpoint"
+        checkpoints.load_whole(newest, model)
+        return model
 
     def release(self) -> None:
         """Give models and optimizer back, so that the next training of this process finds the memory free."""
-        self.student = self.teacher = self.optimizer = None
+        self.engine.release()
+        self.engine = self.teacher = None
         self.accelerator.free_memory()
 
     # ---- memory
 
     def _plan_memory(self) -> MemoryPlan | None:
         """Plan a step for the budget, with the models at hand, and make the student run by the plan."""
+        if self.engine.sharded:
+            return None
         experiment, training, data = self.experiment, self.experiment.training, self.experiment.data
         processes, student = self.accelerator.num_processes, self.unwrapped
         batch = example_batch(training.micro_batch, data.sequence_length, data.packing, self.accelerator.device)
@@ -255,8 +284,9 @@ class Trainer:
     def _resume(self) -> None:
         newest = checkpoints.latest(self.folder.checkpoints)
         if newest is not None:
-            state = checkpoints.load(newest, self.unwrapped, self.optimizer, self.accelerator.process_index)
+            state = checkpoints.load(newest, self.engine, self.accelerator.process_index)
             self.precision.load_state_dict(state["precision"])
+            self.engine.load_scale_state(state["engine"], self.precision.loss_scale)
             self.step, self.nonfinite = state["step"], 0  # a restart is a new chance for a step that was not finite
 
     def _batches(self) -> Iterator[Batch]:
@@ -307,10 +337,11 @@ class Trainer:
 
 
 def loss_of_batch(objective: ResponseObjective, precision: MixedPrecision, student: nn.Module,
-                  teacher: nn.Module | None, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                  teacher: nn.Module | None, batch: Batch, engine_casts: bool = False
+                  ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted loss and its terms for a micro-batch, summed over target tokens; the plan of memory runs this too."""
     inputs = model_inputs(batch)
-    with precision.autocast():
+    with precision.autocast(engine_casts):
         taught = None
         if teacher is not None:
             with torch.no_grad():

@@ -171,6 +171,15 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
     return model.train()
 
 
+def whole_student(experiment: Experiment, like: nn.Module) -> nn.Module:
+    """An unsharded student of the same shape on the CPU, its weights still to be filled in."""
+    model = AutoModelForCausalLM.from_config(like.config, dtype=torch.float32)
+    model.generation_config = like.generation_config
+    if experiment.student.quantization is not None:
+        quantize(experiment, model)
+    return model.train()
+
+
 def quantize(experiment: Experiment, model: nn.Module) -> None:
     """Prepare the student's layers for quantisation-aware training; what does not fit is named with its way out."""
     asked = experiment.student.quantization

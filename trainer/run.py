@@ -6,13 +6,10 @@ import copy
 import json
 import os
 import shutil
-from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -22,6 +19,7 @@ from strategies.quantization.baking import bake
 from trainer.budget import plan_memory
 from trainer.data.dataset import Text, prepare_text
 from trainer.data.sources import check_path
+from trainer.engines import check_engine, start
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
@@ -52,6 +50,7 @@ def dry_run(source: Source, as_json: bool) -> None:
     teacher, student = _configs(experiment, vocabulary, offline=True)
     device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    check_engine(experiment, processes)
     plan = make_plan(experiment, teacher, student, processes=processes, device=device, rows=None,
                      memory=plan_memory(experiment, teacher, student, processes))
     if int(os.environ.get("RANK", 0)) == 0:
@@ -121,37 +120,6 @@ def check_early(experiment: Experiment, processes: int) -> None:
             plan_memory(own, *_configs(own, vocabulary), processes)
 
 
-def start(experiment: Experiment) -> Accelerator:
-    """Join the launched processes, and make sure that they are what was asked for."""
-    for tracker in experiment.run.trackers:
-        if find_spec(tracker) is None:  # Accelerate would go on without a word
-            raise UserError("run.trackers", f"{tracker} is not installed", value=list(experiment.run.trackers),
-                            way_out=f"pip install '{tracker}', or remove it here; metrics.jsonl is always written")
-    accelerator = Accelerator(
-        mixed_precision="no",  # precision is ours, the same on every device
-        log_with=list(experiment.run.trackers) or None,
-        project_dir=experiment.folder,
-        # The others wait while the first one tokenises.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
-        raise RunFailed(f"the launcher started {launched} processes but they train as {accelerator.num_processes}: "
-                        "each would train alone.\n  -> on CPU set ACCELERATE_USE_CPU=true and pass --multi_gpu to "
-                        "accelerate launch, as launch/two_cpu_ranks.sh does")
-    plain = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if not plain or accelerator.gradient_accumulation_steps != 1 or accelerator.scaler is not None:
-        raise RunFailed("accelerate's own configuration asks for something that this version leaves to the experiment "
-                        f"file ({accelerator.distributed_type.value}, gradient accumulation "
-                        f"{accelerator.gradient_accumulation_steps}).\n  -> launch with --config_file "
-                        "launch/one_process.yaml, or a file of your own that names processes and machines only")
-    if accelerator.device.type == "cpu":
-        # `accelerate launch` sets one thread where it finds no GPU, which would leave the other cores idle.
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
-        torch.set_num_threads(experiment.run.threads or max(1, _cores() // local))
-    return accelerator
-
-
 def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, accelerator: Accelerator,
               text: Text) -> tuple[torch.Tensor, torch.Tensor]:
     """Train one student to its last step, export it to the folder `student`, and give its memory back.
@@ -167,7 +135,7 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         peak, kind = max(line["memory_peak"] for line in lines), lines[-1]["memory_kind"]
         plan = json.loads(folder.plan.read_text())
         write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
-        model, dtype = trainer.unwrapped, DTYPES[experiment.export.dtype]
+        model, dtype = trainer.whole(), DTYPES[experiment.export.dtype]
         write_folder(student, model, text.tokenizer, dtype)
         trained = exported = _logits(model, text)
         if dtype is not torch.float32:
@@ -310,7 +278,3 @@ def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, st
         if model is not None and model.path is not None and commit:
             experiment = experiment.model_copy(update={key: model.model_copy(update={"revision": commit})})
     return experiment
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.autograd import profiler
 from strategies.memory.tracker import strided_parts, tensors_of
 
 _FREE, _MARK = "limbeck.free.", "limbeck.mark."
+LET_GO = 1e-3  # seconds that gloo has to let go of a tensor
 CUDA_BLOCK = 512  # bytes to whose next multiple the CUDA caching allocator rounds a request up
 _CUDA_ENTRIES = 1_000_000  # most allocations and frees that a timeline on CUDA keeps; the newest stay
 _cuda_marks: list[tuple[float, str]] | None = None  # (microseconds, name) while a step is measured on CUDA
@@ -70,12 +72,37 @@ def measure(step: Callable[[], object], device: torch.device | str, resident: It
         raise ValueError(f"memory is measured on cpu and cuda, not on {device.type}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch reads it now; else each profile writes two lines to stderr
     base, watchers = _watch(resident)
-    with profiler.profile(use_kineto=True, profile_memory=True) as profile:
+    with patient_waiting(), profiler.profile(use_kineto=True, profile_memory=True) as profile:
         step()
     changes, marks = changes_of(_walk(profile.kineto_results.experimental_event_tree()))
     del watchers
     timeline = cumulative(changes, base)
     return Measured(int(timeline[:, 1].max(initial=base)), base, None, timeline, marks)
+
+
+@contextmanager
+def patient_waiting() -> Iterator[None]:
+    """Within the context, who waits for a sum over ranks waits a moment longer.
+
+    gloo's own thread holds the tensors too, and lets go of them just after it is done. If it were the last one to, the
+    end of their memory would not be seen: the profiler hears of the threads that it was started for only.
+    """
+    work = getattr(torch._C, "_distributed_c10d", None) and torch._C._distributed_c10d.Work
+    if not work or not torch.distributed.is_initialized():
+        yield
+        return
+    wait = work.wait
+
+    def longer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = wait(self, *args, **kwargs)
+        time.sleep(LET_GO)
+        return found
+
+    work.wait = longer
+    try:
+        yield
+    finally:
+        work.wait = wait
 
 
 def mark(name: str) -> None:
@@ -137,21 +164,25 @@ def changes_of(
 ) -> tuple[list[tuple[float, int]], tuple[tuple[str, int], ...]]:
     """Changes (microseconds, bytes) and marks from (nanoseconds, name, bytes, address) in any order.
 
-    A free counts where its allocation was seen. Any other is of an older block, and the size that the profiler gives
-    may be that of a block which lived at the same address in an earlier profile; our own notes say it instead.
+    A free counts where its allocation was seen, with the bytes of that. Any other is of an older block; our own notes
+    say its end. The size that the profiler gives for a free may be that of another block, which lived at the same
+    address before. A block that another thread let go of, unseen, ends when its address is given out again.
     """
-    changes, marks, ours = [], [], set()
+    changes: list[tuple[float, int]] = []
+    marks: list[tuple[str, int]] = []
+    ours: dict[int, int] = {}
     for moment, name, size, address in sorted(events, key=lambda event: event[0]):
         if name.startswith(_MARK):
             marks.append((name.removeprefix(_MARK), len(changes)))
         elif name.startswith(_FREE):
             changes.append((moment / 1000, -int(name.removeprefix(_FREE))))
         elif size > 0:
-            ours.add(address)
+            if address in ours:
+                changes.append((moment / 1000, -ours[address]))
+            ours[address] = size
             changes.append((moment / 1000, size))
         elif address in ours:
-            ours.remove(address)
-            changes.append((moment / 1000, size))
+            changes.append((moment / 1000, -ours.pop(address)))
     return changes, tuple(marks)
 
 

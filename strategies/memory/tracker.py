@@ -216,8 +216,9 @@ def strided_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with a storage of their own that a tensor is made of: itself, unless it is sparse or a wrapper."""
     if hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from strided_parts(getattr(tensor, name))
+        for name in names:  # a DTensor names its mesh among them
+            if isinstance(part := getattr(tensor, name), torch.Tensor):
+                yield from strided_parts(part)
     elif tensor.layout is torch.strided:
         yield tensor
     elif tensor.layout is torch.sparse_coo:

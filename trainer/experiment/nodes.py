@@ -15,7 +15,6 @@ from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, blame
 
 if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
-    from collections.abc import Iterable
 
     import torch
 
@@ -226,23 +225,25 @@ class Objective(Node):
 
 
 class Optimizer(Node):
-    """AdamW (Loshchilov & Hutter 2019), fused; no weight decay on vectors (norms and biases)."""
+    """How weights follow gradients; norms, biases and embeddings are not decayed."""
 
-    name: Literal["adamw"] = "adamw"
-    """Which optimizer."""
+    name: Literal["adamw", "lamb", "adafactor", "muon", "adamw8bit"] = "adamw"
+    """adamw, fused; lamb and adafactor over whole layers however they are sharded; muon; adamw8bit (bitsandbytes)."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator."""
+    """Decay of the running means of the gradient and of its square; muon's momentum is the first, adafactor has none."""
+    eps: Annotated[float, Field(gt=0)] | None = None
+    """Added to the denominator; null: 1e-6 for lamb, 1e-8 for others. Adafactor has its own."""
     weight_decay: Weight = 0.1
-    """Decoupled weight decay of matrices."""
+    """Decoupled weight decay of matrices that are not embeddings."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is there, so that gradients never all exist; engines none and fsdp2."""
 
-    def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        from strategies.optimizers.adamw import adamw
+    def build(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        from strategies.optimizers.build import build
 
-        return adamw(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        return build(model, self.name, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 class Schedule(Node):
@@ -327,6 +328,62 @@ def _bytes_as_written(budget: object) -> object:
     with blame("", value=budget):
         parse_bytes(budget)
     return budget if isinstance(budget, (str, int)) else int(budget)
+
+
+class Offload(Node):
+    """What is kept on the CPU instead of the device."""
+
+    parameters: bool = False
+    """Weights; of engine fsdp2 with gradients and optimizer state, of zero at stage 3."""
+    optimizer: bool = False
+    """Optimizer state and fp32 weights, updated there; engine zero."""
+
+
+class Sharding(Node):
+    """How the student, its gradients and its optimizer are shared out over processes; a teacher is sharded too."""
+
+    engine: Literal["none", "ddp", "fsdp2", "zero"] | None = None
+    """none: one process; ddp: whole on each; fsdp2; zero: DeepSpeed; null: ddp with several processes, else none."""
+    stage: Literal[1, 2, 3] | None = None
+    """zero: 1 shards optimizer state, 2 gradients too, 3 (default) weights too; fsdp2: 3, or 2 to gather once."""
+    offload: Offload = Offload()
+    """What is kept on the CPU."""
+    bucket: Annotated[str | int | None, BeforeValidator(_bytes_as_written)] = None
+    """Bytes of a communication bucket of ddp and zero; null: 25MiB for ddp, the largest block for zero."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Sharding:
+        if self.stage is not None and (self.engine not in ("fsdp2", "zero") or (self.engine, self.stage) == (
+                "fsdp2", 1)):
+            raise UserError("stage", f"engine {self.engine or 'null'} has no such stage", value=self.stage,
+                            way_out="use `engine: zero`, or leave it out (fsdp2 has 2 and 3)")
+        if self.offload.parameters and not (self.engine == "fsdp2" or (self.engine == "zero" and self.zero_stage == 3)):
+            raise UserError("offload.parameters", f"engine {self.engine or 'null'} keeps weights where it computes",
+                            value=True, way_out="use `engine: fsdp2`, or zero with `stage: 3`")
+        if self.offload.optimizer and self.engine != "zero":
+            way_out = "`offload: {parameters: true}` takes it along" if self.engine == "fsdp2" else "use `engine: zero`"
+            raise UserError("offload.optimizer", f"engine {self.engine or 'null'} keeps it where its weights are",
+                            value=True, way_out=way_out)
+        return self
+
+    def named(self, processes: int) -> str:
+        """The engine, where none is named the usual one."""
+        return self.engine or ("ddp" if processes > 1 else "none")
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO's stage."""
+        return self.stage or 3
+
+    @property
+    def reshards(self) -> bool:
+        """Whether weights of a block are given back between its forward and its backward."""
+        return self.stage != 2
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Bytes of a communication bucket."""
+        return 25 * 2**20 if self.bucket is None else parse_bytes(self.bucket)
 
 
 class Memory(Node):

@@ -18,6 +18,7 @@ from trainer.experiment.nodes import (
     Report,
     Run,
     Schedule,
+    Sharding,
     Student,
     Teacher,
     Training,
@@ -47,6 +48,8 @@ class Experiment(Node):
     """How long and in which batches."""
     precision: Precision = Precision()
     """Number format of forward and backward."""
+    sharding: Sharding = Sharding()
+    """How the student is shared out over processes."""
     memory: Memory = Memory()
     """How many bytes a step may take."""
     export: Export = Export()
@@ -68,13 +71,24 @@ class Experiment(Node):
         if not self.objective.cross_entropy and (not self.teacher or self.objective.kl == 0):
             raise UserError("objective.cross_entropy", "every weight of the objective is zero",
                             value=self.objective.cross_entropy, way_out="set `cross_entropy` or `kl` above zero")
+        if self.optimizer.in_backward:
+            self._steps_in_backward()
         return self
+
+    def _steps_in_backward(self) -> None:
+        """Weights that are updated one by one: no other micro-batch's gradient, nor the norm of all, is waited for."""
+        training, way_out = self.training, "or leave optimizer.in_backward out"
+        if training.clip is not None:
+            raise UserError("training.clip", "the norm of all gradients is not known when the first weight is updated "
+                            "in backward", value=training.clip, way_out=f"set it to null, {way_out}")
+        if self.precision.dtype == "fp16":
+            raise UserError("precision.dtype", "fp16 must see all gradients before it knows whether its loss scale was "
+                            "too large", value="fp16", way_out=f"use bf16, {way_out}")
 
     @property
     def folder(self) -> str:
         """The run folder."""
         return self.run.folder or f"runs/{self.name}"
-
 
     def as_teacher(self, folder: str) -> Experiment:
         """The experiment that makes this one's teacher: same data, no teacher, full precision, all for itself."""

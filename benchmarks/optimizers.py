@@ -1,0 +1,260 @@
+"""Optimizers beside their peers, in one run: bytes of state, time of a step, and how right LAMB's trust ratios are.
+
+    python -m benchmarks.optimizers [--json FILE] [--repeats N] [--threads N] [--device cpu]
+
+Every optimizer has its own copy of the same fp32 weights, shaped as a Llama of 10 million parameters, and the same
+gradients. Steps are taken in turn, one of each optimizer in every round, so that what else the machine does falls on
+all; `seconds` is the median of the rounds, `ratio` the median over rounds of the time over that of torch's fused AdamW
+in the same round. State bytes are those of distinct storages, scalars and code maps included. A peer that is not
+installed is listed as absent. Muon's row includes the AdamW of embeddings and norms that is part of it.
+
+`trust_ratio_error` is the largest relative difference, over all parameters and 5 steps, between LAMB's trust ratios in
+fp32 and a float64 computation of the paper's algorithm: whole, and in 2 and 3 flat parts whose sums are added up
+here as ranks would. `fp32_norm_error` is that of `torch.linalg.vector_norm` on the same weights, for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.rematerialization.frontier import machine
+from strategies.memory.meter import resident_tensors
+from strategies.memory.shards import Layout, Piece, lay_out
+from strategies.optimizers import lamb
+from strategies.optimizers.adafactor import Adafactor
+from strategies.optimizers.adamw import adamw
+from strategies.optimizers.adamw8bit import AdamW8bit
+from strategies.optimizers.lamb import Lamb
+from strategies.optimizers.muon import Muon
+
+WIDTH, INNER, LAYERS, VOCABULARY = 256, 688, 10, 8192
+BETAS, LR, STEPS = (0.9, 0.999), 1e-3, 5
+PACKAGES = ("torch", "transformers", "bitsandbytes", "pytorch_optimizer", "torchao")
+Weights = dict[str, torch.Tensor]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--repeats", type=int, default=21, help="rounds that are timed")
+    parser.add_argument("--threads", type=int, default=1, help="on CPU; one is disturbed least by other processes")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    weights = llama_weights(options.device)
+    result = {"machine": machine(options.device), "versions": versions(),
+              "parameters": sum(value.numel() for value in weights.values()),
+              "rows": rows(weights, options.repeats, options.device), "trust_ratio_error": trust_ratio_errors(weights)}
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def llama_weights(device: str) -> Weights:
+    """Tensors shaped as those of a Llama with a tied head, from a fixed seed."""
+    shapes = {"embedding": (VOCABULARY, WIDTH), "norm": (WIDTH,)}
+    for layer in range(LAYERS):
+        shapes |= {f"{layer}.{name}": (WIDTH, WIDTH) for name in ("q", "k", "v", "o")}
+        shapes |= {f"{layer}.gate": (INNER, WIDTH), f"{layer}.up": (INNER, WIDTH), f"{layer}.down": (WIDTH, INNER)}
+        shapes |= {f"{layer}.norm1": (WIDTH,), f"{layer}.norm2": (WIDTH,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: (torch.randn(shape, generator=generator) * 0.02).to(device) for name, shape in shapes.items()}
+
+
+def gradients(weights: Weights, step: int) -> Weights:
+    """Gradients of a step, from a fixed seed."""
+    generator = torch.Generator().manual_seed(1 + step)
+    return {name: (torch.randn(value.shape, generator=generator) * 1e-3).to(value.device)
+            for name, value in weights.items()}
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that are compared; None where one is absent."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+# ---- time and bytes
+
+def contestants() -> list[tuple[str, str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]]:
+    """Name, source, and how it is made; imports happen inside, where they may fail."""
+    def matrices_apart(params: list[nn.Parameter]) -> list[dict]:
+        matrices = [one for one in params if one.ndim == 2 and one.shape[0] != VOCABULARY]
+        others = [one for one in params if one.ndim != 2 or one.shape[0] == VOCABULARY]
+        return [{"params": matrices, "weight_decay": 0.0, "muon": True},
+                {"params": others, "weight_decay": 0.0, "muon": False}]
+
+    def from_pytorch_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        from pytorch_optimizer import Lamb as Theirs
+
+        return Theirs(params, lr=LR, betas=BETAS)
+
+    def from_transformers(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        from transformers.optimization import Adafactor as Theirs
+
+        return Theirs(params, lr=LR, scale_parameter=True, relative_step=False, warmup_init=False)
+
+    def from_bitsandbytes(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        from bitsandbytes.optim import AdamW8bit as Theirs
+
+        return Theirs(params, lr=LR, betas=BETAS, weight_decay=0.0)
+
+    def from_torchao(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        from torchao.optim import AdamW8bit as Theirs
+
+        return Theirs(params, lr=LR, betas=BETAS, weight_decay=0.0)
+
+    return [
+        ("AdamW", "torch, fused", lambda params: adamw([{"params": params, "weight_decay": 0.0}], lr=LR, betas=BETAS,
+                                                       eps=1e-8)),
+        ("LAMB", "limbeck", lambda params: Lamb(params, lr=LR, betas=BETAS)),
+        ("LAMB", "pytorch_optimizer", from_pytorch_optimizer),
+        ("Adafactor", "limbeck", lambda params: Adafactor(params, lr=LR)),
+        ("Adafactor", "torch", lambda params: torch.optim.Adafactor(params, lr=LR)),
+        ("Adafactor", "transformers", from_transformers),
+        ("AdamW8bit", "limbeck, with bitsandbytes", lambda params: AdamW8bit(params, lr=LR, betas=BETAS)),
+        ("AdamW8bit", "bitsandbytes", from_bitsandbytes),
+        ("AdamW8bit", "torchao", from_torchao),
+        ("Muon", "limbeck, with torch", lambda params: Muon(matrices_apart(params), lr=LR)),
+    ]
+
+
+def rows(weights: Weights, repeats: int, device: str) -> list[dict]:
+    """One row for each contestant: state bytes and times, or why it is absent."""
+    slopes, found, running = gradients(weights, 0), [], []
+    for name, source, make in contestants():
+        row = {"optimizer": name, "source": source}
+        found.append(row)
+        try:
+            optimizer = begun(make, weights, slopes)
+        except (ImportError, ValueError) as error:
+            row["absent"] = str(error)
+            continue
+        running.append((row, optimizer))
+    times = [[seconds(optimizer, device) for _, optimizer in running] for _ in range(repeats)]
+    count = sum(value.numel() for value in weights.values())
+    for number, (row, optimizer) in enumerate(running):
+        row |= {"state_bytes_per_parameter": resident_tensors(optimizer) / count,
+                "seconds": statistics.median(each[number] for each in times),
+                "ratio": statistics.median(each[number] / each[0] for each in times)}
+    return found
+
+
+def begun(make: Callable, weights: Weights, slopes: Weights) -> torch.optim.Optimizer:
+    """An optimizer of its own copy of the weights, after two steps: state exists, compilers have compiled."""
+    params = [nn.Parameter(value.clone()) for value in weights.values()]
+    for param, slope in zip(params, slopes.values(), strict=True):
+        param.grad = slope
+    optimizer = make(params)
+    for _ in range(2):
+        optimizer.step()
+    return optimizer
+
+
+def seconds(optimizer: torch.optim.Optimizer, device: str) -> float:
+    """Time of one step."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    optimizer.step()
+    wait()
+    return time.perf_counter() - began
+
+
+# ---- trust ratios
+
+def trust_ratio_errors(weights: Weights) -> dict[str, float]:
+    """Largest relative errors against float64."""
+    wanted = reference_ratios(weights)
+    total = sum(value.numel() for value in weights.values())
+    cuts = {"whole": (0, total), "2 parts": (0, total // 2 + 77, total),
+            "3 parts": (0, 2_100_001, total // 3 * 2 + 5, total)}
+    found = {name: max(abs(float(ratios[key] / wanted[step][key]) - 1)
+                       for step, ratios in enumerate(ratios_in_parts(weights, edges)) for key in weights)
+             for name, edges in cuts.items()}
+    norms = [float(torch.linalg.vector_norm(value) / torch.linalg.vector_norm(value.double())) - 1
+             for value in weights.values()]
+    return found | {"fp32_norm_error": max(map(abs, norms))}
+
+
+def reference_ratios(weights: Weights, eps: float = 1e-6) -> list[Weights]:
+    """Trust ratios of each step by algorithm 2 of You et al. 2020 (arXiv 1904.00962), in float64."""
+    found: list[Weights] = [{} for _ in range(STEPS)]
+    slopes = [gradients(weights, step) for step in range(STEPS)]
+    for name, weight in weights.items():
+        weight, mean, square = weight.double(), 0, 0
+        for step in range(STEPS):
+            slope = slopes[step][name].double()
+            mean = BETAS[0] * mean + (1 - BETAS[0]) * slope
+            square = BETAS[1] * square + (1 - BETAS[1]) * slope**2
+            update = mean / (1 - BETAS[0] ** (step + 1)) / ((square / (1 - BETAS[1] ** (step + 1))).sqrt() + eps)
+            found[step][name] = weight.norm() / update.norm()
+            weight = weight - LR * found[step][name] * update
+    return found
+
+
+def ratios_in_parts(weights: Weights, edges: tuple[int, ...]) -> list[Weights]:
+    """Trust ratios of each step where each part holds the elements between two edges; their partial sums are added."""
+    parts = [flat_part(weights, begin, end) for begin, end in pairwise(edges)]
+    optimizers = [Lamb([part], lr=LR, betas=BETAS) for part in parts]
+    found = []
+    for step in range(STEPS):
+        slopes = gradients(weights, step)
+        pieces = []
+        for part, optimizer, (begin, end) in zip(parts, optimizers, pairwise(edges), strict=True):
+            part.grad = flat_part(slopes, begin, end)
+            pieces.append(optimizer._parts(part, optimizer.param_groups[0])[0])
+        for own in zip(*pieces, strict=True):
+            norms = sum(lamb._norms(piece, lamb._direction(piece)) for piece in own)
+            for piece, optimizer in zip(own, optimizers, strict=True):
+                optimizer._apply(piece, lamb._direction(piece), norms)
+        found.append(dict(optimizers[0].trust_ratios))
+    return found
+
+
+def flat_part(values: Weights, begin: int, end: int) -> torch.Tensor:
+    """Elements `begin` to `end` of all parameters laid end to end, with what they are."""
+    flat = torch.cat([value.reshape(-1) for value in values.values()])[begin:end].clone()
+    at, pieces = 0, []
+    for name, value in values.items():
+        start, stop = (min(max(edge - at, 0), value.numel()) for edge in (begin, end))
+        pieces.append(Piece(name, tuple(value.shape), start, stop, max(at + start - begin, 0)))
+        at += value.numel()
+    lay_out(flat, Layout(tuple(pieces)))
+    return flat
+
+
+# ---- printing
+
+def table(result: dict) -> str:
+    """Rows and errors, for people."""
+    lines = ["| optimizer | source | state bytes per parameter | step, ms | ratio |", "|---|---|---:|---:|---:|"]
+    for row in result["rows"]:
+        if "absent" in row:
+            lines.append(f"| {row['optimizer']} | {row['source']} | absent: {row['absent']} | | |")
+        else:
+            lines.append(f"| {row['optimizer']} | {row['source']} | {row['state_bytes_per_parameter']:.4f} | "
+                         f"{row['seconds'] * 1e3:.2f} | x{row['ratio']:.2f} |")
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in result["trust_ratio_error"].items())
+    return "\n".join([*lines, "", f"LAMB's trust ratios against float64: {errors}"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

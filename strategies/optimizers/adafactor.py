@@ -1,0 +1,231 @@
+"""Adafactor whose statistics are those of whole matrices, however the matrices are sharded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from strategies.memory.shards import Layout, Piece, add_over, layout_of, local_of
+from strategies.optimizers.blocks import Block, blocks_of, stack_of
+from strategies.optimizers.sums import check, flat_gradient, local, squared_norm, wide, with_gradient
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Adaptive rates from row and column means of the squared gradient (Shazeer & Stern 2018, algorithms 4 and 5).
+
+    The same mathematics and arguments as `torch.optim.Adafactor`, with G a gradient of R rows and C columns:
+
+        beta = 1 - t^beta2_decay,  rho = min(lr, 1 / sqrt(t)),  alpha = max(eps[1], RMS(X)) rho
+        row = beta row + (1 - beta) mean_columns(G^2),  col = beta col + (1 - beta) mean_rows(G^2)
+        V = row col / max(mean(row), eps[0]),  U = G / sqrt(max(V, eps[0]^2))
+        X = (1 - lr weight_decay) X - alpha U / max(1, RMS(U) / d)
+
+    A parameter of more dimensions is a matrix over its last two for every leading index; V of one with fewer is the
+    mean of G^2 itself. All means and RMS are of whole parameters. Over the ranks that share parameters go one
+    all-reduce of all row and column sums of a step and one of all RMS values. Padding between pieces is never touched.
+
+    A step needs memory for one update at a time. Where weights are sharded it is computed twice, before and after RMS
+    values are known, rather than kept for all weights. Nothing waits for the device.
+
+    State per tensor: `step` (scalar, on the tensor's device); `row_var` [.., R, 1] and `col_var` [.., 1, C], whole on
+    every rank; `variance` of the rank's own elements of vectors. A tensor of many pieces has each laid end to end.
+
+    Args:
+        eps: the first is None for the smallest step of the parameter's type.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-2, beta2_decay: float = -0.8,
+                 eps: tuple[float | None, float] = (None, 1e-3), d: float = 1.0, weight_decay: float = 0.0) -> None:
+        check(lr, weight_decay)
+        if not beta2_decay <= 0:
+            raise ValueError(f"beta2_decay = {beta2_decay}: the exponent of the step is not positive")
+        if (eps[0] is not None and not eps[0] >= 0) or not eps[1] >= 0:
+            raise ValueError(f"eps = {eps}: bounds from below are not negative")
+        if not d >= 1:
+            raise ValueError(f"d = {d}: a threshold of clipping is at least 1")
+        super().__init__(params, {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d,
+                                  "weight_decay": weight_decay})
+
+    def fresh_state(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state of a tensor before its first step."""
+        own, pieces = local(tensor), layout_of(tensor).pieces
+        matrices = [stack_of(piece.shape) for piece in pieces if len(piece.shape) > 1]
+        state = {"step": torch.zeros((), device=own.device)}
+        if matrices:
+            state["row_var"] = own.new_zeros(sum(stack * rows for stack, rows, _ in matrices))
+            state["col_var"] = own.new_zeros(sum(stack * columns for stack, _, columns in matrices))
+        if len(matrices) < len(pieces):
+            state["variance"] = own.new_zeros(sum(piece.numel for piece in pieces if len(piece.shape) < 2))
+        if len(pieces) == 1:
+            return state | {name: state[name].view(shape) for name, shape in _shapes(pieces[0]).items()}
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every tensor that has a gradient. All ranks of a group take part, with the same parameters.
+
+        Raises:
+            ValueError: a gradient is sparse, a parameter not contiguous or sharded in a way that `layout_of` refuses.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        shared: dict[Any, list[_Work]] = {}
+        for tensor, settings in with_gradient(self.param_groups):
+            state = self.state[tensor]
+            if not state:
+                state.update(self.fresh_state(tensor))
+            work = _Work(tensor, state, settings)
+            if work.group is None:
+                _update([work], None)
+            else:
+                shared.setdefault((work.group, tensor.dtype), []).append(work)
+        for (group, _), works in shared.items():
+            _update(works, group)
+        return loss
+
+
+def _update(works: Sequence[_Work], group: Any) -> None:
+    """One step of tensors of one type that one group of ranks shares; None: which this rank holds whole."""
+    sums = [work.square_sums() for work in works]
+    add_over(group, sums)
+    for work, own in zip(works, sums, strict=True):
+        work.blend(own)
+    del sums
+    if group is None:
+        for slice_ in (slice_ for work in works for slice_ in work.slices):
+            updates = slice_.updates()
+            slice_.apply(updates, slice_.norms(updates))
+        return
+    slices = [slice_ for work in works for slice_ in work.slices]
+    norms = torch.stack([slice_.norms(slice_.updates()) for slice_ in slices])
+    add_over(group, [norms])
+    for slice_, norm in zip(slices, norms, strict=True):
+        slice_.apply(slice_.updates(), norm)
+
+
+class _Work:
+    """One tensor in one step: its pieces, and the partial sums that are added up over ranks together."""
+
+    def __init__(self, tensor: torch.Tensor, state: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
+        state["step"] += 1
+        layout, weight, gradient = layout_of(tensor), local_of(tensor), flat_gradient(tensor)
+        self.group, self.state = layout.group, state
+        step = state["step"].to(wide(weight.device))
+        self.fresh = (step ** settings["beta2_decay"]).to(weight.dtype)  # 1 - beta: how much of the new mean is taken
+        rate = step.rsqrt().clamp(max=settings["lr"])
+        self.slices = [_Slice(piece, piece.of(weight), piece.of(gradient), found, settings, rate)
+                       for piece, found in zip(layout.pieces, views(state, layout), strict=True)]
+
+    def square_sums(self) -> torch.Tensor:
+        """The rank's sums of squares over columns, then over rows, of all its matrices, laid end to end."""
+        statistics = self._statistics()
+        sums = self.slices[0].weight.new_zeros(sum(own.numel() for own in statistics))
+        at = 0
+        for slice_ in (slice_ for slice_ in self.slices if slice_.matrix):
+            row, column = (sums[begin:begin + own.numel()].view(own.shape) for begin, own in (
+                (at, slice_.row), (at + slice_.row.numel(), slice_.column)))
+            slice_.add_squares(row, column)
+            at += slice_.row.numel() + slice_.column.numel()
+        return sums
+
+    def blend(self, sums: torch.Tensor) -> None:
+        """Move running means towards those of whole parameters: `sums` are over all ranks."""
+        statistics = self._statistics()
+        for own, part in zip(statistics, sums.split([own.numel() for own in statistics]), strict=True):
+            own.lerp_(part.view(own.shape), self.fresh)
+        for slice_ in self.slices:
+            if not slice_.matrix:
+                slice_.variance.lerp_(slice_.gradient.square(), self.fresh)
+
+    def _statistics(self) -> list[torch.Tensor]:
+        return [own for slice_ in self.slices if slice_.matrix for own in (slice_.row, slice_.column)]
+
+
+class _Slice:
+    """A rank's elements of one parameter, flat, beside the parameter's statistics.
+
+    Attributes:
+        row [L, R], column [L, C]: running means of a parameter of two dimensions or more, whole.
+        variance: of the rank's own elements of any other, flat.
+    """
+
+    def __init__(self, piece: Piece, weight: torch.Tensor, gradient: torch.Tensor, found: dict[str, torch.Tensor],
+                 settings: dict[str, Any], rate: torch.Tensor) -> None:
+        self.weight, self.gradient, self.settings, self.rate = weight, gradient, settings, rate
+        self.matrix, self.numel = len(piece.shape) > 1, math.prod(piece.shape)
+        self.blocks: list[Block] = []
+        smallest = settings["eps"][0]
+        self.eps = torch.finfo(weight.dtype).eps if smallest is None else smallest
+        if self.matrix:
+            stack, rows, columns = stack_of(piece.shape)
+            self.row, self.column = found["row_var"].view(stack, rows), found["col_var"].view(stack, columns)
+            self.blocks = blocks_of(piece)
+        else:
+            self.variance = found["variance"].view(-1)
+
+    def add_squares(self, row: torch.Tensor, column: torch.Tensor) -> None:
+        """Add the means over columns to `row` [L, R] and over rows to `column` [L, C], as far as they are held here."""
+        for block in self.blocks:
+            squares = block.of(self.gradient).square()  # sums of it are pairwise, and faster than norms over columns
+            row[block.matrices, block.rows] += squares.sum(2).div_(column.shape[1])
+            column[block.matrices, block.columns] += squares.sum(1).div_(row.shape[1])
+
+    def updates(self) -> list[torch.Tensor]:
+        """U of algorithm 4, before clipping: new, block for block."""
+        if not self.matrix:
+            return [self.variance.clamp(min=self.eps**2).rsqrt_().mul_(self.gradient)]
+        share = self.row / self.row.mean(1, keepdim=True).clamp_(min=self.eps)
+        return [self._block_update(share, block) for block in self.blocks]
+
+    def _block_update(self, share: torch.Tensor, block: Block) -> torch.Tensor:
+        variance = (share[block.matrices, block.rows].unsqueeze(2)
+                    * self.column[block.matrices, block.columns].unsqueeze(1))
+        return variance.clamp_(min=self.eps**2).rsqrt_().mul_(block.of(self.gradient)).view(-1)
+
+    def norms(self, updates: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[2]: the rank's share of the squared norms of weight and update."""
+        zero = torch.zeros((), dtype=wide(self.weight.device), device=self.weight.device)
+        return torch.stack([squared_norm(self.weight), sum((squared_norm(update) for update in updates), zero)])
+
+    def apply(self, updates: Sequence[torch.Tensor], norms: torch.Tensor) -> None:
+        """Decay and move the weight. `norms`: [2], squared, of the whole weight and of the whole update."""
+        weight_rms, update_rms = (norms / max(1, self.numel)).sqrt()
+        if self.settings["weight_decay"]:
+            self.weight.mul_(1 - self.settings["lr"] * self.settings["weight_decay"])
+        rate = weight_rms.clamp(min=self.settings["eps"][1]) * self.rate
+        rate = (rate / (update_rms / self.settings["d"]).clamp(min=1.0)).to(self.weight.dtype)
+        at = 0
+        for update in updates:
+            self.weight[at:at + update.numel()].addcmul_(update, rate, value=-1)
+            at += update.numel()
+
+
+# ---- where in a state each piece has its own
+
+def views(state: dict[str, torch.Tensor], layout: Layout) -> list[dict[str, torch.Tensor]]:
+    """What a state holds of each piece, views: `row_var` and `col_var` in torch's shapes, or `variance`, flat."""
+    at = dict.fromkeys(("row_var", "col_var", "variance"), 0)
+    found = []
+    for piece in layout.pieces:
+        own = {}
+        for name, shape in _shapes(piece).items():
+            size = math.prod(shape)
+            own[name] = state[name].view(-1)[at[name]:at[name] + size].view(shape)
+            at[name] += size
+        found.append(own)
+    return found
+
+
+def _shapes(piece: Piece) -> dict[str, tuple[int, ...]]:
+    if len(piece.shape) < 2:
+        return {"variance": (piece.numel,)}
+    *leading, rows, columns = piece.shape
+    return {"row_var": (*leading, rows, 1), "col_var": (*leading, 1, columns)}

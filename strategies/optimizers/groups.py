@@ -1,0 +1,43 @@
+"""Which weights decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters, each once, in one group that decays and one that does not; empty groups are left out.
+
+    Parameters of fewer than two dimensions (norms and biases) do not decay: shrinking a gain or an offset towards zero
+    regularises nothing. Neither do embeddings, a tied output head among them: a token that is absent from the batch has
+    no gradient and would only shrink.
+
+    Returns:
+        `param_groups` for any torch optimizer: "params", "weight_decay", and "names" of the parameters in the model.
+    """
+    embeddings = embedding_weights(model)
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():  # names a tied parameter once
+        if parameter.requires_grad:
+            (decayed if dimensions(parameter) >= 2 and id(parameter) not in embeddings else others).append(
+                (name, parameter))
+    return [group_of(named, decay) for named, decay in ((decayed, weight_decay), (others, 0.0)) if named]
+
+
+def group_of(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> dict[str, Any]:
+    """A group of parameters for an optimizer."""
+    return {"params": [parameter for _, parameter in named], "names": [name for name, _ in named],
+            "weight_decay": weight_decay}
+
+
+def embedding_weights(model: nn.Module) -> set[int]:
+    """`id` of the weights of all embeddings."""
+    return {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+
+
+def dimensions(parameter: torch.Tensor) -> int:
+    """Of the whole parameter: DeepSpeed's ZeRO 3 leaves an empty vector in its place and keeps its shape beside."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,95 @@
+"""Steps taken during backward: a parameter is updated as soon as its gradient is there, which is then dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from strategies.memory.shards import add_over, layout_of
+from strategies.optimizers.sums import flat_gradient, squared_norm, wide
+
+
+class StepInBackward:
+    """Lets an optimizer step in backward, one parameter at a time, so that gradients never all exist.
+
+    (Lv et al. 2024, LOMO, arXiv 2306.09782, does so with SGD; this is the same with any optimizer that keeps its state
+    by tensor.) Each backward is a step: gradients of several micro-batches cannot be summed, nor clipped by their norm,
+    which is known only when all weights have moved. A loop that accumulates must not use this; `enabled = False`
+    lets gradients stay as if there were no hooks, for a backward of another purpose.
+
+    For whole parameters in one process, and for FSDP2, which calls hooks on the sharded parameter after its gradient
+    has been summed over ranks. Not for DistributedDataParallel, which sums after hooks have run, nor for ZeRO.
+
+    A gradient that is not finite does not reach its weights: that parameter and its state stay as they are, on all
+    ranks, and it is counted. This needs its squared norm, which goes over the ranks that share the parameter. With
+    whole parameters in torch's fused kernels nothing waits for the device, as those skip by themselves; any
+    other optimizer waits once for each parameter. Learning rates are read from `param_groups` at each step.
+
+    Attributes:
+        optimizer: whose step is used; its `param_groups` are reduced to the parameter for the call.
+        enabled: whether hooks do anything.
+        skipped: scalar tensor: parameters skipped, ever.
+        squared_norm: scalar tensor: squared norm of all whole gradients since `reset`, the same on every rank; not
+            finite if one gradient was not.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises:
+            ValueError: a tensor is a flat part of parameters (ZeRO), which gets no gradient from backward.
+        """
+        self.optimizer, self.enabled = optimizer, True
+        groups = {tensor: number for number, group in enumerate(optimizer.param_groups) for tensor in group["params"]}
+        for tensor in groups:
+            pieces = layout_of(tensor).pieces
+            if len(pieces) != 1 or pieces[0].shape != tuple(tensor.shape):
+                raise ValueError("steps in backward need parameters that backward itself gives gradients, not ZeRO's")
+        device = next(iter(groups)).device
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
+        self.squared_norm = torch.zeros((), dtype=wide(device), device=device)
+        self._group_of = groups
+        self._hooks = [tensor.register_post_accumulate_grad_hook(self._step) for tensor in groups]
+
+    def reset(self) -> None:
+        """Begin `squared_norm` anew: before each backward whose norm is wanted."""
+        self.squared_norm = torch.zeros_like(self.squared_norm)
+
+    def remove(self) -> None:
+        """Take the hooks away: backward leaves gradients again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def _step(self, tensor: torch.Tensor) -> None:
+        if not self.enabled or tensor.grad is None:
+            return
+        squared = squared_norm(flat_gradient(tensor))
+        add_over(layout_of(tensor).group, [squared])
+        finite = squared.isfinite()
+        self.squared_norm = self.squared_norm + squared  # new, so that who keeps the last one keeps its value
+        self.skipped += ~finite
+        self._update(tensor, finite)
+        tensor.grad = None
+
+    def _update(self, tensor: torch.Tensor, finite: torch.Tensor) -> None:
+        optimizer, groups = self.optimizer, self.optimizer.param_groups
+        group = groups[self._group_of[tensor]]
+        optimizer.param_groups = [{**group, "params": [tensor]}]
+        try:
+            if _skips_itself(optimizer, group, tensor):
+                optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+                optimizer.step()
+            elif bool(finite):
+                optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+            for name in ("grad_scale", "found_inf"):
+                if name in vars(optimizer):
+                    delattr(optimizer, name)
+
+
+def _skips_itself(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor) -> bool:
+    """Fused kernels of torch leave weights and state alone where `found_inf` is 1; not with DTensors beside it."""
+    return isinstance(optimizer, torch.optim.Adam) and bool(group.get("fused")) and not isinstance(tensor, DTensor)

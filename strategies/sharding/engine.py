@@ -1,0 +1,132 @@
+"""What a trainer asks of a student that is shared out over ranks, whichever engine does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from strategies.memory.shards import Layout, Piece, local_of
+
+CLIP_EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
+
+
+@dataclass(frozen=True)
+class Update:
+    """What came of an optimizer step.
+
+    Attributes:
+        norm: of the gradient over all weights and ranks, before clipping, the loss scale divided out.
+        taken: whether the weights were updated; the same on every rank.
+        finite: whether the gradient was.
+    """
+
+    norm: float
+    taken: bool
+    finite: bool
+
+
+class Engine:
+    """A student on its ranks. This one holds it whole on every rank: one process, or data parallelism.
+
+    Attributes:
+        model: what is called in training, wrapped.
+        student: the module itself, with the names of its parameters.
+        optimizer: whose `param_groups` hold the learning rate.
+        casts: whether the engine runs the model in its half precision by itself, so that no autocast is needed.
+        scales: whether the engine scales the loss by itself.
+        sharded: whether a rank holds a part of the student's fp32 weights.
+    """
+
+    casts = scales = sharded = False
+
+    def __init__(self, model: nn.Module, student: nn.Module, optimizer: torch.optim.Optimizer,
+                 no_sync: Callable[[nn.Module], AbstractContextManager] | None = None) -> None:
+        self.model, self.student, self.optimizer = model, student, optimizer
+        self._no_sync = no_sync
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Context of one micro-batch's forward and backward: gradients are summed over ranks in the last one."""
+        return nullcontext() if last or self._no_sync is None else self._no_sync(self.model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a loss's gradients to those there are. Over ranks they are averaged."""
+        loss.backward()
+
+    def update(self, clip: float | None, allowed: bool, scale: float = 1.0) -> Update:
+        """Divide by the loss scale, clip, and step if the gradient is finite and it is `allowed`; drop the gradients.
+
+        Every rank comes to the same decision: the norm is of all ranks' gradients.
+        """
+        gradients = [_local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, 1.0 / scale)
+        norm = self._norm(gradients)
+        finite = bool(norm.isfinite())
+        if finite and allowed:
+            if clip is not None:
+                torch._foreach_mul_(gradients, torch.clamp(clip / (norm + CLIP_EPS), max=1.0))
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(float(norm), finite and allowed, finite)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters that are trained, as the optimizer has them."""
+        return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+
+    def tensors(self) -> Iterator[tuple[torch.Tensor, Layout]]:
+        """The fp32 weights that this rank holds, as the optimizer has them, and what they consist of."""
+        for name, parameter in self.student.named_parameters():
+            yield parameter, Layout((Piece(name, tuple(parameter.shape), 0, parameter.numel()),))
+
+    def refresh(self) -> None:
+        """Take over fp32 weights that were written into `tensors`."""
+
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer whose state is kept, without wrappers."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def scale_state(self) -> dict[str, float]:
+        """Loss scaling of an engine that does it by itself, as plain numbers."""
+        return {}
+
+    def load_scale_state(self, state: dict[str, float], loss_scale: float) -> None:
+        """Continue where `scale_state` was taken; `loss_scale` is known where another engine had it."""
+
+    def release(self) -> None:
+        """Let go of everything that the engine holds besides."""
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """2-norm of all gradients, the same on every rank."""
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+class Sharded(Engine):
+    """An engine in which a rank holds a part of every parameter."""
+
+    sharded = True
+    group: dist.ProcessGroup | None = None
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        squares = torch.stack([norm.square() for norm in torch._foreach_norm(gradients)]).sum()
+        dist.all_reduce(squares, group=self.group)
+        return squares.sqrt()
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def own_weights(engine: Engine) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Every piece of the weights that this rank holds, with its elements, flat."""
+    for tensor, layout in engine.tensors():
+        flat = local_of(tensor)
+        for piece in layout.pieces:
+            if piece.numel:
+                yield piece, piece.of(flat)

@@ -1,0 +1,93 @@
+"""Fully sharded data parallelism by torch's `fully_shard`: FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from strategies.memory.shards import Layout, dtensor_layout
+from strategies.sharding.engine import Sharded
+from strategies.sharding.units import units_of
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, compute: torch.dtype | None = None, reshard: bool = True,
+          offload: bool = False, frozen: bool = False) -> None:
+    """Shard a model in place: each block is gathered when it runs and, with `reshard`, given back right after.
+
+    The tail stays gathered between forward and backward, since backward begins with it; a frozen model has no backward,
+    and gives it back too.
+
+    Args:
+        mesh: one-dimensional, over all ranks.
+        compute: dtype in which weights are gathered and modules run; gradients are summed over ranks in fp32 and kept
+            so. None runs in the weights' own.
+        offload: keep weights, gradients and optimizer state on the CPU.
+        frozen: the model is only asked, never trained.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
+    pin = torch.cuda.is_available()
+    settings = {"mesh": mesh, "mp_policy": policy,
+                "offload_policy": CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()}
+    units = units_of(model)
+    for name in units.blocks:
+        fully_shard(model.get_submodule(name), reshard_after_forward=reshard, **settings)
+    if units.first is not None:
+        fully_shard(model.get_submodule(units.first), reshard_after_forward=reshard, **settings)
+        fully_shard([model.get_submodule(name) for name in units.tail], reshard_after_forward=frozen, **settings)
+    fully_shard(model, reshard_after_forward=frozen, **settings)
+    check_sharded(model, mesh)
+
+
+def check_sharded(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Assert that a model really is sharded; several ways of asking for it are known to do nothing, silently."""
+    assert isinstance(model, FSDPModule), "the model is not an FSDPModule"
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), f"{name} is whole on every rank"
+        assert parameter.device_mesh.size() == dist.get_world_size(), f"{name} is sharded over other ranks than all"
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    own = sum(parameter.to_local().numel() for parameter in model.parameters())
+    rows = sum(parameter.numel() // max(1, parameter.shape[0]) for parameter in model.parameters() if parameter.ndim)
+    assert own <= whole // mesh.size() + rows + len(list(model.parameters())), "a rank holds more than its part"
+
+
+def rank_mesh(device: str) -> DeviceMesh:
+    """All ranks in one dimension."""
+    return init_device_mesh(device, (dist.get_world_size(),))
+
+
+class FSDP2(Sharded):
+    """A student sharded by `fully_shard`."""
+
+    def __init__(self, student: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], *,
+                 device: torch.device, compute: torch.dtype | None = None, reshard: bool = True,
+                 offload: bool = False) -> None:
+        mesh = rank_mesh(device.type)
+        shard(student, mesh, compute=compute, reshard=reshard, offload=offload)
+        if not offload:
+            student.to(device)  # buffers; weights are there
+        self.casts, self.group = compute is not None, mesh.get_group()
+        super().__init__(student, student, make_optimizer(student))
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """See `Engine`; between micro-batches gradients stay sharded, so that they are summed over ranks every time."""
+        return self._last(last)
+
+    @contextmanager
+    def _last(self, last: bool) -> Iterator[None]:
+        self.student.set_is_last_backward(last)
+        yield
+
+    def tensors(self) -> Iterator[tuple[torch.Tensor, Layout]]:
+        """See `Engine`."""
+        for module in self.student.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves the tail gathered
+        for name, parameter in self.student.named_parameters():
+            yield parameter, dtensor_layout(parameter, name)

@@ -1,0 +1,249 @@
+"""ZeRO (Rajbhandari et al. 2020) by DeepSpeed, through Accelerate: its settings, and a student in its hands.
+
+DeepSpeed lays the parameters of a group end to end and gives the optimizer a rank's part of that. What the part
+consists of is said to the optimizer (`lay_out`), so that one which looks at whole layers still can.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from strategies.memory.shards import Layout, Piece, lay_out, layout_of
+from strategies.sharding.engine import Engine, Update
+from strategies.sharding.units import units_of
+
+LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's own bucket size
+EVEN = 2  # what DeepSpeed asks bucket sizes to be divisible by
+
+
+def bucket_numel(model: nn.Module) -> int:
+    """Elements of a communication bucket that fits the model: its largest block, and no more than DeepSpeed's own.
+
+    DeepSpeed's default of half a billion elements takes 1 to 2 GB on each rank whatever the model.
+    """
+    sizes = [sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
+             for name in units_of(model).blocks]
+    largest = max(sizes, default=sum(parameter.numel() for parameter in model.parameters()))
+    return -(-min(largest, LARGEST_BUCKET) // EVEN) * EVEN
+
+
+def deepspeed_config(*, stage: int, precision: str, micro_batch: int, clip: float | None, bucket: int, gathered: int,
+                     accumulates: bool, initial_scale: float = 65536.0, growth_interval: int = 2000,
+                     offload_parameters: bool = False, offload_optimizer: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration, everything said that its defaults would decide by the size of large machines.
+
+    Args:
+        stage: 1 shards optimizer state, 2 gradients too, 3 weights too.
+        precision: fp32, bf16 or fp16; weights that are updated are fp32 in all of them.
+        micro_batch: sequences of a forward pass; used for nothing but DeepSpeed's own figures.
+        clip: largest norm of the gradient, or None.
+        bucket: elements of a communication bucket.
+        gathered: elements of stage 3's weights that may be gathered ahead of their use.
+        accumulates: whether gradients of several micro-batches are summed, which stages 2 and 3 then do in fp32.
+        initial_scale, growth_interval: loss scaling of fp16.
+    """
+    pin = torch.cuda.is_available()
+    zero: dict[str, Any] = {
+        "stage": stage, "overlap_comm": False, "contiguous_gradients": True, "reduce_scatter": True,
+        "round_robin_gradients": False, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": gathered, "stage3_max_live_parameters": gathered,
+        "stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0, "sub_group_size": 1_000_000_000,
+    }
+    if offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+    if offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
+    config: dict[str, Any] = {
+        "zero_optimization": zero, "gradient_clipping": clip or 0.0, "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,  # the trainer says itself where a step ends
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "loss_scale_window": growth_interval, "hysteresis": 1,
+                          "initial_scale_power": max(0, round(math.log2(initial_scale))), "min_loss_scale": 1}
+    if precision != "fp32" and accumulates and stage > 1:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+@contextmanager
+def quiet_deepspeed() -> Iterator[None]:
+    """DeepSpeed tells of every buffer; its warnings of substance are checked for by the engine itself."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class Zero(Engine):
+    """A student in DeepSpeed's hands: a rank holds a part of the fp32 weights and of the optimizer's state.
+
+    Args:
+        student: whole, on the CPU or the device.
+        make_optimizer: of the student.
+        prepare: Accelerate's, with DeepSpeed's plugin.
+        config: what the plugin was given.
+
+    Raises:
+        ValueError: the optimizer cannot work on parts of parameters.
+    """
+
+    sharded = True
+
+    def __init__(self, student: nn.Module, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+                 prepare: Callable[..., tuple[Any, Any]], config: dict[str, Any]) -> None:
+        self.stage = config["zero_optimization"]["stage"]
+        self.casts, self.scales = "bf16" in config or "fp16" in config, "fp16" in config
+        names = {id(parameter): name for name, parameter in student.named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
+        optimizer = make_optimizer(student)
+        if self.stage == 3:
+            self._gather_by_block(student)
+        with quiet_deepspeed():
+            self.engine, _ = prepare(student, optimizer)
+        self.zero = self.engine.optimizer
+        self._own, self._step = optimizer, optimizer.step
+        self._allowed = True
+        optimizer.step = self._step_if_allowed
+        for tensor, layout in self._layouts(names, shapes):
+            lay_out(tensor, layout)
+        super().__init__(self.engine, student, optimizer)
+        self._check()
+
+    def _gather_by_block(self, student: nn.Module) -> None:
+        """Blocks are gathered as a whole: their insides may be captured, where DeepSpeed's hooks are not seen."""
+        from deepspeed.utils import set_z3_leaf_modules
+
+        kinds = {type(student.get_submodule(name)) for name in units_of(student).blocks}
+        if kinds:
+            set_z3_leaf_modules(student, list(kinds))
+
+    def _check(self) -> None:
+        """Assert that DeepSpeed does what was asked for."""
+        assert self.engine.zero_optimization_stage() == self.stage, "DeepSpeed runs another stage"
+        assert dist.get_world_size(self.zero.dp_process_group) == dist.get_world_size(), "DeepSpeed uses fewer ranks"
+        whole = sum(math.prod(piece.shape) for _, layout in self.tensors() for piece in layout.pieces)
+        held = torch.tensor(sum(piece.numel for _, layout in self.tensors() for piece in layout.pieces),
+                            device=self.engine.device)
+        dist.all_reduce(held)
+        assert int(held) == whole, f"the ranks hold {int(held)} elements of {whole}"
+
+    # ---- a step
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """See `Engine`; stages 2 and 3 sum gradients over ranks in every micro-batch."""
+        return self._boundary(last)
+
+    @contextmanager
+    def _boundary(self, last: bool) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+        if not last:
+            with quiet_deepspeed():
+                self.engine.step()  # which only counts a micro-batch
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See `Engine`."""
+        with quiet_deepspeed():
+            self.engine.backward(loss, scale_wrt_gas=False)
+
+    def update(self, clip: float | None, allowed: bool, scale: float = 1.0) -> Update:
+        """See `Engine`; DeepSpeed clips, and decides over all ranks whether the gradient is finite."""
+        assert clip == (self.engine.gradient_clipping() or None) and scale == 1.0
+        self._allowed = allowed
+        with quiet_deepspeed():
+            self.engine.step()
+        finite = not self.zero.overflow
+        norm = self.engine.get_global_grad_norm()
+        return Update(float(norm) if norm is not None else math.nan, finite and allowed, finite)
+
+    def _step_if_allowed(self, closure: None = None) -> None:
+        """Stands for the optimizer's step: a loss that is not finite may have a gradient that is."""
+        if self._allowed:
+            self._step()
+
+    @property
+    def loss_scale(self) -> float:
+        """What DeepSpeed multiplies the loss by."""
+        return float(self.zero.loss_scale)
+
+    def scale_state(self) -> dict[str, float]:
+        """Loss scaling as plain numbers."""
+        scaler = self.zero.loss_scaler
+        return {name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter")
+                if hasattr(scaler, name)}
+
+    def load_scale_state(self, state: dict[str, float], loss_scale: float) -> None:
+        """See `Engine`."""
+        for name, value in (state or ({"cur_scale": loss_scale} if self.scales else {})).items():
+            setattr(self.zero.loss_scaler, name, value)
+
+    # ---- what a rank holds
+
+    def tensors(self) -> Iterator[tuple[torch.Tensor, Layout]]:
+        """See `Engine`."""
+        flats = (self.zero.fp32_partitioned_groups_flat if self.stage == 3
+                 else self.zero.single_partition_of_fp32_groups)
+        for flat in flats:
+            yield flat, layout_of(flat)
+
+    def refresh(self) -> None:
+        """See `Engine`; the weights that forward runs on follow the fp32 ones."""
+        with torch.no_grad(), quiet_deepspeed():
+            if self.stage < 3:
+                self.zero.update_lp_params()
+                return
+            for number in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(number)
+
+    def release(self) -> None:
+        """See `Engine`."""
+        with quiet_deepspeed():
+            self.engine.destroy()
+
+    def _layouts(self, names: dict[int, str], shapes: dict[str, tuple[int, ...]]
+                 ) -> Iterator[tuple[torch.Tensor, Layout]]:
+        group = self.zero.dp_process_group
+        if self.stage < 3:
+            for parameters, flat in zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True):
+                named = [(parameter, names[id(parameter)]) for parameter in parameters]
+                yield flat, Layout(tuple(_fragment(parameter, name, shapes[name]) for parameter, name in named), group)
+            return
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        for parameters, flat in zip(self.zero.fp16_groups, self.zero.fp32_partitioned_groups_flat, strict=True):
+            pieces, offset = [], 0
+            for parameter in parameters:
+                shape = shapes[names[id(parameter)]]
+                part, count = parameter.partition_numel(), math.prod(shape)
+                assert part == -(-count // ranks), "DeepSpeed cuts parameters otherwise than into equal parts"
+                start, stop = min(rank * part, count), min((rank + 1) * part, count)
+                pieces.append(Piece(names[id(parameter)], shape, start, stop, offset))
+                offset += part
+            assert offset == flat.numel()
+            yield flat, Layout(tuple(pieces), group)
+
+
+def _fragment(parameter: nn.Parameter, name: str, shape: tuple[int, ...]) -> Piece:
+    """The part of a parameter that is in this rank's partition, in stages 1 and 2."""
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return Piece(name, shape, 0, 0)
+    part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Piece(name, shape, part.start, part.start + part.numel, place.start)

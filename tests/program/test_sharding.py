@@ -1,0 +1,73 @@
+"""The same training under every engine: real processes through `accelerate launch`, against one process alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, TINY
+from trainer.metrics import read_lines
+
+UNTIED = {**TINY, "tie_word_embeddings": False}
+ENGINES = {"ddp": ["sharding.engine=ddp"], "fsdp2": ["sharding.engine=fsdp2"],
+           **{f"zero{stage}": ["sharding.engine=zero", f"sharding.stage={stage}"] for stage in (1, 2, 3)}}
+OPTIMIZERS = {"adamw": [], "lamb": ["optimizer.name=lamb", "optimizer.lr=5e-2"],
+              "adafactor": ["optimizer.name=adafactor", "optimizer.lr=1e-1"]}
+LOSS, WEIGHTS = 1e-5, 1e-5  # relative; of the largest weight. Found: below 4e-7
+
+
+def on_ranks(runs: list[dict], folder: Path, timeout: int = 550) -> dict[str, dict]:
+    """Train experiments on two ranks, one after another, and return what came of each."""
+    folder.mkdir(exist_ok=True)
+    (folder / "runs.json").write_text(json.dumps(runs))
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
+               str(ROOT / "tests" / "program" / "ranks.py"), str(folder / "runs.json")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true",
+                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return {run["name"]: {**json.loads((folder / f"{run['name']}.json").read_text()),
+                          "weights": load_file(folder / f"{run['name']}.safetensors")} for run in runs}
+
+
+def relative(one, other) -> float:
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+
+
+def weights_apart(one, other) -> float:
+    assert one.keys() == other.keys()
+    largest = max(float(tensor.abs().max()) for tensor in one.values())
+    return max(float((one[name].flatten() - other[name].flatten()).abs().max()) for name in one) / largest
+
+
+def alone(trainer) -> dict:
+    """What came of a run in this process."""
+    lines = [line for line in read_lines(trainer.folder.metrics) if "loss" in line]
+    return {"loss": [line["loss"] for line in lines], "gradient_norm": [line["gradient_norm"] for line in lines],
+            "weights": {name: parameter.detach().clone() for name, parameter in trainer.unwrapped.named_parameters()}}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_engine_trains_as_one_process(write_experiment, train_here, tmp_path, optimizer):
+    """20 steps at one global batch, on rows of different length: losses, gradient norms and weights."""
+    settings = {"student": {"architecture": UNTIED}, "data": {"packing": False, "sequence_length": 64},
+                "training": {"steps": 20, "micro_batch": 2, "evaluate_every": 20, "checkpoint_every": 20}}
+    one = alone(train_here("alone", overrides=tuple(OPTIMIZERS[optimizer]), **settings))
+    assert one["loss"][-1] < 0.9 * one["loss"][0]
+    runs = [{"name": name, "file": str(write_experiment(name, **settings)), "overrides": [*how, *OPTIMIZERS[optimizer]]}
+            for name, how in ENGINES.items()]
+    for name, found in on_ranks(runs, tmp_path / "ranks").items():
+        assert relative(one["loss"], found["loss"]) < LOSS, name
+        assert relative(one["gradient_norm"], found["gradient_norm"]) < LOSS, name
+        assert weights_apart(one["weights"], found["weights"]) < WEIGHTS, name
+        wrapper, engine = {"ddp": ("DistributedDataParallel", "Engine"), "fsdp2": ("FSDPLlamaForCausalLM", "FSDP2")
+                           }.get(name, ("DeepSpeedEngine", "Zero"))
+        assert set(found["kinds"]) == {wrapper, engine}
