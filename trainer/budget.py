@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from strategies.memory.ledger import parameter_bytes
 from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.plan import Plan as Schedule
 from strategies.rematerialization.planner import Planner
@@ -21,6 +19,8 @@ from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
 from trainer.metrics import readable
 from trainer.models import DTYPES, quantize
+from trainer.precision import DTYPES as COMPUTE
+from trainer.shares import gradients_stay, is_sharded, residency_for
 
 POINTS = 600  # of a curve that is kept for the picture
 
@@ -123,6 +123,8 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
 
     objective = experiment.objective.build(teacher is not None)
     place = "cuda" if torch.cuda.is_available() else "cpu"
+    if is_sharded(experiment, processes):
+        return _study_shared(experiment, teacher, student, processes, regions, place)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
         small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
         if experiment.student.quantization is not None:
@@ -135,28 +137,48 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
     precision = experiment.precision.build(place)
-    return study(small.train(), batch, optimizer=optimizer, accumulate=accumulates(experiment, processes),
+    return study(small.train(), batch, optimizer=optimizer, accumulate=gradients_stay(experiment, processes),
                  loss=lambda model, batch: loss_of_batch(objective, precision, model, large, batch)[0],
                  others=[large] if large is not None else [], device=experiment.memory.device,
-                 reserved=reserved(experiment, small, processes, place), regions=regions)
+                 reserved=reserved(experiment, processes, place), regions=regions)
 
 
-def accumulates(experiment: Experiment, processes: int) -> bool:
-    """Whether a micro-batch begins with the gradients of another one."""
-    return experiment.training.batch_size > experiment.training.micro_batch * processes
+def _study_shared(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
+                  processes: int, regions: bool, place: str) -> Planner:
+    """The same for a student whose weights are gathered when they are used, in the dtype that they are computed in."""
+    from trainer.loop import loss_of_batch
+
+    objective, compute = experiment.objective.build(teacher is not None), COMPUTE[experiment.precision.dtype]
+    on_gpu = place == "cuda" or experiment.memory.device is not None
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
+        small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
+        if experiment.student.quantization is not None:
+            quantize(experiment, small)
+        large = None
+        if teacher is not None and objective.needs_teacher:
+            large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype])
+            large.eval().requires_grad_(False)
+        held = residency_for(experiment, small, large, processes, on_gpu)
+        for model in (small, large):
+            for parameter in () if model is None else model.parameters():
+                parameter.data = parameter.data.to(compute)
+        batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
+                              experiment.data.packing, place)
+    precision = experiment.precision.build(place)
+    return study(small.train(), batch, others=[large] if large is not None else [], device=experiment.memory.device,
+                 loss=lambda model, batch: loss_of_batch(objective, precision, model, large, batch, True)[0],
+                 reserved=reserved(experiment, processes, place), regions=regions, residency=held)
 
 
-def reserved(experiment: Experiment, student: nn.Module, processes: int, device: str) -> dict[str, int]:
+def reserved(experiment: Experiment, processes: int, device: str) -> dict[str, int]:
     """Bytes held outside of what one micro-batch shows.
 
-    The buckets in which data parallelism sums gradients and, where batches are made on the device itself, the other
-    micro-batches of a step.
+    Where batches are made on the device itself, the other micro-batches of a step.
     """
     more = experiment.training.batch_size // (experiment.training.micro_batch * processes) - 1
     one = example_batch(experiment.training.micro_batch, experiment.data.sequence_length, experiment.data.packing)
     bytes_ = sum(tensor.nbytes for tensor in one.values()) + 16 * experiment.training.micro_batch  # rows and bytes
-    found = {"communication": parameter_bytes(student)} if processes > 1 else {}
-    return found | ({"batch": more * bytes_} if more > 0 and device == "cpu" else {})
+    return {"batch": more * bytes_} if more > 0 and device == "cpu" else {}
 
 
 def describe(planner: Planner, chosen: Schedule) -> MemoryPlan:

@@ -107,6 +107,15 @@ def zero_config(experiment: Experiment, processes: int, student: nn.Module | Non
 
 def engine_for(experiment: Experiment, accelerator: Accelerator, student: nn.Module) -> Engine:
     """The student in the hands of the experiment's engine."""
+    engine = _engine(experiment, accelerator, student)
+    if experiment.optimizer.in_backward:
+        from strategies.optimizers.in_backward import StepInBackward
+
+        engine.in_backward = StepInBackward(engine.inner)
+    return engine
+
+
+def _engine(experiment: Experiment, accelerator: Accelerator, student: nn.Module) -> Engine:
     sharding, compute = experiment.sharding, DTYPES[experiment.precision.dtype]
     engine = sharding.named(accelerator.num_processes)
     if engine == "fsdp2":

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from trainer import checkpoints
 from trainer.budget import (
     POINTS,
     MemoryPlan,
-    accumulates,
     choose,
     describe,
     example_batch,
@@ -39,8 +38,9 @@ from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import Metrics, Ticker, memory_peak, readable
 from trainer.models import whole_student
 from trainer.precision import MixedPrecision
+from trainer.shares import gradients_stay
 
-MEASURED = 2  # the step of a process, counted from 1, whose memory is measured: by then all state exists
+MEASURED = 3  # the step of a process, counted from 1, whose memory is measured: state exists, DDP has its buckets
 
 
 class Trainer:
@@ -125,6 +125,9 @@ class Trainer:
         and processes, so it does not depend on how the batch is split.
         """
         started = time.perf_counter()
+        learning_rate = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         micro_batches = [next(batches) for _ in range(self.accumulation)]
         learnt = sum((batch["targets"] != IGNORED).sum() for batch in micro_batches)
         tokens = self._total(learnt.to(self.accelerator.device))
@@ -145,9 +148,8 @@ class Trainer:
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0) + value
         means = {name: float(self._total(value) / tokens) for name, value in sums.items()}
-        learning_rate = self.learning_rate(self.step)
         mark("update")
-        norm = self._update(learning_rate, math.isfinite(means["loss"]))
+        norm = self._update(math.isfinite(means["loss"]))
         record = {"step": self.step + 1, **means, "gradient_norm": norm, "learning_rate": learning_rate,
                   "tokens": int(tokens), "loss_scale": self.precision.loss_scale, "skipped": self.precision.skipped,
                   "growths": self.precision.growths}
@@ -159,10 +161,8 @@ class Trainer:
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return loss_of_batch(self.objective, self.precision, self.student, self.teacher, batch, self.engine.casts)
 
-    def _update(self, learning_rate: float, loss_finite: bool) -> float:
+    def _update(self, loss_finite: bool) -> float:
         """Clip, step the weights if everything is finite, and return the gradient's norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         scale = 1.0 if self.engine.scales else self.precision.loss_scale
         done = self.engine.update(self.experiment.training.clip, loss_finite, scale)
         overflow = self.precision.overflowed(loss_finite, done.finite)
@@ -253,24 +253,27 @@ class Trainer:
     def _study(self, student: nn.Module, batch: Batch, processes: int, regions: bool) -> Planner:
         experiment = self.experiment
         return study(
-            student, batch, optimizer=self.optimizer, accumulate=accumulates(experiment, processes),
+            student, batch, optimizer=self.optimizer, accumulate=gradients_stay(experiment, processes),
             loss=lambda model, batch: loss_of_batch(self.objective, self.precision, model, self.teacher, batch)[0],
             others=[] if self.teacher is None else [self.teacher],
-            reserved=reserved(experiment, student, processes, self.accelerator.device.type), regions=regions)
+            reserved=reserved(experiment, processes, self.accelerator.device.type), regions=regions)
 
     def _measured_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], Measured]:
         """A training step whose memory is measured."""
         records: list[dict[str, Any]] = []
-        resident = [thing for thing in (self.unwrapped, self.optimizer, self.teacher) if thing is not None]
+        resident = [*self.engine.resident(), *([] if self.teacher is None else [self.teacher])]
         found = measure(lambda: records.append(self.train_step(batches)), self.accelerator.device, resident)
         return records[0], found
 
     def _tell_memory(self, found: Measured, metrics: Metrics, ticker: Ticker) -> None:
-        """Write what was measured, and say it beside what was planned."""
+        """Write what was measured, of the process with the highest peak, and say it beside what was planned."""
+        own = torch.tensor([found.peak, found.base], device=self.accelerator.device)
+        every = self.accelerator.gather(own).view(-1, 2).tolist()
+        found = replace(found, peak=max(peak for peak, _ in every), base=max(base for _, base in every))
         drawn = curve(found)
         step = max(1, len(drawn.points) // POINTS)
         metrics.write({"step": self.step, "memory": {
-            "peak": found.peak, "base": found.base, "reserved": found.reserved, "marks": drawn.marks,
+            "peak": found.peak, "base": found.base, "peaks": [peak for peak, _ in every], "reserved": found.reserved, "marks": drawn.marks,
             "curve": [[float(drawn.points[at, 0]), int(drawn.points[at:at + step, 1].max())]
                       for at in range(0, len(drawn.points), step)]}})
         reserved_ = "" if found.reserved is None else f", {readable(found.reserved)} reserved"

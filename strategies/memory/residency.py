@@ -8,19 +8,33 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Turn:
-    """Bytes that come and go while one block runs, beside its activations.
+    """Bytes that come and go with a part of a model, beside its activations and the gradients that backward makes.
 
     Attributes:
-        forward: gathered weights, in its forward.
-        backward: gathered weights, in its backward; the block's whole gradients are counted with its backward itself.
-        reduced: for a moment after its backward: whole gradients and the buffers in which they are summed over ranks.
-        kept: gradients that stay, of a step that began without any.
+        modules: names of the part, in the order in which they are called.
+        forward: gathered weights, while it runs.
+        arriving: for a moment before that, on top: buffers of what ran before it.
+        stays: whether what is gathered stays until its backward.
+        backward: gathered weights and buffers, while its backward runs.
+        fetched: for a moment before that, on top: the buffer that they come in.
+        reduced: for a moment after its backward, on top of its whole gradients: buffers in which they are summed.
+        begun: bytes of gradients that stay from the beginning of its backward on.
+        kept: bytes of gradients that stay from the end of its backward on.
+        pending: whole gradients, of this part and others, that wait for a full bucket after its backward.
+        drops: whether its whole gradients go after its backward; else they stay to the end of backward.
     """
 
+    modules: tuple[str, ...]
     forward: int = 0
+    arriving: int = 0
+    stays: bool = False
     backward: int = 0
+    fetched: int = 0
     reduced: int = 0
+    begun: int = 0
     kept: int = 0
+    pending: int = 0
+    drops: bool = True
 
 
 @dataclass(frozen=True)
@@ -29,22 +43,22 @@ class Residency:
 
     Attributes:
         parts: before the step, by name: weights, fp32 weights, gradients, optimizer state, teacher, buckets.
-        turns: of every block, by its name.
-        forward: from the start of the student's forward on: gathered weights outside of the blocks.
-        backward: from the loss on, the same and buckets.
+        turns: of the model's parts that are gathered or summed by themselves.
+        forward: gathered for all of forward and backward.
+        backward: buffers that are there from the loss to the end of backward.
+        at_once: whether a whole gradient goes as soon as it is made, into a bucket.
         teacher: gathered while the teacher is asked.
-        tail: what the head's gradients become when backward comes to the blocks: bytes that stay of them.
-        rest: gradients that stay of what is outside of the blocks, when backward is done.
-        end: for a moment at the end of backward.
-        update: in the optimizer's step, on top of `parts` and all gradients.
+        rest: gradients that stay of what is in no turn, once backward is done.
+        end: for a moment then, on top of their whole gradients.
+        update: while the optimizer steps, on top of all that stays.
     """
 
     parts: Mapping[str, int] = field(default_factory=dict)
-    turns: Mapping[str, Turn] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
     forward: int = 0
     backward: int = 0
+    at_once: bool = False
     teacher: int = 0
-    tail: int = 0
     rest: int = 0
     end: int = 0
     update: int = 0

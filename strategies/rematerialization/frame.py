@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from strategies.memory.meter import resident_tensors
+from strategies.memory.residency import Residency
 from strategies.memory.tracker import LiveBytes
 from strategies.rematerialization.execute import own_forward
 from strategies.rematerialization.fake import Answers
 from strategies.rematerialization.regions import Call, Meta, calling, takes_part, without_cache
+from strategies.rematerialization.shared import Shared
 from strategies.rematerialization.trying import attributes_kept
 
 
@@ -71,7 +74,8 @@ class Unreached(Exception):
 
 
 def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torch.Tensor], parts: dict[str, list],
-            update: Callable[[], object], round_to: int = 1, reserved: Mapping[str, int] | None = None) -> Frame:
+            update: Callable[[], object], round_to: int = 1, reserved: Mapping[str, int] | None = None,
+            shared: tuple[nn.Module, Residency] | None = None) -> Frame:
     """Run one step on tensors without data, with regions that only hand out what they would.
 
     Args:
@@ -82,6 +86,7 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
         update: takes the optimizer's step and drops the gradients.
         round_to: see LiveBytes.
         reserved: bytes by name that are held besides.
+        shared: the model that is shared out over ranks, and what this one holds of it.
 
     Raises:
         Unreached: some regions have no backward.
@@ -97,17 +102,21 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
             tracker.allocate(count)
             counted[name] = counted.get(name, 0) + count
         stage = _Stage(tracker, calls)
-        with calling(modules, stage.instead):
+        sharing = None if shared is None else Shared(*shared, tracker)
+        with calling(modules, stage.instead), nullcontext() if sharing is None else sharing.step():
             base = tracker.current
             tracker.mark("forward")
             found = loss()
             tracker.mark("backward")
+            if sharing is not None:
+                sharing.turned()
             found.backward()
             del found
         tracker.mark("update")
+        tracker.transient(0 if shared is None else shared[1].update)
         update()
         tracker.mark("end")
-    return stage.frame(base, counted)
+    return stage.frame(base, counted, shared is not None)
 
 
 class _Stage:
@@ -159,8 +168,8 @@ class _Stage:
     def leave(self, phase: str, index: int) -> None:
         self.at[phase, index] = (self.at[phase, index][0], len(self.tracker.timeline))
 
-    def frame(self, base: int, parts: dict[str, int]) -> Frame:
-        """The frame of the step that has run."""
+    def frame(self, base: int, parts: dict[str, int], exchanged: bool = False) -> Frame:
+        """The frame of the step that has run; `exchanged` if ranks exchange weights and gradients in it."""
         marks = dict(self.tracker.marks)
         count = len(self.calls)
 
@@ -180,10 +189,19 @@ class _Stage:
             raise Unreached(unreached)
         forward = [self.at["forward", index] for index in range(count)]
         backward = [self.at["backward", index] for index in range(count)]
-        before = [most(forward[index - 1][1] if index else forward[0][0], forward[index][0]) - self.calls[index].input
-                  for index in range(count)]
-        behind = [most(backward[index + 1][1] if index < count - 1 else backward[index][0], backward[index][0])
-                  - self.arriving[index] for index in range(count)]
+        def beside(start: int, stop: int, least: int) -> int:
+            """Bytes beside a region that runs at `stop`; it adds at least `least` to them by itself.
+
+            Where ranks exchange weights and gradients just before, more is there for a moment than while it runs.
+            """
+            return max(at(stop), most(start, stop) - least) if exchanged else most(start, stop)
+
+        weights = [sum(weight.nbytes for weight in call.module.parameters() if weight.requires_grad)
+                   for call in self.calls]
+        before = [beside(forward[index - 1][1] if index else forward[0][0], forward[index][0], self.calls[index].input)
+                  - self.calls[index].input for index in range(count)]
+        behind = [beside(backward[index + 1][1] if index < count - 1 else backward[index][0], backward[index][0],
+                         weights[index]) - self.arriving[index] for index in range(count)]
         pieces = [(marks["forward"], forward[0][0]), (forward[-1][1], backward[-1][0]),
                   (backward[0][1], marks["update"]), (marks["update"], marks["end"])]
         return Frame(

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from strategies.memory.meter import CUDA_BLOCK
+from strategies.memory.residency import Residency
 from strategies.memory.tracker import tensors_of
 from strategies.rematerialization.execute import quiet
 from strategies.rematerialization.fake import Answers, fake_optimizer, unwrapped
@@ -36,6 +37,7 @@ class Step:
         accumulate: whether gradients of earlier micro-batches exist when a step begins.
         reserved: bytes by name that are held besides.
         on_gpu: whether bytes are counted as a GPU's allocator rounds them.
+        residency: what a rank holds of the model instead of all of it; None where it is not shared out.
     """
 
     model: nn.Module
@@ -47,9 +49,12 @@ class Step:
     accumulate: bool
     reserved: Mapping[str, int]
     on_gpu: bool
+    residency: Residency | None = None
 
     def frame(self, calls: Sequence[Call], mode: FakeTensorMode) -> Frame:
         """Try the step; see `observe` for what it raises."""
+        if self.residency is not None:
+            return self._shared(calls, mode, self.residency)
         optimizer = None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in)
         modules = [self.model, *(thing for thing in self.others if isinstance(thing, nn.Module))]
         parameters = [parameter for parameter in parameters_of(modules, optimizer) if parameter.requires_grad]
@@ -71,6 +76,17 @@ class Step:
 
         return observe(calls, mode, lambda: self.loss(self.batch), parts, advance, CUDA_BLOCK if self.on_gpu else 1,
                        self.reserved)
+
+    def _shared(self, calls: Sequence[Call], mode: FakeTensorMode, residency: Residency) -> Frame:
+        """The frame of a rank; its optimizer's part is in what it holds."""
+        def drop() -> None:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
+        drop()
+        return observe(calls, mode, lambda: self.loss(self.batch), {"batch": [self.batch]}, drop,
+                       CUDA_BLOCK if self.on_gpu else 1, {**residency.parts, **self.reserved},
+                       (self.model, residency))
 
     def _updating(self, optimizer: torch.optim.Optimizer | None, parameters: Sequence[torch.Tensor]
                   ) -> tuple[list[object], Callable[[], object]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,16 @@ class Update:
     finite: bool
 
 
+class InBackward(Protocol):
+    """An optimizer that steps during backward."""
+
+    enabled: bool
+    squared_norm: torch.Tensor
+
+    def reset(self) -> None:
+        """Begin `squared_norm` anew."""
+
+
 class Engine:
     """A student on its ranks. This one holds it whole on every rank: one process, or data parallelism.
 
@@ -38,6 +50,7 @@ class Engine:
         model: what is called in training, wrapped.
         student: the module itself, with the names of its parameters.
         optimizer: whose `param_groups` hold the learning rate.
+        in_backward: where the optimizer steps during backward, what makes it; to be set before the first step.
         casts: whether the engine runs the model in its half precision by itself, so that no autocast is needed.
         scales: whether the engine scales the loss by itself.
         sharded: whether a rank holds a part of the student's fp32 weights.
@@ -48,7 +61,10 @@ class Engine:
     def __init__(self, model: nn.Module, student: nn.Module, optimizer: torch.optim.Optimizer,
                  no_sync: Callable[[nn.Module], AbstractContextManager] | None = None) -> None:
         self.model, self.student, self.optimizer = model, student, optimizer
+        self.in_backward: InBackward | None = None
         self._no_sync = no_sync
+        # DDP's gradients lie in its buckets, which are there for good.
+        self._drops = not isinstance(model, nn.parallel.DistributedDataParallel)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """Context of one micro-batch's forward and backward: gradients are summed over ranks in the last one."""
@@ -56,6 +72,9 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a loss's gradients to those there are. Over ranks they are averaged."""
+        if self.in_backward is not None:
+            self.in_backward.reset()
+            self.in_backward.enabled = self._everywhere(loss.detach().isfinite())
         loss.backward()
 
     def update(self, clip: float | None, allowed: bool, scale: float = 1.0) -> Update:
@@ -63,6 +82,8 @@ class Engine:
 
         Every rank comes to the same decision: the norm is of all ranks' gradients.
         """
+        if self.in_backward is not None:
+            return self._stepped(self.in_backward)
         gradients = [_local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
@@ -72,8 +93,19 @@ class Engine:
             if clip is not None:
                 torch._foreach_mul_(gradients, torch.clamp(clip / (norm + CLIP_EPS), max=1.0))
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self._drops)
         return Update(float(norm), finite and allowed, finite)
+
+    def _stepped(self, done: InBackward) -> Update:
+        """What came of a backward in which the optimizer has stepped already; gradients are left where it did not."""
+        self.optimizer.zero_grad(set_to_none=True)
+        norm = done.squared_norm.sqrt()
+        finite = done.enabled and bool(norm.isfinite())
+        return Update(float(norm) if done.enabled else math.nan, finite, finite)
+
+    def _everywhere(self, flag: torch.Tensor) -> bool:
+        """Whether something holds on every rank."""
+        return bool(flag)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters that are trained, as the optimizer has them."""
@@ -86,6 +118,10 @@ class Engine:
 
     def refresh(self) -> None:
         """Take over fp32 weights that were written into `tensors`."""
+
+    def resident(self) -> list[object]:
+        """Modules, optimizers and tensors in which this rank holds memory between steps."""
+        return [self.student, self.inner]
 
     @property
     def inner(self) -> torch.optim.Optimizer:
@@ -117,6 +153,11 @@ class Sharded(Engine):
         squares = torch.stack([norm.square() for norm in torch._foreach_norm(gradients)]).sum()
         dist.all_reduce(squares, group=self.group)
         return squares.sqrt()
+
+    def _everywhere(self, flag: torch.Tensor) -> bool:
+        flag = flag.int()
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(flag)
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,14 @@ class Units:
     Attributes:
         blocks: the repeated blocks, in order.
         first: the input embedding; None where its weight is also the head's, which then belongs to the root.
-        tail: what follows the blocks: the output head and the last norm.
+        tail: what follows the blocks: the last norm and the output head; empty where the head is the embedding's weight.
+        ends: input embedding, last norm and output head, those that there are, whatever weights they share.
     """
 
     blocks: tuple[str, ...]
     first: str | None
     tail: tuple[str, ...]
+    ends: tuple[str, ...] = ()
 
 
 def units_of(model: nn.Module) -> Units:
@@ -35,9 +37,10 @@ def units_of(model: nn.Module) -> Units:
     first, head = (_called(model, getattr(model, f"get_{which}_embeddings", None)) for which in ("input", "output"))
     if first is None or head is None or not blocks:
         return Units(tuple(blocks), None, ())
+    tail = (*_last_norm(model, blocks, head), head)
     if model.get_submodule(first).weight is model.get_submodule(head).weight:
-        return Units(tuple(blocks), None, ())
-    return Units(tuple(blocks), first, (*_last_norm(model, blocks, head), head))
+        return Units(tuple(blocks), None, (), (first, *tail))
+    return Units(tuple(blocks), first, tail, (first, *tail))
 
 
 def _alike(modules: nn.ModuleList) -> bool:

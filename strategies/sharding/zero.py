@@ -204,6 +204,15 @@ class Zero(Engine):
         for flat in flats:
             yield flat, layout_of(flat)
 
+    def resident(self) -> list[object]:
+        """See `Engine`."""
+        held: list[object] = [*super().resident(), [tensor for tensor, _ in self.tensors()]]
+        if self.stage < 3:
+            return [*held, self.zero.bit16_groups_flat]
+        parts = [parameter.ds_tensor for parameter in self.student.parameters()]
+        return [*held, parts, self.zero.grad_partitions_flat_buffer,
+                [bucket.buffer for bucket in self.zero.ipg_buckets.values()]]
+
     def refresh(self) -> None:
         """See `Engine`; the weights that forward runs on follow the fp32 ones."""
         with torch.no_grad(), quiet_deepspeed():

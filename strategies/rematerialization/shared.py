@@ -1,0 +1,122 @@
+"""A step of a model that is shared out over ranks, on tensors without data: bytes come and go where ranks exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from strategies.memory.residency import Residency, Turn
+from strategies.memory.tracker import LiveBytes
+
+
+class Shared:
+    """Tells a tracker of what a rank gathers, sums and keeps while a whole model's step is tried.
+
+    Args:
+        model: whole, without data; its weights are not counted by the tracker.
+        residency: what a rank holds instead.
+        tracker: entered.
+    """
+
+    def __init__(self, model: nn.Module, residency: Residency, tracker: LiveBytes) -> None:
+        self.model, self.residency, self.tracker = model, residency, tracker
+        self.kept = 0  # gradients that a rank keeps, so far
+        self._handles: list[Any] = []
+        self._turned = False
+        self._pending = 0
+        self._open: Turn | None = None  # whose backward is running
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context of forward and backward."""
+        with ExitStack() as stack:
+            stack.callback(self._remove)
+            for turn in self.residency.turns:
+                self._follow(turn)
+            if self.residency.at_once:
+                self._handles += [parameter.register_post_accumulate_grad_hook(lambda one: self._drop([one]))
+                                  for parameter in self.model.parameters() if parameter.requires_grad]
+            self.tracker.allocate(self.residency.teacher)
+            self._handles.append(self.model.register_forward_pre_hook(self._asked))
+            yield
+            if self._open is not None:
+                self._after(self._open)  # an embedding has no input whose gradient is asked for
+            self.tracker.transient(self.residency.end)
+            self._drop(self.model.parameters())
+            self._change(-self._pending)
+            self._keep(self.residency.rest)
+            self._change(-self.residency.forward - (self.residency.backward if self._turned else 0))
+
+    def turned(self) -> None:
+        """The loss turns back."""
+        self._turned = True
+        self._change(self.residency.backward)
+
+    def _asked(self, *_: Any) -> None:
+        """The teacher has answered; the student begins."""
+        self._change(self.residency.forward - self.residency.teacher)
+
+    def _follow(self, turn: Turn) -> None:
+        modules = [self.model.get_submodule(name) for name in turn.modules]
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.tracker.transient(turn.arriving + turn.forward)
+            self._change(turn.forward)
+            given = [leaf for leaf in tree_flatten((args, kwargs))[0]
+                     if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            if given:  # their gradients come last
+                given[0].register_hook(lambda gradient: self._after(turn))
+
+        def after(module: nn.Module, args: tuple, out: object) -> None:
+            if not turn.stays:
+                self._change(-turn.forward)
+            made = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            if made:
+                made[0].register_hook(lambda gradient: self._backward(turn))
+
+        self._handles.append(modules[0].register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(modules[-1].register_forward_hook(after))
+
+    def _backward(self, turn: Turn) -> None:
+        if self._open is not None:  # whose input is this one's output: of its hooks this one comes first
+            self._after(self._open)
+        self._open = turn
+        self._keep(turn.begun)
+        self._change(turn.backward - (turn.forward if turn.stays else 0))
+        self.tracker.transient(turn.fetched)
+
+    def _after(self, turn: Turn) -> None:
+        if self._open is not turn:
+            return
+        self._open = None
+        self.tracker.transient(turn.reduced)
+        self._change(-turn.backward)
+        if turn.drops:
+            modules = map(self.model.get_submodule, turn.modules)
+            self._drop([parameter for module in modules for parameter in module.parameters()])
+        self._change(turn.pending - self._pending)
+        self._pending = turn.pending
+        self._keep(turn.kept)
+
+    def _drop(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _keep(self, count: int) -> None:
+        self.kept += count
+        self._change(count)
+
+    def _change(self, count: int) -> None:
+        self.tracker.allocate(count) if count > 0 else self.tracker.release(-count)
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+

@@ -1,0 +1,357 @@
+"""Bytes that a rank holds and exchanges in a training step, from shapes alone, for every engine and number of ranks.
+
+Model state follows Rajbhandari et al. 2020 (section 3.1 and figure 1), with what the engines add to it: padding, buffers
+in which weights are gathered and gradients summed, copies that they keep. Numbers are those of the first rank, which
+holds the most. What an engine does in which order was read off its steps, operation by operation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from strategies.memory.ledger import parameter_bytes
+from strategies.memory.residency import Residency, Turn
+from strategies.memory.shards import Layout, Piece, lay_out
+from strategies.sharding.units import Units, units_of
+
+FP32 = 4
+ALIGNED = 2  # elements to whose multiple, times the ranks, ZeRO pads a group of parameters
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a student is shared out.
+
+    Attributes:
+        engine: none, ddp, fsdp2 or zero.
+        ranks: number of them.
+        stage: of ZeRO; 2 or 3 of FSDP2.
+        compute: dtype of forward and backward.
+        accumulates: whether gradients of several micro-batches are summed.
+        bucket: elements of ZeRO's communication bucket.
+        ahead: elements that ZeRO's stage 3 may gather ahead of their use.
+        offload_parameters, offload_optimizer: what is on the CPU, where the device is another.
+        gloo: whether ranks exchange by gloo, which sums in a copy.
+    """
+
+    engine: str
+    ranks: int
+    stage: int = 3
+    compute: torch.dtype = torch.float32
+    accumulates: bool = False
+    bucket: int = 0
+    ahead: int = 0
+    offload_parameters: bool = False
+    offload_optimizer: bool = False
+    gloo: bool = True
+
+    @property
+    def half(self) -> bool:
+        """Whether weights are computed with in another dtype than they are updated in."""
+        return self.compute is not torch.float32
+
+
+def stand_ins(groups: Sequence[dict], setup: Setup) -> list[list[torch.Tensor]]:
+    """For every group of an optimizer over a whole model, tensors like those the engine will put in its place.
+
+    They are made where and as the whole ones are (without data, under FakeTensorMode), and know what they consist of.
+    """
+    made = []
+    for group in groups:
+        whole = group["params"]
+        if setup.engine == "zero":
+            made.append([_flat_part(whole, setup)])
+        elif setup.engine == "fsdp2":
+            made.append([_rows(parameter, setup.ranks) for parameter in whole])
+        else:
+            made.append(list(whole))
+    return made
+
+
+def _flat_part(parameters: Sequence[torch.Tensor], setup: Setup) -> torch.Tensor:
+    pieces, offset = [], 0
+    if setup.stage == 3:
+        for parameter in parameters:
+            part = -(-parameter.numel() // setup.ranks)
+            pieces.append(Piece("", tuple(parameter.shape), 0, part, offset))
+            offset += part
+    else:
+        size = aligned(parameters, setup.ranks) // setup.ranks
+        for parameter in parameters:
+            part = min(parameter.numel(), size - offset)
+            pieces.append(Piece("", tuple(parameter.shape), 0, part, offset))
+            offset += part
+        offset = size
+    flat = nn.Parameter(torch.empty(offset, dtype=torch.float32, device=parameters[0].device))
+    lay_out(flat, Layout(tuple(pieces)))
+    return flat
+
+
+def _rows(parameter: torch.Tensor, ranks: int) -> torch.Tensor:
+    """A first rank's rows of a parameter, as FSDP2 cuts it."""
+    rows = -(-parameter.shape[0] // ranks) if parameter.ndim else 1
+    shape = (rows, *parameter.shape[1:])
+    part = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=parameter.device))
+    lay_out(part, Layout((Piece("", tuple(parameter.shape), 0, math.prod(shape)),)))
+    return part
+
+
+def aligned(parameters: Iterable[torch.Tensor], ranks: int) -> int:
+    """Elements of a group of parameters, padded as ZeRO's stages 1 and 2 do."""
+    unit = ALIGNED * ranks
+    return -(-sum(parameter.numel() for parameter in parameters) // unit) * unit
+
+
+def residency(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Setup, *, optimizer_state: int,
+              update: int, teacher: nn.Module | None = None, teacher_compute: torch.dtype | None = None) -> Residency:
+    """What the first rank holds of a training step.
+
+    Args:
+        model: whole; its shapes are looked at.
+        groups: the parameters of each of the optimizer's groups.
+        setup: how it is shared out.
+        optimizer_state: bytes of the optimizer's state for the rank's part.
+        update: most bytes that come and go while the optimizer steps on that part.
+        teacher: sharded with the student where it is; None without one.
+        teacher_compute: dtype in which a sharded teacher's weights are gathered, if another than theirs.
+    """
+    make = {"fsdp2": _fsdp2, "zero": _zero3 if setup.stage == 3 else _zero12}.get(setup.engine, _whole)
+    found = make(model, groups, setup, optimizer_state, update)
+    if teacher is None:
+        return found
+    held, gathered = _teacher(teacher, setup, teacher_compute)
+    return Residency(**{**found.__dict__, "parts": {**found.parts, "teacher": held}, "teacher": gathered})
+
+
+# ---- whole on every rank
+
+def _whole(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Setup, state: int, update: int
+           ) -> Residency:
+    """One process, or DDP, whose gradients lie in its buckets from the first step on."""
+    weights = parameter_bytes(model)
+    return Residency({"weights": weights + _buffers(model), "gradients": parameter_bytes(model, trained=True),
+                      "optimizer state": state}, update=update)
+
+
+# ---- FSDP2
+
+def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Setup, state: int, update: int
+           ) -> Residency:
+    """Gathers into one buffer and copies out of it, so that for a while a unit is there twice; one unit ahead in
+    backward; sums one unit's gradients in a buffer that stays until the next one's."""
+    units, size = units_of(model), setup.compute.itemsize
+    sums = FP32 if setup.half else size
+    own = sum(local_rows(parameter, setup.ranks) for parameter in model.parameters())
+
+    def gathered(names: Sequence[str]) -> int:
+        return sum(local_rows(parameter, setup.ranks) * setup.ranks for name in names
+                   for parameter in model.get_submodule(name).parameters())
+
+    order = _order(units)
+    counts = [gathered(names) for names in order]
+    root = sum(local_rows(parameter, setup.ranks) * setup.ranks for parameter in _outside(model, units))
+    turns = []
+    for index, (names, count) in enumerate(zip(order, counts, strict=True)):
+        previous = counts[index - 1] if index else root
+        following = counts[index + 1] if index + 1 < len(counts) else 0
+        tail = bool(units.tail) and index == len(order) - 1
+        stays = tail or setup.stage == 2
+        turns.append(Turn(
+            tuple(names), forward=size * count * (2 if tail or not stays else 1), arriving=size * previous, stays=stays, backward=size * (count + (previous if index else 0)) + sums * following,
+            fetched=0 if stays else size * count + (size * previous // setup.ranks if setup.half and index else 0),
+            # before gradients are put into a buffer, the weights are given back, and the buffer before that
+            reduced=max(0, sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks
+                        - size * count - sums * following),
+            kept=0 if setup.accumulates else FP32 * count // setup.ranks))
+    parts = {"weights": FP32 * own + _buffers(model), "optimizer state": state}
+    if setup.accumulates:  # the buffer of the last sum stays
+        last = sums * (root or counts[0])
+        parts |= {"gradients": FP32 * own, "buckets": last}
+        turns[-1] = replace(turns[-1], kept=-last, reduced=max(0, turns[-1].reduced - last))
+    return Residency(parts, tuple(turns), forward=size * root, update=update,
+                     rest=0 if setup.accumulates else FP32 * root // setup.ranks,
+                     end=sums * root + (sums * counts[0] if counts else 0))
+
+
+def local_rows(parameter: torch.Tensor, ranks: int) -> int:
+    """Elements of a parameter that the first rank holds, cut by rows as FSDP2 does."""
+    rows = -(-parameter.shape[0] // ranks) if parameter.ndim else 1
+    return rows * (parameter.numel() // parameter.shape[0]) if parameter.ndim else 1
+
+
+# ---- ZeRO
+
+def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Setup, state: int, update: int
+            ) -> Residency:
+    """Weights whole and flat; fp32 weights, state and, in stage 2, gradients in parts; one bucket during backward."""
+    size = setup.compute.itemsize
+    whole = sum(aligned(group, setup.ranks) for group in groups)
+    part = whole // setup.ranks
+    parts = {"weights": size * whole + _buffers(model)}
+    if not setup.offload_optimizer:
+        parts |= {"fp32 weights": FP32 * part, "optimizer state": state}
+    compact = setup.half and setup.accumulates and setup.stage == 2  # summed in fp32, in a buffer of its own
+    grown = FP32 * part if compact else size * _most_overlapping(groups, setup)
+    if setup.accumulates:
+        parts |= {"gradients": grown if setup.stage == 2 else size * whole, "buckets": size * setup.bucket}
+    largest = max((aligned(group, setup.ranks) // setup.ranks for group in groups), default=0)
+    update += 0 if compact else (FP32 + size if setup.half else FP32) * largest
+    bucket = 0 if setup.accumulates else size * setup.bucket  # from the first gradient of a step on
+    if setup.stage == 1:  # when backward is done, gradients go through the bucket one after another
+        before = parts["gradients"] + parts["buckets"] if setup.accumulates else 0  # which go then
+        return Residency(parts, backward=bucket, rest=grown - before, at_once=setup.accumulates,
+                         end=grown - size * _first_filling(groups, setup.bucket), update=update)
+    return Residency(parts, _summed_by_block(model, setup, size, 0 if compact else grown), backward=bucket,
+                     at_once=True, update=update)
+
+
+def _first_filling(groups: Sequence[Sequence[torch.Tensor]], size: int) -> int:
+    """Elements that lie in a bucket of a size when it is first emptied."""
+    bucket = Bucket(size)
+    for parameter in (parameter for group in groups for parameter in group):
+        before = bucket.content
+        bucket.add(parameter.numel())
+        if bucket.largest:
+            return before
+    return bucket.content
+
+
+def _most_overlapping(groups: Sequence[Sequence[torch.Tensor]], setup: Setup) -> int:
+    """Elements of the parameters, whole ones, of which a rank holds any: their gradients have a buffer.
+
+    In stage 1 the first rank's peak is the highest, since its gradients come before others have been let go of. In
+    stage 2 it is that of the last, whose gradients are made while activations are still there, or of one that holds more.
+    """
+    ranks = range(setup.ranks)
+    return max(sum(_overlapping(group, rank, setup.ranks) for group in groups)
+               for rank in (ranks if setup.stage == 2 else ranks[:1]))
+
+
+def _overlapping(group: Sequence[torch.Tensor], rank: int, ranks: int) -> int:
+    size = aligned(group, ranks) // ranks
+    begin, end, offset, total = rank * size, (rank + 1) * size, 0, 0
+    for parameter in group:
+        if offset < end and offset + parameter.numel() > begin:
+            total += parameter.numel()
+        offset += parameter.numel()
+    return total
+
+
+def _summed_by_block(model: nn.Module, setup: Setup, size: int, grown: int) -> tuple[Turn, ...]:
+    """Blocks, with what stays from the first full bucket on."""
+    units, bucket, turns, first = units_of(model), Bucket(setup.bucket), [], True
+    inside = {id(parameter) for name in units.blocks for parameter in model.get_submodule(name).parameters()}
+    tied = not units.tail  # whose gradient is complete in the end
+    for parameter in model.parameters():
+        if id(parameter) not in inside and not (tied and parameter.ndim > 1):
+            bucket.add(parameter.numel())
+    for name in reversed(units.blocks):
+        bucket.begin()
+        sums = []
+        for parameter in reversed(list(model.get_submodule(name).parameters())):
+            bucket.add(parameter.numel())
+            sums.append(bucket.largest > 0)
+        new = grown if first and sums[-1] else 0
+        early = sums[len(sums) // 2]  # while the block's activations are still there
+        turns.append(Turn((name,), begun=new if early else 0, kept=0 if early else new,
+                          reduced=size * bucket.largest if setup.gloo else 0))
+        first = first and not sums[-1]
+    return tuple(turns)
+
+
+class Bucket:
+    """Gradients waiting to be summed over ranks until no more fit.
+
+    Attributes:
+        size: elements that fit.
+        content: elements that wait.
+        largest: most elements summed at once since `begin`.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.content, self.largest = size, 0, 0
+
+    def begin(self) -> None:
+        """Forget what has been summed."""
+        self.largest = 0
+
+    def add(self, count: int) -> None:
+        """Put a gradient of so many elements in; one that never fits is summed by itself."""
+        if self.content + count > self.size:
+            self.largest = max(self.largest, self.content)
+            self.content = 0
+        if count > self.size:
+            self.largest = max(self.largest, count)
+        else:
+            self.content += count
+
+
+def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Setup, state: int, update: int
+           ) -> Residency:
+    """Weights, gradients and state in parts, the bucket and a flat buffer of gradients always there; blocks gathered
+    as a whole, each other module by itself."""
+    units, size = units_of(model), setup.compute.itemsize
+    parts_of = [sum(-(-parameter.numel() // setup.ranks) for parameter in group) for group in groups]
+    part = sum(parts_of)
+    sums = FP32 if setup.half and setup.accumulates else size
+    parts = {"buckets": size * setup.bucket}
+    if not setup.offload_parameters:
+        parts["weights"] = size * part + _buffers(model)
+    if not setup.offload_optimizer:
+        parts |= {"fp32 weights": FP32 * part, "gradients": sums * part, "optimizer state": state}
+    order = [[name] for name in (*units.ends[:1], *units.blocks, *units.ends[1:])]
+    tied = not units.tail and units.ends  # whose gradient is complete in the end
+    turns, bucket = [], Bucket(setup.bucket)
+    for names in reversed(order):
+        own = [parameter for name in names for parameter in model.get_submodule(name).parameters()]
+        count = sum(-(-parameter.numel() // setup.ranks) * setup.ranks for parameter in own)
+        ahead = min(setup.ahead, count)
+        bucket.begin()
+        for parameter in own:
+            if not (tied and names[0] in units.ends and parameter.ndim > 1):
+                bucket.add(parameter.numel())
+        turns.append(Turn(tuple(names), forward=size * (count + ahead), backward=size * (count + ahead),
+                          reduced=max(0, size * (2 * bucket.largest - count)), pending=size * bucket.content,
+                          drops=not (tied and names[0] in units.ends)))
+    return Residency(parts, tuple(turns), update=update + FP32 * max(parts_of, default=0))
+
+
+# ---- teacher and helpers
+
+def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> tuple[int, int]:
+    """Bytes of a teacher on the first rank, and the most that it gathers."""
+    if setup.engine not in ("fsdp2", "zero"):
+        return parameter_bytes(teacher) + _buffers(teacher), 0
+    units = units_of(teacher)
+
+    def bytes_of(parameters: Iterable[nn.Parameter], times: int) -> int:
+        return sum(local_rows(parameter, setup.ranks) * times * (
+            parameter.element_size() if compute is None or times == 1 else compute.itemsize)
+            for parameter in parameters)
+
+    root = bytes_of(_outside(teacher, units), setup.ranks)
+    largest = max((bytes_of([parameter for name in names for parameter in teacher.get_submodule(name).parameters()],
+                            setup.ranks) for names in _order(units)), default=0)
+    return bytes_of(teacher.parameters(), 1) + _buffers(teacher), root + 2 * largest
+
+
+def _order(units: Units) -> list[list[str]]:
+    """Units in the order in which they run."""
+    return [*([[units.first]] if units.first else []), *([name] for name in units.blocks),
+            *([list(units.tail)] if units.tail else [])]
+
+
+def _outside(model: nn.Module, units: Units) -> list[nn.Parameter]:
+    """Parameters of the root: in no block, nor first, nor tail."""
+    inside = {id(parameter) for names in _order(units) for name in names
+              for parameter in model.get_submodule(name).parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in inside]
+
+
+def _buffers(model: nn.Module) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())

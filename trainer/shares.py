@@ -1,0 +1,86 @@
+"""What each process holds of an experiment's models: the experiment's own words turned into bytes by rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from strategies.memory.residency import Residency
+from strategies.memory.tracker import LiveBytes, tensors_of
+from strategies.rematerialization.fake import Answers
+from strategies.sharding.resident import Setup, residency, stand_ins
+from trainer.experiment.tree import Experiment
+from trainer.precision import DTYPES
+
+SHARDED = ("fsdp2", "zero")
+BLOCK_8BIT, SMALLEST_8BIT = 256, 4096  # elements: bitsandbytes scales by block, and keeps small tensors in fp32
+
+
+def accumulates(experiment: Experiment, processes: int) -> bool:
+    """Whether a micro-batch begins with the gradients of another one."""
+    return experiment.training.batch_size > experiment.training.micro_batch * processes
+
+
+def gradients_stay(experiment: Experiment, processes: int) -> bool:
+    """Whether gradients exist when a micro-batch begins: of an earlier one, or because they lie in DDP's buckets."""
+    return accumulates(experiment, processes) or experiment.sharding.named(processes) == "ddp"
+
+
+def is_sharded(experiment: Experiment, processes: int) -> bool:
+    """Whether a process holds parts of weights, so that planning needs to know of the others."""
+    return experiment.sharding.named(processes) in SHARDED
+
+
+def setup_for(experiment: Experiment, student: nn.Module, processes: int, on_gpu: bool) -> Setup:
+    """How the student is shared out; `on_gpu` if the device is another than the CPU that things are offloaded to."""
+    from strategies.sharding.zero import bucket_numel
+
+    sharding, compute = experiment.sharding, DTYPES[experiment.precision.dtype]
+    engine = sharding.named(processes)
+    fitting = bucket_numel(student)
+    bucket = fitting if sharding.bucket is None else sharding.bucket_bytes // compute.itemsize // 2 * 2
+    return Setup(engine=engine, ranks=processes, stage=sharding.zero_stage, compute=compute, bucket=bucket,
+                 accumulates=accumulates(experiment, processes), ahead=fitting if on_gpu else 0,
+                 offload_parameters=sharding.offload.parameters and on_gpu,
+                 offload_optimizer=sharding.offload.optimizer and on_gpu, gloo=not on_gpu)
+
+
+def residency_for(experiment: Experiment, student: nn.Module, teacher: nn.Module | None, processes: int,
+                  on_gpu: bool) -> Residency:
+    """What the first process holds; both models are tensors without data, in a mode for such, which is entered."""
+    setup = setup_for(experiment, student, processes, on_gpu)
+    optimizer = experiment.optimizer.build(student)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    state, update = optimizer_bytes(optimizer, setup)
+    compute = DTYPES[experiment.precision.dtype]
+    own = next(teacher.parameters()).dtype if teacher is not None else None
+    cast = compute if compute is not torch.float32 and own not in (None, compute) else None
+    return residency(student, groups, setup, optimizer_state=state, update=update, teacher=teacher,
+                     teacher_compute=cast)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: Setup) -> tuple[int, int]:
+    """Bytes of an optimizer's state for a rank's part, and most that come and go in its step: it takes one without data.
+
+    The optimizer's parameters are replaced by the rank's.
+    """
+    for group, parts in zip(optimizer.param_groups, stand_ins(optimizer.param_groups, setup), strict=True):
+        group["params"] = parts
+    parts = [part for group in optimizer.param_groups for part in group["params"]]
+    if type(optimizer).__name__ == "AdamW8bit":  # its kernels do not run on tensors without data
+        return sum(map(bytes_8bit, (part.numel() for part in parts))), 0
+    for part in parts:
+        part.grad = torch.empty_like(part)
+    with Answers():
+        optimizer.step()
+        state = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(optimizer.state))
+        with LiveBytes() as tracker:
+            optimizer.step()
+    return state, tracker.peak
+
+
+def bytes_8bit(elements: int) -> int:
+    """Bytes of bitsandbytes' AdamW state for a tensor (Dettmers et al. 2022): two of 8 bits and their blocks' scales."""
+    if elements < SMALLEST_8BIT:
+        return 8 * elements
+    return 2 * elements + 2 * 4 * -(-elements // BLOCK_8BIT)
