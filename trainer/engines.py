@@ -37,7 +37,11 @@ def start(experiment: Experiment) -> Accelerator:
             raise UserError("run.trackers", f"{tracker} is not installed", value=list(experiment.run.trackers),
                             way_out=f"pip install '{tracker}', or remove it here; metrics.jsonl is always written")
     launched = int(os.environ.get("WORLD_SIZE", 1))
+    if experiment.memory.processes not in (None, launched):
+        raise UserError("memory.processes", f"{launched} processes were launched", value=experiment.memory.processes,
+                        way_out="launch as many, leave it out, or add --dry-run to plan for them")
     check_engine(experiment, launched)
+    _check_installed(experiment, launched)
     _refuse_launcher(experiment)
     engine = experiment.sharding.named(launched)
     if engine in ("fsdp2", "zero"):
@@ -79,15 +83,19 @@ def check_engine(experiment: Experiment, processes: int) -> None:
     if engine == "none" and processes > 1:
         raise UserError("sharding.engine", f"{processes} processes were launched, and with `none` each would train "
                         "alone", value="none", way_out="use ddp, fsdp2 or zero, or leave it out")
-    if engine == "zero" and find_spec("deepspeed") is None:
-        raise UserError("sharding.engine", "DeepSpeed, which is the engine of ZeRO, is not installed", value="zero",
-                        way_out="pip install 'limbeck[zero]', or use fsdp2, which shards as ZeRO's stage 3 does")
     if engine == "zero" and optimizer.name == "muon":
         raise UserError("optimizer.name", "Muon looks at whole matrices, and ZeRO hands out parts of them",
                         value="muon", way_out="use sharding.engine fsdp2, or another optimizer: adamw, lamb, adafactor")
     if optimizer.in_backward and engine not in ("none", "fsdp2"):
         raise UserError("optimizer.in_backward", f"{engine} sums gradients over processes after they are made",
                         value=True, way_out="use sharding.engine fsdp2, or leave it out")
+
+
+def _check_installed(experiment: Experiment, processes: int) -> None:
+    """Raise `UserError` for an engine that is not installed; a plan for it can be made without."""
+    if experiment.sharding.named(processes) == "zero" and find_spec("deepspeed") is None:
+        raise UserError("sharding.engine", "DeepSpeed, which is the engine of ZeRO, is not installed", value="zero",
+                        way_out="pip install 'limbeck[zero]', or use fsdp2, which shards as ZeRO's stage 3 does")
 
 
 def zero_config(experiment: Experiment, processes: int, student: nn.Module | None) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import Metrics, Ticker, memory_peak, readable
 from trainer.models import whole_student
 from trainer.precision import MixedPrecision
-from trainer.shares import gradients_stay
+from trainer.shares import gradients_stay, is_sharded
 
 MEASURED = 3  # the step of a process, counted from 1, whose memory is measured: state exists, DDP has its buckets
 
@@ -227,23 +227,27 @@ class Trainer:
     # ---- memory
 
     def _plan_memory(self) -> MemoryPlan | None:
-        """Plan a step for the budget, with the models at hand, and make the student run by the plan."""
-        if self.engine.sharded:
-            return None
+        """Plan a step for the budget, with the models at hand, and make the student run by the plan.
+
+        Where the student is shared out it is planned from its shapes: no process has it whole.
+        """
         experiment, training, data = self.experiment, self.experiment.training, self.experiment.data
         processes, student = self.accelerator.num_processes, self.unwrapped
         batch = example_batch(training.micro_batch, data.sequence_length, data.packing, self.accelerator.device)
         shapes = None if self.teacher is None else self.teacher.config, student.config
+
+        def again(changed: Experiment, regions: bool) -> Planner:
+            return study_experiment(changed, *shapes, processes, regions)
+
         try:
-            planner, chosen = choose(
-                experiment, lambda changed, regions: study_experiment(changed, *shapes, processes, regions),
-                lambda regions: self._study(student, batch, processes, regions))
+            planner, chosen = choose(experiment, again, None if is_sharded(experiment, processes) else
+                                     lambda regions: self._study(student, batch, processes, regions))
         except CannotPlan as error:
             if experiment.memory.bytes is None:
                 return None
             raise UserError("memory.budget", f"cannot be promised for this architecture: {error}",
                             value=experiment.memory.budget, way_out="leave memory.budget out") from error
-        planner.install(chosen, inductor=experiment.memory.compile)
+        planner.install(chosen, inductor=experiment.memory.compile, model=student)
         memory = describe(planner, chosen)
         if self.accelerator.is_main_process and self.folder.plan.exists():
             plan = json.loads(self.folder.plan.read_text())

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_activation_bytes
@@ -21,10 +22,10 @@ from trainer.experiment.tree import Experiment
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, count_parameters, quantize
 from trainer.precision import DTYPES as COMPUTE
+from trainer.shares import residency_for
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 NOMINAL_STEPS = 1000  # to draw a learning-rate curve before the length of the data is known
-ADAMW_BYTES = 8  # per parameter: two fp32 moments
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Plan:
         teacher_bytes: bytes of the teacher's weights as they are held.
         ledger: bytes per process that training keeps, part by part.
         memory: bytes per process at the peak of a step; None where the architecture cannot run without data.
+        sharding: how the student is shared out, in words.
     """
 
     processes: int
@@ -62,10 +64,12 @@ class Plan:
     teacher_bytes: int
     ledger: Ledger
     memory: MemoryPlan | None = None
+    sharding: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for `plan.json`."""
-        return {**asdict(self), "ledger": {**asdict(self.ledger), "total": self.ledger.total}}
+        return {**asdict(self), "ledger": {**asdict(self.ledger), "total": self.ledger.total},
+                "model_state": self.ledger.model_state}
 
 
 def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, *,
@@ -79,22 +83,16 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
     training, sequence = experiment.training, experiment.data.sequence_length
     check_batch(experiment, processes)
     steps = count_steps(experiment, rows)
-    with torch.device("meta"):
+    compute = COMPUTE[experiment.precision.dtype]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
         large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype]) if teacher else None
-    if experiment.student.quantization:
-        quantize(experiment, small)
-    compute = COMPUTE[experiment.precision.dtype]
-    weights = parameter_bytes(small)
-    asked = large is not None and experiment.objective.build(True).needs_teacher
-    ledger = Ledger(
-        weights=weights,
-        gradients=weights,
-        optimizer_state=ADAMW_BYTES * count_parameters(small),
-        teacher=parameter_bytes(large) if asked else 0,
-        activations=_activations(experiment, student, compute),
-        loss=loss_bytes(training.micro_batch, sequence, student.vocab_size, compute.itemsize, asked),
-    )
+        if experiment.student.quantization:
+            quantize(experiment, small)
+        asked = large is not None and experiment.objective.build(True).needs_teacher
+        held = residency_for(experiment, small, large if asked else None, processes, on_gpu=device != "cpu")
+    ledger = Ledger.of(held, _activations(experiment, student, compute),
+                       loss_bytes(training.micro_batch, sequence, student.vocab_size, compute.itemsize, asked))
     return Plan(
         processes=processes, device=device, batch_size=training.batch_size, micro_batch=training.micro_batch,
         accumulation=training.batch_size // (training.micro_batch * processes),
@@ -103,7 +101,7 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         parameters={"student": count_parameters(small)} | ({"teacher": count_parameters(large)} if large else {}),
         student_bytes=exported_bytes(small, DTYPES[experiment.export.dtype]),
         teacher_bytes=parameter_bytes(large) if large else 0, ledger=ledger, memory=memory,
-    )
+        sharding=experiment.sharding.words(processes))
 
 
 def check_batch(experiment: Experiment, processes: int) -> None:
@@ -174,13 +172,12 @@ def show_plan(source: Source, plan: Plan) -> None:
     """Print the resolved experiment with the origin of each value, and the plan."""
     _print_columns(f"Experiment {source.experiment.name}: key, value, where it was written", resolved_table(source))
     _print_columns("Plan", _plan_rows(plan))
+    _print_columns("Ledger: bytes per process, each part at its largest", [
+        (name.replace("_", " "), f"{count:>15,}", readable(count)) for name, count in plan.ledger.rows()])
     if plan.memory is not None:
         _print_columns("Memory at the peak of a step: predicted bytes per process", _memory_rows(plan.memory))
-        return
-    _print_columns("Ledger: bytes per process that a training step keeps", [
-        (name.replace("_", " "), f"{count:>15,}", readable(count))
-        for name, count in [*plan.ledger.rows(), ("total", plan.ledger.total)]])
-    console.print("  activations and the peak are not in it: this architecture cannot be run without data")
+    else:
+        console.print("  activations and the peak are not in it: this architecture cannot be run without data")
 
 
 def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
@@ -198,7 +195,8 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("processes", f"{plan.processes} on {plan.device}"),
         ("effective batch", f"{plan.batch_size} sequences = {plan.micro_batch} per micro-batch x {plan.accumulation} "
                             f"accumulated x {plan.processes} processes; {plan.tokens_per_step:,} tokens"),
-        ("steps", steps), ("precision", f"{plan.precision} forward and backward, fp32 weights and updates"),
+        ("sharding", plan.sharding), ("steps", steps),
+        ("precision", f"{plan.precision} forward and backward, fp32 weights and updates"),
     ]
     rates = [rate for _, rate in plan.learning_rates]
     top = max(rates)

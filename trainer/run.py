@@ -49,7 +49,7 @@ def dry_run(source: Source, as_json: bool) -> None:
     check_path(experiment.data.path, "data.path")
     teacher, student = _configs(experiment, vocabulary, offline=True)
     device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = experiment.memory.processes or int(os.environ.get("WORLD_SIZE", 1))
     check_engine(experiment, processes)
     plan = make_plan(experiment, teacher, student, processes=processes, device=device, rows=None,
                      memory=plan_memory(experiment, teacher, student, processes))

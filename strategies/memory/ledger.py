@@ -1,7 +1,7 @@
-"""The ledger of bytes: what training a model keeps in memory, part by part.
+"""The ledger of bytes: what training a model keeps in memory, part by part, on one rank of however many.
 
-A first ledger: weights, gradients, optimizer state and teacher are exact; activations are counted, by running the
-model's forward on tensors without data and adding up what autograd keeps; the loss is counted from its shapes.
+Model state is exact, from shapes; activations are counted, by running the model's forward on tensors without data and
+adding up what autograd keeps; the loss is counted from its shapes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,24 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from strategies.memory.residency import Residency
+
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes per process of one training step; `activations` is None where the architecture cannot be counted."""
+    """Bytes of one rank in a training step, each part at its largest.
+
+    Attributes:
+        weights: as they are computed with, the rank's part.
+        fp32_weights: a second copy that is updated, where there is one.
+        gradients: of the weights, as they are kept.
+        optimizer_state: of the optimizer.
+        teacher: the rank's part of it.
+        gathered: weights of others, while they are used.
+        communication: buffers in which gradients are summed.
+        activations: None where the architecture cannot be counted.
+        loss: logits and what the loss keeps of them.
+    """
 
     weights: int
     gradients: int
@@ -24,10 +38,31 @@ class Ledger:
     teacher: int
     activations: int | None
     loss: int
+    fp32_weights: int = 0
+    gathered: int = 0
+    communication: int = 0
+
+    @classmethod
+    def of(cls, held: Residency, activations: int | None, loss: int) -> Ledger:
+        """The ledger of a rank that holds so much of its models."""
+        parts = dict(held.parts)
+        gathered = max((turn.forward + turn.arriving for turn in held.turns), default=0)
+        back = max((turn.backward + turn.fetched for turn in held.turns), default=0)
+        buffers = max((max(turn.buffers, turn.reduced) for turn in held.turns), default=0)
+        return cls(
+            weights=parts.get("weights", 0), fp32_weights=parts.get("fp32 weights", 0),
+            gradients=held.gradients or parts.get("gradients", 0), optimizer_state=parts.get("optimizer state", 0),
+            teacher=parts.get("teacher", 0), gathered=max(held.forward + max(gathered, back), held.teacher),
+            communication=parts.get("buckets", 0) + held.backward + buffers, activations=activations, loss=loss)
+
+    @property
+    def model_state(self) -> int:
+        """Weights, gradients and optimizer state: what ZeRO shards (Rajbhandari et al. 2020, section 3.1)."""
+        return self.weights + self.fp32_weights + self.gradients + self.optimizer_state
 
     @property
     def total(self) -> int:
-        """Sum of all parts: what is kept when the loss turns back; the peak has its temporaries on top."""
+        """Sum of all parts; they are not at their largest at the same moment, and temporaries come on top."""
         return sum(count for count in asdict(self).values() if count)
 
     def rows(self) -> list[tuple[str, int]]:

@@ -15,7 +15,8 @@ class Turn:
         forward: gathered weights, while it runs.
         arriving: for a moment before that, on top: buffers of what ran before it.
         stays: whether what is gathered stays until its backward.
-        backward: gathered weights and buffers, while its backward runs.
+        backward: gathered weights, while its backward runs.
+        buffers: buffers in which gradients of what ran before it are summed, while its backward runs.
         fetched: for a moment before that, on top: the buffer that they come in.
         reduced: for a moment after its backward, on top of its whole gradients: buffers in which they are summed.
         begun: bytes of gradients that stay from the beginning of its backward on.
@@ -29,6 +30,7 @@ class Turn:
     arriving: int = 0
     stays: bool = False
     backward: int = 0
+    buffers: int = 0
     fetched: int = 0
     reduced: int = 0
     begun: int = 0
@@ -51,6 +53,7 @@ class Residency:
         rest: gradients that stay of what is in no turn, once backward is done.
         end: for a moment then, on top of their whole gradients.
         update: while the optimizer steps, on top of all that stays.
+        gradients: bytes of gradients at their most.
     """
 
     parts: Mapping[str, int] = field(default_factory=dict)
@@ -62,6 +65,12 @@ class Residency:
     rest: int = 0
     end: int = 0
     update: int = 0
+    gradients: int = 0
+
+    @property
+    def gathers(self) -> bool:
+        """Whether parts of the model are gathered when they are called: only then may they run."""
+        return any(turn.forward for turn in self.turns)
 
     @property
     def state(self) -> int:

@@ -6,7 +6,7 @@ import logging
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch._functorch.config
@@ -39,9 +39,19 @@ def compiled(choose: Choose, inductor: bool = False, notice: Notice | None = Non
     function = torch.compile(function, backend=_backend(choose, inductor, notice), dynamic=False, fullgraph=True)
 
     def call(module: nn.Module, *args, **kwargs) -> object:
-        with idle_hooks():
+        with idle_hooks(), in_one_piece():
             return function(module, *args, **kwargs)
     return call
+
+
+def in_one_piece() -> AbstractContextManager:
+    """Within the context, torch.compile does not cut a region where DDP's buckets end, as it does inside of DDP.
+
+    What it cuts is compiled on tensors without data, and a region's schedule is for all of it.
+    """
+    if nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:
+        return nullcontext()
+    return torch._dynamo.config.patch(optimize_ddp=False)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -42,6 +42,8 @@ class Frame:
         around: the parts of the timeline before the first region's forward, between the last one's forward and its
             backward, after the first one's backward, and while the optimizer steps.
         turn: changes in the second of these parts before the loss turns back.
+        exchanged: where ranks share the model, bytes by name that have come since the step began, for each moment:
+            (name, number of the region or -1).
     """
 
     base: int
@@ -59,6 +61,7 @@ class Frame:
     marks: tuple[tuple[str, int], ...] = ()
     around: tuple[tuple[int, ...], ...] = ()
     turn: int = 0
+    exchanged: Mapping[tuple[str, int], Mapping[str, int]] = field(default_factory=dict)
 
 
 class Unreached(Exception):
@@ -116,7 +119,8 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
         tracker.transient(0 if shared is None else shared[1].update)
         update()
         tracker.mark("end")
-    return stage.frame(base, counted, shared is not None)
+    frame = stage.frame(base, counted, shared is not None)
+    return frame if sharing is None else replace(frame, exchanged=stage.exchanged(sharing))
 
 
 class _Stage:
@@ -167,6 +171,22 @@ class _Stage:
 
     def leave(self, phase: str, index: int) -> None:
         self.at[phase, index] = (self.at[phase, index][0], len(self.tracker.timeline))
+
+    def exchanged(self, sharing: Shared) -> dict[tuple[str, int], dict[str, int]]:
+        """What ranks had exchanged at each moment of the step that has run."""
+        marks, timeline = dict(self.tracker.marks), self.tracker.timeline
+
+        def most(start: int, stop: int) -> dict[str, int]:
+            return sharing.at(1 + max(range(start, max(stop, start + 1)), key=lambda position: timeline[position]))
+
+        found = {(phase, index): sharing.at(entry) for (phase, index), (entry, _) in self.at.items()}
+        if not self.at:
+            return {("head", -1): most(marks["forward"], marks["update"])}
+        first, last = 0, len(self.calls) - 1
+        found["head", -1] = most(self.at["forward", last][1], self.at["backward", last][0])
+        found["start", -1] = most(marks["forward"], self.at["forward", first][0])
+        found["end", -1] = found["update", -1] = most(self.at["backward", first][1], marks["update"])
+        return found
 
     def frame(self, base: int, parts: dict[str, int], exchanged: bool = False) -> Frame:
         """The frame of the step that has run; `exchanged` if ranks exchange weights and gradients in it."""

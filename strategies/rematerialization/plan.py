@@ -97,10 +97,11 @@ class Plan:
             held = {"forward": self.frame.before, "backward": self.frame.behind}.get(moment)
             around = self.frame.head if held is None else held[position]
             kept = self.replay.peak - around
-        gradients = self._gradients(moment, position)
-        rest = self.peak - kept - self.frame.base - gradients
+        came = self.frame.exchanged.get((moment, position if moment in ("forward", "backward") else -1))
+        came = {"gradients": self._gradients(moment, position)} if came is None else came
+        rest = self.peak - kept - self.frame.base - sum(came.values())
         found = dict(self.frame.parts)
-        found["gradients"] = found.get("gradients", 0) + gradients
+        found |= {name: found.get(name, 0) + count for name, count in came.items()}
         found |= {"activations": kept, "loss and temporaries": rest} if self.calls else {
             "activations, loss and temporaries": rest}
         names = {"start": "before the first block", "head": "loss", "end": "end of the backward", "update": "optimizer"}

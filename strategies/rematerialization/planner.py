@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+from torch import nn
 
 from strategies.rematerialization.bound import least_bytes, least_sum
 from strategies.rematerialization.capture import Captured, problem
@@ -45,12 +46,13 @@ class Planner:
         frame: what everything else holds.
         prices: of operations.
         fallback: options of a region that could not be captured.
+        apart: whether no segment may reach over several regions, because each has its weights only while it is called.
     """
 
     def __init__(self, calls: Sequence[Call], frame: Frame, prices: Prices,
-                 fallback: Callable[[Call], tuple[tuple[Option, ...], float]]) -> None:
+                 fallback: Callable[[Call], tuple[tuple[Option, ...], float]], apart: bool = False) -> None:
         self.calls, self.frame, self.prices = calls, frame, prices
-        self.fallback = fallback
+        self.fallback, self.apart = fallback, apart
         self._options: dict[str, tuple[Option, ...]] = {}
         self._curves: dict[str, list[tuple[int, float]]] = {}
         self._problems: dict[str, Graph] = {}
@@ -278,7 +280,7 @@ class Planner:
     def _link(self, index: int, ways: tuple[Option, ...], forward: float) -> Link:
         frame, call = self.frame, self.calls[index]
         return Link(ways, call.input, forward, frame.before[index], frame.behind[index], frame.arriving[index],
-                    not call.chained, frame.fresh[index])
+                    self.apart or not call.chained, frame.fresh[index])
 
     def _forward(self, call: Call) -> float:
         if call.captured is None:
@@ -313,8 +315,8 @@ class Planner:
             return order
         return min(options(captured, *prices), key=lambda way: way.backward_peak).order
 
-    def install(self, plan: Plan, inductor: bool = False) -> None:
-        """Make the model run by a plan."""
-        plan.planned = Planned([call.module for call in self.calls], plan.schedule,
-                               [link.options for link in plan.links], self.orders, inductor)
+    def install(self, plan: Plan, inductor: bool = False, model: nn.Module | None = None) -> None:
+        """Make the model run by a plan, or another of the same shapes."""
+        modules = [call.module if model is None else model.get_submodule(call.name) for call in self.calls]
+        plan.planned = Planned(modules, plan.schedule, [link.options for link in plan.links], self.orders, inductor)
         plan.planned.install()

@@ -139,7 +139,7 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
             accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency), mode)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
     prices = Prices(known, measure=not pretended)
-    return Planner(calls, frame, prices, lambda call: fallback[id(call)])
+    return Planner(calls, frame, prices, lambda call: fallback[id(call)], residency is not None and residency.gathers)
 
 
 def _buckets(model: nn.Module) -> dict[str, int]:

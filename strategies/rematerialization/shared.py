@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +14,8 @@ from torch.utils._pytree import tree_flatten
 
 from strategies.memory.residency import Residency, Turn
 from strategies.memory.tracker import LiveBytes
+
+GATHERED, BUFFERS, GRADIENTS = "gathered weights", "communication", "gradients"
 
 
 class Shared:
@@ -25,7 +29,8 @@ class Shared:
 
     def __init__(self, model: nn.Module, residency: Residency, tracker: LiveBytes) -> None:
         self.model, self.residency, self.tracker = model, residency, tracker
-        self.kept = 0  # gradients that a rank keeps, so far
+        self.now: Counter[str] = Counter()  # bytes by name that have come since the step began
+        self._seen: list[tuple[int, dict[str, int]]] = []  # the same, by position on the tracker's timeline
         self._handles: list[Any] = []
         self._turned = False
         self._pending = 0
@@ -41,32 +46,37 @@ class Shared:
             if self.residency.at_once:
                 self._handles += [parameter.register_post_accumulate_grad_hook(lambda one: self._drop([one]))
                                   for parameter in self.model.parameters() if parameter.requires_grad]
-            self.tracker.allocate(self.residency.teacher)
+            self._change(GATHERED, self.residency.teacher)
             self._handles.append(self.model.register_forward_pre_hook(self._asked))
             yield
             if self._open is not None:
                 self._after(self._open)  # an embedding has no input whose gradient is asked for
-            self.tracker.transient(self.residency.end)
+            self._moment(BUFFERS, self.residency.end)
             self._drop(self.model.parameters())
-            self._change(-self._pending)
-            self._keep(self.residency.rest)
-            self._change(-self.residency.forward - (self.residency.backward if self._turned else 0))
+            self._change(GRADIENTS, self.residency.rest - self._pending)
+            self._change(GATHERED, -self.residency.forward)
+            self._change(BUFFERS, -self.residency.backward if self._turned else 0)
 
     def turned(self) -> None:
         """The loss turns back."""
         self._turned = True
-        self._change(self.residency.backward)
+        self._change(BUFFERS, self.residency.backward)
+
+    def at(self, position: int) -> dict[str, int]:
+        """Bytes by name that had come when the timeline was so long."""
+        index = bisect_right(self._seen, position, key=lambda seen: seen[0])
+        return {name: count for name, count in self._seen[index - 1][1].items() if count} if index else {}
 
     def _asked(self, *_: Any) -> None:
         """The teacher has answered; the student begins."""
-        self._change(self.residency.forward - self.residency.teacher)
+        self._change(GATHERED, self.residency.forward - self.residency.teacher)
 
     def _follow(self, turn: Turn) -> None:
         modules = [self.model.get_submodule(name) for name in turn.modules]
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.tracker.transient(turn.arriving + turn.forward)
-            self._change(turn.forward)
+            self._moment(GATHERED, turn.arriving + turn.forward)
+            self._change(GATHERED, turn.forward)
             given = [leaf for leaf in tree_flatten((args, kwargs))[0]
                      if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             if given:  # their gradients come last
@@ -74,7 +84,7 @@ class Shared:
 
         def after(module: nn.Module, args: tuple, out: object) -> None:
             if not turn.stays:
-                self._change(-turn.forward)
+                self._change(GATHERED, -turn.forward)
             made = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             if made:
                 made[0].register_hook(lambda gradient: self._backward(turn))
@@ -86,37 +96,40 @@ class Shared:
         if self._open is not None:  # whose input is this one's output: of its hooks this one comes first
             self._after(self._open)
         self._open = turn
-        self._keep(turn.begun)
-        self._change(turn.backward - (turn.forward if turn.stays else 0))
-        self.tracker.transient(turn.fetched)
+        self._change(GRADIENTS, turn.begun)
+        self._change(GATHERED, turn.backward - (turn.forward if turn.stays else 0))
+        self._change(BUFFERS, turn.buffers)
+        self._moment(GATHERED, turn.fetched)
 
     def _after(self, turn: Turn) -> None:
         if self._open is not turn:
             return
         self._open = None
-        self.tracker.transient(turn.reduced)
-        self._change(-turn.backward)
+        self._moment(BUFFERS, turn.reduced)
+        self._change(GATHERED, -turn.backward)
+        self._change(BUFFERS, -turn.buffers)
         if turn.drops:
             modules = map(self.model.get_submodule, turn.modules)
             self._drop([parameter for module in modules for parameter in module.parameters()])
-        self._change(turn.pending - self._pending)
+        self._change(GRADIENTS, turn.pending - self._pending + turn.kept)
         self._pending = turn.pending
-        self._keep(turn.kept)
 
     def _drop(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
             parameter.grad = None
 
-    def _keep(self, count: int) -> None:
-        self.kept += count
-        self._change(count)
-
-    def _change(self, count: int) -> None:
+    def _change(self, name: str, count: int) -> None:
+        self.now[name] += count
         self.tracker.allocate(count) if count > 0 else self.tracker.release(-count)
+        self._seen.append((len(self.tracker.timeline), dict(self.now)))
+
+    def _moment(self, name: str, count: int) -> None:
+        """Bytes that are there for a moment."""
+        if count > 0:
+            self._change(name, count)
+            self._change(name, -count)
 
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-

@@ -134,8 +134,8 @@ def _whole(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
            ) -> Residency:
     """One process, or DDP, whose gradients lie in its buckets from the first step on."""
     weights = parameter_bytes(model)
-    return Residency({"weights": weights + _buffers(model), "gradients": parameter_bytes(model, trained=True),
-                      "optimizer state": state}, update=update)
+    return Residency({"weights": weights, "buffers": _buffers(model), "gradients": parameter_bytes(model, trained=True),
+                      "optimizer state": state}, update=update, gradients=parameter_bytes(model, trained=True))
 
 
 # ---- FSDP2
@@ -162,18 +162,18 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         tail = bool(units.tail) and index == len(order) - 1
         stays = tail or setup.stage == 2
         turns.append(Turn(
-            tuple(names), forward=size * count * (2 if tail or not stays else 1), arriving=size * previous, stays=stays, backward=size * (count + (previous if index else 0)) + sums * following,
+            tuple(names), forward=size * count * (2 if tail or not stays else 1), arriving=size * previous, stays=stays, backward=size * (count + (previous if index else 0)), buffers=sums * following,
             fetched=0 if stays else size * count + (size * previous // setup.ranks if setup.half and index else 0),
             # before gradients are put into a buffer, the weights are given back, and the buffer before that
             reduced=max(0, sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks
                         - size * count - sums * following),
             kept=0 if setup.accumulates else FP32 * count // setup.ranks))
-    parts = {"weights": FP32 * own + _buffers(model), "optimizer state": state}
+    parts = {"weights": FP32 * own, "buffers": _buffers(model), "optimizer state": state}
     if setup.accumulates:  # the buffer of the last sum stays
         last = sums * (root or counts[0])
         parts |= {"gradients": FP32 * own, "buckets": last}
         turns[-1] = replace(turns[-1], kept=-last, reduced=max(0, turns[-1].reduced - last))
-    return Residency(parts, tuple(turns), forward=size * root, update=update,
+    return Residency(parts, tuple(turns), forward=size * root, update=update, gradients=FP32 * own,
                      rest=0 if setup.accumulates else FP32 * root // setup.ranks,
                      end=sums * root + (sums * counts[0] if counts else 0))
 
@@ -192,9 +192,9 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
     size = setup.compute.itemsize
     whole = sum(aligned(group, setup.ranks) for group in groups)
     part = whole // setup.ranks
-    parts = {"weights": size * whole + _buffers(model)}
+    parts = {"weights": size * whole, "buffers": _buffers(model)}
     if not setup.offload_optimizer:
-        parts |= {"fp32 weights": FP32 * part, "optimizer state": state}
+        parts |= {"fp32 weights": FP32 * part if setup.half else 0, "optimizer state": state}
     compact = setup.half and setup.accumulates and setup.stage == 2  # summed in fp32, in a buffer of its own
     grown = FP32 * part if compact else size * _most_overlapping(groups, setup)
     if setup.accumulates:
@@ -205,9 +205,10 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
     if setup.stage == 1:  # when backward is done, gradients go through the bucket one after another
         before = parts["gradients"] + parts["buckets"] if setup.accumulates else 0  # which go then
         return Residency(parts, backward=bucket, rest=grown - before, at_once=setup.accumulates,
-                         end=grown - size * _first_filling(groups, setup.bucket), update=update)
+                         end=grown - size * _first_filling(groups, setup.bucket), update=update,
+                         gradients=size * whole)
     return Residency(parts, _summed_by_block(model, setup, size, 0 if compact else grown), backward=bucket,
-                     at_once=True, update=update)
+                     at_once=True, update=update, gradients=grown)
 
 
 def _first_filling(groups: Sequence[Sequence[torch.Tensor]], size: int) -> int:
@@ -299,11 +300,12 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     parts_of = [sum(-(-parameter.numel() // setup.ranks) for parameter in group) for group in groups]
     part = sum(parts_of)
     sums = FP32 if setup.half and setup.accumulates else size
-    parts = {"buckets": size * setup.bucket}
+    parts = {"buckets": size * setup.bucket, "buffers": _buffers(model)}
     if not setup.offload_parameters:
-        parts["weights"] = size * part + _buffers(model)
+        parts["weights"] = size * part
     if not setup.offload_optimizer:
-        parts |= {"fp32 weights": FP32 * part, "gradients": sums * part, "optimizer state": state}
+        parts |= {"fp32 weights": FP32 * part if setup.half else 0, "gradients": sums * part,
+                  "optimizer state": state}
     order = [[name] for name in (*units.ends[:1], *units.blocks, *units.ends[1:])]
     tied = not units.tail and units.ends  # whose gradient is complete in the end
     turns, bucket = [], Bucket(setup.bucket)
@@ -318,7 +320,7 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         turns.append(Turn(tuple(names), forward=size * (count + ahead), backward=size * (count + ahead),
                           reduced=max(0, size * (2 * bucket.largest - count)), pending=size * bucket.content,
                           drops=not (tied and names[0] in units.ends)))
-    return Residency(parts, tuple(turns), update=update + FP32 * max(parts_of, default=0))
+    return Residency(parts, tuple(turns), gradients=parts.get("gradients", 0), update=update + FP32 * max(parts_of, default=0))
 
 
 # ---- teacher and helpers
@@ -326,7 +328,7 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
 def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> tuple[int, int]:
     """Bytes of a teacher on the first rank, and the most that it gathers."""
     if setup.engine not in ("fsdp2", "zero"):
-        return parameter_bytes(teacher) + _buffers(teacher), 0
+        return parameter_bytes(teacher), 0
     units = units_of(teacher)
 
     def bytes_of(parameters: Iterable[nn.Parameter], times: int) -> int:
@@ -337,7 +339,7 @@ def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> t
     root = bytes_of(_outside(teacher, units), setup.ranks)
     largest = max((bytes_of([parameter for name in names for parameter in teacher.get_submodule(name).parameters()],
                             setup.ranks) for names in _order(units)), default=0)
-    return bytes_of(teacher.parameters(), 1) + _buffers(teacher), root + 2 * largest
+    return bytes_of(teacher.parameters(), 1), root + 2 * largest
 
 
 def _order(units: Units) -> list[list[str]]:

@@ -122,6 +122,8 @@ class Zero(Engine):
         self._own, self._step = optimizer, optimizer.step
         self._allowed = True
         optimizer.step = self._step_if_allowed
+        if not self.casts and "offload_optimizer" not in config["zero_optimization"]:
+            self._share_fp32()
         for tensor, layout in self._layouts(names, shapes):
             lay_out(tensor, layout)
         super().__init__(self.engine, student, optimizer)
@@ -134,6 +136,21 @@ class Zero(Engine):
         kinds = {type(student.get_submodule(name)) for name in units_of(student).blocks}
         if kinds:
             set_z3_leaf_modules(student, list(kinds))
+
+    def _share_fp32(self) -> None:
+        """In fp32 the weights that are updated are those that are computed with: one copy serves as both.
+
+        DeepSpeed means to do so in stage 3, and misses it by comparing a device with the name of one.
+        """
+        if self.stage == 3:
+            for flat, own in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_partitioned_groups_flat,
+                                 strict=True):
+                flat.data = own.data
+            return
+        rank = dist.get_rank(self.zero.dp_process_group)
+        for flat, parts in zip(self.zero.single_partition_of_fp32_groups, self.zero.parallel_partitioned_bit16_groups,
+                               strict=True):
+            flat.data = parts[rank].data
 
     def _check(self) -> None:
         """Assert that DeepSpeed does what was asked for."""

@@ -370,6 +370,13 @@ class Sharding(Node):
         """The engine, where none is named the usual one."""
         return self.engine or ("ddp" if processes > 1 else "none")
 
+    def words(self, processes: int) -> str:
+        """How a student is shared out, for people."""
+        engine = self.named(processes)
+        stage = {"zero": f" stage {self.zero_stage}", "fsdp2": "" if self.reshards else " stage 2"}.get(engine, "")
+        away = [name for name in ("parameters", "optimizer") if getattr(self.offload, name)]
+        return engine + stage + (f", {' and '.join(away)} on the CPU" if away else "")
+
     @property
     def zero_stage(self) -> int:
         """ZeRO's stage."""
@@ -393,6 +400,8 @@ class Memory(Node):
     """Bytes, such as 6GiB; null: nine tenths of a `device` that is named, else no limit and nothing recomputed."""
     device: DeviceName | None = None
     """A device to plan a dry run for; null plans for the one that is present."""
+    processes: Positive | None = None
+    """Processes to plan a dry run for, one for each device on all nodes together; a run must be launched with as many."""
     compile: bool = False
     """Run planned blocks by Inductor instead of by eager kernels; needs a C++ compiler, and warms up for a while."""
 
