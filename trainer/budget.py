@@ -20,7 +20,7 @@ from trainer.experiment.tree import Experiment
 from trainer.metrics import readable
 from trainer.models import DTYPES, quantize
 from trainer.precision import DTYPES as COMPUTE
-from trainer.shares import gradients_stay, is_sharded, residency_for
+from trainer.shares import gradients_stay, in_backward, is_sharded, residency_for
 
 POINTS = 600  # of a curve that is kept for the picture
 
@@ -137,7 +137,8 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
     precision = experiment.precision.build(place)
-    return study(small.train(), batch, optimizer=optimizer, accumulate=gradients_stay(experiment, processes),
+    return study(small.train(), batch, optimizer=optimizer, in_backward=in_backward(experiment),
+                 accumulate=gradients_stay(experiment, processes),
                  loss=lambda model, batch: loss_of_batch(objective, precision, model, large, batch)[0],
                  others=[large] if large is not None else [], device=experiment.memory.device,
                  reserved=reserved(experiment, processes, place), regions=regions)

@@ -1,11 +1,11 @@
 """Checkpoints of a run: weights, optimizer, loss scale, random state and step, in safetensors and JSON.
 
 Every process writes what it holds; any number of processes, under any engine, reads what it needs of that, in parts and
-without ever holding more than a parameter. A checkpoint is written beside and renamed when all of it is on disk; older
-ones are removed only then.
+without ever holding more than a parameter. A checkpoint is written beside and renamed when all of it is on disk;
+older ones are removed only then.
 
-    model.safetensors       weights, fp32, by name; of a sharded student model-00000-of-00002.safetensors and so on, with
-                            what each process holds of a weight, flat, as `name@start`
+    model.safetensors       weights, fp32, by name; of a sharded student model-00000-of-00002.safetensors and so on,
+                            with what each process holds of a weight, flat, as `name@start`
     optimizer.safetensors   its state: `name/exp_avg` like the weights, `name/=step` and the like the same everywhere
     random-0.safetensors    random state of process 0
     state.json              step, loss scale, shapes

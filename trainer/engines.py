@@ -19,6 +19,7 @@ from trainer.errors import RunFailed, UserError
 from trainer.experiment.tree import Experiment
 from trainer.folder import fingerprint, learnt_from
 from trainer.precision import DTYPES
+from trainer.shares import in_backward
 
 WAIT = timedelta(hours=1)  # the others wait while the first one tokenises
 MIB = 2**20
@@ -116,10 +117,8 @@ def zero_config(experiment: Experiment, processes: int, student: nn.Module | Non
 def engine_for(experiment: Experiment, accelerator: Accelerator, student: nn.Module) -> Engine:
     """The student in the hands of the experiment's engine."""
     engine = _engine(experiment, accelerator, student)
-    if experiment.optimizer.in_backward:
-        from strategies.optimizers.in_backward import StepInBackward
-
-        engine.in_backward = StepInBackward(engine.inner)
+    stepping = in_backward(experiment)
+    engine.in_backward = None if stepping is None else stepping(engine.inner)
     return engine
 
 

@@ -38,7 +38,7 @@ from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import Metrics, Ticker, memory_peak, readable
 from trainer.models import whole_student
 from trainer.precision import MixedPrecision
-from trainer.shares import gradients_stay, is_sharded
+from trainer.shares import gradients_stay, in_backward, is_sharded
 
 MEASURED = 3  # the step of a process, counted from 1, whose memory is measured: state exists, DDP has its buckets
 
@@ -257,7 +257,8 @@ class Trainer:
     def _study(self, student: nn.Module, batch: Batch, processes: int, regions: bool) -> Planner:
         experiment = self.experiment
         return study(
-            student, batch, optimizer=self.optimizer, accumulate=gradients_stay(experiment, processes),
+            student, batch, optimizer=self.optimizer, in_backward=in_backward(experiment),
+            accumulate=gradients_stay(experiment, processes),
             loss=lambda model, batch: loss_of_batch(self.objective, self.precision, model, self.teacher, batch)[0],
             others=[] if self.teacher is None else [self.teacher],
             reserved=reserved(experiment, processes, self.accelerator.device.type), regions=regions)
@@ -277,7 +278,8 @@ class Trainer:
         drawn = curve(found)
         step = max(1, len(drawn.points) // POINTS)
         metrics.write({"step": self.step, "memory": {
-            "peak": found.peak, "base": found.base, "peaks": [peak for peak, _ in every], "reserved": found.reserved, "marks": drawn.marks,
+            "peak": found.peak, "base": found.base, "peaks": [peak for peak, _ in every], "reserved": found.reserved,
+            "marks": drawn.marks,
             "curve": [[float(drawn.points[at, 0]), int(drawn.points[at:at + step, 1].max())]
                       for at in range(0, len(drawn.points), step)]}})
         reserved_ = "" if found.reserved is None else f", {readable(found.reserved)} reserved"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -26,6 +29,15 @@ def gradients_stay(experiment: Experiment, processes: int) -> bool:
     return accumulates(experiment, processes) or experiment.sharding.named(processes) == "ddp"
 
 
+def in_backward(experiment: Experiment) -> Callable[[torch.optim.Optimizer], Any] | None:
+    """What makes an optimizer step during backward, where that is asked for."""
+    if not experiment.optimizer.in_backward:
+        return None
+    from strategies.optimizers.in_backward import StepInBackward
+
+    return StepInBackward
+
+
 def is_sharded(experiment: Experiment, processes: int) -> bool:
     """Whether a process holds parts of weights, so that planning needs to know of the others."""
     return experiment.sharding.named(processes) in SHARDED
@@ -42,7 +54,8 @@ def setup_for(experiment: Experiment, student: nn.Module, processes: int, on_gpu
     return Setup(engine=engine, ranks=processes, stage=sharding.zero_stage, compute=compute, bucket=bucket,
                  accumulates=accumulates(experiment, processes), ahead=fitting if on_gpu else 0,
                  offload_parameters=sharding.offload.parameters and on_gpu,
-                 offload_optimizer=sharding.offload.optimizer and on_gpu, gloo=not on_gpu)
+                 offload_optimizer=sharding.offload.optimizer and on_gpu, gloo=not on_gpu,
+                 in_backward=experiment.optimizer.in_backward)
 
 
 def residency_for(experiment: Experiment, student: nn.Module, teacher: nn.Module | None, processes: int,
@@ -60,7 +73,7 @@ def residency_for(experiment: Experiment, student: nn.Module, teacher: nn.Module
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: Setup) -> tuple[int, int]:
-    """Bytes of an optimizer's state for a rank's part, and most that come and go in its step: it takes one without data.
+    """Bytes of an optimizer's state for a rank's part, and most that come and go in its step, taken without data.
 
     The optimizer's parameters are replaced by the rank's.
     """
@@ -80,7 +93,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: Setup) -> tuple[int
 
 
 def bytes_8bit(elements: int) -> int:
-    """Bytes of bitsandbytes' AdamW state for a tensor (Dettmers et al. 2022): two of 8 bits and their blocks' scales."""
+    """Bytes of bitsandbytes' AdamW state for a tensor (Dettmers et al. 2022): two of 8 bits, and scales of blocks."""
     if elements < SMALLEST_8BIT:
         return 8 * elements
     return 2 * elements + 2 * 4 * -(-elements // BLOCK_8BIT)

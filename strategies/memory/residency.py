@@ -19,7 +19,6 @@ class Turn:
         buffers: buffers in which gradients of what ran before it are summed, while its backward runs.
         fetched: for a moment before that, on top: the buffer that they come in.
         reduced: for a moment after its backward, on top of its whole gradients: buffers in which they are summed.
-        begun: bytes of gradients that stay from the beginning of its backward on.
         kept: bytes of gradients that stay from the end of its backward on.
         pending: whole gradients, of this part and others, that wait for a full bucket after its backward.
         drops: whether its whole gradients go after its backward; else they stay to the end of backward.
@@ -33,10 +32,38 @@ class Turn:
     buffers: int = 0
     fetched: int = 0
     reduced: int = 0
-    begun: int = 0
     kept: int = 0
     pending: int = 0
     drops: bool = True
+
+
+class Bucket:
+    """Gradients waiting to be summed over ranks until no more fit.
+
+    Attributes:
+        size: elements that fit.
+        content: elements that wait.
+        largest: most elements summed at once since `begin`.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.content, self.largest = size, 0, 0
+
+    def begin(self) -> None:
+        """Forget what has been summed."""
+        self.largest = 0
+
+    def add(self, count: int) -> int:
+        """Put a gradient of so many elements in; returns how many are summed now, to make room or by itself."""
+        summed = 0
+        if self.content + count > self.size:
+            summed, self.content = self.content, 0
+        if count > self.size:
+            summed = max(summed, count)
+        else:
+            self.content += count
+        self.largest = max(self.largest, summed)
+        return summed
 
 
 @dataclass(frozen=True)
@@ -49,6 +76,9 @@ class Residency:
         forward: gathered for all of forward and backward.
         backward: buffers that are there from the loss to the end of backward.
         at_once: whether a whole gradient goes as soon as it is made, into a bucket.
+        bucket: elements of that bucket.
+        grown: bytes of gradients that a rank holds from when the bucket is emptied for the first time, all at once.
+        emptied: bytes for each element, for a moment whenever it is emptied.
         teacher: gathered while the teacher is asked.
         rest: gradients that stay of what is in no turn, once backward is done.
         end: for a moment then, on top of their whole gradients.
@@ -61,6 +91,9 @@ class Residency:
     forward: int = 0
     backward: int = 0
     at_once: bool = False
+    bucket: int = 0
+    grown: int = 0
+    emptied: int = 0
     teacher: int = 0
     rest: int = 0
     end: int = 0

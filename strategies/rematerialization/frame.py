@@ -44,6 +44,7 @@ class Frame:
         turn: changes in the second of these parts before the loss turns back.
         exchanged: where ranks share the model, bytes by name that have come since the step began, for each moment:
             (name, number of the region or -1).
+        drops: whether gradients go as soon as they are made.
     """
 
     base: int
@@ -62,6 +63,7 @@ class Frame:
     around: tuple[tuple[int, ...], ...] = ()
     turn: int = 0
     exchanged: Mapping[tuple[str, int], Mapping[str, int]] = field(default_factory=dict)
+    drops: bool = False
 
 
 class Unreached(Exception):

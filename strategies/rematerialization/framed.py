@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,6 +19,13 @@ from strategies.rematerialization.execute import quiet
 from strategies.rematerialization.fake import Answers, fake_optimizer, unwrapped
 from strategies.rematerialization.frame import Frame, Unreached, observe
 from strategies.rematerialization.regions import Call, first_line
+
+
+class Hooks(Protocol):
+    """Makes an optimizer step during backward."""
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Put hooks on its parameters; what is returned can `remove` them."""
 
 
 class CannotPlan(RuntimeError):
@@ -38,6 +46,7 @@ class Step:
         reserved: bytes by name that are held besides.
         on_gpu: whether bytes are counted as a GPU's allocator rounds them.
         residency: what a rank holds of the model instead of all of it; None where it is not shared out.
+        in_backward: puts hooks on the optimizer's parameters that step during backward and drop gradients.
     """
 
     model: nn.Module
@@ -50,6 +59,7 @@ class Step:
     reserved: Mapping[str, int]
     on_gpu: bool
     residency: Residency | None = None
+    in_backward: Hooks | None = None
 
     def frame(self, calls: Sequence[Call], mode: FakeTensorMode) -> Frame:
         """Try the step; see `observe` for what it raises."""
@@ -69,13 +79,22 @@ class Step:
                  "weights": [self.model.parameters(), self.model.buffers()],
                  "optimizer state": state, "others": list(self.others), "batch": [self.batch]}
 
+        hooks = None
+        if self.in_backward is not None and optimizer is not None:
+            hooks, update = self.in_backward(optimizer), lambda: None
+
         def advance() -> None:
             update()
             for parameter in parameters:
                 parameter.grad = None
 
-        return observe(calls, mode, lambda: self.loss(self.batch), parts, advance, CUDA_BLOCK if self.on_gpu else 1,
-                       self.reserved)
+        try:
+            frame = observe(calls, mode, lambda: self.loss(self.batch), parts, advance,
+                            CUDA_BLOCK if self.on_gpu else 1, self.reserved)
+        finally:
+            if hooks is not None:
+                hooks.remove()
+        return frame if hooks is None else replace(frame, drops=True)
 
     def _shared(self, calls: Sequence[Call], mode: FakeTensorMode, residency: Residency) -> Frame:
         """The frame of a rank; its optimizer's part is in what it holds."""

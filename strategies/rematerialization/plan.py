@@ -112,7 +112,7 @@ class Plan:
         after = {"backward": self.calls[position + 1:], "end": self.calls, "update": self.calls}.get(moment, [])
         new = sum(parameter.numel() * parameter.element_size() for call in after for parameter in
                   call.module.parameters() if parameter.requires_grad)
-        return 0 if self.frame.parts.get("gradients") else new
+        return 0 if self.frame.parts.get("gradients") or self.frame.drops else new
 
     def blocks(self) -> list[dict[str, object]]:
         """How every region runs: bytes kept beside its input, seconds recomputed, and the segment it is in."""

@@ -19,7 +19,7 @@ from strategies.rematerialization.elsewhere import attention_as_on_gpus
 from strategies.rematerialization.execute import own_forward, stood_in
 from strategies.rematerialization.fake import fake_batch, without_data
 from strategies.rematerialization.fallback import fallback_options
-from strategies.rematerialization.framed import Step, framed, gradients_kept, without
+from strategies.rematerialization.framed import Hooks, Step, framed, gradients_kept, without
 from strategies.rematerialization.plan import Plan
 from strategies.rematerialization.planned import uninstall
 from strategies.rematerialization.planner import Planner
@@ -79,12 +79,13 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
 def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer | None = None, loss: Loss | None = None,
           autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
           device: str | None = None, reserved: Mapping[str, int] | None = None, residency: Residency | None = None,
-          regions: bool = True) -> Planner:
+          in_backward: Hooks | None = None, regions: bool = True) -> Planner:
     """Learn all about a step that plans for any budget need; see `rematerialize`.
 
     A model without data (parameters made under FakeTensorMode) is studied without computing anything, and priced for
-    the `device` named. `reserved` are bytes by name that are held besides, by whom nothing here knows of. `residency` is
-    what a rank holds of the model where it is shared out; the optimizer and the `others` are part of it then.
+    the `device` named. `reserved` are bytes by name that are held besides, by whom nothing here knows of. `residency`
+    is what a rank holds of the model where it is shared out; the optimizer and the `others` are part of it then.
+    `in_backward` puts hooks on an optimizer's parameters, which step and drop gradients, and can `remove` them again.
     Without `regions` the model runs as it is, and only what that needs is found.
     """
     if autocast is not None and not isinstance(autocast, torch.dtype):
@@ -109,12 +110,14 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
 
     standing = {name: module for name, module in model.named_modules() if stood_in(module)}
     with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # without an older plan
-        return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions, residency)
+        return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions, residency,
+                      in_backward)
 
 
 def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], torch.Tensor],
            optimizer: torch.optim.Optimizer | None, accumulate: bool, others: Sequence[object], device: str | None,
-           reserved: Mapping[str, int], regions: bool, residency: Residency | None) -> Planner:
+           reserved: Mapping[str, int], regions: bool, residency: Residency | None,
+           in_backward: Hooks | None) -> Planner:
     kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     pretended = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     modules = find_regions(model) if regions else {}
@@ -136,7 +139,7 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     with gradients_kept(around, optimizer), without_data(*around) as (mode, stand_in), elsewhere():
         calls, frame = framed(calls, Step(
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
-            accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency), mode)
+            accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward), mode)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
     prices = Prices(known, measure=not pretended)
     return Planner(calls, frame, prices, lambda call: fallback[id(call)], residency is not None and residency.gathers)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from strategies.memory.residency import Residency, Turn
+from strategies.memory.residency import Bucket, Residency, Turn
 from strategies.memory.tracker import LiveBytes
 
 GATHERED, BUFFERS, GRADIENTS = "gathered weights", "communication", "gradients"
@@ -32,7 +32,8 @@ class Shared:
         self.now: Counter[str] = Counter()  # bytes by name that have come since the step began
         self._seen: list[tuple[int, dict[str, int]]] = []  # the same, by position on the tracker's timeline
         self._handles: list[Any] = []
-        self._turned = False
+        self._turned = self._grown = False
+        self._bucket = Bucket(residency.bucket)
         self._pending = 0
         self._open: Turn | None = None  # whose backward is running
 
@@ -44,7 +45,7 @@ class Shared:
             for turn in self.residency.turns:
                 self._follow(turn)
             if self.residency.at_once:
-                self._handles += [parameter.register_post_accumulate_grad_hook(lambda one: self._drop([one]))
+                self._handles += [parameter.register_post_accumulate_grad_hook(self._into_bucket)
                                   for parameter in self.model.parameters() if parameter.requires_grad]
             self._change(GATHERED, self.residency.teacher)
             self._handles.append(self.model.register_forward_pre_hook(self._asked))
@@ -96,7 +97,6 @@ class Shared:
         if self._open is not None:  # whose input is this one's output: of its hooks this one comes first
             self._after(self._open)
         self._open = turn
-        self._change(GRADIENTS, turn.begun)
         self._change(GATHERED, turn.backward - (turn.forward if turn.stays else 0))
         self._change(BUFFERS, turn.buffers)
         self._moment(GATHERED, turn.fetched)
@@ -113,6 +113,15 @@ class Shared:
             self._drop([parameter for module in modules for parameter in module.parameters()])
         self._change(GRADIENTS, turn.pending - self._pending + turn.kept)
         self._pending = turn.pending
+
+    def _into_bucket(self, parameter: nn.Parameter) -> None:
+        """A gradient has been made, and goes into the bucket."""
+        parameter.grad = None
+        if self.residency.bucket and (summed := self._bucket.add(parameter.numel())):
+            self._moment(BUFFERS, self.residency.emptied * summed)
+            if not self._grown:
+                self._grown = True
+                self._change(GRADIENTS, self.residency.grown)
 
     def _drop(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:

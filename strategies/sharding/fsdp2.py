@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism by torch's `fully_shard`: FSDP2 (Zhao et al. 2023; Rajbhandari et al. 2020, stage 3)."""
+"""Fully sharded data parallelism by torch's `fully_shard`, FSDP2 (Zhao et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Bytes that a rank holds and exchanges in a training step, from shapes alone, for every engine and number of ranks.
 
-Model state follows Rajbhandari et al. 2020 (section 3.1 and figure 1), with what the engines add to it: padding, buffers
-in which weights are gathered and gradients summed, copies that they keep. Numbers are those of the first rank, which
+Model state follows Rajbhandari et al. 2020 (section 3.1 and figure 1), with what the engines add to it: padding,
+buffers in which weights are gathered and gradients summed, copies that they keep. Numbers are those of the rank that
 holds the most. What an engine does in which order was read off its steps, operation by operation.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from strategies.memory.ledger import parameter_bytes
-from strategies.memory.residency import Residency, Turn
+from strategies.memory.residency import Bucket, Residency, Turn
 from strategies.memory.shards import Layout, Piece, lay_out
 from strategies.sharding.units import Units, units_of
 
@@ -37,6 +37,7 @@ class Setup:
         ahead: elements that ZeRO's stage 3 may gather ahead of their use.
         offload_parameters, offload_optimizer: what is on the CPU, where the device is another.
         gloo: whether ranks exchange by gloo, which sums in a copy.
+        in_backward: whether weights are updated as soon as their gradients are summed, which then go.
     """
 
     engine: str
@@ -49,6 +50,7 @@ class Setup:
     offload_parameters: bool = False
     offload_optimizer: bool = False
     gloo: bool = True
+    in_backward: bool = False
 
     @property
     def half(self) -> bool:
@@ -162,19 +164,22 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         tail = bool(units.tail) and index == len(order) - 1
         stays = tail or setup.stage == 2
         turns.append(Turn(
-            tuple(names), forward=size * count * (2 if tail or not stays else 1), arriving=size * previous, stays=stays, backward=size * (count + (previous if index else 0)), buffers=sums * following,
+            tuple(names), forward=size * count * (2 if tail or not stays else 1), arriving=size * previous, stays=stays,
+            backward=size * (count + (previous if index else 0)), buffers=sums * following,
             fetched=0 if stays else size * count + (size * previous // setup.ranks if setup.half and index else 0),
             # before gradients are put into a buffer, the weights are given back, and the buffer before that
             reduced=max(0, sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks
                         - size * count - sums * following),
-            kept=0 if setup.accumulates else FP32 * count // setup.ranks))
+            kept=0 if setup.accumulates or setup.in_backward else FP32 * count // setup.ranks))
     parts = {"weights": FP32 * own, "buffers": _buffers(model), "optimizer state": state}
     if setup.accumulates:  # the buffer of the last sum stays
         last = sums * (root or counts[0])
         parts |= {"gradients": FP32 * own, "buckets": last}
         turns[-1] = replace(turns[-1], kept=-last, reduced=max(0, turns[-1].reduced - last))
-    return Residency(parts, tuple(turns), forward=size * root, update=update, gradients=FP32 * own,
-                     rest=0 if setup.accumulates else FP32 * root // setup.ranks,
+    stay = not setup.accumulates and not setup.in_backward
+    return Residency(parts, tuple(turns), forward=size * root, update=0 if setup.in_backward else update,
+                     gradients=FP32 * (max([root, *counts]) // setup.ranks if setup.in_backward else own),
+                     rest=FP32 * root // setup.ranks if stay else 0,
                      end=sums * root + (sums * counts[0] if counts else 0))
 
 
@@ -207,18 +212,17 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
         return Residency(parts, backward=bucket, rest=grown - before, at_once=setup.accumulates,
                          end=grown - size * _first_filling(groups, setup.bucket), update=update,
                          gradients=size * whole)
-    return Residency(parts, _summed_by_block(model, setup, size, 0 if compact else grown), backward=bucket,
-                     at_once=True, update=update, gradients=grown)
+    return Residency(parts, backward=bucket, at_once=True, bucket=setup.bucket, grown=0 if compact else grown,
+                     emptied=size if setup.gloo else 0, update=update, gradients=grown)
 
 
 def _first_filling(groups: Sequence[Sequence[torch.Tensor]], size: int) -> int:
     """Elements that lie in a bucket of a size when it is first emptied."""
     bucket = Bucket(size)
     for parameter in (parameter for group in groups for parameter in group):
-        before = bucket.content
-        bucket.add(parameter.numel())
-        if bucket.largest:
-            return before
+        summed = bucket.add(parameter.numel())
+        if summed:
+            return summed
     return bucket.content
 
 
@@ -226,7 +230,7 @@ def _most_overlapping(groups: Sequence[Sequence[torch.Tensor]], setup: Setup) ->
     """Elements of the parameters, whole ones, of which a rank holds any: their gradients have a buffer.
 
     In stage 1 the first rank's peak is the highest, since its gradients come before others have been let go of. In
-    stage 2 it is that of the last, whose gradients are made while activations are still there, or of one that holds more.
+    stage 2 it is that of the last, whose gradients are made while activations are there, or of one that holds more.
     """
     ranks = range(setup.ranks)
     return max(sum(_overlapping(group, rank, setup.ranks) for group in groups)
@@ -241,55 +245,6 @@ def _overlapping(group: Sequence[torch.Tensor], rank: int, ranks: int) -> int:
             total += parameter.numel()
         offset += parameter.numel()
     return total
-
-
-def _summed_by_block(model: nn.Module, setup: Setup, size: int, grown: int) -> tuple[Turn, ...]:
-    """Blocks, with what stays from the first full bucket on."""
-    units, bucket, turns, first = units_of(model), Bucket(setup.bucket), [], True
-    inside = {id(parameter) for name in units.blocks for parameter in model.get_submodule(name).parameters()}
-    tied = not units.tail  # whose gradient is complete in the end
-    for parameter in model.parameters():
-        if id(parameter) not in inside and not (tied and parameter.ndim > 1):
-            bucket.add(parameter.numel())
-    for name in reversed(units.blocks):
-        bucket.begin()
-        sums = []
-        for parameter in reversed(list(model.get_submodule(name).parameters())):
-            bucket.add(parameter.numel())
-            sums.append(bucket.largest > 0)
-        new = grown if first and sums[-1] else 0
-        early = sums[len(sums) // 2]  # while the block's activations are still there
-        turns.append(Turn((name,), begun=new if early else 0, kept=0 if early else new,
-                          reduced=size * bucket.largest if setup.gloo else 0))
-        first = first and not sums[-1]
-    return tuple(turns)
-
-
-class Bucket:
-    """Gradients waiting to be summed over ranks until no more fit.
-
-    Attributes:
-        size: elements that fit.
-        content: elements that wait.
-        largest: most elements summed at once since `begin`.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size, self.content, self.largest = size, 0, 0
-
-    def begin(self) -> None:
-        """Forget what has been summed."""
-        self.largest = 0
-
-    def add(self, count: int) -> None:
-        """Put a gradient of so many elements in; one that never fits is summed by itself."""
-        if self.content + count > self.size:
-            self.largest = max(self.largest, self.content)
-            self.content = 0
-        if count > self.size:
-            self.largest = max(self.largest, count)
-        else:
-            self.content += count
 
 
 def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Setup, state: int, update: int
@@ -320,7 +275,8 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         turns.append(Turn(tuple(names), forward=size * (count + ahead), backward=size * (count + ahead),
                           reduced=max(0, size * (2 * bucket.largest - count)), pending=size * bucket.content,
                           drops=not (tied and names[0] in units.ends)))
-    return Residency(parts, tuple(turns), gradients=parts.get("gradients", 0), update=update + FP32 * max(parts_of, default=0))
+    return Residency(parts, tuple(turns), gradients=parts.get("gradients", 0),
+                     update=update + FP32 * max(parts_of, default=0))
 
 
 # ---- teacher and helpers

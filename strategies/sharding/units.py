@@ -14,7 +14,7 @@ class Units:
     Attributes:
         blocks: the repeated blocks, in order.
         first: the input embedding; None where its weight is also the head's, which then belongs to the root.
-        tail: what follows the blocks: the last norm and the output head; empty where the head is the embedding's weight.
+        tail: what follows the blocks, last norm and output head; empty where the head is the embedding's weight.
         ends: input embedding, last norm and output head, those that there are, whatever weights they share.
     """
 

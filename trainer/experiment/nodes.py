@@ -232,13 +232,13 @@ class Optimizer(Node):
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square; muon's momentum is the first, adafactor has none."""
+    """Decay of the running means of gradient and squared gradient; muon's momentum is the first, adafactor has none."""
     eps: Annotated[float, Field(gt=0)] | None = None
     """Added to the denominator; null: 1e-6 for lamb, 1e-8 for others. Adafactor has its own."""
     weight_decay: Weight = 0.1
     """Decoupled weight decay of matrices that are not embeddings."""
     in_backward: bool = False
-    """Update each weight as soon as its gradient is there, so that gradients never all exist; engines none and fsdp2."""
+    """Update each weight as soon as its gradient is there: gradients never all exist; engines none and fsdp2."""
 
     def build(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         from strategies.optimizers.build import build
@@ -401,7 +401,7 @@ class Memory(Node):
     device: DeviceName | None = None
     """A device to plan a dry run for; null plans for the one that is present."""
     processes: Positive | None = None
-    """Processes to plan a dry run for, one for each device on all nodes together; a run must be launched with as many."""
+    """Processes to plan a dry run for, one a device, all nodes together; a run must be launched with as many."""
     compile: bool = False
     """Run planned blocks by Inductor instead of by eager kernels; needs a C++ compiler, and warms up for a while."""
 
