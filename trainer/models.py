@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -275,4 +276,7 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls torch.distributed by names that torch 2.13 has newer ones for, at every step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
 

@@ -74,7 +74,7 @@ class Residency:
         parts: before the step, by name: weights, fp32 weights, gradients, optimizer state, teacher, buckets.
         turns: of the model's parts that are gathered or summed by themselves.
         forward: gathered for all of forward and backward.
-        backward: buffers that are there from the loss to the end of backward.
+        backward: buffers that are there from the first gradient to the end of backward.
         at_once: whether a whole gradient goes as soon as it is made, into a bucket.
         bucket: elements of that bucket.
         grown: bytes of gradients that a rank holds from when the bucket is emptied for the first time, all at once.

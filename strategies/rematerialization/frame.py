@@ -113,8 +113,6 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
             tracker.mark("forward")
             found = loss()
             tracker.mark("backward")
-            if sharing is not None:
-                sharing.turned()
             found.backward()
             del found
         tracker.mark("update")

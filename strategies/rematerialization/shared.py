@@ -44,7 +44,7 @@ class Shared:
             stack.callback(self._remove)
             for turn in self.residency.turns:
                 self._follow(turn)
-            if self.residency.at_once:
+            if self.residency.at_once or self.residency.backward:
                 self._handles += [parameter.register_post_accumulate_grad_hook(self._into_bucket)
                                   for parameter in self.model.parameters() if parameter.requires_grad]
             self._change(GATHERED, self.residency.teacher)
@@ -57,11 +57,6 @@ class Shared:
             self._change(GRADIENTS, self.residency.rest - self._pending)
             self._change(GATHERED, -self.residency.forward)
             self._change(BUFFERS, -self.residency.backward if self._turned else 0)
-
-    def turned(self) -> None:
-        """The loss turns back."""
-        self._turned = True
-        self._change(BUFFERS, self.residency.backward)
 
     def at(self, position: int) -> dict[str, int]:
         """Bytes by name that had come when the timeline was so long."""
@@ -115,7 +110,12 @@ class Shared:
         self._pending = turn.pending
 
     def _into_bucket(self, parameter: nn.Parameter) -> None:
-        """A gradient has been made, and goes into the bucket."""
+        """A gradient has been made, which goes into the bucket, now or in the end."""
+        if not self._turned:
+            self._turned = True
+            self._change(BUFFERS, self.residency.backward)
+        if not self.residency.at_once:
+            return
         parameter.grad = None
         if self.residency.bucket and (summed := self._bucket.add(parameter.numel())):
             self._moment(BUFFERS, self.residency.emptied * summed)

@@ -164,7 +164,8 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         tail = bool(units.tail) and index == len(order) - 1
         stays = tail or setup.stage == 2
         turns.append(Turn(
-            tuple(names), forward=size * count * (2 if tail or not stays else 1), arriving=size * previous, stays=stays,
+            tuple(names), forward=size * count * (1 if stays else 2), stays=stays,
+            arriving=size * (previous + (count if stays else 0)),
             backward=size * (count + (previous if index else 0)), buffers=sums * following,
             fetched=0 if stays else size * count + (size * previous // setup.ranks if setup.half and index else 0),
             # before gradients are put into a buffer, the weights are given back, and the buffer before that
