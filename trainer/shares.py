@@ -16,7 +16,7 @@ from trainer.experiment.tree import Experiment
 from trainer.precision import DTYPES
 
 SHARDED = ("fsdp2", "zero")
-BLOCK_8BIT, SMALLEST_8BIT = 256, 4096  # elements: bitsandbytes scales by block, and keeps small tensors in fp32
+BYTES_8BIT_ON_CPU = 20  # that bitsandbytes 0.50 takes for each element of a tensor in its step there, for a moment
 
 
 def accumulates(experiment: Experiment, processes: int) -> bool:
@@ -80,8 +80,6 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: Setup) -> tuple[int
     for group, parts in zip(optimizer.param_groups, stand_ins(optimizer.param_groups, setup), strict=True):
         group["params"] = parts
     parts = [part for group in optimizer.param_groups for part in group["params"]]
-    if type(optimizer).__name__ == "AdamW8bit":  # its kernels do not run on tensors without data
-        return sum(map(bytes_8bit, (part.numel() for part in parts))), 0
     for part in parts:
         part.grad = torch.empty_like(part)
     with Answers():
@@ -89,11 +87,6 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: Setup) -> tuple[int
         state = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(optimizer.state))
         with LiveBytes() as tracker:
             optimizer.step()
+    if type(optimizer).__name__ == "AdamW8bit" and setup.gloo:
+        return state, BYTES_8BIT_ON_CPU * max(part.numel() for part in parts)
     return state, tracker.peak
-
-
-def bytes_8bit(elements: int) -> int:
-    """Bytes of bitsandbytes' AdamW state for a tensor (Dettmers et al. 2022): two of 8 bits, and scales of blocks."""
-    if elements < SMALLEST_8BIT:
-        return 8 * elements
-    return 2 * elements + 2 * 4 * -(-elements // BLOCK_8BIT)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from strategies.optimizers.sums import check, flat_gradient, local, with_gradient
 
@@ -51,7 +52,10 @@ class AdamW8bit(torch.optim.Optimizer):
         except ImportError as error:
             raise ValueError("8-bit AdamW is that of bitsandbytes: pip install bitsandbytes") from error
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._theirs = Theirs([nn.Parameter(torch.zeros(1))], lr=lr, betas=betas, eps=eps, min_8bit_size=min_8bit_size)
+        self._smallest = min_8bit_size
+        with unset_fake_temporarily():  # its tables hold numbers, also where a plan makes the rest without
+            self._theirs = Theirs([nn.Parameter(torch.zeros(1, device="cpu"))], lr=lr, betas=betas, eps=eps,
+                                  min_8bit_size=min_8bit_size)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -68,6 +72,9 @@ class AdamW8bit(torch.optim.Optimizer):
         for tensor, group in with_gradient(self.param_groups):
             own = local(tensor)
             if not own.numel():
+                continue
+            if isinstance(own, FakeTensor):  # a step that is only planned: of it the state remains
+                self.state[tensor] = self.state[tensor] or self._without_data(own)
                 continue
             lent = nn.Parameter(own)
             lent.grad = flat_gradient(tensor).view_as(own)
@@ -88,6 +95,14 @@ class AdamW8bit(torch.optim.Optimizer):
         theirs.init_state(theirs.param_groups[0], own, 0, 0)
         theirs.param_groups, theirs.state = [], {}
         return state
+
+    def _without_data(self, own: torch.Tensor) -> dict[str, Any]:
+        """State of a tensor without data, as large as the real one's; the code maps are shared, and not in it."""
+        if own.numel() < self._smallest:
+            return {name: torch.zeros_like(own, dtype=torch.float32) for name in ("state1", "state2")}
+        state = {name: torch.zeros_like(own, dtype=torch.uint8) for name in ("state1", "state2")}
+        blocks = -(-own.numel() // BLOCK)
+        return state | {name: torch.zeros(blocks, device=own.device) for name in ("absmax1", "absmax2")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, except that bytes stay bytes: torch would cast all state to the weight's type."""

@@ -45,6 +45,31 @@ def allow_fp16() -> None:
     type(get_accelerator()).is_fp16_supported = lambda self: True
 
 
+def poison(trainer, kind: str) -> None:
+    """Make every loss NaN, with its gradient, or infinite beside a finite gradient."""
+    plain = trainer._loss
+
+    def loss(batch):
+        found, terms = plain(batch)
+        return (found * float("nan"), terms) if kind == "nan" else (found + float("inf"), terms)
+
+    trainer._loss = loss
+
+
+def remembered(trainer) -> list[tuple[float, float]]:
+    """Filled, as training goes on, with what this process decides: whether a step is taken, and the loss scale."""
+    decisions: list[tuple[float, float]] = []
+    update = trainer._update
+
+    def remembering(loss_finite):
+        norm = update(loss_finite)
+        decisions.append((float(trainer.nonfinite), trainer.precision.loss_scale))
+        return norm
+
+    trainer._update = remembering
+    return decisions
+
+
 def one(run: dict, folder: Path) -> None:
     """Train one experiment, and write what came of it."""
     from trainer.data.dataset import prepare_text
@@ -65,12 +90,17 @@ def one(run: dict, folder: Path) -> None:
     trainer = prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, text)
     if run.get("until"):
         trainer.steps = run["until"]
+    if run.get("poison") and accelerator.process_index == 1:
+        poison(trainer, run["poison"])
+    decisions = remembered(trainer)
     trainer.train()
+    decisions = accelerator.gather(torch.tensor(decisions)[None]).tolist()
     if accelerator.is_main_process:
         lines = read_lines(trainer.folder.metrics)
         steps = [line for line in lines if "loss" in line]
         found = {name: [line[name] for line in steps] for name in ("step", "loss", "gradient_norm", "loss_scale",
                                                                   "skipped")}
+        found["decisions"] = decisions
         found["memory"] = [line["memory"] for line in lines if "memory" in line][-1:]
         found["held_out"] = [line["held_out"]["bits_per_byte"] for line in lines if "held_out" in line]
         found["kinds"] = sorted({type(module).__name__ for module in (trainer.student, trainer.engine)})

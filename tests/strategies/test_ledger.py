@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from strategies.memory.ledger import parameter_bytes, saved_activation_bytes
 from strategies.optimizers.adamw import adamw
+from strategies.optimizers.groups import parameter_groups
 from tests.conftest import TINY
 
 
@@ -34,7 +35,7 @@ def test_activations_are_those_autograd_saves(dtype):
 
 def test_optimizer_state_and_weights_are_exact():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, vocab_size=90))
-    optimizer = adamw(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = adamw(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
     model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
     state = sum(value.numel() * value.element_size() for entry in optimizer.state.values()
