@@ -20,5 +20,5 @@ exec srun --kill-on-bad-exit=1 bash -c '
   root=$1; gpus=$2; nodes=$3; address=$4; shift 4
   exec accelerate launch --config_file "$root/launch/many_nodes.yaml" --num_machines "$nodes" \
     --num_processes "$((nodes * gpus))" --machine_rank "$SLURM_NODEID" --main_process_ip "$address" \
-    "$root/train.py" "$@"
+    --main_process_port "${MASTER_PORT:-29500}" "$root/train.py" "$@"
 ' limbeck "$root" "$gpus" "$nodes" "$address" "$@"

@@ -93,7 +93,10 @@ def check_engine(experiment: Experiment, processes: int) -> None:
 
 
 def _check_installed(experiment: Experiment, processes: int) -> None:
-    """Raise `UserError` for an engine that is not installed; a plan for it can be made without."""
+    """Raise `UserError` for an engine or an optimizer that is not installed."""
+    if experiment.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UserError("optimizer.name", "bitsandbytes, whose 8-bit AdamW this is, is not installed",
+                        value="adamw8bit", way_out="pip install 'limbeck[adamw8bit]', or use adamw or adafactor")
     if experiment.sharding.named(processes) == "zero" and find_spec("deepspeed") is None:
         raise UserError("sharding.engine", "DeepSpeed, which is the engine of ZeRO, is not installed", value="zero",
                         way_out="pip install 'limbeck[zero]', or use fsdp2, which shards as ZeRO's stage 3 does")

@@ -113,6 +113,10 @@ def check_batch(experiment: Experiment, processes: int) -> None:
                    else f"make batch_size a multiple of {processes}")
         raise UserError("training.micro_batch", f"{processes} processes with this micro_batch cannot share a "
                         f"batch_size of {training.batch_size} evenly", value=training.micro_batch, way_out=way_out)
+    if experiment.optimizer.in_backward and training.batch_size != training.micro_batch * processes:
+        raise UserError("optimizer.in_backward", "weights that are updated in backward wait for no other micro-batch, "
+                        f"and a batch_size of {training.batch_size} takes several", value=True,
+                        way_out=f"set training.batch_size={training.micro_batch * processes}, or leave it out")
 
 
 def count_steps(experiment: Experiment, rows: int | None) -> int | None:

@@ -243,7 +243,9 @@ class Optimizer(Node):
     def build(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         from strategies.optimizers.build import build
 
-        return build(model, self.name, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        with blame("optimizer.name", value=self.name,
+                   way_out="pip install 'limbeck[adamw8bit]', or use adamw or adafactor"):
+            return build(model, self.name, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 class Schedule(Node):

@@ -1,0 +1,175 @@
+"""Mistakes of several processes: one clear message within seconds, no exit code 0, and nobody left waiting."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, launch, train_py
+from trainer.errors import ExperimentErrors
+from trainer.experiment.reading import read_experiment
+
+SOON = 100  # seconds: what hangs is found, what is slow is not
+
+
+def refused(done, *parts):
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr[-3000:]
+    for part in parts:
+        assert part in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("changes, parts", [
+    (["sharding.engine=ddp", "sharding.stage=2"], ["sharding.stage", "engine ddp has no such stage", "engine: zero"]),
+    (["sharding.engine=fsdp2", "sharding.stage=1"], ["sharding.stage", "fsdp2 has 2 and 3"]),
+    (["sharding.engine=zero", "sharding.stage=2", "sharding.offload.parameters=true"],
+     ["sharding.offload.parameters", "stage: 3"]),
+    (["sharding.engine=fsdp2", "sharding.offload.optimizer=true"], ["sharding.offload.optimizer", "takes it along"]),
+    (["sharding.engine=zero", "sharding.bucket=lots"], ["sharding.bucket", "not a number of bytes"]),
+    (["optimizer.in_backward=true"], ["training.clip", "set it to null"]),
+    (["optimizer.in_backward=true", "training.clip=null", "precision.dtype=fp16"], ["precision.dtype", "use bf16"]),
+    (["sharding.engine=zerro"], ["sharding.engine", "'zerro'"]),
+])
+def test_what_no_engine_can_do(write_experiment, changes, parts):
+    with pytest.raises((ExperimentErrors, ValueError)) as caught:
+        read_experiment(write_experiment(), changes)
+    (error,) = getattr(caught.value, "errors", [caught.value])
+    said = f"{error.key} {error.problem} {error.way_out}"
+    assert all(part in said or part in str(error.value) or part in repr(error.value) for part in parts), said
+
+
+@pytest.mark.parametrize("changes, parts", [
+    (["sharding.engine=zero", "optimizer.name=muon"], ["optimizer.name = 'muon'", "whole matrices", "fsdp2"]),
+    (["optimizer.in_backward=true", "training.clip=null", "sharding.engine=zero"],
+     ["optimizer.in_backward = True", "zero sums gradients", "fsdp2"]),
+    (["optimizer.in_backward=true", "training.clip=null", "training.micro_batch=4"],
+     ["optimizer.in_backward = True", "wait for no other micro-batch", "training.batch_size=4"]),
+    (["memory.processes=4", "training.batch_size=6", "training.micro_batch=1"],
+     ["4 processes with this micro_batch cannot share a batch_size of 6"]),
+    (["memory.processes=2", "sharding.engine=none"], ["sharding.engine = 'none'", "each would train alone"]),
+])
+def test_a_dry_run_says_so_before_anything_starts(write_experiment, changes, parts):
+    done = train_py("--config", str(write_experiment()), "--dry-run", *changes, timeout=SOON)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    refused(done, *parts)
+
+
+@pytest.mark.parametrize("changes, parts", [
+    (["training.micro_batch=8"], ["2 processes with this micro_batch", "micro_batch can be 1, 2, 4"]),
+    (["sharding.engine=none"], ["sharding.engine = 'none'", "2 processes were launched"]),
+    (["memory.processes=3"], ["memory.processes = 3", "2 processes were launched"]),
+])
+def test_two_processes_say_it_once(write_experiment, tmp_path, changes, parts):
+    done = launch("--config", str(write_experiment()), *changes, processes=2, timeout=SOON)
+    refused(done, *parts)
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.fixture
+def without(tmp_path, monkeypatch):
+    """Makes a package look as if it were not installed, in processes started from here."""
+    def hide(name: str) -> None:
+        folder = tmp_path / "hidden"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(
+            "import importlib.util, sys\n"
+            "find = importlib.util.find_spec\n"
+            f"importlib.util.find_spec = lambda name, *rest: None if name == {name!r} else find(name, *rest)\n"
+            "class Hidden:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            f"        if name.partition('.')[0] == {name!r}:\n"
+            f"            raise ModuleNotFoundError('No module named ' + {name!r}, name={name!r})\n"
+            "sys.meta_path.insert(0, Hidden())\n")
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+    return hide
+
+
+def test_without_deepspeed(write_experiment, without):
+    without("deepspeed")
+    done = launch("--config", str(write_experiment()), "sharding.engine=zero", "training.micro_batch=4", processes=2,
+                  timeout=SOON)
+    refused(done, "sharding.engine = 'zero'", "DeepSpeed", "pip install 'limbeck[zero]'", "fsdp2")
+    done = train_py("--config", str(write_experiment()), "--dry-run", "sharding.engine=zero", timeout=SOON)
+    assert done.returncode == 0, "a plan needs no engine"
+
+
+def test_without_bitsandbytes(write_experiment, without):
+    without("bitsandbytes")
+    for more in ([], ["--dry-run"]):
+        done = train_py("--config", str(write_experiment()), "optimizer.name=adamw8bit", *more, timeout=SOON)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        refused(done, "optimizer.name = 'adamw8bit'", "bitsandbytes", "pip install 'limbeck[adamw8bit]'")
+
+
+def by_hand(arguments: list[list[str]], **environment: str) -> list[subprocess.CompletedProcess]:
+    """Processes of one group, each with its own arguments, as if started on machines of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(len(arguments)), "MASTER_PORT": port,
+              "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **environment}
+    started = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *own], env={**common, "RANK": str(rank)},
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for rank, own in enumerate(arguments)]
+    done = []
+    for process in started:
+        said, wrong = process.communicate(timeout=SOON)
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, said, wrong))
+    return done
+
+
+def test_another_experiment_on_one_process(write_experiment):
+    file = str(write_experiment())
+    for changes, parts in ((["optimizer.lr=0.5"], ["optimizer.lr = 0.003", "process 1", "there it is 0.5"]),
+                           (["sharding.engine=fsdp2"], ["process 1 was launched with another experiment"])):
+        first, second = by_hand([["--config", file, "training.micro_batch=4"],
+                                 ["--config", file, "training.micro_batch=4", *changes]])
+        refused(first, *parts, "the same file")
+        assert second.returncode != 0
+
+
+def test_a_mistake_of_one_process_alone_reaches_a_person(write_experiment):
+    """Its message is said by itself, and the launcher ends the others."""
+    file = write_experiment()
+    script = file.with_name("one_wrong.py")
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from trainer.cli import train\n"
+        "wrong = ['optimizer.lrr=1'] if os.environ['RANK'] == '1' else []\n"
+        f"sys.exit(train(['--config', {str(file)!r}, 'training.micro_batch=4', *wrong]))\n")
+    done = launched(script)
+    assert done.returncode != 0 and "process 1: error: " in done.stderr
+    assert "did you mean `optimizer.lr`?" in done.stderr
+
+
+def test_a_process_that_dies_at_start_up(write_experiment):
+    file = write_experiment()
+    script = file.with_name("one_dies.py")
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "if os.environ['RANK'] == '1':\n    os._exit(9)\n"
+        "from trainer.cli import train\n"
+        f"sys.exit(train(['--config', {str(file)!r}, 'training.micro_batch=4']))\n")
+    assert launched(script).returncode != 0
+
+
+def launched(script):
+    """A script in two processes, through the launcher."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               str(script)]
+    return subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
+                          timeout=SOON, cwd=ROOT)
+
+
+@pytest.mark.parametrize("variable, name", [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")])
+def test_a_launcher_that_asks_for_an_engine_itself(write_experiment, monkeypatch, variable, name):
+    """One thing is never said in two files."""
+    monkeypatch.setenv(variable, "true")
+    done = train_py("--config", str(write_experiment()), "sharding.engine=fsdp2", timeout=SOON)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    refused(done, f"asks for {name}", "sharding.engine fsdp2", "names processes and machines only")
