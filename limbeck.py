@@ -7,8 +7,8 @@ The public face, for scripts of one's own:
     source = limbeck.read_experiment("configs/quickstart.yaml", ["optimizer.lr=1e-4"])
     folder = limbeck.run(source)
 
-`rematerialize`, `WeightQuantizer`, `prepare_qat`, `ResponseObjective` and `write_student` also serve alone, in
-anybody's training loop.
+`rematerialize`, `WeightQuantizer`, `prepare_qat`, `ResponseObjective`, `Lamb`, `Adafactor` and `write_student` also
+serve alone, in anybody's training loop; `Lamb` and `Adafactor` are right on parameters that FSDP2 has sharded, too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ _PUBLIC = {  # name -> where it lives; imported when first used, so that `import
     "ResponseObjective": ("strategies.distillation.response", "ResponseObjective"),
     "WeightQuantizer": ("strategies.quantization.quantizer", "WeightQuantizer"),
     "rematerialize": ("strategies.rematerialization.rematerialize", "rematerialize"),
+    "Lamb": ("strategies.optimizers.lamb", "Lamb"),
+    "Adafactor": ("strategies.optimizers.adafactor", "Adafactor"),
+    "parameter_groups": ("strategies.optimizers.groups", "parameter_groups"),
     "prepare_qat": ("strategies.quantization.qat", "prepare"),
     "write_student": ("strategies.export.transformers_folder", "write_folder"),
     "write_report": ("trainer.report", "write_report"),

@@ -10,3 +10,5 @@ python -m pytest tests/program/test_cuda.py -v
 python -m benchmarks.quickstart --seeds 3 --json "$out/quickstart-gpu.json"
 python -m benchmarks.rematerialization.frontier --model all --json "$out/rematerialization-frontier-gpu.json"
 python -m benchmarks.rematerialization.planning --json "$out/rematerialization-planning-gpu.json"
+python -m benchmarks.optimizers --device cuda --json "$out/optimizers-gpu.json"
+python -m benchmarks.sharding.ledger --json "$out/sharding-ledger.json"

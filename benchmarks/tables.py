@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.quickstart import table as quickstart_table
+from benchmarks.sharding.engines import table as engines_table
+from benchmarks.sharding.ledger import table as ledger_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,10 +53,24 @@ def instances_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def optimizers_table(found: dict) -> str:
+    """State and time of optimizers beside their peers, and how right trust ratios are."""
+    lines = ["| optimizer | from | state, bytes per parameter | time of a step |", "|---|---|---:|---:|"]
+    for row in found["rows"]:
+        figures = f"{row['state_bytes_per_parameter']:.3f} | x{row['ratio']:.2f}" if "ratio" in row else "absent |"
+        lines.append(f"| {row['optimizer']} | {row['source']} | {figures} |")
+    errors = ", ".join(f"{where} {error:.1e}" for where, error in found["trust_ratio_error"].items())
+    lines.append(f"\nLargest relative error of LAMB's trust ratios against float64: {errors}.")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable]] = {
     "quickstart": ("quickstart-cpu.json", quickstart_table),
     "frontier": ("rematerialization-frontier-cpu.json", frontier_table),
     "instances": ("rematerialization-instances-cpu.json", instances_table),
+    "engines": ("sharding-engines-cpu.json", lambda found: engines_table(found["rows"])),
+    "ledger": ("sharding-ledger.json", lambda found: ledger_table(found["rows"])),
+    "optimizers": ("optimizers-cpu.json", optimizers_table),
 }
 
 

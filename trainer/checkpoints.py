@@ -8,7 +8,7 @@ older ones are removed only then.
                             with what each process holds of a weight, flat, as `name@start`
     optimizer.safetensors   its state: `name/exp_avg` like the weights, `name/=step` and the like the same everywhere
     random-0.safetensors    random state of process 0
-    state.json              step, loss scale, shapes
+    state.json              step, loss scale, shapes, and the files beside it with their bytes
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import math
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -32,6 +34,10 @@ from strategies.sharding.engine import Engine
 
 NAME = "step-{:08d}"
 WHOLE, PART = "{}.safetensors", "{}-{:05d}-of-{:05d}.safetensors"
+
+
+class Unreadable(ValueError):
+    """A checkpoint that is damaged, or of another model."""
 
 
 def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int, rank: int, ranks: int,
@@ -63,11 +69,12 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: i
             file = partial / (PART.format(kind, rank, ranks) if engine.sharded else WHOLE.format(kind))
             save_file(tensors, file, metadata={"format": "pt"})
             _sync(file)
-    if rank == 0:
-        shapes = {piece.name: piece.shape for _, layout in engine.tensors() for piece in layout.pieces}
-        (partial / "state.json").write_text(json.dumps({"step": step, **state, "shapes": shapes}, indent=1))
     wait()
     if rank == 0:
+        shapes = {piece.name: piece.shape for _, layout in engine.tensors() for piece in layout.pieces}
+        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        (partial / "state.json").write_text(json.dumps({"step": step, **state, "shapes": shapes, "files": files},
+                                                       indent=1))
         for file in [*partial.iterdir(), partial]:
             _sync(file)
         os.rename(partial, final)
@@ -86,15 +93,15 @@ def latest(folder: Path) -> Path | None:
 def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
     """Put a checkpoint's weights, optimizer state and random state back, and return its plain state.
 
+    Nobody waits for another process in here, so that one which fails can say so; `engine.refresh` is to follow.
     A process that the checkpoint did not know keeps its fresh random state.
 
     Raises:
-        ValueError: the checkpoint is of another model.
+        Unreadable: the checkpoint is damaged, or of another model.
     """
-    state = json.loads((checkpoint / "state.json").read_text())
-    saved = Saved(checkpoint, state.pop("shapes"))
     trained = {id(parameter) for parameter in engine.parameters()}
-    with torch.no_grad():
+    with torch.no_grad(), _reading():
+        state, saved = _opened(checkpoint)
         for tensor, layout in engine.tensors():
             flat = local_of(tensor)
             for piece in layout.pieces:
@@ -103,21 +110,41 @@ def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
             if id(tensor) in trained or layout_of(tensor) is layout:
                 write_state(engine.inner, tensor, [saved.moments(piece) for piece in layout.pieces])
         _load_buffers(saved, engine.student)
-    engine.refresh()
-    random = checkpoint / f"random-{rank}.safetensors"
-    if random.exists():
-        _set_random_state(load_file(random))
+        random = checkpoint / f"random-{rank}.safetensors"
+        if random.exists():
+            _set_random_state(load_file(random))
     return state
 
 
 def load_whole(checkpoint: Path, model: nn.Module) -> None:
     """Fill a whole model with a checkpoint's weights, whatever engine wrote it."""
-    saved = Saved(checkpoint, json.loads((checkpoint / "state.json").read_text())["shapes"])
-    with torch.no_grad():
+    with torch.no_grad(), _reading():
+        _, saved = _opened(checkpoint)
         for name, parameter in model.named_parameters():
             whole = Piece(name, tuple(parameter.shape), 0, parameter.numel())
             local_of(parameter).copy_(saved.read("model", name, whole))
         _load_buffers(saved, model)
+
+
+def _opened(checkpoint: Path) -> tuple[dict[str, Any], Saved]:
+    """Plain state and tensors of a checkpoint of which no file is missing or cut off."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name, size in state.pop("files", {}).items():
+        found = (checkpoint / name).stat().st_size if (checkpoint / name).exists() else None
+        if found != size:
+            raise Unreadable(f"{name} is missing" if found is None else f"{name} has {found:,} bytes of {size:,}")
+    return state, Saved(checkpoint, state.pop("shapes"))
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever files that are no longer as they were written lead to is one thing to say."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
 
 
 class Saved:
@@ -153,17 +180,17 @@ class Saved:
         """Elements of a piece, flat.
 
         Raises:
-            ValueError: the checkpoint has no such tensor, another shape of it, or not all of its elements.
+            Unreadable: the checkpoint has no such tensor, another shape of it, or not all of its elements.
         """
         if self.shapes.get(piece.name, piece.shape) != piece.shape or not self.has(kind, name):
-            raise ValueError(f"the checkpoint is of another model: {piece.name} has shape {piece.shape}, and there "
-                             f"it has {self.shapes.get(piece.name, 'none')}")
-        found = torch.cat([_elements(handle, key, max(0, piece.start - start), min(stop, piece.stop) - start)
-                           for start, stop, handle, key in sorted(self._parts[kind, name], key=lambda part: part[0])
-                           if start < piece.stop and stop > piece.start])
-        if found.numel() != piece.numel:
-            raise ValueError(f"the checkpoint lacks a part of {name}")
-        return found
+            raise Unreadable(f"it is of another model: {piece.name} has shape {piece.shape}, and there it has "
+                             f"{self.shapes.get(piece.name, 'none')}")
+        parts = [_elements(handle, key, max(0, piece.start - start), min(stop, piece.stop) - start)
+                 for start, stop, handle, key in sorted(self._parts[kind, name], key=lambda part: part[0])
+                 if start < piece.stop and stop > piece.start]
+        if sum(part.numel() for part in parts) != piece.numel:
+            raise Unreadable(f"it lacks a part of {name}")
+        return torch.cat(parts)
 
     def whole(self, kind: str, name: str) -> torch.Tensor:
         """A tensor that was written whole, in its own shape."""

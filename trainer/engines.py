@@ -17,7 +17,7 @@ from torch import nn
 from strategies.sharding.engine import Engine
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.tree import Experiment
-from trainer.folder import fingerprint, learnt_from
+from trainer.folder import fingerprint, flatten, learnt_from
 from trainer.precision import DTYPES
 from trainer.shares import in_backward
 
@@ -201,10 +201,9 @@ def _check_joined(accelerator: Accelerator, experiment: Experiment, launched: in
 
 def _check_same(experiment: Experiment, accelerator: Accelerator) -> None:
     """All processes must have been launched with one experiment; else they would wait for each other, or diverge."""
-    known = {**learnt_from(experiment), "sharding": experiment.sharding.model_dump(mode="json"),
-             "memory": experiment.memory.model_dump(mode="json"), "micro_batch": experiment.training.micro_batch,
-             "evaluate_every": experiment.training.evaluate_every, "folder": experiment.folder,
-             "checkpoint_every": experiment.training.checkpoint_every}
+    every = flatten(experiment.model_dump(mode="json"))
+    known = {**learnt_from(experiment), "run.folder": experiment.folder,
+             **{key: value for key, value in every.items() if key.startswith(("sharding.", "memory.", "training."))}}
     mine: list[Any] = [fingerprint(known)] * accelerator.num_processes
     dist.all_gather_object(mine, fingerprint(known))
     if len(set(mine)) == 1:
@@ -214,7 +213,7 @@ def _check_same(experiment: Experiment, accelerator: Accelerator) -> None:
     rank = next(number for number, theirs in enumerate(everything) if theirs != everything[0])
     keys = [key for key in {*everything[0], *everything[rank]} if everything[0].get(key) != everything[rank].get(key)]
     key = sorted(keys)[0]
-    raise UserError(key if "." in key else "", f"process {rank} was launched with another experiment: there it is "
+    raise UserError(key, f"process {rank} was launched with another experiment: there it is "
                     f"{everything[rank].get(key)!r}", value=everything[0].get(key),
                     way_out="start the same command on every machine, with the same file")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from strategies.distillation.response import IGNORED, ResponseObjective, cross_entropy_sum
@@ -292,11 +293,32 @@ class Trainer:
 
     def _resume(self) -> None:
         newest = checkpoints.latest(self.folder.checkpoints)
-        if newest is not None:
-            state = checkpoints.load(newest, self.engine, self.accelerator.process_index)
+        state = wrong = None
+        try:
+            if newest is not None:
+                state = checkpoints.load(newest, self.engine, self.accelerator.process_index)
+        except checkpoints.Unreadable as error:
+            wrong = str(error)
+        self._check_resumed(None if newest is None else newest.name, wrong)
+        if state is not None:
+            self.engine.refresh()
             self.precision.load_state_dict(state["precision"])
             self.engine.load_scale_state(state["engine"], self.precision.loss_scale)
             self.step, self.nonfinite = state["step"], 0  # a restart is a new chance for a step that was not finite
+
+    def _check_resumed(self, name: str | None, wrong: str | None) -> None:
+        """Raise `RunFailed` on every process where one of them could not read the checkpoint, or reads another one."""
+        every = gather_object([(name, wrong)])
+        if len({name for name, _ in every}) > 1:
+            raise RunFailed(f"the processes see different checkpoints in {self.folder.checkpoints}: "
+                            f"{', '.join(str(name) for name, _ in every)}.\n  -> use a run.folder on storage that all "
+                            "machines share")
+        wrong = next((wrong for _, wrong in every if wrong is not None), None)
+        if wrong is not None:
+            before = sorted(self.folder.checkpoints.glob("step-*"))[:-1]
+            raise RunFailed(f"the checkpoint {self.folder.checkpoints / name} cannot be gone on from: {wrong}.\n"
+                            "  -> move that folder away and start the same command again: the run then goes on from "
+                            + (f"{before[-1].name}, the checkpoint before it" if before else "its beginning"))
 
     def _batches(self) -> Iterator[Batch]:
         training = self.experiment.training

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,8 @@ def quiet_libraries() -> None:
     datasets.logging.set_verbosity_error()
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():  # else it wonders aloud, wherever Accelerate looks whether it is there
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls torch.distributed by names that torch 2.13 has newer ones for, at every step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
 

@@ -77,7 +77,9 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: Setup) -> tuple[int
 
     The optimizer's parameters are replaced by the rank's.
     """
-    for group, parts in zip(optimizer.param_groups, stand_ins(optimizer.param_groups, setup), strict=True):
+    gathers = type(optimizer).__name__ == "Muon"  # one whole update at a time, whatever part of it a rank holds
+    largest = max(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    for group, parts in zip(optimizer.param_groups, stand_ins(optimizer.param_groups, setup, not gathers), strict=True):
         group["params"] = parts
     parts = [part for group in optimizer.param_groups for part in group["params"]]
     for part in parts:
@@ -89,4 +91,4 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: Setup) -> tuple[int
             optimizer.step()
     if type(optimizer).__name__ == "AdamW8bit" and setup.gloo:
         return state, BYTES_8BIT_ON_CPU * max(part.numel() for part in parts)
-    return state, tracker.peak
+    return state, tracker.peak + (4 * largest if gathers and setup.ranks > 1 else 0)

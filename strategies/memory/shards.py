@@ -107,6 +107,8 @@ def add_over(group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor]) -
     if group is None or not tensors:
         return
     together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if together.device.type == "cpu" and dist.get_backend(group) == "nccl":  # offloaded, while ranks exchange on GPUs
+        together = together.cuda()
     dist.all_reduce(together, group=group)
     for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -148,14 +148,16 @@ class Sharded(Engine):
 
     sharded = True
     group: dist.ProcessGroup | None = None
+    device = torch.device("cpu")  # on which ranks exchange
 
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        squares = torch.stack([norm.square() for norm in torch._foreach_norm(gradients)]).sum()
+        norms = torch._foreach_norm(gradients)
+        squares = torch.stack(norms).square().sum().to(self.device)
         dist.all_reduce(squares, group=self.group)
-        return squares.sqrt()
+        return squares.sqrt().to(norms[0].device)
 
     def _everywhere(self, flag: torch.Tensor) -> bool:
-        flag = flag.int()
+        flag = flag.int().to(self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
         return bool(flag)
 

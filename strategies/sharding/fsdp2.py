@@ -72,7 +72,7 @@ class FSDP2(Sharded):
         shard(student, mesh, compute=compute, reshard=reshard, offload=offload)
         if not offload:
             student.to(device)  # buffers; weights are there
-        self.casts, self.group = compute is not None, mesh.get_group()
+        self.casts, self.group, self.device = compute is not None, mesh.get_group(), device
         super().__init__(student, student, make_optimizer(student))
 
     def accumulating(self, last: bool) -> AbstractContextManager:

@@ -58,10 +58,11 @@ class Setup:
         return self.compute is not torch.float32
 
 
-def stand_ins(groups: Sequence[dict], setup: Setup) -> list[list[torch.Tensor]]:
+def stand_ins(groups: Sequence[dict], setup: Setup, known: bool = True) -> list[list[torch.Tensor]]:
     """For every group of an optimizer over a whole model, tensors like those the engine will put in its place.
 
-    They are made where and as the whole ones are (without data, under FakeTensorMode), and know what they consist of.
+    They are made where and as the whole ones are (without data, under FakeTensorMode), and if `known` what they consist
+    of is said of them.
     """
     made = []
     for group in groups:
@@ -69,7 +70,7 @@ def stand_ins(groups: Sequence[dict], setup: Setup) -> list[list[torch.Tensor]]:
         if setup.engine == "zero":
             made.append([_flat_part(whole, setup)])
         elif setup.engine == "fsdp2":
-            made.append([_rows(parameter, setup.ranks) for parameter in whole])
+            made.append([_rows(parameter, setup.ranks, known) for parameter in whole])
         else:
             made.append(list(whole))
     return made
@@ -94,12 +95,13 @@ def _flat_part(parameters: Sequence[torch.Tensor], setup: Setup) -> torch.Tensor
     return flat
 
 
-def _rows(parameter: torch.Tensor, ranks: int) -> torch.Tensor:
+def _rows(parameter: torch.Tensor, ranks: int, known: bool) -> torch.Tensor:
     """A first rank's rows of a parameter, as FSDP2 cuts it."""
     rows = -(-parameter.shape[0] // ranks) if parameter.ndim else 1
     shape = (rows, *parameter.shape[1:])
     part = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=parameter.device))
-    lay_out(part, Layout((Piece("", tuple(parameter.shape), 0, math.prod(shape)),)))
+    if known:
+        lay_out(part, Layout((Piece("", tuple(parameter.shape), 0, math.prod(shape)),)))
     return part
 
 
@@ -178,8 +180,12 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         parts |= {"gradients": FP32 * own, "buckets": last}
         turns[-1] = replace(turns[-1], kept=-last, reduced=max(0, turns[-1].reduced - last))
     stay = not setup.accumulates and not setup.in_backward
+    if setup.offload_parameters:  # weights, gradients and state are on the CPU; a gradient is copied there once summed
+        parts = {"buffers": parts["buffers"]}
+        turns = [replace(turn, kept=0) for turn in turns]
+        own, stay, update = 0, False, 0
     return Residency(parts, tuple(turns), forward=size * root, update=0 if setup.in_backward else update,
-                     gradients=FP32 * (max([root, *counts]) // setup.ranks if setup.in_backward else own),
+                     gradients=FP32 * (max([root, *counts]) // setup.ranks if setup.in_backward else own) if own else 0,
                      rest=FP32 * root // setup.ranks if stay else 0,
                      end=sums * root + (sums * counts[0] if counts else 0))
 
@@ -203,10 +209,14 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
         parts |= {"fp32 weights": FP32 * part if setup.half else 0, "optimizer state": state}
     compact = setup.half and setup.accumulates and setup.stage == 2  # summed in fp32, in a buffer of its own
     grown = FP32 * part if compact else size * _most_overlapping(groups, setup)
+    if setup.offload_optimizer:  # gradients go to the CPU through a buffer of the largest one's size
+        parts["buckets"] = size * max(parameter.numel() for parameter in model.parameters())
+        grown = update = 0
     if setup.accumulates:
-        parts |= {"gradients": grown if setup.stage == 2 else size * whole, "buckets": size * setup.bucket}
+        parts |= {"gradients": grown if setup.stage == 2 else size * whole,
+                  "buckets": parts.get("buckets", 0) + size * setup.bucket}
     largest = max((aligned(group, setup.ranks) // setup.ranks for group in groups), default=0)
-    update += 0 if compact else (FP32 + size if setup.half else FP32) * largest
+    update += 0 if compact or setup.offload_optimizer else (FP32 + size if setup.half else FP32) * largest
     bucket = 0 if setup.accumulates else size * setup.bucket  # from the first gradient of a step on
     if setup.stage == 1:  # when backward is done, gradients go through the bucket one after another
         before = parts["gradients"] + parts["buckets"] if setup.accumulates else 0  # which go then
@@ -276,8 +286,10 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         turns.append(Turn(tuple(names), forward=size * (count + ahead), backward=size * (count + ahead),
                           reduced=max(0, size * (2 * bucket.largest - count)), pending=size * bucket.content,
                           drops=not (tied and names[0] in units.ends)))
+    if not setup.offload_optimizer:
+        update += FP32 * max(parts_of, default=0)
     return Residency(parts, tuple(turns), gradients=parts.get("gradients", 0),
-                     update=update + FP32 * max(parts_of, default=0))
+                     update=0 if setup.offload_optimizer else update)
 
 
 # ---- teacher and helpers

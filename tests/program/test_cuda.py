@@ -92,3 +92,27 @@ def test_rematerialized_gradients_on_the_gpu(inductor):
     if not inductor:  # the kernels are the same, and so are dropout's draws
         for one, two in zip(plain, planned, strict=True):
             assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero 1", "zero 2", "zero 3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_engines_on_one_gpu(write_experiment, tmp_path, engine, precision):
+    """One rank: the engine's own path on CUDA, the same losses as without, and the peak that was foretold."""
+    if engine != "fsdp2":
+        pytest.importorskip("deepspeed")
+    name, _, stage = engine.partition(" ")
+    architecture = {**TINY, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 2048,
+                    "tie_word_embeddings": False}
+    settings = {"student": {"architecture": architecture}, "precision": {"dtype": precision},
+                "data": {"packing": False}, "optimizer": {"name": "lamb", "lr": 1e-2}, "training": {"steps": 8}}
+    files = {run: write_experiment(run, **settings) for run in ("alone", "engine")}
+    more = [f"sharding.engine={name}", *([f"sharding.stage={stage}"] if stage else [])]
+    for run, overrides in (("alone", []), ("engine", more)):
+        done = train_py("--config", str(files[run]), *overrides)
+        assert done.returncode == 0, done.stderr[-3000:]
+    lines = {run: read_lines(tmp_path / run / "metrics.jsonl") for run in files}
+    losses = {run: [line["loss"] for line in found if "loss" in line] for run, found in lines.items()}
+    assert losses["engine"] == pytest.approx(losses["alone"], rel={"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}[precision])
+    memory = next(line["memory"] for line in lines["engine"] if "memory" in line)
+    plan = json.loads((tmp_path / "engine" / "plan.json").read_text())["memory"]
+    assert plan["peak"] == pytest.approx(memory["peak"], rel=0.1)

@@ -65,7 +65,8 @@ def test_published_sizes_of_hub_models():
     from trainer.models import count_parameters, student_config, teacher_config
 
     published = {"Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304, "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
-                 "Qwen/Qwen2.5-0.5B": 494_032_768}
+                 "Qwen/Qwen2.5-0.5B": 494_032_768, "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+                 "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248}
     seen = set()
     for file in CONFIGS:
         experiment = read_experiment(file).experiment

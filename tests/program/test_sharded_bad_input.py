@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT, launch, train_py
-from trainer.errors import ExperimentErrors
-from trainer.experiment.reading import read_experiment
+from trainer.engines import check_engine, start
+from trainer.errors import ExperimentErrors, UserError
+from trainer.experiment.reading import describe, read_experiment
+from trainer.plan import check_batch
 
 SOON = 100  # seconds: what hangs is found, what is slow is not
 
@@ -40,26 +43,49 @@ def test_what_no_engine_can_do(write_experiment, changes, parts):
     assert all(part in said or part in str(error.value) or part in repr(error.value) for part in parts), said
 
 
-@pytest.mark.parametrize("changes, parts", [
-    (["sharding.engine=zero", "optimizer.name=muon"], ["optimizer.name = 'muon'", "whole matrices", "fsdp2"]),
-    (["optimizer.in_backward=true", "training.clip=null", "sharding.engine=zero"],
+@pytest.mark.parametrize("processes, changes, parts", [
+    (2, ["sharding.engine=zero", "optimizer.name=muon"], ["optimizer.name = 'muon'", "whole matrices", "fsdp2"]),
+    (1, ["sharding.engine=zero", "optimizer.name=muon"], ["optimizer.name = 'muon'", "whole matrices", "fsdp2"]),
+    (2, ["optimizer.in_backward=true", "training.clip=null", "training.micro_batch=4", "sharding.engine=zero"],
      ["optimizer.in_backward = True", "zero sums gradients", "fsdp2"]),
-    (["optimizer.in_backward=true", "training.clip=null", "training.micro_batch=4"],
+    (2, ["optimizer.in_backward=true", "training.clip=null", "training.micro_batch=4"],
+     ["optimizer.in_backward = True", "ddp sums gradients", "fsdp2"]),
+    (2, ["optimizer.in_backward=true", "training.clip=null", "training.micro_batch=2", "sharding.engine=fsdp2"],
+     ["optimizer.in_backward = True", "wait for no other micro-batch", "batch_size of 8", "training.batch_size=4"]),
+    (1, ["optimizer.in_backward=true", "training.clip=null", "training.micro_batch=4"],
      ["optimizer.in_backward = True", "wait for no other micro-batch", "training.batch_size=4"]),
-    (["memory.processes=4", "training.batch_size=6", "training.micro_batch=1"],
-     ["4 processes with this micro_batch cannot share a batch_size of 6"]),
-    (["memory.processes=2", "sharding.engine=none"], ["sharding.engine = 'none'", "each would train alone"]),
+    (4, ["training.batch_size=6", "training.micro_batch=1"],
+     ["training.micro_batch = 1", "4 processes with this micro_batch cannot share a batch_size of 6", "multiple of 4"]),
+    (2, ["training.micro_batch=8"], ["2 processes with this micro_batch", "micro_batch can be 1, 2, 4"]),
+    (2, ["sharding.engine=none"], ["sharding.engine = 'none'", "each would train alone", "ddp, fsdp2 or zero"]),
 ])
-def test_a_dry_run_says_so_before_anything_starts(write_experiment, changes, parts):
-    done = train_py("--config", str(write_experiment()), "--dry-run", *changes, timeout=SOON)
+def test_what_so_many_processes_cannot_do(write_experiment, processes, changes, parts):
+    source = read_experiment(write_experiment(), changes)
+    with pytest.raises(UserError) as caught:
+        check_engine(source.experiment, processes)
+        check_batch(source.experiment, processes)
+    said = describe(caught.value, source.origins, source.file)
+    assert said.startswith("override ") and "\n  -> " in said, said
+    assert all(part in said for part in parts), said
+
+
+def test_a_dry_run_says_so_before_anything_starts(write_experiment):
+    done = train_py("--config", str(write_experiment()), "--dry-run", "memory.processes=64", "sharding.engine=zero",
+                    "training.batch_size=64", "training.micro_batch=1", "optimizer.name=muon", timeout=SOON)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    refused(done, *parts)
+    refused(done, "override `optimizer.name=muon`: optimizer.name = 'muon'", "whole matrices", "fsdp2")
+
+
+def test_other_processes_than_were_planned_for(write_experiment, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as caught:
+        start(read_experiment(write_experiment(), ["memory.processes=3"]).experiment)
+    assert caught.value.key == "memory.processes" and "2 processes were launched" in caught.value.problem
 
 
 @pytest.mark.parametrize("changes, parts", [
     (["training.micro_batch=8"], ["2 processes with this micro_batch", "micro_batch can be 1, 2, 4"]),
     (["sharding.engine=none"], ["sharding.engine = 'none'", "2 processes were launched"]),
-    (["memory.processes=3"], ["memory.processes = 3", "2 processes were launched"]),
 ])
 def test_two_processes_say_it_once(write_experiment, tmp_path, changes, parts):
     done = launch("--config", str(write_experiment()), *changes, processes=2, timeout=SOON)
@@ -123,11 +149,11 @@ def by_hand(arguments: list[list[str]], **environment: str) -> list[subprocess.C
 def test_another_experiment_on_one_process(write_experiment):
     file = str(write_experiment())
     for changes, parts in ((["optimizer.lr=0.5"], ["optimizer.lr = 0.003", "process 1", "there it is 0.5"]),
-                           (["sharding.engine=fsdp2"], ["process 1 was launched with another experiment"])):
+                           (["sharding.engine=zero"], ["sharding.engine = None", "process 1", "there it is 'zero'"])):
         first, second = by_hand([["--config", file, "training.micro_batch=4"],
                                  ["--config", file, "training.micro_batch=4", *changes]])
         refused(first, *parts, "the same file")
-        assert second.returncode != 0
+        assert second.returncode != 0 and "Traceback" not in first.stderr + second.stderr
 
 
 def test_a_mistake_of_one_process_alone_reaches_a_person(write_experiment):
@@ -154,7 +180,9 @@ def test_a_process_that_dies_at_start_up(write_experiment):
         "if os.environ['RANK'] == '1':\n    os._exit(9)\n"
         "from trainer.cli import train\n"
         f"sys.exit(train(['--config', {str(file)!r}, 'training.micro_batch=4']))\n")
-    assert launched(script).returncode != 0
+    done = launched(script)
+    assert done.returncode != 0 and "exitcode  : 9" in done.stderr
+    assert not (file.parent / "tiny").exists(), "the other one was ended, and did not go on alone"
 
 
 def launched(script):
@@ -166,10 +194,17 @@ def launched(script):
                           timeout=SOON, cwd=ROOT)
 
 
-@pytest.mark.parametrize("variable, name", [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")])
-def test_a_launcher_that_asks_for_an_engine_itself(write_experiment, monkeypatch, variable, name):
+@pytest.mark.parametrize("name, asks", [
+    ("DeepSpeed", {"deepspeed_config": {"zero_stage": 3, "zero3_init_flag": False}}),
+    ("FSDP", {"fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True}})])
+def test_a_launcher_that_asks_for_an_engine_itself(write_experiment, tmp_path, monkeypatch, name, asks):
     """One thing is never said in two files."""
-    monkeypatch.setenv(variable, "true")
-    done = train_py("--config", str(write_experiment()), "sharding.engine=fsdp2", timeout=SOON)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    file = tmp_path / "launcher.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load((ROOT / "launch" / "one_node.yaml").read_text()), **asks,
+                                    "distributed_type": name.upper(), "num_processes": 1}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), str(ROOT / "train.py"),
+               "--config", str(write_experiment()), "sharding.engine=fsdp2"]
+    done = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
+                          timeout=SOON, cwd=ROOT)
     refused(done, f"asks for {name}", "sharding.engine fsdp2", "names processes and machines only")
+    assert not (tmp_path / "tiny").exists()

@@ -2,106 +2,201 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from tests.conftest import TINY, launch, train_py
-from tests.program.test_sharding import ENGINES, on_ranks, relative, weights_apart
+from tests.conftest import TINY, launch
+from tests.program.test_sharding import ENGINES, OPTIMIZERS, on_ranks, relative, weights_apart
 from trainer import checkpoints
+from trainer.errors import RunFailed
 from trainer.metrics import read_lines
 
 UNTIED = {**TINY, "tie_word_embeddings": False}
 SETTINGS = {"student": {"architecture": UNTIED}, "data": {"packing": False, "sequence_length": 64},
             "training": {"micro_batch": 2, "evaluate_every": 100, "checkpoint_every": 2, "steps": 8}}
-OPTIMIZER = {"adamw": [], "lamb": ["optimizer.name=lamb", "optimizer.lr=5e-2"],
-             "adafactor": ["optimizer.name=adafactor", "optimizer.lr=1e-1"]}
-# Each run goes on under the next engine every two steps; the names are those of an optimizer and its way.
-WAYS = {"adamw": ["fsdp2", "zero3", "zero1", "ddp"], "lamb": ["zero2", "fsdp2", "zero3", "zero2"],
-        "adafactor": ["zero3", "zero1", "fsdp2", "zero2"]}
+DROPPING = {"model_type": "gpt_neox", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 64, "hidden_dropout": 0.2, "attention_dropout": 0.2}
+# Every two steps a run goes on under the next engine, the third time on one process instead of two.
+WAYS = {"adamw": ["fsdp2", "zero3", "none", "zero1"], "lamb": ["zero2", "zero1", "fsdp2", "zero3"],
+        "adafactor": ["zero1", "fsdp2", "zero3", "ddp"]}
+LOSS, WEIGHTS, STATE = 1e-5, 1e-5, 1e-4  # relative; of the largest weight; of a tensor's largest
 
 
-def losses(folder) -> list[float]:
+def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
 
 
-def weights_of(folder):
-    newest = checkpoints.latest(folder / "checkpoints")
-    saved = checkpoints.Saved(newest, json.loads((newest / "state.json").read_text())["shapes"])
-    return {name: saved.read("model", name, checkpoints.Piece(name, shape, 0, torch.Size(shape).numel()))
-            for name, shape in saved.shapes.items()}
+def tensors_of(checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights and optimizer state of a checkpoint, each tensor whole and flat, whatever wrote it."""
+    saved = checkpoints.Saved(checkpoint, json.loads((checkpoint / "state.json").read_text())["shapes"])
+    pieces = {name: checkpoints.Piece(name, shape, 0, torch.Size(shape).numel())
+              for name, shape in saved.shapes.items()}
+    state = {name: saved.moments(piece) for name, piece in pieces.items()}
+    return {"model": {name: saved.read("model", name, piece) for name, piece in pieces.items()},
+            "optimizer": {f"{name}/{what}": value.flatten() for name, own in state.items()
+                          for what, value in {**own.elementwise, **own.whole}.items()}}
+
+
+def newest(folder: Path) -> Path:
+    return checkpoints.latest(folder / "checkpoints")
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Largest difference in a tensor, as a share of its largest element."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max() / one[name].abs().max().clamp_min(1e-30)) for name in one)
 
 
 @pytest.mark.timeout(600)
-def test_engines_hand_a_run_on_to_each_other(write_experiment, train_here, tmp_path):
-    """FSDP2, ZeRO of any stage, DDP: weights, optimizer state and order of samples go over, for every optimizer."""
-    runs = []
-    for optimizer, way in WAYS.items():
-        file = write_experiment(optimizer, **SETTINGS)
-        runs += [{"name": f"{optimizer}-{number}", "file": str(file), "until": 2 * (number + 1),
-                  "overrides": [*ENGINES[engine], *OPTIMIZER[optimizer]]} for number, engine in enumerate(way)]
-    on_ranks(runs, tmp_path / "ranks")
-    for optimizer, overrides in OPTIMIZER.items():
+def test_engines_and_numbers_of_processes_hand_a_run_on(write_experiment, train_here, tmp_path):
+    """2 -> 1 -> 2 processes, FSDP2, ZeRO of any stage, DDP, none: weights, optimizer state and rows are kept."""
+    files = {optimizer: str(write_experiment(optimizer, **SETTINGS)) for optimizer in WAYS}
+    rows: dict[str, list] = {optimizer: [] for optimizer in WAYS}
+    for parts, processes in (((0, 1), 2), ((2,), 1), ((3,), 2)):
+        runs = [{"name": f"{optimizer}-{part}", "file": files[optimizer], "until": 2 * (part + 1),
+                 "overrides": [*ENGINES.get(way[part], ["sharding.engine=none"]), *OPTIMIZERS[optimizer]]}
+                for optimizer, way in WAYS.items() for part in parts]
+        found = on_ranks(runs, tmp_path / f"ranks{parts[0]}", processes=processes)
+        for optimizer in WAYS:
+            rows[optimizer] += sum((found[f"{optimizer}-{part}"]["rows"] for part in parts), [])
+    for optimizer, overrides in OPTIMIZERS.items():
         one = train_here(f"alone-{optimizer}", overrides=tuple(overrides), **SETTINGS)
-        assert relative(losses(one.folder.path), losses(tmp_path / optimizer)) < 1e-5, optimizer
-        theirs = weights_of(tmp_path / optimizer)
-        ours = {name: parameter.detach() for name, parameter in one.unwrapped.named_parameters()}
-        assert weights_apart({name: tensor.flatten() for name, tensor in ours.items()}, theirs) < 1e-5, optimizer
+        assert relative(losses(one.folder.path), losses(tmp_path / optimizer)) < LOSS, optimizer
+        ours, theirs = tensors_of(newest(one.folder.path)), tensors_of(newest(tmp_path / optimizer))
+        assert weights_apart(ours["model"], theirs["model"]) < WEIGHTS, optimizer
+        assert ours["optimizer"] and apart(ours["optimizer"], theirs["optimizer"]) < STATE, optimizer
+        assert rows[optimizer] == rows_of(one), optimizer
+
+
+def rows_of(trainer) -> list[list[int]]:
+    """Rows of every step of a run on one process, sorted in each."""
+    done, trainer.step = trainer.step, 0
+    batches = trainer._batches()
+    rows = [sorted(sum((next(batches)["row"].tolist() for _ in range(trainer.accumulation)), []))
+            for _ in range(trainer.steps)]
+    trainer.step = done
+    return rows
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_one_and_two_again(write_experiment, train_here, tmp_path):
-    """2 -> 1 -> 2, in three launches, for an engine that shards and one that does not on the single process."""
-    way = [(2, "fsdp2"), (1, "none"), (2, "zero3")]
-    file = write_experiment("there", **{**SETTINGS, "training": {**SETTINGS["training"], "steps": 6}})
-    for number, (processes, engine) in enumerate(way):
-        until = 2 * (number + 1)
-        if processes == 2:
-            on_ranks([{"name": f"there-{number}", "file": str(file), "until": until, "overrides": ENGINES[engine]}],
-                     tmp_path / f"ranks{number}")
-        else:
-            done = train_py("--config", str(file), "report.control=false")
-            assert done.returncode == 0, done.stderr[-2000:]  # to the end: its checkpoints at 4 and 6 are there
-            _go_back(tmp_path / "there")
-    one = train_here("alone", **{**SETTINGS, "training": {**SETTINGS["training"], "steps": 6}})
-    assert relative(losses(one.folder.path), losses(tmp_path / "there")) < 1e-5
+def test_interrupted_runs_end_where_undisturbed_ones_do_to_the_last_bit(write_experiment, tmp_path):
+    """With dropout, which each process draws for itself: ended and begun again (in fp16), and killed by kill -9.
+
+    A process that is killed alone takes the other with it, and nobody waits for ever.
+    """
+    settings = {**SETTINGS, "training": {**SETTINGS["training"], "steps": 6}}
+
+    def run(engine: str, folder: str, part: str = "", **how) -> dict:
+        half = ["precision.dtype=fp16", "precision.loss_scale.initial=1048576", "precision.loss_scale.growth_interval=2"
+                ] if engine in ("ddp", "zero3") else []
+        return {"name": f"{engine}-{folder}{part}", "file": str(write_experiment(f"{engine}-{folder}", **settings)),
+                "overrides": [*ENGINES[engine], f"student.architecture={json.dumps(DROPPING)}", *half],
+                "fp16": bool(half), **how}
+
+    first = [run(engine, "whole") for engine in ("ddp", "fsdp2", "zero2", "zero3")]
+    first += [run(engine, "parts", part, until=until) for engine in ("ddp", "zero3")
+              for part, until in (("-a", 2), ("-b", 6))]
+    on_ranks([*first, run("fsdp2", "killed", kill=[5, [0, 1]])], tmp_path / "first", dies=True)
+    assert newest(tmp_path / "fsdp2-killed").name == "step-00000004"
+    on_ranks([run("fsdp2", "killed", "-again"), run("zero2", "killed", kill=[5, [1]])], tmp_path / "second", dies=True)
+    assert newest(tmp_path / "zero2-killed").name == "step-00000004"
+    on_ranks([run("zero2", "killed", "-again")], tmp_path / "third")
+    for engine, how in (("ddp", "parts"), ("zero3", "parts"), ("fsdp2", "killed"), ("zero2", "killed")):
+        whole, other = tmp_path / f"{engine}-whole", tmp_path / f"{engine}-{how}"
+        assert losses(whole) == losses(other) and len(losses(whole)) == 6, engine
+        same_to_the_last_bit(newest(whole), newest(other))
+        draws = [load_file(newest(whole) / f"random-{rank}.safetensors")["cpu"] for rank in (0, 1)]
+        assert not torch.equal(*draws), "each process draws for itself"
 
 
-def _go_back(folder) -> None:
-    """As if a run had been ended after step 4: its last checkpoint, student and report are not there yet."""
-    for path in (folder / "checkpoints" / "step-00000006", folder / "student"):
-        shutil.rmtree(path)
-    for name in ("report.md", "comparison.json"):
-        (folder / name).unlink()
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def same_to_the_last_bit(one: Path, other: Path) -> None:
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+    for name in names - {"state.json"}:
+        assert same_tensors(load_file(one / name), load_file(other / name)), name
+    assert json.loads((one / "state.json").read_text()) == json.loads((other / "state.json").read_text())
+
+
+@pytest.mark.timeout(600)
 def test_files_of_a_sharded_checkpoint(write_experiment, tmp_path):
-    """fp32 parts that make up each weight once; a process writes what it holds; other models are refused."""
-    file = write_experiment("parts", **SETTINGS)
-    on_ranks([{"name": "parts", "file": str(file), "overrides": ENGINES["zero3"], "until": 2}], tmp_path / "ranks")
-    newest = checkpoints.latest(tmp_path / "parts" / "checkpoints")
-    names = {path.name for path in newest.iterdir()}
-    assert names == {"state.json", "random-0.safetensors", "random-1.safetensors",
-                     *(f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (0, 1))}
-    shapes = json.loads((newest / "state.json").read_text())["shapes"]
-    held = dict.fromkeys(shapes, 0)
-    for path in newest.glob("model-*"):
-        with safe_open(path, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118
-                tensor = handle.get_tensor(key)
-                assert tensor.dtype == torch.float32 and tensor.ndim == 1
-                held[key.partition("@")[0]] += tensor.numel()
-    assert held == {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    saved = checkpoints.Saved(newest, shapes)
-    with pytest.raises(ValueError, match="another model"):
-        saved.read("model", "no.such.weight", checkpoints.Piece("no.such.weight", (2,), 0, 2))
-    with pytest.raises(ValueError, match="another model"):
-        saved.read("model", "model.norm.weight", checkpoints.Piece("model.norm.weight", (7,), 0, 7))
-    (newest / "model-00001-of-00002.safetensors").unlink()
-    part = checkpoints.Piece("model.norm.weight", (32,), 0, 32)
-    with pytest.raises(ValueError, match="lacks a part"):
-        checkpoints.Saved(newest, shapes).read("model", "model.norm.weight", part)
+    """fp32 parts that make up each weight once; a process writes what it holds, and what all hold is written once."""
+    file = str(write_experiment("parts", **SETTINGS))
+    runs = [{"name": engine, "file": file, "overrides": [*ENGINES[engine], f"run.folder={tmp_path / engine}"],
+             "until": 2} for engine in ("zero3", "fsdp2", "ddp")]
+    runs[1]["overrides"] = [*runs[1]["overrides"], "precision.dtype=bf16"]
+    on_ranks(runs, tmp_path / "ranks")
+    for engine in ("zero3", "fsdp2", "ddp"):
+        folder = newest(tmp_path / engine)
+        parts = {f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (0, 1)}
+        files = {"model.safetensors", "optimizer.safetensors"} if engine == "ddp" else parts
+        assert {path.name for path in folder.iterdir()} == {"state.json", "random-0.safetensors",
+                                                            "random-1.safetensors", *files}
+        shapes = json.loads((folder / "state.json").read_text())["shapes"]
+        held = dict.fromkeys(shapes, 0)
+        for path in folder.glob("model*"):
+            with safe_open(path, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    tensor = handle.get_tensor(key)
+                    assert tensor.dtype == torch.float32 and (tensor.ndim == 1 or engine == "ddp")
+                    held[key.partition("@")[0]] += tensor.numel()
+        assert held == {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+        saved = checkpoints.Saved(folder, shapes)
+        for piece in (checkpoints.Piece("no.such.weight", (2,), 0, 2),
+                      checkpoints.Piece("model.norm.weight", (7,), 0, 7)):
+            with pytest.raises(checkpoints.Unreadable, match="another model"):
+                saved.read("model", piece.name, piece)
+    refused_by_both(file, tmp_path / "zero3")
+
+
+def refused_by_both(file: str, folder: Path) -> None:
+    """A file that one process alone reads is damaged: both end with one message, and neither waits for the other."""
+    random = newest(folder) / "random-1.safetensors"
+    random.write_bytes(b"\xff" * random.stat().st_size)
+    done = launch("--config", file, f"run.folder={folder}", *ENGINES["zero3"], processes=2, timeout=100)
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr[-3000:]
+    assert f"the checkpoint {newest(folder)} cannot be gone on from" in done.stderr
+    assert "move that folder away" in done.stderr and "from its beginning" in done.stderr
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def other_model(path: Path) -> None:
+    """The checkpoint of a wider model, under this one's name."""
+    state = json.loads((path.parent / "state.json").read_text())
+    state["shapes"]["model.norm.weight"] = [64]
+    (path.parent / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("damage, name, said", [
+    (Path.unlink, "model.safetensors", "model.safetensors is missing"),
+    (Path.unlink, "optimizer.safetensors", "optimizer.safetensors is missing"),
+    (Path.unlink, "random-0.safetensors", "random-0.safetensors is missing"),
+    (Path.unlink, "state.json", "state.json"),
+    (cut_off, "optimizer.safetensors", "optimizer.safetensors has "),
+    (cut_off, "state.json", "JSONDecodeError"),
+    (other_model, "model.safetensors", "it is of another model: model.norm.weight has shape (32,), and there it has"),
+])
+def test_what_is_no_longer_as_it_was_written_is_said(train_here, damage, name, said):
+    """Nothing is gone on from silently; there is a way on from the checkpoint before."""
+    changes = {**SETTINGS, "training": {**SETTINGS["training"], "steps": 4}}
+    folder = train_here("damaged", **changes).folder
+    damage(newest(folder.path) / name)
+    with pytest.raises(RunFailed) as caught:
+        train_here("damaged", **changes)
+    assert said in str(caught.value) and "cannot be gone on from" in str(caught.value)
+    assert "goes on from step-00000002, the checkpoint before it" in str(caught.value)
+    shutil.rmtree(newest(folder.path))
+    assert train_here("damaged", **changes).step == 4 and len(losses(folder.path)) == 4
 
 
 @pytest.mark.timeout(600)

@@ -14,7 +14,8 @@ from trainer.models import student_config
 SMALL = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 256,
          "tie_word_embeddings": False}
-SETTINGS = {"student": {"architecture": SMALL}, "data": {"sequence_length": 128},
+# Rows of one document each: others need a mask, or do not, as the data falls, which a plan takes for granted.
+SETTINGS = {"student": {"architecture": SMALL}, "data": {"sequence_length": 128, "packing": False},
             "training": {"steps": 3, "batch_size": 4, "micro_batch": 2, "evaluate_every": 100, "checkpoint_every": 100}}
 
 
@@ -33,15 +34,17 @@ def measured(found):
 
 @pytest.mark.timeout(600)
 def test_measured_bytes_are_those_foretold(write_experiment, tmp_path):
-    """Within 3%, and never more than foretold by more than a third of that; state is halved where weights are cut."""
-    runs = []
-    for name, how in ENGINES.items():
-        for optimizer in ("adamw", "lamb", "adafactor"):
-            file = write_experiment(f"{name}-{optimizer}", **SETTINGS)
-            runs.append({"name": f"{name}-{optimizer}", "file": str(file),
-                         "overrides": [*how, f"optimizer.name={optimizer}"]})
-    runs += [{"name": f"{name}-bf16", "file": str(write_experiment(f"{name}-bf16", **SETTINGS)),
-              "overrides": [*how, "precision.dtype=bf16"]} for name, how in ENGINES.items()]
+    """Within 3%, and never more than foretold by more than a third of that; state is halved where weights are cut.
+
+    All engines with each optimizer: `python -m benchmarks.sharding.engines`.
+    """
+    kinds = [(name, "adamw", "fp32") for name in ENGINES]
+    kinds += [("ddp", "lamb", "fp32"), ("fsdp2", "adafactor", "fp32"), ("zero2", "lamb", "fp32"),
+              ("zero3", "adafactor", "fp32"), ("fsdp2", "adamw", "bf16"), ("zero1", "lamb", "bf16"),
+              ("zero3", "adamw", "bf16"), ("zero2", "adamw8bit", "fp32")]
+    runs = [{"name": "-".join(kind), "file": str(write_experiment("-".join(kind), **SETTINGS)),
+             "overrides": [*ENGINES[kind[0]], f"optimizer.name={kind[1]}", f"precision.dtype={kind[2]}"]}
+            for kind in kinds]
     found = on_ranks(runs, tmp_path / "ranks")
     base = {}
     for run in runs:
@@ -52,17 +55,16 @@ def test_measured_bytes_are_those_foretold(write_experiment, tmp_path):
         assert foretold_peak == pytest.approx(peak, rel=0.03), name
         assert foretold_peak > 0.99 * peak, name
         base[name] = state
-    for optimizer in ("adamw", "lamb"):  # gradients are in DDP's buckets and ZeRO-3's buffer, and half of them in FSDP2
-        whole = base[f"ddp-{optimizer}"]
-        assert base[f"zero3-{optimizer}"] < 0.55 * whole
-        assert base[f"fsdp2-{optimizer}"] + 4_000_000 * 4 // 2 < 0.55 * whole
+    whole = base["ddp-adamw-fp32"]  # gradients are in DDP's buckets and ZeRO-3's buffer; FSDP2's come in the step
+    assert base["zero3-adamw-fp32"] < 0.55 * whole
+    assert base["fsdp2-adamw-fp32"] + 4_000_000 * 4 // 2 < 0.55 * whole
 
 
 @pytest.mark.timeout(600)
 def test_budgets_are_kept_by_schedules_that_change_nothing(write_experiment, tmp_path):
     """What blocks recompute is planned for what a rank holds, and the losses are those without a plan."""
     budgets = {"ddp": "95MiB", "fsdp2": "48MiB", "zero2": "70MiB", "zero3": "61MiB"}
-    longer = {**SETTINGS, "data": {"sequence_length": 256}}
+    longer = {**SETTINGS, "data": {"sequence_length": 256, "packing": False}}
     plain = [{"name": name, "file": str(write_experiment(name, **longer)), "overrides": ENGINES[name]}
              for name in budgets]
     planned = [{"name": f"{name}-planned", "file": str(write_experiment(f"{name}-planned", **longer)),

@@ -20,20 +20,25 @@ OPTIMIZERS = {"adamw": [], "lamb": ["optimizer.name=lamb", "optimizer.lr=5e-2"],
 LOSS, WEIGHTS = 1e-5, 1e-5  # relative; of the largest weight. Found: below 4e-7
 
 
-def on_ranks(runs: list[dict], folder: Path, timeout: int = 550) -> dict[str, dict]:
-    """Train experiments on two ranks, one after another, and return what came of each."""
+def on_ranks(runs: list[dict], folder: Path, timeout: int = 550, processes: int = 2, dies: bool = False
+             ) -> dict[str, dict]:
+    """Train experiments on ranks, one after another, and return what came of each; of those before one that `dies`."""
     folder.mkdir(exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs))
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
-               str(ROOT / "tests" / "program" / "ranks.py"), str(folder / "runs.json")]
+               str(ROOT / "benchmarks" / "sharding" / "ranks.py"), str(folder / "runs.json")]
+    if processes == 1:
+        command = [sys.executable, *command[-2:]]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true",
                    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return {run["name"]: {**json.loads((folder / f"{run['name']}.json").read_text()),
-                          "weights": load_file(folder / f"{run['name']}.safetensors")} for run in runs}
+    ended = [run["name"] for run in (runs[:-1] if dies else runs)]
+    assert (done.returncode != 0) == dies and all((folder / f"{name}.json").exists() for name in ended), (
+        done.stdout + done.stderr)[-6000:]
+    return {name: {**json.loads((folder / f"{name}.json").read_text()),
+                   "weights": load_file(folder / f"{name}.safetensors")} for name in ended}
 
 
 def relative(one, other) -> float:

@@ -1,0 +1,177 @@
+"""Trains several experiments one after another in the same processes, and writes what came of each.
+
+    accelerate launch ... benchmarks/sharding/ranks.py RUNS.json
+
+RUNS.json: [{"name": .., "file": experiment, "overrides": [..]}], and where it is wanted "until": step to end at,
+"fp16": true, which DeepSpeed has on no CPU by itself, "poison": [kind, step] on process 1, "kill": [step, processes],
+"peer": the optimizer of another library, by its full name, in place of ours. The first process writes NAME.json beside
+it: losses, gradient norms, loss scales, memory, and what each process decided, and the fp32 weights of ours as
+NAME.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from trainer import checkpoints  # noqa: E402
+from trainer.experiment.reading import read_experiment  # noqa: E402
+from trainer.metrics import read_lines  # noqa: E402
+
+PEERS_LR = 1e-2
+ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "")
+
+
+def fresh() -> None:
+    """As if no Accelerator had been made yet."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    for variable in [name for name in os.environ if name.startswith("ACCELERATE_USE_DEEPSPEED")]:
+        del os.environ[variable]
+    if ON_CPU:
+        os.environ["ACCELERATE_USE_CPU"] = ON_CPU
+
+
+def allow_fp16() -> None:
+    """DeepSpeed thinks that CPUs have no fp16; torch computes it, slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+
+
+def poison(trainer, kind: str, step: int) -> None:
+    """Make the losses of a step NaN, with their gradient, or infinite beside a finite gradient."""
+    plain = trainer._loss
+
+    def loss(batch):
+        found, terms = plain(batch)
+        if trainer.step + 1 != step:
+            return found, terms
+        return (found * float("nan"), terms) if kind == "nan" else (found + float("inf"), terms)
+
+    trainer._loss = loss
+
+
+def remembered(trainer) -> list[dict]:
+    """Filled, as training goes on, with what this process does: whether it takes a step, its loss scale, its rows."""
+    steps: list[dict] = []
+    rows: list[int] = []
+    update, plain = trainer._update, trainer._loss
+
+    def loss(batch):
+        rows.extend(batch["row"].tolist())
+        return plain(batch)
+
+    def remembering(loss_finite):
+        norm = update(loss_finite)
+        steps.append({"nonfinite": trainer.nonfinite, "skipped": trainer.precision.skipped,
+                      "scale": trainer.precision.loss_scale, "rows": list(rows)})
+        rows.clear()
+        return norm
+
+    trainer._update, trainer._loss = remembering, loss
+    return steps
+
+
+def kill(trainer, step: int) -> None:
+    """As kill -9 does, when a step's gradients are there and its weights are not."""
+    update = trainer._update
+
+    def killing(loss_finite):
+        if trainer.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(loss_finite)
+
+    trainer._update = killing
+
+
+def one(run: dict, folder: Path) -> None:
+    """Train one experiment, and write what came of it."""
+    from trainer.data.dataset import prepare_text
+    from trainer.engines import start
+    from trainer.folder import RunFolder
+    from trainer.models import quiet_libraries
+    from trainer.run import check_early, prepare
+
+    fresh()
+    quiet_libraries()
+    experiment = read_experiment(run["file"], run["overrides"]).experiment
+    accelerator = start(experiment)
+    check_early(experiment, accelerator.num_processes)
+    if run.get("fp16"):
+        allow_fp16()
+    with accelerator.main_process_first():
+        text = prepare_text(experiment)
+    trainer = prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, text)
+    if run.get("until"):
+        trainer.steps = run["until"]
+    if run.get("poison") and accelerator.process_index == 1:
+        poison(trainer, *run["poison"])
+    steps = remembered(trainer)
+    if run.get("kill") and accelerator.process_index in run["kill"][1]:
+        kill(trainer, run["kill"][0])
+    trainer.train()
+    every = gather_object([steps])
+    dtypes = {str(tensor.dtype) for tensor, _ in trainer.engine.tensors()}
+    if accelerator.is_main_process:
+        lines = read_lines(trainer.folder.metrics)
+        steps = [line for line in lines if "loss" in line]
+        found = {name: [line[name] for line in steps] for name in ("step", "loss", "gradient_norm", "loss_scale",
+                                                                  "skipped")}
+        found["decisions"] = [[{name: step[name] for name in ("nonfinite", "skipped", "scale")} for step in own]
+                              for own in every]
+        found["rows"] = [sorted(sum((step["rows"] for step in own), [])) for own in zip(*every, strict=True)]
+        found["dtypes"] = sorted(dtypes)
+        found["memory"] = [line["memory"] for line in lines if "memory" in line][-1:]
+        found["held_out"] = [line["held_out"]["bits_per_byte"] for line in lines if "held_out" in line]
+        found["kinds"] = sorted({type(module).__name__ for module in (trainer.student, trainer.engine)})
+        newest = checkpoints.latest(trainer.folder.checkpoints)
+        if newest is not None:
+            saved = checkpoints.Saved(newest, json.loads((newest / "state.json").read_text())["shapes"])
+            save_file({name: saved.read("model", name, checkpoints.Piece(name, shape, 0, torch.Size(shape).numel()))
+                       for name, shape in saved.shapes.items()}, folder / f"{run['name']}.safetensors")
+        (folder / f"{run['name']}.json").write_text(json.dumps(found))
+    trainer.release()
+    accelerator.wait_for_everyone()
+
+
+def with_peer(run: dict, folder: Path) -> None:
+    """Train with the optimizer of another library; what it does not survive is written down instead."""
+    from trainer.experiment.nodes import Optimizer
+    from trainer.loop import Trainer
+
+    module, _, name = run["peer"].rpartition(".")
+    own, save, theirs = Optimizer.build, Trainer.save, getattr(import_module(module), name)
+    Optimizer.build = lambda self, model: theirs(model.parameters(), lr=PEERS_LR)
+    Trainer.save = lambda self: None  # checkpoints know ours
+    try:
+        one(run, folder)
+    except Exception as error:  # on every rank alike
+        said = str(error).splitlines()[0].partition(". ")[0][:120]
+        (folder / f"{run['name']}.json").write_text(json.dumps({"error": said}))
+    finally:
+        Optimizer.build, Trainer.save = own, save
+
+
+def main() -> None:
+    """Run all of them."""
+    file = Path(sys.argv[1])
+    for run in json.loads(file.read_text()):
+        (with_peer if run.get("peer") else one)(run, file.parent)
+
+
+if __name__ == "__main__":
+    main()
