@@ -129,13 +129,15 @@ def test_without_bitsandbytes(write_experiment, without):
         refused(done, "optimizer.name = 'adamw8bit'", "bitsandbytes", "pip install 'limbeck[adamw8bit]'")
 
 
-def by_hand(arguments: list[list[str]], **environment: str) -> list[subprocess.CompletedProcess]:
+def by_hand(arguments: list[list[str]]) -> list[subprocess.CompletedProcess]:
     """Processes of one group, each with its own arguments, as if started on machines of their own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    # With another ninja in PATH than other tests have, DeepSpeed would build its operations again, for a minute.
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
     common = {**os.environ, "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(len(arguments)), "MASTER_PORT": port,
-              "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **environment}
+              "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "PATH": path}
     started = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *own], env={**common, "RANK": str(rank)},
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                for rank, own in enumerate(arguments)]

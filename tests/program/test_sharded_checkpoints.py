@@ -97,9 +97,10 @@ def test_interrupted_runs_end_where_undisturbed_ones_do_to_the_last_bit(write_ex
                 "overrides": [*ENGINES[engine], f"student.architecture={json.dumps(DROPPING)}", *half],
                 "fp16": bool(half), **how}
 
-    first = [run(engine, "whole") for engine in ("ddp", "fsdp2", "zero2", "zero3")]
-    first += [run(engine, "parts", part, until=until) for engine in ("ddp", "zero3")
-              for part, until in (("-a", 2), ("-b", 6))]
+    first = []  # DeepSpeed changes torch's linear layers for the rest of a process: what is without it comes first
+    for engine in ("ddp", "zero3"):
+        first += [run(engine, "whole"), run(engine, "parts", "-a", until=2), run(engine, "parts", "-b", until=6)]
+    first[3:3] = [run(engine, "whole") for engine in ("fsdp2", "zero2")]
     on_ranks([*first, run("fsdp2", "killed", kill=[5, [0, 1]])], tmp_path / "first", dies=True)
     assert newest(tmp_path / "fsdp2-killed").name == "step-00000004"
     on_ranks([run("fsdp2", "killed", "-again"), run("zero2", "killed", kill=[5, [1]])], tmp_path / "second", dies=True)
