@@ -12,7 +12,7 @@ set -euo pipefail
 root=${LIMBECK_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
 gpus=${SLURM_GPUS_ON_NODE:-8}
 nodes=${SLURM_JOB_NUM_NODES:-2}
-address=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+address=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}  # head would end scontrol early
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 # One launcher on each node; each asks Slurm for its own number when it is there, hence the quotes.
 # shellcheck disable=SC2016
