@@ -73,6 +73,8 @@ class Residency:
     Attributes:
         parts: before the step, by name: weights, fp32 weights, gradients, optimizer state, teacher, buckets.
         turns: of the model's parts that are gathered or summed by themselves.
+        blocks: names of what is gathered as a whole, and may be captured inside, where weights are gathered when they
+            are used; None where they are always there.
         forward: gathered for all of forward and backward.
         backward: buffers that are there from the first gradient to the end of backward.
         at_once: whether a whole gradient goes as soon as it is made, into a bucket.
@@ -88,6 +90,7 @@ class Residency:
 
     parts: Mapping[str, int] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
+    blocks: tuple[str, ...] | None = None
     forward: int = 0
     backward: int = 0
     at_once: bool = False
@@ -99,13 +102,3 @@ class Residency:
     end: int = 0
     update: int = 0
     gradients: int = 0
-
-    @property
-    def gathers(self) -> bool:
-        """Whether parts of the model are gathered when they are called: only then may they run."""
-        return any(turn.forward for turn in self.turns)
-
-    @property
-    def state(self) -> int:
-        """Bytes that are there before a step begins."""
-        return sum(self.parts.values())

@@ -120,7 +120,8 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
            in_backward: Hooks | None) -> Planner:
     kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     pretended = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
-    modules = find_regions(model) if regions else {}
+    blocks = None if residency is None else residency.blocks
+    modules = _regions(model, blocks) if regions else {}
     named = device not in (None, "cpu")  # a GPU, which need not be there
     elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and named else nullcontext
     around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
@@ -142,7 +143,20 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
             accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward), mode)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
     prices = Prices(known, measure=not pretended)
-    return Planner(calls, frame, prices, lambda call: fallback[id(call)], residency is not None and residency.gathers)
+    return Planner(calls, frame, prices, lambda call: fallback[id(call)], blocks is not None)
+
+
+def _regions(model: nn.Module, blocks: Sequence[str] | None) -> dict[str, nn.Module]:
+    """What is planned inside, by name: where weights come and go, the `blocks` that have all of theirs while they run.
+
+    Inside of anything larger they are gathered by hooks, of which a captured graph knows nothing.
+    """
+    if blocks is None:
+        return find_regions(model)
+    if not blocks:
+        warnings.warn(f"{type(model).__name__} is not planned inside and runs as it is: its weights are gathered when "
+                      "they are used, and it has no repeated blocks that are gathered as a whole", stacklevel=4)
+    return {name: model.get_submodule(name) for name in blocks}
 
 
 def _buckets(model: nn.Module) -> dict[str, int]:

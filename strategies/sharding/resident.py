@@ -184,7 +184,7 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         parts = {"buffers": parts["buffers"]}
         turns = [replace(turn, kept=0) for turn in turns]
         own, stay, update = 0, False, 0
-    return Residency(parts, tuple(turns), forward=size * root, update=0 if setup.in_backward else update,
+    return Residency(parts, tuple(turns), units.blocks, forward=size * root, update=0 if setup.in_backward else update,
                      gradients=FP32 * (max([root, *counts]) // setup.ranks if setup.in_backward else own) if own else 0,
                      rest=FP32 * root // setup.ranks if stay else 0,
                      end=sums * root + (sums * counts[0] if counts else 0))
@@ -288,7 +288,7 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
                           drops=not (tied and names[0] in units.ends)))
     if not setup.offload_optimizer:
         update += FP32 * max(parts_of, default=0)
-    return Residency(parts, tuple(turns), gradients=parts.get("gradients", 0),
+    return Residency(parts, tuple(turns), units.blocks, gradients=parts.get("gradients", 0),
                      update=0 if setup.offload_optimizer else update)
 
 

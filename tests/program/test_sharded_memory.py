@@ -3,7 +3,12 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 
+from strategies.memory.residency import Residency
+from strategies.rematerialization.plan import BudgetError
+from strategies.rematerialization.rematerialize import study
 from tests.conftest import train_py
 from tests.program.test_sharding import ENGINES, on_ranks, relative, weights_apart
 from trainer.budget import choose, study_experiment
@@ -81,6 +86,44 @@ def test_budgets_are_kept_by_schedules_that_change_nothing(write_experiment, tmp
         if name in ("fsdp2", "zero3"):
             assert not any(block["segment"] for block in plan["blocks"]), "a block's weights are there in its own turn"
             assert plan["parts"]["gathered weights"] or plan["moment"] == "loss"
+
+
+@pytest.mark.timeout(600)
+def test_blocks_are_planned_however_small_a_part_of_the_model(write_experiment, tmp_path):
+    """A model that would be planned as a whole, were it whole: inside of it weights come and go, in no graph of it."""
+    heady = {**SMALL, "hidden_size": 64, "intermediate_size": 64}  # most of it is the head
+    longer = {**SETTINGS, "data": {"sequence_length": 256, "packing": False}}
+    runs = []
+    for engine, layers, share in (("zero3", 3, 0.9), ("fsdp2", 1, 0.98)):
+        changes = {**longer, "student": {"architecture": {**heady, "num_hidden_layers": layers}}}
+        plain = {"name": f"{engine}-{layers}", "file": str(write_experiment(f"{engine}-{layers}", **changes)),
+                 "overrides": ENGINES[engine]}
+        budget = int(share * foretold(plain)[0])
+        runs += [plain, {**plain, "name": f"{engine}-{layers}-planned", "overrides": [
+            *ENGINES[engine], f"memory.budget={budget}", f"run.folder={tmp_path / plain['name']}-planned"]}]
+    found = on_ranks(runs, tmp_path / "ranks")
+    for plain, planned in zip(runs[::2], runs[1::2], strict=True):
+        free, kept = found[plain["name"]], found[planned["name"]]
+        plan = json.loads((tmp_path / planned["name"] / "plan.json").read_text())["memory"]
+        assert measured(free)[0] > plan["budget"] >= measured(kept)[0], planned["name"]
+        assert plan["peak"] == pytest.approx(measured(kept)[0], rel=0.03), planned["name"]
+        assert relative(free["loss"], kept["loss"]) < 1e-6, planned["name"]
+        assert weights_apart(free["weights"], kept["weights"]) < 1e-5, planned["name"]
+        assert any(block["seconds"] for block in plan["blocks"]), "something is recomputed"
+        assert {block["name"].rpartition(".")[0] for block in plan["blocks"]} == {"model.layers"}, planned["name"]
+
+
+def test_a_model_that_is_gathered_in_other_parts_than_blocks_is_not_planned_inside():
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
+    settings = {"loss": lambda model, batch: model(batch).sum(), "residency": Residency({"weights": 1000}, blocks=())}
+    with pytest.warns(UserWarning, match="Sequential is not planned inside and runs as it is: .* no repeated blocks"):
+        planner = study(model, torch.zeros(64, 16), **settings)
+    peak = planner.keep_all().peak
+    assert planner.calls == [] and peak > 1000 + 64 * 32 * 4
+    assert planner.plan(peak).peak == peak
+    with pytest.raises(BudgetError) as caught:
+        planner.plan(peak - 1)
+    assert caught.value.least == peak and planner.plan(caught.value.least).peak == peak
 
 
 def test_a_budget_that_sharding_cannot_meet(write_experiment):
