@@ -76,8 +76,8 @@ def test_readmes_own_loop_example_runs():
     before = ("import torch\nmodel = torch.nn.Sequential(torch.nn.Linear(32, 8))\n"
               "student_logits, teacher_logits = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8)\n"
               "targets = torch.randint(0, 8, (2, 3))\n")
-    done = subprocess.run([sys.executable, "-c", before + snippet + "loss.backward()\nassert terms['kl'] > 0\n"],
-                          cwd=ROOT, capture_output=True, text=True)
+    after = "loss.backward()\nassert terms['forward_kl'] > 0\n"
+    done = subprocess.run([sys.executable, "-c", before + snippet + after], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

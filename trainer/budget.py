@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from strategies.distillation.step import Distillation
 from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.plan import Plan as Schedule
 from strategies.rematerialization.planner import Planner
@@ -18,11 +19,13 @@ from trainer.data.batches import Batch
 from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
 from trainer.metrics import readable
-from trainer.models import DTYPES, quantize
+from trainer.models import quantize
 from trainer.precision import DTYPES as COMPUTE
-from trainer.shares import gradients_stay, in_backward, is_sharded, residency_for
+from trainer.shares import gradients_stay, in_backward, is_sharded
+from trainer.targets import example_targets, held_of, live, resident_teacher
 
 POINTS = 600  # of a curve that is kept for the picture
+LEAST_TILE = 2**20  # bytes of logits at a time in the loss, where bytes are short
 
 
 class BudgetUnmet(UserError):
@@ -45,6 +48,7 @@ class MemoryPlan:
         unplanned: blocks that run as they are because they could not be captured, and why.
         curve: planned bytes over one micro-batch's step, as (position, bytes).
         marks: (phase, position) where phases begin.
+        tile: bytes of logits at a time in the loss; None for the device's usual.
     """
 
     budget: int | None
@@ -58,6 +62,7 @@ class MemoryPlan:
     unplanned: list[str]
     curve: list[tuple[int, int]]
     marks: list[tuple[str, int]]
+    tile: int | None = None
 
 
 def example_batch(rows: int, length: int, packed: bool, device: torch.device | str = "cpu") -> Batch:
@@ -76,8 +81,8 @@ def plan_memory(experiment: Experiment, teacher: PretrainedConfig | None, studen
     Raises:
         BudgetUnmet: no plan fits the budget.
     """
-    def again(changed: Experiment, regions: bool) -> Planner:
-        return study_experiment(changed, teacher, student, processes, regions)
+    def again(changed: Experiment, regions: bool, tile: int | None) -> Planner:
+        return study_experiment(changed, teacher, student, processes, regions, tile)
 
     try:
         return describe(*choose(experiment, again))
@@ -85,35 +90,52 @@ def plan_memory(experiment: Experiment, teacher: PretrainedConfig | None, studen
         return None
 
 
-def choose(experiment: Experiment, again: Callable[[Experiment, bool], Planner],
-           first: Callable[[bool], Planner] | None = None) -> tuple[Planner, Schedule]:
-    """What was learnt of the experiment's step, and its schedule; where the model fits as it is, nothing is planned.
+Again = Callable[[Experiment, bool, int | None], Planner]
+
+
+def choose(experiment: Experiment, again: Again, first: Callable[[bool, int | None], Planner] | None = None
+           ) -> tuple[Planner, Schedule, int | None]:
+    """What was learnt of the experiment's step, its schedule, and the loss's tile.
+
+    Where the model fits as it is, nothing is planned, with as large a tile as fits. Else the tile is the usual or the
+    least one, whichever has less recomputed.
 
     Args:
-        again: studies an experiment, with or without a schedule for its blocks in view.
+        again: studies an experiment, with or without a schedule for its blocks in view, at a tile of so many bytes.
         first: the same for this experiment, if it can be done better.
 
     Raises:
         BudgetUnmet: no plan fits.
     """
-    first = first or (lambda regions: again(experiment, regions))
-    budget, planner = experiment.memory.bytes, first(False)
+    first = first or (lambda regions, tile: again(experiment, regions, tile))
+    budget, planner, tile = experiment.memory.bytes, first(False, None), None
+    if budget is not None and not planner.fits_as_it_is(budget):
+        planner, tile = first(False, LEAST_TILE), LEAST_TILE
+        spare = budget - planner.keep_all().peak
+        if spare > 0:  # a tile is three times there at most, with what is made of it
+            tile = LEAST_TILE + spare // 4
+            planner = first(False, tile)
     if budget is None or planner.fits_as_it_is(budget):
         schedule = planner.keep_all()
         schedule.budget = budget
-        return planner, schedule
-    planner = first(True)
-    try:
-        return planner, planner.plan(budget)
-    except BudgetError as error:
-        raise refuse(experiment, error, planner.least, again) from error
+        return planner, schedule, tile
+    found: list[tuple[Planner, Schedule, int | None]] = []
+    for tile in (None, LEAST_TILE):
+        planner = first(True, tile)
+        try:
+            found.append((planner, planner.plan(budget), tile))
+        except BudgetError as error:
+            failed = error
+    if not found:
+        raise refuse(experiment, failed, planner.least, again) from failed
+    return min(found, key=lambda one: one[1].overhead)
 
 
 def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                     processes: int, regions: bool) -> Planner:
+                     processes: int, regions: bool, tile: int | None = None) -> Planner:
     """Learn what a step needs from shapes alone: models, batch and optimizer are made without data.
 
-    Without `regions` the model is to run as it is.
+    Without `regions` the model is to run as it is. `tile` is of the loss.
 
     Raises:
         UserError: a layer cannot be quantised.
@@ -124,28 +146,27 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
     objective = experiment.objective.build(teacher is not None)
     place = "cuda" if torch.cuda.is_available() else "cpu"
     if is_sharded(experiment, processes):
-        return _study_shared(experiment, teacher, student, processes, regions, place)
+        return _study_shared(experiment, teacher, student, processes, regions, place, tile)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
         small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
         if experiment.student.quantization is not None:
             quantize(experiment, small)
-        large = None
-        if teacher is not None and objective.needs_teacher:
-            large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype])
-            large.eval().requires_grad_(False)
+        large = resident_teacher(experiment, teacher)
         optimizer = experiment.optimizer.build(small)
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
     precision = experiment.precision.build(place)
     return study(small.train(), batch, optimizer=optimizer, in_backward=in_backward(experiment),
                  accumulate=gradients_stay(experiment, processes),
-                 loss=lambda model, batch: loss_of_batch(objective, precision, model, large, batch)[0],
+                 loss=lambda model, batch: loss_of_batch(
+                     Distillation(objective, model, live(large), tile=tile), precision, model, batch,
+                     taught=example_targets(experiment, teacher, batch, large))[0],
                  others=[large] if large is not None else [], device=experiment.memory.device,
                  reserved=reserved(experiment, processes, place), regions=regions)
 
 
 def _study_shared(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                  processes: int, regions: bool, place: str) -> Planner:
+                  processes: int, regions: bool, place: str, tile: int | None) -> Planner:
     """The same for a student whose weights are gathered when they are used, in the dtype that they are computed in."""
     from trainer.loop import loss_of_batch
 
@@ -155,11 +176,8 @@ def _study_shared(experiment: Experiment, teacher: PretrainedConfig | None, stud
         small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
         if experiment.student.quantization is not None:
             quantize(experiment, small)
-        large = None
-        if teacher is not None and objective.needs_teacher:
-            large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype])
-            large.eval().requires_grad_(False)
-        held = residency_for(experiment, small, large, processes, on_gpu)
+        large = resident_teacher(experiment, teacher)
+        held = held_of(experiment, small, large, processes, on_gpu)
         for model in (small, large):
             for parameter in () if model is None else model.parameters():
                 parameter.data = parameter.data.to(compute)
@@ -167,7 +185,9 @@ def _study_shared(experiment: Experiment, teacher: PretrainedConfig | None, stud
                               experiment.data.packing, place)
     precision = experiment.precision.build(place)
     return study(small.train(), batch, others=[large] if large is not None else [], device=experiment.memory.device,
-                 loss=lambda model, batch: loss_of_batch(objective, precision, model, large, batch, True)[0],
+                 loss=lambda model, batch: loss_of_batch(
+                     Distillation(objective, model, live(large), tile=tile), precision, model, batch, True,
+                     example_targets(experiment, teacher, batch, large))[0],
                  reserved=reserved(experiment, processes, place), regions=regions, residency=held)
 
 
@@ -182,7 +202,7 @@ def reserved(experiment: Experiment, processes: int, device: str) -> dict[str, i
     return {"batch": more * bytes_} if more > 0 and device == "cpu" else {}
 
 
-def describe(planner: Planner, chosen: Schedule) -> MemoryPlan:
+def describe(planner: Planner, chosen: Schedule, tile: int | None) -> MemoryPlan:
     """A schedule as plain data."""
     moment, parts = named_parts(chosen)
     curve, marks = chosen.curve()
@@ -191,7 +211,7 @@ def describe(planner: Planner, chosen: Schedule) -> MemoryPlan:
         budget=chosen.budget, peak=chosen.peak, keep_all=planner.keep_all().peak, moment=moment, parts=parts,
         recomputed=chosen.overhead, gap=chosen.gap, blocks=chosen.blocks(), unplanned=chosen.fallbacks,
         curve=[(begin, max(count for _, count in curve[begin:begin + step])) for begin in range(0, len(curve), step)],
-        marks=list(marks))
+        marks=list(marks), tile=tile)
 
 
 def named_parts(chosen: Schedule) -> tuple[str, dict[str, int]]:
@@ -201,7 +221,7 @@ def named_parts(chosen: Schedule) -> tuple[str, dict[str, int]]:
 
 
 def refuse(experiment: Experiment, error: BudgetError, least: Schedule,
-           again: Callable[[Experiment, bool], Planner]) -> BudgetUnmet:
+           again: Again) -> BudgetUnmet:
     """The message for a budget that cannot be met: what is possible, where it goes, and changes that would fit.
 
     Args:
@@ -224,7 +244,7 @@ def refuse(experiment: Experiment, error: BudgetError, least: Schedule,
                        way_out="; or ".join(ways))
 
 
-def _fitting(experiment: Experiment, budget: int, again: Callable[[Experiment, bool], Planner]) -> Iterator[str]:
+def _fitting(experiment: Experiment, budget: int, again: Again) -> Iterator[str]:
     """Changes that fit, cheapest first: what is learnt stays the same, or nearly, or sequences are shorter."""
     found: set[str] = set()
     for text, changed in _changes(experiment):
@@ -232,7 +252,7 @@ def _fitting(experiment: Experiment, budget: int, again: Callable[[Experiment, b
         if key in found:
             continue  # the largest micro-batch that fits is the best one
         try:
-            planner = again(changed, True)
+            planner = again(changed, True, LEAST_TILE)
             if planner.least_bound > budget:
                 continue
             plan = planner.plan(budget)

@@ -13,8 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import PretrainedConfig
 
-from strategies.distillation.response import IGNORED, ResponseObjective, cross_entropy_sum
+from strategies.distillation.response import IGNORED, ResponseObjective
+from strategies.distillation.step import Distillation
+from strategies.distillation.targets import Targets
 from strategies.memory.meter import Measured, mark, measure
 from strategies.memory.picture import curve
 from strategies.rematerialization.framed import CannotPlan
@@ -30,16 +33,17 @@ from trainer.budget import (
     reserved,
     study_experiment,
 )
-from trainer.data.batches import Batch, training_batches
+from trainer.data.batches import Batch, model_inputs, training_batches
 from trainer.data.dataset import Text
 from trainer.engines import engine_for, place_teacher
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import Metrics, Ticker, memory_peak, readable
-from trainer.models import whole_student
+from trainer.models import shape_of, whole_student
 from trainer.precision import MixedPrecision
 from trainer.shares import gradients_stay, in_backward, is_sharded
+from trainer.targets import CachedTargets, example_targets
 
 MEASURED = 3  # the step of a process, counted from 1, whose memory is measured: state exists, DDP has its buckets
 
@@ -54,14 +58,19 @@ class Trainer:
     """
 
     def __init__(self, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: Text,
-                 student: nn.Module, teacher: nn.Module | None, steps: int):
+                 student: nn.Module, teacher: nn.Module | CachedTargets | None, steps: int,
+                 teacher_config: PretrainedConfig | None = None):
         self.experiment, self.folder, self.accelerator, self.text = experiment, folder, accelerator, text
-        self.objective = experiment.objective.build(teacher is not None)
-        asked = teacher is not None and self.objective.needs_teacher
-        self.teacher = place_teacher(experiment, accelerator, teacher) if asked else None
+        self.teacher_config = teacher_config
+        objective = experiment.objective.build(teacher is not None)
+        self.cached = teacher if isinstance(teacher, CachedTargets) else None
+        live = teacher if objective.needs_teacher and self.cached is None else None
+        shapes = shape_of(student), None if live is None else shape_of(live)
+        self.teacher = None if live is None else place_teacher(experiment, accelerator, live)
         self.precision = experiment.precision.build(accelerator.device.type)
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, steps)
         self.engine = engine_for(experiment, accelerator, student)
+        self.distillation = Distillation(objective, self.unwrapped, self.teacher, shapes=shapes)
         self.steps, self.step, self.nonfinite = steps, 0, 0
         batch, processes = experiment.training.batch_size, accelerator.num_processes
         self.accumulation = batch // (experiment.training.micro_batch * processes)
@@ -79,6 +88,11 @@ class Trainer:
     def unwrapped(self) -> nn.Module:
         """The student itself, without wrappers: for saving and evaluation afterwards, never for training."""
         return self.engine.student
+
+    @property
+    def asked(self) -> nn.Module | None:
+        """What is there of the teacher: all of it, its head alone, or nothing."""
+        return self.teacher if self.cached is None else self.cached.head
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -160,7 +174,8 @@ class Trainer:
         return record
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return loss_of_batch(self.objective, self.precision, self.student, self.teacher, batch, self.engine.casts)
+        taught = None if self.cached is None else self.cached(batch)
+        return loss_of_batch(self.distillation, self.precision, self.student, batch, self.engine.casts, taught)
 
     def _update(self, loss_finite: bool) -> float:
         """Clip, step the weights if everything is finite, and return the gradient's norm before clipping."""
@@ -181,6 +196,7 @@ class Trainer:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         wide = torch.float32 if self.accelerator.device.type == "mps" else torch.float64  # which Apple's GPUs lack
         sums = torch.zeros(2, dtype=wide, device=self.accelerator.device)
+        text = Distillation(ResponseObjective(divergences=()), self.unwrapped, shapes=self.distillation.shapes)
         self.student.eval()
         for begin in range(0, len(rows["input_ids"]), size * processes):
             part = slice(begin + rank * size, begin + (rank + 1) * size)
@@ -189,8 +205,7 @@ class Trainer:
                 batch = self._to_device({name: tensor[:1] for name, tensor in rows.items()})
                 batch["targets"] = torch.full_like(batch["targets"], IGNORED)
             with self.precision.autocast(self.engine.casts):
-                logits = self.student(**model_inputs(batch)).logits
-            sums[0] += cross_entropy_sum(logits, batch["targets"]).to(wide)
+                sums[0] += text(self.student, model_inputs(batch), batch["targets"])[0].to(wide)
             sums[1] += (batch["targets"] != IGNORED).sum()
         self.student.train()
         nats, tokens = (float(value) for value in self._total(sums))
@@ -222,7 +237,7 @@ class Trainer:
     def release(self) -> None:
         """Give models and optimizer back, so that the next training of this process finds the memory free."""
         self.engine.release()
-        self.engine = self.teacher = None
+        self.engine = self.teacher = self.cached = self.distillation = None
         self.accelerator.free_memory()
 
     # ---- memory
@@ -235,39 +250,42 @@ class Trainer:
         experiment, training, data = self.experiment, self.experiment.training, self.experiment.data
         processes, student = self.accelerator.num_processes, self.unwrapped
         batch = example_batch(training.micro_batch, data.sequence_length, data.packing, self.accelerator.device)
-        shapes = None if self.teacher is None else self.teacher.config, student.config
+        shapes = self.teacher_config, student.config
 
-        def again(changed: Experiment, regions: bool) -> Planner:
-            return study_experiment(changed, *shapes, processes, regions)
+        def again(changed: Experiment, regions: bool, tile: int | None) -> Planner:
+            return study_experiment(changed, *shapes, processes, regions, tile)
 
         try:
-            planner, chosen = choose(experiment, again, None if is_sharded(experiment, processes) else
-                                     lambda regions: self._study(student, batch, processes, regions))
+            planner, chosen, tile = choose(experiment, again, None if is_sharded(experiment, processes) else
+                                           lambda regions, tile: self._study(student, batch, processes, regions, tile))
         except CannotPlan as error:
             if experiment.memory.bytes is None:
                 return None
             raise UserError("memory.budget", f"cannot be promised for this architecture: {error}",
                             value=experiment.memory.budget, way_out="leave memory.budget out") from error
         planner.install(chosen, inductor=experiment.memory.compile, model=student)
-        memory = describe(planner, chosen)
+        self.distillation.tile = tile
+        memory = describe(planner, chosen, tile)
         if self.accelerator.is_main_process and self.folder.plan.exists():
             plan = json.loads(self.folder.plan.read_text())
             write_atomically(self.folder.plan, json.dumps({**plan, "memory": asdict(memory)}, indent=2))
         return memory
 
-    def _study(self, student: nn.Module, batch: Batch, processes: int, regions: bool) -> Planner:
-        experiment = self.experiment
+    def _study(self, student: nn.Module, batch: Batch, processes: int, regions: bool, tile: int | None) -> Planner:
+        experiment, self.distillation.tile = self.experiment, tile
         return study(
             student, batch, optimizer=self.optimizer, in_backward=in_backward(experiment),
             accumulate=gradients_stay(experiment, processes),
-            loss=lambda model, batch: loss_of_batch(self.objective, self.precision, model, self.teacher, batch)[0],
-            others=[] if self.teacher is None else [self.teacher],
+            loss=lambda model, batch: loss_of_batch(
+                self.distillation, self.precision, model, batch,
+                taught=example_targets(experiment, self.teacher_config, batch, self.asked))[0],
+            others=[] if self.asked is None else [self.asked],
             reserved=reserved(experiment, processes, self.accelerator.device.type), regions=regions)
 
     def _measured_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], Measured]:
         """A training step whose memory is measured."""
         records: list[dict[str, Any]] = []
-        resident = [*self.engine.resident(), *([] if self.teacher is None else [self.teacher])]
+        resident = [*self.engine.resident(), *([] if self.asked is None else [self.asked])]
         found = measure(lambda: records.append(self.train_step(batches)), self.accelerator.device, resident)
         return records[0], found
 
@@ -367,22 +385,12 @@ class Trainer:
             self.accelerator.log(values, self.step)
 
 
-def loss_of_batch(objective: ResponseObjective, precision: MixedPrecision, student: nn.Module,
-                  teacher: nn.Module | None, batch: Batch, engine_casts: bool = False
+def loss_of_batch(distillation: Distillation, precision: MixedPrecision, student: nn.Module, batch: Batch,
+                  engine_casts: bool = False, taught: Targets | None = None
                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted loss and its terms for a micro-batch, summed over target tokens; the plan of memory runs this too."""
-    inputs = model_inputs(batch)
     with precision.autocast(engine_casts):
-        taught = None
-        if teacher is not None:
-            with torch.no_grad():
-                taught = teacher(**inputs).logits
-        return objective(student(**inputs).logits, taught, batch["targets"])
-
-
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What a model is given of a batch: positions restart with every packed document and keep them apart."""
-    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        return distillation(student, model_inputs(batch), batch["targets"], taught)
 
 
 def _plain(value: Any) -> Any:

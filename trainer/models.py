@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from strategies.distillation.fused import LogitShape, logit_shape
 from strategies.quantization.qat import prepare
 from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Model
@@ -265,6 +266,15 @@ def documents_stay_apart(model: nn.Module) -> bool:
         model.train(mode)
     largest = float(alone.abs().max())
     return bool((packed - other).abs().max() <= 1e-6 * largest and (packed - alone).abs().max() <= 2e-2 * largest)
+
+
+def shape_of(model: nn.Module) -> LogitShape | None:
+    """What a model does to its logits; None where it is not known, and the logits themselves have to be made."""
+    try:
+        return logit_shape(model)
+    except ValueError as error:
+        logging.getLogger(__name__).warning("%s; its logits are made, which takes more memory", error)
+        return None
 
 
 def quiet_libraries() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from strategies.distillation.tiles import TILE
 from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_activation_bytes
 from strategies.quantization.qat import quantized_layers
 from trainer.budget import MemoryPlan
@@ -22,7 +23,7 @@ from trainer.experiment.tree import Experiment
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, count_parameters, quantize
 from trainer.precision import DTYPES as COMPUTE
-from trainer.shares import residency_for
+from trainer.targets import held_of, resident_teacher
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 NOMINAL_STEPS = 1000  # to draw a learning-rate curve before the length of the data is known
@@ -89,10 +90,12 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype]) if teacher else None
         if experiment.student.quantization:
             quantize(experiment, small)
-        asked = large is not None and experiment.objective.build(True).needs_teacher
-        held = residency_for(experiment, small, large if asked else None, processes, on_gpu=device != "cpu")
+        asked = resident_teacher(experiment, teacher)
+        held = held_of(experiment, small, asked, processes, on_gpu=device != "cpu")
     ledger = Ledger.of(held, _activations(experiment, student, compute),
-                       loss_bytes(training.micro_batch, sequence, student.vocab_size, compute.itemsize, asked))
+                       loss_bytes(training.micro_batch * sequence, student.hidden_size,
+                                  student.vocab_size + (0 if asked is None else teacher.vocab_size), student.vocab_size,
+                                  TILE["cpu" if device == "cpu" else "cuda"]))
     return Plan(
         processes=processes, device=device, batch_size=training.batch_size, micro_batch=training.micro_batch,
         accumulation=training.batch_size // (training.micro_batch * processes),

@@ -17,6 +17,7 @@ from strategies.export.receipt import ask_client, comparison_shape, make_receipt
 from strategies.export.transformers_folder import weight_files, write_folder
 from strategies.quantization.baking import bake
 from trainer.budget import plan_memory
+from trainer.data.batches import model_inputs
 from trainer.data.dataset import Text, prepare_text
 from trainer.data.sources import check_path
 from trainer.engines import check_engine, start
@@ -24,7 +25,7 @@ from trainer.errors import RunFailed, UserError
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, fingerprint, flatten, learnt_from, write_atomically
-from trainer.loop import Trainer, model_inputs
+from trainer.loop import Trainer
 from trainer.metrics import console, read_lines, readable
 from trainer.models import (
     DTYPES,
@@ -39,6 +40,7 @@ from trainer.models import (
 )
 from trainer.plan import check_batch, count_steps, make_plan, plan_json, show_plan
 from trainer.report import write_report
+from trainer.targets import cached_targets
 
 
 def dry_run(source: Source, as_json: bool) -> None:
@@ -170,10 +172,12 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
                                 way_out="set `data.packing: false`")
     if experiment.run.trackers:
         _start_trackers(accelerator, asked)
+    if asks and experiment.teacher.targets.source != "live":
+        teacher = cached_targets(experiment, accelerator, text, teacher)
     if accelerator.is_main_process:
         folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
     accelerator.wait_for_everyone()
-    return Trainer(experiment, folder, accelerator, text, student, teacher, steps)
+    return Trainer(experiment, folder, accelerator, text, student, teacher, steps, teacher_shape)
 
 
 def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, exported: torch.Tensor, text: Text,

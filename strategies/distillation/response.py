@@ -1,23 +1,143 @@
-"""Response distillation: cross-entropy with the text and KL to the teacher, as sums over target tokens.
+"""Response distillation: cross-entropy with the text and divergences from the teacher, as sums over target tokens.
 
 Sums, not means: the caller divides by the true number of tokens over micro-batches and processes, which no single
-micro-batch knows.
+micro-batch knows. Given hidden states and output heads, no logits of more than a tile of positions ever exist; see
+`strategies.distillation.tiles`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn import functional
 
-CHUNK = 16 * 2**20  # bytes of fp32 logits worked on at a time, small enough to stay near a processor's caches
-IGNORED = -100  # target of a position that is not learnt: prompt, padding, last token of a document
+from strategies.distillation.blocks import Terms
+from strategies.distillation.divergences import Divergence
+from strategies.distillation.heads import Head
+from strategies.distillation.targets import Common, LogitTargets, SampledTargets, Targets, TopTargets
+from strategies.distillation.tiles import IGNORED, TILE, Call, LogitLoss, TiledLoss
+
+SPARSE = {SampledTargets: ("forward_kl",), TopTargets: ("forward_kl", "reverse_kl", "jsd", "skewed_kl",
+                                                        "skewed_reverse_kl", "total_variation")}
+
+
+@dataclass(frozen=True)
+class ResponseObjective:
+    """`cross_entropy * CE + z_loss * log(Z)^2 + sum of weight * divergence`, each weight exactly as given.
+
+    Source: survey eq. 15-16; Hinton et al. 2015.
+
+    Attributes:
+        cross_entropy: weight of the cross-entropy with the next token of the text.
+        divergences: from the teacher, with their weights.
+        label_smoothing: share of the target spread evenly over the student's vocabulary, in [0, 1).
+        z_loss: weight of the squared logarithm of the normaliser.
+
+    Raises:
+        ValueError: a number out of range, no term at all, or one divergence twice.
+    """
+
+    cross_entropy: float = 1.0
+    divergences: tuple[Divergence, ...] = (Divergence(temperature=2.0),)
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("cross_entropy", "z_loss"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is a weight from zero on, not {getattr(self, name)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is a share in [0, 1), not {self.label_smoothing}")
+        names = [one.name for one in self.divergences]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the divergence {twice} is given twice; give it once, with the weight of both")
+        if not self.terms.names:
+            raise ValueError("every weight of the objective is zero")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher has to be asked at all."""
+        return any(one.weight for one in self.divergences)
+
+    @property
+    def terms(self) -> Terms:
+        """What is summed over blocks of logits."""
+        return Terms(self.cross_entropy, self.label_smoothing, self.z_loss, self.divergences)
+
+    def __call__(self, student: torch.Tensor, teacher: torch.Tensor | Targets | None, targets: torch.Tensor, *,
+                 head: Head | None = None, common: Common | None = None, asked: torch.Tensor | None = None,
+                 tile: int | None = None, accumulate: torch.dtype = torch.float32
+                 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Weighted loss, and each term unweighted and detached, in `accumulate`, summed over target tokens.
+
+        The gradient of the loss reaches hidden states, weight and bias of the student's head, and nothing else.
+
+        Args:
+            student: (..., width) hidden states as they enter `head`, or without one (..., vocabulary) logits. What is
+                at a position predicts `targets` there, already shifted.
+            teacher: its logits (..., vocabulary), `HiddenTargets` with its head, or what is left of them in
+                `SampledTargets` and `TopTargets`; None where no divergence has a weight.
+            targets: (...) token ids, or `IGNORED`.
+            head: the student's; under autocast products are made in its dtype, and summed in fp32.
+            common: the tokens both have, where the vocabularies differ; no other token takes part in a divergence.
+            asked: (...) positions that the teacher says something about; all by default.
+            tile: bytes of logits that may exist at a time; by default what a device works on without loss of speed.
+            accumulate: dtype of what is made on the way. float64 for a student so near, or logits so large, that fp32
+                products of hidden states and head say too little.
+
+        Raises:
+            ValueError: shapes, vocabularies or temperatures that do not fit each other.
+        """
+        if student.shape[:-1] != targets.shape:
+            what = "logits" if head is None else "hidden states"
+            raise ValueError(f"{what} of shape {tuple(student.shape)} cannot predict targets of shape "
+                             f"{tuple(targets.shape)}")
+        taught = LogitTargets(teacher) if isinstance(teacher, torch.Tensor) else teacher
+        if self.needs_teacher:
+            self._check_teacher(taught, student.shape[-1] if head is None else head.vocabulary, targets, common)
+        flat = student.flatten(0, -2)
+        call = Call(self.terms, None if head is None else head.detached(), targets.flatten(),
+                    _flat(taught, targets.ndim) if self.needs_teacher else None, common,
+                    None if asked is None else asked.flatten(),
+                    tile or TILE.get(student.device.type, TILE["cpu"]), accumulate)
+        if head is None:
+            loss, values = LogitLoss.apply(flat, call)
+        else:
+            loss, values = TiledLoss.apply(flat, head.weight, head.bias, call)
+        return loss, dict(zip(call.terms.names, values, strict=True))
+
+    def _check_teacher(self, taught: Targets | None, vocabulary: int, targets: torch.Tensor, common: Common | None
+                       ) -> None:
+        if taught is None:
+            raise ValueError("a divergence has a weight, and there is no teacher to diverge from")
+        first = getattr(taught, fields(taught)[0].name)
+        if first.shape[:-1] != targets.shape:
+            raise ValueError(f"the teacher's tensor of shape {tuple(first.shape)} does not belong to targets of shape "
+                             f"{tuple(targets.shape)}")
+        used = [one for one in self.divergences if one.weight]
+        if isinstance(taught, (SampledTargets, TopTargets)):
+            for one in used:
+                if one.name not in SPARSE[type(taught)]:
+                    raise ValueError(f"{one.name} needs the teacher's whole distribution; {type(taught).__name__} "
+                                     f"serve {', '.join(SPARSE[type(taught)])}")
+                if one.temperature != taught.temperature:
+                    raise ValueError(f"the targets were made at temperature {taught.temperature}, and {one.name} is "
+                                     f"taken at {one.temperature}")
+            return
+        theirs = taught.logits.shape[-1] if isinstance(taught, LogitTargets) else taught.head.vocabulary
+        if theirs != vocabulary and common is None and any(one.name != "uld" for one in used):
+            raise ValueError(f"student and teacher logits are over {vocabulary} and {theirs} tokens: say in `common` "
+                             "which tokens they share, or use the divergence uld")
+
+
+def _flat(taught: Targets, dimensions: int) -> Targets:
+    """The same with all positions in one dimension."""
+    return replace(taught, **{field.name: getattr(taught, field.name).flatten(0, dimensions - 1)
+                              for field in fields(taught) if field.name not in ("temperature", "head")})
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, summed over targets, in fp32.
+    """Cross-entropy in nats, summed over targets, in fp32 (survey eq. 16, first term).
 
     Args:
         logits: (..., vocabulary), any floating dtype; `logits[..., :]` predicts `targets[...]`, already shifted.
@@ -25,22 +145,14 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 
     Raises:
         ValueError: logits and targets are not of the same positions.
-
-    Source: survey eq. 16, first term.
     """
-    if logits.shape[:-1] != targets.shape:
-        shapes = tuple(logits.shape), tuple(targets.shape)
-        raise ValueError(f"logits of shape {shapes[0]} cannot predict targets of shape {shapes[1]}")
-    return functional.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return ResponseObjective(divergences=())(logits, None, targets)[0]
 
 
 def kl_sum(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
     """T^2 KL(softmax(teacher/T) || softmax(student/T)) in nats, summed over positions that have a target, in fp32.
 
-    T^2 keeps its gradient on the scale of the cross-entropy's whatever the temperature (Hinton et al. 2015,
-    section 2). Zero, with zero gradient, where student and teacher agree.
+    Zero, with zero gradient, where student and teacher agree (survey eq. 15-16; Hinton et al. 2015, section 2).
 
     Args:
         student: (..., vocabulary) logits with gradient.
@@ -50,83 +162,8 @@ def kl_sum(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, 
 
     Raises:
         ValueError: the two vocabularies differ.
-
-    Source: survey eq. 15 (softened probabilities) and eq. 16, second term.
     """
-    if student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(f"student and teacher logits are over {student.shape[-1]} and {teacher.shape[-1]} tokens")
-    kept = _learnt(targets.flatten())
-    return _SoftenedKL.apply(student.flatten(0, -2), teacher.flatten(0, -2), kept, temperature)
+    return ResponseObjective(0.0, (Divergence(temperature=temperature),))(student, teacher, targets)[0]
 
 
-def _learnt(targets: torch.Tensor) -> torch.Tensor:
-    """Positions that have a target; all of them, which needs the most memory, where a step is only planned."""
-    if isinstance(targets, FakeTensor):
-        return torch.arange(targets.numel(), device=targets.device)
-    return torch.argwhere(targets != IGNORED)[:, 0]
-
-
-class _SoftenedKL(torch.autograd.Function):
-    """T^2 KL(p || q) with p, q the softened teacher and student, exact also where they nearly agree.
-
-    With d = log p - log q, sum p d loses its digits when d is small: large terms of both signs cancel. Since both
-    sum to one, sum p d = sum p (d + exp(-d) - 1), where no term is negative. The gradient with respect to the
-    student's logits is T (q - p), which is all that is kept for backward, one fp32 number per logit; everything else
-    lives for `CHUNK` bytes at a time.
-    """
-
-    @staticmethod
-    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor, temperature: float
-                ) -> torch.Tensor:
-        gradient = torch.zeros(student.shape, dtype=torch.float32, device=student.device)
-        total = torch.zeros((), dtype=torch.float32, device=student.device)
-        for rows in kept.split(max(1, CHUNK // (4 * student.shape[-1]))):
-            log_q = functional.log_softmax(student[rows].float() / temperature, dim=-1)
-            log_p = functional.log_softmax(teacher[rows].float() / temperature, dim=-1)
-            p, d = log_p.exp(), log_p - log_q
-            q_minus_p = torch.where(d.abs() < 1, p * torch.expm1(-d.clamp(-1, 1)), log_q.exp() - p)
-            total += (p * d + q_minus_p).sum()
-            gradient[rows] = q_minus_p
-        ctx.save_for_backward(gradient)
-        ctx.temperature, ctx.dtype = temperature, student.dtype
-        return temperature**2 * total
-
-    @staticmethod
-    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (upstream * ctx.temperature * gradient).to(ctx.dtype), None, None, None
-
-
-@dataclass(frozen=True)
-class ResponseObjective:
-    """`cross_entropy * CE + kl * T^2 KL`, with both weights exactly as given (survey eq. 16; Hinton et al. 2015)."""
-
-    cross_entropy: float = 1.0
-    kl: float = 1.0
-    temperature: float = 2.0
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the teacher has to be asked at all."""
-        return self.kl > 0
-
-    def __call__(
-        self, student: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted loss, and each term unweighted and detached, all summed over target tokens.
-
-        Args:
-            student: (batch, sequence, vocabulary) logits.
-            teacher: the same of the teacher, or None when `kl` is zero.
-            targets: (batch, sequence) next tokens, or `IGNORED`.
-        """
-        loss = student.new_zeros((), dtype=torch.float32)
-        terms: dict[str, torch.Tensor] = {}
-        if self.cross_entropy:
-            terms["cross_entropy"] = cross_entropy_sum(student, targets)
-            loss = loss + self.cross_entropy * terms["cross_entropy"]
-        if self.kl:
-            assert teacher is not None, "a KL term needs the teacher's logits"
-            terms["kl"] = kl_sum(student, teacher, targets, self.temperature)
-            loss = loss + self.kl * terms["kl"]
-        return loss, {name: term.detach() for name, term in terms.items()}
+__all__ = ["IGNORED", "Divergence", "ResponseObjective", "cross_entropy_sum", "kl_sum"]

@@ -105,11 +105,14 @@ def saved_activation_bytes(
         return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
-def loss_bytes(batch: int, sequence: int, vocabulary: int, logit_bytes: int, distilled: bool) -> int:
-    """Bytes of logits and of what the loss keeps of them, for the untiled loss of this version.
+def loss_bytes(positions: int, width: int, vocabularies: int, vocabulary: int, tile: int) -> int:
+    """Bytes of a tiled loss: fp32 logits of a tile, and the gradients of hidden states and head that it keeps.
 
-    Cross-entropy keeps fp32 log-probabilities beside the student's logits; KL keeps the fp32 difference of the two
-    distributions beside the teacher's logits.
+    Args:
+        positions: of a micro-batch.
+        width: of the student's hidden states.
+        vocabularies: of student and teacher, if it is asked, together.
+        vocabulary: of the student.
+        tile: bytes of logits at a time.
     """
-    values = batch * sequence * vocabulary
-    return values * (logit_bytes + 4) * (2 if distilled else 1)
+    return min(4 * positions * vocabularies, tile) + 4 * width * (positions + vocabulary)

@@ -19,9 +19,14 @@ class QATLinear(nn.Linear):
 
     quantizer: WeightQuantizer
 
+    @property
+    def effective_weight(self) -> torch.Tensor:
+        """(outputs, inputs) weights as they are multiplied with."""
+        return self.quantizer.fake_quantize(self.weight)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs)"""
-        return nn.functional.linear(input, self.quantizer.fake_quantize(self.weight), self.bias)
+        return nn.functional.linear(input, self.effective_weight, self.bias)
 
 
 def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] = ("lm_head",)) -> list[str]:

@@ -96,8 +96,8 @@ def find_regions(model: nn.Module) -> dict[str, nn.Module]:
     """The model's repeated blocks by name, or the model itself where there are none to speak of.
 
     Blocks are the children of a list of at least two, some of them equal in the shapes of their parameters, that
-    together hold most of what is not an embedding. Networks of convolutions are one region: what they would hand from
-    block to block is as large as what they keep.
+    together hold most of what is neither an embedding nor an output head. Networks of convolutions are one region: what
+    they would hand from block to block is as large as what they keep.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     if 4 * sum(module.weight.numel() for module in model.modules() if _convolves(module)) >= total:
@@ -107,9 +107,10 @@ def find_regions(model: nn.Module) -> dict[str, nn.Module]:
     outer = [(name, module) for name, module in lists
              if not any(name.startswith(f"{other}.") for other, _ in lists)]
     blocks = {f"{name}.{index}": block for name, module in outer for index, block in module.named_children()}
-    embeddings = {id(parameter) for module in model.modules() if isinstance(module, nn.Embedding)
-                  for parameter in module.parameters()}
-    total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    ends = {id(parameter) for module in model.modules() if isinstance(module, nn.Embedding) or module is head
+            for parameter in module.parameters()}
+    total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in ends)
     covered = sum(parameter.numel() for block in blocks.values() for parameter in block.parameters())
     return blocks if covered * 2 >= total and blocks else {"": model}
 

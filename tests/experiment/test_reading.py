@@ -48,14 +48,14 @@ def test_override_wins_and_is_remembered(tmp_path):
     assert source.experiment.student.quantization.bits == 8
     assert source.origin("optimizer.lr") == "override `optimizer.lr=3e-4`"
     assert source.origin("training.steps") == f"{tmp_path}/e.yaml:6"
-    assert source.origin("objective.temperature") == "default"
+    assert source.origin("objective.divergence.temperature") == "default"
 
 
 @pytest.mark.parametrize(("text", "overrides", "parts"), [
     (GOOD.replace("  lr", "  lrr"), (),
      ["e.yaml:5: optimizer.lrr = 0.001", "no such key", "did you mean `optimizer.lr`"]),
     (GOOD, ("data.sequence_lenght=64",), ["override `data.sequence_lenght=64`", "= 64", "`data.sequence_length`"]),
-    (GOOD + "temperature: 3\n", (), ["e.yaml:7: temperature = 3", "did you mean `objective.temperature`"]),
+    (GOOD + "temperature: 3\n", (), ["e.yaml:7: temperature = 3", "did you mean `objective.divergence.temperature`"]),
     (GOOD.replace("1e-3", "fast"), (), ["e.yaml:5: optimizer.lr = 'fast'", "valid number", "Peak learning rate"]),
     (GOOD.replace("1e-3", "-1"), (), ["e.yaml:5: optimizer.lr = -1", "greater than 0"]),
     (GOOD, ("optimizer.lr=.inf",), ["optimizer.lr = inf", "finite"]),
@@ -73,9 +73,9 @@ def test_override_wins_and_is_remembered(tmp_path):
     (GOOD, ("student.from_teacher=[0]",), ["student.from_teacher", "two origins"]),
     (GOOD, ("teacher.path=x", "student.from_teacher=[2, 1]", "student.architecture=null"),
      ["student.from_teacher = [2, 1]", "rising order"]),
-    (GOOD, ("objective.kl=0.5",), ["objective.kl = 0.5", "no teacher to learn from"]),
+    (GOOD, ("objective.divergence.weight=0.5",), ["objective.divergence.weight = 0.5", "no teacher to learn from"]),
     (GOOD, ("objective.cross_entropy=0",), ["every weight of the objective is zero"]),
-    (GOOD, ("objective.temperature=0",), ["objective.temperature = 0", "greater than 0"]),
+    (GOOD, ("objective.divergence.temperature=0",), ["objective.divergence.temperature = 0", "greater than 0"]),
     (GOOD, ("teacher.dtype=float32",), ["teacher", "neither `path` nor `architecture`"]),
     (GOOD, ("teacher.architecture={model_type: llama}",), ["teacher.train", "random weights", "train: {steps: 500}"]),
     (GOOD, ("teacher.path=x", "teacher.train.steps=3"), ["teacher.train", "also to be trained from scratch"]),

@@ -119,24 +119,13 @@ def test_fp16_overflow_backs_off_skips_and_goes_on(train_here):
 
 def poison(trainer, rows: set[int]):
     """Make the loss of batches that hold one of these rows NaN, as a bad sample would."""
-    plain = trainer.objective
-
-    class Poisoned:
-        needs_teacher = False
-
-        def __call__(self, student, teacher, targets):
-            loss, terms = plain(student, teacher, targets)
-            if rows & set(trainer.current_rows):
-                loss = loss * float("nan")
-            return loss, terms
-
     original = trainer._loss
 
     def loss(batch):
-        trainer.current_rows = batch["row"].tolist()
-        return original(batch)
+        total, terms = original(batch)
+        return (total * float("nan") if rows & set(batch["row"].tolist()) else total), terms
 
-    trainer.objective, trainer._loss = Poisoned(), loss
+    trainer._loss = loss
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -18,7 +18,7 @@ from trainer.metrics import read_lines
 DISTIL = {
     "teacher": {"architecture": TINY, "train": {"steps": 6, "lr": 3e-3}},
     "student": {"architecture": None, "from_teacher": [0, 2], "quantization": {"bits": 4, "group_size": 16}},
-    "objective": {"cross_entropy": 0.4, "kl": 0.6, "temperature": 2.0},
+    "objective": {"cross_entropy": 0.4, "divergence": {"weight": 0.6, "temperature": 2.0}},
     "training": {"steps": 6, "checkpoint_every": 3, "evaluate_every": 3, "keep_checkpoints": 1},
 }
 
@@ -55,7 +55,7 @@ def test_run_folder_holds_everything(finished):
     lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
-        assert line["loss"] == pytest.approx(0.4 * line["cross_entropy"] + 0.6 * line["kl"], rel=1e-5)
+        assert line["loss"] == pytest.approx(0.4 * line["cross_entropy"] + 0.6 * line["forward_kl"], rel=1e-5)
     assert "held-out" in done.stdout and "Traceback" not in done.stderr
 
 
@@ -126,7 +126,7 @@ def test_control_is_the_same_student_without_teacher(finished):
     _, run, _ = finished
     control = [line for line in read_lines(run / "control" / "metrics.jsonl") if "loss" in line]
     student = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
-    assert all("kl" not in line and line["loss"] == line["cross_entropy"] for line in control)
+    assert all("forward_kl" not in line and line["loss"] == line["cross_entropy"] for line in control)
     assert control[0]["cross_entropy"] == student[0]["cross_entropy"], "same weights and same tokens at the start"
     assert [line["tokens"] for line in control] == [line["tokens"] for line in student]
 
@@ -218,7 +218,7 @@ def test_student_from_a_local_folder_in_the_hubs_layout(finished, write_experime
     done = train_py("--config", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
     first = read_lines(tmp_path / "hub" / "metrics.jsonl")[0]
-    assert 0 < first["kl"] < 0.01, "an 8-bit copy of the teacher begins next to it"
+    assert 0 < first["forward_kl"] < 0.01, "an 8-bit copy of the teacher begins next to it"
     wrong = train_py("--config", str(file), f"run.folder={tmp_path / 'x'}", "teacher.architecture.hidden_size=64")
     assert wrong.returncode == 2 and "teacher.architecture.hidden_size = 64" in wrong.stderr
     assert "has 32" in wrong.stderr

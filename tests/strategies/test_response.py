@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from strategies.distillation.response import IGNORED, ResponseObjective, cross_entropy_sum, kl_sum
+from strategies.distillation.response import IGNORED, Divergence, ResponseObjective, cross_entropy_sum, kl_sum
 
 
 def reference_kl(student, teacher, targets, temperature):
@@ -66,7 +66,8 @@ def test_weights_are_those_configured(ce, kl, temperature):
     """Silent error 3: a mixed loss optimised with other weights than configured, or a term without gradient."""
     student, teacher, targets = case(1.0)
     ours, exact = student.clone().requires_grad_(), student.double().requires_grad_()
-    loss, terms = ResponseObjective(ce, kl, temperature)(ours, teacher if kl else None, targets)
+    objective = ResponseObjective(ce, (Divergence(weight=kl, temperature=temperature),))
+    loss, terms = objective(ours, teacher if kl else None, targets)
     kept = targets != IGNORED
     cross = -torch.log_softmax(exact, -1)[kept].gather(-1, targets[kept][:, None]).sum()
     wanted = ce * cross + kl * reference_kl(exact, teacher, targets, temperature)
@@ -74,7 +75,7 @@ def test_weights_are_those_configured(ce, kl, temperature):
     loss.backward()
     wanted.backward()
     assert torch.allclose(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
-    assert set(terms) == {name for name, weight in (("cross_entropy", ce), ("kl", kl)) if weight}
+    assert set(terms) == {name for name, weight in (("cross_entropy", ce), ("forward_kl", kl)) if weight}
 
 
 def test_cross_entropy_is_a_sum_over_targets():
@@ -86,7 +87,7 @@ def test_cross_entropy_is_a_sum_over_targets():
 def test_all_masked_is_zero_without_nan():
     student, teacher, targets = case(1.0)
     ours = student.requires_grad_()
-    loss, _ = ResponseObjective(1, 1, 2)(ours, teacher, torch.full_like(targets, IGNORED))
+    loss, _ = ResponseObjective()(ours, teacher, torch.full_like(targets, IGNORED))
     loss.backward()
     assert float(loss) == 0 and not ours.grad.any()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,3 +64,8 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
         return iter(DataLoader(rows.share(micro_batch, rank, processes, skip), batch_size=None, **options))
     sampler = _MicroBatches(Order(len(rows), seed), micro_batch, rank, processes, skip)
     return iter(DataLoader(rows, batch_sampler=sampler, **options))
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What a model is given of a batch: positions restart with every packed document and keep them apart."""
+    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}

@@ -6,36 +6,21 @@ A node that stands for one object builds it: `experiment.optimizer.build(paramet
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, blame
+from trainer.experiment.node import DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
 
 if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
 
     import torch
 
-    from strategies.distillation.response import ResponseObjective
     from strategies.quantization.quantizer import WeightQuantizer
     from trainer.precision import MixedPrecision
     from trainer.schedule import LearningRate
-
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-DeviceName = Literal["h200", "h100", "a100-80gb", "a100-40gb", "l40s", "l4", "v100", "t4", "rtx4090", "rtx3090"]
-Dtype = Literal["float32", "bfloat16", "float16"]
-PathName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-
-
-class Node(BaseModel):
-    """A frozen part of the experiment; a key it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
 
 class TeacherTraining(Node):
     """How to make the teacher when there is none: once, with the experiment's own data, batches and schedule."""
@@ -68,6 +53,26 @@ class Model(Node):
         return self
 
 
+class Targets(Node):
+    """Where what the teacher says comes from: from itself, at every step, or from a cache that is written once."""
+
+    source: Literal["live", "hidden", "samples", "top_k"] = "live"
+    """live: the teacher runs beside the student; else asked once: last hidden states, tokens drawn, most probable."""
+    draws: Positive = 50
+    """Tokens drawn from the teacher at each position, for `samples`."""
+    k: Positive = 64
+    """Most probable tokens kept at each position, for `top_k`; all others are one more."""
+    path: PathName | None = None
+    """Folder of the cache; null puts it in `run.cache`, a folder for each teacher, tokenizer and data set."""
+
+    @model_validator(mode="after")
+    def _cached(self) -> Targets:
+        if self.path is not None and self.source == "live":
+            raise UserError("path", "a live teacher has no cache", value=self.path,
+                            way_out="set `source` to hidden, samples or top_k, or leave it out")
+        return self
+
+
 class Teacher(Model):
     """The large model that is learnt from."""
 
@@ -75,6 +80,8 @@ class Teacher(Model):
     """Number format the teacher's weights are held in."""
     train: TeacherTraining | None = None
     """Train the teacher from its `architecture` first, when it has no `path`."""
+    targets: Targets = Targets()
+    """Where what it says comes from."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:
@@ -205,23 +212,6 @@ class Data(Node):
             raise UserError("messages", "a record is either chat messages or a prompt and a response",
                             value=self.messages, way_out="remove `messages`, or `prompt` and `response`")
         return self
-
-
-class Objective(Node):
-    """What the student minimises: a weighted sum of cross-entropy and the divergence from its teacher."""
-
-    cross_entropy: Weight = 1.0
-    """Weight of the cross-entropy with the text's own next token (survey eq. 16)."""
-    kl: Weight | None = None
-    """Weight of KL(teacher || student) times temperature squared (survey eq. 15-16); null: 1 with a teacher, else 0."""
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
-    """Divides teacher and student logits in the KL term; above 1 it softens both."""
-
-    def build(self, teacher: bool) -> ResponseObjective:
-        from strategies.distillation.response import ResponseObjective
-
-        kl = float(teacher) if self.kl is None else self.kl
-        return ResponseObjective(cross_entropy=self.cross_entropy, kl=kl, temperature=self.temperature)
 
 
 class Optimizer(Node):

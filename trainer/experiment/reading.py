@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trainer.errors import ExperimentErrors, UserError
-from trainer.experiment.nodes import Node
+from trainer.experiment.node import Node
 from trainer.experiment.tree import Experiment
 
 LARGEST_FILE = 1_000_000  # bytes; an experiment is a page or two, and YAML aliases can blow a small file up

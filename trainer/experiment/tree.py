@@ -7,12 +7,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from trainer.errors import UserError
+from trainer.experiment.node import Node
 from trainer.experiment.nodes import (
     Data,
     Export,
     Memory,
-    Node,
-    Objective,
     Optimizer,
     Precision,
     Report,
@@ -23,6 +22,7 @@ from trainer.experiment.nodes import (
     Teacher,
     Training,
 )
+from trainer.experiment.objective import Divergence, Objective
 
 
 class Experiment(Node):
@@ -65,15 +65,31 @@ class Experiment(Node):
             raise UserError("student.from_teacher", "there is no teacher to take layers from",
                             value=list(self.student.from_teacher),
                             way_out="add `teacher`, or give the student a `path`")
-        if self.teacher is None and self.objective.kl:
-            raise UserError("objective.kl", "there is no teacher to learn from", value=self.objective.kl,
-                            way_out="add `teacher`, or remove `objective.kl`")
-        if not self.objective.cross_entropy and (not self.teacher or self.objective.kl == 0):
+        objective, weight = self.objective, self.objective.divergence.weight
+        if self.teacher is None and weight:
+            raise UserError("objective.divergence.weight", "there is no teacher to learn from", value=weight,
+                            way_out="add `teacher`, or remove `objective.divergence.weight`")
+        if not objective.cross_entropy and not objective.z_loss and (not self.teacher or weight == 0):
             raise UserError("objective.cross_entropy", "every weight of the objective is zero",
-                            value=self.objective.cross_entropy, way_out="set `cross_entropy` or `kl` above zero")
+                            value=objective.cross_entropy, way_out="set it or `divergence.weight` above zero")
+        if self.teacher is not None and self.teacher.targets.source != "live":
+            self._cached()
         if self.optimizer.in_backward:
             self._steps_in_backward()
         return self
+
+    def _cached(self) -> None:
+        """What a cache cannot serve."""
+        source, name = self.teacher.targets.source, self.objective.divergence.name
+        if self.data.streaming:
+            raise UserError("teacher.targets.source", "a stream's rows are made anew each time, and have no cache",
+                            value=source, way_out="use `live`, or set data.streaming: false")
+        if source == "samples" and name != "forward_kl":
+            raise UserError("objective.divergence.name", "tokens drawn from the teacher serve forward_kl only",
+                            value=name, way_out="use teacher.targets.source hidden or top_k, or forward_kl")
+        if source != "hidden" and name == "uld":
+            raise UserError("objective.divergence.name", "uld needs whole distributions", value=name,
+                            way_out="use teacher.targets.source live")
 
     def _steps_in_backward(self) -> None:
         """Weights that are updated one by one: no other micro-batch's gradient, nor the norm of all, is waited for."""
@@ -112,7 +128,7 @@ class Experiment(Node):
         """
         return self.model_copy(update={
             "name": f"{self.name}-control",
-            "objective": Objective(cross_entropy=1.0, kl=0.0, temperature=self.objective.temperature),
+            "objective": Objective(divergence=Divergence(weight=0.0)),
             "report": self.report.model_copy(update={"control": False}),
             "run": self.run.model_copy(update={"folder": folder, "trackers": ()}),
         })

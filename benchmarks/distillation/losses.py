@@ -1,0 +1,314 @@
+"""Distillation losses beside the naive one, TRL's and Liger's: memory, time, and how right their gradients are.
+
+    python -m benchmarks.distillation.losses --json FILE
+    python -m benchmarks.distillation.losses --device cuda --hidden 4096 --vocabulary 128256 --tokens 8192
+
+Each implementation is given the same hidden states and heads of student and teacher, and runs forward and backward.
+Peak bytes are what is added to them, gradients included; what does not fit this machine is counted on tensors without
+data and not timed. Times are medians over rounds in which all take turns. Errors are against the definition in
+float64: of the hidden states' gradient at some rows, and in a table before that of all gradients, at many spreads of
+the logits and with a student 0.01 from its teacher. TRL and Liger: `pip install trl liger-kernel`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from strategies.distillation.divergences import Divergence
+from strategies.distillation.heads import Head
+from strategies.distillation.response import ResponseObjective
+from strategies.distillation.targets import HiddenTargets
+from strategies.memory.meter import measure
+from strategies.memory.tracker import LiveBytes
+from tests.strategies.distilling import NEAR, WHOLE, Case, definition, relative
+
+LARGEST = 14e9  # bytes beyond which an implementation is counted and not run on a CPU
+ROWS = 8  # whose gradient is compared with float64 in the large cases
+Loss = Callable[[str, Case], torch.Tensor]
+
+
+# ---- implementations: the sum of a loss over positions
+
+def limbeck(name: str, case: Case) -> torch.Tensor:
+    """Ours."""
+    text = name == "cross_entropy"
+    objective = ResponseObjective(float(text), () if text else (Divergence(name),))
+    taught = None if text else HiddenTargets(case.taught, Head(case.their_weight))
+    return objective(case.hidden, taught, case.targets, head=Head(case.weight))[0]
+
+
+def naive(name: str, case: Case) -> torch.Tensor:
+    """All logits, in fp32 from the moment they exist, and the definition."""
+    teacher = case.taught @ case.their_weight.T if name != "cross_entropy" else case.taught
+    return definition(name, (case.hidden @ case.weight.T).float(), teacher.float(), case.targets)
+
+
+def trl(name: str, case: Case) -> torch.Tensor:
+    """TRL's generalised Jensen-Shannon loss, which has forward and reverse KL at its ends."""
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    student, teacher = case.hidden @ case.weight.T, case.taught @ case.their_weight.T
+    return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], case.targets[None], reduction="sum",
+                                           beta={"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[name])
+
+
+def liger(name: str, case: Case) -> torch.Tensor:
+    """Liger's chunked losses."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[name]
+    loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, compiled=case.hidden.is_cuda)
+    return loss(case.hidden, case.weight, case.taught, case.their_weight, case.targets) * (case.targets >= 0).sum()
+
+
+IMPLEMENTATIONS: dict[str, tuple[Loss, tuple[str, ...]]] = {
+    "limbeck": (limbeck, ("cross_entropy", *WHOLE)), "naive": (naive, ("cross_entropy", *WHOLE)),
+    "trl": (trl, ("forward_kl", "reverse_kl", "jsd")), "liger": (liger, ("forward_kl", "reverse_kl", "jsd"))}
+
+
+def present(implementation: str) -> bool:
+    """Whether it is installed."""
+    return implementation in ("limbeck", "naive") or find_spec({"trl": "trl", "liger": "liger_kernel"}[implementation]
+                                                               ) is not None
+
+
+# ---- memory and time
+
+def make(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str, spread: float = 2.0,
+         distance: float | None = None, seed: int = 0) -> Case:
+    """Hidden states and heads whose logits have a standard deviation of `spread`."""
+    torch.manual_seed(seed)
+    width = spread / hidden**0.5
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, device=device).mul_(scale).to(dtype)
+
+    mine, weight = random(tokens, hidden), random(vocabulary, hidden, scale=width)
+    if distance is None:
+        taught, theirs = random(tokens, hidden), random(vocabulary, hidden, scale=width)
+    else:
+        taught, theirs = (mine + distance * torch.randn(tokens, hidden, device=device)).to(dtype), weight.clone()
+    targets = torch.randint(0, vocabulary, (tokens,), device=device)
+    targets[::16] = -100
+    empty = torch.empty(0)
+    return Case(mine.requires_grad_(), weight.requires_grad_(), empty, taught, theirs, empty, targets)
+
+
+def run(loss: Loss, name: str, case: Case) -> None:
+    """Forward and backward of the mean over tokens."""
+    case.hidden.grad = case.weight.grad = None
+    (loss(name, case) / len(case.targets)).backward()
+
+
+def counted(loss: Loss, name: str, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Peak bytes that a loss adds, on tensors without data."""
+    with FakeTensorMode():
+        case = make(tokens, hidden, vocabulary, dtype, "cpu")
+        case.targets = torch.zeros(tokens, dtype=torch.long)
+        with LiveBytes() as tracker:
+            student, teacher = case.hidden @ case.weight.T, case.taught @ case.their_weight.T
+            if loss is naive:
+                log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+                found = (log_p.exp() * (log_p - log_q)).sum()
+            else:
+                from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+                found = GKDTrainer.generalized_jsd_loss(student, teacher, beta=0.0 if name == "forward_kl" else 0.5,
+                                                        reduction="sum")
+            found.backward()
+    return tracker.peak
+
+
+def sizes(arguments: argparse.Namespace) -> list[dict]:
+    """One row for each loss, implementation, dtype and number of tokens."""
+    rows = []
+    for tokens in arguments.tokens:
+        for dtype in arguments.dtypes:
+            case = make(tokens, arguments.hidden, arguments.vocabulary, getattr(torch, dtype), arguments.device)
+            for name in arguments.losses:
+                rows += _compared(name, case, dtype, arguments)
+            del case
+    return rows
+
+
+def _compared(name: str, case: Case, dtype: str, arguments: argparse.Namespace) -> list[dict]:
+    tokens, device = len(case.targets), torch.device(arguments.device)
+    shape = {"dtype": dtype, "tokens": tokens, "vocabulary": arguments.vocabulary, "hidden": arguments.hidden}
+    rows, running = [], {}
+    for implementation, (loss, names) in IMPLEMENTATIONS.items():
+        if name not in names or not present(implementation):
+            continue
+        row = {"loss": name, "implementation": implementation, **shape}
+        rows.append(row)
+        if device.type == "cpu" and implementation in ("naive", "trl"):
+            peak = counted(loss, name, tokens, arguments.hidden, arguments.vocabulary, getattr(torch, dtype))
+            if peak > LARGEST:
+                row |= {"peak_bytes": peak, "seconds": None, "gradient_error": None, "ran": False}
+                continue
+        case.hidden.grad = case.weight.grad = None
+        resident = [case.hidden, case.weight, case.taught, case.their_weight, case.targets]
+        found = measure(lambda loss=loss: run(loss, name, case), device, resident)
+        row |= {"peak_bytes": found.peak - found.base, "gradient_error": error_of_rows(name, case), "ran": True}
+        running[implementation] = row, loss
+    times: dict[str, list[float]] = {implementation: [] for implementation in running}
+    for _ in range(arguments.rounds):
+        for implementation, (_, loss) in running.items():
+            times[implementation].append(timed(lambda loss=loss: run(loss, name, case), device))
+    for implementation, (row, _) in running.items():
+        row["seconds"] = statistics.median(times[implementation])
+    print("\n".join(table(rows).splitlines()[2:]), flush=True)
+    return rows
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def error_of_rows(name: str, case: Case) -> float:
+    """Relative error of the hidden states' gradient at a few rows, of which each depends on its own logits only."""
+    rows = torch.argwhere(case.targets >= 0)[:ROWS, 0]
+    hidden = case.hidden.detach()[rows].double().requires_grad_()
+    student = hidden @ case.weight.detach().double().T
+    teacher = case.taught[rows].double() @ case.their_weight.double().T
+    definition(name, student, teacher, case.targets[rows]).div(len(case.targets)).backward()
+    return relative(case.hidden.grad[rows], hidden.grad)
+
+
+# ---- errors
+
+def errors(device: str) -> list[dict]:
+    """Relative errors of value and all gradients, by spread of the logits and distance of the student."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for spread in (0.1, 1.0, 3.0, 30.0):
+            for distance in (None, NEAR):
+                case = make(256, 128, 4096, dtype, device, spread, distance)
+                for name in ("cross_entropy", *WHOLE):
+                    rows += _errors(name, case, {"dtype": str(dtype)[6:], "spread": spread, "distance": distance})
+    return rows
+
+
+def _errors(name: str, case: Case, labels: dict) -> list[dict]:
+    exact = Case(*(tensor.detach().double() if tensor.is_floating_point() else tensor
+                   for tensor in case.__dict__.values()))
+    exact.hidden.requires_grad_(), exact.weight.requires_grad_()
+    wanted = definition(name, exact.hidden @ exact.weight.T, exact.taught @ exact.their_weight.T, exact.targets)
+    wanted.backward()
+    rows = []
+    for implementation, (loss, names) in [*IMPLEMENTATIONS.items(), ("limbeck, float64", (wide, WHOLE)),
+                                          ("limbeck, of logits", (None, WHOLE))]:
+        if name not in names or not present(implementation.partition(",")[0]):
+            continue
+        if loss is None:
+            found = of_logits(name, case) if labels["dtype"] == "float32" else None
+        else:
+            case.hidden.grad = case.weight.grad = None
+            value = loss(name, case)
+            value.backward()
+            found = {"value": relative(value.detach(), wanted.detach()), "hidden": relative(
+                case.hidden.grad, exact.hidden.grad), "weight": relative(case.weight.grad, exact.weight.grad)}
+        if found is not None:
+            rows.append({"loss": name, "implementation": implementation, **labels, **found})
+    return rows
+
+
+def wide(name: str, case: Case) -> torch.Tensor:
+    """Ours, accumulated in float64."""
+    return ResponseObjective(0.0, (Divergence(name),))(
+        case.hidden, HiddenTargets(case.taught, Head(case.their_weight)), case.targets, head=Head(case.weight),
+        accumulate=torch.float64)[0]
+
+
+def of_logits(name: str, case: Case) -> dict[str, float]:
+    """Ours, of logits that are given in fp32: what the loss itself adds to the error of products."""
+    student = (case.hidden.detach().double() @ case.weight.detach().double().T).float().requires_grad_()
+    teacher = (case.taught.double() @ case.their_weight.double().T).float()
+    exact = student.detach().double().requires_grad_()
+    value = ResponseObjective(0.0, (Divergence(name),))(student, teacher, case.targets)[0]
+    wanted = definition(name, exact, teacher.double(), case.targets)
+    value.backward()
+    wanted.backward()
+    return {"value": relative(value.detach(), wanted.detach()), "logits": relative(student.grad, exact.grad)}
+
+
+# ---- printing
+
+def table(rows: list[dict]) -> str:
+    """Memory and time, for people; ratios are to ours."""
+    lines = ["| loss | dtype | tokens | implementation | peak, MB | ratio | seconds | ratio | gradient error |",
+             "|---|---|---:|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        own = next(one for one in rows if one["implementation"] == "limbeck" and all(
+            one[key] == row[key] for key in ("loss", "dtype", "tokens")))
+        ran = (f"{row['seconds']:.2f} | x{row['seconds'] / own['seconds']:.2f} | {row['gradient_error']:.1e}"
+               if row["ran"] else "too large to run | | ") if row.get("seconds") or not row["ran"] else " | | "
+        lines.append(f"| {row['loss']} | {row['dtype']} | {row['tokens']:,} | {row['implementation']} | "
+                     f"{row['peak_bytes'] / 1e6:,.0f} | x{row['peak_bytes'] / own['peak_bytes']:.2f} | {ran} |")
+    return "\n".join(lines)
+
+
+def errors_table(rows: list[dict]) -> str:
+    """Largest error of each implementation over its losses and all spreads, far from the teacher and near it."""
+    lines = ["| implementation | dtype | student | value | gradients | largest of its gradients' errors |",
+             "|---|---|---|---:|---:|---|"]
+    for key in dict.fromkeys((row["dtype"], row["distance"], row["implementation"]) for row in rows):
+        own = [row for row in rows if (row["dtype"], row["distance"], row["implementation"]) == key
+               and row["loss"] not in ("cross_entropy", "total_variation")]
+        if not own:
+            continue
+        worst = max(own, key=gradient_error)
+        middle = statistics.median(map(gradient_error, own))
+        lines.append(f"| {key[2]} | {key[0]} | {'far' if key[1] is None else f'{key[1]:g} away'} | "
+                     f"{max(row['value'] for row in own):.1e} | {middle:.1e} (median) | {gradient_error(worst):.1e} "
+                     f"({worst['loss']}, spread {worst['spread']:g}) |")
+    return "\n".join(lines)
+
+
+def gradient_error(row: dict) -> float:
+    """The largest relative error of a row's gradients."""
+    return max(row.get(name, 0.0) for name in ("hidden", "weight", "logits"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--losses", nargs="+", default=["forward_kl", "jsd"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args(arguments)
+    found = {"machine": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads(),
+             "versions": {name: version(name) for name in ("torch", "trl", "liger-kernel") if find_spec(
+                 name.replace("-", "_"))}, "device": chosen.device,
+             "errors": errors(chosen.device)}
+    print(errors_table(found["errors"]), "\n", flush=True)
+    found["rows"] = sizes(chosen)
+    print("\n" + table(found["rows"]))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,140 @@
+"""What is inside of a transformers model while it runs: values, queries and keys of a block, and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+PROJECTIONS = {"query": ("q_proj", "query"), "key": ("k_proj", "key"), "value": ("v_proj", "value")}
+FUSED, ORDER = "c_attn", ("query", "key", "value")
+KINDS = ("hidden", *PROJECTIONS)
+
+
+class Values:
+    """Context in which every forward of a model leaves behind values, queries, keys or outputs of some of its blocks.
+
+        with Values(student, [3]) as ours, Values(teacher, [11]) as theirs:
+            ...both models run...
+        loss = relation_sum(ours.of(3), theirs.of(11), kept, visible, heads)
+
+    What is left has the graph that made it, under gradient checkpointing too, and stays until the next forward or
+    `clear`. What backward computes again is not recorded. Queries and keys are as projected: before rotary positions,
+    and before a norm of their own. Grouped-query models have fewer value heads than heads, and so narrower values.
+
+    "hidden" is what a block puts out: number i + 1 of transformers' `output_hidden_states`, except for the last
+    block of a language model: there the final norm has been applied, and here it has not. One forward can give both.
+
+    Args:
+        model: of transformers, or wrapped around one. Blocks are the list that is as long as its configuration
+            says. Projections are found by name: those of Llama and ViT (`v_proj`), BERT (`value`), GPT-2 (`c_attn`).
+        layers: numbers of blocks, from 0.
+        kinds: any of "value", "query", "key", "hidden".
+
+    Raises:
+        ValueError: a layer out of range, an unknown kind, blocks or projections that are not found, or of which there
+            are several, as in a block that also attends to an encoder.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[int], kinds: Iterable[str] = ("value",)) -> None:
+        self._parent, blocks = _blocks(model)
+        self._sources: dict[tuple[int, str], tuple[nn.Module, int | None]] = {}
+        for layer in layers:
+            if not 0 <= layer < len(blocks):
+                raise ValueError(f"layer {layer}: the layers of {_name(model)} are 0 to {len(blocks) - 1}")
+            for kind in kinds:
+                if kind not in KINDS:
+                    raise ValueError(f"kind {kind!r}: there are {', '.join(KINDS)}")
+                where = f"block {layer} of {_name(model)}"
+                self._sources[layer, kind] = (blocks[layer], None) if kind == "hidden" else \
+                    _projection(blocks[layer], kind, where)
+        self._left: dict[tuple[int, str], torch.Tensor] = {}
+        self._handles: list = []
+        self._running, self._ran, self._graph = False, False, False
+
+    def __enter__(self) -> Values:
+        self._handles = [self._parent.register_forward_pre_hook(self._begin),
+                         self._parent.register_forward_hook(self._end, always_call=True)]
+        for key, (module, third) in self._sources.items():
+            self._handles.append(module.register_forward_hook(partial(self._leave, key, third)))
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def of(self, layer: int, kind: str = "value") -> torch.Tensor:
+        """(batch, sequence, width) of the last forward, all heads side by side.
+
+        Raises:
+            ValueError: it is not recorded, the model has not run, or its block did not call the projection.
+        """
+        if (layer, kind) not in self._sources:
+            there = ", ".join(f"{kind} of {layer}" for layer, kind in self._sources)
+            raise ValueError(f"{kind} of layer {layer} is not recorded; recorded are: {there}")
+        if (layer, kind) not in self._left:
+            why = "ran its block without it, as a compiled or planned block does: of that only hidden is recorded" \
+                if self._ran else "has not run within the context"
+            raise ValueError(f"{kind} of layer {layer}: {_name(self._parent)} {why}")
+        return self._left[layer, kind]
+
+    def clear(self) -> None:
+        """Forget what the last forward left, and the graph behind it."""
+        self._left.clear()
+        self._ran = False
+
+    def _begin(self, *_) -> None:
+        self.clear()
+        self._running, self._graph = True, torch.is_grad_enabled()
+
+    def _end(self, parent: nn.Module, inputs: tuple, output: object) -> None:
+        self._running, self._ran = False, output is not None  # None where it raised
+
+    def _leave(self, key: tuple[int, str], third: int | None, module: nn.Module, inputs: tuple, output) -> None:
+        if not self._running:  # backward computes a checkpointed block again
+            return
+        if self._graph and not torch.is_grad_enabled():
+            raise ValueError(f"{key[1]} of layer {key[0]} has no gradient inside of a reentrant checkpoint; use "
+                             'gradient_checkpointing_kwargs={"use_reentrant": False}')
+        tensor = output[0] if isinstance(output, tuple) else output
+        self._left[key] = tensor if third is None else tensor.chunk(3, -1)[third]
+
+
+def _blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the blocks, and the blocks."""
+    config = next((module.config for module in model.modules() if hasattr(module, "config")), None)
+    if config is None:
+        raise ValueError(f"{_name(model)} has no configuration that says how many blocks to look for; give a model of "
+                         "transformers")
+    count = config.get_text_config().num_hidden_layers
+    found, inside = [], ()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not name.startswith(inside):
+            inside = (*inside, f"{name}.")
+            if len(module) == count:
+                found.append(name)
+    if len(found) != 1:
+        raise ValueError(f"{_name(model)}: looked for one list of {count} blocks, and found "
+                         f"{', '.join(found) or 'none'}; give the part that has one, for example model.get_encoder()")
+    return model.get_submodule(found[0].rpartition(".")[0]), model.get_submodule(found[0])
+
+
+def _projection(block: nn.Module, kind: str, where: str) -> tuple[nn.Module, int | None]:
+    """The module that projects, and which third of its output, if it makes all three."""
+    separate = {name: module for name, module in block.named_modules() if name.split(".")[-1] in PROJECTIONS[kind]}
+    fused = {name: module for name, module in block.named_modules() if name.split(".")[-1] == FUSED
+             and isinstance(module, Conv1D) and module.nf == 3 * module.nx}  # not GPT-BigCode's, where heads alternate
+    found = separate | fused
+    if len(found) != 1:
+        raise ValueError(f"{where}: looked for one module that makes the {kind}, named "
+                         f"{' or '.join(PROJECTIONS[kind])}, or {FUSED} as GPT-2's, and found "
+                         f"{', '.join(found) or 'none'}")
+    module = next(iter(found.values()))
+    return module, ORDER.index(kind) if fused else None
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__

@@ -1,0 +1,190 @@
+"""The tiled loss: logits of some positions at a time, turned into values and gradients before the next ones are made.
+
+A loss of N positions over V tokens needs the logits of a tile of rows only, since each row is normalised by itself. The
+gradient by a row's logits is known as soon as its loss is, so it goes at once into the gradients of hidden states and
+head, which is all that is kept for backward: N x width and V x width numbers, nothing of N x V. Products are those of
+the naive loss, none is made twice. A tile's logits are worked on in blocks that stay in a processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from strategies.distillation.blocks import Taught, Terms
+from strategies.distillation.heads import Head, products_of, slabs
+from strategies.distillation.targets import Common, HiddenTargets, LogitTargets, SampledTargets, Targets, TopTargets
+
+IGNORED = -100  # target of a position that is not learnt: prompt, padding, last token of a document
+TILE = {"cpu": 160 * 2**20, "cuda": 2**30}  # bytes of a tile's logits, of student and teacher together
+BLOCK = 2 * 2**20  # bytes of logits worked on at a time on a CPU
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a loss is taken of, beside the student's tensors.
+
+    Attributes:
+        terms: weighted.
+        head: the student's, without gradient; None where `rows` of logits are given themselves.
+        targets: (positions,) tokens or `IGNORED`.
+        taught: what the teacher says; its tensors have (positions, ...).
+        common: columns that are compared.
+        asked: (positions,) whether the teacher says something; None for all.
+        tile: bytes of logits at a time.
+        accumulate: dtype of logits, sums and gradients while they are made.
+    """
+
+    terms: Terms
+    head: Head | None
+    targets: torch.Tensor
+    taught: Targets | None
+    common: Common | None
+    asked: torch.Tensor | None
+    tile: int
+    accumulate: torch.dtype = torch.float32
+
+
+def learnt(targets: torch.Tensor) -> torch.Tensor:
+    """Positions that have a target; all of them, which needs the most memory, where a step is only planned."""
+    if isinstance(targets, FakeTensor):
+        return torch.arange(targets.numel(), device=targets.device)
+    return torch.argwhere(targets != IGNORED)[:, 0]
+
+
+class TiledLoss(torch.autograd.Function):
+    """(loss, values of the terms) of hidden states (positions, width), weight and bias of the head, and a `Call`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = hidden.device
+        compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        wide = torch.promote_types(call.accumulate, hidden.dtype)
+        wanted = ctx.needs_input_grad
+        by_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if wanted[0] else None
+        by_weight = torch.zeros(weight.shape, dtype=wide, device=device) if wanted[1] else None
+        by_bias = torch.zeros(weight.shape[0], dtype=wide, device=device) if wanted[2] else None
+        head = Head(weight.detach().to(compute) if hidden.is_cuda else weight.detach(),
+                    None if bias is None else bias.detach(), call.head.scale, call.head.cap)
+        values = torch.zeros(len(call.terms.names), dtype=wide, device=device)
+        with products_of(compute, device):
+            for rows, products, taught in _tiles(call, head, hidden, compute, wide):
+                values += _on_tile(call, head, products, rows, taught, any(wanted))
+                if by_hidden is not None:
+                    by_hidden[rows] = _times(products, head.weight, compute)
+                if by_weight is not None:
+                    _add_outer(by_weight, products, hidden[rows], compute)
+                if by_bias is not None:
+                    by_bias += products.sum(0)
+        ctx.gradients, ctx.dtypes = [by_hidden, by_weight, by_bias], (hidden.dtype, weight.dtype,
+                                                                         None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(values)
+        return _weighted(call.terms, values), values
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of a tiled loss is handed out once: call backward once, or take the loss "
+                               "again")
+        scaled = [None if one is None else one.mul_(upstream) for one in ctx.gradients]
+        ctx.gradients = None
+        return *(None if one is None else one.to(dtype) for one, dtype in zip(scaled, ctx.dtypes, strict=True)), None
+
+
+class LogitLoss(torch.autograd.Function):
+    """(loss, values of the terms) of logits (positions, vocabulary) that exist already, and a `Call`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        wide, gradient = torch.promote_types(call.accumulate, logits.dtype), ctx.needs_input_grad[0]
+        by = torch.zeros(logits.shape, dtype=wide, device=logits.device) if gradient else None
+        values = torch.zeros(len(call.terms.names), dtype=wide, device=logits.device)
+        plain = Head(logits.new_empty(0, 0))
+        with products_of(wide, logits.device):
+            for rows, products, taught in _tiles(call, plain, logits, logits.dtype, wide):
+                values += _on_tile(call, plain, products, rows, taught, gradient)
+                if by is not None:
+                    by[rows] = products
+        ctx.gradient, ctx.dtype = by, logits.dtype
+        ctx.mark_non_differentiable(values)
+        return _weighted(call.terms, values), values
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (upstream * ctx.gradient).to(ctx.dtype), None
+
+
+def _weighted(terms: Terms, values: torch.Tensor) -> torch.Tensor:
+    return (values * values.new_tensor([terms.weights[name] for name in terms.names])).sum()
+
+
+def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wide: torch.dtype
+           ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Taught]]:
+    """Rows of a tile, the student's products for them, and what the teacher says; all buffers are used again."""
+    whole = call.head is None
+    vocabulary = given.shape[-1] if whole else head.vocabulary
+    theirs = {HiddenTargets: lambda: call.taught.head.vocabulary, LogitTargets: lambda: call.taught.logits.shape[-1]
+              }.get(type(call.taught), lambda: 0)()
+    kept = learnt(call.targets)
+    size = max(1, min(len(kept), call.tile // (wide.itemsize * (vocabulary + theirs))))
+    mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
+    other = torch.empty(size, theirs, dtype=wide, device=given.device)
+    for rows in kept.split(size)[:1 if isinstance(given, FakeTensor) else None]:
+        products = mine[:len(rows)]
+        if whole:
+            products.copy_(given[rows])
+        else:
+            head.fill(products, given[rows].to(compute))
+        yield rows, products, _taught_on(call.taught, rows, other[:len(rows)], compute)
+
+
+def _taught_on(taught: Targets | None, rows: torch.Tensor, out: torch.Tensor, compute: torch.dtype) -> Taught:
+    """What a teacher says about some rows; its logits are written to `out`."""
+    if isinstance(taught, HiddenTargets):
+        return taught.head.shape(taught.head.fill(out, taught.hidden[rows]))
+    if isinstance(taught, LogitTargets):
+        return out.copy_(taught.logits[rows])
+    return None if taught is None else _part(taught, rows)
+
+
+def _part(taught: SampledTargets | TopTargets, rows: torch.Tensor | slice) -> SampledTargets | TopTargets:
+    return replace(taught, **{field.name: getattr(taught, field.name)[rows] for field in fields(taught)
+                              if field.name != "temperature"})
+
+
+def _on_tile(call: Call, head: Head, products: torch.Tensor, rows: torch.Tensor, taught: Taught, gradient: bool
+             ) -> torch.Tensor:
+    """Values of the terms over a tile; its products become gradients, block by block."""
+    fitting = len(rows) if products.is_cuda else max(1, BLOCK // (products.element_size() * products.shape[1]))
+    targets = call.targets[rows]
+    asked = None if call.asked is None else call.asked[rows]
+    values = products.new_zeros(len(call.terms.names))
+    for begin in range(0, len(rows), fitting)[:1 if isinstance(products, FakeTensor) else None]:
+        part = slice(begin, begin + fitting)
+        said = taught[part] if isinstance(taught, torch.Tensor) else None if taught is None else _part(taught, part)
+        values += call.terms.on_block(products[part], head, targets[part], said, call.common,
+                                      None if asked is None else asked[part], gradient)
+    return values
+
+
+def _times(gradient: torch.Tensor, weight: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """(rows, vocabulary) times (vocabulary, width), summed in the gradient's dtype."""
+    if gradient.is_cuda and weight.element_size() == 2:
+        return torch.mm(gradient.to(compute), weight, out_dtype=gradient.dtype)
+    total: torch.Tensor | None = None
+    for part, wide in slabs(weight, gradient.dtype):
+        total = gradient[:, part] @ wide if total is None else total.addmm_(gradient[:, part], wide)
+    return total
+
+
+def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, compute: torch.dtype) -> None:
+    """Add gradient^T hidden to `total` (vocabulary, width)."""
+    if gradient.is_cuda and compute.itemsize == 2:
+        total += torch.mm(gradient.to(compute).T, hidden.to(compute), out_dtype=total.dtype)
+    else:
+        total.addmm_(gradient.T, hidden.to(total.dtype))

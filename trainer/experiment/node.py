@@ -1,0 +1,21 @@
+"""What every node of the experiment tree is made of: the base class, and kinds of values with their limits."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+DeviceName = Literal["h200", "h100", "a100-80gb", "a100-40gb", "l40s", "l4", "v100", "t4", "rtx4090", "rtx3090"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+PathName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
+
+class Node(BaseModel):
+    """A frozen part of the experiment; a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

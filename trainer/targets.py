@@ -1,0 +1,256 @@
+"""What a teacher has said, from a cache: written once by the main process, read by all, a micro-batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from strategies.distillation.cache import (
+    CacheDamaged,
+    CacheInUse,
+    CacheMismatch,
+    Identity,
+    TargetCache,
+    TargetWriter,
+    bytes_per_token,
+    total_bytes,
+)
+from strategies.distillation.fused import LogitShape, hidden_states, output_head
+from strategies.distillation.heads import Head
+from strategies.distillation.response import IGNORED
+from strategies.distillation.sampling import draw_samples, sampled_targets, top_k
+from strategies.distillation.targets import HiddenTargets, SampledTargets, Targets, TopTargets
+from strategies.memory.ledger import parameter_bytes
+from strategies.memory.residency import Residency
+from trainer.data.batches import Batch, model_inputs
+from trainer.data.dataset import Text
+from trainer.errors import RunFailed, UserError
+from trainer.experiment.tree import Experiment
+from trainer.folder import fingerprint
+from trainer.metrics import console, readable
+from trainer.models import DTYPES, shape_of
+from trainer.shares import residency_for
+
+SAMPLED = 4096  # elements of each weight that a teacher is known by
+
+
+class TeacherHead(nn.Module):
+    """All that is left of a teacher whose hidden states are cached."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+
+@dataclass
+class CachedTargets:
+    """Reads what the teacher said about a micro-batch.
+
+    Attributes:
+        cache: finished.
+        identity: of the cache.
+        head: the teacher's, for hidden states.
+        shape: what it does to its logits.
+        device: where targets go.
+    """
+
+    cache: TargetCache
+    identity: Identity
+    head: TeacherHead | None
+    shape: LogitShape
+    device: torch.device
+
+    def __call__(self, batch: Batch) -> Targets:
+        """The targets of a batch, at all of its positions; nothing is there at those that are not learnt.
+
+        Raises:
+            RunFailed: the cache is not what was written.
+        """
+        learnt = (batch["targets"] != IGNORED).cpu()
+        try:
+            content = self.cache.read(batch["row"].tolist())
+        except CacheDamaged as error:
+            raise RunFailed(f"the teacher's cache is damaged: {error}") from error
+        assert content["tokens"].tolist() == learnt.sum(-1).tolist(), "the identity covers data and sequence length"
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            whole = values.new_zeros(*learnt.shape, *values.shape[1:])
+            whole[learnt] = values
+            return whole.to(self.device, non_blocking=True)
+
+        if self.identity.kind == "hidden":
+            return HiddenTargets(spread(content["hidden"]), self.shape.head(self.head.weight, self.head.bias))
+        temperature = self.identity.temperature
+        if self.identity.kind == "top_k":
+            return TopTargets(spread(content["ids"]), spread(content["log_p"].float()), spread(content["log_tail"]),
+                              temperature)
+        drawn = sampled_targets(content, self.identity.draws, temperature)
+        return SampledTargets(spread(drawn.ids), spread(drawn.shares), spread(drawn.log_p), temperature)
+
+
+def cached_targets(experiment: Experiment, accelerator: Accelerator, text: Text, teacher: nn.Module) -> CachedTargets:
+    """The cache of an experiment's teacher, written first where it is not there; the teacher is not needed afterwards.
+
+    Raises:
+        UserError: another teacher, tokenizer, data or length made the cache that is named, or the disk is too small.
+        RunFailed: it is damaged.
+    """
+    asked, shape = experiment.teacher.targets, shape_of(teacher)
+    if shape is None:
+        raise UserError("teacher.targets.source", f"what {type(teacher).__name__} does to its logits is not known, so "
+                        "they cannot be made from a cache", value=asked.source, way_out="use `live`")
+    identity = identity_of(experiment, text, teacher)
+    folder = Path(asked.path or Path(experiment.run.cache) / "targets" / fingerprint(identity.__dict__))
+    with _told(asked.path or str(folder), experiment):
+        if accelerator.is_main_process:
+            _write(folder, identity, experiment, text, teacher.to(accelerator.device), shape)
+        accelerator.wait_for_everyone()
+        cache = TargetCache(folder, identity)
+    head = None
+    if identity.kind == "hidden":
+        own = output_head(teacher)
+        head = TeacherHead(own.weight.detach().clone(), None if own.bias is None else own.bias.detach().clone()).to(
+            accelerator.device)
+    return CachedTargets(cache, identity, head, shape, accelerator.device)
+
+
+def identity_of(experiment: Experiment, text: Text, teacher: nn.Module) -> Identity:
+    """What a cache of this experiment is made from."""
+    asked, data = experiment.teacher.targets, experiment.data
+    vocabulary, width = output_head(teacher).weight.shape
+    temperature = experiment.objective.divergence.temperature
+    of_kind = {"hidden": {"width": width, "dtype": experiment.teacher.dtype},
+               "samples": {"vocabulary": vocabulary, "draws": asked.draws, "temperature": temperature},
+               "top_k": {"vocabulary": vocabulary, "k": asked.k, "temperature": temperature}}[asked.source]
+    return Identity(asked.source, rows=len(text.train), sequence_length=data.sequence_length,
+                    teacher=_weights(teacher),
+                    tokenizer=fingerprint(text.tokenizer.backend_tokenizer.to_str()),
+                    data=fingerprint([text.identity, data.packing]), **of_kind)
+
+
+def _weights(teacher: nn.Module) -> str:
+    """A hash of some of all weights."""
+    known = hashlib.sha256()
+    for name, weight in teacher.state_dict().items():
+        some = weight.flatten()[::max(1, weight.numel() // SAMPLED)].float().cpu().contiguous()
+        known.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())
+    return known.hexdigest()[:16]
+
+
+class _told:
+    """Turns what a cache says into what a person is told, with the field that led to it."""
+
+    def __init__(self, folder: str, experiment: Experiment) -> None:
+        self.folder, self.key = folder, "teacher.targets.path" if experiment.teacher.targets.path else "run.cache"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, CacheInUse | CacheDamaged):
+            raise RunFailed(f"the teacher's cache in {self.folder}: {error}") from error
+        if isinstance(error, CacheMismatch | ValueError):
+            raise UserError(self.key, str(error), value=self.folder,
+                            way_out="name another folder, which is then written, or what this one was made from"
+                            ) from error
+
+
+@torch.no_grad()
+def _write(folder: Path, identity: Identity, experiment: Experiment, text: Text, teacher: nn.Module, shape: LogitShape
+           ) -> None:
+    """Ask the teacher about every row that is not there yet."""
+    tokens = sum(int((row["targets"] != IGNORED).sum()) for row in (text.train[at] for at in range(len(text.train))))
+    stated = total_bytes(identity, tokens)
+    size, device = experiment.training.micro_batch, next(teacher.parameters()).device
+    with TargetWriter(folder, identity, stated=stated) as writer:
+        left = list(writer.rows_left())
+        if not left:
+            return
+        console.print(f"{experiment.name}: writing what the teacher says about {tokens:,} tokens, at most "
+                      f"{bytes_per_token(identity):,.1f} bytes each, {readable(stated)} in all: {len(left):,} of "
+                      f"{len(text.train):,} rows")
+        for begin in range(0, len(left), size):
+            rows = left[begin:begin + size]
+            batch = {name: torch.stack([text.train[row][name] for row in rows]).to(device)
+                     for name in ("input_ids", "position_ids", "targets")}
+            writer.add(rows, _said(identity, teacher, shape, rows, batch))
+
+
+def _said(identity: Identity, teacher: nn.Module, shape: LogitShape, rows: list[int], batch: Batch
+          ) -> dict[str, torch.Tensor]:
+    """What the teacher says about some rows, at their learnt positions."""
+    learnt = batch["targets"] != IGNORED
+    hidden = hidden_states(teacher, model_inputs(batch))[0][learnt]
+    content = {"tokens": learnt.sum(-1)}
+    if identity.kind == "hidden":
+        return {**content, "hidden": hidden}
+    own = output_head(teacher)
+    head: Head = shape.head(own.weight, own.bias)
+    numbers = (torch.tensor(rows, device=learnt.device)[:, None] * learnt.shape[-1]
+               + torch.arange(learnt.shape[-1], device=learnt.device))[learnt]
+    make: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]] = (
+        (lambda logits, at: top_k(logits, identity.k, identity.temperature)) if identity.kind == "top_k" else
+        (lambda logits, at: draw_samples(logits, identity.draws, identity.temperature, 0, at)))
+    found = []
+    for part in torch.arange(len(hidden), device=hidden.device).split(256):  # logits of so many positions at a time
+        logits = torch.empty(len(part), head.vocabulary, device=hidden.device)
+        found.append(make(head.shape(head.fill(logits, hidden[part])), numbers[part]))
+    if not found:
+        found = [make(torch.zeros(0, head.vocabulary, device=hidden.device), numbers)]
+    return {**content, **{name: torch.cat([part[name] for part in found]) for name in found[0]}}
+
+
+# ---- the same for a plan, from shapes
+
+def resident_teacher(experiment: Experiment, config: PretrainedConfig | None) -> nn.Module | None:
+    """What is there of the teacher in a step: all of it, its head alone, or nothing; for a mode without data."""
+    if config is None or not experiment.objective.build(True).needs_teacher:
+        return None
+    dtype = DTYPES[experiment.teacher.dtype]
+    if experiment.teacher.targets.source == "live":
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    if experiment.teacher.targets.source == "hidden":
+        return TeacherHead(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
+    return None
+
+
+def example_targets(experiment: Experiment, config: PretrainedConfig | None, batch: Batch, head: nn.Module | None
+                    ) -> Targets | None:
+    """Targets like those of training from a cache, for a batch on any device; None where the teacher is live."""
+    if config is None or experiment.teacher.targets.source == "live":
+        return None
+    asked, positions = experiment.teacher.targets, batch["targets"]
+    temperature = experiment.objective.divergence.temperature
+    if asked.source == "hidden":
+        dtype = DTYPES[experiment.teacher.dtype]
+        return HiddenTargets(torch.zeros(*positions.shape, config.hidden_size, dtype=dtype, device=positions.device),
+                             Head(head.weight, head.bias))
+    many = min(asked.draws if asked.source == "samples" else asked.k, config.vocab_size)
+    ids = torch.zeros(*positions.shape, many, dtype=torch.long, device=positions.device)
+    if asked.source == "samples":
+        return SampledTargets(ids, torch.zeros_like(ids, dtype=torch.float32), torch.zeros_like(
+            ids, dtype=torch.float32), temperature)
+    return TopTargets(ids, torch.zeros_like(ids, dtype=torch.float32), torch.zeros_like(
+        positions, dtype=torch.float32), temperature)
+
+
+def live(teacher: nn.Module | None) -> nn.Module | None:
+    """The teacher, if it is there whole."""
+    return None if isinstance(teacher, TeacherHead) else teacher
+
+
+def held_of(experiment: Experiment, student: nn.Module, teacher: nn.Module | None, processes: int, on_gpu: bool
+            ) -> Residency:
+    """What the first process holds; a teacher's head is whole on each."""
+    held = residency_for(experiment, student, live(teacher), processes, on_gpu)
+    if not isinstance(teacher, TeacherHead):
+        return held
+    return replace(held, parts={**held.parts, "others": parameter_bytes(teacher)})
