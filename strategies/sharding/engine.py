@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from strategies.memory.shards import Layout, Piece, local_of
+from strategies.memory.shards import Layout, Piece
 
 CLIP_EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
 
@@ -165,11 +165,3 @@ class Sharded(Engine):
 def _local(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
-
-def own_weights(engine: Engine) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Every piece of the weights that this rank holds, with its elements, flat."""
-    for tensor, layout in engine.tensors():
-        flat = local_of(tensor)
-        for piece in layout.pieces:
-            if piece.numel:
-                yield piece, piece.of(flat)

@@ -80,7 +80,7 @@ def _flat_part(parameters: Sequence[torch.Tensor], setup: Setup) -> torch.Tensor
     pieces, offset = [], 0
     if setup.stage == 3:
         for parameter in parameters:
-            part = -(-parameter.numel() // setup.ranks)
+            part = equal_part(parameter, setup.ranks)
             pieces.append(Piece("", tuple(parameter.shape), 0, part, offset))
             offset += part
     else:
@@ -97,8 +97,7 @@ def _flat_part(parameters: Sequence[torch.Tensor], setup: Setup) -> torch.Tensor
 
 def _rows(parameter: torch.Tensor, ranks: int, known: bool) -> torch.Tensor:
     """A first rank's rows of a parameter, as FSDP2 cuts it."""
-    rows = -(-parameter.shape[0] // ranks) if parameter.ndim else 1
-    shape = (rows, *parameter.shape[1:])
+    shape = _row_shape(parameter, ranks)
     part = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=parameter.device))
     if known:
         lay_out(part, Layout((Piece("", tuple(parameter.shape), 0, math.prod(shape)),)))
@@ -129,7 +128,7 @@ def residency(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup:
     if teacher is None:
         return found
     held, gathered = _teacher(teacher, setup, teacher_compute)
-    return Residency(**{**found.__dict__, "parts": {**found.parts, "teacher": held}, "teacher": gathered})
+    return replace(found, parts={**found.parts, "teacher": held}, teacher=gathered)
 
 
 # ---- whole on every rank
@@ -153,8 +152,7 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     own = sum(local_rows(parameter, setup.ranks) for parameter in model.parameters())
 
     def gathered(names: Sequence[str]) -> int:
-        return sum(local_rows(parameter, setup.ranks) * setup.ranks for name in names
-                   for parameter in model.get_submodule(name).parameters())
+        return sum(local_rows(parameter, setup.ranks) * setup.ranks for parameter in _parameters(model, names))
 
     order = _order(units)
     counts = [gathered(names) for names in order]
@@ -192,8 +190,11 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
 
 def local_rows(parameter: torch.Tensor, ranks: int) -> int:
     """Elements of a parameter that the first rank holds, cut by rows as FSDP2 does."""
-    rows = -(-parameter.shape[0] // ranks) if parameter.ndim else 1
-    return rows * (parameter.numel() // parameter.shape[0]) if parameter.ndim else 1
+    return math.prod(_row_shape(parameter, ranks))
+
+
+def _row_shape(parameter: torch.Tensor, ranks: int) -> tuple[int, ...]:
+    return (-(-parameter.shape[0] // ranks), *parameter.shape[1:]) if parameter.ndim else (1,)
 
 
 # ---- ZeRO
@@ -263,7 +264,7 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     """Weights, gradients and state in parts, the bucket and a flat buffer of gradients always there; blocks gathered
     as a whole, each other module by itself."""
     units, size = units_of(model), setup.compute.itemsize
-    parts_of = [sum(-(-parameter.numel() // setup.ranks) for parameter in group) for group in groups]
+    parts_of = [sum(equal_part(parameter, setup.ranks) for parameter in group) for group in groups]
     part = sum(parts_of)
     sums = FP32 if setup.half and setup.accumulates else size
     parts = {"buckets": size * setup.bucket, "buffers": _buffers(model)}
@@ -272,24 +273,27 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     if not setup.offload_optimizer:
         parts |= {"fp32 weights": FP32 * part if setup.half else 0, "gradients": sums * part,
                   "optimizer state": state}
-    order = [[name] for name in (*units.ends[:1], *units.blocks, *units.ends[1:])]
-    tied = not units.tail and units.ends  # whose gradient is complete in the end
     turns, bucket = [], Bucket(setup.bucket)
-    for names in reversed(order):
-        own = [parameter for name in names for parameter in model.get_submodule(name).parameters()]
-        count = sum(-(-parameter.numel() // setup.ranks) * setup.ranks for parameter in own)
-        ahead = min(setup.ahead, count)
+    for name in reversed((*units.ends[:1], *units.blocks, *units.ends[1:])):
+        own = _parameters(model, [name])
+        count = sum(equal_part(parameter, setup.ranks) * setup.ranks for parameter in own)
+        ahead, waits = min(setup.ahead, count), not units.tail and name in units.ends  # tied: complete in the end
         bucket.begin()
         for parameter in own:
-            if not (tied and names[0] in units.ends and parameter.ndim > 1):
+            if not (waits and parameter.ndim > 1):
                 bucket.add(parameter.numel())
-        turns.append(Turn(tuple(names), forward=size * (count + ahead), backward=size * (count + ahead),
+        turns.append(Turn((name,), forward=size * (count + ahead), backward=size * (count + ahead),
                           reduced=max(0, size * (2 * bucket.largest - count)), pending=size * bucket.content,
-                          drops=not (tied and names[0] in units.ends)))
+                          drops=not waits))
     if not setup.offload_optimizer:
         update += FP32 * max(parts_of, default=0)
     return Residency(parts, tuple(turns), units.blocks, gradients=parts.get("gradients", 0),
                      update=0 if setup.offload_optimizer else update)
+
+
+def equal_part(parameter: torch.Tensor, ranks: int) -> int:
+    """Elements of a parameter that a rank holds, cut flat into equal parts as ZeRO's stage 3 does, padding included."""
+    return -(-parameter.numel() // ranks)
 
 
 # ---- teacher and helpers
@@ -306,8 +310,7 @@ def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> t
             for parameter in parameters)
 
     root = bytes_of(_outside(teacher, units), setup.ranks)
-    largest = max((bytes_of([parameter for name in names for parameter in teacher.get_submodule(name).parameters()],
-                            setup.ranks) for names in _order(units)), default=0)
+    largest = max((bytes_of(_parameters(teacher, names), setup.ranks) for names in _order(units)), default=0)
     return bytes_of(teacher.parameters(), 1), root + 2 * largest
 
 
@@ -319,9 +322,13 @@ def _order(units: Units) -> list[list[str]]:
 
 def _outside(model: nn.Module, units: Units) -> list[nn.Parameter]:
     """Parameters of the root: in no block, nor first, nor tail."""
-    inside = {id(parameter) for names in _order(units) for name in names
-              for parameter in model.get_submodule(name).parameters()}
+    inside = {id(parameter) for names in _order(units) for parameter in _parameters(model, names)}
     return [parameter for parameter in model.parameters() if id(parameter) not in inside]
+
+
+def _parameters(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    """Parameters of some of a model's modules, in order."""
+    return [parameter for name in names for parameter in model.get_submodule(name).parameters()]
 
 
 def _buffers(model: nn.Module) -> int:

@@ -119,8 +119,7 @@ class Zero(Engine):
         with quiet_deepspeed():
             self.engine, _ = prepare(student, optimizer)
         self.zero = self.engine.optimizer
-        self._own, self._step = optimizer, optimizer.step
-        self._allowed = True
+        self._step, self._allowed = optimizer.step, True
         optimizer.step = self._step_if_allowed
         if not self.casts and "offload_optimizer" not in config["zero_optimization"]:
             self._share_fp32()
