@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -18,11 +19,12 @@ from strategies.rematerialization.rematerialize import study
 from trainer.data.batches import Batch
 from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
+from trainer.inside import attach_projections, build_inside
 from trainer.metrics import readable
 from trainer.models import quantize
 from trainer.precision import DTYPES as COMPUTE
 from trainer.shares import gradients_stay, in_backward, is_sharded
-from trainer.targets import example_targets, held_of, live, resident_teacher
+from trainer.targets import example_targets, held_of, live, resident_teacher, sizes
 
 POINTS = 600  # of a curve that is kept for the picture
 LEAST_TILE = 2**20  # bytes of logits at a time in the loss, where bytes are short
@@ -151,15 +153,21 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
         small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
         if experiment.student.quantization is not None:
             quantize(experiment, small)
+        attach_projections(experiment, small, teacher)
         large = resident_teacher(experiment, teacher)
         optimizer = experiment.optimizer.build(small)
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
     precision = experiment.precision.build(place)
+
+    def planned(model: nn.Module) -> Distillation:
+        return Distillation(objective, model, live(large), tile=tile, common=sizes(student, teacher),
+                            inside=build_inside(experiment, model, live(large)))
+
     return study(small.train(), batch, optimizer=optimizer, in_backward=in_backward(experiment),
                  accumulate=gradients_stay(experiment, processes),
                  loss=lambda model, batch: loss_of_batch(
-                     Distillation(objective, model, live(large), tile=tile), precision, model, batch,
+                     planned(model), precision, model, batch,
                      taught=example_targets(experiment, teacher, batch, large))[0],
                  others=[large] if large is not None else [], device=experiment.memory.device,
                  reserved=reserved(experiment, processes, place), regions=regions)
@@ -176,6 +184,7 @@ def _study_shared(experiment: Experiment, teacher: PretrainedConfig | None, stud
         small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
         if experiment.student.quantization is not None:
             quantize(experiment, small)
+        attach_projections(experiment, small, teacher)
         large = resident_teacher(experiment, teacher)
         held = held_of(experiment, small, large, processes, on_gpu)
         for model in (small, large):
@@ -184,9 +193,14 @@ def _study_shared(experiment: Experiment, teacher: PretrainedConfig | None, stud
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
     precision = experiment.precision.build(place)
+
+    def planned(model: nn.Module) -> Distillation:
+        return Distillation(objective, model, live(large), tile=tile, common=sizes(student, teacher),
+                            inside=build_inside(experiment, model, live(large)))
+
     return study(small.train(), batch, others=[large] if large is not None else [], device=experiment.memory.device,
                  loss=lambda model, batch: loss_of_batch(
-                     Distillation(objective, model, live(large), tile=tile), precision, model, batch, True,
+                     planned(model), precision, model, batch, True,
                      example_targets(experiment, teacher, batch, large))[0],
                  reserved=reserved(experiment, processes, place), regions=regions, residency=held)
 

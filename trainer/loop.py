@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -15,9 +16,11 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PretrainedConfig
 
+from strategies.distillation.on_policy import written_rows
+from strategies.distillation.reading import Reader, as_it_is
 from strategies.distillation.response import IGNORED, ResponseObjective
 from strategies.distillation.step import Distillation
-from strategies.distillation.targets import Targets
+from strategies.distillation.targets import Common, Targets
 from strategies.memory.meter import Measured, mark, measure
 from strategies.memory.picture import curve
 from strategies.rematerialization.framed import CannotPlan
@@ -39,11 +42,12 @@ from trainer.engines import engine_for, place_teacher
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, write_atomically
+from trainer.inside import attach_projections, build_inside, without_projections
 from trainer.metrics import Metrics, Ticker, memory_peak, readable
 from trainer.models import shape_of, whole_student
 from trainer.precision import MixedPrecision
 from trainer.shares import gradients_stay, in_backward, is_sharded
-from trainer.targets import CachedTargets, example_targets
+from trainer.targets import CachedTargets, asks, example_targets
 
 MEASURED = 3  # the step of a process, counted from 1, whose memory is measured: state exists, DDP has its buckets
 
@@ -59,18 +63,21 @@ class Trainer:
 
     def __init__(self, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: Text,
                  student: nn.Module, teacher: nn.Module | CachedTargets | None, steps: int,
-                 teacher_config: PretrainedConfig | None = None):
+                 teacher_config: PretrainedConfig | None = None,
+                 related: tuple[Common | None, Reader] = (None, as_it_is)):
         self.experiment, self.folder, self.accelerator, self.text = experiment, folder, accelerator, text
         self.teacher_config = teacher_config
         objective = experiment.objective.build(teacher is not None)
         self.cached = teacher if isinstance(teacher, CachedTargets) else None
-        live = teacher if objective.needs_teacher and self.cached is None else None
-        shapes = shape_of(student), None if live is None else shape_of(live)
+        live = teacher if self.cached is None and asks(experiment) else None
+        shapes = shape_of(student), None if live is None else shape_of(live)  # while they are whole
         self.teacher = None if live is None else place_teacher(experiment, accelerator, live)
         self.precision = experiment.precision.build(accelerator.device.type)
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, steps)
         self.engine = engine_for(experiment, accelerator, student)
-        self.distillation = Distillation(objective, self.unwrapped, self.teacher, shapes=shapes)
+        self.distillation = Distillation(
+            objective, self.unwrapped, self.teacher, shapes=shapes, common=related[0], reader=related[1],
+            inside=build_inside(experiment, self.unwrapped, self.teacher))
         self.steps, self.step, self.nonfinite = steps, 0, 0
         batch, processes = experiment.training.batch_size, accelerator.num_processes
         self.accumulation = batch // (experiment.training.micro_batch * processes)
@@ -144,6 +151,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         micro_batches = [next(batches) for _ in range(self.accumulation)]
+        if self._writes(self.step):
+            micro_batches = [self._written(batch, number) for number, batch in enumerate(micro_batches)]
         learnt = sum((batch["targets"] != IGNORED).sum() for batch in micro_batches)
         tokens = self._total(learnt.to(self.accelerator.device))
         sums: dict[str, torch.Tensor] = {}
@@ -173,9 +182,26 @@ class Trainer:
         record["seconds"] = time.perf_counter() - started
         return record
 
+    def _writes(self, step: int) -> bool:
+        """Whether a step is on what the student writes; the same on every process."""
+        asked = self.experiment.objective.on_policy
+        return asked is not None and random.Random(f"{self.experiment.seed} {step}").random() < asked.fraction
+
+    def _written(self, batch: Batch, number: int) -> Batch:
+        """Rows that the student goes on with by itself, in place of a micro-batch."""
+        asked, tokenizer = self.experiment.objective.on_policy, self.text.tokenizer
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        seed = ((self.experiment.seed * self.steps + self.step) * self.accumulation + number) * processes + rank
+        with self.precision.autocast(self.engine.casts):
+            rows = written_rows(self.unwrapped, self._to_device(batch), prompt_tokens=asked.prompt_tokens,
+                                new_tokens=asked.new_tokens, temperature=asked.temperature, seed=seed,
+                                end=tokenizer.eos_token_id, padding=tokenizer.pad_token_id)
+        return {**batch, **rows, "written": torch.ones(())}
+
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         taught = None if self.cached is None else self.cached(batch)
-        return loss_of_batch(self.distillation, self.precision, self.student, batch, self.engine.casts, taught)
+        distillation = self.distillation.without_text() if "written" in batch else self.distillation
+        return loss_of_batch(distillation, self.precision, self.student, batch, self.engine.casts, taught)
 
     def _update(self, loss_finite: bool) -> float:
         """Clip, step the weights if everything is finite, and return the gradient's norm before clipping."""
@@ -227,12 +253,13 @@ class Trainer:
         Nothing is gathered for it, so no other process takes part.
         """
         if not self.engine.sharded:
-            return self.unwrapped
+            return without_projections(self.unwrapped)
         model = whole_student(self.experiment, self.unwrapped)
+        attach_projections(self.experiment, model, self.teacher_config)
         newest = checkpoints.latest(self.folder.checkpoints)
         assert newest is not None, "the last step writes a checkpoint"
         checkpoints.load_whole(newest, model)
-        return model
+        return without_projections(model)
 
     def release(self) -> None:
         """Give models and optimizer back, so that the next training of this process finds the memory free."""
@@ -273,11 +300,12 @@ class Trainer:
 
     def _study(self, student: nn.Module, batch: Batch, processes: int, regions: bool, tile: int | None) -> Planner:
         experiment, self.distillation.tile = self.experiment, tile
+        planned = self.distillation.planned()
         return study(
             student, batch, optimizer=self.optimizer, in_backward=in_backward(experiment),
             accumulate=gradients_stay(experiment, processes),
             loss=lambda model, batch: loss_of_batch(
-                self.distillation, self.precision, model, batch,
+                planned, self.precision, model, batch,
                 taught=example_targets(experiment, self.teacher_config, batch, self.asked))[0],
             others=[] if self.asked is None else [self.asked],
             reserved=reserved(experiment, processes, self.accelerator.device.type), regions=regions)

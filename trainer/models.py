@@ -54,10 +54,11 @@ def student_config(
 def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
                  tokens: int | None) -> None:
     """Raise `UserError` where models, tokenizer and sequence length do not fit each other."""
-    if teacher is not None and teacher.vocab_size != student.vocab_size:
+    brings = teacher is not None and experiment.teacher.path is not None and experiment.teacher.train is None
+    if teacher is not None and teacher.vocab_size != student.vocab_size and not brings:
         raise UserError("student", f"the student has a vocabulary of {student.vocab_size:,} tokens and the teacher of "
                         f"{teacher.vocab_size:,}; distillation compares them token by token",
-                        way_out="choose two models of one family, or start the student with `from_teacher`")
+                        way_out="leave `vocab_size` out, or start the student with `from_teacher`")
     for key, config in (("teacher", teacher), ("student", student)):
         if config is None:
             continue
@@ -69,7 +70,7 @@ def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, stude
         if positions and experiment.data.sequence_length > positions:
             raise UserError("data.sequence_length", f"the {key} knows {positions} positions",
                             value=experiment.data.sequence_length, way_out=f"use at most {positions}")
-        if tokens and tokens > config.vocab_size:
+        if tokens and tokens > config.vocab_size and not (key == "teacher" and brings):
             raise UserError(f"{key}.architecture.vocab_size", f"the tokenizer has {tokens:,} tokens",
                             value=config.vocab_size, way_out=f"use at least {tokens:,}, or leave it out")
 

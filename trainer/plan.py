@@ -20,6 +20,7 @@ from trainer.experiment.explaining import resolved_table
 from trainer.experiment.nodes import divisors
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
+from trainer.inside import attach_projections
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, count_parameters, quantize
 from trainer.precision import DTYPES as COMPUTE
@@ -90,6 +91,8 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype]) if teacher else None
         if experiment.student.quantization:
             quantize(experiment, small)
+        student_bytes, parameters = exported_bytes(small, DTYPES[experiment.export.dtype]), count_parameters(small)
+        attach_projections(experiment, small, teacher)
         asked = resident_teacher(experiment, teacher)
         held = held_of(experiment, small, asked, processes, on_gpu=device != "cpu")
     ledger = Ledger.of(held, _activations(experiment, student, compute),
@@ -101,8 +104,8 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         accumulation=training.batch_size // (training.micro_batch * processes),
         tokens_per_step=training.batch_size * sequence, steps=steps,
         learning_rates=_learning_rates(experiment, steps), precision=experiment.precision.dtype,
-        parameters={"student": count_parameters(small)} | ({"teacher": count_parameters(large)} if large else {}),
-        student_bytes=exported_bytes(small, DTYPES[experiment.export.dtype]),
+        parameters={"student": parameters} | ({"teacher": count_parameters(large)} if large else {}),
+        student_bytes=student_bytes,
         teacher_bytes=parameter_bytes(large) if large else 0, ledger=ledger, memory=memory,
         sharding=experiment.sharding.words(processes))
 

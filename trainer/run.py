@@ -25,6 +25,7 @@ from trainer.errors import RunFailed, UserError
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, fingerprint, flatten, learnt_from, write_atomically
+from trainer.inside import attach_projections, check_inside
 from trainer.loop import Trainer
 from trainer.metrics import console, read_lines, readable
 from trainer.models import (
@@ -40,7 +41,8 @@ from trainer.models import (
 )
 from trainer.plan import check_batch, count_steps, make_plan, plan_json, show_plan
 from trainer.report import write_report
-from trainer.targets import cached_targets
+from trainer.targets import asks, cached_targets
+from trainer.vocabularies import reads_alike, relate
 
 
 def dry_run(source: Source, as_json: bool) -> None:
@@ -90,7 +92,7 @@ def carry_out(source: Source) -> Path:
     _configs(experiment, len(text.tokenizer))
     experiment = _with_teacher(experiment, accelerator, text)
     trained, exported = train_one(source.experiment, experiment, folder, folder.unverified, accelerator, text)
-    if experiment.teacher and experiment.objective.build(True).needs_teacher and experiment.report.control:
+    if asks(experiment) and experiment.report.control:
         control = RunFolder(folder.control)
         asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
         train_one(asked, lone, control, control.student, accelerator, text)
@@ -159,11 +161,11 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
                      device=accelerator.device.type, rows=rows)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    asks = experiment.objective.build(teacher_shape is not None).needs_teacher
     teacher = None
-    if teacher_shape is not None and (asks or experiment.student.from_teacher is not None):
+    if asks(experiment) or experiment.student.from_teacher is not None:
         teacher = build_teacher(experiment, teacher_shape)
     student = build_student(experiment, student_shape, teacher, text.tokenizer)
+    attach_projections(experiment, student, teacher_shape)
     if experiment.data.packing:
         for key, model in (("student", student), ("teacher", teacher)):
             if model is not None and not documents_stay_apart(model):
@@ -172,12 +174,16 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
                                 way_out="set `data.packing: false`")
     if experiment.run.trackers:
         _start_trackers(accelerator, asked)
-    if asks and experiment.teacher.targets.source != "live":
+    related = relate(experiment, text, student_shape, teacher_shape if asks(experiment) else None)
+    if related[0] is not None and experiment.teacher.targets.source in ("samples", "top_k"):
+        raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",
+                        value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
+    if asks(experiment) and experiment.teacher.targets.source != "live":
         teacher = cached_targets(experiment, accelerator, text, teacher)
     if accelerator.is_main_process:
         folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
     accelerator.wait_for_everyone()
-    return Trainer(experiment, folder, accelerator, text, student, teacher, steps, teacher_shape)
+    return Trainer(experiment, folder, accelerator, text, student, teacher, steps, teacher_shape, related)
 
 
 def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, exported: torch.Tensor, text: Text,
@@ -193,7 +199,7 @@ def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, ex
     """
     trust = experiment.student.trust_remote_code
     models = {"student": {"path": str(folder.unverified), "compare": True, "trust_remote_code": trust}}
-    if experiment.teacher is not None:
+    if experiment.teacher is not None and reads_alike(experiment, text):
         models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
                              "dtype": experiment.teacher.dtype,
                              "trust_remote_code": experiment.teacher.trust_remote_code}
@@ -234,6 +240,7 @@ def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = Fal
     teacher = teacher_config(experiment, vocabulary, offline)
     student = student_config(experiment, teacher, vocabulary, offline)
     check_shapes(experiment, teacher, student, vocabulary)
+    check_inside(experiment, student, teacher)
     return teacher, student
 
 

@@ -26,7 +26,7 @@ from strategies.distillation.fused import LogitShape, hidden_states, output_head
 from strategies.distillation.heads import Head
 from strategies.distillation.response import IGNORED
 from strategies.distillation.sampling import draw_samples, sampled_targets, top_k
-from strategies.distillation.targets import HiddenTargets, SampledTargets, Targets, TopTargets
+from strategies.distillation.targets import Common, HiddenTargets, SampledTargets, Targets, TopTargets
 from strategies.memory.ledger import parameter_bytes
 from strategies.memory.residency import Residency
 from trainer.data.batches import Batch, model_inputs
@@ -208,11 +208,17 @@ def _said(identity: Identity, teacher: nn.Module, shape: LogitShape, rows: list[
     return {**content, **{name: torch.cat([part[name] for part in found]) for name in found[0]}}
 
 
+def asks(experiment: Experiment) -> bool:
+    """Whether training asks the teacher anything."""
+    objective = experiment.objective
+    return experiment.teacher is not None and (objective.build(True).needs_teacher or objective.looks_inside)
+
+
 # ---- the same for a plan, from shapes
 
 def resident_teacher(experiment: Experiment, config: PretrainedConfig | None) -> nn.Module | None:
     """What is there of the teacher in a step: all of it, its head alone, or nothing; for a mode without data."""
-    if config is None or not experiment.objective.build(True).needs_teacher:
+    if config is None or not asks(experiment):
         return None
     dtype = DTYPES[experiment.teacher.dtype]
     if experiment.teacher.targets.source == "live":
@@ -254,3 +260,10 @@ def held_of(experiment: Experiment, student: nn.Module, teacher: nn.Module | Non
     if not isinstance(teacher, TeacherHead):
         return held
     return replace(held, parts={**held.parts, "others": parameter_bytes(teacher)})
+
+
+def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None) -> Common | None:
+    """The common tokens as far as shapes tell."""
+    if teacher is None or teacher.vocab_size == student.vocab_size:
+        return None
+    return Common(min(student.vocab_size, teacher.vocab_size))

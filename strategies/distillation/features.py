@@ -56,6 +56,19 @@ def cosine_distance_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torc
     return (ours - theirs).square().sum() / 2
 
 
+class _Projection(nn.Module):
+    """A linear map in fp32; a module of its own, so that what gathers weights for it sees it called."""
+
+    def __init__(self, student_width: int, teacher_width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(teacher_width, student_width))
+        nn.init.uniform_(self.weight, -student_width**-0.5, student_width**-0.5, generator=generator)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with full_precision(hidden):
+            return F.linear(wide(hidden), wide(self.weight))
+
+
 class Projections(nn.Module):
     """A learnt linear map from the student's width to the teacher's for each layer that learns (FitNets, eq. 3).
 
@@ -80,11 +93,9 @@ class Projections(nn.Module):
         self.by_layer = nn.ModuleDict()
         if student_width == teacher_width and not always:
             return
-        generator, bound = torch.Generator().manual_seed(seed), student_width**-0.5
+        generator = torch.Generator().manual_seed(seed)
         for layer in self.layers:
-            linear = nn.utils.skip_init(nn.Linear, student_width, teacher_width, bias=False)
-            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-            self.by_layer[str(layer)] = linear
+            self.by_layer[str(layer)] = _Projection(student_width, teacher_width, generator)
 
     def forward(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """Hidden states (..., student width) of a layer of the student, as (..., teacher width).
@@ -95,10 +106,7 @@ class Projections(nn.Module):
         if layer not in self.layers:
             raise ValueError(f"layer {layer} of the student is in no pair; in pairs are "
                              f"{', '.join(map(str, self.layers))}")
-        if str(layer) not in self.by_layer:
-            return hidden
-        with full_precision(hidden):
-            return F.linear(wide(hidden), wide(self.by_layer[str(layer)].weight))
+        return self.by_layer[str(layer)](hidden) if str(layer) in self.by_layer else hidden
 
     def attach(self, student: nn.Module) -> None:
         """Make them a submodule of the student: they go with it to a device, into an optimizer and a checkpoint.

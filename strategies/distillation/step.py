@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ from torch import nn
 
 from strategies.distillation.fused import LogitShape, at_head, hidden_states, with_head
 from strategies.distillation.heads import Head
+from strategies.distillation.inside import Inside
+from strategies.distillation.reading import Reader, as_it_is
 from strategies.distillation.response import ResponseObjective
 from strategies.distillation.targets import Common, HiddenTargets, LogitTargets, Targets
 
@@ -29,13 +34,29 @@ class Distillation:
             its logits are made.
         common: the tokens both have, where the vocabularies differ.
         tile: bytes of logits that may exist at a time; None for the device's usual.
+        inside: losses of what is inside of both models.
+        reader: how the teacher reads the student's text.
     """
 
     def __init__(self, objective: ResponseObjective, student: nn.Module, teacher: nn.Module | None = None, *,
                  shapes: tuple[LogitShape | None, LogitShape | None] = (LogitShape(), LogitShape()),
-                 common: Common | None = None, tile: int | None = None) -> None:
+                 common: Common | None = None, tile: int | None = None, inside: Inside | None = None,
+                 reader: Reader = as_it_is) -> None:
         self.objective, self.student, self.shapes, self.common, self.tile = objective, student, shapes, common, tile
-        self.teacher = teacher if objective.needs_teacher else None
+        self.reader = reader
+        self.teacher, self.inside = teacher if objective.needs_teacher or inside is not None else None, inside
+
+    def planned(self) -> Distillation:
+        """The same on tensors without data, of which no text can be read: the teacher gets its student's tokens."""
+        alike = copy.copy(self)
+        alike.reader = as_it_is
+        return alike
+
+    def without_text(self) -> Distillation:
+        """The same for what a student has written itself: its teacher's word counts, and no target does."""
+        judged = copy.copy(self)
+        judged.objective = replace(self.objective, cross_entropy=0.0, z_loss=0.0)
+        return judged
 
     def __call__(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor,
                  taught: Targets | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -47,22 +68,34 @@ class Distillation:
             targets: (batch, sequence) next tokens, or `IGNORED`.
             taught: what the teacher says, where it is not asked itself.
         """
+        with nullcontext() if self.inside is None else self.inside.recording():
+            return self._loss(called, inputs, targets, taught)
+
+    def _loss(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor, taught: Targets | None
+              ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mine, theirs = self.shapes
-        hidden = None
+        hidden = asked = None
         if self.teacher is not None and taught is None:
+            reading = self.reader(inputs, targets)
             if theirs is None:
                 with torch.no_grad():
-                    taught = LogitTargets(self.teacher(**inputs).logits)
+                    logits, asked = reading.placed(self.teacher(**reading.inputs).logits, targets)
+                taught = LogitTargets(logits)
             else:
-                hidden = hidden_states(self.teacher, inputs)[0]
+                hidden, asked = reading.placed(hidden_states(self.teacher, reading.inputs)[0], targets)
 
         def take(student: torch.Tensor, head: Head | None, _: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             def loss(of: Targets | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                return self.objective(student, of, targets, head=head, common=self.common, tile=self.tile)
+                return self.objective(student, of, targets, head=head, common=self.common, asked=asked, tile=self.tile)
 
             if hidden is None:
-                return loss(taught)
-            return with_head(self.teacher, theirs, lambda its: loss(HiddenTargets(hidden, its)))
+                total, terms = loss(taught)
+            else:
+                total, terms = with_head(self.teacher, theirs, lambda its: loss(HiddenTargets(hidden, its)))
+            if self.inside is not None:
+                for name, weight, value in self.inside.sums(targets, inputs.get("position_ids")):
+                    total, terms[name] = total + weight * value, value.detach()
+            return total, terms
 
         if mine is None:
             return take(called(**inputs).logits, None, None)

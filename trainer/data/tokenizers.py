@@ -38,27 +38,48 @@ def tokenizer_origin(experiment: Experiment) -> tuple[str, str, str | None] | No
 def _loaded(experiment: Experiment) -> list[tuple[str, str, str | None]]:
     """(key, path, revision) of the models that come with weights, and so with a vocabulary of their own."""
     return [(f"{key}.path", model.path, model.revision)
-            for key, model in (("teacher", experiment.teacher), ("student", experiment.student))
+            for key, model in (("student", experiment.student), ("teacher", experiment.teacher))
             if model is not None and model.path]
 
 
 def check_models(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `UserError` if a model with weights knows other tokens by the same numbers.
+    """Raise `UserError` if a model with weights knows other tokens by the same numbers, and nothing makes up for it.
 
-    Vocabularies of one size can be of different families, and training on them would go on without a word.
+    Vocabularies of one size can be of different families, and training on them would go on without a word. A teacher
+    may have other numbers for the tokens of the same tokenizer, and another tokenizer where the divergence is `uld`.
     """
     ours = {number: token for token, number in tokenizer.get_vocab().items()}
     for key, path, revision in _loaded(experiment):
-        try:
-            vocabulary = AutoTokenizer.from_pretrained(path, revision=revision or "main").get_vocab()
-        except (OSError, ValueError, KeyError, ImportError):
-            continue  # a folder of weights alone: there is nothing to compare
-        theirs = {number: token for token, number in vocabulary.items()}
+        other = own_tokenizer(path, revision)
+        if other is None:
+            continue
+        theirs = {number: token for token, number in other.get_vocab().items()}
         different = [number for number in sorted(ours) if theirs.get(number, ours[number]) != ours[number]]
-        if different:
+        if different and key == "teacher.path" and experiment.student.from_teacher is None:
+            _check_teacher(experiment, tokenizer, other)
+        elif different:
             raise UserError(key, "this model has another vocabulary than the tokenizer in use; for example token "
                             f"{different[0]} is {theirs[different[0]]!r} to it and {ours[different[0]]!r} here",
                             value=path, way_out="choose a teacher, a student and a tokenizer of one family")
+
+
+def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with a model; None for a folder of weights alone."""
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _check_teacher(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+    from strategies.distillation.vocabularies import same_tokenizer
+
+    name = experiment.objective.divergence.name
+    same, why = same_tokenizer(tokenizer, other)
+    if not same and name != "uld":
+        raise UserError("objective.divergence.name", f"the teacher has another tokenizer than the student: {why}",
+                        value=name, way_out="use uld, which compares where both have read the same text, or a teacher "
+                        "of the student's family")
 
 
 def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:

@@ -36,6 +36,57 @@ class Divergence(Node):
         return self
 
 
+Layers = Literal["uniform", "last"] | tuple[tuple[int, int], ...]
+
+
+class Features(Node):
+    """Hidden states of the student's blocks are to be those of its teacher's (survey eq. 17; FitNets)."""
+
+    weight: Weight = 1.0
+    """Its weight in the loss."""
+    loss: Literal["mse", "cosine"] = "mse"
+    """Squared error, or cosine distance, of a token's hidden state; projected by a learnt map where widths differ."""
+    layers: Layers = "uniform"
+    """Which learns from which: uniform, last, or pairs [student layer, teacher layer], blocks counted from 0."""
+
+
+class Relations(Node):
+    """Distances and angles between the tokens of a sequence are to be the teacher's (survey eq. 18-19; RKD)."""
+
+    distance: Weight = 25.0
+    """Weight of the distances."""
+    angle: Weight = 50.0
+    """Weight of the angles."""
+    layers: Layers = "last"
+    """Which learns from which: uniform, last, or pairs [student layer, teacher layer], blocks counted from 0."""
+    tokens: Annotated[int, Field(ge=3)] = 16
+    """At most so many evenly spaced tokens of a sequence are related to each other."""
+
+
+class ValueRelations(Node):
+    """Relations of attention values are to be the teacher's (MiniLM)."""
+
+    weight: Weight = 1.0
+    """Its weight in the loss."""
+    layers: Layers = "last"
+    """Which learns from which: uniform, last, or pairs [student layer, teacher layer], blocks counted from 0."""
+    heads: Annotated[int, Field(gt=0)] = 1
+    """Relation heads that values are cut into; must divide the width of both models' values."""
+
+
+class OnPolicy(Node):
+    """Let the student write and its teacher judge (GKD): no target of the text is learnt from what it writes."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of steps, drawn by seed and step, on what the student writes; the others are on the text."""
+    prompt_tokens: Annotated[int, Field(gt=0)] = 16
+    """Tokens of the text that the student goes on from, where there is no prompt."""
+    new_tokens: Annotated[int, Field(gt=0)] = 64
+    """Most tokens that it writes."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Temperature at which it writes."""
+
+
 class Objective(Node):
     """What the student minimises: a weighted sum of cross-entropy and the divergence from its teacher."""
 
@@ -47,6 +98,28 @@ class Objective(Node):
     """Weight of the squared logarithm of the softmax's normaliser, which keeps logits small (PaLM: 1e-4)."""
     divergence: Divergence = Divergence()
     """How far the student is from its teacher."""
+    features: Features | None = None
+    """Hidden states as the teacher's; null compares none."""
+    relations: Relations | None = None
+    """Distances and angles between tokens as the teacher's; null compares none."""
+    values: ValueRelations | None = None
+    """Relations of attention values as the teacher's; null compares none."""
+    on_policy: OnPolicy | None = None
+    """Learn from what the student itself writes; null learns from the text only."""
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether the teacher is needed beyond what it says."""
+        return any(one is not None for one in (self.features, self.relations, self.values))
+
+    def pairs(self, name: str, student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
+        """(student layer, teacher layer) of `features`, `relations` or `values`."""
+        from strategies.distillation.layers import layer_map
+
+        asked = getattr(self, name).layers
+        with blame(f"objective.{name}.layers", value=asked if isinstance(asked, str) else list(map(list, asked)),
+                   way_out="use uniform, last, or pairs within both models"):
+            return layer_map(student_layers, teacher_layers, asked)
 
     def build(self, teacher: bool) -> ResponseObjective:
         from strategies.distillation.response import Divergence as Built

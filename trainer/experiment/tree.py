@@ -74,9 +74,39 @@ class Experiment(Node):
                             value=objective.cross_entropy, way_out="set it or `divergence.weight` above zero")
         if self.teacher is not None and self.teacher.targets.source != "live":
             self._cached()
+        if objective.looks_inside:
+            self._looks_inside()
+        if objective.on_policy is not None:
+            self._on_policy()
         if self.optimizer.in_backward:
             self._steps_in_backward()
         return self
+
+    def _on_policy(self) -> None:
+        """What learning from the student's own text needs."""
+        way_out = "or remove objective.on_policy"
+        if self.teacher is None or self.objective.divergence.weight == 0:
+            raise UserError("objective.on_policy", "nobody judges what the student writes",
+                            way_out=f"add `teacher` with a divergence, {way_out}")
+        if self.teacher.targets.source != "live":
+            raise UserError("teacher.targets.source", "what the student will write is in no cache",
+                            value=self.teacher.targets.source, way_out=f"use `live`, {way_out}")
+        if self.sharding.engine in ("fsdp2", "zero"):
+            raise UserError("sharding.engine", "the student writes with whole weights only", value=self.sharding.engine,
+                            way_out=f"use ddp, {way_out}")
+
+    def _looks_inside(self) -> None:
+        """What losses on hidden states and values need."""
+        name = next(name for name in ("features", "relations", "values") if getattr(self.objective, name) is not None)
+        if self.teacher is None:
+            raise UserError(f"objective.{name}", "there is no teacher to learn from",
+                            way_out="add `teacher`, or remove it")
+        if self.teacher.targets.source != "live":
+            raise UserError(f"objective.{name}", "a cache holds what the teacher says, not what is inside of it",
+                            way_out="use teacher.targets.source live, or remove it")
+        if self.objective.values is not None and self.memory.budget is not None:
+            raise UserError("objective.values", "blocks that are recomputed by a plan do not show their values",
+                            way_out="remove it, or memory.budget")
 
     def _cached(self) -> None:
         """What a cache cannot serve."""

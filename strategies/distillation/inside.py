@@ -1,0 +1,130 @@
+"""What is inside of student and teacher while they run, compared: hidden states, their relations, attention values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from strategies.distillation.attention import relation_sum, visible_pairs
+from strategies.distillation.features import NAME, cosine_distance_sum, squared_error_sum
+from strategies.distillation.layers import Pairs
+from strategies.distillation.recorder import Values
+from strategies.distillation.relations import token_angles_sum, token_distances_sum
+from strategies.distillation.response import IGNORED
+
+
+@dataclass(frozen=True)
+class Features:
+    """Hidden states of blocks are to be the teacher's, through a learnt projection where widths differ (survey eq. 17).
+
+    Attributes:
+        weight: in the loss.
+        pairs: (student layer, teacher layer), as from `layer_map`.
+        loss: squared error or cosine distance.
+    """
+
+    weight: float
+    pairs: Pairs
+    loss: Literal["mse", "cosine"] = "mse"
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Distances and angles between the tokens of a row are to be the teacher's (survey eq. 18-19; Park et al. 2019).
+
+    Attributes:
+        distance, angle: weights in the loss.
+        pairs: (student layer, teacher layer).
+        tokens: of each row, at most, that are related to each other.
+    """
+
+    distance: float
+    angle: float
+    pairs: Pairs
+    tokens: int = 16
+
+
+@dataclass(frozen=True)
+class ValueRelations:
+    """Relations of attention values are to be the teacher's (Wang et al. 2020, MiniLM).
+
+    Attributes:
+        weight: in the loss.
+        pairs: (student layer, teacher layer).
+        heads: relation heads that values are cut into.
+    """
+
+    weight: float
+    pairs: Pairs
+    heads: int
+
+
+class Inside:
+    """Records both models while they run, and adds what the losses make of it.
+
+    Args:
+        student, teacher: without wrappers, of the same sequences.
+        features, relations, values: None for those that have no weight.
+
+    Raises:
+        ValueError: a layer out of range, or values that are not found in a model.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, features: Features | None = None,
+                 relations: Relations | None = None, values: ValueRelations | None = None) -> None:
+        self.student, self.features, self.relations, self.values = student, features, relations, values
+        self.hidden = [pair for one in (features, relations) if one is not None for pair in one.pairs]
+        related = [] if values is None else list(values.pairs)
+        self._recorders = [
+            (Values(model, {pair[which] for pair in self.hidden}, ["hidden"]),
+             Values(model, {pair[which] for pair in related}))
+            for which, model in enumerate((student, teacher))]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Context in which both run; nothing is kept afterwards."""
+        recorders = [recorder for both in self._recorders for recorder in both]
+        for recorder in recorders:
+            recorder.__enter__()
+        try:
+            yield
+        finally:
+            for recorder in recorders:
+                recorder.__exit__()
+                recorder.clear()
+
+    def sums(self, targets: torch.Tensor, position_ids: torch.Tensor | None
+             ) -> Iterator[tuple[str, float, torch.Tensor]]:
+        """(name, weight, sum over target tokens, mean over pairs of layers) of each loss, once both have run."""
+        kept = targets != IGNORED
+        if self.features is not None:
+            distance = squared_error_sum if self.features.loss == "mse" else cosine_distance_sum
+            yield "features", self.features.weight, self._mean(
+                self.features.pairs, "hidden", lambda ours, theirs, layer: distance(
+                    self._projected(ours, layer), theirs, kept))
+        if self.relations is not None:
+            for name, weight, sums in (("distances", self.relations.distance, token_distances_sum),
+                                       ("angles", self.relations.angle, token_angles_sum)):
+                if weight:
+                    yield name, weight, self._mean(
+                        self.relations.pairs, "hidden",
+                        lambda ours, theirs, _, sums=sums: sums(ours, theirs, kept, self.relations.tokens))
+        if self.values is not None:
+            visible = visible_pairs(torch.ones_like(kept), position_ids, causal=True)
+            yield "values", self.values.weight, self._mean(
+                self.values.pairs, "value", lambda ours, theirs, _: relation_sum(ours, theirs, kept, visible,
+                                                                                 self.values.heads))
+
+    def _mean(self, pairs: Pairs, kind: str, loss) -> torch.Tensor:
+        ours, theirs = (both[kind == "value"] for both in self._recorders)
+        found = [loss(ours.of(mine, kind), theirs.of(other, kind), mine) for mine, other in pairs]
+        return torch.stack(found).sum() / len(found)
+
+    def _projected(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
+        projections = getattr(self.student, NAME, None)
+        return hidden if projections is None else projections(hidden, layer)

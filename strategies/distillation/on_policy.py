@@ -1,0 +1,71 @@
+"""Sequences that the student writes itself, for its teacher to judge: on-policy distillation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from strategies.distillation.response import IGNORED
+
+
+@torch.no_grad()
+def written_rows(student: nn.Module, batch: dict[str, torch.Tensor], *, prompt_tokens: int, new_tokens: int,
+                 temperature: float, end: int, padding: int, seed: int) -> dict[str, torch.Tensor]:
+    """Rows that begin as those of a batch do and go on as the student does (Agarwal et al. 2024, GKD, algorithm 1).
+
+    Of each row the first document is taken, up to where something is learnt of it, or `prompt_tokens` if that is more.
+    Only what the student writes is learnt, up to its end of sequence; no gradient goes through the writing.
+
+    Args:
+        student: without wrappers, whole, of transformers.
+        batch: `input_ids`, `position_ids`, `targets` (rows, length).
+        prompt_tokens: of a text that is learnt from its beginning.
+        new_tokens: most that are written; a row that is full ends before.
+        temperature: of the sampling.
+        end, padding: token ids.
+        seed: of the sampling; the global generators stay as they are.
+
+    Returns:
+        the same names and shapes.
+    """
+    rows, length = batch["input_ids"].shape
+    device = batch["input_ids"].device
+    prompts = [_prompt(*row, prompt_tokens) for row in zip(batch["input_ids"], batch["position_ids"], batch["targets"],
+                                                           strict=True)]
+    longest = max(map(len, prompts))
+    given = torch.full((rows, longest), padding, device=device)
+    seen = torch.zeros_like(given)
+    for row, prompt in enumerate(prompts):  # on the left, so that all go on at one place
+        given[row, longest - len(prompt):] = prompt
+        seen[row, longest - len(prompt):] = 1
+    mode = student.training
+    student.eval()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        out = student.generate(input_ids=given, attention_mask=seen, do_sample=True, temperature=temperature, top_k=0,
+                               top_p=1.0, max_new_tokens=new_tokens, eos_token_id=end, pad_token_id=padding)
+    student.train(mode)
+    found = [_row(prompt, new[longest:], length, end, padding) for prompt, new in zip(prompts, out, strict=True)]
+    ids, targets = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return {"input_ids": ids, "targets": targets,
+            "position_ids": torch.arange(length, device=device).expand(rows, -1).contiguous()}
+
+
+def _prompt(ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, least: int) -> torch.Tensor:
+    """The beginning of a row's first document."""
+    starts = torch.argwhere(positions[1:] == 0)
+    document = int(starts[0]) + 1 if len(starts) else len(ids)
+    learnt = torch.argwhere(targets[:document] != IGNORED)
+    first = int(learnt[0]) + 1 if len(learnt) else document
+    return ids[:min(max(first, least), document, len(ids) - 1)]
+
+
+def _row(prompt: torch.Tensor, new: torch.Tensor, length: int, end: int, padding: int
+         ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets (length,) of a prompt and what was written after it."""
+    ends = torch.argwhere(new == end)
+    new = new[:int(ends[0]) + 1 if len(ends) else len(new)][:length - len(prompt)]
+    ids, targets = prompt.new_full((length,), padding), prompt.new_full((length,), IGNORED)
+    ids[:len(prompt) + len(new)] = torch.cat([prompt, new])
+    targets[len(prompt) - 1:len(prompt) + len(new) - 1] = new
+    return ids, targets

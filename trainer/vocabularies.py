@@ -1,0 +1,90 @@
+"""How student and teacher understand each other: the tokens they have in common, and how the teacher reads the text."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from strategies.distillation.reading import BySpans, Reader, Translated, as_it_is
+from strategies.distillation.spans import SpanAligner
+from strategies.distillation.targets import Common
+from strategies.distillation.vocabularies import align, same_roles, same_tokenizer
+from trainer.data.dataset import Text
+from trainer.data.tokenizers import own_tokenizer
+from trainer.errors import UserError, blame
+from trainer.experiment.tree import Experiment
+
+LONGER = 2  # times the student's sequence length that the teacher may need for the same text
+
+
+def relate(experiment: Experiment, text: Text, student: PretrainedConfig, teacher: PretrainedConfig | None
+           ) -> tuple[Common | None, Reader]:
+    """The common tokens, None where they are all, and how the teacher reads a batch of the student's.
+
+    Raises:
+        UserError: the two cannot be compared in the way that is asked for.
+    """
+    if teacher is None or experiment.teacher.path is None or experiment.student.from_teacher is not None:
+        return None, as_it_is
+    other = own_tokenizer(experiment.teacher.path, experiment.teacher.revision)
+    if other is None:
+        return _by_number(student, teacher), as_it_is
+    if experiment.objective.divergence.name == "uld":
+        return None, _by_spans(experiment, text.tokenizer, other)
+    if text.tokenizer.get_vocab() == other.get_vocab():
+        return _by_number(student, teacher), as_it_is
+    same, why = same_tokenizer(text.tokenizer, other)
+    if not same:
+        raise UserError("objective.divergence.name", f"the teacher has another tokenizer than the student: {why}",
+                        value=experiment.objective.divergence.name, way_out="use uld, or a teacher of its family")
+    with blame("teacher.path", value=experiment.teacher.path, way_out="choose a teacher of the student's family"):
+        found = align(text.tokenizer.get_vocab(), other.get_vocab(), student.vocab_size, teacher.vocab_size,
+                      same_roles(text.tokenizer, other))
+    ids = torch.arange(len(found.to_teacher))
+    moved = (found.to_teacher >= 0) & (found.to_teacher != ids)
+    if not moved.any() and teacher.vocab_size >= len(text.tokenizer):
+        return found.common, as_it_is
+    _check_cache(experiment, "other numbers for the same tokens")
+    _check_known(text, found.to_teacher)
+    return found.common, Translated(found.to_teacher)
+
+
+def reads_alike(experiment: Experiment, text: Text) -> bool:
+    """Whether the teacher can be given the student's tokens as they are, to be measured on the same rows."""
+    if experiment.teacher.path is None or experiment.student.from_teacher is not None:
+        return True
+    other = own_tokenizer(experiment.teacher.path, experiment.teacher.revision)
+    return other is None or other.get_vocab() == text.tokenizer.get_vocab()
+
+
+def _by_number(student: PretrainedConfig, teacher: PretrainedConfig) -> Common | None:
+    """Heads that are padded to different sizes."""
+    sizes = student.vocab_size, teacher.vocab_size
+    return None if sizes[0] == sizes[1] else Common(min(sizes))
+
+
+def _by_spans(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> Reader:
+    if experiment.objective.looks_inside:
+        raise UserError("objective.divergence.name", "with another tokenizer hidden states are of other positions, and "
+                        "cannot be compared", value="uld", way_out="remove objective.features, relations and values")
+    _check_cache(experiment, "another tokenizer")
+    with blame("objective.divergence.name", value="uld", way_out="use a teacher of the student's family"):
+        return BySpans(SpanAligner(tokenizer, other, LONGER * experiment.data.sequence_length))
+
+
+def _check_cache(experiment: Experiment, what: str) -> None:
+    if experiment.teacher.targets.source != "live":
+        raise UserError("teacher.targets.source", f"a teacher with {what} is asked at every step",
+                        value=experiment.teacher.targets.source, way_out="use `live`")
+
+
+def _check_known(text: Text, to_teacher: torch.Tensor) -> None:
+    """Every token of the text must be one of the teacher's."""
+    if not hasattr(text.train, "flat"):
+        return  # a stream is looked at as it comes
+    used = torch.bincount(torch.from_numpy(text.train.flat["tokens"].astype("int64")), minlength=len(to_teacher)) > 0
+    unknown = torch.argwhere(used[:len(to_teacher)] & (to_teacher < 0))
+    if len(unknown):
+        token = text.tokenizer.convert_ids_to_tokens(int(unknown[0, 0]))
+        raise UserError("teacher.path", f"the text has {len(unknown)} tokens that the teacher does not know, for "
+                        f"example {token!r}", way_out="use another teacher, or objective.divergence.name uld")
