@@ -12,3 +12,4 @@ python -m benchmarks.rematerialization.frontier --model all --json "$out/remater
 python -m benchmarks.rematerialization.planning --json "$out/rematerialization-planning-gpu.json"
 python -m benchmarks.optimizers --device cuda --json "$out/optimizers-gpu.json"
 python -m benchmarks.sharding.ledger --json "$out/sharding-ledger.json"
+python -m benchmarks.distillation.losses --device cuda --hidden 4096 --vocabulary 128256 --tokens 8192 --json "$out/distillation-losses-gpu.json"

@@ -21,7 +21,7 @@ from strategies.distillation.targets import Common, HiddenTargets, LogitTargets,
 
 IGNORED = -100  # target of a position that is not learnt: prompt, padding, last token of a document
 TILE = {"cpu": 160 * 2**20, "cuda": 2**30}  # bytes of a tile's logits, of student and teacher together
-BLOCK = 2 * 2**20  # bytes of logits worked on at a time on a CPU
+BLOCK = 2**20  # bytes of logits worked on at a time on a CPU
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ class Residency:
         grown: bytes of gradients that a rank holds from when the bucket is emptied for the first time, all at once.
         emptied: bytes for each element, for a moment whenever it is emptied.
         teacher: gathered while the teacher is asked.
+        head: of the teacher's weights, gathered while the student's head runs, which is where the loss is taken.
         rest: gradients that stay of what is in no turn, once backward is done.
         end: for a moment then, on top of their whole gradients.
         update: while the optimizer steps, on top of all that stays.
@@ -98,6 +99,7 @@ class Residency:
     grown: int = 0
     emptied: int = 0
     teacher: int = 0
+    head: int = 0
     rest: int = 0
     end: int = 0
     update: int = 0

@@ -49,6 +49,7 @@ class Shared:
                                   for parameter in self.model.parameters() if parameter.requires_grad]
             self._change(GATHERED, self.residency.teacher)
             self._handles.append(self.model.register_forward_pre_hook(self._asked))
+            self._follow_head()
             yield
             if self._open is not None:
                 self._after(self._open)  # an embedding has no input whose gradient is asked for
@@ -66,6 +67,19 @@ class Shared:
     def _asked(self, *_: Any) -> None:
         """The teacher has answered; the student begins."""
         self._change(GATHERED, self.residency.forward - self.residency.teacher)
+
+    def _follow_head(self) -> None:
+        """The teacher's head is there while the student's runs."""
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        if head is None or not self.residency.head:
+            return
+
+        def before(*_: Any) -> None:
+            self._moment(GATHERED, 2 * self.residency.head)  # it comes in a buffer of its own
+            self._change(GATHERED, self.residency.head)
+
+        self._handles.append(head.register_forward_pre_hook(before))
+        self._handles.append(head.register_forward_hook(lambda *_: self._change(GATHERED, -self.residency.head)))
 
     def _follow(self, turn: Turn) -> None:
         modules = [self.model.get_submodule(name) for name in turn.modules]

@@ -40,7 +40,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, compute: torch.dtype | None = N
         fully_shard(model.get_submodule(name), reshard_after_forward=reshard, **settings)
     if units.first is not None:
         fully_shard(model.get_submodule(units.first), reshard_after_forward=reshard, **settings)
-        fully_shard([model.get_submodule(name) for name in units.tail], reshard_after_forward=frozen, **settings)
+        tail = [model.get_submodule(name) for name in units.tail]
+        for part in tail if frozen else [tail]:  # a frozen head is asked for by itself, later than the rest
+            fully_shard(part, reshard_after_forward=frozen, **settings)
     fully_shard(model, reshard_after_forward=frozen, **settings)
     check_sharded(model, mesh)
 

@@ -127,8 +127,8 @@ def residency(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup:
     found = make(model, groups, setup, optimizer_state, update)
     if teacher is None:
         return found
-    held, gathered = _teacher(teacher, setup, teacher_compute)
-    return replace(found, parts={**found.parts, "teacher": held}, teacher=gathered)
+    held, gathered, head = _teacher(teacher, setup, teacher_compute)
+    return replace(found, parts={**found.parts, "teacher": held}, teacher=gathered, head=head)
 
 
 # ---- whole on every rank
@@ -298,10 +298,10 @@ def equal_part(parameter: torch.Tensor, ranks: int) -> int:
 
 # ---- teacher and helpers
 
-def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> tuple[int, int]:
-    """Bytes of a teacher on the first rank, and the most that it gathers."""
+def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> tuple[int, int, int]:
+    """Bytes of a teacher on the first rank, the most that it gathers, and what it gathers for its head."""
     if setup.engine not in ("fsdp2", "zero"):
-        return parameter_bytes(teacher), 0
+        return parameter_bytes(teacher), 0, 0
     units = units_of(teacher)
 
     def bytes_of(parameters: Iterable[nn.Parameter], times: int) -> int:
@@ -311,7 +311,8 @@ def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> t
 
     root = bytes_of(_outside(teacher, units), setup.ranks)
     largest = max((bytes_of(_parameters(teacher, names), setup.ranks) for names in _order(units)), default=0)
-    return bytes_of(teacher.parameters(), 1), root + 2 * largest
+    head = bytes_of(_parameters(teacher, units.tail[-1:]), setup.ranks) if units.tail else root
+    return bytes_of(teacher.parameters(), 1), root + 2 * largest, head
 
 
 def _order(units: Units) -> list[list[str]]:

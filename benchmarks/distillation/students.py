@@ -1,0 +1,181 @@
+"""Students of one teacher beside the same student without it: what each way to learn from a teacher is worth.
+
+    python -m benchmarks.distillation.students DATA_FOLDER [--seeds 3] [--json FILE] [--folder FOLDER]
+
+DATA_FOLDER holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl`, with `question` and `answer` in each line. A teacher and
+its tokenizer are trained once. Then for each seed the same small Llama learns the answers on the same tokens: without a
+teacher, and in each of the ways of `TAUGHT`. All figures are of the answers of test questions. A student that is taught
+has the cross-entropy with weight 0.3 and the divergence with 0.7, at temperature 1, in whatever form the teacher's
+targets are. Reports mean and standard deviation over seeds, whichever way they fall; `saved` is what a student is ahead
+of the one without a teacher that has the same seed. With `--folder` runs are kept, and a command that was interrupted
+goes on when it is given again; `seconds` are then of the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import limbeck
+from benchmarks.quickstart import machine
+from trainer.folder import RunFolder
+from trainer.metrics import read_lines
+
+CONTROL, TEACHER = "no teacher", "teacher"
+FIGURES = ("bits_per_byte", "cross_entropy")
+LLAMA = {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True}
+LARGE = LLAMA | {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6}
+SMALL = LLAMA | {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+# Divergence, where its targets come from, and what is drawn to the teacher's hidden states.
+TAUGHT: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "forward_kl": ("forward_kl", {"source": "live"}, None),
+    "jsd": ("jsd", {"source": "live"}, None),
+    "features": ("forward_kl", {"source": "live"}, {"weight": 1.0, "loss": "mse", "layers": "uniform"}),
+    "hidden": ("forward_kl", {"source": "hidden"}, None),
+    "samples": ("forward_kl", {"source": "samples", "draws": 50}, None),
+    "top_k": ("forward_kl", {"source": "top_k", "k": 64}, None),
+}
+TITLES = {TEACHER: "the teacher", CONTROL: "no teacher", "forward_kl": "forward KL", "jsd": "JSD",
+          "features": "forward KL and features", "hidden": "forward KL, cached hidden states",
+          "samples": "forward KL, cached samples", "top_k": "forward KL, cached top k"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train teacher and students, print the table, and write what was found."""
+    chosen = parser().parse_args(arguments)
+    with tempfile.TemporaryDirectory() as room:
+        rows = train_all(chosen, chosen.folder or Path(room))
+    settings = {name: value for name, value in vars(chosen).items() if name not in ("data", "folder", "json")}
+    found = {"settings": settings, "machine": machine(), "rows": rows, "summary": summary(rows)}
+    print("\n" + table(found))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("data", type=Path, metavar="DATA_FOLDER")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--taught", nargs="+", choices=list(TAUGHT), default=list(TAUGHT))
+    made.add_argument("--teacher-steps", type=int, default=800)
+    made.add_argument("--steps", type=int, default=300, help="of a student")
+    made.add_argument("--documents", type=int, default=3000, help="that students learn from; the teacher has all")
+    made.add_argument("--vocabulary", type=int, default=2048)
+    made.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    made.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    made.add_argument("--held-out", type=int, default=128, help="rows of held-out answers")
+    made.add_argument("--folder", type=Path, help="where runs are kept; by default they are removed")
+    made.add_argument("--json", type=Path)
+    return made
+
+
+# ---- runs
+
+def train_all(chosen: argparse.Namespace, room: Path) -> list[dict]:
+    """The teacher's row, and one for each seed and student."""
+    room.mkdir(parents=True, exist_ok=True)
+    # A run of its own, as `teacher: {train: ...}` makes it: seeds of the students share it, and it has figures.
+    rows = [trained(TEACHER, 0, chosen, room)]
+    for seed in range(chosen.seeds):
+        rows += [trained(student, seed, chosen, room) for student in (CONTROL, *chosen.taught)]
+    return rows
+
+
+def trained(student: str, seed: int, chosen: argparse.Namespace, room: Path) -> dict:
+    """Train one model by its experiment; its figures on held-out answers after the last step."""
+    name = f"{student.replace(' ', '-')}-{seed}"
+    file = room / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(experiment(student, seed, chosen, room) | {"name": name}, sort_keys=False))
+    started = time.perf_counter()
+    folder = RunFolder(limbeck.run(limbeck.read_experiment(file)))
+    seconds = time.perf_counter() - started
+    lines = read_lines(folder.metrics)
+    held_out = next(line["held_out"] for line in reversed(lines) if "held_out" in line)
+    size = json.loads(folder.receipt.read_text())["bytes_on_disk"]
+    print(f"{TITLES[student]}, seed {seed}: {held_out['bits_per_byte']:.4f} bits per byte", flush=True)
+    return {"student": student, "seed": seed, **{figure: held_out[figure] for figure in FIGURES},
+            "bytes_on_disk": size, "seconds": seconds,
+            "seconds_per_step": statistics.median(line["seconds"] for line in lines if "loss" in line)}
+
+
+def experiment(student: str, seed: int, chosen: argparse.Namespace, room: Path) -> dict[str, Any]:
+    """What a person would write into a file for this model."""
+    is_teacher, teacher = student == TEACHER, str(RunFolder(folder_of(TEACHER, 0, room)).student)
+    steps = chosen.teacher_steps if is_teacher else chosen.steps
+    shape = {"vocab_size": chosen.vocabulary, "max_position_embeddings": chosen.length}
+    data = {"path": str(chosen.data / "gsm8k_train.jsonl"), "prompt": "question", "response": "answer",
+            "sequence_length": chosen.length,
+            "validation": {"path": str(chosen.data / "gsm8k_test.jsonl"), "rows": chosen.held_out}}
+    alone = {"tokenizer": {"train_vocabulary": chosen.vocabulary}}
+    taught = {"tokenizer": {"path": teacher}, "max_documents": chosen.documents}
+    return {
+        "seed": seed, "student": {"architecture": (LARGE if is_teacher else SMALL) | shape},
+        "data": data | (alone if is_teacher else taught), **learning(student, teacher),
+        "optimizer": {"lr": 3e-3 if is_teacher else 4e-3}, "schedule": {"final": 0.05},
+        "training": {"steps": steps, "batch_size": chosen.batch, "micro_batch": chosen.batch, "evaluate_every": steps,
+                     "checkpoint_every": steps},
+        "report": {"control": False, "prompt": "There are", "sample_tokens": 8},
+        "run": {"folder": str(folder_of(student, seed, room)), "cache": str(room / "cache"), "log_every": 100}}
+
+
+def folder_of(student: str, seed: int, room: Path) -> Path:
+    """Where a run is."""
+    return room / f"{student.replace(' ', '-')}-{seed}"
+
+
+def learning(student: str, teacher: str) -> dict[str, Any]:
+    """The teacher, and what its student minimises; nothing for a model that has no teacher."""
+    if student not in TAUGHT:
+        return {}
+    divergence, targets, features = TAUGHT[student]
+    objective = {"cross_entropy": 0.3, "divergence": {"name": divergence, "weight": 0.7, "temperature": 1.0}}
+    return {"teacher": {"path": teacher, "targets": targets},
+            "objective": objective | ({"features": features} if features else {})}
+
+
+# ---- what was found
+
+def summary(rows: list[dict]) -> dict[str, dict]:
+    """Of each student: mean and standard deviation over seeds of its figures, and of its lead over the control."""
+    control = {row["seed"]: row["bits_per_byte"] for row in rows if row["student"] == CONTROL}
+    found = {}
+    for student in dict.fromkeys(row["student"] for row in rows):
+        own = [row for row in rows if row["student"] == student]
+        found[student] = {figure: spread([row[figure] for row in own]) for figure in FIGURES}
+        found[student]["seconds_per_step"] = statistics.median(row["seconds_per_step"] for row in own)
+        if student in TAUGHT:
+            found[student]["saved"] = spread([control[row["seed"]] - row["bits_per_byte"] for row in own])
+    return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation; of a single value the latter is 0."""
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def table(found: dict) -> str:
+    """The summary as a Markdown table."""
+    lines = ["| what the student learns from | held-out bits per byte (sd) | cross-entropy, nats per token (sd) | "
+             "bits per byte saved, seed by seed (sd) | step, ms |", "|---|---:|---:|---:|---:|"]
+    for student, figures in found["summary"].items():
+        shown = [f"{figures[figure]['mean']:.4f} ({figures[figure]['sd']:.4f})" for figure in FIGURES]
+        saved = figures.get("saved")
+        shown.append(f"{saved['mean']:+.4f} ({saved['sd']:.4f})" if saved else "")
+        lines.append(f"| {TITLES[student]} | {' | '.join(shown)} | {1000 * figures['seconds_per_step']:.0f} |")
+    size = {row["student"]: row["bytes_on_disk"] for row in found["rows"]}
+    lines.append(f"\n{found['settings']['seeds']} seeds; {found['settings']['steps']} steps of a student that is "
+                 f"{size[TEACHER] / size[CONTROL]:.1f} times smaller than its teacher.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
