@@ -90,16 +90,21 @@ def dtensor_layout(tensor: DTensor, name: str = "") -> Layout:
     return Layout((Piece(name, shape, start, start + local[0] * row),), mesh.get_group())
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The rank's own part of a tensor, in its shape; shares memory."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """The rank's own part of a tensor, flattened; a view.
 
     Raises:
         ValueError: its elements are not in row-major order.
     """
-    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    own = local(tensor)
     if not own.is_contiguous():
         raise ValueError(f"a parameter of shape {tuple(tensor.shape)} has strides {own.stride()}: make it contiguous")
-    return own.detach().view(-1)
+    return own.view(-1)
 
 
 def add_over(group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from strategies.memory.shards import Layout, Piece, add_over, layout_of, local_of
+from strategies.memory.shards import Layout, Piece, add_over, layout_of, local, local_of
 from strategies.optimizers.blocks import Block, blocks_of, stack_of
-from strategies.optimizers.sums import check, flat_gradient, local, squared_norm, wide, with_gradient
+from strategies.optimizers.sums import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -73,16 +73,10 @@ class Adafactor(torch.optim.Optimizer):
         Raises:
             ValueError: a gradient is sparse, a parameter not contiguous or sharded in a way that `layout_of` refuses.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         shared: dict[Any, list[_Work]] = {}
         for tensor, settings in with_gradient(self.param_groups):
-            state = self.state[tensor]
-            if not state:
-                state.update(self.fresh_state(tensor))
-            work = _Work(tensor, state, settings)
+            work = _Work(tensor, begun(self, tensor), settings)
             if work.group is None:
                 _update([work], None)
             else:

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from strategies.optimizers.sums import check, flat_gradient, local, with_gradient
+from strategies.memory.shards import local
+from strategies.optimizers.sums import check, evaluated, flat_gradient, with_gradient
 
 BLOCK = 256
 
@@ -64,10 +65,7 @@ class AdamW8bit(torch.optim.Optimizer):
         Raises:
             ValueError: a gradient is sparse.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         theirs = self._theirs
         for tensor, group in with_gradient(self.param_groups):
             own = local(tensor)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from strategies.memory.shards import add_over, layout_of, local_of
-from strategies.optimizers.sums import check, flat_gradient, local, squared_norm, wide, with_gradient
+from strategies.memory.shards import add_over, layout_of, local, local_of
+from strategies.optimizers.sums import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
 
 
 @dataclass
@@ -79,10 +79,7 @@ class Lamb(torch.optim.Optimizer):
         Raises:
             ValueError: a gradient is sparse, a parameter not contiguous or sharded in a way that `layout_of` refuses.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         shared: dict[Any, list[_Part]] = {}
         for tensor, settings in with_gradient(self.param_groups):
             parts, group = self._parts(tensor, settings)
@@ -101,9 +98,7 @@ class Lamb(torch.optim.Optimizer):
 
     def _parts(self, tensor: torch.Tensor, settings: dict[str, Any]) -> tuple[list[_Part], Any]:
         """The pieces of a tensor, their moments brought up to date, and the ranks that share it."""
-        state = self.state[tensor]
-        if not state:
-            state.update(self.fresh_state(tensor))
+        state = begun(self, tensor)
         state["step"] += 1
         gradient, layout, weight = flat_gradient(tensor), layout_of(tensor), local_of(tensor)
         moments = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from strategies.memory.shards import layout_of
+from strategies.memory.shards import layout_of, local
 from strategies.optimizers.groups import embedding_weights, group_of, parameter_groups
-from strategies.optimizers.sums import check, local
+from strategies.optimizers.sums import check, evaluated
 
 RATE = "match_rms_adamw"
 """Updates as large as AdamW's, so that one rate fits: 0.2 sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982)."""
@@ -85,10 +85,7 @@ class Muon(torch.optim.Optimizer):
         Raises:
             ValueError: a tensor marked for Muon is a rank's flat part of parameters (ZeRO).
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         self._lend(self._others, [group for group in self.param_groups if not group["muon"]])
         for group in self.param_groups:
             if group["muon"]:

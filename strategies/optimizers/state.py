@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from strategies.memory.shards import Layout, Piece, layout_of, total_numel
+from strategies.memory.shards import Layout, Piece, layout_of, local, total_numel
 from strategies.optimizers import adafactor
 from strategies.optimizers.adafactor import Adafactor
 from strategies.optimizers.adamw8bit import AdamW8bit, moment, set_moment
-from strategies.optimizers.sums import local
 
 _MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
 """Number that bitsandbytes gives a moment."""

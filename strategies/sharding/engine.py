@@ -11,9 +11,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from strategies.memory.shards import Layout, Piece
+from strategies.memory.shards import Layout, Piece, local
 
 CLIP_EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
 
@@ -84,7 +83,7 @@ class Engine:
         """
         if self.in_backward is not None:
             return self._stepped(self.in_backward)
-        gradients = [_local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
+        gradients = [local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
         norm = self._norm(gradients)
@@ -160,8 +159,4 @@ class Sharded(Engine):
         flag = flag.int().to(self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
         return bool(flag)
-
-
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
