@@ -15,11 +15,12 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Dis
 from torch import nn
 
 from strategies.sharding.engine import Engine
+from strategies.sharding.zero import EVEN, bucket_numel, deepspeed_config
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.tree import Experiment
 from trainer.folder import fingerprint, flatten, learnt_from
 from trainer.precision import DTYPES
-from trainer.shares import in_backward
+from trainer.shares import accumulates, bucket_for, gathered_dtype, in_backward, is_sharded
 
 WAIT = timedelta(hours=1)  # the others wait while the first one tokenises
 MIB = 2**20
@@ -42,10 +43,12 @@ def start(experiment: Experiment) -> Accelerator:
         raise UserError("memory.processes", f"{launched} processes were launched", value=experiment.memory.processes,
                         way_out="launch as many, leave it out, or add --dry-run to plan for them")
     check_engine(experiment, launched)
-    _check_installed(experiment, launched)
-    _refuse_launcher(experiment)
     engine = experiment.sharding.named(launched)
-    if engine in ("fsdp2", "zero"):
+    if engine == "zero" and find_spec("deepspeed") is None:  # a plan does without
+        raise UserError("sharding.engine", "DeepSpeed, which is the engine of ZeRO, is not installed", value="zero",
+                        way_out="pip install 'limbeck[zero]', or use fsdp2, which shards as ZeRO's stage 3 does")
+    _refuse_launcher(experiment)
+    if is_sharded(experiment, launched):
         _be_a_rank()
     settings: dict[str, Any] = {}
     group: dict[str, Any] = {"timeout": WAIT}
@@ -78,7 +81,7 @@ def start(experiment: Experiment) -> Accelerator:
 
 
 def check_engine(experiment: Experiment, processes: int) -> None:
-    """Raise `UserError` for an engine that cannot carry out the experiment on so many processes."""
+    """Raise `UserError` for an engine or optimizer that cannot carry out the experiment on so many processes."""
     sharding, optimizer = experiment.sharding, experiment.optimizer
     engine = sharding.named(processes)
     if engine == "none" and processes > 1:
@@ -90,29 +93,19 @@ def check_engine(experiment: Experiment, processes: int) -> None:
     if optimizer.in_backward and engine not in ("none", "fsdp2"):
         raise UserError("optimizer.in_backward", f"{engine} sums gradients over processes after they are made",
                         value=True, way_out="use sharding.engine fsdp2, or leave it out")
-
-
-def _check_installed(experiment: Experiment, processes: int) -> None:
-    """Raise `UserError` for an engine or an optimizer that is not installed."""
-    if experiment.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
+    if optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise UserError("optimizer.name", "bitsandbytes, whose 8-bit AdamW this is, is not installed",
                         value="adamw8bit", way_out="pip install 'limbeck[adamw8bit]', or use adamw or adafactor")
-    if experiment.sharding.named(processes) == "zero" and find_spec("deepspeed") is None:
-        raise UserError("sharding.engine", "DeepSpeed, which is the engine of ZeRO, is not installed", value="zero",
-                        way_out="pip install 'limbeck[zero]', or use fsdp2, which shards as ZeRO's stage 3 does")
 
 
 def zero_config(experiment: Experiment, processes: int, student: nn.Module | None) -> dict[str, Any]:
     """DeepSpeed's configuration for an experiment; buckets are sized by the student where it is known."""
-    from strategies.sharding.zero import bucket_numel, deepspeed_config
-
     training, precision, sharding = experiment.training, experiment.precision, experiment.sharding
-    fitting = 2 if student is None else bucket_numel(student)
-    bucket = fitting if sharding.bucket is None else sharding.bucket_bytes // DTYPES[precision.dtype].itemsize // 2 * 2
+    fitting = EVEN if student is None else bucket_numel(student)
     return deepspeed_config(
         stage=sharding.zero_stage, precision=precision.dtype, micro_batch=training.micro_batch, clip=training.clip,
-        bucket=bucket, gathered=fitting if torch.cuda.is_available() else 0,
-        accumulates=training.batch_size > training.micro_batch * processes,
+        bucket=bucket_for(experiment, fitting), gathered=fitting if torch.cuda.is_available() else 0,
+        accumulates=accumulates(experiment, processes),
         initial_scale=precision.loss_scale.initial, growth_interval=precision.loss_scale.growth_interval,
         offload_parameters=sharding.offload.parameters, offload_optimizer=sharding.offload.optimizer)
 
@@ -147,14 +140,11 @@ def _engine(experiment: Experiment, accelerator: Accelerator, student: nn.Module
 
 def place_teacher(experiment: Experiment, accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
     """The teacher on its device, sharded where the student is: each rank holds its part, and gathers block by block."""
-    if experiment.sharding.named(accelerator.num_processes) not in ("fsdp2", "zero"):
+    if not is_sharded(experiment, accelerator.num_processes):
         return teacher.to(accelerator.device)
     from strategies.sharding.fsdp2 import rank_mesh, shard
 
-    compute = DTYPES[experiment.precision.dtype]
-    own = next(teacher.parameters()).dtype
-    shard(teacher, rank_mesh(accelerator.device.type), frozen=True,
-          compute=compute if compute is not torch.float32 and own != compute else None)
+    shard(teacher, rank_mesh(accelerator.device.type), frozen=True, compute=gathered_dtype(experiment, teacher))
     return teacher.to(accelerator.device)
 
 
@@ -193,7 +183,7 @@ def _check_joined(accelerator: Accelerator, experiment: Experiment, launched: in
                         f"({accelerator.distributed_type.value}, gradient accumulation "
                         f"{accelerator.gradient_accumulation_steps}).\n  -> launch with --config_file "
                         "launch/one_process.yaml, or a file of your own that names processes and machines only")
-    if engine in ("fsdp2", "zero"):
+    if is_sharded(experiment, launched):
         assert dist.is_initialized() and dist.get_world_size() == launched
     if launched > 1:
         _check_same(experiment, accelerator)

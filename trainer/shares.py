@@ -12,6 +12,7 @@ from strategies.memory.residency import Residency
 from strategies.memory.tracker import LiveBytes, tensors_of
 from strategies.rematerialization.fake import Answers
 from strategies.sharding.resident import Setup, residency, stand_ins
+from strategies.sharding.zero import EVEN, bucket_numel
 from trainer.experiment.tree import Experiment
 from trainer.precision import DTYPES
 
@@ -43,15 +44,24 @@ def is_sharded(experiment: Experiment, processes: int) -> bool:
     return experiment.sharding.named(processes) in SHARDED
 
 
+def bucket_for(experiment: Experiment, fitting: int) -> int:
+    """Elements of ZeRO's communication bucket: as many as are asked for, or else those of a `fitting` one."""
+    if experiment.sharding.bucket is None:
+        return fitting
+    return experiment.sharding.bucket_bytes // DTYPES[experiment.precision.dtype].itemsize // EVEN * EVEN
+
+
+def gathered_dtype(experiment: Experiment, teacher: nn.Module) -> torch.dtype | None:
+    """Dtype in which a sharded teacher's weights are gathered, if another than their own."""
+    compute = DTYPES[experiment.precision.dtype]
+    return None if compute in (torch.float32, next(teacher.parameters()).dtype) else compute
+
+
 def setup_for(experiment: Experiment, student: nn.Module, processes: int, on_gpu: bool) -> Setup:
     """How the student is shared out; `on_gpu` if the device is another than the CPU that things are offloaded to."""
-    from strategies.sharding.zero import bucket_numel
-
-    sharding, compute = experiment.sharding, DTYPES[experiment.precision.dtype]
-    engine = sharding.named(processes)
-    fitting = bucket_numel(student)
-    bucket = fitting if sharding.bucket is None else sharding.bucket_bytes // compute.itemsize // 2 * 2
-    return Setup(engine=engine, ranks=processes, stage=sharding.zero_stage, compute=compute, bucket=bucket,
+    sharding, fitting = experiment.sharding, bucket_numel(student)
+    return Setup(engine=sharding.named(processes), ranks=processes, stage=sharding.zero_stage,
+                 compute=DTYPES[experiment.precision.dtype], bucket=bucket_for(experiment, fitting),
                  accumulates=accumulates(experiment, processes), ahead=fitting if on_gpu else 0,
                  offload_parameters=sharding.offload.parameters and on_gpu,
                  offload_optimizer=sharding.offload.optimizer and on_gpu, gloo=not on_gpu,
@@ -65,11 +75,8 @@ def residency_for(experiment: Experiment, student: nn.Module, teacher: nn.Module
     optimizer = experiment.optimizer.build(student)
     groups = [list(group["params"]) for group in optimizer.param_groups]
     state, update = optimizer_bytes(optimizer, setup)
-    compute = DTYPES[experiment.precision.dtype]
-    own = next(teacher.parameters()).dtype if teacher is not None else None
-    cast = compute if compute is not torch.float32 and own not in (None, compute) else None
     return residency(student, groups, setup, optimizer_state=state, update=update, teacher=teacher,
-                     teacher_compute=cast)
+                     teacher_compute=None if teacher is None else gathered_dtype(experiment, teacher))
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: Setup) -> tuple[int, int]:

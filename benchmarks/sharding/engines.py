@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,12 +23,12 @@ import yaml
 from safetensors.torch import load_file
 
 from benchmarks.rematerialization.frontier import machine
+from benchmarks.sharding.launching import launched
 from trainer.budget import choose, study_experiment
 from trainer.experiment.reading import read_experiment
 from trainer.models import student_config
 from trainer.plan import make_plan
 
-ROOT = Path(__file__).parents[2]
 LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 256,
          "tie_word_embeddings": False}
@@ -81,13 +79,7 @@ def carried_out(runs: list[dict], folder: Path, processes: int) -> None:
     """Train them one after another, in one process or two, through the launcher."""
     file = folder / f"runs-{processes}.json"
     file.write_text(json.dumps(runs))
-    script = str(ROOT / "benchmarks" / "sharding" / "ranks.py")
-    command = [sys.executable, script, str(file)]
-    if processes > 1:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-                   "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                   "--num_cpu_threads_per_process", "1", "--main_process_port", "0", script, str(file)]
-    subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, check=True, cwd=ROOT)
+    launched(Path(__file__).with_name("ranks.py"), file, processes=processes, check=True)
 
 
 def row(run: dict, folder: Path, alone: str) -> dict:

@@ -1,6 +1,5 @@
 """Mistakes of several processes: one clear message within seconds, no exit code 0, and nobody left waiting."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from benchmarks.sharding.launching import environment, launched
 from tests.conftest import ROOT, launch, train_py
 from trainer.engines import check_engine, start
 from trainer.errors import ExperimentErrors, UserError
@@ -134,10 +134,8 @@ def by_hand(arguments: list[list[str]]) -> list[subprocess.CompletedProcess]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # With another ninja in PATH than other tests have, DeepSpeed would build its operations again, for a minute.
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    common = {**os.environ, "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(len(arguments)), "MASTER_PORT": port,
-              "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "PATH": path}
+    common = {**environment(), "WORLD_SIZE": str(len(arguments)), "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1",
+              "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     started = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *own], env={**common, "RANK": str(rank)},
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                for rank, own in enumerate(arguments)]
@@ -160,40 +158,29 @@ def test_another_experiment_on_one_process(write_experiment):
 
 def test_a_mistake_of_one_process_alone_reaches_a_person(write_experiment):
     """Its message is said by itself, and the launcher ends the others."""
-    file = write_experiment()
-    script = file.with_name("one_wrong.py")
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from trainer.cli import train\n"
-        "wrong = ['optimizer.lrr=1'] if os.environ['RANK'] == '1' else []\n"
-        f"sys.exit(train(['--config', {str(file)!r}, 'training.micro_batch=4', *wrong]))\n")
-    done = launched(script)
+    done = in_two_processes(write_experiment(), "arguments.append('optimizer.lrr=1')")
     assert done.returncode != 0 and "process 1: error: " in done.stderr
     assert "did you mean `optimizer.lr`?" in done.stderr
 
 
 def test_a_process_that_dies_at_start_up(write_experiment):
     file = write_experiment()
-    script = file.with_name("one_dies.py")
-    script.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "if os.environ['RANK'] == '1':\n    os._exit(9)\n"
-        "from trainer.cli import train\n"
-        f"sys.exit(train(['--config', {str(file)!r}, 'training.micro_batch=4']))\n")
-    done = launched(script)
+    done = in_two_processes(file, "os._exit(9)")
     assert done.returncode != 0 and "exitcode  : 9" in done.stderr
     assert not (file.parent / "tiny").exists(), "the other one was ended, and did not go on alone"
 
 
-def launched(script):
-    """A script in two processes, through the launcher."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-               str(script)]
-    return subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
-                          timeout=SOON, cwd=ROOT)
+def in_two_processes(file, on_the_second):
+    """train.py through the launcher; the second process does something of its own first."""
+    script = file.with_name("two.py")
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"arguments = ['--config', {str(file)!r}, 'training.micro_batch=4']\n"
+        f"if os.environ['RANK'] == '1':\n    {on_the_second}\n"
+        "from trainer.cli import train\n"
+        "sys.exit(train(arguments))\n")
+    return launched(script, capture_output=True, timeout=SOON)
 
 
 @pytest.mark.parametrize("name, asks", [
@@ -206,7 +193,6 @@ def test_a_launcher_that_asks_for_an_engine_itself(write_experiment, tmp_path, m
                                     "distributed_type": name.upper(), "num_processes": 1}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), str(ROOT / "train.py"),
                "--config", str(write_experiment()), "sharding.engine=fsdp2"]
-    done = subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
-                          timeout=SOON, cwd=ROOT)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=SOON, cwd=ROOT)
     refused(done, f"asks for {name}", "sharding.engine fsdp2", "names processes and machines only")
     assert not (tmp_path / "tiny").exists()

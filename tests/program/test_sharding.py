@@ -1,14 +1,12 @@
 """The same training under every engine: real processes through `accelerate launch`, against one process alone."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks.sharding.launching import launched
 from tests.conftest import ROOT, TINY
 from trainer.metrics import read_lines
 
@@ -25,15 +23,8 @@ def on_ranks(runs: list[dict], folder: Path, timeout: int = 550, processes: int 
     """Train experiments on ranks, one after another, and return what came of each; of those before one that `dies`."""
     folder.mkdir(exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--num_cpu_threads_per_process", "1", "--main_process_port", "0",
-               str(ROOT / "benchmarks" / "sharding" / "ranks.py"), str(folder / "runs.json")]
-    if processes == 1:
-        command = [sys.executable, *command[-2:]]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true",
-                   "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    done = launched(ROOT / "benchmarks" / "sharding" / "ranks.py", folder / "runs.json", processes=processes,
+                    capture_output=True, timeout=timeout)
     ended = [run["name"] for run in (runs[:-1] if dies else runs)]
     assert (done.returncode != 0) == dies and all((folder / f"{name}.json").exists() for name in ended), (
         done.stdout + done.stderr)[-6000:]
