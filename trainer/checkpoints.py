@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from strategies.memory.shards import Piece, layout_of, local_of
+from strategies.memory.shards import Piece, local_of
 from strategies.optimizers.state import PieceState, read_state, write_state
 from strategies.sharding.engine import Engine
 
@@ -99,7 +99,6 @@ def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
     Raises:
         Unreadable: the checkpoint is damaged, or of another model.
     """
-    trained = {id(parameter) for parameter in engine.parameters()}
     with torch.no_grad(), _reading():
         state, saved = _opened(checkpoint)
         for tensor, layout in engine.tensors():
@@ -107,8 +106,7 @@ def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
             for piece in layout.pieces:
                 if piece.numel:
                     piece.of(flat).copy_(saved.read("model", piece.name, piece))
-            if id(tensor) in trained or layout_of(tensor) is layout:
-                write_state(engine.inner, tensor, [saved.moments(piece) for piece in layout.pieces])
+            write_state(engine.inner, tensor, [saved.moments(piece) for piece in layout.pieces])
         _load_buffers(saved, engine.student)
         random = checkpoint / f"random-{rank}.safetensors"
         if random.exists():
@@ -212,16 +210,15 @@ def _held(engine: Engine, rank: int) -> tuple[dict[str, torch.Tensor], dict[str,
     """What this process writes: weights, and optimizer state. What all hold alike is written by the first."""
     weights: dict[str, torch.Tensor] = {}
     moments: dict[str, torch.Tensor] = {}
-    trained = {id(parameter) for parameter in engine.parameters()}
     for tensor, layout in engine.tensors():
         whole = layout.group is None
+        if whole and rank:
+            continue
         flat = local_of(tensor)
-        known = id(tensor) in trained or layout_of(tensor) is layout
-        states = read_state(engine.inner, tensor) if known else [PieceState({}, {})] * len(layout.pieces)
-        for piece, state in zip(layout.pieces, states, strict=True):
+        for piece, state in zip(layout.pieces, read_state(engine.inner, tensor), strict=True):
             if rank == 0:
                 moments |= {f"{piece.name}/={what}": value.cpu() for what, value in state.whole.items()}
-            if not piece.numel or (whole and rank):
+            if not piece.numel:
                 continue
             weights[_key(piece.name, piece, whole)] = _shaped(piece.of(flat), piece, whole)
             moments |= {_key(f"{piece.name}/{what}", piece, whole): _shaped(value, piece, whole)
@@ -236,7 +233,7 @@ def _key(name: str, piece: Piece, whole: bool) -> str:
 
 
 def _shaped(flat: torch.Tensor, piece: Piece, whole: bool) -> torch.Tensor:
-    return flat.to("cpu", copy=True).reshape(piece.shape if whole else (-1,))
+    return flat.cpu().view(piece.shape if whole else (-1,))
 
 
 def _elements(handle: Any, key: str, begin: int, end: int) -> torch.Tensor:

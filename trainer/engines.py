@@ -18,7 +18,7 @@ from strategies.sharding.engine import Engine
 from strategies.sharding.zero import EVEN, bucket_numel, deepspeed_config
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.tree import Experiment
-from trainer.folder import fingerprint, flatten, learnt_from
+from trainer.folder import flatten, learnt_from
 from trainer.precision import DTYPES
 from trainer.shares import accumulates, bucket_for, gathered_dtype, in_backward, is_sharded
 
@@ -194,17 +194,16 @@ def _check_same(experiment: Experiment, accelerator: Accelerator) -> None:
     every = flatten(experiment.model_dump(mode="json"))
     known = {**learnt_from(experiment), "run.folder": experiment.folder,
              **{key: value for key, value in every.items() if key.startswith(("sharding.", "memory.", "training."))}}
-    mine: list[Any] = [fingerprint(known)] * accelerator.num_processes
-    dist.all_gather_object(mine, fingerprint(known))
-    if len(set(mine)) == 1:
-        return
     everything: list[Any] = [None] * accelerator.num_processes
     dist.all_gather_object(everything, known)
-    rank = next(number for number, theirs in enumerate(everything) if theirs != everything[0])
-    keys = [key for key in {*everything[0], *everything[rank]} if everything[0].get(key) != everything[rank].get(key)]
-    key = sorted(keys)[0]
-    raise UserError(key, f"process {rank} was launched with another experiment: there it is "
-                    f"{everything[rank].get(key)!r}", value=everything[0].get(key),
+    first = everything[0]
+    rank = next((number for number, theirs in enumerate(everything) if theirs != first), None)
+    if rank is None:
+        return
+    other = everything[rank]
+    key = min(key for key in {*first, *other} if first.get(key) != other.get(key))
+    raise UserError(key, f"process {rank} was launched with another experiment: there it is {other.get(key)!r}",
+                    value=first.get(key),
                     way_out="start the same command on every machine, with the same file")
 
 

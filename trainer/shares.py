@@ -11,12 +11,11 @@ from torch import nn
 from strategies.memory.residency import Residency
 from strategies.memory.tracker import LiveBytes, tensors_of
 from strategies.rematerialization.fake import Answers
-from strategies.sharding.resident import Setup, residency, stand_ins
+from strategies.sharding.resident import SHARDED, Setup, residency, stand_ins
 from strategies.sharding.zero import EVEN, bucket_numel
 from trainer.experiment.tree import Experiment
 from trainer.precision import DTYPES
 
-SHARDED = ("fsdp2", "zero")
 BYTES_8BIT_ON_CPU = 20  # that bitsandbytes 0.50 takes for each element of a tensor in its step there, for a moment
 
 

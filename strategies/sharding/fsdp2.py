@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -77,12 +77,9 @@ class FSDP2(Sharded):
         self.casts, self.group, self.device = compute is not None, mesh.get_group(), device
         super().__init__(student, student, make_optimizer(student))
 
-    def accumulating(self, last: bool) -> AbstractContextManager:
-        """See `Engine`; between micro-batches gradients stay sharded, so that they are summed over ranks every time."""
-        return self._last(last)
-
     @contextmanager
-    def _last(self, last: bool) -> Iterator[None]:
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """See `Engine`; between micro-batches gradients stay sharded, so that they are summed over ranks every time."""
         self.student.set_is_last_backward(last)
         yield
 

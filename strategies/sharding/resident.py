@@ -19,6 +19,7 @@ from strategies.memory.residency import Bucket, Residency, Turn
 from strategies.memory.shards import Layout, Piece, lay_out
 from strategies.sharding.units import Units, units_of
 
+SHARDED = ("fsdp2", "zero")  # engines under which a rank holds parts of weights
 FP32 = 4
 ALIGNED = 2  # elements to whose multiple, times the ranks, ZeRO pads a group of parameters
 
@@ -300,7 +301,7 @@ def equal_part(parameter: torch.Tensor, ranks: int) -> int:
 
 def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> tuple[int, int, int]:
     """Bytes of a teacher on the first rank, the most that it gathers, and what it gathers for its head."""
-    if setup.engine not in ("fsdp2", "zero"):
+    if setup.engine not in SHARDED:
         return parameter_bytes(teacher), 0, 0
     units = units_of(teacher)
 

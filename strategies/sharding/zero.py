@@ -10,7 +10,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,12 +163,9 @@ class Zero(Engine):
 
     # ---- a step
 
-    def accumulating(self, last: bool) -> AbstractContextManager:
-        """See `Engine`; stages 2 and 3 sum gradients over ranks in every micro-batch."""
-        return self._boundary(last)
-
     @contextmanager
-    def _boundary(self, last: bool) -> Iterator[None]:
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """See `Engine`; stages 2 and 3 sum gradients over ranks in every micro-batch."""
         self.engine.set_gradient_accumulation_boundary(last)
         yield
         if not last:
