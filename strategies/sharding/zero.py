@@ -80,7 +80,7 @@ def deepspeed_config(*, stage: int, precision: str, micro_batch: int, clip: floa
 
 @contextmanager
 def quiet_deepspeed() -> Iterator[None]:
-    """DeepSpeed tells of every buffer; its warnings of substance are checked for by the engine itself."""
+    """DeepSpeed tells of every buffer while it sets up; what of it has substance, the engine checks itself."""
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -169,20 +169,17 @@ class Zero(Engine):
         self.engine.set_gradient_accumulation_boundary(last)
         yield
         if not last:
-            with quiet_deepspeed():
-                self.engine.step()  # which only counts a micro-batch
+            self.engine.step()  # which only counts a micro-batch
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Engine`."""
-        with quiet_deepspeed():
-            self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def update(self, clip: float | None, allowed: bool, scale: float = 1.0) -> Update:
         """See `Engine`; DeepSpeed clips, and decides over all ranks whether the gradient is finite."""
         assert clip == (self.engine.gradient_clipping() or None) and scale == 1.0
         self._allowed = allowed
-        with quiet_deepspeed():
-            self.engine.step()
+        self.engine.step()
         finite = not self.zero.overflow
         norm = self.engine.get_global_grad_norm()
         return Update(float(norm) if norm is not None else math.nan, finite and allowed, finite)
@@ -228,7 +225,7 @@ class Zero(Engine):
 
     def refresh(self) -> None:
         """See `Engine`; the weights that forward runs on follow the fp32 ones."""
-        with torch.no_grad(), quiet_deepspeed():
+        with torch.no_grad():
             if self.stage < 3:
                 self.zero.update_lp_params()
                 return
@@ -237,8 +234,7 @@ class Zero(Engine):
 
     def release(self) -> None:
         """See `Engine`."""
-        with quiet_deepspeed():
-            self.engine.destroy()
+        self.engine.destroy()
 
     def _layouts(self, names: dict[int, str], shapes: dict[str, tuple[int, ...]]
                  ) -> Iterator[tuple[torch.Tensor, Layout]]:
