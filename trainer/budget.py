@@ -114,8 +114,8 @@ def choose(experiment: Experiment, again: Again, first: Callable[[bool, int | No
     if budget is not None and not planner.fits_as_it_is(budget):
         planner, tile = first(False, LEAST_TILE), LEAST_TILE
         spare = budget - planner.keep_all().peak
-        if spare > 0:  # a tile is three times there at most, with what is made of it
-            tile = LEAST_TILE + spare // 4
+        if spare > 0:  # what is made of a tile takes up to some fifteen times its bytes where it is small
+            tile = LEAST_TILE + spare // 16
             planner = first(False, tile)
     if budget is None or planner.fits_as_it_is(budget):
         schedule = planner.keep_all()

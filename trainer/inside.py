@@ -6,8 +6,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.distillation.features import NAME, Projections
-from strategies.distillation.inside import Features, Inside, Relations, ValueRelations
+from strategies.distillation.inside import AttentionMaps, Features, Inside, Relations, ValueRelations
 from trainer.errors import blame
+from trainer.experiment.objective import INSIDE
 from trainer.experiment.tree import Experiment
 
 
@@ -29,7 +30,7 @@ def build_inside(experiment: Experiment, student: nn.Module, teacher: nn.Module 
     if teacher is None or not asked.looks_inside:
         return None
     configs = student.config, teacher.config
-    features = relations = values = None
+    features = relations = values = maps = None
     if asked.features is not None:
         features = Features(asked.features.weight, _pairs(experiment, "features", *configs), asked.features.loss)
     if asked.relations is not None:
@@ -37,8 +38,12 @@ def build_inside(experiment: Experiment, student: nn.Module, teacher: nn.Module 
                               _pairs(experiment, "relations", *configs), asked.relations.tokens)
     if asked.values is not None:
         values = ValueRelations(asked.values.weight, _pairs(experiment, "values", *configs), asked.values.heads)
+    if asked.attention_maps is not None:
+        maps = AttentionMaps(asked.attention_maps.weight, _pairs(experiment, "attention_maps", *configs))
+        for model in (student, teacher):
+            model.set_attn_implementation("eager")  # the only one that makes them
     with blame("objective.values" if values else "objective.features"):
-        return Inside(student, teacher, features, relations, values)
+        return Inside(student, teacher, features, relations, values, maps)
 
 
 def without_projections(student: nn.Module) -> nn.Module:
@@ -50,7 +55,7 @@ def without_projections(student: nn.Module) -> nn.Module:
 
 def check_inside(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
     """Raise `UserError` where a layer is asked for that one of the models does not have."""
-    for name in ("features", "relations", "values"):
+    for name in INSIDE:
         if teacher is not None and getattr(experiment.objective, name) is not None:
             _pairs(experiment, name, student, teacher)
 

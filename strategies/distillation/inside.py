@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from strategies.distillation.attention import relation_sum, visible_pairs
+from strategies.distillation.attention import attention_map_sum, relation_sum, visible_pairs
 from strategies.distillation.features import NAME, cosine_distance_sum, squared_error_sum
 from strategies.distillation.layers import Pairs
 from strategies.distillation.recorder import Values
@@ -64,6 +64,19 @@ class ValueRelations:
     heads: int
 
 
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Attention maps, mean over heads, are to be the teacher's (Jiao et al. 2020, TinyBERT).
+
+    Attributes:
+        weight: in the loss.
+        pairs: (student layer, teacher layer).
+    """
+
+    weight: float
+    pairs: Pairs
+
+
 class Inside:
     """Records both models while they run, and adds what the losses make of it.
 
@@ -76,8 +89,9 @@ class Inside:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, features: Features | None = None,
-                 relations: Relations | None = None, values: ValueRelations | None = None) -> None:
-        self.student, self.features, self.relations, self.values = student, features, relations, values
+                 relations: Relations | None = None, values: ValueRelations | None = None,
+                 maps: AttentionMaps | None = None) -> None:
+        self.student, self.features, self.relations, self.values, self.maps = student, features, relations, values, maps
         self.hidden = [pair for one in (features, relations) if one is not None for pair in one.pairs]
         related = [] if values is None else list(values.pairs)
         self._recorders = [
@@ -98,9 +112,18 @@ class Inside:
                 recorder.__exit__()
                 recorder.clear()
 
-    def sums(self, targets: torch.Tensor, position_ids: torch.Tensor | None
+    def sums(self, targets: torch.Tensor, position_ids: torch.Tensor | None, outputs: Sequence[Any] = (None, None)
              ) -> Iterator[tuple[str, float, torch.Tensor]]:
-        """(name, weight, sum over target tokens, mean over pairs of layers) of each loss, once both have run."""
+        """(name, weight, sum over target tokens, mean over pairs of layers) of each loss, once both have run.
+
+        Args:
+            targets: (batch, sequence) next tokens, or `IGNORED`.
+            position_ids: of packed rows; None where each row is one document.
+            outputs: of student and teacher, for attention maps.
+
+        Raises:
+            ValueError: a model returns no attention maps.
+        """
         kept = targets != IGNORED
         if self.features is not None:
             distance = squared_error_sum if self.features.loss == "mse" else cosine_distance_sum
@@ -119,6 +142,12 @@ class Inside:
             yield "values", self.values.weight, self._mean(
                 self.values.pairs, "value", lambda ours, theirs, _: relation_sum(ours, theirs, kept, visible,
                                                                                  self.values.heads))
+        if self.maps is not None:
+            visible = visible_pairs(torch.ones_like(kept), position_ids, causal=True)
+            ours, theirs = map(_attentions, outputs)
+            found = [attention_map_sum(ours[mine], theirs[other], kept, visible, average_heads=True)
+                     for mine, other in self.maps.pairs]
+            yield "attention_maps", self.maps.weight, torch.stack(found).sum() / len(found)
 
     def _mean(self, pairs: Pairs, kind: str, loss) -> torch.Tensor:
         ours, theirs = (both[kind == "value"] for both in self._recorders)
@@ -128,3 +157,12 @@ class Inside:
     def _projected(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         projections = getattr(self.student, NAME, None)
         return hidden if projections is None else projections(hidden, layer)
+
+
+def _attentions(output: Any) -> Sequence[torch.Tensor]:
+    """Attention maps (batch, heads, query, key) of each block."""
+    maps = getattr(output, "attentions", None)
+    if not maps or maps[0] is None:
+        raise ValueError("a model returns no attention maps: ask it for them (output_attentions=True), and load it "
+                         'with attn_implementation="eager", since fused attention never makes them')
+    return maps

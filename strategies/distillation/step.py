@@ -74,17 +74,21 @@ class Distillation:
     def _loss(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor, taught: Targets | None
               ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mine, theirs = self.shapes
-        hidden = asked = None
+        hidden = asked = judged = None
+        if self.inside is not None and self.inside.maps is not None:
+            inputs = {**inputs, "output_attentions": True}
         if self.teacher is not None and taught is None:
             reading = self.reader(inputs, targets)
             if theirs is None:
                 with torch.no_grad():
-                    logits, asked = reading.placed(self.teacher(**reading.inputs).logits, targets)
+                    judged = self.teacher(**reading.inputs)
+                    logits, asked = reading.placed(judged.logits, targets)
                 taught = LogitTargets(logits)
             else:
-                hidden, asked = reading.placed(hidden_states(self.teacher, reading.inputs)[0], targets)
+                hidden, judged = hidden_states(self.teacher, reading.inputs)
+                hidden, asked = reading.placed(hidden, targets)
 
-        def take(student: torch.Tensor, head: Head | None, _: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def take(student: torch.Tensor, head: Head | None, output: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             def loss(of: Targets | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                 return self.objective(student, of, targets, head=head, common=self.common, asked=asked, tile=self.tile)
 
@@ -93,11 +97,12 @@ class Distillation:
             else:
                 total, terms = with_head(self.teacher, theirs, lambda its: loss(HiddenTargets(hidden, its)))
             if self.inside is not None:
-                for name, weight, value in self.inside.sums(targets, inputs.get("position_ids")):
+                for name, weight, value in self.inside.sums(targets, inputs.get("position_ids"), (output, judged)):
                     total, terms[name] = total + weight * value, value.detach()
             return total, terms
 
         if mine is None:
-            return take(called(**inputs).logits, None, None)
+            output = called(**inputs)
+            return take(output.logits, None, output)
         with at_head(self.student, take, mine):
             return called(**inputs)

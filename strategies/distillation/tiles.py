@@ -128,8 +128,9 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
     """Rows of a tile, the student's products for them, and what the teacher says; all buffers are used again."""
     whole = call.head is None
     vocabulary = given.shape[-1] if whole else head.vocabulary
-    theirs = {HiddenTargets: lambda: call.taught.head.vocabulary, LogitTargets: lambda: call.taught.logits.shape[-1]
-              }.get(type(call.taught), lambda: 0)()
+    said = _computed(call.taught, compute) if given.is_cuda else call.taught
+    theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
+        said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
     kept = learnt(call.targets)
     size = max(1, min(len(kept), call.tile // (wide.itemsize * (vocabulary + theirs))))
     mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
@@ -140,10 +141,17 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
             products.copy_(given[rows])
         else:
             head.fill(products, given[rows].to(compute))
-        yield rows, products, _taught_on(call.taught, rows, other[:len(rows)], compute)
+        yield rows, products, _taught_on(said, rows, other[:len(rows)])
 
 
-def _taught_on(taught: Targets | None, rows: torch.Tensor, out: torch.Tensor, compute: torch.dtype) -> Taught:
+def _computed(taught: Targets | None, compute: torch.dtype) -> Targets | None:
+    """A teacher's hidden states and head in the dtype of products, once for all tiles."""
+    if not isinstance(taught, HiddenTargets):
+        return taught
+    return HiddenTargets(taught.hidden.to(compute), replace(taught.head, weight=taught.head.weight.to(compute)))
+
+
+def _taught_on(taught: Targets | None, rows: torch.Tensor, out: torch.Tensor) -> Taught:
     """What a teacher says about some rows; its logits are written to `out`."""
     if isinstance(taught, HiddenTargets):
         return taught.head.shape(taught.head.fill(out, taught.hidden[rows]))

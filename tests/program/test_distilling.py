@@ -117,12 +117,13 @@ def test_a_truncated_shard_is_said_and_nothing_is_trained(train_here, family, tm
 
 def test_what_is_inside_is_compared_and_leaves_nothing_in_the_student(train_here, family):
     inside = {"features": {"weight": 0.5, "layers": [[0, 0], [2, 2]]}, "relations": {"distance": 1.0, "angle": 2.0},
-              "values": {"weight": 0.1, "heads": 1}}
+              "values": {"weight": 0.1, "heads": 1}, "attention_maps": {"weight": 3.0}}
     trainer = train_here("inside", **with_(family, objective=inside))
     line = first(trainer)
     assert line["loss"] == pytest.approx(
         0.5 * line["cross_entropy"] + line["forward_kl"] + 0.5 * line["features"] + line["distances"]
-        + 2 * line["angles"] + 0.1 * line["values"], rel=1e-5)
+        + 2 * line["angles"] + 0.1 * line["values"] + 3 * line["attention_maps"], rel=1e-5)
+    assert line["attention_maps"] > 0
     weights = dict(trainer.unwrapped.named_parameters())
     learnt = [name for name in weights if "projections" in name]
     assert len(learnt) == 2
@@ -203,7 +204,7 @@ def test_steps_on_what_the_student_writes_learn_no_target_of_the_text(train_here
     ({"objective": {"on_policy": {}}, "sharding": {"engine": "fsdp2"}}, ["sharding.engine", "whole weights only"]),
     ({"objective": {"on_policy": {}}, "teacher": {"targets": {"source": "hidden"}}},
      ["teacher.targets.source", "in no cache"]),
-    ({"objective": {"values": {}}, "memory": {"budget": "1GiB"}}, ["objective.values", "do not show their values"]),
+    ({"objective": {"values": {}}, "memory": {"budget": "1GiB"}}, ["objective.values", "do not show their attention"]),
 ])
 def test_what_cannot_be_is_said_before_anything_starts(write_experiment, family, tmp_path, changes, parts):
     refused(write_experiment(**with_(family, **changes)), tmp_path, parts=parts)

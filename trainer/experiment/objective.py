@@ -12,6 +12,7 @@ from trainer.experiment.node import Node, Weight
 if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
     from strategies.distillation.response import ResponseObjective
 
+INSIDE = ("features", "relations", "values", "attention_maps")  # what looks inside of the models
 MIXTURES = ("jsd", "skewed_kl", "skewed_reverse_kl")
 
 
@@ -74,6 +75,15 @@ class ValueRelations(Node):
     """Relation heads that values are cut into; must divide the width of both models' values."""
 
 
+class AttentionMaps(Node):
+    """Attention maps, mean over heads, are to be the teacher's (TinyBERT); both models then run eager attention."""
+
+    weight: Weight = 1.0
+    """Its weight in the loss."""
+    layers: Layers = "uniform"
+    """Which learns from which: uniform, last, or pairs [student layer, teacher layer], blocks counted from 0."""
+
+
 class OnPolicy(Node):
     """Let the student write and its teacher judge (GKD): no target of the text is learnt from what it writes."""
 
@@ -104,16 +114,18 @@ class Objective(Node):
     """Distances and angles between tokens as the teacher's; null compares none."""
     values: ValueRelations | None = None
     """Relations of attention values as the teacher's; null compares none."""
+    attention_maps: AttentionMaps | None = None
+    """Attention maps as the teacher's; null compares none."""
     on_policy: OnPolicy | None = None
     """Learn from what the student itself writes; null learns from the text only."""
 
     @property
     def looks_inside(self) -> bool:
         """Whether the teacher is needed beyond what it says."""
-        return any(one is not None for one in (self.features, self.relations, self.values))
+        return any(getattr(self, name) is not None for name in INSIDE)
 
     def pairs(self, name: str, student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
-        """(student layer, teacher layer) of `features`, `relations` or `values`."""
+        """(student layer, teacher layer) of one of `INSIDE`."""
         from strategies.distillation.layers import layer_map
 
         asked = getattr(self, name).layers

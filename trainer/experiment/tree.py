@@ -22,7 +22,7 @@ from trainer.experiment.nodes import (
     Teacher,
     Training,
 )
-from trainer.experiment.objective import Divergence, Objective
+from trainer.experiment.objective import INSIDE, Divergence, Objective
 
 
 class Experiment(Node):
@@ -97,16 +97,17 @@ class Experiment(Node):
 
     def _looks_inside(self) -> None:
         """What losses on hidden states and values need."""
-        name = next(name for name in ("features", "relations", "values") if getattr(self.objective, name) is not None)
+        name = next(name for name in INSIDE if getattr(self.objective, name) is not None)
         if self.teacher is None:
             raise UserError(f"objective.{name}", "there is no teacher to learn from",
                             way_out="add `teacher`, or remove it")
         if self.teacher.targets.source != "live":
             raise UserError(f"objective.{name}", "a cache holds what the teacher says, not what is inside of it",
                             way_out="use teacher.targets.source live, or remove it")
-        if self.objective.values is not None and self.memory.budget is not None:
-            raise UserError("objective.values", "blocks that are recomputed by a plan do not show their values",
-                            way_out="remove it, or memory.budget")
+        for name in ("values", "attention_maps"):
+            if getattr(self.objective, name) is not None and self.memory.budget is not None:
+                raise UserError(f"objective.{name}", "blocks that are recomputed by a plan do not show their attention",
+                                way_out="remove it, or memory.budget")
 
     def _cached(self) -> None:
         """What a cache cannot serve."""
