@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.distillation.losses import errors_table as loss_errors_table
-from benchmarks.distillation.losses import table as losses_table
 from benchmarks.quickstart import table as quickstart_table
 from benchmarks.sharding.engines import table as engines_table
 from benchmarks.sharding.ledger import table as ledger_table
@@ -76,8 +74,6 @@ TABLES: dict[str, tuple[str, Callable]] = {
     "engines": ("sharding-engines-cpu.json", lambda found: engines_table(found["rows"])),
     "ledger": ("sharding-ledger.json", lambda found: ledger_table(found["rows"])),
     "optimizers": ("optimizers-cpu.json", optimizers_table),
-    "losses": ("distillation-losses-cpu.json", lambda found: losses_table(found["rows"])),
-    "loss_errors": ("distillation-losses-cpu.json", lambda found: loss_errors_table(found["errors"])),
 }
 
 
