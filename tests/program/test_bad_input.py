@@ -60,7 +60,8 @@ def test_sequence_longer_than_the_models_positions(write_experiment, tmp_path):
 def test_different_vocabularies(write_experiment, tmp_path):
     file = write_experiment(teacher={"architecture": {**TINY, "vocab_size": 400}, "train": {"steps": 1}},
                             student={"architecture": {**TINY, "vocab_size": 500}})
-    refused(file, tmp_path, parts=["student", "vocabulary of 500 tokens and the teacher of 400", "one family"])
+    refused(file, tmp_path, parts=["student", "vocabulary of 500 tokens and the teacher of 400",
+                                   "leave `vocab_size` out"])
 
 
 def test_vocabulary_smaller_than_the_tokenizers(write_experiment, tmp_path):
@@ -115,10 +116,12 @@ def test_models_of_different_families_are_told_apart_at_equal_size(write_experim
     other = saved_model(tmp_path / "other", "un chien mange une pomme verte sous un arbre vert")
     file = write_experiment(teacher={"path": str(one)}, student={"architecture": None, "path": str(other)},
                             data={"tokenizer": {"train_vocabulary": None}})
-    refused(file, tmp_path, parts=[f"student.path = '{other}'", "another vocabulary than the tokenizer in use",
-                                   "for example token", "one family"])
+    refused(file, tmp_path, parts=["objective.divergence.name = 'forward_kl'", "another tokenizer than the student",
+                                   "use uld", "the student's family"])
     refused(file, tmp_path, "data.tokenizer.train_vocabulary=300",
-            parts=["data.tokenizer.train_vocabulary = 300", f"{one} was trained with its own tokenizer"])
+            parts=["data.tokenizer.train_vocabulary = 300", f"{other} was trained with its own tokenizer"])
+    refused(file, tmp_path, f"data.tokenizer.path={one}",
+            parts=[f"student.path = '{other}'", "another vocabulary than the tokenizer in use", "for example token"])
 
 
 def test_two_runs_at_once_on_one_folder(write_experiment, tmp_path):
