@@ -83,6 +83,7 @@ class Residency:
         emptied: bytes for each element, for a moment whenever it is emptied.
         teacher: gathered while the teacher is asked.
         head: of the teacher's weights, gathered while the student's head runs, which is where the loss is taken.
+        landed: the buffer in which forward's last weights came, which stays until forward has ended, the head with it.
         rest: gradients that stay of what is in no turn, once backward is done.
         end: for a moment then, on top of their whole gradients.
         update: while the optimizer steps, on top of all that stays.
@@ -100,6 +101,7 @@ class Residency:
     emptied: int = 0
     teacher: int = 0
     head: int = 0
+    landed: int = 0
     rest: int = 0
     end: int = 0
     update: int = 0

@@ -69,17 +69,18 @@ class Shared:
         self._change(GATHERED, self.residency.forward - self.residency.teacher)
 
     def _follow_head(self) -> None:
-        """The teacher's head is there while the student's runs."""
+        """What is there while the student's head runs, and the loss is taken in it."""
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        if head is None or not self.residency.head:
+        beside = self.residency.head + self.residency.landed
+        if head is None or not beside:
             return
 
         def before(*_: Any) -> None:
-            self._moment(GATHERED, 2 * self.residency.head)  # it comes in a buffer of its own
-            self._change(GATHERED, self.residency.head)
+            self._change(GATHERED, beside)
+            self._moment(GATHERED, self.residency.head)  # the teacher's comes in a buffer of its own
 
         self._handles.append(head.register_forward_pre_hook(before))
-        self._handles.append(head.register_forward_hook(lambda *_: self._change(GATHERED, -self.residency.head)))
+        self._handles.append(head.register_forward_hook(lambda *_: self._change(GATHERED, -beside)))
 
     def _follow(self, turn: Turn) -> None:
         modules = [self.model.get_submodule(name) for name in turn.modules]

@@ -185,7 +185,7 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         own, stay, update = 0, False, 0
     return Residency(parts, tuple(turns), units.blocks, forward=size * root, update=0 if setup.in_backward else update,
                      gradients=FP32 * (max([root, *counts]) // setup.ranks if setup.in_backward else own) if own else 0,
-                     rest=FP32 * root // setup.ranks if stay else 0,
+                     rest=FP32 * root // setup.ranks if stay else 0, landed=size * (counts[-1] if counts else root),
                      end=sums * root + (sums * counts[0] if counts else 0))
 
 

@@ -89,20 +89,18 @@ def test_budgets_are_kept_by_schedules_that_change_nothing(write_experiment, tmp
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("engine", "layers", "share"), [  # less than a small tile alone saves
-    ("zero3", 3, 0.6), pytest.param("fsdp2", 1, 0.65, marks=pytest.mark.xfail(
-        strict=False, reason="measured up to 6% over the plan: something that a single block gathers is not counted"))])
-def test_blocks_are_planned_however_small_a_part_of_the_model(write_experiment, tmp_path, engine, layers, share):
+def test_blocks_are_planned_however_small_a_part_of_the_model(write_experiment, tmp_path):
     """A model that would be planned as a whole, were it whole: inside of it weights come and go, in no graph of it."""
     heady = {**SMALL, "hidden_size": 64, "intermediate_size": 64}  # most of it is the head
     longer = {**SETTINGS, "data": {"sequence_length": 256}}  # full rows, since a loss takes what is learnt of them
     runs = []
-    changes = {**longer, "student": {"architecture": {**heady, "num_hidden_layers": layers}}}
-    plain = {"name": f"{engine}-{layers}", "file": str(write_experiment(f"{engine}-{layers}", **changes)),
-             "overrides": ENGINES[engine]}
-    budget = int(share * foretold(plain)[0])
-    runs += [plain, {**plain, "name": f"{engine}-{layers}-planned", "overrides": [
-        *ENGINES[engine], f"memory.budget={budget}", f"run.folder={tmp_path / plain['name']}-planned"]}]
+    for engine, layers, share in (("zero3", 3, 0.6), ("fsdp2", 1, 0.65)):  # less than a small tile alone saves
+        changes = {**longer, "student": {"architecture": {**heady, "num_hidden_layers": layers}}}
+        plain = {"name": f"{engine}-{layers}", "file": str(write_experiment(f"{engine}-{layers}", **changes)),
+                 "overrides": ENGINES[engine]}
+        budget = int(share * foretold(plain)[0])
+        runs += [plain, {**plain, "name": f"{engine}-{layers}-planned", "overrides": [
+            *ENGINES[engine], f"memory.budget={budget}", f"run.folder={tmp_path / plain['name']}-planned"]}]
     found = on_ranks(runs, tmp_path / "ranks")
     for plain, planned in zip(runs[::2], runs[1::2], strict=True):
         free, kept = found[plain["name"]], found[planned["name"]]
