@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.rematerialization.frontier import machine
 from strategies.distillation.divergences import Divergence
 from strategies.distillation.heads import Head
 from strategies.distillation.response import ResponseObjective
@@ -298,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
-    found = {"machine": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads(),
+    found = {"machine": machine(chosen.device), "threads": torch.get_num_threads(),
              "versions": {name: version(name) for name in ("torch", "trl", "liger-kernel") if find_spec(
                  name.replace("-", "_"))}, "device": chosen.device,
              "errors": errors(chosen.device)}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,30 +65,23 @@ def at_head(model: nn.Module, take: Take, shape: LogitShape | None = None) -> It
             `logits` are of no use. Tensors that training goes through must be in what it returns.
         shape: what the model makes of its logits; None leaves them as they are.
     """
-    head, own = output_head(model), model.forward
-    before = model.__dict__.get("forward")
+    head, own, shape = output_head(model), model.forward, shape or LogitShape()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden, output = _body(own, model, head, args, kwargs)
-        with _called(head, partial(_in_head, head, take, shape or LogitShape(), output)):
+        with _running(head, lambda hidden: take(hidden, shape.head(effective_weight(head), head.bias), output)):
             return head(hidden)
 
-    model.forward = forward
-    try:
+    with _running(model, forward):
         yield
-    finally:
-        _put_back(model, before)
 
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
     """Hidden states (..., width) that would enter the model's head, without gradient, and its output without logits."""
-    before, own, head = model.__dict__.get("forward"), model.forward, output_head(model)
-    model.forward = lambda *args, **kwargs: _body(own, model, head, args, kwargs)
-    try:
+    own, head = model.forward, output_head(model)
+    with _running(model, lambda *args, **kwargs: _body(own, model, head, args, kwargs)):
         return model(**inputs)
-    finally:
-        _put_back(model, before)
 
 
 def with_head(model: nn.Module, shape: LogitShape, use: Callable[[Head], Any]) -> Any:
@@ -97,16 +89,10 @@ def with_head(model: nn.Module, shape: LogitShape, use: Callable[[Head], Any]) -
     head = output_head(model)
 
     def inside(_: torch.Tensor | None) -> Any:
-        if not isinstance(head.weight, DTensor):
+        with _gathered(model) if isinstance(head.weight, DTensor) else nullcontext():
             return use(shape.head(effective_weight(head), head.bias))
-        assert isinstance(model, FSDPModule), "only FSDP2 leaves parts of weights between calls"
-        model.unshard()  # weights that are an embedding's too belong to the whole model
-        try:
-            return use(shape.head(effective_weight(head), head.bias))
-        finally:
-            model.reshard()
 
-    with _called(head, inside):
+    with _running(head, inside):
         return head(None)
 
 
@@ -178,10 +164,6 @@ def _body(own: Callable, model: nn.Module, head: nn.Module, args: tuple, kwargs:
     return catches.hidden, output
 
 
-def _in_head(head: nn.Module, take: Take, shape: LogitShape, output: Any, hidden: torch.Tensor) -> Any:
-    return take(hidden, shape.head(effective_weight(head), head.bias), output)
-
-
 @contextmanager
 def _replaced(model: nn.Module, head: nn.Module, other: nn.Module) -> Iterator[None]:
     parent, name = next((parent, name) for parent in model.modules() for name, child in parent._modules.items()
@@ -194,17 +176,25 @@ def _replaced(model: nn.Module, head: nn.Module, other: nn.Module) -> Iterator[N
 
 
 @contextmanager
-def _called(module: nn.Module, forward: Callable) -> Iterator[None]:
-    before = module.__dict__.get("forward")
+def _running(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Within the context a module runs another forward, hooks around it as they are."""
+    before = module.__dict__.get("forward")  # a plan's, or a wrapper's
     module.forward = forward
     try:
         yield
     finally:
-        _put_back(module, before)
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
-def _put_back(module: nn.Module, before: Callable | None) -> None:
-    if before is None:
-        del module.forward
-    else:
-        module.forward = before
+@contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    """Weights that belong to the whole model, as a head's do that are an embedding's too, while it does not run."""
+    assert isinstance(model, FSDPModule), "only FSDP2 leaves parts of weights between calls"
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()

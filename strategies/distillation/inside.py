@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,7 +82,7 @@ class Inside:
 
     Args:
         student, teacher: without wrappers, of the same sequences.
-        features, relations, values: None for those that have no weight.
+        features, relations, values, maps: None for those that have no weight.
 
     Raises:
         ValueError: a layer out of range, or values that are not found in a model.
@@ -92,25 +92,21 @@ class Inside:
                  relations: Relations | None = None, values: ValueRelations | None = None,
                  maps: AttentionMaps | None = None) -> None:
         self.student, self.features, self.relations, self.values, self.maps = student, features, relations, values, maps
-        self.hidden = [pair for one in (features, relations) if one is not None for pair in one.pairs]
-        related = [] if values is None else list(values.pairs)
+        hidden = [pair for one in (features, relations) if one is not None for pair in one.pairs]
+        related = [] if values is None else values.pairs
         self._recorders = [
-            (Values(model, {pair[which] for pair in self.hidden}, ["hidden"]),
+            (Values(model, {pair[which] for pair in hidden}, ["hidden"]),
              Values(model, {pair[which] for pair in related}))
             for which, model in enumerate((student, teacher))]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Context in which both run; nothing is kept afterwards."""
-        recorders = [recorder for both in self._recorders for recorder in both]
-        for recorder in recorders:
-            recorder.__enter__()
-        try:
+        with ExitStack() as stack:
+            for recorder in (recorder for both in self._recorders for recorder in both):
+                stack.callback(recorder.clear)
+                stack.enter_context(recorder)
             yield
-        finally:
-            for recorder in recorders:
-                recorder.__exit__()
-                recorder.clear()
 
     def sums(self, targets: torch.Tensor, position_ids: torch.Tensor | None, outputs: Sequence[Any] = (None, None)
              ) -> Iterator[tuple[str, float, torch.Tensor]]:
@@ -137,13 +133,13 @@ class Inside:
                     yield name, weight, self._mean(
                         self.relations.pairs, "hidden",
                         lambda ours, theirs, _, sums=sums: sums(ours, theirs, kept, self.relations.tokens))
-        if self.values is not None:
+        if self.values is not None or self.maps is not None:
             visible = visible_pairs(torch.ones_like(kept), position_ids, causal=True)
+        if self.values is not None:
             yield "values", self.values.weight, self._mean(
                 self.values.pairs, "value", lambda ours, theirs, _: relation_sum(ours, theirs, kept, visible,
                                                                                  self.values.heads))
         if self.maps is not None:
-            visible = visible_pairs(torch.ones_like(kept), position_ids, causal=True)
             ours, theirs = map(_attentions, outputs)
             found = [attention_map_sum(ours[mine], theirs[other], kept, visible, average_heads=True)
                      for mine, other in self.maps.pairs]

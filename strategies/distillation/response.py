@@ -12,13 +12,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from strategies.distillation.blocks import Terms
-from strategies.distillation.divergences import Divergence
+from strategies.distillation.divergences import NAMES, Divergence
 from strategies.distillation.heads import Head
 from strategies.distillation.targets import Common, LogitTargets, SampledTargets, Targets, TopTargets
 from strategies.distillation.tiles import IGNORED, TILE, Call, LogitLoss, TiledLoss
 
-SPARSE = {SampledTargets: ("forward_kl",), TopTargets: ("forward_kl", "reverse_kl", "jsd", "skewed_kl",
-                                                        "skewed_reverse_kl", "total_variation")}
+SPARSE = {SampledTargets: ("forward_kl",), TopTargets: tuple(name for name in NAMES if name != "uld")}
 
 
 @dataclass(frozen=True)

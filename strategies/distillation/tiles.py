@@ -69,8 +69,7 @@ class TiledLoss(torch.autograd.Function):
         by_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if wanted[0] else None
         by_weight = torch.zeros(weight.shape, dtype=wide, device=device) if wanted[1] else None
         by_bias = torch.zeros(weight.shape[0], dtype=wide, device=device) if wanted[2] else None
-        head = Head(weight.detach().to(compute) if hidden.is_cuda else weight.detach(),
-                    None if bias is None else bias.detach(), call.head.scale, call.head.cap)
+        head = _computed(call.head, compute) if hidden.is_cuda else call.head
         values = torch.zeros(len(call.terms.names), dtype=wide, device=device)
         with products_of(compute, device):
             for rows, products, taught in _tiles(call, head, hidden, compute, wide):
@@ -128,7 +127,9 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
     """Rows of a tile, the student's products for them, and what the teacher says; all buffers are used again."""
     whole = call.head is None
     vocabulary = given.shape[-1] if whole else head.vocabulary
-    said = _computed(call.taught, compute) if given.is_cuda else call.taught
+    said = call.taught
+    if given.is_cuda and isinstance(said, HiddenTargets):
+        said = HiddenTargets(said.hidden.to(compute), _computed(said.head, compute))
     theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
         said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
     kept = learnt(call.targets)
@@ -144,11 +145,9 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
         yield rows, products, _taught_on(said, rows, other[:len(rows)])
 
 
-def _computed(taught: Targets | None, compute: torch.dtype) -> Targets | None:
-    """A teacher's hidden states and head in the dtype of products, once for all tiles."""
-    if not isinstance(taught, HiddenTargets):
-        return taught
-    return HiddenTargets(taught.hidden.to(compute), replace(taught.head, weight=taught.head.weight.to(compute)))
+def _computed(head: Head, compute: torch.dtype) -> Head:
+    """A head in the dtype of products, once for all tiles."""
+    return replace(head, weight=head.weight.to(compute))
 
 
 def _taught_on(taught: Targets | None, rows: torch.Tensor, out: torch.Tensor) -> Taught:
