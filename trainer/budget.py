@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from strategies.distillation.step import Distillation
+from strategies.memory.residency import Residency
 from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.plan import Plan as Schedule
 from strategies.rematerialization.planner import Planner
@@ -21,7 +22,7 @@ from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
 from trainer.inside import attach_projections, build_inside
 from trainer.metrics import readable
-from trainer.models import quantize
+from trainer.models import student_of
 from trainer.precision import DTYPES as COMPUTE
 from trainer.shares import gradients_stay, in_backward, is_sharded
 from trainer.targets import example_targets, held_of, live, resident_teacher, sizes
@@ -145,64 +146,36 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
     """
     from trainer.loop import loss_of_batch
 
-    objective = experiment.objective.build(teacher is not None)
+    objective, sharded = experiment.objective.build(teacher is not None), is_sharded(experiment, processes)
     place = "cuda" if torch.cuda.is_available() else "cpu"
-    if is_sharded(experiment, processes):
-        return _study_shared(experiment, teacher, student, processes, regions, place, tile)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
-        small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
-        if experiment.student.quantization is not None:
-            quantize(experiment, small)
+        small, large = student_of(experiment, student), resident_teacher(experiment, teacher)
         attach_projections(experiment, small, teacher)
-        large = resident_teacher(experiment, teacher)
-        optimizer = experiment.optimizer.build(small)
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
+        how: dict[str, Any] = {"residency": _shared(experiment, small, large, processes, place)} if sharded else {
+            "optimizer": experiment.optimizer.build(small), "in_backward": in_backward(experiment),
+            "accumulate": gradients_stay(experiment, processes)}
     precision = experiment.precision.build(place)
 
-    def planned(model: nn.Module) -> Distillation:
-        return Distillation(objective, model, live(large), tile=tile, common=sizes(student, teacher),
-                            inside=build_inside(experiment, model, live(large)))
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        distillation = Distillation(objective, model, live(large), tile=tile, common=sizes(student, teacher),
+                                    inside=build_inside(experiment, model, live(large)))
+        return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
+                             taught=example_targets(experiment, teacher, batch, large))[0]
 
-    return study(small.train(), batch, optimizer=optimizer, in_backward=in_backward(experiment),
-                 accumulate=gradients_stay(experiment, processes),
-                 loss=lambda model, batch: loss_of_batch(
-                     planned(model), precision, model, batch,
-                     taught=example_targets(experiment, teacher, batch, large))[0],
-                 others=[large] if large is not None else [], device=experiment.memory.device,
-                 reserved=reserved(experiment, processes, place), regions=regions)
+    return study(small.train(), batch, loss=loss, others=[large] if large is not None else [],
+                 device=experiment.memory.device, reserved=reserved(experiment, processes, place), regions=regions,
+                 **how)
 
 
-def _study_shared(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                  processes: int, regions: bool, place: str, tile: int | None) -> Planner:
-    """The same for a student whose weights are gathered when they are used, in the dtype that they are computed in."""
-    from trainer.loop import loss_of_batch
-
-    objective, compute = experiment.objective.build(teacher is not None), COMPUTE[experiment.precision.dtype]
-    on_gpu = place == "cuda" or experiment.memory.device is not None
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
-        small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
-        if experiment.student.quantization is not None:
-            quantize(experiment, small)
-        attach_projections(experiment, small, teacher)
-        large = resident_teacher(experiment, teacher)
-        held = held_of(experiment, small, large, processes, on_gpu)
-        for model in (small, large):
-            for parameter in () if model is None else model.parameters():
-                parameter.data = parameter.data.to(compute)
-        batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
-                              experiment.data.packing, place)
-    precision = experiment.precision.build(place)
-
-    def planned(model: nn.Module) -> Distillation:
-        return Distillation(objective, model, live(large), tile=tile, common=sizes(student, teacher),
-                            inside=build_inside(experiment, model, live(large)))
-
-    return study(small.train(), batch, others=[large] if large is not None else [], device=experiment.memory.device,
-                 loss=lambda model, batch: loss_of_batch(
-                     planned(model), precision, model, batch, True,
-                     example_targets(experiment, teacher, batch, large))[0],
-                 reserved=reserved(experiment, processes, place), regions=regions, residency=held)
+def _shared(experiment: Experiment, student: nn.Module, teacher: nn.Module | None, processes: int, place: str
+            ) -> Residency:
+    """What a rank holds of models whose weights are gathered when they are used, which then get the dtype of that."""
+    held = held_of(experiment, student, teacher, processes, place == "cuda" or experiment.memory.device is not None)
+    for parameter in (*student.parameters(), *(() if teacher is None else teacher.parameters())):
+        parameter.data = parameter.data.to(COMPUTE[experiment.precision.dtype])
+    return held
 
 
 def reserved(experiment: Experiment, processes: int, device: str) -> dict[str, int]:

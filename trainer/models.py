@@ -177,11 +177,21 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
 
 def whole_student(experiment: Experiment, like: nn.Module) -> nn.Module:
     """An unsharded student of the same shape on the CPU, its weights still to be filled in."""
-    model = AutoModelForCausalLM.from_config(like.config, dtype=torch.float32)
+    model = student_of(experiment, like.config)
     model.generation_config = like.generation_config
+    return model.train()
+
+
+def student_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
+    """A student of this shape, prepared for quantisation-aware training where asked for; its weights say nothing.
+
+    Raises:
+        UserError: a layer cannot be quantised.
+    """
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if experiment.student.quantization is not None:
         quantize(experiment, model)
-    return model.train()
+    return model
 
 
 def quantize(experiment: Experiment, model: nn.Module) -> None:

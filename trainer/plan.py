@@ -22,9 +22,9 @@ from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
 from trainer.inside import attach_projections
 from trainer.metrics import console, readable
-from trainer.models import DTYPES, count_parameters, quantize
+from trainer.models import DTYPES, count_parameters, student_of
 from trainer.precision import DTYPES as COMPUTE
-from trainer.targets import held_of, resident_teacher
+from trainer.targets import held_of, live, resident_teacher
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 NOMINAL_STEPS = 1000  # to draw a learning-rate curve before the length of the data is known
@@ -87,13 +87,12 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
     steps = count_steps(experiment, rows)
     compute = COMPUTE[experiment.precision.dtype]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        small = AutoModelForCausalLM.from_config(student, dtype=torch.float32)
-        large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype]) if teacher else None
-        if experiment.student.quantization:
-            quantize(experiment, small)
+        small = student_of(experiment, student)
         student_bytes, parameters = exported_bytes(small, DTYPES[experiment.export.dtype]), count_parameters(small)
         attach_projections(experiment, small, teacher)
-        asked = resident_teacher(experiment, teacher)
+        large = asked = resident_teacher(experiment, teacher)
+        if teacher is not None and live(asked) is None:
+            large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype])
         held = held_of(experiment, small, asked, processes, on_gpu=device != "cpu")
     ledger = Ledger.of(held, _activations(experiment, student, compute),
                        loss_bytes(training.micro_batch * sequence, student.hidden_size,
@@ -157,15 +156,10 @@ def _activations(experiment: Experiment, config: PretrainedConfig, compute: torc
 
     None where the model cannot run without data (some mixtures of experts): that is no reason not to train it.
     """
-    def build() -> torch.nn.Module:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        if experiment.student.quantization:
-            quantize(experiment, model)
-        return model
-
     try:
-        return saved_activation_bytes(build, experiment.training.micro_batch, experiment.data.sequence_length,
-                                      None if compute is torch.float32 else compute)
+        return saved_activation_bytes(
+            lambda: student_of(experiment, config), experiment.training.micro_batch, experiment.data.sequence_length,
+            None if compute is torch.float32 else compute)
     except (RuntimeError, NotImplementedError):
         return None
 

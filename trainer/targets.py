@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from strategies.distillation.cache import (
     CacheDamaged,
     CacheInUse,
-    CacheMismatch,
+    CacheUnfinished,
     Identity,
     TargetCache,
     TargetWriter,
@@ -31,7 +32,7 @@ from strategies.memory.ledger import parameter_bytes
 from strategies.memory.residency import Residency
 from trainer.data.batches import Batch, model_inputs
 from trainer.data.dataset import Text
-from trainer.errors import RunFailed, UserError
+from trainer.errors import RunFailed, UserError, blame
 from trainer.experiment.tree import Experiment
 from trainer.folder import fingerprint
 from trainer.metrics import console, readable
@@ -109,8 +110,8 @@ def cached_targets(experiment: Experiment, accelerator: Accelerator, text: Text,
                         "they cannot be made from a cache", value=asked.source, way_out="use `live`")
     identity = identity_of(experiment, text, teacher)
     folder = Path(asked.path or Path(experiment.run.cache) / "targets" / fingerprint(identity.__dict__))
-    with _told(asked.path or str(folder), experiment):
-        if accelerator.is_main_process:
+    with _told(experiment, folder):
+        if accelerator.is_main_process and not _is_finished(folder, identity):
             _write(folder, identity, experiment, text, teacher.to(accelerator.device), shape)
         accelerator.wait_for_everyone()
         cache = TargetCache(folder, identity)
@@ -145,22 +146,25 @@ def _weights(teacher: nn.Module) -> str:
     return known.hexdigest()[:16]
 
 
-class _told:
+@contextmanager
+def _told(experiment: Experiment, folder: Path) -> Iterator[None]:
     """Turns what a cache says into what a person is told, with the field that led to it."""
+    key = "teacher.targets.path" if experiment.teacher.targets.path else "run.cache"
+    try:
+        with blame(key, value=str(folder),
+                   way_out="name another folder, which is then written, or what this one was made from"):
+            yield
+    except (CacheInUse, CacheDamaged) as error:
+        raise RunFailed(f"the teacher's cache in {folder}: {error}") from error
 
-    def __init__(self, folder: str, experiment: Experiment) -> None:
-        self.folder, self.key = folder, "teacher.targets.path" if experiment.teacher.targets.path else "run.cache"
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, CacheInUse | CacheDamaged):
-            raise RunFailed(f"the teacher's cache in {self.folder}: {error}") from error
-        if isinstance(error, CacheMismatch | ValueError):
-            raise UserError(self.key, str(error), value=self.folder,
-                            way_out="name another folder, which is then written, or what this one was made from"
-                            ) from error
+def _is_finished(folder: Path, identity: Identity) -> bool:
+    """Whether every row is there already; a shard that is not whole is written again."""
+    try:
+        TargetCache(folder, identity)
+    except (CacheUnfinished, CacheDamaged):
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -172,8 +176,6 @@ def _write(folder: Path, identity: Identity, experiment: Experiment, text: Text,
     size, device = experiment.training.micro_batch, next(teacher.parameters()).device
     with TargetWriter(folder, identity, stated=stated) as writer:
         left = list(writer.rows_left())
-        if not left:
-            return
         console.print(f"{experiment.name}: writing what the teacher says about {tokens:,} tokens, at most "
                       f"{bytes_per_token(identity):,.1f} bytes each, {readable(stated)} in all: {len(left):,} of "
                       f"{len(text.train):,} rows")

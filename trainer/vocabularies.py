@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from strategies.distillation.reading import BySpans, Reader, Translated, as_it_is
 from strategies.distillation.spans import SpanAligner
 from strategies.distillation.targets import Common
-from strategies.distillation.vocabularies import align, same_roles, same_tokenizer
+from strategies.distillation.vocabularies import align, same_roles
 from trainer.data.dataset import Text
 from trainer.data.tokenizers import own_tokenizer
 from trainer.errors import UserError, blame
@@ -20,6 +20,8 @@ LONGER = 2  # times the student's sequence length that the teacher may need for 
 def relate(experiment: Experiment, text: Text, student: PretrainedConfig, teacher: PretrainedConfig | None
            ) -> tuple[Common | None, Reader]:
     """The common tokens, None where they are all, and how the teacher reads a batch of the student's.
+
+    That the tokenizers are one, or that nothing else is asked for, has been checked with the data.
 
     Raises:
         UserError: the two cannot be compared in the way that is asked for.
@@ -33,10 +35,6 @@ def relate(experiment: Experiment, text: Text, student: PretrainedConfig, teache
         return None, _by_spans(experiment, text.tokenizer, other)
     if text.tokenizer.get_vocab() == other.get_vocab():
         return _by_number(student, teacher), as_it_is
-    same, why = same_tokenizer(text.tokenizer, other)
-    if not same:
-        raise UserError("objective.divergence.name", f"the teacher has another tokenizer than the student: {why}",
-                        value=experiment.objective.divergence.name, way_out="use uld, or a teacher of its family")
     with blame("teacher.path", value=experiment.teacher.path, way_out="choose a teacher of the student's family"):
         found = align(text.tokenizer.get_vocab(), other.get_vocab(), student.vocab_size, teacher.vocab_size,
                       same_roles(text.tokenizer, other))

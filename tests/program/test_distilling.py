@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,3 +232,9 @@ def test_heads_with_a_bias_are_found_too(train_here, family):
     trainer = train_here("gptj", **with_(family, data={"packing": False}, student={"architecture": None}))
     assert trainer.distillation.shapes[0] is not None and trainer.unwrapped.lm_head.bias is not None
     assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_a_student_of_weights_alone_has_its_teachers_tokenizer(train_here, family):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (Path(family["student"]["path"]) / file).unlink()
+    assert first(train_here("bare", **family))["forward_kl"] > 0

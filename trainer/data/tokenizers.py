@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.data.sources import Documents, fields
-from trainer.errors import UserError
+from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Data
 from trainer.experiment.tree import Experiment
 
@@ -29,8 +29,8 @@ def tokenizer_origin(experiment: Experiment) -> tuple[str, str, str | None] | No
             raise UserError("data.tokenizer.train_vocabulary", f"{loaded[0][1]} was trained with its own tokenizer",
                             value=own.train_vocabulary, way_out="remove `train_vocabulary`")
         return None
-    if loaded:
-        return loaded[0]
+    if loaded:  # a folder may hold weights alone
+        return next((one for one in loaded[:-1] if own_tokenizer(*one[1:]) is not None), loaded[-1])
     raise UserError("data.tokenizer", "no model brings a tokenizer",
                     way_out="set `data.tokenizer.train_vocabulary: 2048`, or name one in `data.tokenizer.path`")
 
@@ -55,7 +55,7 @@ def check_models(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> 
             continue
         theirs = {number: token for token, number in other.get_vocab().items()}
         different = [number for number in sorted(ours) if theirs.get(number, ours[number]) != ours[number]]
-        if different and key == "teacher.path" and experiment.student.from_teacher is None:
+        if key == "teacher.path" and experiment.student.from_teacher is None:
             _check_teacher(experiment, tokenizer, other)
         elif different:
             raise UserError(key, "this model has another vocabulary than the tokenizer in use; for example token "
@@ -75,8 +75,11 @@ def _check_teacher(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, o
     from strategies.distillation.vocabularies import same_tokenizer
 
     name = experiment.objective.divergence.name
-    same, why = same_tokenizer(tokenizer, other)
-    if not same and name != "uld":
+    if name == "uld" or other.get_vocab() == tokenizer.get_vocab():
+        return
+    with blame("teacher.path", value=experiment.teacher.path, way_out="name a folder with tokenizer.json"):
+        same, why = same_tokenizer(tokenizer, other)
+    if not same:
         raise UserError("objective.divergence.name", f"the teacher has another tokenizer than the student: {why}",
                         value=name, way_out="use uld, which compares where both have read the same text, or a teacher "
                         "of the student's family")
