@@ -23,6 +23,7 @@ from strategies.distillation.step import Distillation
 from strategies.distillation.targets import Common, Targets
 from strategies.memory.meter import Measured, mark, measure
 from strategies.memory.picture import curve
+from strategies.quantization.qat import set_bits
 from strategies.rematerialization.framed import CannotPlan
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.rematerialize import study
@@ -147,6 +148,7 @@ class Trainer:
         and processes, so it does not depend on how the batch is split.
         """
         started = time.perf_counter()
+        self._set_bits(self.step)
         learning_rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -181,6 +183,13 @@ class Trainer:
             record["nonfinite"] = self._culprits(micro_batches, finite)
         record["seconds"] = time.perf_counter() - started
         return record
+
+    def _set_bits(self, step: int) -> None:
+        """Give quantised layers the bits of a step, where they have a schedule."""
+        asked = self.experiment.student.quantization
+        bits = asked and asked.bits_at(step, self.steps)
+        if bits:
+            set_bits(self.unwrapped, bits)
 
     def _writes(self, step: int) -> bool:
         """Whether a step is on what the student writes; the same on every process."""

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from strategies.distillation.fused import LogitShape, logit_shape
+from strategies.export.transformers_folder import check_folder
 from strategies.quantization.qat import prepare
 from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Model
@@ -204,7 +205,11 @@ def quantize(experiment: Experiment, model: nn.Module) -> None:
     with blame(f"student.quantization.{key}", value=getattr(asked, key),
                way_out=f"group sizes that fit every layer: {fitting}" if key == "group_size" else
                "name layers as they are called, with * for any part, for example ignore: ['*.0.*']"):
-        prepare(model, asked.build(DTYPES[experiment.export.dtype]), asked.ignore)
+        dtype = DTYPES[experiment.export.dtype]
+        prepare(model, asked.build(dtype), asked.ignore, asked.rules(dtype), embeddings=asked.embeddings,
+                activations=asked.activations and asked.activations.build())
+    with blame("student.quantization", way_out="quantise fewer of them, or otherwise"):
+        check_folder(model)
 
 
 def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from strategies.distillation.tiles import TILE
+from strategies.export.sizes import exported_bytes
 from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_activation_bytes
-from strategies.quantization.qat import quantized_layers
 from trainer.budget import MemoryPlan
 from trainer.errors import UserError
 from trainer.experiment.explaining import resolved_table
@@ -137,18 +137,6 @@ def count_steps(experiment: Experiment, rows: int | None) -> int | None:
         raise UserError("schedule.warmup", f"the warm-up never ends in a run of {steps} steps",
                         value=experiment.schedule.warmup, way_out="use fewer steps, or a share such as 0.05")
     return steps
-
-
-def exported_bytes(student: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the student's tensors on disk, from shapes: packed integers, their scales, and the rest in `dtype`."""
-    layers = dict(quantized_layers(student))
-    total = (count_parameters(student) - sum(layer.weight.numel() for layer in layers.values())) * dtype.itemsize
-    for layer in layers.values():
-        outputs, inputs = layer.weight.shape
-        words = -(-inputs * layer.quantizer.bits // 32)
-        groups = inputs // (layer.quantizer.group_size or inputs)
-        total += outputs * (4 * words + dtype.itemsize * groups) + 16  # 16: the shape, two int64
-    return total
 
 
 def _activations(experiment: Experiment, config: PretrainedConfig, compute: torch.dtype) -> int | None:

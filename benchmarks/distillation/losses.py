@@ -137,12 +137,17 @@ def sizes(arguments: argparse.Namespace) -> list[dict]:
         for dtype in arguments.dtypes:
             case = make(tokens, arguments.hidden, arguments.vocabulary, getattr(torch, dtype), arguments.device)
             for name in arguments.losses:
-                rows += _compared(name, case, dtype, arguments)
+                rows += _compared(name, case, dtype, arguments, rounds(tokens, arguments))
             del case
     return rows
 
 
-def _compared(name: str, case: Case, dtype: str, arguments: argparse.Namespace) -> list[dict]:
+def rounds(tokens: int, arguments: argparse.Namespace) -> int:
+    """How often each implementation is timed: fewer times where there are more tokens, since it takes longer."""
+    return max(1, round(arguments.rounds * min(arguments.tokens) / tokens))
+
+
+def _compared(name: str, case: Case, dtype: str, arguments: argparse.Namespace, rounds: int) -> list[dict]:
     tokens, device = len(case.targets), torch.device(arguments.device)
     shape = {"dtype": dtype, "tokens": tokens, "vocabulary": arguments.vocabulary, "hidden": arguments.hidden}
     rows, running = [], {}
@@ -162,11 +167,11 @@ def _compared(name: str, case: Case, dtype: str, arguments: argparse.Namespace) 
         row |= {"peak_bytes": found.peak - found.base, "gradient_error": error_of_rows(name, case), "ran": True}
         running[implementation] = row, loss
     times: dict[str, list[float]] = {implementation: [] for implementation in running}
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         for implementation, (_, loss) in running.items():
             times[implementation].append(timed(lambda loss=loss: run(loss, name, case), device))
     for implementation, (row, _) in running.items():
-        row["seconds"] = statistics.median(times[implementation])
+        row |= {"seconds": statistics.median(times[implementation]), "rounds": rounds}
     print("\n".join(table(rows).splitlines()[2:]), flush=True)
     return rows
 
@@ -295,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--losses", nargs="+", default=["forward_kl", "jsd"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of the smallest case; larger ones have fewer")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     found = {"machine": machine(chosen.device), "threads": torch.get_num_threads(),

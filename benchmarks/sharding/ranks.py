@@ -4,6 +4,7 @@
 
 RUNS.json: [{"name": .., "file": experiment, "overrides": [..]}], and where it is wanted "until": step to end at,
 "fp16": true, which DeepSpeed has on no CPU by itself, "poison": [kind, step] on process 1, "kill": [step, processes],
+"masked": [process, micro-batch] that has no target at any step,
 "peer": the optimizer of another library, by its full name, in place of ours. The first process writes NAME.json beside
 it: losses, gradient norms, loss scales, memory, and what each process decided, and the fp32 weights of ours as
 NAME.safetensors.
@@ -98,6 +99,18 @@ def kill(trainer, step: int) -> None:
     trainer._update = killing
 
 
+def mask(trainer, number: int) -> None:
+    """Take all targets from one micro-batch of every step."""
+    plain = trainer.train_step
+
+    def without_targets(batches):
+        own = [next(batches) for _ in range(trainer.accumulation)]
+        own[number] = {**own[number], "targets": torch.full_like(own[number]["targets"], -100)}
+        return plain(iter(own))
+
+    trainer.train_step = without_targets
+
+
 def one(run: dict, folder: Path) -> None:
     """Train one experiment, and write what came of it."""
     from trainer.data.dataset import prepare_text
@@ -120,6 +133,8 @@ def one(run: dict, folder: Path) -> None:
         trainer.steps = run["until"]
     if run.get("poison") and accelerator.process_index == 1:
         poison(trainer, *run["poison"])
+    if run.get("masked") and accelerator.process_index == run["masked"][0]:
+        mask(trainer, run["masked"][1])
     steps = remembered(trainer)
     if run.get("kill") and accelerator.process_index in run["kill"][1]:
         kill(trainer, run["kill"][0])

@@ -96,9 +96,17 @@ def pair(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> Pa
     """The softened distributions of two blocks of logits (rows, vocabulary) of one dtype."""
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    q, d = log_q.exp(), log_p - log_q
-    return Pair(log_p.exp(), q, _refined(d, q, student, teacher))
+    log_q, q = _softmax(student)
+    log_p, p = _softmax(teacher)
+    return Pair(p, q, _refined(log_p.sub_(log_q), q, student, teacher))
+
+
+def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logarithms of probabilities, and probabilities, with one exponential for both."""
+    log_q = logits - logits.amax(-1, keepdim=True)
+    q = log_q.exp()
+    total = q.sum(-1, keepdim=True)
+    return log_q.sub_(total.log()), q.div_(total)
 
 
 def _refined(d: torch.Tensor, q: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -122,17 +130,22 @@ def _close_ratio(q: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
     return e - torch.log1p((q * torch.expm1(e)).sum(-1, keepdim=True))
 
 
+def _difference(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """p - q with the digits that subtraction loses: the larger of the two times 1 - exp(-|d|), with the sign of d."""
+    return torch.expm1(d.abs().neg_()).neg_().mul_(torch.maximum(p, q)).mul_(d.sign())
+
+
 def _forward(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """KL(p || q) = sum p d + (q - p), and its gradient q - p."""
     p, q, d = pair.p, pair.q, pair.d
-    q_minus_p = torch.where(d.abs() < 1, p * torch.expm1(-d.clamp(-1, 1)), q - p)
+    q_minus_p = _difference(p, q, d).neg_()
     return torch.addcmul(q_minus_p, p, d).sum(-1), q_minus_p if gradient else None
 
 
 def _reverse(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """KL(q || p) = sum -q d + (p - q), and its gradient q (-d - sum q (-d))."""
     p, q, d = pair.p, pair.q, pair.d
-    p_minus_q = torch.where(d.abs() < 1, q * torch.expm1(d.clamp(-1, 1)), p - q)
+    p_minus_q = _difference(p, q, d)
     value = torch.addcmul(p_minus_q, q, d, value=-1).sum(-1)
     return value, _through_softmax(q, -d) if gradient else None
 
@@ -181,7 +194,7 @@ def _mixture(first: torch.Tensor, other: torch.Tensor, ratio: torch.Tensor, shar
 def _total_variation(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """1/2 sum |p - q|; its derivative by q is half the sign of q - p, 0 where they agree."""
     p, q, d = pair.p, pair.q, pair.d
-    p_minus_q = torch.where(d.abs() < 1, q * torch.expm1(d.clamp(-1, 1)), p - q)
+    p_minus_q = _difference(p, q, d)
     value = p_minus_q.abs().sum(-1).mul_(0.5)
     return value, _through_softmax(q, p_minus_q.sign_().mul_(-0.5)) if gradient else None
 

@@ -8,6 +8,7 @@ the naive loss, none is made twice. A tile's logits are worked on in blocks that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,7 +21,7 @@ from strategies.distillation.heads import Head, products_of, slabs
 from strategies.distillation.targets import Common, HiddenTargets, LogitTargets, SampledTargets, Targets, TopTargets
 
 IGNORED = -100  # target of a position that is not learnt: prompt, padding, last token of a document
-TILE = {"cpu": 160 * 2**20, "cuda": 2**30}  # bytes of a tile's logits, of student and teacher together
+TILE = {"cpu": 288 * 2**20, "cuda": 2**30}  # bytes of a tile's logits, of student and teacher together
 BLOCK = 2**20  # bytes of logits worked on at a time on a CPU
 
 
@@ -67,19 +68,23 @@ class TiledLoss(torch.autograd.Function):
         wide = torch.promote_types(call.accumulate, hidden.dtype)
         wanted = ctx.needs_input_grad
         by_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if wanted[0] else None
-        by_weight = torch.zeros(weight.shape, dtype=wide, device=device) if wanted[1] else None
+        by_weight = torch.empty(weight.shape, dtype=wide, device=device) if wanted[1] else None
         by_bias = torch.zeros(weight.shape[0], dtype=wide, device=device) if wanted[2] else None
         head = _computed(call.head, compute) if hidden.is_cuda else call.head
         values = torch.zeros(len(call.terms.names), dtype=wide, device=device)
+        first = True
         with products_of(compute, device):
             for rows, products, taught in _tiles(call, head, hidden, compute, wide):
                 values += _on_tile(call, head, products, rows, taught, any(wanted))
                 if by_hidden is not None:
                     by_hidden[rows] = _times(products, head.weight, compute)
                 if by_weight is not None:
-                    _add_outer(by_weight, products, hidden[rows], compute)
+                    _add_outer(by_weight, products, hidden[rows], compute, first)
                 if by_bias is not None:
                     by_bias += products.sum(0)
+                first = False
+        if first and by_weight is not None:  # nothing was learnt
+            by_weight.zero_()
         ctx.gradients, ctx.dtypes = [by_hidden, by_weight, by_bias], (hidden.dtype, weight.dtype,
                                                                          None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(values)
@@ -90,9 +95,10 @@ class TiledLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradient of a tiled loss is handed out once: call backward once, or take the loss "
                                "again")
-        scaled = [None if one is None else one.mul_(upstream) for one in ctx.gradients]
+        scaled = [None if one is None else _scaled(one, upstream, dtype)
+                  for one, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]
         ctx.gradients = None
-        return *(None if one is None else one.to(dtype) for one, dtype in zip(scaled, ctx.dtypes, strict=True)), None
+        return *scaled, None
 
 
 class LogitLoss(torch.autograd.Function):
@@ -133,7 +139,8 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
     theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
         said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
     kept = learnt(call.targets)
-    size = max(1, min(len(kept), call.tile // (wide.itemsize * (vocabulary + theirs))))
+    most = max(1, call.tile // (wide.itemsize * (vocabulary + theirs)))
+    size = max(1, math.ceil(len(kept) / max(1, math.ceil(len(kept) / most))))  # tiles of one size
     mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
     other = torch.empty(size, theirs, dtype=wide, device=given.device)
     for rows in kept.split(size)[:1 if isinstance(given, FakeTensor) else None]:
@@ -189,9 +196,21 @@ def _times(gradient: torch.Tensor, weight: torch.Tensor, compute: torch.dtype) -
     return total
 
 
-def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, compute: torch.dtype) -> None:
-    """Add gradient^T hidden to `total` (vocabulary, width)."""
+def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, compute: torch.dtype, first: bool
+               ) -> None:
+    """Add gradient^T hidden to `total` (vocabulary, width); the first is written over what is there."""
     if gradient.is_cuda and compute.itemsize == 2:
-        total += torch.mm(gradient.to(compute).T, hidden.to(compute), out_dtype=total.dtype)
+        gradient, hidden = gradient.to(compute), hidden.to(compute)
+        found = torch.mm(gradient.T, hidden, out_dtype=total.dtype)
+        total.copy_(found) if first else total.add_(found)
+    elif first:
+        torch.mm(gradient.T, hidden.to(total.dtype), out=total)
     else:
         total.addmm_(gradient.T, hidden.to(total.dtype))
+
+
+def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient times what comes from above, in another dtype with one pass over it."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(upstream)
+    return torch.mul(gradient, upstream, out=torch.empty(gradient.shape, dtype=dtype, device=gradient.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -13,16 +13,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import save_file
 from torch import nn
 
+from strategies.export.layers import Activations, Quantized, Quantizer, quantized_layers
 
-class Quantizer(Protocol):
-    """What is asked of the quantiser that trained a layer: its scales and its integers, to be written as they are."""
-
-    bits: int
-    group_size: int | None
-
-    def scale(self, weight: torch.Tensor) -> torch.Tensor: ...
-
-    def integers(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor: ...
+PARTS = ("weight", "log_ratio", "scale", "zero_point", "input_scale")  # of a quantised layer; see `_packed`
 
 
 def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> None:
@@ -35,14 +28,18 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
         model: the trained model, its quantised layers still fake-quantising: each has its `quantizer`.
         tokenizer: saved with it.
         dtype: dtype of everything that is not quantised, and of the scales.
+
+    Raises:
+        ValueError: a layer is what the format cannot hold.
     """
+    check_folder(model)
     folder = Path(folder)
-    quantized = {name: module for name, module in model.named_modules() if hasattr(module, "quantizer")}
+    quantized = dict(quantized_layers(model))
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = _dense(model, dtype, skip={f"{name}.weight" for name in quantized})
-    for name, layer in quantized.items():
+    tensors = _dense(model, dtype, skip={f"{name}.{part}" for name in quantized for part in PARTS})
+    for name, layer in _once(quantized).items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in _packed(layer).items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     _config(model, dtype, quantized).save_pretrained(partial)
@@ -65,33 +62,107 @@ def _dense(model: nn.Module, dtype: torch.dtype, skip: set[str]) -> dict[str, to
     return tensors
 
 
+def check_folder(model: nn.Module) -> None:
+    """Raise `ValueError` where a quantised layer is what a folder cannot hold, so that transformers reloads it.
+
+    What it can and cannot was tried with compressed-tensors 0.20 and transformers 5.24: packed weights with zero points
+    of groups or channels, and embeddings, load where weights are dequantised at once, which forgets activations.
+    """
+    layers = dict(quantized_layers(model))
+    whole = next((name for name, layer in layers.items() if _loads_dequantized(layer)), None)
+    rounded = next((name for name, layer in layers.items() if layer.activations is not None), None)
+    if whole and rounded:
+        what = "an embedding" if isinstance(layers[whole], nn.Embedding) else "a weight with zero points"
+        raise ValueError(f"{whole} is {what}, which transformers loads dequantised only, and {rounded} quantises its "
+                         "activations, which it then leaves out: take symmetric weights and a whole embedding, or no "
+                         "activations")
+    for name, layer in layers.items():
+        if not isinstance(layer, (nn.Linear, nn.Embedding)):
+            raise ValueError(f"{name} is a {type(layer).__name__}: the format has linear layers and embeddings")
+
+
+def _loads_dequantized(layer: Quantized) -> bool:
+    """Whether transformers can load a layer only if it dequantises it at once."""
+    quantizer = layer.quantizer
+    return isinstance(layer, nn.Embedding) or (not quantizer.symmetric and not quantizer.per_tensor
+                                               and folder_format(layer) == "pack-quantized")
+
+
+def _once(quantized: dict[str, Quantized]) -> dict[str, Quantized]:
+    """Of layers that share a weight, the first."""
+    first: dict[int, str] = {}
+    return {name: layer for name, layer in quantized.items() if first.setdefault(id(layer.weight), name) == name}
+
+
 @torch.no_grad()
-def _packed(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Integers (bit-packed into int32), scales and shape of one layer, as the compressed-tensors format names them."""
-    scale = layer.quantizer.scale(layer.weight)
-    integers = layer.quantizer.integers(layer.weight, scale)
-    return {
-        "weight_packed": pack_to_int32(integers.cpu(), layer.quantizer.bits),
-        "weight_scale": scale.cpu().contiguous(),
-        "weight_shape": torch.tensor(layer.weight.shape),
-    }
+def _packed(layer: Quantized) -> dict[str, torch.Tensor]:
+    """Numbers, scales and zero points of one layer, as the compressed-tensors format names them."""
+    quantizer, grid, numbers = layer.quantizer, layer.grid(), layer.numbers().cpu()
+    scale = grid.scale.cpu()
+    tensors = {"weight_scale": scale.flatten() if quantizer.per_tensor else scale.contiguous()}
+    if folder_format(layer) == "pack-quantized":
+        tensors |= {"weight_packed": pack_to_int32(numbers, format_bits(quantizer)),
+                    "weight_shape": torch.tensor(layer.weight.shape)}
+    else:
+        tensors["weight"] = numbers.contiguous()
+    if grid.zero_point is not None:
+        zero = grid.zero_point.to(torch.int8).cpu()
+        tensors["weight_zero_point"] = zero.flatten() if quantizer.per_tensor else pack_to_int32(
+            zero, format_bits(quantizer), packed_dim=0) if "weight_packed" in tensors else zero
+    if layer.activations is not None and not layer.activations.dynamic:
+        tensors["input_scale"] = layer.input_scale.detach().cpu().to(scale.dtype).contiguous()
+    return tensors
 
 
-def _config(model: nn.Module, dtype: torch.dtype, quantized: dict[str, nn.Module]) -> Any:
+def format_bits(quantizer: Quantizer) -> int:
+    """Bits that the format gives a number: it has no numbers of a bit that are one step from zero on either side."""
+    return max(2, quantizer.bits)
+
+
+def folder_format(layer: Quantized) -> str:
+    """How the format names what a layer is written as."""
+    if layer.quantizer.kind == "fp8":
+        return "float-quantized" if layer.activations is not None else "naive-quantized"
+    return "int-quantized" if layer.activations is not None and layer.quantizer.bits == 8 else "pack-quantized"
+
+
+def _config(model: nn.Module, dtype: torch.dtype, quantized: dict[str, Quantized]) -> Any:
     config = type(model.config)(**model.config.to_dict())
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     if quantized:
-        quantizer: Quantizer = next(iter(quantized.values())).quantizer
+        groups: dict[tuple, list[str]] = {}
+        for name, layer in quantized.items():
+            groups.setdefault((layer.quantizer, layer.activations), []).append(name)
+        schemes = {f"group_{number}": _scheme(quantized[names[0]], names) for number, names in enumerate(
+            groups.values())}
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        arguments = QuantizationArgs(num_bits=quantizer.bits, type="int", symmetric=True,
-                                     strategy="group" if quantizer.group_size else "channel",
-                                     group_size=quantizer.group_size)
+        if len(schemes) == 1 and not any(isinstance(layer, nn.Embedding) for layer in quantized.values()):
+            schemes["group_0"].targets = ["Linear"]  # short, and what other tools expect
+        formats = {folder_format(quantized[names[0]]) for names in groups.values()}
         config.quantization_config = QuantizationConfig(
-            config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=arguments)},
-            ignore=sorted(linear - set(quantized)), format="pack-quantized", quantization_status="compressed",
-        ).to_dict()
+            config_groups=schemes, ignore=sorted(linear - set(quantized)), quantization_status="compressed",
+            format=formats.pop() if len(formats) == 1 else "mixed-precision").to_dict()
+        if any(map(_loads_dequantized, quantized.values())):
+            config.quantization_config["dequantize"] = True
     return config
+
+
+def _scheme(layer: Quantized, names: list[str]) -> QuantizationScheme:
+    quantizer = layer.quantizer
+    strategy = "tensor" if quantizer.per_tensor else "group" if quantizer.group_size else "channel"
+    weights = QuantizationArgs(num_bits=format_bits(quantizer), type="float" if quantizer.kind == "fp8" else "int",
+                               symmetric=quantizer.symmetric, strategy=strategy, group_size=quantizer.group_size)
+    return QuantizationScheme(targets=sorted(names), weights=weights, format=folder_format(layer),
+                              input_activations=_inputs(layer.activations))
+
+
+def _inputs(activations: Activations | None) -> QuantizationArgs | None:
+    if activations is None:
+        return None
+    return QuantizationArgs(num_bits=activations.bits, type="float" if activations.kind == "fp8" else "int",
+                            symmetric=True, strategy="token" if activations.dynamic else "tensor",
+                            dynamic=activations.dynamic)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -5,22 +5,44 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from strategies.quantization.qat import quantized_layers
+from strategies.quantization.qat import PLAIN, quantized_layers
 
 
 @torch.no_grad()
 def bake(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Turn a trained model, in place, into the one that is served: quantised values in plain layers, all in `dtype`.
 
-    Only what is saved is cast. `model.to(dtype)` would also round the buffers that a model computes for itself, such
-    as rotary frequencies, which loading leaves in fp32: logits then differ by a percent.
+    Layers that quantise their activations go on doing so. Only what is saved is cast. `model.to(dtype)` would also
+    round the buffers that a model computes for itself, such as rotary frequencies, which loading leaves in fp32: logits
+    then differ by a percent.
     """
+    done: set[int] = set()
     for _, layer in list(quantized_layers(model)):
-        layer.weight.copy_(layer.quantizer.fake_quantize(layer.weight))
-        layer.__class__ = nn.Linear
+        if id(layer.weight) not in done:  # twice would round what is rounded
+            done.add(id(layer.weight))
+            layer.weight.copy_(layer.effective_weight)
+    for _, layer in list(quantized_layers(model)):
+        activations = layer.activations
+        layer.__class__ = PLAIN[type(layer)]
         del layer.quantizer
+        layer.__dict__.pop("activations", None)
+        for name in ("log_ratio", "scale", "zero_point"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        if activations is not None:
+            layer.register_forward_pre_hook(_Rounds(activations))
     saved = model.state_dict()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in saved and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+class _Rounds:
+    """Quantises what enters a layer."""
+
+    def __init__(self, activations) -> None:
+        self.activations = activations
+
+    def __call__(self, layer: nn.Module, inputs: tuple) -> tuple:
+        return self.activations.fake_quantize(inputs[0], getattr(layer, "input_scale", None)), *inputs[1:]

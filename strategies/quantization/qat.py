@@ -1,65 +1,193 @@
-"""Quantisation-aware training: linear layers that see their own quantised weights."""
+"""Quantisation-aware training: layers that see their own quantised weights, and activations where it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
-from strategies.quantization.quantizer import WeightQuantizer
+from strategies.quantization.activations import ActivationQuantizer
+from strategies.quantization.quantizer import Grid, WeightQuantizer
+
+# A ratio r is kept as a = sign(r) (log|r| + OFFSET): a step of any optimizer then changes it by a share of itself.
+OFFSET = 8.0
 
 
-class QATLinear(nn.Linear):
-    """A linear layer whose forward uses fake-quantised weights; weight and optimizer see full precision.
+class Quantized:
+    """A layer whose forward uses fake-quantised weights; weight and optimizer see full precision.
 
-    The parameter keeps its name (`weight`), so state dicts, sharding and checkpoints do not notice.
+    The weight keeps its name, so state dicts, sharding and checkpoints do not notice. A learnt scale is a parameter of
+    its own, `log_ratio` (outputs * groups): a vector, which no optimizer here decays or factors. A grid that was found
+    after training is in `scale` (outputs, groups) and `zero_point`, parameters without a gradient. The scale of
+    activations that are calibrated is `input_scale` (1,).
     """
 
+    weight: nn.Parameter
     quantizer: WeightQuantizer
+    activations: ActivationQuantizer | None = None
 
     @property
     def effective_weight(self) -> torch.Tensor:
-        """(outputs, inputs) weights as they are multiplied with."""
-        return self.quantizer.fake_quantize(self.weight)
+        """(outputs, ...) weights as they are multiplied with."""
+        fixed = self._fixed()
+        return self.quantizer.fake_quantize(self.weight, None if fixed else self._ratio(), fixed)
+
+    def grid(self) -> Grid:
+        """The scales and zero points that are in use."""
+        return self._fixed() or self.quantizer.grid(self.weight, self._ratio())
+
+    def numbers(self) -> torch.Tensor:
+        """The numbers that are multiplied with, (outputs, ...)."""
+        return self.quantizer.numbers(self.weight, self.grid())
+
+    def learn(self) -> None:
+        """Have the scale as a parameter that begins where the squared error is least."""
+        ratio = self.quantizer.first_ratio(self.weight)
+        self.log_ratio = nn.Parameter(torch.copysign(ratio.abs().log() + OFFSET, ratio).flatten())
+
+    def fix(self, grid: Grid) -> None:
+        """Have this grid from here on, whatever the weights become."""
+        self.scale = nn.Parameter(grid.scale.detach().clone(), requires_grad=False)
+        if grid.zero_point is not None:
+            self.zero_point = nn.Parameter(grid.zero_point.detach().float().clone(), requires_grad=False)
+
+    def _ratio(self) -> torch.Tensor | None:
+        """Of a learnt scale to the covering one, (outputs, groups)."""
+        kept = getattr(self, "log_ratio", None)
+        if kept is None:
+            return None
+        return (kept.sign() * (kept.abs() - OFFSET).exp()).view(
+            (1, 1) if self.quantizer.per_tensor else (self.weight.shape[0], -1))
+
+    def _fixed(self) -> Grid | None:
+        scale = getattr(self, "scale", None)
+        return None if scale is None else Grid(scale, getattr(self, "zero_point", None))
+
+    def as_seen(self, values: torch.Tensor) -> torch.Tensor:
+        """What enters the layer, as it is rounded."""
+        if self.activations is None:
+            return values
+        return self.activations.fake_quantize(values, getattr(self, "input_scale", None))
+
+
+class QATLinear(Quantized, nn.Linear):
+    """A linear layer that sees its quantised weights."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs)"""
-        return nn.functional.linear(input, self.effective_weight, self.bias)
+        return nn.functional.linear(self.as_seen(input), self.effective_weight, self.bias)
 
 
-def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] = ("lm_head",)) -> list[str]:
-    """Turn the linear layers of `model` into `QATLinear`, in place, and return their names.
+class QATEmbedding(Quantized, nn.Embedding):
+    """An embedding that gives quantised vectors."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(...) -> (..., width)"""
+        return nn.functional.embedding(input, self.effective_weight, self.padding_idx, self.max_norm, self.norm_type,
+                                       self.scale_grad_by_freq, self.sparse)
+
+
+class QATConv1d(Quantized, nn.Conv1d):
+    """A convolution over a sequence that sees its quantised kernels."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, length) -> (batch, outputs, length)"""
+        return self._conv_forward(self.as_seen(input), self.effective_weight, self.bias)
+
+
+class QATConv2d(Quantized, nn.Conv2d):
+    """A convolution over an image that sees its quantised kernels."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, outputs, height, width)"""
+        return self._conv_forward(self.as_seen(input), self.effective_weight, self.bias)
+
+
+QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: QATLinear, nn.Embedding: QATEmbedding, nn.Conv1d: QATConv1d, nn.Conv2d: QATConv2d}
+PLAIN = {ours: plain for plain, ours in QUANTIZED.items()}
+Rules = Sequence[tuple[str, WeightQuantizer | None]]
+
+
+def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] = ("lm_head",), rules: Rules = (),
+            activations: ActivationQuantizer | None = None, embeddings: bool = False) -> list[str]:
+    """Turn the linear and convolutional layers of `model` into ones that see quantised weights, in place.
 
     Args:
-        model: any module; layers whose weight is tied to an embedding are left alone, since the embedding reads it too.
-        quantizer: what quantises every layer.
+        model: any module.
+        quantizer: what quantises every layer that no rule is for.
         ignore: shell-style patterns of names to leave in full precision.
+        rules: patterns with a quantiser of their own, or None for full precision; the first that matches decides.
+        activations: what quantises the inputs of linear and convolutional layers.
+        embeddings: whether embeddings are quantised, and heads that share their weights. Without it such a head is left
+            alone, since the embedding reads its weights too.
+
+    Returns:
+        Names of the layers.
 
     Raises:
-        ValueError: no layer is left to quantise, a pattern matches nothing, or a group does not divide a layer.
+        ValueError: no layer is left to quantise, a pattern matches nothing, a group does not divide a layer, or weights
+            are not finite or all zero. The model is then as it was.
     """
-    patterns = list(ignore)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    linear = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
-    for pattern in patterns:
+    chosen = choose(model, quantizer, ignore, rules, embeddings)
+    for name, (module, own) in chosen.items():
+        own.check(module.weight, name)
+    kept: dict[int, QATLinear] = {}  # by weight: layers that share it share its scales
+    for module, own in chosen.values():
+        module.__class__ = QUANTIZED[type(module)]
+        module.quantizer = own
+        if activations is not None and not isinstance(module, nn.Embedding):
+            module.activations = activations
+        twin = kept.setdefault(id(module.weight), module)
+        if twin is not module:
+            if own.learnt:
+                module.log_ratio = twin.log_ratio
+        elif own.learnt:
+            module.learn()
+    return list(chosen)
+
+
+def choose(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str], rules: Rules, embeddings: bool
+           ) -> dict[str, tuple[nn.Module, WeightQuantizer]]:
+    """The layers that `prepare` quantises, each with its quantiser."""
+    kinds = tuple(kind for kind in QUANTIZED if embeddings or kind is not nn.Embedding)
+    layers = [(name, module) for name, module in model.named_modules() if type(module) in kinds]
+    patterns = [(pattern, None) for pattern in ignore] + list(rules)
+    for pattern, _ in patterns:
         # `lm_head` is in the default pattern: a model without one has nothing to be warned about.
-        if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name, _ in linear):
-            raise ValueError(f"the pattern {pattern!r} in `ignore` matches no linear layer; names look like "
-                             f"{', '.join(name for name, _ in linear[:3])}")
-    chosen = [(name, module) for name, module in linear
-              if id(module.weight) not in embeddings and not any(fnmatchcase(name, one) for one in patterns)]
+        if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name, _ in layers):
+            raise ValueError(f"the pattern {pattern!r} in `ignore` or `rules` matches no layer; names look like "
+                             f"{', '.join(name for name, _ in layers[:3])}")
+    read = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    chosen = {}
+    for name, module in layers:
+        asked = read.get(id(module.weight), name) if embeddings else name  # a tied head is what its embedding is
+        own = next((own for pattern, own in patterns if fnmatchcase(asked, pattern)), quantizer)
+        if own is not None and (embeddings or id(module.weight) not in read):
+            chosen[name] = module, own
     if not chosen:
-        raise ValueError("there is no linear layer to quantise" + (f" outside {patterns}" if linear else ""))
-    for name, module in chosen:
-        quantizer.check(module.weight, name)
-    for _, module in chosen:
-        module.__class__ = QATLinear
-        module.quantizer = quantizer
-    return [name for name, _ in chosen]
+        raise ValueError("there is no linear layer to quantise" + (f" outside {[name for name, _ in patterns]}"
+                                                                   if layers else ""))
+    return chosen
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
     """Every fake-quantised layer with its name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, QATLinear))
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantized))
+
+
+def set_bits(model: nn.Module, bits: int) -> None:
+    """Give layers of whole numbers other bits, but no fewer than they were prepared for.
+
+    For schedules that lower bits slowly: a learnt scale keeps its share of the range. Layers that have the same
+    quantiser before have the same one after.
+    """
+    changed: dict[tuple[WeightQuantizer, int], WeightQuantizer] = {}
+    for _, layer in quantized_layers(model):
+        before = layer.quantizer
+        wanted = max(bits, layer.__dict__.setdefault("own_bits", before.bits))
+        if before.kind == "int" and before.bits != wanted:
+            layer.quantizer = changed.setdefault((before, wanted), replace(before, bits=wanted))

@@ -1,98 +1,224 @@
-"""The quantiser: one object that fake-quantises in training and makes the integers that are exported."""
+"""The quantiser: one object that fake-quantises in training and makes the numbers that are exported."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
+
+from strategies.quantization import scales
+from strategies.quantization.straight_through import LearntScale, StraightThrough
+
+Kind = Literal["int", "ternary", "binary", "fp8"]
+Rule = Literal["minmax", "mse", "absmean", "learnt"]
+RULES: dict[str, tuple[Rule, ...]] = {  # that a kind knows; the first is its own
+    "int": ("minmax", "mse", "learnt"), "ternary": ("absmean", "mse", "learnt"), "binary": ("absmean", "learnt"),
+    "fp8": ("minmax", "mse")}
+FP8 = torch.float8_e4m3fn
+
+
+class Grid(NamedTuple):
+    """Where a group's numbers lie: w_hat = scale * (q - zero_point).
+
+    Attributes:
+        scale: (outputs, groups), in the dtype it is stored in; below zero where the largest weight is above.
+        zero_point: (outputs, groups) whole numbers in fp32; None where it is zero.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class WeightQuantizer:
-    """Symmetric integer quantisation of a weight matrix, one scale per output channel or per group of inputs.
+    """Uniform quantisation of a weight, one scale for a group of inputs, an output channel or the whole tensor.
 
-    With q_max = 2^(bits-1) - 1 and w a channel's or group's weights (survey eq. 11, zero point 0):
+    With w the weights that share a scale and [lowest, highest] the whole numbers of the kind (survey eq. 11):
 
-        scale = max|w| / q_max        q = round(w / scale)        w_hat = scale * q
+        q = clip(round(w / scale) + zero_point, lowest, highest)        w_hat = scale * (q - zero_point)
 
-    The scale is rounded to `scale_dtype` before it is used, so that training sees the scale that is stored.
+    A symmetric grid of b bits has one number more below zero than above, -2^(b-1). The sign of the scale is chosen such
+    that the largest weight falls on it, as llama.cpp's Q4_0 does: no number is left unused, which at 2 bits is one of
+    four. `ternary` is BitNet b1.58's (Ma et al. 2024, eq. 1-3), `binary` XNOR-Net's (Rastegari et al. 2016, eq. 6),
+    `fp8` e4m3 with its largest number, 448. The scale is rounded to `scale_dtype` before it is used, so that training
+    sees the scale that is stored.
 
     Attributes:
-        bits: 8 or 4.
+        bits: of an `int`, 1 to 8; the other kinds have their own (ternary 2, binary 1, fp8 8).
         group_size: neighbouring inputs that share a scale; None for a whole output channel.
         scale_dtype: dtype the scale is stored in.
+        kind: the numbers.
+        symmetric: whether zero_point is zero.
+        rule: where scales come from: the largest weight (`minmax`), the mean magnitude (`absmean`), the least squared
+            error (`mse`), or training itself (`learnt`; Esser et al. 2020), beginning with the least squared error; a
+            learnt scale is kept as its ratio to the first two, so that it follows where weights grow. None for
+            the kind's own.
+        per_tensor: one scale for all outputs.
     """
 
-    bits: int = 4
+    bits: int | None = None
     group_size: int | None = None
     scale_dtype: torch.dtype = torch.float32
+    kind: Kind = "int"
+    symmetric: bool = True
+    rule: Rule | None = None
+    per_tensor: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"weights can have 4 or 8 bits, not {self.bits}")
+        own = {"int": self.bits or 4, "ternary": 2, "binary": 1, "fp8": 8}[self.kind]
+        if self.bits not in (None, own):
+            raise ValueError(f"{self.kind} weights have {own} bits, not {self.bits}")
+        if not 2 <= own <= 8 and self.kind == "int":
+            raise ValueError(f"whole numbers can have 2 to 8 bits, not {own}; one bit is the kind `binary`")
+        object.__setattr__(self, "bits", own)
+        object.__setattr__(self, "rule", self.rule or RULES[self.kind][0])
+        if self.rule not in RULES[self.kind]:
+            raise ValueError(f"scales of {self.kind} weights come from {' or '.join(RULES[self.kind])}, not "
+                             f"{self.rule}")
+        if not self.symmetric and self.kind != "int":
+            raise ValueError(f"{self.kind} weights have no zero point: they are symmetric")
+        if self.per_tensor and self.group_size:
+            raise ValueError(f"a scale is of a group of {self.group_size} or of the tensor, not of both")
 
     @property
-    def largest(self) -> int:
-        """Largest integer, 2^(bits-1) - 1; the smallest used is its negative."""
-        return 2 ** (self.bits - 1) - 1
+    def lowest(self) -> int:
+        """The smallest number."""
+        return {"int": -2 ** (self.bits - 1), "ternary": -1, "binary": -1, "fp8": -448}[self.kind]
+
+    @property
+    def highest(self) -> int:
+        """The largest number."""
+        return {"int": 2 ** (self.bits - 1) - 1, "ternary": 1, "binary": 1, "fp8": 448}[self.kind]
+
+    @property
+    def learnt(self) -> bool:
+        """Whether training moves the scales."""
+        return self.rule == "learnt"
 
     def check(self, weight: torch.Tensor, name: str = "weight") -> None:
-        """Raise `ValueError` if `weight` (outputs, inputs) cannot be quantised."""
-        if weight.ndim != 2:
-            raise ValueError(f"{name}: only matrices are quantised, this has shape {tuple(weight.shape)}")
-        if self.group_size and weight.shape[1] % self.group_size:
-            raise ValueError(f"{name}: groups of {self.group_size} do not divide its {weight.shape[1]} inputs")
+        """Raise `ValueError` if `weight` (outputs, ...) cannot be quantised; one without data has its shape checked."""
+        if weight.ndim < 2:
+            raise ValueError(f"{name}: only matrices and kernels are quantised, this has shape {tuple(weight.shape)}")
+        inputs = weight[0].numel()
+        if self.group_size and inputs % self.group_size:
+            raise ValueError(f"{name}: groups of {self.group_size} do not divide its {inputs} inputs")
+        if weight.is_meta or not weight.numel():
+            return
+        lowest, highest = weight.detach().aminmax()
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise ValueError(f"{name}: a weight is not finite")
+        if lowest == 0 and highest == 0:
+            raise ValueError(f"{name}: all weights are zero, so there is nothing to scale them by")
 
-    def scale(self, weight: torch.Tensor) -> torch.Tensor:
-        """Scales (outputs, groups) of a weight (outputs, inputs), in `scale_dtype`.
+    # ---- the grid
+
+    @torch.no_grad()
+    def grid(self, weight: torch.Tensor, ratio: torch.Tensor | None = None) -> Grid:
+        """The grid that the rule gives for a weight (outputs, ...).
+
+        Args:
+            ratio: of a learnt scale (outputs, groups) to the one that covers all weights.
+        """
+        if ratio is not None:
+            scale, zero_point = self._covering(weight)
+            return self.stored(scale * ratio, zero_point)
+        return self.stored(*(self._best(weight) if self.rule in ("mse", "learnt") else self._covering(weight)))
+
+    @torch.no_grad()
+    def first_ratio(self, weight: torch.Tensor) -> torch.Tensor:
+        """Where a learnt scale begins: the least squared error's, as a share of the covering one (outputs, groups)."""
+        covering = self.stored(self._covering(weight)[0]).scale
+        return self._best(weight)[0] / covering.float()
+
+    def stored(self, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> Grid:
+        """A grid with its scale rounded to how it is stored.
 
         A group of zeros gets scale 1: it has nothing to scale, and 0 would divide by zero. So does a group so
         small that its scale vanishes in `scale_dtype`.
         """
-        largest = self._grouped(weight.detach()).abs().amax(-1).float()
-        scale = (largest / self.largest).to(self.scale_dtype)
-        return torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = scale.to(self.scale_dtype)
+        return Grid(torch.where(scale == 0, torch.ones_like(scale), scale), zero_point)
 
-    def integers(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """q as int8, shape of `weight`, in [-q_max, q_max]."""
-        return self._rounded(weight, scale).to(torch.int8)
+    def numbers(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """q, shape of `weight`: int8, or float8 for `fp8`."""
+        return self._rounded(weight, grid).to(FP8 if self.kind == "fp8" else torch.int8)
 
-    def dequantize(self, integers: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """scale * q, shape of `integers`."""
-        return self._product(integers.to(scale.dtype), scale).to(dtype)
+    def dequantize(self, numbers: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
+        """scale * (q - zero_point), shape of `numbers`."""
+        return self._product(numbers.to(grid.scale.dtype), grid).to(dtype)
 
-    def fake_quantize(self, weight: torch.Tensor) -> torch.Tensor:
-        """`dequantize(integers(weight))` with the gradient of the identity (straight-through; survey eq. 12)."""
+    def _covering(self, weight: torch.Tensor) -> scales.Found:
+        """Scale in fp32 and zero point that follow from the weights at once, by their range or mean magnitude."""
+        groups = self._grouped(weight.detach())
+        if self.kind in ("ternary", "binary"):
+            return groups.abs().mean(-1, dtype=torch.float32), None
+        return scales.covering(groups, self)
+
+    def _best(self, weight: torch.Tensor) -> scales.Found:
+        """Of the least squared error; of a binary number that is the mean magnitude."""
+        groups = self._grouped(weight.detach())
+        if self.kind == "ternary":
+            return scales.best_ternary(groups), None
+        return self._covering(weight) if self.kind == "binary" else scales.best(groups, self)
+
+    # ---- training
+
+    def fake_quantize(self, weight: torch.Tensor, ratio: torch.Tensor | None = None, grid: Grid | None = None
+                      ) -> torch.Tensor:
+        """`dequantize(numbers(weight))`, with a gradient (survey eq. 12).
+
+        Args:
+            weight: (outputs, ...).
+            ratio: of a learnt scale (outputs, groups), which gets a gradient, too.
+            grid: a given one, in place of that which follows from the weight.
+        """
         with torch.no_grad():
-            scale = self.scale(weight)
-            rounded = self._product(self._rounded(weight, scale).to(scale.dtype), scale).to(weight.dtype)
-        return _StraightThrough.apply(weight, rounded)
+            grid = self.grid(weight, ratio) if grid is None else grid
+            rounded = self._product(self._rounded(weight, grid), grid).to(weight.dtype)
+        if ratio is None:
+            return StraightThrough.apply(weight, rounded)
+        return LearntScale.apply(weight, ratio, rounded, *grid, self)
 
-    def _rounded(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        ratio = self._grouped(weight.detach()).float() / scale.float().unsqueeze(-1)
-        # The clamp matters where rounding the scale down to `scale_dtype` pushed the largest weight past q_max.
-        return ratio.round().clamp(-self.largest, self.largest).reshape(weight.shape)
+    def slope(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
+        """d w_hat / d scale (outputs, groups, weights of a group), in fp32; see `LearntScale`."""
+        ratio = self._ratio(weight, scale)
+        if self.kind == "binary":
+            return torch.where(ratio >= 0, 1.0, -1.0)
+        shift = 0.0 if zero_point is None else zero_point.unsqueeze(-1)
+        numbers = ratio.round().add_(shift)
+        inside = (numbers >= self.lowest) & (numbers <= self.highest)
+        return numbers.clamp_(self.lowest, self.highest).sub_(shift).sub_(ratio.mul_(inside))
 
-    def _product(self, integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return (self._grouped(integers) * scale.unsqueeze(-1)).reshape(integers.shape)
+    # ---- arithmetic on groups
+
+    def _ratio(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """w / scale (outputs, groups, weights of a group) in fp32."""
+        return self._grouped(weight.detach()).float() / scale.float().unsqueeze(-1)
+
+    def _rounded(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """q in fp32, shape of `weight`."""
+        ratio = self._ratio(weight, grid.scale)
+        if self.kind == "binary":
+            ratio = torch.where(ratio >= 0, 1.0, -1.0)
+        elif self.kind == "fp8":
+            ratio = ratio.clamp_(self.lowest, self.highest).to(FP8).float()
+        else:
+            ratio = ratio.round_()
+            if grid.zero_point is not None:
+                ratio += grid.zero_point.unsqueeze(-1)
+            ratio = ratio.clamp_(self.lowest, self.highest)
+        return ratio.reshape(weight.shape)
+
+    def _product(self, numbers: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """In the dtype of the scale, which is how readers of the files multiply."""
+        groups = self._grouped(numbers.to(grid.scale.dtype))
+        if grid.zero_point is not None:
+            groups = groups - grid.zero_point.to(groups.dtype).unsqueeze(-1)
+        return (groups * grid.scale.unsqueeze(-1)).reshape(numbers.shape)
 
     def _grouped(self, weight: torch.Tensor) -> torch.Tensor:
-        """(outputs, inputs) -> (outputs, groups, inputs per group)"""
-        return weight.unflatten(1, (-1, self.group_size or weight.shape[1]))
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Fake quantisation whose backward is the identity.
-
-    Eq. 12 zeroes the gradient of clipped weights; a scale from the largest weight clips none, so nothing is saved
-    for backward. An explicit function, because `w + (w_hat - w).detach()` rounds and would differ from the export; and
-    one that is handed what is rounded, because torch.compile of torch 2.11 loses the gradient where `forward` detaches.
-    """
-
-    @staticmethod
-    def forward(ctx, weight: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
+        """(outputs, ...) -> (outputs, groups, weights of a group); one output and group for a scale of the tensor."""
+        if self.per_tensor:
+            return weight.reshape(1, 1, -1)
+        return weight.flatten(1).unflatten(1, (-1, self.group_size or weight[0].numel()))

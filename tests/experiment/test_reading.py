@@ -82,7 +82,7 @@ def test_override_wins_and_is_remembered(tmp_path):
     (GOOD, ("data.prompt=q",), ["data.prompt", "belong together"]),
     (GOOD, ("data.prompt=q", "data.response=a", "data.messages=m"), ["data.messages = 'm'", "either chat messages"]),
     (GOOD, ("data.tokenizer.path=x", "data.tokenizer.train_vocabulary=300"), ["both loaded", "keep one"]),
-    (GOOD, ("student.quantization.bits=5",), ["student.quantization.bits = 5", "8 or 4"]),
+    (GOOD, ("student.quantization.bits=5",), ["student.quantization.bits = 5", "8, 4, 3, 2 or 1"]),
     (GOOD, ("name=../up",), ["name = '../up'", "only letters, digits, '.', '_' and '-'"]),
     (GOOD + "name: again\n", (), ["e.yaml:7", "name: the key stands twice", "remove one"]),
     ("name: [\n", (), ["e.yaml:2", "not valid YAML"]),

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tests.conftest import TINY, sentences
 from tests.program.test_bad_input import refused
-from tests.program.test_sharding import ENGINES, LOSS, on_ranks, relative
+from tests.program.test_sharding import ENGINES, LOSS, WEIGHTS, on_ranks, relative, weights_apart
 from trainer.errors import RunFailed, UserError
 from trainer.metrics import read_lines
 
@@ -139,6 +139,19 @@ def test_losses_inside_are_those_of_one_process_on_two_ranks(train_here, write_e
             for name in ("ddp", "fsdp2", "zero3")]
     for name, found in on_ranks(runs, tmp_path / "ranks").items():
         assert relative(one, found["loss"]) < LOSS, name
+
+
+def test_a_micro_batch_without_targets_on_one_rank_is_that_of_one_process(write_experiment, family, tmp_path):
+    """Rank 1's first micro-batch is the second of one process; its rank still takes part in every gradient."""
+    settings = with_(family, objective={"features": {"weight": 0.5}}, training={"micro_batch": 2}, data={
+        "packing": False})
+    runs = [{"name": name, "file": str(write_experiment(name, **settings)), "overrides": how, "masked": [1, 0]}
+            for name, how in ENGINES.items() if name in ("ddp", "fsdp2", "zero3")]
+    lonely = [{"name": "alone", "file": str(write_experiment("alone", **settings)), "overrides": [], "masked": [0, 1]}]
+    alone = on_ranks(lonely, tmp_path / "alone-ranks", processes=1)["alone"]
+    for name, found in on_ranks(runs, tmp_path / "ranks").items():
+        assert relative(alone["loss"], found["loss"]) < LOSS, name
+        assert weights_apart(alone["weights"], found["weights"]) < WEIGHTS, name
 
 
 # ---- vocabularies

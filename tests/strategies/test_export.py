@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strategies.export.receipt import Receipt, ask_client, comparison_shape, make_receipt
+from strategies.export.sizes import exported_bytes
 from strategies.export.transformers_folder import weight_files, write_folder
+from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.baking import bake
 from strategies.quantization.qat import prepare, quantized_layers
-from strategies.quantization.quantizer import WeightQuantizer
+from strategies.quantization.quantizer import RULES, WeightQuantizer
 from tests.conftest import TINY
 
 RELOAD = """
@@ -24,9 +26,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 assert not any(name.split('.')[0] in ('limbeck', 'strategies', 'trainer') for name in sys.modules)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad():
-    save_file({'logits': model(load_file(sys.argv[2])['ids']).logits.float().contiguous()}, sys.argv[3])
+ids, found = load_file(sys.argv[1])['ids'], {}
+for folder in sys.argv[3:]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        found[folder.rpartition('/')[2]] = model(ids).logits.float().contiguous()
+save_file(found, sys.argv[2])
 """
 
 
@@ -46,30 +51,93 @@ def build(kind: str, tied: bool = True):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**dimensions)).eval()
 
 
-@pytest.mark.parametrize(("kind", "bits", "group", "dtype", "tied"), [
-    ("llama", 4, 32, torch.float32, True),
-    ("llama", 4, None, torch.float32, False),
-    ("qwen2", 8, None, torch.float32, True),
-    ("gpt_neox", 8, 32, torch.float32, False),
-    ("llama", 4, 32, torch.bfloat16, True),
-    ("llama", 8, None, torch.float16, True),
-    ("llama", None, None, torch.float32, True),
-])
-def test_reloaded_logits_are_equal(tmp_path, kind, bits, group, dtype, tied):
-    model = build(kind, tied)
-    if bits:
-        prepare(model, WeightQuantizer(bits, group, dtype))
-    write_folder(tmp_path / "student", model, Tokenizer(), dtype)
+def schemes() -> dict[str, dict]:
+    """What `prepare` is asked for, by name."""
+    found = {"none": {}}
+    for bits in (8, 4, 3, 2):
+        for group in (32, None):
+            found |= {f"{bits} bits, {group}": {"bits": bits, "group_size": group},
+                      f"{bits} bits, {group}, affine": {"bits": bits, "group_size": group, "symmetric": False,
+                                                        "rule": "mse"}}
+        found |= {f"{bits} bits, tensor": {"bits": bits, "per_tensor": True},
+                  f"{bits} bits, tensor, affine": {"bits": bits, "per_tensor": True, "symmetric": False}}
+    for kind, rules in RULES.items():
+        found |= {f"{kind}, {rule}": {"kind": kind, "rule": rule, "group_size": 32} for rule in rules if kind != "int"}
+        found[f"{kind}, tensor"] = {"kind": kind, "per_tensor": True}
+    found = {name: {"quantizer": how} for name, how in found.items()}
+    found |= {f"{name}, activations": {"quantizer": how, "activations": ActivationQuantizer(kind)}
+              for name, how, kind in (("8 bits", {"bits": 8}, "int"), ("8 bits affine", {"bits": 8, "symmetric": False},
+                                      "int"), ("4 bits", {"bits": 4, "group_size": 32}, "int"),
+                                      ("ternary", {"kind": "ternary"}, "int"), ("fp8", {"kind": "fp8"}, "fp8"))}
+    return found | {
+        "head": {"quantizer": {"bits": 4}, "ignore": ()},
+        "embedding": {"quantizer": {"bits": 4, "group_size": 32}, "embeddings": True},
+        "tied": {"quantizer": {"bits": 4, "group_size": 32, "rule": "learnt"}, "embeddings": True},
+        "mixed": {"quantizer": {"bits": 4, "group_size": 32}, "rules": [
+            ("*.down_proj", {"bits": 8}), ("*.q_proj", {"kind": "fp8"}), ("*.k_proj", None)]}}
+
+
+def prepared(name: str, how: dict, dtype: torch.dtype):
+    model = build("llama", tied=name not in ("head", "embedding"))
+    if how["quantizer"] or name != "none":
+        own = {"rules": [(match, made and WeightQuantizer(scale_dtype=dtype, **made))
+                         for match, made in how.get("rules", ())]}
+        prepare(model, **{**how, **own, "quantizer": WeightQuantizer(scale_dtype=dtype, **how["quantizer"])})
+    return model
+
+
+def reloaded(folders: list, tmp_path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Token ids, and logits of them by every folder, loaded in a process that knows nothing of this project."""
     ids = torch.randint(0, 90, (3, 20), generator=torch.Generator().manual_seed(0))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    done = subprocess.run([sys.executable, "-c", RELOAD, tmp_path / "student", tmp_path / "ids.safetensors",
-                           tmp_path / "out.safetensors"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", RELOAD, tmp_path / "ids.safetensors", tmp_path / "out.safetensors",
+                           *folders], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    if dtype is not torch.float32:
-        model = bake(model, dtype)
+    return ids, load_file(tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_scheme_reloads_with_no_difference(tmp_path, dtype):
+    """Training's forward against the file in transformers, and bytes on disk against what was said before."""
+    models = {}
+    for name, how in schemes().items():
+        models[name] = prepared(name, how, dtype)
+        folder = tmp_path / name
+        write_folder(folder, models[name], Tokenizer(), dtype)
+        file = weight_files(folder)[0]
+        with file.open("rb") as handle:
+            header = 8 + int.from_bytes(handle.read(8), "little")
+        assert file.stat().st_size - header == exported_bytes(models[name], dtype), name
+    ids, found = reloaded([tmp_path / name for name in models], tmp_path)
+    for name, model in models.items():
+        if dtype is not torch.float32:
+            model = bake(model, dtype)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits.float(), found[name]), name
+
+
+@pytest.mark.parametrize(("kind", "bits", "group", "tied"), [("qwen2", 8, None, True), ("gpt_neox", 8, 32, False)])
+def test_other_architectures_reload_too(tmp_path, kind, bits, group, tied):
+    model = build(kind, tied)
+    prepare(model, WeightQuantizer(bits, group))
+    write_folder(tmp_path / "student", model, Tokenizer())
+    ids, found = reloaded([tmp_path / "student"], tmp_path)
     with torch.no_grad():
-        ours = model(ids).logits.float()
-    assert torch.equal(ours, load_file(tmp_path / "out.safetensors")["logits"])
+        assert torch.equal(model(ids).logits, found["student"])
+
+
+@pytest.mark.parametrize(("how", "said"), [
+    ({"quantizer": WeightQuantizer(4, symmetric=False), "activations": ActivationQuantizer()},
+     "q_proj is a weight with zero points, which transformers loads dequantised only"),
+    ({"quantizer": WeightQuantizer(4), "embeddings": True, "activations": ActivationQuantizer()},
+     "model.embed_tokens is an embedding, which transformers loads dequantised only"),
+])
+def test_what_the_format_cannot_hold_is_said(tmp_path, how, said):
+    model = build("llama")
+    prepare(model, **how)
+    with pytest.raises(ValueError, match=said):
+        write_folder(tmp_path / "student", model, Tokenizer())
+    assert not list(tmp_path.iterdir())
 
 
 def test_four_bits_take_four_bits_on_disk(tmp_path):

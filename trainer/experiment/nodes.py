@@ -13,12 +13,12 @@ from pydantic import BeforeValidator, Field, model_validator
 from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, blame
 from trainer.experiment.node import DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
+from trainer.experiment.quantization import Quantization
 
 if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
 
     import torch
 
-    from strategies.quantization.quantizer import WeightQuantizer
     from trainer.precision import MixedPrecision
     from trainer.schedule import LearningRate
 
@@ -95,22 +95,6 @@ class Teacher(Model):
             raise UserError("train", "the teacher has weights (`path`) and is also to be trained from scratch",
                             way_out="remove `path` or `train`")
         return self
-
-
-class Quantization(Node):
-    """Quantisation-aware training: integer weights with one scale per output channel or per group of inputs."""
-
-    bits: Literal[8, 4] = 4
-    """Bits per weight."""
-    group_size: Positive | None = None
-    """Neighbouring input weights that share a scale; null gives one scale per output channel."""
-    ignore: tuple[str, ...] = ("lm_head",)
-    """Name patterns (shell wildcards) of linear layers that stay in full precision."""
-
-    def build(self, scale_dtype: torch.dtype) -> WeightQuantizer:
-        from strategies.quantization.quantizer import WeightQuantizer
-
-        return WeightQuantizer(bits=self.bits, group_size=self.group_size, scale_dtype=scale_dtype)
 
 
 class Student(Model):

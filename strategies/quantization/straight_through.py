@@ -1,0 +1,54 @@
+"""Gradients of rounding: the straight-through estimator, and the one of a learnt scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class StraightThrough(torch.autograd.Function):
+    """Fake quantisation whose backward is the identity.
+
+    Eq. 12 of the survey zeroes the gradient of clipped weights. A scale that follows from the weights leaves none, or
+    half a step, outside; weights that are there should be able to come back, so nothing is zeroed nor kept for it.
+    An explicit function, because `w + (w_hat - w).detach()` rounds and would differ from the export; and one that
+    is handed what is rounded, because torch.compile of torch 2.11 loses the gradient where `forward` detaches.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class LearntScale(torch.autograd.Function):
+    """Fake quantisation that gives its scale a gradient too (LSQ, Esser et al. 2020, eq. 3).
+
+    With r = w / scale, and q the number that r + zero_point becomes:
+
+        d w_hat / d scale = (q - zero_point) - r where r + zero_point is within the numbers, else q - zero_point
+
+    The scale is `ratio` times one that follows from the weights; d scale / d ratio is that one. Weights get the
+    gradient of the identity, as under every rule: those that are clipped must be able to shrink, or their range would
+    never. (LSQ's own, an absolute scale and no gradient where clipped, was tried: see docs/log.md.)
+    Only what exists anyhow is kept for backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, ratio: torch.Tensor, rounded: torch.Tensor, scale: torch.Tensor,
+                zero_point: torch.Tensor | None, quantizer: Any) -> torch.Tensor:
+        ctx.save_for_backward(weight, ratio, scale, zero_point)
+        ctx.quantizer = quantizer
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, ratio, scale, zero_point = ctx.saved_tensors
+        quantizer = ctx.quantizer
+        by_scale = quantizer.slope(weight, scale, zero_point)
+        by_scale *= gradient.reshape(by_scale.shape)
+        return gradient, by_scale.sum(-1) * (scale.float() / ratio), None, None, None, None
