@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,10 @@ def write_experiment(corpus, cache, tmp_path):
 
 @pytest.fixture
 def train_here(write_experiment):
-    """Trains a tiny student in this process and returns its trainer: the loop alone, without export and report."""
+    """Trains a tiny student in this process and returns its trainer: the loop alone, without export and report.
+
+    One that is to go on `until` a step is interrupted there, and leaves the checkpoints before it.
+    """
     def train(name: str = "tiny", overrides: tuple[str, ...] = (), until: int | None = None, **changes: Any):
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -95,9 +100,24 @@ def train_here(write_experiment):
         experiment = read_experiment(write_experiment(name, **changes), list(overrides)).experiment
         accelerator = start(experiment)
         trainer = prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, prepare_text(experiment))
-        trainer.train()
+        with _interrupted(trainer, until):
+            trainer.train()
         return trainer
     return train
+
+
+@contextmanager
+def _interrupted(trainer: Any, until: int | None) -> Iterator[None]:
+    plain = trainer.train_step
+
+    def step(batches):
+        if trainer.step == until:
+            raise KeyboardInterrupt
+        return plain(batches)
+
+    trainer.train_step = step
+    with suppress(KeyboardInterrupt):
+        yield
 
 
 def launch(*arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:

@@ -37,7 +37,7 @@ SMALL = LLAMA | {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers
 TAUGHT: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "forward_kl": ("forward_kl", {"source": "live"}, None),
     "jsd": ("jsd", {"source": "live"}, None),
-    "features": ("forward_kl", {"source": "live"}, {"weight": 1.0, "loss": "mse", "layers": "uniform"}),
+    "features": ("forward_kl", {"source": "live"}, {"weight": 0.1, "loss": "mse", "layers": "uniform"}),
     "hidden": ("forward_kl", {"source": "hidden"}, None),
     "samples": ("forward_kl", {"source": "samples", "draws": 50}, None),
     "top_k": ("forward_kl", {"source": "top_k", "k": 64}, None),
@@ -165,12 +165,12 @@ def spread(values: list[float]) -> dict[str, float]:
 def table(found: dict) -> str:
     """The summary as a Markdown table."""
     lines = ["| what the student learns from | held-out bits per byte (sd) | cross-entropy, nats per token (sd) | "
-             "bits per byte saved, seed by seed (sd) | step, ms |", "|---|---:|---:|---:|---:|"]
+             "bits per byte saved, seed by seed (sd) |", "|---|---:|---:|---:|"]
     for student, figures in found["summary"].items():
         shown = [f"{figures[figure]['mean']:.4f} ({figures[figure]['sd']:.4f})" for figure in FIGURES]
         saved = figures.get("saved")
         shown.append(f"{saved['mean']:+.4f} ({saved['sd']:.4f})" if saved else "")
-        lines.append(f"| {TITLES[student]} | {' | '.join(shown)} | {1000 * figures['seconds_per_step']:.0f} |")
+        lines.append(f"| {TITLES[student]} | {' | '.join(shown)} |")
     size = {row["student"]: row["bytes_on_disk"] for row in found["rows"]}
     lines.append(f"\n{found['settings']['seeds']} seeds; {found['settings']['steps']} steps of a student that is "
                  f"{size[TEACHER] / size[CONTROL]:.1f} times smaller than its teacher.")

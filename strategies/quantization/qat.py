@@ -19,10 +19,10 @@ OFFSET = 8.0
 class Quantized:
     """A layer whose forward uses fake-quantised weights; weight and optimizer see full precision.
 
-    The weight keeps its name, so state dicts, sharding and checkpoints do not notice. A learnt scale is a parameter of
-    its own, `log_ratio` (outputs * groups): a vector, which no optimizer here decays or factors. A grid that was found
-    after training is in `scale` (outputs, groups) and `zero_point`, parameters without a gradient. The scale of
-    activations that are calibrated is `input_scale` (1,).
+    The weight keeps its name, so state dicts, sharding and checkpoints do not notice. A scale that is searched for or
+    learnt is a parameter of its own, `log_ratio` (outputs * groups): a vector, which no optimizer decays or factors. A
+    grid that was found after training is in `scale` (outputs, groups) and `zero_point`, parameters without a gradient.
+    The scale of activations that are calibrated is `input_scale` (1,).
     """
 
     weight: nn.Parameter
@@ -43,10 +43,11 @@ class Quantized:
         """The numbers that are multiplied with, (outputs, ...)."""
         return self.quantizer.numbers(self.weight, self.grid())
 
-    def learn(self) -> None:
-        """Have the scale as a parameter that begins where the squared error is least."""
+    def search(self) -> None:
+        """Find the scale of the least squared error, and keep its ratio as a parameter: trained, if it is learnt."""
         ratio = self.quantizer.first_ratio(self.weight)
-        self.log_ratio = nn.Parameter(torch.copysign(ratio.abs().log() + OFFSET, ratio).flatten())
+        self.log_ratio = nn.Parameter(torch.copysign(ratio.abs().log() + OFFSET, ratio).flatten(),
+                                      requires_grad=self.quantizer.rule == "learnt")
 
     def fix(self, grid: Grid) -> None:
         """Have this grid from here on, whatever the weights become."""
@@ -55,7 +56,7 @@ class Quantized:
             self.zero_point = nn.Parameter(grid.zero_point.detach().float().clone(), requires_grad=False)
 
     def _ratio(self) -> torch.Tensor | None:
-        """Of a learnt scale to the covering one, (outputs, groups)."""
+        """Of the scale to the covering one, (outputs, groups), where it is kept."""
         kept = getattr(self, "log_ratio", None)
         if kept is None:
             return None
@@ -143,10 +144,10 @@ def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] 
             module.activations = activations
         twin = kept.setdefault(id(module.weight), module)
         if twin is not module:
-            if own.learnt:
+            if own.searched:
                 module.log_ratio = twin.log_ratio
-        elif own.learnt:
-            module.learn()
+        elif own.searched:
+            module.search()
     return list(chosen)
 
 

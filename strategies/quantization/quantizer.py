@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.quantization import scales
 from strategies.quantization.straight_through import LearntScale, StraightThrough
@@ -30,6 +31,11 @@ class Grid(NamedTuple):
     zero_point: torch.Tensor | None = None
 
 
+def without_data(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape alone, as where a run is only planned."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 @dataclass(frozen=True)
 class WeightQuantizer:
     """Uniform quantisation of a weight, one scale for a group of inputs, an output channel or the whole tensor.
@@ -51,9 +57,9 @@ class WeightQuantizer:
         kind: the numbers.
         symmetric: whether zero_point is zero.
         rule: where scales come from: the largest weight (`minmax`), the mean magnitude (`absmean`), the least squared
-            error (`mse`), or training itself (`learnt`; Esser et al. 2020), beginning with the least squared error; a
-            learnt scale is kept as its ratio to the first two, so that it follows where weights grow. None for
-            the kind's own.
+            error (`mse`), or training itself (`learnt`; Esser et al. 2020), beginning with the least squared error. In
+            training the last two are kept as a ratio to the scale that covers the weights, so that they follow
+            where weights grow, and nothing is searched at a step. None for the kind's own.
         per_tensor: one scale for all outputs.
     """
 
@@ -92,9 +98,9 @@ class WeightQuantizer:
         return {"int": 2 ** (self.bits - 1) - 1, "ternary": 1, "binary": 1, "fp8": 448}[self.kind]
 
     @property
-    def learnt(self) -> bool:
-        """Whether training moves the scales."""
-        return self.rule == "learnt"
+    def searched(self) -> bool:
+        """Whether scales are not those that follow from the weights at once."""
+        return self.rule in ("mse", "learnt")
 
     def check(self, weight: torch.Tensor, name: str = "weight") -> None:
         """Raise `ValueError` if `weight` (outputs, ...) cannot be quantised; one without data has its shape checked."""
@@ -103,7 +109,7 @@ class WeightQuantizer:
         inputs = weight[0].numel()
         if self.group_size and inputs % self.group_size:
             raise ValueError(f"{name}: groups of {self.group_size} do not divide its {inputs} inputs")
-        if weight.is_meta or not weight.numel():
+        if without_data(weight) or not weight.numel():
             return
         lowest, highest = weight.detach().aminmax()
         if not (lowest.isfinite() and highest.isfinite()):
@@ -118,18 +124,18 @@ class WeightQuantizer:
         """The grid that the rule gives for a weight (outputs, ...).
 
         Args:
-            ratio: of a learnt scale (outputs, groups) to the one that covers all weights.
+            ratio: of a scale (outputs, groups) to the one that covers all weights, where it was found before.
         """
         if ratio is not None:
             scale, zero_point = self._covering(weight)
             return self.stored(scale * ratio, zero_point)
-        return self.stored(*(self._best(weight) if self.rule in ("mse", "learnt") else self._covering(weight)))
+        return self.stored(*(self._best(weight) if self.searched else self._covering(weight)))
 
     @torch.no_grad()
     def first_ratio(self, weight: torch.Tensor) -> torch.Tensor:
-        """Where a learnt scale begins: the least squared error's, as a share of the covering one (outputs, groups)."""
-        covering = self.stored(self._covering(weight)[0]).scale
-        return self._best(weight)[0] / covering.float()
+        """The scale of the least squared error, as a share of the covering one (outputs, groups)."""
+        covering = self.stored(self._covering(weight)[0]).scale.float()
+        return torch.ones_like(covering) if without_data(weight) else self._best(weight)[0] / covering
 
     def stored(self, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> Grid:
         """A grid with its scale rounded to how it is stored.
@@ -170,13 +176,13 @@ class WeightQuantizer:
 
         Args:
             weight: (outputs, ...).
-            ratio: of a learnt scale (outputs, groups), which gets a gradient, too.
+            ratio: of a scale (outputs, groups) to the covering one, which gets a gradient if it is learnt.
             grid: a given one, in place of that which follows from the weight.
         """
         with torch.no_grad():
             grid = self.grid(weight, ratio) if grid is None else grid
             rounded = self._product(self._rounded(weight, grid), grid).to(weight.dtype)
-        if ratio is None:
+        if ratio is None or not ratio.requires_grad:
             return StraightThrough.apply(weight, rounded)
         return LearntScale.apply(weight, ratio, rounded, *grid, self)
 

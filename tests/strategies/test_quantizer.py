@@ -102,7 +102,7 @@ def test_fake_is_exactly_the_exported_numbers_times_scales(seed, which, bits, gr
     assert numbers.dtype is (torch.float8_e4m3fn if which["kind"] == "fp8" else torch.int8)
     assert (numbers.float() >= quantizer.lowest).all() and (numbers.float() <= quantizer.highest).all()
     assert grid.scale.dtype is scale_dtype and (grid.scale != 0).all()
-    for ratio in (None, torch.tensor(0.7)) if quantizer.learnt else (None,):
+    for ratio in (None, torch.tensor(0.7)) if quantizer.searched else (None,):
         grid = quantizer.grid(weight, ratio)
         found = quantizer.dequantize(quantizer.numbers(weight, grid), grid, torch.float32)
         assert torch.equal(quantizer.fake_quantize(weight, ratio), found)
