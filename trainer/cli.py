@@ -100,6 +100,8 @@ limbeck VERB ...
 
   limbeck schema [FILE]   write the JSON Schema of experiment files, for editors (default: standard output)
   limbeck report RUN      write report.md and its pictures of a run folder again
+  limbeck export RUN --to onnx|gguf
+                          write a finished run's student for another runtime, and check it there
 
 Training is launched: accelerate launch train.py --config FILE (see train.py --help).
 """
@@ -107,7 +109,7 @@ Training is launched: accelerate launch train.py --config FILE (see train.py --h
 
 def limbeck(arguments: list[str]) -> int:
     """The `limbeck` console command. Returns the exit code."""
-    wrong = next((one for one in arguments if one.startswith("-") and one not in ("-h", "--help")), None)
+    wrong = next((one for one in arguments if one.startswith("-") and one not in ("-h", "--help", "--to")), None)
     if wrong is not None:
         _tell(f"error: no such option: {wrong}")
         arguments = []
@@ -129,6 +131,18 @@ def limbeck(arguments: list[str]) -> int:
             except UserError as error:
                 _tell(f"error: {describe(error, {}, folder)}")
                 return USER_ERROR
+        case ["export", folder, "--to", runtime]:
+            from trainer.exporting import export
+
+            try:
+                print(export(Path(folder), runtime))
+            except (UserError, ExperimentErrors) as error:
+                _tell(_messages(error, None) if isinstance(error, ExperimentErrors) else
+                      f"error: {describe(error, {}, folder)}")
+                return USER_ERROR
+            except RunFailed as error:
+                _tell(f"error: {error}")
+                return FAILURE
         case ["--help"]:
             print(LIMBECK, end="")
         case _:

@@ -19,7 +19,7 @@ from trainer.experiment.tree import Experiment
 # A micro-batch splits the same sum otherwise; with dropout it draws otherwise, which is as good.
 # Another engine computes the same; in half precision it rounds elsewhere.
 FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
-        "training.keep_checkpoints", "training.micro_batch", "data.workers", "export.tolerance")
+        "training.keep_checkpoints", "training.micro_batch", "data.workers", "export.tolerance", "export.to")
 
 _LOCKS: dict[Path, Any] = {}  # held by this process; the system releases them when it ends
 
@@ -39,6 +39,10 @@ class RunFolder:
         self.comparison = self.path / "comparison.json"
         self.control = self.path / "control"
         self.report = self.path / "report.md"
+
+    def student_for(self, runtime: str) -> Path:
+        """The student as another runtime reads it, with a receipt of its own."""
+        return self.path / f"student-{runtime}"
 
     @property
     def finished(self) -> bool:

@@ -5,44 +5,41 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from strategies.export.receipt import ask_client, comparison_shape, make_receipt
-from strategies.export.transformers_folder import weight_files, write_folder
+from strategies.export.transformers_folder import write_folder
 from strategies.quantization.baking import bake
 from trainer.budget import plan_memory
-from trainer.data.batches import model_inputs
 from trainer.data.dataset import Text, prepare_text
 from trainer.data.sources import check_path
 from trainer.engines import check_engine, start
-from trainer.errors import RunFailed, UserError
+from trainer.errors import UserError
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
+from trainer.exporting import check_runtimes, compare, logits_of, write_for
 from trainer.folder import RunFolder, fingerprint, flatten, learnt_from, write_atomically
 from trainer.inside import attach_projections, check_inside
 from trainer.loop import Trainer
-from trainer.metrics import console, read_lines, readable
+from trainer.metrics import console, read_lines
 from trainer.models import (
     DTYPES,
     build_student,
     build_teacher,
     check_shapes,
     documents_stay_apart,
-    quantize,
     quiet_libraries,
     student_config,
+    student_of,
     teacher_config,
 )
 from trainer.plan import check_batch, count_steps, make_plan, plan_json, show_plan
 from trainer.report import write_report
 from trainer.targets import asks, cached_targets
-from trainer.vocabularies import reads_alike, relate
+from trainer.vocabularies import relate
 
 
 def dry_run(source: Source, as_json: bool) -> None:
@@ -111,9 +108,8 @@ def check_early(experiment: Experiment, processes: int) -> None:
     count_steps(experiment, None)
     if experiment.teacher is not None and experiment.teacher.train is not None:
         count_steps(experiment.as_teacher(""), None)
-    if experiment.student.quantization is not None:
-        with torch.device("meta"):
-            quantize(experiment, AutoModelForCausalLM.from_config(student))
+    with torch.device("meta"):
+        check_runtimes(experiment, student_of(experiment, student))
     if experiment.memory.device is not None and not torch.cuda.is_available():
         raise UserError("memory.device", "a run is on the device that is there, which is no GPU",
                         value=experiment.memory.device, way_out="leave it out, or add --dry-run to plan for it")
@@ -141,9 +137,11 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
         model, dtype = trainer.whole(), DTYPES[experiment.export.dtype]
         write_folder(student, model, text.tokenizer, dtype)
-        trained = exported = _logits(model, text)
+        trained = exported = logits_of(model, text)
         if dtype is not torch.float32:
-            exported = _logits(bake(copy.deepcopy(model), dtype), text)
+            exported = logits_of(bake(copy.deepcopy(model), dtype), text)
+        for runtime in experiment.export.to:
+            write_for(runtime, experiment, folder, model, text)
     trainer.release()
     accelerator.wait_for_everyone()
     return trained, exported
@@ -186,54 +184,6 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
     return Trainer(experiment, folder, accelerator, text, student, teacher, steps, teacher_shape, related)
 
 
-def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, exported: torch.Tensor, text: Text,
-            device: torch.device) -> None:
-    """Have a fresh process load the exported student beside teacher and control, and write the receipt.
-
-    Args:
-        trained: (rows, length, vocabulary) logits of the fake-quantised student in training, on held-out rows.
-        exported: the same in the dtype of the export, which the file has to reproduce.
-
-    Raises:
-        RunFailed: the reloaded student is not the trained one; it stays in `.student.unverified`.
-    """
-    trust = experiment.student.trust_remote_code
-    models = {"student": {"path": str(folder.unverified), "compare": True, "trust_remote_code": trust}}
-    if experiment.teacher is not None and reads_alike(experiment, text):
-        models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
-                             "dtype": experiment.teacher.dtype,
-                             "trust_remote_code": experiment.teacher.trust_remote_code}
-    if RunFolder(folder.control).student.exists():
-        models["control"] = {"path": str(RunFolder(folder.control).student), "trust_remote_code": trust}
-    console.print(f"{experiment.name}: reloading in a fresh process and comparing")
-    try:
-        found, logits = ask_client(
-            models, text.held_out, device=device.type, threads=torch.get_num_threads(),
-            micro_batch=experiment.training.micro_batch, logit_rows=exported.shape[0], logit_length=exported.shape[1],
-            prompt=experiment.report.prompt, sample_tokens=experiment.report.sample_tokens,
-            tokenizer=str(folder.unverified))
-    except RuntimeError as error:
-        raise RunFailed(str(error)) from error
-    for name, entry in found.items():
-        path = Path(models[name]["path"])
-        files = weight_files(path)
-        entry["bytes_on_disk"] = sum(file.stat().st_size for file in files) if files else entry["parameter_bytes"]
-    receipt = make_receipt(found["student"], trained, exported, logits["student"], weight_files(folder.unverified),
-                           experiment.export.tolerance)
-    receipt.write(folder.unverified / "receipt.json")
-    if not receipt.holds:
-        raise RunFailed(f"the reloaded student differs from the trained one by {receipt.largest_difference:.3g} "
-                        f"(largest logit {receipt.largest_logit:.3g}), over export.tolerance "
-                        f"{receipt.tolerance:g}; it is kept in {folder.unverified}\n  -> the training checkpoint is "
-                        "safe; raise export.tolerance only if you know why they may differ")
-    write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")
-    if folder.student.exists():
-        shutil.rmtree(folder.student)
-    os.rename(folder.unverified, folder.student)
-    console.print(f"{experiment.name}: receipt: {readable(receipt.bytes_on_disk)} on disk, "
-                  f"{receipt.bits_per_byte:.4f} bits per byte, largest logit difference {receipt.largest_difference:g}")
-
-
 def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = False
              ) -> tuple[PretrainedConfig | None, PretrainedConfig]:
     """Shapes of teacher and student, checked against each other and the tokenizer."""
@@ -260,16 +210,6 @@ def _with_teacher(experiment: Experiment, accelerator: Accelerator, text: Text) 
         console.print(f"{experiment.name}: teacher from the cache, {folder.path}")
     teacher = experiment.teacher.model_copy(update={"path": str(folder.student), "train": None, "architecture": None})
     return experiment.model_copy(update={"teacher": teacher})
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, text: Text) -> torch.Tensor:
-    """(rows, length, vocabulary) fp32 logits on the first held-out rows, without autocast, on the CPU."""
-    rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
-    model.eval()
-    device = next(model.parameters()).device
-    part = {name: text.held_out[name][:rows, :length].to(device) for name in ("input_ids", "position_ids")}
-    return model(**model_inputs(part)).logits.float().cpu()
 
 
 def _start_trackers(accelerator: Accelerator, experiment: Experiment) -> None:

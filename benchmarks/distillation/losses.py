@@ -120,7 +120,10 @@ def counted(loss: Loss, name: str, tokens: int, hidden: int, vocabulary: int, dt
             student, teacher = case.hidden @ case.weight.T, case.taught @ case.their_weight.T
             if loss is naive:
                 log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-                found = (log_p.exp() * (log_p - log_q)).sum()
+                log_m = torch.logaddexp(log_p, log_q) if name == "jsd" else log_q
+                found = (log_p.exp() * (log_p - log_m)).sum()
+                if name == "jsd":
+                    found = found + (log_q.exp() * (log_q - log_m)).sum()
             else:
                 from trl.experimental.gkd.gkd_trainer import GKDTrainer
 

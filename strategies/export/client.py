@@ -12,6 +12,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,9 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
                   which["logits"])
     else:
         logits_of(model, held_out, slice(0, 1), None)  # packed weights unpack at the first call: not what is timed
+    if which.get("layers"):
+        save_file({name: output.cpu() for name, output in layer_outputs(
+            model, lambda: logits_of(model, held_out, slice(0, 1), None)).items()}, which["layers"])
     nats, speeds = 0.0, []
     for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
         part = slice(begin, begin + request["micro_batch"])
@@ -67,6 +71,23 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
         "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         "sample": sample(model, which["path"], options, request),
     }
+
+
+def layer_outputs(model: torch.nn.Module, run: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """What each innermost layer gave when it was first called, in fp32, in the order of calls."""
+    found: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            def keep(_: Any, __: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, torch.Tensor) and name not in found:
+                    found[name] = output.detach().float().contiguous()
+
+            hooks.append(module.register_forward_hook(keep))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def part_tokens(held_out: dict[str, torch.Tensor], rows: slice) -> int:

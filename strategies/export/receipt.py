@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+TRANSFORMERS = ("torch", "transformers", "compressed-tensors", "safetensors")
 LOGIT_BYTES = 64 * 2**20  # of fp32 logits that are compared; a large vocabulary compares fewer tokens
 
 
@@ -74,12 +76,14 @@ def comparison_shape(rows: int, sequence: int, vocabulary: int) -> tuple[int, in
 def ask_client(
     models: dict[str, dict[str, Any]],
     held_out: dict[str, torch.Tensor],
+    client: str = "client.py",
     **request: Any,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
     """Have a fresh process load and measure models.
 
     Args:
         models: by name: `path`, and where wanted `revision`, `dtype`, and `compare: True` for its logits.
+        client: the script beside this file that knows the runtime.
         held_out: rows as the data gives them.
         request: `device`, `threads`, `micro_batch`, `logit_rows`, `logit_length`, `prompt`, `sample_tokens`.
 
@@ -97,7 +101,7 @@ def ask_client(
                 model["logits"] = str(folder / f"{name}.safetensors")
         (folder / "request.json").write_text(json.dumps(
             {**request, "models": models, "held_out": str(folder / "held_out.safetensors")}))
-        command = [sys.executable, str(Path(__file__).with_name("client.py")),
+        command = [sys.executable, str(Path(__file__).with_name(client)),
                    str(folder / "request.json"), str(folder / "answer.json")]
         done = subprocess.run(command, capture_output=True, text=True, env=_plain_environment())
         if done.returncode:
@@ -114,7 +118,7 @@ def _plain_environment() -> dict[str, str]:
 
 
 def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.Tensor, theirs: torch.Tensor,
-                 files: list[Path], tolerance: float) -> Receipt:
+                 files: list[Path], tolerance: float, libraries: Sequence[str] = TRANSFORMERS) -> Receipt:
     """Compare logits of the reloaded file with those of the student.
 
     Args:
@@ -124,6 +128,7 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         theirs: the same of the reloaded file.
         files: the weight files.
         tolerance: largest difference from `exported` allowed, as a share of the largest logit.
+        libraries: that loaded it.
     """
     difference = (exported - theirs).abs()
     digest = hashlib.sha256()
@@ -144,5 +149,5 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         argmax_agreement=float((trained.argmax(-1) == theirs.argmax(-1)).float().mean()),
         tokens_compared=trained.shape[0] * trained.shape[1],
         tolerance=tolerance,
-        versions={name: version(name) for name in ("torch", "transformers", "compressed-tensors", "safetensors")},
+        versions={name: version(name) for name in libraries},
     )

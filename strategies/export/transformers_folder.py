@@ -66,16 +66,19 @@ def check_folder(model: nn.Module) -> None:
     """Raise `ValueError` where a quantised layer is what a folder cannot hold, so that transformers reloads it.
 
     What it can and cannot was tried with compressed-tensors 0.20 and transformers 5.24: packed weights with zero points
-    of groups or channels, and embeddings, load where weights are dequantised at once, which forgets activations.
+    of groups or channels, and embeddings, load where weights are dequantised at once, which forgets activations and
+    takes all layers for one kind.
     """
     layers = dict(quantized_layers(model))
     whole = next((name for name, layer in layers.items() if _loads_dequantized(layer)), None)
     rounded = next((name for name, layer in layers.items() if layer.activations is not None), None)
-    if whole and rounded:
+    other = whole and next((name for name, layer in layers.items() if layer.quantizer != layers[whole].quantizer), None)
+    if whole and (rounded or other):
         what = "an embedding" if isinstance(layers[whole], nn.Embedding) else "a weight with zero points"
-        raise ValueError(f"{whole} is {what}, which transformers loads dequantised only, and {rounded} quantises its "
-                         "activations, which it then leaves out: take symmetric weights and a whole embedding, or no "
-                         "activations")
+        problem = f"{rounded} quantises its activations, which it then leaves out" if rounded else (
+            f"{other} has other numbers, which it then takes for the same")
+        raise ValueError(f"{whole} is {what}, which transformers loads dequantised only, and {problem}: take symmetric "
+                         "weights and a whole embedding, or leave the other out")
     for name, layer in layers.items():
         if not isinstance(layer, (nn.Linear, nn.Embedding)):
             raise ValueError(f"{name} is a {type(layer).__name__}: the format has linear layers and embeddings")

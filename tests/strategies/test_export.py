@@ -131,6 +131,8 @@ def test_other_architectures_reload_too(tmp_path, kind, bits, group, tied):
      "q_proj is a weight with zero points, which transformers loads dequantised only"),
     ({"quantizer": WeightQuantizer(4), "embeddings": True, "activations": ActivationQuantizer()},
      "model.embed_tokens is an embedding, which transformers loads dequantised only"),
+    ({"quantizer": WeightQuantizer(4, symmetric=False), "rules": [("*.down_proj", WeightQuantizer(8))]},
+     "layers.0.mlp.down_proj has other numbers, which it then takes for the same"),
 ])
 def test_what_the_format_cannot_hold_is_said(tmp_path, how, said):
     model = build("llama")

@@ -410,6 +410,8 @@ class Export(Node):
     """Number format of what is not quantised, and of the scales."""
     tolerance: Annotated[float, Field(ge=0)] = 1e-5
     """Largest allowed logit difference, as a share of the largest logit, between training and the reloaded file."""
+    to: tuple[Literal["onnx", "gguf"], ...] = ()
+    """Also write it for ONNX Runtime (onnx) or llama.cpp (gguf); `limbeck export RUN --to onnx` does it later."""
 
 
 class Report(Node):

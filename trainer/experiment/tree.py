@@ -160,6 +160,7 @@ class Experiment(Node):
         return self.model_copy(update={
             "name": f"{self.name}-control",
             "objective": Objective(divergence=Divergence(weight=0.0)),
+            "export": self.export.model_copy(update={"to": ()}),
             "report": self.report.model_copy(update={"control": False}),
             "run": self.run.model_copy(update={"folder": folder, "trackers": ()}),
         })

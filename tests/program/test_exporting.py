@@ -1,0 +1,63 @@
+"""The student's files in whole runs: reloaded, compared, and written again later for other runtimes."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import limbeck
+from trainer import exporting, run
+from trainer.errors import RunFailed, UserError
+from trainer.folder import RunFolder
+
+ASKED = {"student": {"quantization": {"bits": 4, "group_size": 16, "scales": "learnt",
+                                      "layers": [{"match": "*.down_proj", "bits": 8, "group_size": 16}]}},
+         "report": {"control": False}}
+
+
+@pytest.fixture
+def carry_out(write_experiment):
+    """A whole run in this process; its source and folder."""
+    def go(name: str = "tiny", **changes) -> tuple[limbeck.Experiment, RunFolder]:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        source = limbeck.read_experiment(write_experiment(name, **changes))
+        return source.experiment, RunFolder(limbeck.run(source))
+    return go
+
+
+def test_a_finished_student_is_made_again_from_its_checkpoint(carry_out):
+    experiment, folder = carry_out(**ASKED)
+    receipt = json.loads(folder.receipt.read_text())
+    assert receipt["holds"] and receipt["largest_difference"] == 0
+    again = exporting.rebuilt(experiment, folder, folder.student)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, AutoModelForCausalLM.from_pretrained(folder.student)(ids).logits)
+
+
+def test_a_file_that_is_not_the_student_names_the_first_layer_that_differs(carry_out, monkeypatch, tmp_path):
+    def tampering(folder, *arguments):
+        write(folder, *arguments)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        for layer in (1, 2):
+            tensors[f"model.layers.{layer}.self_attn.o_proj.weight_scale"] *= 1.1
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    write = run.write_folder
+    monkeypatch.setattr(run, "write_folder", tampering)
+    with pytest.raises(RunFailed, match=r"first layer that differs is model\.layers\.1\.self_attn\.o_proj, by 0\.\d+"):
+        carry_out(**ASKED)
+    folder = RunFolder(tmp_path / "tiny")
+    assert folder.unverified.exists() and not folder.student.exists() and not folder.finished
+
+
+def test_export_of_what_is_no_finished_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not the folder of a finished run"):
+        exporting.export(tmp_path, "onnx")
+    with pytest.raises(UserError, match="no such runtime"):
+        exporting.export(tmp_path, "onyx")

@@ -1,0 +1,239 @@
+"""The student's files: written, reloaded where they will be used, compared with the model in training."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+
+from strategies.export.client import layer_outputs
+from strategies.export.receipt import Receipt, ask_client, comparison_shape, make_receipt
+from strategies.export.transformers_folder import weight_files
+from strategies.quantization.baking import bake
+from trainer import checkpoints
+from trainer.data.batches import model_inputs
+from trainer.data.dataset import Text, prepare_text
+from trainer.errors import RunFailed, UserError, blame
+from trainer.experiment.reading import read_experiment
+from trainer.experiment.tree import Experiment
+from trainer.folder import RunFolder, write_atomically
+from trainer.metrics import console, readable
+from trainer.models import DTYPES, quiet_libraries, student_of
+from trainer.vocabularies import reads_alike
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a student can be used, beside transformers.
+
+    Attributes:
+        module: that writes for it: `write_NAME(path, model, tokenizer, dtype)` and `check_NAME(model)`.
+        client: the script that loads it in a fresh process.
+        file: what is written in the run's folder of the runtime; empty for the folder itself.
+        tolerance: largest logit difference allowed, as a share of the largest logit.
+        libraries: that load it.
+    """
+
+    module: str
+    client: str
+    file: str
+    tolerance: float
+    libraries: tuple[str, ...]
+
+
+RUNTIMES = {
+    "onnx": Runtime("onnx_folder", "onnx_client.py", "", 1e-4, ("onnxruntime",)),
+    "gguf": Runtime("gguf_file", "gguf_client.py", "student.gguf", 1e-4, ("gguf",)),
+}
+
+
+def check_runtimes(experiment: Experiment, model: nn.Module) -> None:
+    """Raise `UserError` where the student, of which shapes are enough, is what an asked-for runtime cannot hold."""
+    for name in experiment.export.to:
+        _check(name, model)
+
+
+def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Module, text: Text) -> Receipt:
+    """Write a student for a runtime, have a fresh process load it, and give the receipt.
+
+    Raises:
+        UserError: the runtime cannot hold it.
+        RunFailed: the reloaded student is not the trained one; no folder is left that looks finished.
+    """
+    runtime, final = RUNTIMES[name], folder.student_for(name)
+    _check(name, model)
+    partial = final.with_name(f".{final.name}.unverified")
+    shutil.rmtree(partial, ignore_errors=True)
+    path = partial / runtime.file if runtime.file else partial
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"{experiment.name}: writing for {name}, reloading in a fresh process and comparing")
+    dtype = DTYPES[experiment.export.dtype]
+    _of(name, "write")(path, model, text.tokenizer, dtype)
+    reference = model if dtype is torch.float32 else bake(copy.deepcopy(model), dtype).float()
+    trained, exported = logits_of(model, text), logits_of(reference, text)
+    found, logits = _asked({"student": {"path": str(path), "compare": True}}, experiment, text, exported, "cpu",
+                           tokenizer=str(folder.student if folder.student.exists() else folder.unverified),
+                           client=runtime.client)
+    files = [file for file in sorted(partial.rglob("*")) if file.suffix in (".onnx", ".data", ".gguf")]
+    receipt = make_receipt(found["student"], trained, exported, logits["student"], files, runtime.tolerance,
+                           runtime.libraries)
+    receipt.write(partial / "receipt.json")
+    if not receipt.holds:
+        raise RunFailed(_differs(receipt, partial, f"the tolerance of {name}",
+                                 first_difference(str(path), reference, experiment, text, runtime.client)))
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(partial, final)
+    _tell(experiment, receipt, final)
+    return receipt
+
+
+def export(run: Path, name: str) -> Path:
+    """Write the student of a finished run for another runtime; see `write_for`.
+
+    Raises:
+        UserError: no such run or runtime.
+    """
+    quiet_libraries()
+    folder = RunFolder(run)
+    if name not in RUNTIMES:
+        raise UserError("--to", "no such runtime", value=name, way_out=f"one of {', '.join(RUNTIMES)}")
+    if not folder.finished:
+        raise UserError("", f"{run} is not the folder of a finished run",
+                        way_out="finish it: start its command again")
+    experiment = read_experiment(folder.experiment, [f"run.folder={run}"]).experiment
+    write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student), prepare_text(experiment))
+    return folder.student_for(name)
+
+
+def rebuilt(experiment: Experiment, folder: RunFolder, like: Path) -> nn.Module:
+    """The student as it was in training, from a run's last checkpoint and the configuration of its exported folder."""
+    config = AutoConfig.from_pretrained(like)
+    if hasattr(config, "quantization_config"):  # its numbers are the checkpoint's own
+        del config.quantization_config
+    model = student_of(experiment, config)
+    model.generation_config = GenerationConfig.from_pretrained(like)
+    newest = checkpoints.latest(folder.checkpoints)
+    if newest is None:
+        raise RunFailed(f"{folder.checkpoints} has no checkpoint to take the student from")
+    checkpoints.load_whole(newest, model)
+    return model.eval()
+
+
+def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, exported: torch.Tensor, text: Text,
+            device: torch.device) -> None:
+    """Have a fresh process load the exported student beside teacher and control, and write the receipt.
+
+    Args:
+        trained: (rows, length, vocabulary) logits of the fake-quantised student in training, on held-out rows.
+        exported: the same in the dtype of the export, which the file has to reproduce.
+
+    Raises:
+        RunFailed: the reloaded student is not the trained one; it stays in `.student.unverified`.
+    """
+    trust = experiment.student.trust_remote_code
+    models: dict[str, dict[str, Any]] = {
+        "student": {"path": str(folder.unverified), "compare": True, "trust_remote_code": trust}}
+    if experiment.teacher is not None and reads_alike(experiment, text):
+        models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
+                             "dtype": experiment.teacher.dtype,
+                             "trust_remote_code": experiment.teacher.trust_remote_code}
+    if RunFolder(folder.control).student.exists():
+        models["control"] = {"path": str(RunFolder(folder.control).student), "trust_remote_code": trust}
+    console.print(f"{experiment.name}: reloading in a fresh process and comparing")
+    found, logits = _asked(models, experiment, text, exported, device.type, tokenizer=str(folder.unverified))
+    for name, entry in found.items():
+        path = Path(models[name]["path"])
+        files = weight_files(path)
+        entry["bytes_on_disk"] = sum(file.stat().st_size for file in files) if files else entry["parameter_bytes"]
+    receipt = make_receipt(found["student"], trained, exported, logits["student"], weight_files(folder.unverified),
+                           experiment.export.tolerance)
+    receipt.write(folder.unverified / "receipt.json")
+    if not receipt.holds:
+        reference = bake(rebuilt(experiment, folder, folder.unverified), DTYPES[experiment.export.dtype])
+        where = first_difference(str(folder.unverified), reference, experiment, text)
+        raise RunFailed(_differs(receipt, folder.unverified, "export.tolerance", where))
+    write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")
+    if folder.student.exists():
+        shutil.rmtree(folder.student)
+    os.rename(folder.unverified, folder.student)
+    _tell(experiment, receipt, folder.student)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, text: Text) -> torch.Tensor:
+    """(rows, length, vocabulary) fp32 logits on the first held-out rows, without autocast, on the CPU."""
+    rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
+    model.eval()
+    device = next(model.parameters()).device
+    part = {name: text.held_out[name][:rows, :length].to(device) for name in ("input_ids", "position_ids")}
+    return model(**model_inputs(part)).logits.float().cpu()
+
+
+def first_difference(path: str, model: nn.Module, experiment: Experiment, text: Text, client: str = "client.py"
+                     ) -> tuple[str, float] | None:
+    """The first layer whose outputs on a held-out row differ from the reloaded file's, and by which share of them.
+
+    None where the runtime shows no layers, or no layer differs alone by more than rounding.
+    """
+    file = Path(path).parent / ".layers.safetensors"
+    try:
+        _asked({"student": {"path": path, "layers": str(file)}}, experiment, text, None, "cpu", client=client,
+               tokenizer=path)
+        theirs = load_file(file)
+    except (RunFailed, OSError):
+        return None
+    finally:
+        file.unlink(missing_ok=True)
+    part = {name: text.held_out[name][:1] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        ours = layer_outputs(model.eval(), lambda: model(**model_inputs(part)))
+    for name, output in ours.items():
+        if name in theirs and theirs[name].shape == output.shape:
+            share = float((theirs[name] - output).abs().max() / output.abs().max().clamp(min=1e-30))
+            if not share <= experiment.export.tolerance:
+                return name, share
+    return None
+
+
+def _check(name: str, model: nn.Module) -> None:
+    with blame("export.to", value=name, way_out="quantise otherwise, or leave it out"):
+        _of(name, "check")(model)
+
+
+def _of(name: str, what: str) -> Callable:
+    return getattr(import_module(f"strategies.export.{RUNTIMES[name].module}"), f"{what}_{name}")
+
+
+def _asked(models: dict[str, dict[str, Any]], experiment: Experiment, text: Text, exported: torch.Tensor | None,
+           device: str, **more: Any) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+    rows, length = (1, 1) if exported is None else exported.shape[:2]
+    try:
+        return ask_client(
+            models, text.held_out, device=device, threads=torch.get_num_threads(),
+            micro_batch=experiment.training.micro_batch, logit_rows=rows, logit_length=length,
+            prompt=experiment.report.prompt, sample_tokens=experiment.report.sample_tokens, **more)
+    except RuntimeError as error:
+        raise RunFailed(str(error)) from error
+
+
+def _differs(receipt: Receipt, kept: Path, tolerance: str, where: tuple[str, float] | None) -> str:
+    first = "" if where is None else f"; the first layer that differs is {where[0]}, by {where[1]:.3g} of its output"
+    return (f"the reloaded student differs from the trained one by {receipt.largest_difference:.3g} (largest logit "
+            f"{receipt.largest_logit:.3g}), over {tolerance} {receipt.tolerance:g}{first}; it is kept in {kept}\n"
+            "  -> the training checkpoint is safe; raise export.tolerance only if you know why they may differ")
+
+
+def _tell(experiment: Experiment, receipt: Receipt, folder: Path) -> None:
+    console.print(f"{experiment.name}: receipt of {folder.name}: {readable(receipt.bytes_on_disk)} on disk, "
+                  f"{receipt.bits_per_byte:.4f} bits per byte, largest logit difference {receipt.largest_difference:g}")
