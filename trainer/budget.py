@@ -25,6 +25,7 @@ from trainer.metrics import readable
 from trainer.models import student_of
 from trainer.precision import DTYPES as COMPUTE
 from trainer.shares import gradients_stay, in_backward, is_sharded
+from trainer.step_loss import loss_of_batch
 from trainer.targets import example_targets, held_of, live, resident_teacher, sizes
 
 POINTS = 600  # of a curve that is kept for the picture
@@ -144,8 +145,6 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
         UserError: a layer cannot be quantised.
         RuntimeError, NotImplementedError: the architecture cannot run without data.
     """
-    from trainer.loop import loss_of_batch
-
     objective, sharded = experiment.objective.build(teacher is not None), is_sharded(experiment, processes)
     place = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,35 +18,22 @@ from strategies.distillation.on_policy import written_rows
 from strategies.distillation.reading import Reader, as_it_is
 from strategies.distillation.response import IGNORED, ResponseObjective
 from strategies.distillation.step import Distillation
-from strategies.distillation.targets import Common, Targets
-from strategies.memory.meter import Measured, mark, measure
-from strategies.memory.picture import curve
+from strategies.distillation.targets import Common
+from strategies.memory.meter import mark
 from strategies.quantization.qat import set_bits
-from strategies.rematerialization.framed import CannotPlan
-from strategies.rematerialization.planner import Planner
-from strategies.rematerialization.rematerialize import study
 from trainer import checkpoints
-from trainer.budget import (
-    POINTS,
-    MemoryPlan,
-    choose,
-    describe,
-    example_batch,
-    reserved,
-    study_experiment,
-)
 from trainer.data.batches import Batch, model_inputs, training_batches
 from trainer.data.dataset import Text
 from trainer.engines import engine_for, place_teacher
-from trainer.errors import RunFailed, UserError
+from trainer.errors import RunFailed
 from trainer.experiment.tree import Experiment
-from trainer.folder import RunFolder, write_atomically
+from trainer.folder import RunFolder
 from trainer.inside import attach_projections, build_inside, without_projections
-from trainer.metrics import Metrics, Ticker, memory_peak, readable
+from trainer.metrics import Metrics, Ticker, memory_peak
 from trainer.models import shape_of, whole_student
-from trainer.precision import MixedPrecision
-from trainer.shares import gradients_stay, in_backward, is_sharded
-from trainer.targets import CachedTargets, asks, example_targets
+from trainer.planned_step import measured_step, plan_step, tell_memory
+from trainer.step_loss import loss_of_batch
+from trainer.targets import CachedTargets, asks
 
 MEASURED = 3  # the step of a process, counted from 1, whose memory is measured: state exists, DDP has its buckets
 
@@ -82,7 +67,7 @@ class Trainer:
         self.steps, self.step, self.nonfinite = steps, 0, 0
         batch, processes = experiment.training.batch_size, accelerator.num_processes
         self.accumulation = batch // (experiment.training.micro_batch * processes)
-        self.memory = self._plan_memory()
+        self.memory = plan_step(self)
         torch.manual_seed(experiment.seed * 1_000_003 + accelerator.process_index + 1)  # dropout, apart on each process
         self._resume()
         self._measured_at = min(self.step + MEASURED, self.steps) - 1
@@ -120,13 +105,13 @@ class Trainer:
             while self.step < self.steps:
                 measured = None
                 if self.step == self._measured_at:
-                    record, measured = self._measured_step(batches)
+                    record, measured = measured_step(self, batches)
                 else:
                     record = self.train_step(batches)
                 self.step += 1
                 self._log(record, metrics, ticker)
                 if measured is not None:
-                    self._tell_memory(measured, metrics, ticker)
+                    tell_memory(self, measured, metrics, ticker)
                 if self.step % settings.evaluate_every == 0 or self.step == self.steps:
                     found = self.evaluate()
                     metrics.write({"step": self.step, "held_out": found})
@@ -276,74 +261,6 @@ class Trainer:
         self.engine = self.teacher = self.cached = self.distillation = None
         self.accelerator.free_memory()
 
-    # ---- memory
-
-    def _plan_memory(self) -> MemoryPlan | None:
-        """Plan a step for the budget, with the models at hand, and make the student run by the plan.
-
-        Where the student is shared out it is planned from its shapes: no process has it whole.
-        """
-        experiment, training, data = self.experiment, self.experiment.training, self.experiment.data
-        processes, student = self.accelerator.num_processes, self.unwrapped
-        batch = example_batch(training.micro_batch, data.sequence_length, data.packing, self.accelerator.device)
-        shapes = self.teacher_config, student.config
-
-        def again(changed: Experiment, regions: bool, tile: int | None) -> Planner:
-            return study_experiment(changed, *shapes, processes, regions, tile)
-
-        try:
-            planner, chosen, tile = choose(experiment, again, None if is_sharded(experiment, processes) else
-                                           lambda regions, tile: self._study(student, batch, processes, regions, tile))
-        except CannotPlan as error:
-            if experiment.memory.bytes is None:
-                return None
-            raise UserError("memory.budget", f"cannot be promised for this architecture: {error}",
-                            value=experiment.memory.budget, way_out="leave memory.budget out") from error
-        planner.install(chosen, inductor=experiment.memory.compile, model=student)
-        self.distillation.tile = tile
-        memory = describe(planner, chosen, tile)
-        if self.accelerator.is_main_process and self.folder.plan.exists():
-            plan = json.loads(self.folder.plan.read_text())
-            write_atomically(self.folder.plan, json.dumps({**plan, "memory": asdict(memory)}, indent=2))
-        return memory
-
-    def _study(self, student: nn.Module, batch: Batch, processes: int, regions: bool, tile: int | None) -> Planner:
-        experiment, self.distillation.tile = self.experiment, tile
-        planned = self.distillation.planned()
-        return study(
-            student, batch, optimizer=self.optimizer, in_backward=in_backward(experiment),
-            accumulate=gradients_stay(experiment, processes),
-            loss=lambda model, batch: loss_of_batch(
-                planned, self.precision, model, batch,
-                taught=example_targets(experiment, self.teacher_config, batch, self.asked))[0],
-            others=[] if self.asked is None else [self.asked],
-            reserved=reserved(experiment, processes, self.accelerator.device.type), regions=regions)
-
-    def _measured_step(self, batches: Iterator[Batch]) -> tuple[dict[str, Any], Measured]:
-        """A training step whose memory is measured."""
-        records: list[dict[str, Any]] = []
-        resident = [*self.engine.resident(), *([] if self.asked is None else [self.asked])]
-        found = measure(lambda: records.append(self.train_step(batches)), self.accelerator.device, resident)
-        return records[0], found
-
-    def _tell_memory(self, found: Measured, metrics: Metrics, ticker: Ticker) -> None:
-        """Write what was measured, of the process with the highest peak, and say it beside what was planned."""
-        own = torch.tensor([found.peak, found.base], device=self.accelerator.device)
-        every = self.accelerator.gather(own).view(-1, 2).tolist()
-        found = replace(found, peak=max(peak for peak, _ in every), base=max(base for _, base in every))
-        drawn = curve(found)
-        step = max(1, len(drawn.points) // POINTS)
-        metrics.write({"step": self.step, "memory": {
-            "peak": found.peak, "base": found.base, "peaks": [peak for peak, _ in every], "reserved": found.reserved,
-            "marks": drawn.marks,
-            "curve": [[float(drawn.points[at, 0]), int(drawn.points[at:at + step, 1].max())]
-                      for at in range(0, len(drawn.points), step)]}})
-        reserved_ = "" if found.reserved is None else f", {readable(found.reserved)} reserved"
-        planned = "" if self.memory is None else f", {readable(self.memory.peak)} planned"
-        budget = self.experiment.memory.bytes
-        ticker.say(f"step {self.step}: memory peak {readable(found.peak)} measured{reserved_}{planned}"
-                   + ("" if budget is None else f", budget {readable(budget)}"))
-
     # ---- helpers
 
     def _resume(self) -> None:
@@ -420,14 +337,6 @@ class Trainer:
     def _track(self, values: dict[str, float]) -> None:
         if self.experiment.run.trackers:  # teacher and control, trained by the way, have none
             self.accelerator.log(values, self.step)
-
-
-def loss_of_batch(distillation: Distillation, precision: MixedPrecision, student: nn.Module, batch: Batch,
-                  engine_casts: bool = False, taught: Targets | None = None
-                  ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted loss and its terms for a micro-batch, summed over target tokens; the plan of memory runs this too."""
-    with precision.autocast(engine_casts):
-        return distillation(student, model_inputs(batch), batch["targets"], taught)
 
 
 def _plain(value: Any) -> Any:
