@@ -30,6 +30,7 @@ from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, quiet_libraries, student_of
+from trainer.quantizing import served
 from trainer.vocabularies import reads_alike
 
 
@@ -112,11 +113,12 @@ def export(run: Path, name: str) -> Path:
         raise UserError("", f"{run} is not the folder of a finished run",
                         way_out="finish it: start its command again")
     experiment = read_experiment(folder.experiment, [f"run.folder={run}"]).experiment
-    write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student), prepare_text(experiment))
+    text = prepare_text(experiment)
+    write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)
     return folder.student_for(name)
 
 
-def rebuilt(experiment: Experiment, folder: RunFolder, like: Path) -> nn.Module:
+def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Text) -> nn.Module:
     """The student as it was in training, from a run's last checkpoint and the configuration of its exported folder."""
     config = AutoConfig.from_pretrained(like)
     if hasattr(config, "quantization_config"):  # its numbers are the checkpoint's own
@@ -127,7 +129,7 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path) -> nn.Module:
     if newest is None:
         raise RunFailed(f"{folder.checkpoints} has no checkpoint to take the student from")
     checkpoints.load_whole(newest, model)
-    return model.eval()
+    return served(experiment, model.eval(), text, folder)
 
 
 def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, exported: torch.Tensor, text: Text,
@@ -160,7 +162,7 @@ def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, ex
                            experiment.export.tolerance)
     receipt.write(folder.unverified / "receipt.json")
     if not receipt.holds:
-        reference = bake(rebuilt(experiment, folder, folder.unverified), DTYPES[experiment.export.dtype])
+        reference = bake(rebuilt(experiment, folder, folder.unverified, text), DTYPES[experiment.export.dtype])
         where = first_difference(str(folder.unverified), reference, experiment, text)
         raise RunFailed(_differs(receipt, folder.unverified, "export.tolerance", where))
     write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")

@@ -36,6 +36,7 @@ class RunFolder:
         self.student = self.path / "student"
         self.unverified = self.path / ".student.unverified"
         self.receipt = self.student / "receipt.json"
+        self.allocation = self.path / "allocation.json"
         self.comparison = self.path / "comparison.json"
         self.control = self.path / "control"
         self.report = self.path / "report.md"

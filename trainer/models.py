@@ -17,10 +17,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from strategies.distillation.fused import LogitShape, logit_shape
+from strategies.export.sizes import exported_bytes
 from strategies.export.transformers_folder import check_folder
 from strategies.quantization.qat import prepare
 from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Model
+from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -171,7 +173,7 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
         if student.from_teacher is not None:
             assert teacher is not None
             copy_layers(teacher, model, student.from_teacher)
-    if student.quantization is not None:
+    if student.quantization is not None and student.quantization.trained:
         quantize(experiment, model)
     return model.train()
 
@@ -190,14 +192,32 @@ def student_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
         UserError: a layer cannot be quantised.
     """
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if experiment.student.quantization is not None:
+    asked = experiment.student.quantization
+    if asked is not None and asked.trained:
         quantize(experiment, model)
     return model
 
 
-def quantize(experiment: Experiment, model: nn.Module) -> None:
+def served_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
+    """A student of this shape as it will be written, also where it is quantised after training.
+
+    Of one that bits are allotted to, all layers have the fewest; see `student_of` for what is raised.
+    """
+    model, asked = student_of(experiment, config), experiment.student.quantization
+    if asked is not None and not asked.trained:
+        fewest = {"bits": min(asked.choices)} if asked.budget is not None else {}
+        quantize(experiment, model, asked.model_copy(update=fewest))
+        if asked.budget is not None and exported_bytes(model, DTYPES[experiment.export.dtype]) > asked.bytes:
+            least = exported_bytes(model, DTYPES[experiment.export.dtype])
+            raise UserError("student.quantization.budget", f"with {min(asked.choices)} bits in every layer the student "
+                            f"still takes {least:,} bytes on disk", value=asked.budget,
+                            way_out=f"allow {least}, offer fewer bits in `choices`, or quantise `embeddings` too")
+    return model
+
+
+def quantize(experiment: Experiment, model: nn.Module, asked: Quantization | None = None) -> None:
     """Prepare the student's layers for quantisation-aware training; what does not fit is named with its way out."""
-    asked = experiment.student.quantization
+    asked = asked or experiment.student.quantization
     assert asked is not None
     inputs = math.gcd(*(layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)))
     fitting = ", ".join(str(size) for size in range(8, inputs + 1) if inputs % size == 0) or "null"

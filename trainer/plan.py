@@ -22,7 +22,7 @@ from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
 from trainer.inside import attach_projections
 from trainer.metrics import console, readable
-from trainer.models import DTYPES, count_parameters, student_of
+from trainer.models import DTYPES, count_parameters, served_of, student_of
 from trainer.precision import DTYPES as COMPUTE
 from trainer.targets import held_of, live, resident_teacher
 
@@ -88,7 +88,8 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
     compute = COMPUTE[experiment.precision.dtype]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         small = student_of(experiment, student)
-        student_bytes, parameters = exported_bytes(small, DTYPES[experiment.export.dtype]), count_parameters(small)
+        student_bytes = exported_bytes(served_of(experiment, student), DTYPES[experiment.export.dtype])
+        parameters = count_parameters(small)
         attach_projections(experiment, small, teacher)
         large = asked = resident_teacher(experiment, teacher)
         if teacher is not None and live(asked) is None:

@@ -32,11 +32,12 @@ from trainer.models import (
     check_shapes,
     documents_stay_apart,
     quiet_libraries,
+    served_of,
     student_config,
-    student_of,
     teacher_config,
 )
 from trainer.plan import check_batch, count_steps, make_plan, plan_json, show_plan
+from trainer.quantizing import served
 from trainer.report import write_report
 from trainer.targets import asks, cached_targets
 from trainer.vocabularies import relate
@@ -109,7 +110,7 @@ def check_early(experiment: Experiment, processes: int) -> None:
     if experiment.teacher is not None and experiment.teacher.train is not None:
         count_steps(experiment.as_teacher(""), None)
     with torch.device("meta"):
-        check_runtimes(experiment, student_of(experiment, student))
+        check_runtimes(experiment, served_of(experiment, student))
     if experiment.memory.device is not None and not torch.cuda.is_available():
         raise UserError("memory.device", "a run is on the device that is there, which is no GPU",
                         value=experiment.memory.device, way_out="leave it out, or add --dry-run to plan for it")
@@ -135,7 +136,8 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         peak, kind = max(line["memory_peak"] for line in lines), lines[-1]["memory_kind"]
         plan = json.loads(folder.plan.read_text())
         write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
-        model, dtype = trainer.whole(), DTYPES[experiment.export.dtype]
+        dtype = DTYPES[experiment.export.dtype]
+        model = served(experiment, trainer.whole(), text, folder)
         write_folder(student, model, text.tokenizer, dtype)
         trained = exported = logits_of(model, text)
         if dtype is not torch.float32:

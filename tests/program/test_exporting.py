@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import limbeck
 from trainer import exporting, run
+from trainer.data.dataset import prepare_text
 from trainer.errors import RunFailed, UserError
 from trainer.folder import RunFolder
 
@@ -33,7 +34,7 @@ def test_a_finished_student_is_made_again_from_its_checkpoint(carry_out):
     experiment, folder = carry_out(**ASKED)
     receipt = json.loads(folder.receipt.read_text())
     assert receipt["holds"] and receipt["largest_difference"] == 0
-    again = exporting.rebuilt(experiment, folder, folder.student)
+    again = exporting.rebuilt(experiment, folder, folder.student, prepare_text(experiment))
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, AutoModelForCausalLM.from_pretrained(folder.student)(ids).logits)
@@ -54,6 +55,36 @@ def test_a_file_that_is_not_the_student_names_the_first_layer_that_differs(carry
         carry_out(**ASKED)
     folder = RunFolder(tmp_path / "tiny")
     assert folder.unverified.exists() and not folder.student.exists() and not folder.finished
+
+
+@pytest.mark.parametrize("asked", [
+    {"method": "rtn", "bits": 4, "scales": "mse", "activations": {"dynamic": False}},
+    {"method": "gptq", "bits": 3, "group_size": 16, "symmetric": False},
+    {"method": "gptq", "kind": "ternary", "smooth": 0.5},
+])
+def test_what_is_quantised_after_training_is_what_reloads(carry_out, asked):
+    experiment, folder = carry_out(student={"quantization": asked}, report={"control": False})
+    receipt = json.loads(folder.receipt.read_text())
+    assert receipt["holds"] and receipt["largest_difference"] == 0
+    with (folder.student / "model.safetensors").open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    assert receipt["bytes_on_disk"] == header + json.loads(folder.plan.read_text())["student_bytes"]
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        again = exporting.rebuilt(experiment, folder, folder.student, prepare_text(experiment))(ids).logits
+        assert torch.equal(again, AutoModelForCausalLM.from_pretrained(folder.student)(ids).logits)
+
+
+def test_bits_are_allotted_within_a_budget(carry_out):
+    asked = {"method": "rtn", "scales": "mse", "group_size": 16, "budget": 80_000}
+    _, folder = carry_out(student={"quantization": asked}, report={"control": False})
+    found, receipt = json.loads(folder.allocation.read_text()), json.loads(folder.receipt.read_text())
+    assert receipt["holds"] and receipt["largest_difference"] == 0
+    assert found["rest"] + found["chosen"]["bytes"] <= 80_000
+    assert len({quantizer["bits"] for quantizer in found["chosen"]["choice"].values()}) > 1
+    assert folder.allocation.with_suffix(".png").stat().st_size > 1000
+    for even in found["uniform"]:
+        assert any(row["bytes"] <= even["bytes"] and row["rise"] <= even["rise"] for row in found["curve"])
 
 
 def test_export_of_what_is_no_finished_run_is_refused(tmp_path):

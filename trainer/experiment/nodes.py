@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, blame
-from trainer.experiment.node import DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
+from trainer.experiment.node import Bytes, DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
 from trainer.experiment.quantization import Quantization
 
 if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
@@ -298,14 +298,6 @@ class Training(Node):
         return self
 
 
-def _bytes_as_written(budget: object) -> object:
-    if budget is None:
-        return None
-    with blame("", value=budget):
-        parse_bytes(budget)
-    return budget if isinstance(budget, (str, int)) else int(budget)
-
-
 class Offload(Node):
     """What is kept on the CPU instead of the device."""
 
@@ -324,7 +316,7 @@ class Sharding(Node):
     """zero: 1 shards optimizer state, 2 gradients too, 3 (default) weights too; fsdp2: 3, or 2 to gather once."""
     offload: Offload = Offload()
     """What is kept on the CPU."""
-    bucket: Annotated[str | int | None, BeforeValidator(_bytes_as_written)] = None
+    bucket: Bytes = None
     """Bytes of a communication bucket of ddp and zero; null: 25MiB for ddp, the largest block for zero."""
 
     @model_validator(mode="after")
@@ -372,7 +364,7 @@ class Sharding(Node):
 class Memory(Node):
     """How many bytes a training step may take in each process, everything counted, and what is recomputed to fit."""
 
-    budget: Annotated[str | int | None, BeforeValidator(_bytes_as_written)] = None
+    budget: Bytes = None
     """Bytes, such as 6GiB; null: nine tenths of a `device` that is named, else no limit and nothing recomputed."""
     device: DeviceName | None = None
     """A device to plan a dry run for; null plans for the one that is present."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, blame
-from trainer.experiment.node import Fraction, Node, Positive
+from trainer.experiment.node import Bytes, Fraction, Node, Positive
 
 if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
     import torch
@@ -24,11 +26,13 @@ class QuantizedActivations(Node):
 
     kind: Literal["int", "fp8"] = "int"
     """Whole numbers, or 8-bit floating point (e4m3)."""
+    dynamic: bool = True
+    """A scale for each token; false calibrates one for all of them, for what is quantised after training."""
 
     def build(self) -> ActivationQuantizer:
         from strategies.quantization.activations import ActivationQuantizer
 
-        return ActivationQuantizer(self.kind)
+        return ActivationQuantizer(self.kind, self.dynamic)
 
 
 class QuantizedLayers(Node):
@@ -45,8 +49,10 @@ class QuantizedLayers(Node):
 
 
 class Quantization(Node):
-    """Quantisation-aware training: weights of few bits, with one scale per output channel or group of inputs."""
+    """Weights of few bits, with one scale per output channel or group of inputs; trained so, or rounded afterwards."""
 
+    method: Literal["qat", "rtn", "gptq"] = "qat"
+    """Train with quantised weights (qat), or round a trained student: to nearest (rtn), or as GPTQ does (gptq)."""
     bits: Literal[8, 4, 3, 2, 1] | None = None
     """Bits per weight; null: 4 for whole numbers, what the kind has for others."""
     kind: Kind = "int"
@@ -70,6 +76,42 @@ class Quantization(Node):
     bits_schedule: tuple[tuple[Fraction, Annotated[int, Field(ge=2, le=8)]], ...] = ()
     """More bits at first: pairs [share of the training, bits from there on], the last of them `bits`."""
 
+    calibration_rows: Positive = 128
+    """Rows of the training text that what is quantised after training is calibrated on."""
+    smooth: Fraction | None = None
+    """SmoothQuant's alpha: moves outliers of activations into weights before these are rounded (rtn, gptq)."""
+    budget: Bytes = None
+    """Bytes of the student on disk, which bits are allotted to layers within (rtn, gptq); null: all have `bits`."""
+    choices: tuple[Literal[8, 4, 3, 2], ...] = (8, 4, 3, 2)
+    """Bits that a budget chooses from."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether training sees quantised weights."""
+        return self.method == "qat"
+
+    @property
+    def bytes(self) -> int | None:
+        """The budget in bytes."""
+        return None if self.budget is None else parse_bytes(self.budget)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Quantization:
+        after = {"smooth": self.smooth is not None, "budget": self.budget is not None,
+                 "activations.dynamic": self.activations is not None and not self.activations.dynamic}
+        for name, asked in after.items():
+            if self.trained and asked:
+                raise UserError(name, "is for a student that is quantised after training",
+                                way_out="set `method` to rtn or gptq, or leave it out")
+        for name, asked in {"bits_schedule": bool(self.bits_schedule), "scales": self.scales == "learnt"}.items():
+            if not self.trained and asked:
+                raise UserError(name, f"{self.method} quantises after training, where nothing is learnt",
+                                way_out="set `method` to qat, or leave it out")
+        if self.budget is not None and (self.kind != "int" or self.layers):
+            raise UserError("budget", "chooses the bits of all layers, of whole numbers", value=self.budget,
+                            way_out="leave `kind` and `layers` out")
+        return self
+
     @model_validator(mode="after")
     def _known(self) -> Quantization:
         import torch
@@ -91,6 +133,10 @@ class Quantization(Node):
 
         return WeightQuantizer(self.bits, self.group_size, scale_dtype, self.kind, self.symmetric, self.scales,
                                self.per_tensor)
+
+    def candidates(self, scale_dtype: torch.dtype) -> list[WeightQuantizer]:
+        """What a budget chooses from."""
+        return [replace(self.build(scale_dtype), bits=bits) for bits in self.choices]
 
     def rules(self, scale_dtype: torch.dtype) -> Rules:
         """Quantisers of the layers that have their own."""
