@@ -31,6 +31,7 @@ from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, quiet_libraries, student_of
 from trainer.quantizing import served
+from trainer.report import write_report
 from trainer.vocabularies import reads_alike
 
 
@@ -115,6 +116,7 @@ def export(run: Path, name: str) -> Path:
     experiment = read_experiment(folder.experiment, [f"run.folder={run}"]).experiment
     text = prepare_text(experiment)
     write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)
+    write_report(folder.path)
     return folder.student_for(name)
 
 

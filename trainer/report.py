@@ -52,7 +52,7 @@ def write_report(path: Path) -> Path:
         "![size against bits per byte](size.png)\n",
         "## Training\n", "![training loss](loss.png)\n", "![held-out bits per byte](held_out.png)\n",
         _training(curves["student"]), *(f"Text: {note}." for note in plan.get("text", [])), "",
-        "## Receipt\n", _receipt(receipt), "",
+        "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
         "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan), "",
         "## Samples\n", f"Each model continues `{experiment['report']['prompt']}` with its most probable tokens.\n",
         *[f"**{name}**\n\n```text\n{found[name]['sample']}\n```\n" for name in _ordered(found)],
@@ -120,6 +120,38 @@ def _receipt(receipt: dict[str, Any]) -> str:
     meaning = ("Largest and mean difference are between logits of the reloaded file and of the student in the dtype of "
                "the export; the difference from training is from the fake-quantised student in fp32.")
     return "\n".join([*rows, "", meaning])
+
+
+def _allotted(folder: RunFolder) -> list[str]:
+    """Bits of the layers, where they were chosen within a budget."""
+    if not folder.allocation.exists():
+        return []
+    found = json.loads(folder.allocation.read_text())
+    layers: dict[str, list[str]] = {}
+    for name, quantizer in found["chosen"]["choice"].items():
+        layers.setdefault(f"{quantizer['bits']}", []).append(name)
+    rows = [f"| {bits} | {len(names)} | {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} |"
+            for bits, names in sorted(layers.items(), reverse=True)]
+    return ["## Bits\n", "| bits | layers | |", "|---:|---:|---|", *rows, "",
+            f"Chosen within {found['budget']:,} bytes on disk, of which {found['rest']:,} are not quantised: the least "
+            "sum of what quantising each layer alone does to the predictions "
+            f"(a rise of {found['chosen']['rise']:.3g} nats a token; no choice has less by more than "
+            f"{found['chosen']['gap']:.3g}).\n", "![bits and bytes](allocation.png)\n"]
+
+
+def _elsewhere(folder: RunFolder) -> list[str]:
+    """Receipts of the student as other runtimes read it, at the time of this report."""
+    rows = []
+    for file in sorted(folder.path.glob("student-*/receipt.json")):
+        found = json.loads(file.read_text())
+        rows.append(f"| `{file.parent.name}/` | {found['bytes_on_disk']:,} | {found['bits_per_byte']:.4f} | "
+                    f"{found['largest_difference']:.2g} | {found['argmax_agreement']:.1%} | "
+                    f"{found['tokens_per_second']:,.0f} |")
+    if not rows:
+        return []
+    return ["In other runtimes, each loaded by it in a fresh process:\n",
+            "| | bytes | bits per byte | largest logit difference | same token | tokens/s |",
+            "|---|---:|---:|---:|---:|---:|", *rows, ""]
 
 
 def _ledger(plan: dict[str, Any]) -> str:

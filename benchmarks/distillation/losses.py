@@ -273,6 +273,29 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(rows: list[dict]) -> str:
+    """A line for each loss, dtype and number of tokens: peak, time and error of each, with ratios to ours."""
+    names = list(IMPLEMENTATIONS)
+    lines = [f"| loss, dtype, tokens | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for case in dict.fromkeys((row["loss"], row["dtype"], row["tokens"]) for row in rows):
+        own = {row["implementation"]: row for row in rows if (row["loss"], row["dtype"], row["tokens"]) == case}
+        lines.append(f"| {case[0]}, {case[1]}, {case[2]:,} | "
+                     + " | ".join(_cell(own.get(name), own["limbeck"]) for name in names) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict | None, ours: dict) -> str:
+    if row is None:
+        return ""
+    peak = f"{row['peak_bytes'] / 1e6:,.0f} MB"
+    if row is ours:
+        return f"{peak}, {row['seconds']:.1f} s, error {row['gradient_error']:.0e}"
+    peak += f" (x{row['peak_bytes'] / ours['peak_bytes']:.1f})"
+    if not row["ran"]:
+        return f"{peak}, counted"
+    return f"{peak}, x{row['seconds'] / ours['seconds']:.2f} time, error {row['gradient_error']:.0e}"
+
+
 def errors_table(rows: list[dict]) -> str:
     """Largest error of each implementation over its losses and all spreads, far from the teacher and near it."""
     lines = ["| implementation | dtype | student | value | gradients | largest of its gradients' errors |",

@@ -5,7 +5,7 @@
 For each seed a small Llama is trained on the source of the Python library that runs this. Then, at each scheme, with a
 scale for 32 weights:
 
-- it is rounded as it is (`ptq`), with scales of the least squared error;
+- it is rounded as it is, with scales of the least squared error: to nearest (`rtn`), and as GPTQ does (`gptq`);
 - it is trained on for some steps with quantised weights (`qat`), by ours and by torchao's fake quantisers: same
   weights to begin with, same rows, same optimizer, same steps;
 - ours is trained the same with the trained model as its teacher (`qat + distillation`, forward KL alone).
@@ -36,6 +36,7 @@ from benchmarks.quickstart import machine
 from strategies.distillation.divergences import Divergence
 from strategies.distillation.response import IGNORED, ResponseObjective
 from strategies.memory.meter import measure
+from strategies.quantization.post_training import quantize
 from strategies.quantization.qat import prepare
 from strategies.quantization.quantizer import WeightQuantizer
 from trainer.data.batches import model_inputs
@@ -46,11 +47,11 @@ ROOT = Path(__file__).parents[2]
 GROUP = 32
 SCHEMES: dict[str, dict[str, Any]] = {"8 bits": {"bits": 8}, "4 bits": {"bits": 4}, "3 bits": {"bits": 3},
                                       "2 bits": {"bits": 2}, "ternary": {"kind": "ternary"}}
-METHODS = ("ptq", "qat", "qat, learnt scales", "qat + distillation", "torchao qat")
+METHODS = ("rtn", "gptq", "qat", "qat, learnt scales", "qat + distillation", "torchao qat")
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True}
 WIDE = {**SMALL, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "vocab_size": 1024}
-BATCH = 8
+BATCH, CALIBRATED = 8, 64
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,8 +97,11 @@ def of_seed(seed: int, text: Text, chosen: argparse.Namespace) -> Iterator[dict]
             if method == "torchao qat" and not find_spec("torchao"):
                 continue
             model = copy.deepcopy(base)
-            with_weights(model, scheme, method)
-            if method != "ptq":
+            if method in ("rtn", "gptq"):
+                quantizer = WeightQuantizer(group_size=GROUP, rule="mse", **SCHEMES[scheme])
+                quantize(model, calibration(text, seed), quantizer, method=method)
+            else:
+                with_weights(model, scheme, method)
                 train(model, text, seed + 1000, chosen.steps, chosen.lr,
                       base if method == "qat + distillation" else None)
             row = {"seed": seed, "scheme": scheme, "method": method, "loss": held_out(model, text)}
@@ -116,7 +120,7 @@ def with_weights(model: nn.Module, scheme: str, method: str) -> None:
         quantize_(model, QATConfig(weight_config=weights, step="prepare"),
                   filter_fn=lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
         return
-    rule = {"ptq": "mse", "qat": None if scheme in ("8 bits", "ternary") else "mse"}.get(method, "learnt")
+    rule = {"qat": None if scheme in ("8 bits", "ternary") else "mse"}.get(method, "learnt")
     prepare(model, WeightQuantizer(group_size=GROUP, rule=rule, **SCHEMES[scheme]))
 
 
@@ -136,6 +140,14 @@ def train(model: nn.Module, text: Text, seed: int, steps: int, lr: float, teache
         optimizer.zero_grad()
         schedule.step()
     model.eval()
+
+
+def calibration(text: Text, seed: int) -> list[dict[str, Any]]:
+    """Rows of the training text."""
+    order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [text.train[number] for number in order[:CALIBRATED]]
+    return [model_inputs({name: torch.stack([row[name] for row in rows[begin:begin + BATCH]]) for name in rows[0]})
+            for begin in range(0, CALIBRATED, BATCH)]
 
 
 def loss(model: nn.Module, batch: dict[str, torch.Tensor], objective: ResponseObjective,

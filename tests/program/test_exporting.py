@@ -83,6 +83,7 @@ def test_bits_are_allotted_within_a_budget(carry_out):
     assert found["rest"] + found["chosen"]["bytes"] <= 80_000
     assert len({quantizer["bits"] for quantizer in found["chosen"]["choice"].values()}) > 1
     assert folder.allocation.with_suffix(".png").stat().st_size > 1000
+    assert "## Bits" in folder.report.read_text() and "Chosen within 80,000 bytes" in folder.report.read_text()
     for even in found["uniform"]:
         assert any(row["bytes"] <= even["bytes"] and row["rise"] <= even["rise"] for row in found["curve"])
 

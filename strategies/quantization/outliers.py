@@ -1,0 +1,65 @@
+"""Linear layers a few of whose input columns are multiplied in full precision, since what enters them is far larger."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from strategies.quantization.qat import Quantized
+
+THRESHOLD = 6.0  # largest magnitude of a column that is still quantised (Dettmers et al. 2022, section 3.2)
+
+
+class OutlierLinear(Quantized, nn.Module):
+    """A linear layer with whole columns: W_hat x + W_whole x[outliers], x without its outliers in the first product.
+
+    That is the decomposition of LLM.int8() (Dettmers et al. 2022, eq. 8), with columns that were found on calibration
+    rows instead of in each batch. Where activations are quantised, their scale is that of the other columns. In these
+    columns `weight` is zero, so that their numbers are zero, or the zero point.
+
+    No file here holds it as it is: compressed-tensors (and so a transformers folder) and GGUF know one kind of number
+    for a layer, and refuse it, since it is no `nn.Linear`. An ONNX graph can, as two products and a gather, once its
+    writer makes them. As a plain layer of full precision, `effective_weight` is what it multiplies with as long as
+    activations are not quantised.
+
+    Attributes:
+        outliers: (columns,) of the inputs.
+        whole: (outputs, columns) their weights.
+    """
+
+    outliers: torch.Tensor
+    whole: nn.Parameter
+    bias: nn.Parameter | None
+
+    @property
+    def effective_weight(self) -> torch.Tensor:
+        """(outputs, inputs) of both parts."""
+        return super().effective_weight.index_add(1, self.outliers, self.whole)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., outputs)"""
+        rest = self.as_seen(input.index_fill(-1, self.outliers, 0.0))
+        whole = nn.functional.linear(input.index_select(-1, self.outliers), self.whole)
+        return nn.functional.linear(rest, super().effective_weight, self.bias) + whole
+
+
+def outlier_columns(largest: torch.Tensor, threshold: float, name: str) -> torch.Tensor:
+    """The columns (columns,) of a layer whose largest magnitude (inputs,) is above a threshold.
+
+    Raises:
+        ValueError: all of them are.
+    """
+    columns = (largest > threshold).nonzero().squeeze(1)
+    if len(columns) == len(largest):
+        raise ValueError(f"{name}: what enters each of its {len(largest)} columns is above {threshold:g} at times, so "
+                         f"none is left to quantise; take a higher threshold, their median is {largest.median():.3g}")
+    return columns
+
+
+@torch.no_grad()
+def keep_whole(layer: Quantized, columns: torch.Tensor) -> None:
+    """Turn a quantised linear layer, in place, into one that has these columns (columns,) of its weights whole."""
+    layer.__class__ = OutlierLinear
+    layer.register_buffer("outliers", columns)
+    layer.whole = nn.Parameter(layer.weight[:, columns])
+    layer.weight.index_fill_(1, columns, 0.0)

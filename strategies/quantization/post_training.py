@@ -1,0 +1,227 @@
+"""Post-training quantisation: a model without further training, its layers rounded block after block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from strategies.quantization.activations import ActivationQuantizer
+from strategies.quantization.calibration import Batch, Seen, Walk, collect, watch
+from strategies.quantization.gptq import Factor, factorize, round_to_nearest, round_weights
+from strategies.quantization.outliers import keep_whole, outlier_columns
+from strategies.quantization.qat import QUANTIZED, Quantized, Rules, choose
+from strategies.quantization.quantizer import WeightQuantizer
+from strategies.quantization.smoothing import shared_weights
+from strategies.quantization.smoothing import smooth as smooth_norms
+
+RATIOS = 40  # of the largest magnitude that are tried for a static scale
+SMALLEST = 0.1  # of them
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is asked of every layer; see `quantize`."""
+
+    method: str
+    activations: ActivationQuantizer | None
+    activation_range: str
+    outliers: float | None
+    act_order: bool
+    damping: float
+
+    @property
+    def static(self) -> bool:
+        """Whether activations have calibrated scales."""
+        return self.activations is not None and not self.activations.dynamic
+
+    def needs(self) -> list[str]:
+        """What is calibrated."""
+        asked = {"method 'gptq'": self.method == "gptq", "outliers": self.outliers is not None,
+                 "activations that are not dynamic": self.static}
+        return [name for name, wanted in asked.items() if wanted]
+
+
+def quantize(model: nn.Module, batches: Iterable[Batch] | None, quantizer: WeightQuantizer, *,
+             method: Literal["rtn", "gptq"] = "rtn", ignore: Iterable[str] = ("lm_head",), rules: Rules = (),
+             activations: ActivationQuantizer | None = None, activation_range: Literal["minmax", "mse"] = "minmax",
+             smooth: float | None = None, outliers: float | None = None, embeddings: bool = False,
+             act_order: bool = True, damping: float = 0.01, device: torch.device | str | None = None,
+             tell: Callable[[str], object] = lambda name: None) -> list[str]:
+    """Quantise a model in place: its layers become those of quantisation-aware training, with grids that are fixed.
+
+    Every writer exports the numbers that the model computes with, and training may go on from there: the weights stay
+    as they were where they are rounded to nearest, and lie on the grid after GPTQ. (bf16 cannot hold all affine 8-bit
+    grids: there one number in some thousands becomes the one beside it.) A block is calibrated on what the blocks
+    before it give now that they are quantised. Embeddings, convolutions and layers that no row reaches are rounded to
+    nearest under either method.
+
+    Args:
+        model: a causal model or an encoder of transformers, whole and in one process; any module where nothing is
+            calibrated.
+        batches: calibration rows, each the keyword arguments of the model. Tokens whose `attention_mask` (rows, tokens)
+            is zero are left out. None where nothing is calibrated.
+        quantizer: what quantises every layer that no rule is for.
+        method: rounding to nearest, or `gptq.round_weights`.
+        ignore: shell-style patterns of names to leave in full precision.
+        rules: patterns with a quantiser of their own, or None for full precision; the first that matches decides.
+        activations: what quantises the inputs of linear and convolutional layers.
+        activation_range: what a scale that is not dynamic is calibrated by: the largest magnitude, or the least
+            squared error.
+        smooth: alpha of `smoothing.smooth`; None for no smoothing.
+        outliers: input columns of linear layers that exceed this magnitude (6.0 in LLM.int8()) stay in full precision,
+            as `outliers.OutlierLinear`; None for none.
+        embeddings: whether embeddings are quantised, and heads that share their weights.
+        act_order: see `gptq.factorize`.
+        damping: see `gptq.factorize`.
+        device: where blocks run; see `calibration.Walk`.
+        tell: called with the name of each layer when it is done.
+
+    Returns:
+        Names of the layers.
+
+    Raises:
+        ValueError: what `qat.prepare` raises; rows are missing, or have fewer tokens than a layer has inputs; nothing
+            can be smoothed. The model is then as it was. Or what enters a layer is not finite, is above the threshold
+            in all columns, or is nothing where a scale is calibrated: layers before it are then quantised already.
+    """
+    how = _How(method, activations, activation_range, outliers, act_order, damping)
+    batches, chosen = list(batches or ()), choose(model, quantizer, ignore, rules, embeddings)
+    for name, (module, own) in chosen.items():
+        own.check(module.weight, name)
+    needs = how.needs() + (["smooth"] if smooth is not None else [])
+    _check(how, batches, chosen, needs)
+    if smooth is not None:
+        smooth_norms(model, batches, smooth, chosen, device)
+    rounding = _Rounding(model, chosen, how, tell)
+    if how.needs():
+        walk = Walk(model, batches, device)
+        rounding.embeddings()
+        with closing(walk.parts()) as parts:
+            for modules in parts:
+                rounding.part(walk, modules)
+    rounding.rest()
+    return list(chosen)
+
+
+def _check(how: _How, batches: list[Batch], chosen: dict[str, tuple[nn.Module, WeightQuantizer]], needs: list[str]
+           ) -> None:
+    """Raise `ValueError` where something is no choice, or there are too few rows for it."""
+    for name, value, known in (("method", how.method, ("rtn", "gptq")),
+                               ("activation_range", how.activation_range, ("minmax", "mse"))):
+        if value not in known:
+            raise ValueError(f"{name} is {' or '.join(known)}, not {value!r}")
+    if needs and not batches:
+        raise ValueError(f"{' and '.join(needs)} cannot do without calibration rows: give `batches`")
+    inputs = {name: module.in_features for name, (module, _) in chosen.items() if isinstance(module, nn.Linear)}
+    if how.method != "gptq" or not inputs or not all("input_ids" in batch for batch in batches):
+        return
+    widest = max(inputs, key=inputs.get)
+    tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).count_nonzero())
+                 for batch in batches)
+    if tokens < inputs[widest]:
+        raise ValueError(f"the calibration rows have {tokens} tokens, and {widest} has {inputs[widest]} inputs: its "
+                         f"second moment can have full rank from {inputs[widest]} tokens on; give more rows, or take "
+                         "method 'rtn'")
+
+
+class _Rounding:
+    """Rounds the layers of a model, each once."""
+
+    def __init__(self, model: nn.Module, chosen: dict[str, tuple[nn.Module, WeightQuantizer]], how: _How,
+                 tell: Callable[[str], object]) -> None:
+        self._left, self._how, self._tell = dict(chosen), how, tell
+        self._tied = shared_weights(model)
+        self._first: dict[int, Quantized] = {}  # by weight: layers that share it share its grid
+
+    def embeddings(self) -> None:
+        """Round the embeddings, whose vectors the first block is calibrated on."""
+        for name in [name for name, (module, _) in self._left.items() if isinstance(module, nn.Embedding)]:
+            self._round(name)
+
+    def part(self, walk: Walk, modules: dict[str, nn.Module]) -> None:
+        """Round the layers that the present part of a walk reaches."""
+        layers = {name: self._left[name][0] for name in modules if name in self._left}
+        if not layers:
+            return
+        seen = collect(walk, layers, moments=self._how.method == "gptq")
+        whole = {name: self._whole(name, seen[name]) for name in layers if name in seen}
+        scales = self._input_scales(walk, {name: layers[name] for name in whole}, seen, whole)
+        of, factor = None, None
+        for name in whole:
+            if seen[name] is not of and seen[name].moment is not None:
+                of = seen[name]
+                factor = factorize(of.moment, self._how.damping, self._how.act_order, whole[name])
+            self._round(name, factor if seen[name] is of else None, whole[name], scales.get(name))
+
+    def rest(self) -> None:
+        """Round to nearest what no row reached."""
+        for name in list(self._left):
+            if self._how.static and not isinstance(self._left[name][0], nn.Embedding):
+                raise ValueError(f"{name}: no calibration row reaches it, so its activations have no scale; give more "
+                                 "rows, or take activations that are dynamic")
+            self._round(name)
+
+    def _whole(self, name: str, seen: Seen) -> torch.Tensor | None:
+        """Columns of a layer that stay in full precision; None for none."""
+        module = self._left[name][0]
+        if self._how.outliers is None or not isinstance(module, nn.Linear) or id(module.weight) in self._tied:
+            return None
+        columns = outlier_columns(seen.largest, self._how.outliers, name)
+        return columns if len(columns) else None
+
+    def _input_scales(self, walk: Walk, layers: dict[str, nn.Module], seen: dict[str, Seen],
+                      whole: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        if not self._how.static:
+            return {}
+        largest = {name: (seen[name].largest if whole[name] is None else
+                          seen[name].largest.index_fill(0, whole[name], 0.0)).amax(0, keepdim=True) for name in layers}
+        if self._how.activation_range == "mse":
+            largest = _least_error(walk, layers, largest, whole, self._how.activations)
+        return {name: self._how.activations.scale(largest[name].to(self._left[name][1].scale_dtype)) for name in layers}
+
+    @torch.no_grad()
+    def _round(self, name: str, factor: Factor | None = None, whole: torch.Tensor | None = None,
+               input_scale: torch.Tensor | None = None) -> None:
+        module, own = self._left.pop(name)
+        first = self._first.setdefault(id(module.weight), module)
+        if first is module:
+            if factor is None:
+                _, grid = round_to_nearest(module.weight, own, whole)
+            else:
+                found, grid = round_weights(module.weight, own, factor)
+                module.weight.copy_(found)
+        module.__class__, module.quantizer = QUANTIZED[type(module)], own
+        if self._how.activations is not None and not isinstance(module, nn.Embedding):
+            module.activations = self._how.activations
+        if input_scale is not None:
+            module.input_scale = nn.Parameter(input_scale, requires_grad=False)
+        if first is module:
+            module.fix(grid)
+        else:
+            module.scale = first.scale
+            if hasattr(first, "zero_point"):
+                module.zero_point = first.zero_point
+        if whole is not None:
+            keep_whole(module, whole)
+        self._tell(name)
+
+
+def _least_error(walk: Walk, layers: dict[str, nn.Module], largest: dict[str, torch.Tensor],
+                 whole: dict[str, torch.Tensor | None], activations: ActivationQuantizer) -> dict[str, torch.Tensor]:
+    """The magnitude (1,) to take for the largest of each layer's inputs, such that their squared error is least."""
+    ratios = torch.linspace(1.0, SMALLEST, RATIOS).tolist()
+    errors = {name: torch.zeros(RATIOS, dtype=torch.float64) for name in layers}
+
+    def see(name: str, rows: torch.Tensor) -> None:
+        rows = rows.float() if whole[name] is None else rows.float().index_fill(1, whole[name], 0.0)
+        for number, ratio in enumerate(ratios):
+            rounded = activations.fake_quantize(rows, activations.scale(ratio * largest[name]))
+            errors[name][number] += float((rounded - rows).square_().sum())
+
+    first = watch(walk, layers, see)
+    return {name: ratios[int(errors[first[name]].argmin())] * largest[name] for name in layers}
