@@ -13,8 +13,9 @@ from typing import Any
 import numpy
 import torch
 from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 
+from strategies.memory.highs import mixed_integer
 from strategies.quantization.quantizer import WeightQuantizer
 from strategies.quantization.sensitivity import Candidate, Sensitivity
 
@@ -190,7 +191,7 @@ def _solve(rises: numpy.ndarray, costs: numpy.ndarray, budget: float, time_limit
     upper = numpy.append(numpy.ones(rises.size), numpy.full(carries, numpy.inf))
     end = time.monotonic() + time_limit
     while True:
-        found = milp(numpy.append(((rises - lowest) / unit).ravel(), numpy.zeros(carries)), bounds=Bounds(0, upper),
+        found = mixed_integer(numpy.append(((rises - lowest) / unit).ravel(), numpy.zeros(carries)), bounds=Bounds(0, upper),
                      constraints=LinearConstraint(sparse.vstack(matrix, format="csr"), low, high),
                      integrality=numpy.ones(rises.size + carries),
                      options={"mip_rel_gap": 0.0, "time_limit": max(0.0, end - time.monotonic())})

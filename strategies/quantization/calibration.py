@@ -81,16 +81,14 @@ class Walk:
 
     def parts(self) -> Iterator[dict[str, nn.Module]]:
         """Modules by name, of one part at a time; those outside the blocks come twice, before them and after them."""
-        inside = {id(tensor) for tensor in _tensors(self._blocks)}
         outside = {name: module for name, module in self.model.named_modules()
                    if not name.startswith(f"{self._name}.")}
-        rest = [tensor for tensor in _tensors(self.model) if id(tensor) not in inside]
-        with _evaluated(self.model), self._lent(rest):
+        with _evaluated(self.model), self._lent(self._rest):
             yield outside
             self._advance()
             for place, block in enumerate(self._blocks):
                 self._place = place
-                with self._lent(list(_tensors(block))):
+                with self._lent(partial(_tensors, block)):
                     prefix = f"{self._name}.{place}"
                     yield {f"{prefix}.{name}" if name else prefix: module for name, module in block.named_modules()}
                     if block is not self._blocks[-1]:
@@ -112,8 +110,7 @@ class Walk:
         """
         batch = {name: value.to(self._device) if isinstance(value, torch.Tensor) else value
                  for name, value in self.batches[number].items()}
-        mask = batch.get("attention_mask")
-        self.mask = mask.flatten().bool() if mask is not None and mask.ndim == 2 else None
+        self.mask = token_mask(batch)
         with self._between(number):
             try:
                 self.model(**batch)
@@ -153,15 +150,20 @@ class Walk:
         if self._place == len(self._blocks) - 1:
             raise _Reached(output[0] if self._tuples else output)
 
+    def _rest(self) -> Iterator[torch.Tensor]:
+        """Parameters and buffers outside the blocks."""
+        inside = {id(tensor) for tensor in _tensors(self._blocks)}
+        return (tensor for tensor in _tensors(self.model) if id(tensor) not in inside)
+
     @contextmanager
-    def _lent(self, tensors: list[torch.Tensor]) -> Iterator[None]:
-        """Within the context these parameters and buffers are on the device."""
+    def _lent(self, tensors: Callable[[], Iterator[torch.Tensor]]) -> Iterator[None]:
+        """Within the context these are on the device; those that came to them, as scales, come home with them."""
         try:
-            for tensor in tensors:
+            for tensor in tensors():
                 tensor.data = tensor.data.to(self._device)
             yield
         finally:
-            for tensor in tensors:
+            for tensor in tensors():
                 tensor.data = tensor.data.to(self._home)
 
 
@@ -192,18 +194,26 @@ def _forward_of(block: nn.Module, forward: Callable) -> Iterator[None]:
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    cached = getattr(model.config, "use_cache", None)
+    cached = getattr(model.config, "use_cache", False)
     model.eval()
-    model.config.use_cache = False
     try:
+        if cached:
+            model.config.use_cache = False
         yield
     finally:
-        model.config.use_cache = cached
+        if cached:
+            model.config.use_cache = cached
         for module, training in modes:
             module.training = training
 
 
 # ---- what is seen
+
+def token_mask(batch: Batch) -> torch.Tensor | None:
+    """(rows * tokens,) which tokens of a batch count: those whose `attention_mask` is not zero; None for all."""
+    mask = batch.get("attention_mask")
+    return mask.flatten().bool() if mask is not None and mask.ndim == 2 else None
+
 
 def watch(walk: Walk, layers: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]) -> dict[str, str]:
     """Run the present part, and call `see(name, rows)` with what enters its layers, once where several read the same.

@@ -17,10 +17,9 @@ class OutlierLinear(Quantized, nn.Module):
     rows instead of in each batch. Where activations are quantised, their scale is that of the other columns. In these
     columns `weight` is zero, so that their numbers are zero, or the zero point.
 
-    No file here holds it as it is: compressed-tensors (and so a transformers folder) and GGUF know one kind of number
-    for a layer, and refuse it, since it is no `nn.Linear`. An ONNX graph can, as two products and a gather, once its
-    writer makes them. As a plain layer of full precision, `effective_weight` is what it multiplies with as long as
-    activations are not quantised.
+    An ONNX graph holds it, as two products. compressed-tensors (and so a transformers folder) and GGUF know one kind of
+    number for a layer, and refuse it: it is no `nn.Linear`. A plain layer with `effective_weight` computes the same as
+    long as activations are not quantised.
 
     Attributes:
         outliers: (columns,) of the inputs.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from strategies.quantization.activations import ActivationQuantizer
-from strategies.quantization.calibration import Batch, Seen, Walk, collect, watch
+from strategies.quantization.calibration import Batch, Seen, Walk, collect, token_mask, watch
 from strategies.quantization.gptq import Factor, factorize, round_to_nearest, round_weights
 from strategies.quantization.outliers import keep_whole, outlier_columns
 from strategies.quantization.qat import QUANTIZED, Quantized, Rules, choose
@@ -121,8 +121,8 @@ def _check(how: _How, batches: list[Batch], chosen: dict[str, tuple[nn.Module, W
     if how.method != "gptq" or not inputs or not all("input_ids" in batch for batch in batches):
         return
     widest = max(inputs, key=inputs.get)
-    tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).count_nonzero())
-                 for batch in batches)
+    masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
+    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
     if tokens < inputs[widest]:
         raise ValueError(f"the calibration rows have {tokens} tokens, and {widest} has {inputs[widest]} inputs: its "
                          f"second moment can have full rank from {inputs[widest]} tokens on; give more rows, or take "

@@ -117,13 +117,26 @@ def _smooth_block(walk: Walk, modules: dict[str, nn.Module], alpha: float, tied:
     first = {next(iter(norm.readers)): norm for norm, _ in norms.values()}
     seen = collect(walk, {name: norm.readers[name] for name, norm in first.items()}) if first else {}
     for norm, offset in norms.values():
-        factor = factors(seen[next(iter(norm.readers))].largest, norm.read, alpha)
-        norm.module.weight.copy_((norm.module.weight.float() + offset) / factor - offset)
-        for bias in norm.own[1:]:
-            bias.copy_(bias.float() / factor)
-        for weight in norm.read:
-            weight.copy_(weight.float() * factor)
+        _fold(norm, offset, factors(seen[next(iter(norm.readers))].largest, norm.read, alpha))
     return list(norms)
+
+
+def _fold(norm: _Norm, offset: float, factor: torch.Tensor) -> None:
+    """Divide a norm by factors (inputs,) and multiply its readers with what it was divided by once that is stored.
+
+    Where 1 + weight is near zero, the weight is near -1, and of 16 bits not many are left for the difference.
+    """
+    weight = norm.module.weight
+    before = weight.float() + offset
+    stored = (before / factor - offset).to(weight.dtype)
+    factor = before / (stored.float() + offset)
+    kept = ~factor.isfinite() | (factor <= 0)  # a multiplier of zero, or one that would become it
+    factor = factor.masked_fill(kept, 1.0)
+    weight.copy_(torch.where(kept, weight, stored))
+    for bias in norm.own[1:]:
+        bias.copy_(bias.float() / factor)
+    for reader in norm.read:
+        reader.copy_(reader.float() * factor)
 
 
 def _norms(walk: Walk, modules: dict[str, nn.Module]) -> dict[str, _Norm]:

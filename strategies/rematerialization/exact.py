@@ -13,8 +13,8 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint
 
+from strategies.memory.highs import mixed_integer
 from strategies.rematerialization.graph import Graph
-from strategies.rematerialization.highs import mixed_integer
 
 
 @dataclass(frozen=True)

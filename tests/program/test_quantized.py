@@ -78,11 +78,8 @@ def test_a_plan_of_memory_changes_no_loss(train_here):
 @pytest.mark.parametrize(("asked", "parts"), [
     ({"bits": 4, "group_size": 12}, ["student.quantization.group_size = 12", "do not divide its 32 inputs"]),
     ({"bits": 4, "layers": [{"match": "*.ups", "bits": 8}]}, ["student.quantization", "'*.ups'", "matches no layer"]),
-    ({"bits": 4, "kind": "ternary"}, ["student.quantization.bits = 4", "ternary weights have 2 bits"]),
-    ({"scales": "absmean"}, ["student.quantization.scales = 'absmean'", "minmax or mse or learnt"]),
     ({"symmetric": False, "activations": {}}, ["student.quantization", "zero points", "activations"]),
-    ({"bits": 2, "bits_schedule": [[0, 8], [0.5, 4]]}, ["student.quantization.bits_schedule", "(2)"]),
-    ({"layers": [{"match": "*.up_proj", "kind": "fp8", "bits": 4}]}, ["student.quantization.layers", "fp8 weights"]),
+    ({"method": "rtn", "budget": 30_000}, ["student.quantization.budget = 30000", "2 bits in every layer", "bytes on"]),
 ])
 def test_what_cannot_be_quantised_is_said_before_anything_starts(write_experiment, tmp_path, asked, parts):
     refused(write_experiment(student={"quantization": asked}), tmp_path, parts=parts)

@@ -37,6 +37,16 @@ def test_the_model_computes_what_it_did(kind, norms):
     assert len(changed) >= 3 * norms and not any("embed" in name or "down_proj" in name for name in changed)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma2"])
+def test_in_16_bits_the_model_moves_by_their_rounding(kind):
+    """A multiplier 1 + weight that is divided by 50 would be off by a tenth."""
+    model, other = build(kind, head_dim=32).to(torch.bfloat16), rows(1, seed=9)[0]
+    exact = copy.deepcopy(model).float()
+    before = (logits(model, other) - logits(exact, other)).square().mean()
+    smooth(model, rows(), 0.5)
+    assert (logits(model, other) - logits(exact, other)).square().mean() < 2 * before
+
+
 def test_what_enters_the_layers_is_divided_by_the_factors():
     model, batches = plant_outliers(build()), rows()
     layer, enters = model.model.layers[0], []
