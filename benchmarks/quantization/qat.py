@@ -5,7 +5,7 @@
 For each seed a small Llama is trained on the source of the Python library that runs this. Then, at each scheme, with a
 scale for 32 weights:
 
-- it is rounded as it is, with scales of the least squared error: to nearest (`rtn`), and as GPTQ does (`gptq`);
+- it is rounded as it is, to nearest (`rtn`) and as GPTQ does (`gptq`);
 - it is trained on for some steps with quantised weights (`qat`), by ours and by torchao's fake quantisers: same
   weights to begin with, same rows, same optimizer, same steps;
 - ours is trained the same with the trained model as its teacher (`qat + distillation`, forward KL alone).
@@ -98,7 +98,8 @@ def of_seed(seed: int, text: Text, chosen: argparse.Namespace) -> Iterator[dict]
                 continue
             model = copy.deepcopy(base)
             if method in ("rtn", "gptq"):
-                quantizer = WeightQuantizer(group_size=GROUP, rule="mse", **SCHEMES[scheme])
+                rule = None if method == "gptq" and scheme != "ternary" else "mse"  # which of the two is better for it
+                quantizer = WeightQuantizer(group_size=GROUP, rule=rule, **SCHEMES[scheme])
                 quantize(model, calibration(text, seed), quantizer, method=method)
             else:
                 with_weights(model, scheme, method)

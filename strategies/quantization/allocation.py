@@ -191,10 +191,11 @@ def _solve(rises: numpy.ndarray, costs: numpy.ndarray, budget: float, time_limit
     upper = numpy.append(numpy.ones(rises.size), numpy.full(carries, numpy.inf))
     end = time.monotonic() + time_limit
     while True:
-        found = mixed_integer(numpy.append(((rises - lowest) / unit).ravel(), numpy.zeros(carries)), bounds=Bounds(0, upper),
-                     constraints=LinearConstraint(sparse.vstack(matrix, format="csr"), low, high),
-                     integrality=numpy.ones(rises.size + carries),
-                     options={"mip_rel_gap": 0.0, "time_limit": max(0.0, end - time.monotonic())})
+        found = mixed_integer(
+            numpy.append(((rises - lowest) / unit).ravel(), numpy.zeros(carries)), bounds=Bounds(0, upper),
+            constraints=LinearConstraint(sparse.vstack(matrix, format="csr"), low, high),
+            integrality=numpy.ones(rises.size + carries),
+            options={"mip_rel_gap": 0.0, "time_limit": max(0.0, end - time.monotonic())})
         chosen = costs.argmin(1) if found.x is None else found.x[:rises.size].reshape(rises.shape).argmax(1)
         if _sum(costs[numpy.arange(layers), chosen]) <= budget:
             break

@@ -15,7 +15,13 @@ def bake(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Layers that quantise their activations go on doing so. Only what is saved is cast. `model.to(dtype)` would also
     round the buffers that a model computes for itself, such as rotary frequencies, which loading leaves in fp32: logits
     then differ by a percent.
+
+    Raises:
+        ValueError: a layer rounds only some of its inputs, which no plain layer does. The model is then as it was.
     """
+    for name, layer in quantized_layers(model):
+        if type(layer) not in PLAIN and layer.activations is not None:
+            raise ValueError(f"{name} has columns of full precision beside rounded ones, which no plain layer computes")
     done: set[int] = set()
     for _, layer in list(quantized_layers(model)):
         if id(layer.weight) not in done:  # twice would round what is rounded
@@ -23,10 +29,10 @@ def bake(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             layer.weight.copy_(layer.effective_weight)
     for _, layer in list(quantized_layers(model)):
         activations = layer.activations
-        layer.__class__ = PLAIN[type(layer)]
+        layer.__class__ = PLAIN.get(type(layer), nn.Linear)
         del layer.quantizer
         layer.__dict__.pop("activations", None)
-        for name in ("log_ratio", "scale", "zero_point"):
+        for name in ("log_ratio", "scale", "zero_point", "outliers", "whole"):
             if hasattr(layer, name):
                 delattr(layer, name)
         if activations is not None:

@@ -115,6 +115,8 @@ def _check(how: _How, batches: list[Batch], chosen: dict[str, tuple[nn.Module, W
                                ("activation_range", how.activation_range, ("minmax", "mse"))):
         if value not in known:
             raise ValueError(f"{name} is {' or '.join(known)}, not {value!r}")
+    if how.damping <= 0:
+        raise ValueError(f"a damping of {how.damping} cannot hold a second moment without full rank: take 0.01 or more")
     if needs and not batches:
         raise ValueError(f"{' and '.join(needs)} cannot do without calibration rows: give `batches`")
     inputs = {name: module.in_features for name, (module, _) in chosen.items() if isinstance(module, nn.Linear)}

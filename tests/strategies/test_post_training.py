@@ -10,6 +10,7 @@ from torch import nn
 from strategies.export.transformers_folder import write_folder
 from strategies.memory.tracker import LiveBytes
 from strategies.quantization.activations import ActivationQuantizer
+from strategies.quantization.baking import bake
 from strategies.quantization.calibration import Walk, collect
 from strategies.quantization.gptq import factorize, round_weights
 from strategies.quantization.outliers import OutlierLinear
@@ -296,3 +297,15 @@ def test_what_is_found_on_the_way_names_the_layer():
         quantize(model, rows(), WeightQuantizer(8), activations=STATIC)
     with pytest.raises(ValueError, match="cannot find the blocks of Sequential"):
         quantize(nn.Sequential(nn.Linear(4, 4)), rows(), WeightQuantizer(8), method="gptq")
+
+
+def test_whole_columns_are_baked_into_a_plain_layer_unless_the_others_are_rounded():
+    model, batches = plant_outliers(build()), rows()
+    quantize(model, batches, WeightQuantizer(8), outliers=20.0)
+    before = logits(model, batches[0])
+    assert torch.allclose(logits(bake(model, torch.float32), batches[0]), before, atol=1e-4)
+    assert not any(isinstance(layer, OutlierLinear) for layer in model.modules())
+    model = plant_outliers(build())
+    quantize(model, batches, WeightQuantizer(8), outliers=20.0, activations=ActivationQuantizer())
+    with pytest.raises(ValueError, match="has columns of full precision beside rounded ones"):
+        bake(model, torch.float32)
