@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import limbeck
-from trainer import exporting, run
+from trainer import cli, exporting, run
 from trainer.data.dataset import prepare_text
 from trainer.errors import RunFailed, UserError
 from trainer.folder import RunFolder
@@ -86,6 +86,24 @@ def test_bits_are_allotted_within_a_budget(carry_out):
     assert "## Bits" in folder.report.read_text() and "Chosen within 80,000 bytes" in folder.report.read_text()
     for even in found["uniform"]:
         assert any(row["bytes"] <= even["bytes"] and row["rise"] <= even["rise"] for row in found["curve"])
+
+
+def test_a_student_is_written_for_other_runtimes_and_later_again(carry_out, capsys):
+    asked = {"bits": 4, "group_size": 32, "scales": "learnt"}
+    export = {"to": ["onnx"], "dtype": "float16", "tolerance": 1e-3}
+    _, folder = carry_out(student={"quantization": asked}, export=export, report={"control": False})
+    receipt = json.loads((folder.student_for("onnx") / "receipt.json").read_text())
+    assert receipt["holds"] and receipt["argmax_agreement"] > 0.99 and "onnxruntime" in receipt["versions"]
+    assert cli.limbeck(["export", str(folder.path), "--to", "gguf"]) == 0
+    receipt = json.loads((folder.student_for("gguf") / "receipt.json").read_text())
+    assert receipt["holds"] and receipt["largest_difference"] <= 1e-4 * receipt["largest_logit"]
+    assert "`student-gguf/`" in folder.report.read_text() and "`student-onnx/`" in folder.report.read_text()
+
+
+def test_what_a_runtime_cannot_hold_is_said_before_anything_starts(carry_out, tmp_path):
+    with pytest.raises(UserError, match="q_proj has 3 bits") as error:
+        carry_out(student={"quantization": {"bits": 3}}, export={"to": ["onnx"]})
+    assert error.value.key == "export.to" and not (tmp_path / "tiny").exists()
 
 
 def test_export_of_what_is_no_finished_run_is_refused(tmp_path):
