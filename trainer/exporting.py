@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig
 
 from strategies.export.client import layer_outputs
+from strategies.export.gguf_file import as_written
 from strategies.export.layers import quantized_layers
 from strategies.export.receipt import Receipt, ask_client, comparison_shape, make_receipt
 from strategies.export.transformers_folder import weight_files
@@ -86,7 +87,8 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     console.print(f"{experiment.name}: writing for {name}, reloading in a fresh process and comparing")
     dtype = DTYPES[experiment.export.dtype]
     _of(name, "write")(path, model, text.tokenizer, dtype)
-    reference = model if dtype is torch.float32 else bake(copy.deepcopy(model), dtype).float()
+    reference = as_written(model, dtype) if name == "gguf" else model if dtype is torch.float32 else bake(
+        copy.deepcopy(model), dtype).float()
     trained, exported = logits_of(model, text), logits_of(reference, text)
     found, logits = _asked({"student": {"path": str(path), "compare": True}}, experiment, text, exported, "cpu",
                            tokenizer=str(folder.student if folder.student.exists() else folder.unverified),

@@ -17,6 +17,7 @@ class Quantizer(Protocol):
     group_size: int | None
     per_tensor: bool
     symmetric: bool
+    scale_dtype: torch.dtype
     lowest: int
     highest: int
 
