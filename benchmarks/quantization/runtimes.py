@@ -4,8 +4,9 @@
 
 A Llama of random weights is prepared for each scheme, written by each writer, and loaded in a fresh process by its
 runtime: transformers (compressed-tensors), ONNX Runtime, and gguf's own reader (llama.cpp itself rounds what enters a
-layer: `benchmarks.quantization.llama_cpp`). Differences are of logits on held-out rows, from the fake-quantised forward in fp32. The least bytes are
-bits x weights, scales and zero points as the format stores them, and the rest in its dtype.
+layer: see `benchmarks.quantization.llama_cpp`). Differences are of logits on held-out rows, from the fake-quantised
+forward in fp32. The least bytes are bits x weights, scales and zero points as the format stores them, and the rest in
+its dtype.
 """
 
 from __future__ import annotations
