@@ -68,23 +68,19 @@ class TiledLoss(torch.autograd.Function):
         wide = torch.promote_types(call.accumulate, hidden.dtype)
         wanted = ctx.needs_input_grad
         by_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if wanted[0] else None
-        by_weight = torch.empty(weight.shape, dtype=wide, device=device) if wanted[1] else None
+        by_weight = torch.zeros(weight.shape, dtype=wide, device=device) if wanted[1] else None
         by_bias = torch.zeros(weight.shape[0], dtype=wide, device=device) if wanted[2] else None
         head = _computed(call.head, compute) if hidden.is_cuda else call.head
         values = torch.zeros(len(call.terms.names), dtype=wide, device=device)
-        first = True
         with products_of(compute, device):
             for rows, products, taught in _tiles(call, head, hidden, compute, wide):
                 values += _on_tile(call, head, products, rows, taught, any(wanted))
                 if by_hidden is not None:
                     by_hidden[rows] = _times(products, head.weight, compute)
                 if by_weight is not None:
-                    _add_outer(by_weight, products, hidden[rows], compute, first)
+                    _add_outer(by_weight, products, hidden[rows], compute)
                 if by_bias is not None:
                     by_bias += products.sum(0)
-                first = False
-        if first and by_weight is not None:  # nothing was learnt
-            by_weight.zero_()
         ctx.gradients, ctx.dtypes = [by_hidden, by_weight, by_bias], (hidden.dtype, weight.dtype,
                                                                          None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(values)
@@ -196,16 +192,11 @@ def _times(gradient: torch.Tensor, weight: torch.Tensor, compute: torch.dtype) -
     return total
 
 
-def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, compute: torch.dtype, first: bool
-               ) -> None:
-    """Add gradient^T hidden to `total` (vocabulary, width); the first is written over what is there."""
+def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, compute: torch.dtype) -> None:
+    """Add gradient^T hidden to `total` (vocabulary, width)."""
     if gradient.is_cuda and compute.itemsize == 2:
-        gradient, hidden = gradient.to(compute), hidden.to(compute)
-        found = torch.mm(gradient.T, hidden, out_dtype=total.dtype)
-        total.copy_(found) if first else total.add_(found)
-    elif first:
-        torch.mm(gradient.T, hidden.to(total.dtype), out=total)
-    else:
+        total += torch.mm(gradient.to(compute).T, hidden.to(compute), out_dtype=total.dtype)
+    else:  # in place: a product with `out` makes another of that size on a CPU that rounds to bf16
         total.addmm_(gradient.T, hidden.to(total.dtype))
 
 

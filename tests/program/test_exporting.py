@@ -59,8 +59,7 @@ def test_a_file_that_is_not_the_student_names_the_first_layer_that_differs(carry
 
 @pytest.mark.parametrize("asked", [
     {"method": "rtn", "bits": 4, "scales": "mse", "activations": {"dynamic": False}},
-    {"method": "gptq", "bits": 3, "group_size": 16, "symmetric": False},
-    {"method": "gptq", "kind": "ternary", "smooth": 0.5},
+    {"method": "gptq", "bits": 3, "group_size": 16, "symmetric": False, "smooth": 0.5},
 ])
 def test_what_is_quantised_after_training_is_what_reloads(carry_out, asked):
     experiment, folder = carry_out(student={"quantization": asked}, report={"control": False})

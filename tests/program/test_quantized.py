@@ -20,8 +20,8 @@ def layers(trainer) -> dict:
 
 
 @pytest.mark.parametrize("asked", [
-    {"bits": 2, "symmetric": False, "group_size": 16}, {"kind": "ternary"}, {"kind": "binary", "per_tensor": True},
-    {"kind": "fp8", "activations": {"kind": "fp8"}}, {"bits": 4, "scales": "mse"}, {"bits": 3, "scales": "learnt"}])
+    {"bits": 2, "symmetric": False, "group_size": 16, "scales": "mse"}, {"kind": "binary", "per_tensor": True},
+    {"kind": "fp8", "activations": {"kind": "fp8"}}])
 def test_every_kind_learns(train_here, asked):
     trainer = train_here("kind", student={"quantization": asked}, training={"steps": 12})
     found = losses(trainer)
