@@ -91,10 +91,9 @@ class TiledLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradient of a tiled loss is handed out once: call backward once, or take the loss "
                                "again")
-        scaled = [None if one is None else _scaled(one, upstream, dtype)
-                  for one, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]
+        scaled = [None if one is None else one.mul_(upstream) for one in ctx.gradients]
         ctx.gradients = None
-        return *scaled, None
+        return *(None if one is None else one.to(dtype) for one, dtype in zip(scaled, ctx.dtypes, strict=True)), None
 
 
 class LogitLoss(torch.autograd.Function):
@@ -196,12 +195,5 @@ def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor
     """Add gradient^T hidden to `total` (vocabulary, width)."""
     if gradient.is_cuda and compute.itemsize == 2:
         total += torch.mm(gradient.to(compute).T, hidden.to(compute), out_dtype=total.dtype)
-    else:  # in place: a product with `out` makes another of that size on a CPU that rounds to bf16
+    else:
         total.addmm_(gradient.T, hidden.to(total.dtype))
-
-
-def _scaled(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A gradient times what comes from above, in another dtype with one pass over it."""
-    if gradient.dtype == dtype:
-        return gradient.mul_(upstream)
-    return torch.mul(gradient, upstream, out=torch.empty(gradient.shape, dtype=dtype, device=gradient.device))
