@@ -170,7 +170,7 @@ def test_group_that_does_not_divide_a_layer(write_experiment, tmp_path):
                                    "group sizes that fit every layer: 8, 16, 32"])
     refused(file, tmp_path, "student.quantization={bits: 8, ignore: ['atention*']}",
             parts=["override `student.quantization={bits: 8, ignore: ['atention*']}`: student.quantization.ignore",
-                   "matches no linear layer"])
+                   "matches no layer"])
 
 
 def test_heads_that_cannot_be_shared(write_experiment, tmp_path):

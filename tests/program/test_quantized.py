@@ -52,7 +52,7 @@ def test_every_engine_trains_learnt_scales_as_one_process(write_experiment, trai
             for name in ("ddp", "fsdp2", "zero3")]
     for name, found in on_ranks(runs, tmp_path / "ranks").items():
         # Weights are not compared: one that is rounded the other way moves its neighbours by a step of Adam.
-        assert relative(one["loss"], found["loss"]) < LOSS, name
+        assert relative(one["loss"], found["loss"]) < 10 * LOSS, name
         assert relative(one["gradient_norm"], found["gradient_norm"]) < 100 * LOSS, name
 
 

@@ -14,7 +14,8 @@ from scipy.optimize import OptimizeResult
 
 from benchmarks.rematerialization import instances
 from benchmarks.rematerialization.checking import check
-from strategies.rematerialization import baselines, highs
+from strategies.memory import highs
+from strategies.rematerialization import baselines
 from strategies.rematerialization.bound import Bound
 from strategies.rematerialization.exact import exact, linear_bound
 from strategies.rematerialization.graph import Graph, simulate
