@@ -8,7 +8,6 @@ the naive loss, none is made twice. A tile's logits are worked on in blocks that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -134,8 +133,7 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
     theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
         said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
     kept = learnt(call.targets)
-    most = max(1, call.tile // (wide.itemsize * (vocabulary + theirs)))
-    size = max(1, math.ceil(len(kept) / max(1, math.ceil(len(kept) / most))))  # tiles of one size
+    size = max(1, min(len(kept), call.tile // (wide.itemsize * (vocabulary + theirs))))
     mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
     other = torch.empty(size, theirs, dtype=wide, device=given.device)
     for rows in kept.split(size)[:1 if isinstance(given, FakeTensor) else None]:

@@ -66,7 +66,7 @@ def test_measured_bytes_are_those_foretold(write_experiment, tmp_path):
 @pytest.mark.timeout(600)
 def test_budgets_are_kept_by_schedules_that_change_nothing(write_experiment, tmp_path):
     """What blocks recompute is planned for what a rank holds, and the losses are those without a plan."""
-    budgets = {"fsdp2": "48MiB", "zero3": "61MiB"}
+    budgets = {"ddp": "95MiB", "fsdp2": "48MiB", "zero2": "70MiB", "zero3": "61MiB"}
     longer = {**SETTINGS, "data": {"sequence_length": 256, "packing": False}}
     plain = [{"name": name, "file": str(write_experiment(name, **longer)), "overrides": ENGINES[name]}
              for name in budgets]
@@ -104,7 +104,7 @@ def test_blocks_are_planned_however_small_a_part_of_the_model(write_experiment, 
         free, kept = found[plain["name"]], found[planned["name"]]
         plan = json.loads((tmp_path / planned["name"] / "plan.json").read_text())["memory"]
         assert measured(free)[0] > plan["budget"] >= measured(kept)[0], planned["name"]
-        assert 0.99 * measured(kept)[0] < plan["peak"] < 1.05 * measured(kept)[0], planned["name"]
+        assert plan["peak"] == pytest.approx(measured(kept)[0], rel=0.03), planned["name"]
         assert relative(free["loss"], kept["loss"]) < 1e-6, planned["name"]
         assert weights_apart(free["weights"], kept["weights"]) < 1e-5, planned["name"]
         assert any(block["seconds"] for block in plan["blocks"]), "something is recomputed"
