@@ -1,11 +1,12 @@
 # Two commands: `make quickstart` and `make test`. Each sets up what it needs in .venv first.
+# `make faults` kills, stops and starves real runs and prints what became of them; FAULTS="--short" does a few of each.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Without an NVIDIA GPU, torch is pinned to a version that has a CPU build; with one, pip chooses (see README).
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: quickstart test setup lint schema clean
+.PHONY: quickstart test faults setup lint schema clean
 
 quickstart: setup
 	$(BIN)/accelerate launch --quiet --config_file launch/one_process.yaml train.py --config configs/quickstart.yaml
@@ -13,6 +14,9 @@ quickstart: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/pytest
+
+faults: setup
+	$(BIN)/python -m benchmarks.faults $(FAULTS)
 
 setup: $(VENV)/.ready
 

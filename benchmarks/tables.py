@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.distillation.cached import table as cached_table
+from benchmarks.distillation.losses import errors_table, side_by_side
 from benchmarks.distillation.students import table as students_table
+from benchmarks.quantization.allocation import table as allocation_table
+from benchmarks.quantization.qat import table as qat_table
 from benchmarks.quantization.runtimes import table as runtimes_table
 from benchmarks.quickstart import table as quickstart_table
 from benchmarks.sharding.engines import table as engines_table
@@ -77,8 +80,12 @@ TABLES: dict[str, tuple[str, Callable]] = {
     "engines": ("sharding-engines-cpu.json", lambda found: engines_table(found["rows"])),
     "ledger": ("sharding-ledger.json", lambda found: ledger_table(found["rows"])),
     "optimizers": ("optimizers-cpu.json", optimizers_table),
+    "losses": ("distillation-losses-cpu.json", lambda found: side_by_side(found["rows"])),
+    "errors": ("distillation-losses-cpu.json", lambda found: errors_table(found["errors"])),
     "cached": ("distillation-cached-cpu.json", cached_table),
     "runtimes": ("quantization-runtimes-cpu.json", runtimes_table),
+    "allocation": ("quantization-allocation-cpu.json", lambda found: allocation_table(found["rows"])),
+    "qat": ("quantization-qat-cpu.json", qat_table),
     "students": ("distillation-students-cpu.json", students_table),
 }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -132,6 +134,29 @@ def launch(*arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int =
 
 
 def train_py(*arguments: str, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
-    """`python train.py ...` in a process of its own."""
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], cwd=cwd, timeout=timeout,
-                          capture_output=True, text=True)
+    """`python train.py ...` in a process of its own, forked from one that has imported what it needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = FORKED.Process(target=_train_py, args=(arguments, str(cwd), dict(os.environ), said))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(arguments, timeout)
+        return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in said))
+
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["trainer.cli", "trainer.run"])
+
+
+def _train_py(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], said: list[Path]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for stream, file in zip((1, 2), said, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv[:] = [str(ROOT / "train.py"), *arguments]
+    from trainer.cli import train
+
+    sys.exit(train(list(arguments)))

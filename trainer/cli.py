@@ -6,11 +6,16 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from trainer.errors import ExperimentErrors, RunFailed, UserError
+from rich.console import Console
+
+from trainer import stopping
+from trainer.errors import ExperimentErrors, Lost, RunFailed, Stopped, UserError
 from trainer.experiment.explaining import help_text, schema
 from trainer.experiment.reading import Source, describe, read_experiment
+from trainer.experiment.tree import Experiment
 
 USER_ERROR, FAILURE, BUDGET_UNMET = 2, 1, 3
 OTHERS_WAIT = 5.0  # seconds
@@ -25,32 +30,90 @@ def train(arguments: list[str]) -> int:
     try:
         file, overrides, flags = _parse(arguments)
         source = read_experiment(file, overrides)
-        from trainer import run  # everything heavy comes with this import, after the experiment is known to be good
-
         if "--dry-run" in flags:
+            from trainer import run  # everything heavy comes with it, after the experiment is known to be good
+
             run.dry_run(source, as_json="--json" in flags)
         else:
-            run.carry_out(source)
+            return _carry_out(source)
     except (UserError, ExperimentErrors) as error:
         _tell(_messages(error, source))
         return BUDGET_UNMET if type(error).__name__ == "BudgetUnmet" else USER_ERROR
-    except RunFailed as error:
-        _tell(f"error: {error}")
-        return FAILURE
-    except OSError as error:
-        _tell(f"error: cannot read or write {error.filename or 'a file'}: {error.strerror or error}\n"
-              "  -> check the path, its permissions and the free space; start the same command again to go on")
-        return FAILURE
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except (RunFailed, OSError, RuntimeError) as error:
+        said = _failure(error)
+        if said is None:
             raise
-        _tell(f"error: the device is out of memory: {error}\n  -> lower training.micro_batch (the loss stays the same) "
-              "or data.sequence_length; --dry-run shows where the bytes go")
+        _tell(said)
+        if _is_lost(error):
+            stopping.end(FAILURE)
         return FAILURE
     except KeyboardInterrupt:
         _tell("interrupted; start the same command again to go on from its last checkpoint, if it has one")
-        return 130
+        return stopping.AT_ONCE
     return 0
+
+
+def _carry_out(source: Source) -> int:
+    """Run an experiment, hearing signals, and leave word of how it ended. Returns the exit code."""
+    experiment, process = source.experiment, int(os.environ.get("RANK", 0))
+    stopping.begin_again(experiment)
+    try:
+        with stopping.heed(_leaving(experiment)):
+            from trainer import run
+
+            run.carry_out(source)
+    except Stopped as stop:
+        if process == 0:
+            stopping.note(experiment, str(stop), stopping.AGAIN_LATER, step=stop.step, signal=stop.signal,
+                          process=stop.process)
+            print(stop, file=sys.stderr, flush=True)
+        else:
+            stopping.noted(experiment, OTHERS_WAIT)
+        return stopping.AGAIN_LATER
+    except (RunFailed, OSError, RuntimeError) as error:
+        if (said := _failure(error)) is not None:
+            stopping.note(experiment, said, FAILURE, process=process)
+        raise
+    return 0
+
+
+def _failure(error: Exception) -> str | None:
+    """What is to be said of a run that cannot go on; None of an error that nobody has foreseen."""
+    if isinstance(error, RunFailed):
+        return f"error: {error}"
+    if isinstance(error, OSError):
+        return (f"error: cannot read or write {error.filename or 'a file'}: {error.strerror or error}\n"
+                "  -> check the path, its permissions and the free space; start the same command again to go on")
+    if type(error).__name__ == "OutOfMemoryError":
+        return (f"error: the device is out of memory: {error}\n  -> lower training.micro_batch (the loss stays the "
+                "same) or data.sequence_length; --dry-run shows where the bytes go")
+    if _is_lost(error):
+        return ("error: another process ended, or did not come, while this one waited for it outside of training\n"
+                f"  (it was told: {str(error).partition(chr(10))[0]})\n"
+                "  -> see what the other said; start the same command again to go on")
+    return None
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether another process is gone or stuck, so that this one cannot be torn down in good order."""
+    if isinstance(error, OSError | RunFailed):
+        return isinstance(error, Lost)
+    from trainer.watch import lost
+
+    return lost(error)
+
+
+def _leaving(experiment: Experiment) -> Callable[[str, int], None]:
+    """What is said of a signal that does not wait for a step."""
+    def tell(signal: str, code: int) -> None:
+        process = int(os.environ.get("RANK", 0))
+        what = "outside of training: what was half done is done again" if code == stopping.AGAIN_LATER else \
+            "at once: steps since the newest checkpoint are done again"
+        said = f"stopped by {signal} on process {process}, {what}; start the same command again to go on"
+        if stopping.note(experiment, said, code, step=None, signal=signal, process=process):
+            print(said, file=sys.stderr, flush=True)
+        Console().show_cursor()
+    return tell
 
 
 def _parse(arguments: list[str]) -> tuple[str, list[str], set[str]]:
@@ -99,6 +162,8 @@ LIMBECK = """\
 limbeck VERB ...
 
   limbeck schema [FILE]   write the JSON Schema of experiment files, for editors (default: standard output)
+  limbeck status RUN      tell how a run is doing or how it ended; RUN is its folder, or --config FILE [key=value ...]
+                          Exit code: 0 finished, 75 stopped by a signal and to be started again, 1 anything else
   limbeck report RUN      write report.md and its pictures of a run folder again
   limbeck export RUN --to onnx|gguf
                           write a finished run's student for another runtime, and check it there
@@ -109,7 +174,8 @@ Training is launched: accelerate launch train.py --config FILE (see train.py --h
 
 def limbeck(arguments: list[str]) -> int:
     """The `limbeck` console command. Returns the exit code."""
-    wrong = next((one for one in arguments if one.startswith("-") and one not in ("-h", "--help", "--to")), None)
+    known = ("-h", "--help", "--to", "--config")
+    wrong = next((one for one in arguments if one.startswith("-") and one.partition("=")[0] not in known), None)
     if wrong is not None:
         _tell(f"error: no such option: {wrong}")
         arguments = []
@@ -123,6 +189,8 @@ def limbeck(arguments: list[str]) -> int:
             except OSError as error:
                 _tell(f"error: cannot write {file[0]}: {error.strerror}")
                 return USER_ERROR
+        case ["status", first, *rest] if first.startswith("-") or not rest:
+            return _status([first, *rest])
         case ["report", folder]:
             from trainer.report import write_report
 
@@ -149,3 +217,17 @@ def limbeck(arguments: list[str]) -> int:
             print(LIMBECK, end="", file=sys.stderr)
             return USER_ERROR
     return 0
+
+
+def _status(arguments: list[str]) -> int:
+    """Of a run that is named by its folder, or by what `train.py` is given."""
+    try:
+        if arguments[0].startswith("-"):
+            file, overrides, _ = _parse(arguments)
+            arguments = [read_experiment(file, overrides).experiment.folder]
+        said, code = stopping.status(Path(arguments[0]))
+    except (UserError, ExperimentErrors) as error:
+        _tell(_messages(error, None))
+        return USER_ERROR
+    print(said)
+    return code

@@ -51,7 +51,7 @@ def start(experiment: Experiment) -> Accelerator:
     if is_sharded(experiment, launched):
         _be_a_rank()
     settings: dict[str, Any] = {}
-    group: dict[str, Any] = {"timeout": WAIT}
+    group: dict[str, Any] = {"timeout": max(WAIT, timedelta(seconds=2 * experiment.run.timeout))}
     if engine == "zero":
         settings["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=zero_config(experiment, launched, None),
                                                        zero3_init_flag=False)

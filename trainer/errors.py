@@ -1,4 +1,4 @@
-"""The two ways a run ends early: a person's mistake (exit code 2) and a run that cannot go on (exit code 1)."""
+"""How a run ends early: a person's mistake (exit code 2), a run that cannot go on (1), one asked to stop (75)."""
 
 from __future__ import annotations
 
@@ -38,6 +38,28 @@ class ExperimentErrors(ValueError):
 
 class RunFailed(RuntimeError):
     """The run cannot go on, through no mistake in the experiment that could be seen before; what it saved is good."""
+
+
+class Lost(RunFailed):
+    """Another process is gone or stuck. What tears a process down in good order would wait for it for ever."""
+
+
+class Stopped(RuntimeError):
+    """A signal asked the run to stop, all processes agreed on the step, and what was learnt is saved.
+
+    Attributes:
+        step: optimizer steps done.
+        signal: its name.
+        process: number of the one that got it.
+        saved: name of the newest checkpoint, if there is one.
+    """
+
+    def __init__(self, name: str, step: int, signal: str, process: int, saved: str | None):
+        kept = "nothing was to be saved yet" if not step else "saved" if saved == f"step-{step:08d}" else \
+            f"not saved, the newest checkpoint is {saved or 'none'}"
+        super().__init__(f"{name}: stopped at step {step} by {signal} on process {process}: {kept}; "
+                         "start the same command again to go on")
+        self.step, self.signal, self.process, self.saved = step, signal, process, saved
 
 
 @contextmanager

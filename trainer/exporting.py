@@ -29,9 +29,9 @@ from trainer.data.dataset import Text, prepare_text
 from trainer.errors import RunFailed, UserError, blame
 from trainer.experiment.reading import read_experiment
 from trainer.experiment.tree import Experiment
-from trainer.folder import RunFolder, write_atomically
+from trainer.folder import RunFolder, read_json, write_atomically
 from trainer.metrics import console, readable
-from trainer.models import DTYPES, quiet_libraries, student_of
+from trainer.models import DTYPES, check_files, quiet_libraries, student_of
 from trainer.quantizing import served
 from trainer.report import write_report
 from trainer.vocabularies import reads_alike
@@ -99,8 +99,8 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
                            ROUNDED if rounds else runtime.tolerance, runtime.libraries)
     receipt.write(partial / "receipt.json")
     if not receipt.holds:
-        raise RunFailed(_differs(receipt, partial, f"the tolerance of {name},",
-                                 first_difference(str(path), reference, experiment, text, runtime.client)))
+        where = first_difference(str(path), reference, experiment, text, receipt.tolerance, runtime.client)
+        raise RunFailed(_differs(receipt, partial, f"the tolerance of {name},", where))
     shutil.rmtree(final, ignore_errors=True)
     os.rename(partial, final)
     _tell(experiment, receipt, final)
@@ -120,7 +120,7 @@ def export(run: Path, name: str) -> Path:
     if not folder.finished:
         raise UserError("", f"{run} is not the folder of a finished run",
                         way_out="finish it: start its command again")
-    experiment = read_experiment(folder.experiment, [f"run.folder={run}"]).experiment
+    experiment = read_experiment(folder.experiment, [f"run.folder={json.dumps(str(run))}"]).experiment
     text = prepare_text(experiment)
     write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)
     write_report(folder.path)
@@ -129,7 +129,9 @@ def export(run: Path, name: str) -> Path:
 
 def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Text) -> nn.Module:
     """The student as it was in training, from a run's last checkpoint and the configuration of its exported folder."""
-    config = AutoConfig.from_pretrained(like)
+    check_files(str(like), "student")
+    with blame("student", value=str(like), way_out="put the folder back from a copy"):
+        config = AutoConfig.from_pretrained(like, trust_remote_code=experiment.student.trust_remote_code)
     if hasattr(config, "quantization_config"):  # its numbers are the checkpoint's own
         del config.quantization_config
     model = student_of(experiment, config)
@@ -137,6 +139,12 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Text) -
     newest = checkpoints.latest(folder.checkpoints)
     if newest is None:
         raise RunFailed(f"{folder.checkpoints} has no checkpoint to take the student from")
+    steps, wrong = read_json(folder.plan).get("steps"), checkpoints.wrong_with(newest)
+    if newest.name != checkpoints.NAME.format(steps if isinstance(steps, int) else 0):
+        wrong = f"the run went on to step {steps}, whose checkpoint is not there"
+    if wrong is not None:
+        raise RunFailed(f"the student cannot be taken from {newest}: {wrong}.\n  -> put that folder back from a copy; "
+                        "or run the experiment again, in another run.folder")
     checkpoints.load_whole(newest, model)
     return served(experiment, model.eval(), text, folder)
 
@@ -172,7 +180,7 @@ def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, ex
     receipt.write(folder.unverified / "receipt.json")
     if not receipt.holds:
         reference = bake(rebuilt(experiment, folder, folder.unverified, text), DTYPES[experiment.export.dtype])
-        where = first_difference(str(folder.unverified), reference, experiment, text)
+        where = first_difference(str(folder.unverified), reference, experiment, text, receipt.tolerance)
         raise RunFailed(_differs(receipt, folder.unverified, "export.tolerance", where))
     write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")
     if folder.student.exists():
@@ -191,11 +199,12 @@ def logits_of(model: nn.Module, text: Text) -> torch.Tensor:
     return model(**model_inputs(part)).logits.float().cpu()
 
 
-def first_difference(path: str, model: nn.Module, experiment: Experiment, text: Text, client: str = "client.py"
-                     ) -> tuple[str, float] | None:
+def first_difference(path: str, model: nn.Module, experiment: Experiment, text: Text, tolerance: float,
+                     client: str = "client.py") -> tuple[str, float] | None:
     """The first layer whose outputs on a held-out row differ from the reloaded file's, and by which share of them.
 
-    None where the runtime shows no layers, or no layer differs alone by more than rounding.
+    None where no layer differs by more than the tolerance, as a share of its largest output. Of an ONNX graph quantised
+    layers are compared.
     """
     file = Path(path).parent / ".layers.safetensors"
     try:
@@ -212,7 +221,7 @@ def first_difference(path: str, model: nn.Module, experiment: Experiment, text: 
     for name, output in ours.items():
         if name in theirs and theirs[name].shape == output.shape:
             share = float((theirs[name] - output).abs().max() / output.abs().max().clamp(min=1e-30))
-            if not share <= experiment.export.tolerance:
+            if not share <= tolerance:
                 return name, share
     return None
 

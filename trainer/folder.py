@@ -9,18 +9,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trainer.errors import UserError
 from trainer.experiment.explaining import resolved_yaml
+from trainer.experiment.reading import read_values
 from trainer.experiment.tree import Experiment
 
 # What a continued run may change: where it is kept, what it tells, how often it looks. None of it changes the weights.
 # A micro-batch splits the same sum otherwise; with dropout it draws otherwise, which is as good.
 # Another engine computes the same; in half precision it rounds elsewhere.
 FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
-        "training.keep_checkpoints", "training.micro_batch", "data.workers", "export.tolerance", "export.to")
+        "training.keep_checkpoints", "training.background_saves", "training.micro_batch", "data.workers",
+        "export.tolerance", "export.to")
 
+LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; those of the largest runs have a hundredth of it
 _LOCKS: dict[Path, Any] = {}  # held by this process; the system releases them when it ends
 
 
@@ -70,7 +71,7 @@ class RunFolder:
 
     def changed(self, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
         """Keys that differ from the experiment that the folder was made by, each with its value then and now."""
-        then = flatten(yaml.safe_load(self.experiment.read_text()))
+        then = flatten(read_values(self.experiment)[0])
         now = flatten(experiment.model_dump(mode="json"))
         return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)
                 and not (key.endswith(".revision") and now.get(key) is None)}  # it was resolved when it began
@@ -92,7 +93,7 @@ class RunFolder:
         if self.path in _LOCKS:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = (self.path / ".lock").open("w")
+        handle = (self.path / ".lock").open("a")  # it may be a link: what it leads to keeps its content
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
@@ -102,14 +103,55 @@ class RunFolder:
         _LOCKS[self.path] = handle
 
 
+def _let_go() -> None:
+    """A forked data worker must not keep its parent's folders locked when the parent is dead."""
+    while _LOCKS:
+        _LOCKS.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 def write_atomically(file: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process dies."""
+    """Write a file that is either the old one or the new one, whenever the process dies or the disk is full.
+
+    Raises:
+        OSError: it could not be written; the old one is as it was.
+    """
     partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, file)
+    try:
+        partial.unlink(missing_ok=True)  # it may be a link
+        with open(partial, "x", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a run has written, which people may have edited since.
+
+    Raises:
+        UserError: it is no JSON object any more.
+    """
+    try:
+        if not file.is_file() or file.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"no file of at most {LARGEST_JSON:,} bytes")
+        values = json.loads(file.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__}, not an object")
+    except (ValueError, RecursionError) as error:
+        raise not_written(file, str(error)) from error
+    return values
+
+
+def not_written(file: Path, why: str) -> UserError:
+    """A file of a run folder that is not as the run wrote it."""
+    return UserError("", f"{file} is not as a run writes it: {why}",
+                     way_out="put it back from a copy, or run the experiment again in another run.folder")
 
 
 def fingerprint(values: Any) -> str:

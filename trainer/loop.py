@@ -6,7 +6,9 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -16,25 +18,30 @@ from transformers import PretrainedConfig
 
 from strategies.distillation.on_policy import written_rows
 from strategies.distillation.reading import Reader, as_it_is
-from strategies.distillation.response import IGNORED, ResponseObjective
+from strategies.distillation.response import IGNORED
 from strategies.distillation.step import Distillation
 from strategies.distillation.targets import Common
 from strategies.memory.meter import mark
 from strategies.quantization.qat import set_bits
-from trainer import checkpoints
-from trainer.data.batches import Batch, model_inputs, training_batches
+from trainer import checkpoints, stopping
+from trainer.checkpoints.random_state import seed_everything
+from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import Text
 from trainer.engines import engine_for, place_teacher
-from trainer.errors import RunFailed
+from trainer.errors import RunFailed, Stopped
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder
+from trainer.held_out import check_held_out, evaluate
 from trainer.inside import attach_projections, build_inside, without_projections
-from trainer.metrics import Metrics, Ticker, memory_peak
+from trainer.metrics import Metrics, Ticker, console, memory_peak, read_lines
 from trainer.models import shape_of, whole_student
+from trainer.nonfinite import Backward, culprits, diagnosis, weights_finite
 from trainer.planned_step import measured_step, plan_step, tell_memory
 from trainer.step_loss import loss_of_batch
 from trainer.targets import CachedTargets, asks
+from trainer.watch import Watch
 
+LEAVING = 10.0  # seconds that a run which ends early waits for the checkpoint it was committing
 MEASURED = 3  # the step of a process, counted from 1, whose memory is measured: state exists, DDP has its buckets
 
 
@@ -45,6 +52,8 @@ class Trainer:
         engine: holds the student and its optimizer on their ranks; `student` is what is called.
         steps: optimizer steps of the whole run.
         step: optimizer steps done.
+        nonfinite: steps in a row, up to now, whose loss or gradient was not finite.
+        empty_steps: steps without any target token, ever.
     """
 
     def __init__(self, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: Text,
@@ -52,6 +61,7 @@ class Trainer:
                  teacher_config: PretrainedConfig | None = None,
                  related: tuple[Common | None, Reader] = (None, as_it_is)):
         self.experiment, self.folder, self.accelerator, self.text = experiment, folder, accelerator, text
+        check_held_out(text)
         self.teacher_config = teacher_config
         objective = experiment.objective.build(teacher is not None)
         self.cached = teacher if isinstance(teacher, CachedTargets) else None
@@ -64,13 +74,17 @@ class Trainer:
         self.distillation = Distillation(
             objective, self.unwrapped, self.teacher, shapes=shapes, common=related[0], reader=related[1],
             inside=build_inside(experiment, self.unwrapped, self.teacher))
-        self.steps, self.step, self.nonfinite = steps, 0, 0
+        self.steps, self.step, self.nonfinite, self.empty_steps = steps, 0, 0, 0
+        self.watch = Watch(accelerator.process_index, accelerator.num_processes, experiment.run.timeout)
         batch, processes = experiment.training.batch_size, accelerator.num_processes
         self.accumulation = batch // (experiment.training.micro_batch * processes)
         self.memory = plan_step(self)
-        torch.manual_seed(experiment.seed * 1_000_003 + accelerator.process_index + 1)  # dropout, apart on each process
+        self.backward = Backward(self.unwrapped)
+        seed_everything(experiment.seed * 1_000_003 + accelerator.process_index + 1)  # dropout, apart on each process
+        self.checkpoints = self._checkpoints()
         self._resume()
         self._measured_at = min(self.step + MEASURED, self.steps) - 1
+        self._tracks = bool(experiment.run.trackers)  # teacher and control, trained by the way, have none
 
     @property
     def student(self) -> nn.Module:
@@ -93,7 +107,12 @@ class Trainer:
         return self.engine.optimizer
 
     def train(self) -> None:
-        """Train from `step` to `steps`, evaluating and saving on the way."""
+        """Train from `step` to `steps`, evaluating and saving on the way.
+
+        Raises:
+            Stopped: a signal asked for it.
+            RunFailed: too many steps were not finite, weights are not, or another process is missing.
+        """
         settings = self.experiment.training
         metrics = Metrics(self.folder.metrics, self.accelerator.is_main_process, self.step)
         ticker = Ticker(self.experiment.name, self.steps, self.step, self.experiment.run.log_every,
@@ -102,50 +121,68 @@ class Trainer:
             ticker.say(f"resumed at step {self.step}")
         batches = self._batches()
         try:
-            while self.step < self.steps:
-                measured = None
-                if self.step == self._measured_at:
-                    record, measured = measured_step(self, batches)
-                else:
-                    record = self.train_step(batches)
-                self.step += 1
-                self._log(record, metrics, ticker)
-                if measured is not None:
-                    tell_memory(self, measured, metrics, ticker)
-                if self.step % settings.evaluate_every == 0 or self.step == self.steps:
-                    found = self.evaluate()
-                    metrics.write({"step": self.step, "held_out": found})
-                    self._track({f"held_out/{name}": value for name, value in found.items()})
-                    ticker.say(f"step {self.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte")
-                if self.step % settings.checkpoint_every == 0 or self.step == self.steps:
-                    self.save()
-                if self.nonfinite >= settings.nonfinite_limit:
-                    self.save()
-                    raise RunFailed(self._diagnosis(record))
+            with stopping.boundaries(), self.watch.on():
+                if self._lacks_evaluation():
+                    self._evaluate(metrics, ticker)
+                while self.step < self.steps:
+                    record = measured = None
+                    if self.step == self._measured_at:
+                        record, measured = measured_step(self, batches)
+                    else:
+                        record = self.train_step(batches)
+                    if record is None:
+                        self._stop()
+                    self.step += 1
+                    self._log(record, metrics, ticker)
+                    if measured is not None and "empty" not in record:
+                        tell_memory(self, measured, metrics, ticker)
+                    if self._evaluates():
+                        self._evaluate(metrics, ticker)
+                    if self.step % settings.checkpoint_every == 0 or self.step == self.steps:
+                        self._save_good()
+                    if self.nonfinite >= settings.nonfinite_limit:
+                        self._save_good()
+                        self.finish_saving()
+                        raise RunFailed(diagnosis(record, self.nonfinite, self.folder.checkpoints))
+                self.finish_saving()
+                if self.empty_steps:
+                    ticker.say(f"{self.empty_steps} of {self.steps} steps had no target token and taught nothing")
         finally:
+            self.checkpoints.finish(LEAVING)
             ticker.close()
             metrics.close()
 
-    def train_step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+    def train_step(self, batches: Iterator[Batch]) -> dict[str, Any] | None:
         """One optimizer step over `accumulation` micro-batches on every process; returns what to log.
 
         The loss is the objective's sum over all target tokens of the step divided by their number, over micro-batches
-        and processes, so it does not depend on how the batch is split.
+        and processes, so it does not depend on how the batch is split. None where a process was asked to stop, on which
+        all agree before anything has changed.
         """
         started = time.perf_counter()
         self._set_bits(self.step)
         learning_rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        number = self.step + 1
+        self.watch.at(f"the batch of step {number}")
         micro_batches = [next(batches) for _ in range(self.accumulation)]
         if self._writes(self.step):
-            micro_batches = [self._written(batch, number) for number, batch in enumerate(micro_batches)]
+            self.watch.at(f"the texts that the student writes for step {number}")
+            micro_batches = [self._written(batch, index) for index, batch in enumerate(micro_batches)]
         learnt = sum((batch["targets"] != IGNORED).sum() for batch in micro_batches)
-        tokens = self._total(learnt.to(self.accelerator.device))
+        self.watch.at(f"the sum of target tokens of step {number}")
+        asked = torch.tensor(stopping.asked() is not None)
+        tokens, stops = self.total(torch.stack([learnt, asked.to(learnt)]).to(self.accelerator.device))
+        if stops:
+            return None
+        if not tokens:
+            return self._empty(learning_rate, started)
         sums: dict[str, torch.Tensor] = {}
         finite: list[torch.Tensor] = []
-        for number, batch in enumerate(map(self._to_device, micro_batches), 1):  # one at a time on the device
-            last = number == self.accumulation
+        for index, batch in enumerate(map(self.to_device, micro_batches), 1):  # one at a time on the device
+            self.watch.at(f"the gradients of step {number}, micro-batch {index}")
+            last = index == self.accumulation
             with self.engine.accumulating(last):
                 if last:
                     mark("forward")
@@ -155,19 +192,32 @@ class Trainer:
                 if last:
                     mark("backward")
                 self.engine.backward(share if self.engine.scales else self.precision.scale(share))
-            finite.append(loss.detach().isfinite())
+            finite.append(self.backward.finite(loss))
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0) + value
-        means = {name: float(self._total(value) / tokens) for name, value in sums.items()}
+        self.watch.at(f"the sum of losses of step {number}")
+        means = {name: float(self.total(value) / tokens) for name, value in sums.items()}
+        self.watch.at(f"the update of step {number}")
         mark("update")
         norm = self._update(math.isfinite(means["loss"]))
-        record = {"step": self.step + 1, **means, "gradient_norm": norm, "learning_rate": learning_rate,
-                  "tokens": int(tokens), "loss_scale": self.precision.loss_scale, "skipped": self.precision.skipped,
-                  "growths": self.precision.growths}
+        record = self._record(means, norm, learning_rate, int(tokens))
         if self.nonfinite:
-            record["nonfinite"] = self._culprits(micro_batches, finite)
+            record["nonfinite"] = culprits(self.accelerator, micro_batches, finite)
         record["seconds"] = time.perf_counter() - started
         return record
+
+    def _record(self, means: dict[str, float | None], norm: float | None, learning_rate: float, tokens: int
+                ) -> dict[str, Any]:
+        """What a step is remembered by."""
+        return {"step": self.step + 1, **means, "gradient_norm": norm, "learning_rate": learning_rate,
+                "tokens": tokens, "loss_scale": self.precision.loss_scale, "skipped": self.precision.skipped,
+                "growths": self.precision.growths}
+
+    def _empty(self, learning_rate: float, started: float) -> dict[str, Any]:
+        """A step in which no process has a target token: there is no loss, and nothing moves but the schedule."""
+        self.empty_steps += 1
+        return {**self._record({"loss": None}, None, learning_rate, 0), "empty": True, "empty_steps": self.empty_steps,
+                "seconds": time.perf_counter() - started}
 
     def _set_bits(self, step: int) -> None:
         """Give quantised layers the bits of a step, where they have a schedule."""
@@ -187,7 +237,7 @@ class Trainer:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         seed = ((self.experiment.seed * self.steps + self.step) * self.accumulation + number) * processes + rank
         with self.precision.autocast(self.engine.casts):
-            rows = written_rows(self.unwrapped, self._to_device(batch), prompt_tokens=asked.prompt_tokens,
+            rows = written_rows(self.unwrapped, self.to_device(batch), prompt_tokens=asked.prompt_tokens,
                                 new_tokens=asked.new_tokens, temperature=asked.temperature, seed=seed,
                                 end=tokenizer.eos_token_id, padding=tokenizer.pad_token_id)
         return {**batch, **rows, "written": torch.ones(())}
@@ -209,49 +259,38 @@ class Trainer:
             self.precision.settle(overflow, done.finite)
         return done.norm
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Bits per byte and cross-entropy per token (nats) on held-out rows, the same on any number of processes."""
-        rows, size = self.text.held_out, self.experiment.training.micro_batch
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        wide = torch.float32 if self.accelerator.device.type == "mps" else torch.float64  # which Apple's GPUs lack
-        sums = torch.zeros(2, dtype=wide, device=self.accelerator.device)
-        text = Distillation(ResponseObjective(divergences=()), self.unwrapped, shapes=self.distillation.shapes)
-        self.student.eval()
-        for begin in range(0, len(rows["input_ids"]), size * processes):
-            part = slice(begin + rank * size, begin + (rank + 1) * size)
-            batch = self._to_device({name: tensor[part] for name, tensor in rows.items()})
-            if not len(batch["input_ids"]):  # every process takes part in every forward; this one's rows are used up
-                batch = self._to_device({name: tensor[:1] for name, tensor in rows.items()})
-                batch["targets"] = torch.full_like(batch["targets"], IGNORED)
-            with self.precision.autocast(self.engine.casts):
-                sums[0] += text(self.student, model_inputs(batch), batch["targets"])[0].to(wide)
-            sums[1] += (batch["targets"] != IGNORED).sum()
-        self.student.train()
-        nats, tokens = (float(value) for value in self._total(sums))
-        return {"bits_per_byte": nats / math.log(2) / max(1, int(rows["bytes"].sum())), "cross_entropy": nats / tokens}
-
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
-        checkpoints.save(
-            self.folder.checkpoints, self.step, self.engine,
-            {"precision": self.precision.state_dict(), "engine": self.engine.scale_state(), "nonfinite": self.nonfinite,
-             "processes": self.accelerator.num_processes},
-            keep=self.experiment.training.keep_checkpoints, rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes, wait=self.accelerator.wait_for_everyone,
-        )
+        """Write a checkpoint of this moment; with `training.background_saves` it is committed behind the next steps.
+
+        One that cannot be written is said, and training goes on with the one before it.
+        """
+        self.checkpoints.save(self.step, self.engine, {
+            "precision": self.precision.state_dict(), "engine": self.engine.scale_state(), "nonfinite": self.nonfinite,
+            "empty_steps": self.empty_steps, "processes": self.accelerator.num_processes})
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is committed or given up; of other processes only their threads are needed."""
+        self.checkpoints.finish()
 
     def whole(self) -> nn.Module:
         """The student whole, on the main process: where it is sharded, made again and filled from the last checkpoint.
 
         Nothing is gathered for it, so no other process takes part.
+
+        Raises:
+            RunFailed: it is sharded, and its last checkpoint could not be written.
         """
         if not self.engine.sharded:
             return without_projections(self.unwrapped)
+        self.finish_saving()
+        newest = self.checkpoints.last
+        if newest is None or newest.name != checkpoints.NAME.format(self.step):
+            raise RunFailed("the student is shared out over processes, and is put together from its last checkpoint, "
+                            f"which could not be written to {self.folder.checkpoints}.\n  -> make room there and start "
+                            "the same command again: the run goes on from "
+                            + ("its beginning" if newest is None else newest.name))
         model = whole_student(self.experiment, self.unwrapped)
         attach_projections(self.experiment, model, self.teacher_config)
-        newest = checkpoints.latest(self.folder.checkpoints)
-        assert newest is not None, "the last step writes a checkpoint"
         checkpoints.load_whole(newest, model)
         return without_projections(model)
 
@@ -263,80 +302,124 @@ class Trainer:
 
     # ---- helpers
 
+    def _evaluates(self) -> bool:
+        """Whether the step that was done last is followed by an evaluation."""
+        return self.step > 0 and (self.step % self.experiment.training.evaluate_every == 0 or self.step == self.steps)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the run ended after a step was saved and before the evaluation that belongs to it was done."""
+        if not self._evaluates():
+            return False
+        done = self.accelerator.is_main_process and any(
+            line["step"] == self.step and "held_out" in line for line in read_lines(self.folder.metrics))
+        return not any(gather_object([done]))
+
+    def _evaluate(self, metrics: Metrics, ticker: Ticker) -> None:
+        """Evaluate and tell, or stop."""
+        found = evaluate(self)
+        if found is None:
+            self._stop()
+        metrics.write({"step": self.step, "held_out": found})
+        self._track({f"held_out/{name}": value for name, value in found.items()})
+        ticker.say(f"step {self.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte")
+
+    def _save_good(self) -> None:
+        """Write a checkpoint, but never one of weights that are not finite, which an update may make of finite ones."""
+        self.watch.at(f"the checkpoint of step {self.step}")
+        if self.total((~weights_finite(self.engine)).long().to(self.accelerator.device)):
+            raise RunFailed(f"weights are not finite at step {self.step}, though loss and gradient were in every step "
+                            f"that was taken: no checkpoint is made of them, and those in {self.folder.checkpoints} "
+                            "are good.\n  -> lower optimizer.lr; then start the same command again, or another run")
+        self.save()
+
+    def _stop(self) -> NoReturn:
+        """Save this moment, and end as all processes have agreed to."""
+        every = gather_object([stopping.asked()])
+        process, signal = next((process, signal) for process, signal in enumerate(every) if signal is not None)
+        if self.step:
+            self._save_good()
+        self.finish_saving()
+        self.accelerator.wait_for_everyone()
+        with suppress(OSError):  # of a full disk
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        saved = max((one.name for one in self.folder.checkpoints.glob("step-*")), default=None)
+        raise Stopped(self.experiment.name, self.step, signal, process, saved)
+
+    def _checkpoints(self) -> checkpoints.Checkpoints:
+        name, main = self.experiment.name, self.accelerator.is_main_process
+        return checkpoints.Checkpoints(
+            self.folder.checkpoints, self.experiment.training.keep_checkpoints, rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes, gather=gather_object,
+            background=self.experiment.training.background_saves,
+            say=(lambda text: console.print(f"{name}  {text}")) if main else (lambda _: None),
+            beside=[self.folder.metrics])  # of which a checkpoint's steps must not be missing after a power cut
+
     def _resume(self) -> None:
-        newest = checkpoints.latest(self.folder.checkpoints)
+        newest = self.checkpoints.newest_good()
+        if newest is None:
+            return
         state = wrong = None
         try:
-            if newest is not None:
-                state = checkpoints.load(newest, self.engine, self.accelerator.process_index)
+            state = checkpoints.load(newest, self.engine, self.accelerator.process_index)
         except checkpoints.Unreadable as error:
             wrong = str(error)
-        self._check_resumed(None if newest is None else newest.name, wrong)
-        if state is not None:
-            self.engine.refresh()
-            self.precision.load_state_dict(state["precision"])
-            self.engine.load_scale_state(state["engine"], self.precision.loss_scale)
-            self.step, self.nonfinite = state["step"], 0  # a restart is a new chance for a step that was not finite
+        self._check_resumed(newest, wrong)
+        self.engine.refresh()
+        self.precision.load_state_dict(state["precision"])
+        self.engine.load_scale_state(state["engine"], self.precision.loss_scale)
+        self.step, self.empty_steps = state["step"], state.get("empty_steps", 0)
+        self.nonfinite = 0  # a restart is a new chance for a step that was not finite
 
-    def _check_resumed(self, name: str | None, wrong: str | None) -> None:
-        """Raise `RunFailed` on every process where one of them could not read the checkpoint, or reads another one."""
-        every = gather_object([(name, wrong)])
-        if len({name for name, _ in every}) > 1:
-            raise RunFailed(f"the processes see different checkpoints in {self.folder.checkpoints}: "
-                            f"{', '.join(str(name) for name, _ in every)}.\n  -> use a run.folder on storage that all "
-                            "machines share")
-        wrong = next((wrong for _, wrong in every if wrong is not None), None)
+    def _check_resumed(self, checkpoint: Path, wrong: str | None) -> None:
+        """Raise `RunFailed` on every process where one of them cannot use a checkpoint that is as it was written."""
+        wrong = next(filter(None, gather_object([wrong])), None)
         if wrong is not None:
-            before = sorted(self.folder.checkpoints.glob("step-*"))[:-1]
-            raise RunFailed(f"the checkpoint {self.folder.checkpoints / name} cannot be gone on from: {wrong}.\n"
-                            "  -> move that folder away and start the same command again: the run then goes on from "
-                            + (f"{before[-1].name}, the checkpoint before it" if before else "its beginning"))
+            before = [path.name for path in checkpoints.listed(self.folder.checkpoints) if path.name < checkpoint.name]
+            raise RunFailed(f"the checkpoint {checkpoint} cannot be gone on from: {wrong}.\n"
+                            "  -> start again with the model and the version that wrote it; or move that folder away: "
+                            "the run then goes on from "
+                            + (f"{before[-1]}, the checkpoint before it" if before else "its beginning"))
 
     def _batches(self) -> Iterator[Batch]:
         training = self.experiment.training
-        return training_batches(
-            self.text.train, seed=self.experiment.seed, micro_batch=training.micro_batch,
-            rank=self.accelerator.process_index, processes=self.accelerator.num_processes,
-            skip=self.step * training.batch_size, workers=self.experiment.data.workers,
-            pin=self.accelerator.device.type == "cuda",
-        )
+        with stopping.only_here():
+            return training_batches(
+                self.text.train, seed=self.experiment.seed, micro_batch=training.micro_batch,
+                rank=self.accelerator.process_index, processes=self.accelerator.num_processes,
+                skip=self.step * training.batch_size, workers=self.experiment.data.workers,
+                pin=self.accelerator.device.type == "cuda",
+            )
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
+        """A batch on this process's device."""
         return {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _total(self, value: torch.Tensor) -> torch.Tensor:
+    def total(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over processes."""
         return self.accelerator.reduce(value, reduction="sum")
-
-    def _culprits(self, micro_batches: list[Batch], finite: list[torch.Tensor]) -> list[dict[str, Any]]:
-        """Process, micro-batch and rows whose loss is not finite; empty where only a gradient is not."""
-        own = torch.stack([flag.long() for flag in finite])
-        rows = torch.stack([batch["row"] for batch in micro_batches]).to(own.device)
-        flags, every = self.accelerator.gather(own[None]), self.accelerator.gather(rows[None])
-        return [{"process": process, "micro_batch": number, "rows": every[process, number].tolist()}
-                for process, number in torch.argwhere(flags == 0).tolist()]
-
-    def _diagnosis(self, record: dict[str, Any]) -> str:
-        what = "loss" if record["nonfinite"] else "gradient"
-        where = "".join(f"; process {one['process']}, micro-batch {one['micro_batch']}, rows {one['rows']}"
-                        for one in record["nonfinite"][:4])
-        return (f"the {what} was not finite for {self.nonfinite} steps in a row, last at step {self.step}{where}.\n"
-                f"  No such step reached the weights; they are safe in {self.folder.checkpoints}.\n"
-                "  -> lower optimizer.lr, set training.clip, or use precision.dtype bf16 or fp32; "
-                "then start the same command again, or another run")
 
     def _log(self, record: dict[str, Any], metrics: Metrics, ticker: Ticker) -> None:
         record["tokens_per_second"] = record["tokens"] / record["seconds"]
         record["memory_peak"], record["memory_kind"] = memory_peak(self.accelerator.device)
         if "nonfinite" in record:
             ticker.say(f"step {self.step}: non-finite loss or gradient, step skipped {record['nonfinite'] or ''}")
+        if record.get("empty_steps") == 1:
+            ticker.say(f"step {self.step}: no target token in the whole batch, so that there is no loss and nothing is "
+                       "learnt; more such steps are counted in metrics.jsonl as empty_steps, and not told")
         metrics.write({name: _plain(value) for name, value in record.items()})
         self._track({name: value for name, value in record.items() if isinstance(value, (int, float))})
         ticker.step(self.step, record)
 
     def _track(self, values: dict[str, float]) -> None:
-        if self.experiment.run.trackers:  # teacher and control, trained by the way, have none
+        if not self._tracks:
+            return
+        try:
             self.accelerator.log(values, self.step)
+        except OSError as error:  # a full disk, for example: no reason to end a run
+            self._tracks = False
+            console.print(f"{self.experiment.name}  warning: trackers are told no more, since one cannot write: "
+                          f"{error.strerror or error}; metrics.jsonl has everything")
 
 
 def _plain(value: Any) -> Any:

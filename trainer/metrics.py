@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from trainer.folder import write_atomically
+from trainer.folder import not_written, write_atomically
 
 WIDE = 130  # columns that the bar with all its figures takes
 
@@ -22,36 +22,58 @@ console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), markup=Fal
 
 
 class Metrics:
-    """One JSON object per line, on the main process; a resumed run drops what it will write again."""
+    """One JSON object per line, on the main process; a resumed run drops what it will write again.
+
+    Where the disk is full, lines wait in memory until there is room.
+    """
 
     def __init__(self, file: Path, active: bool, step: int):
-        self._handle = None
+        self._handle, self._waiting = None, b""
         if not active:
             return
         kept = [line for line in read_lines(file) if line["step"] <= step] if file.exists() else []
         write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
-        self._handle = file.open("a", encoding="utf-8")
+        self._handle = file.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record; it is in the file when this returns."""
+        """Append a record; it is in the file when this returns, if there is room."""
         if self._handle:
-            self._handle.write(json.dumps(record) + "\n")
-            self._handle.flush()
+            self._waiting += json.dumps(record).encode() + b"\n"
+            self._flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits, as far as there is room, and close the file."""
         if self._handle:
+            self._flush()
             self._handle.close()
+
+    def _flush(self) -> None:
+        """A disk may take a part of a line; the next call goes on behind it."""
+        while self._waiting:
+            try:
+                taken = self._handle.write(self._waiting)
+            except OSError:
+                return
+            self._waiting = self._waiting[taken:]
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file; a line cut off by a crash ends it."""
+    """Records of a metrics file, of which a crash may have cut off the last line.
+
+    Raises:
+        UserError: another line is not as it was written.
+    """
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or type(record.get("step")) is not int:
+                    raise ValueError("it is no record of a step")
+                records.append(record)
+            except (ValueError, RecursionError) as error:
+                if handle.read(1):
+                    raise not_written(file, f"line {number}: {error}") from error
     return records
 
 
@@ -88,6 +110,8 @@ class Ticker:
 
 
 def _figures(record: dict[str, Any], short: bool = False) -> str:
+    if record["loss"] is None:
+        return "no target tokens"
     parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
     if short:  # metrics.jsonl has the rest
         return "  ".join(parts)

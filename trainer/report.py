@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy
-import yaml
 
 from strategies.memory.picture import Curve, draw_step
-from trainer.errors import UserError
-from trainer.folder import RunFolder, write_atomically
+from trainer.errors import ExperimentErrors, UserError
+from trainer.experiment.reading import read_values
+from trainer.folder import RunFolder, not_written, read_json, write_atomically
 from trainer.metrics import read_lines, readable
 
 COLOURS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
@@ -23,17 +23,29 @@ def write_report(path: Path) -> Path:
     """Write `report.md` and its PNG pictures into a run folder and return the report's path.
 
     Raises:
-        UserError: the folder is no finished run.
+        UserError: the folder is no finished run, or one of its files is not as a run writes it.
     """
     folder = RunFolder(path)
     for file in (folder.experiment, folder.plan, folder.metrics, folder.comparison, folder.receipt):
         if not file.exists():
             raise UserError("", f"not a finished run: {file.name} is missing",
                             way_out="pass a run folder whose training has ended, for example runs/quickstart")
-    experiment = yaml.safe_load(folder.experiment.read_text())
-    found = json.loads(folder.comparison.read_text())
-    receipt = json.loads(folder.receipt.read_text())
-    plan = json.loads(folder.plan.read_text())
+    try:
+        _write(folder)
+    except ExperimentErrors as error:
+        raise UserError("", f"{error.place}: {error}", way_out=error.errors[0].way_out) from error
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        files = ", ".join(file.name for file in (folder.comparison, folder.receipt, folder.plan, folder.metrics))
+        raise not_written(folder.path, f"something in one of {files} ({what})") from error
+    return folder.report
+
+
+def _write(folder: RunFolder) -> None:
+    experiment = read_values(folder.experiment)[0]
+    found, receipt, plan = (read_json(file) for file in (folder.comparison, folder.receipt, folder.plan))
     curves = {"student": read_lines(folder.metrics)}
     control = RunFolder(folder.control)
     if control.metrics.exists():
@@ -43,7 +55,7 @@ def write_report(path: Path) -> Path:
     _plot_held_out(curves, found, folder.path / "held_out.png")
     _plot_size(found, folder.path / "size.png")
     parts = [
-        f"# {experiment['name']}\n",
+        f"# {_plain(experiment['name'])}\n",
         _verdict(found, receipt), "",
         "## Models\n", _models(found, meaning), "",
         "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
@@ -51,16 +63,34 @@ def write_report(path: Path) -> Path:
         "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
         "![size against bits per byte](size.png)\n",
         "## Training\n", "![training loss](loss.png)\n", "![held-out bits per byte](held_out.png)\n",
-        _training(curves["student"]), *(f"Text: {note}." for note in plan.get("text", [])), "",
+        _training(curves["student"]), *(f"Text: {_plain(note)}." for note in plan.get("text", [])), "",
         "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
         "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan), "",
-        "## Samples\n", f"Each model continues `{experiment['report']['prompt']}` with its most probable tokens.\n",
-        *[f"**{name}**\n\n```text\n{found[name]['sample']}\n```\n" for name in _ordered(found)],
+        "## Samples\n",
+        f"Each model continues {_code(experiment['report']['prompt'])} with its most probable tokens.\n",
+        *[f"**{name}**\n\n{_block(found[name]['sample'])}\n" for name in _ordered(found)],
         "Run it again: `accelerate launch train.py --config experiment.yaml run.folder=...` with the "
         "`experiment.yaml` in this folder.\n",
     ]
     write_atomically(folder.report, "\n".join(parts))
-    return folder.report
+
+
+def _plain(text: str) -> str:
+    """Text that stays text in Markdown, on one line."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: str) -> str:
+    """Text as code in a line, whatever is in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    room = " " if "`" in text else ""
+    return f"{fence}{room}{' '.join(text.split())}{room}{fence}"
+
+
+def _block(text: str) -> str:
+    """Text as a block of code, whatever is in it."""
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _ordered(found: dict[str, Any]) -> list[str]:
@@ -104,6 +134,8 @@ def _training(lines: list[dict[str, Any]]) -> str:
     if steps and steps[-1]["loss_scale"] != 1:
         text += (f" Loss scale {steps[-1]['loss_scale']:g} at the end; {steps[-1]['skipped']} steps skipped for "
                  f"overflow, {steps[-1]['growths']} growths.")
+    if empty := sum("empty" in line for line in steps):
+        text += f" {empty:,} of the steps had no target token and taught nothing."
     return text + (f" Steps skipped because loss or gradient was not finite: {skipped}." if skipped else "")
 
 
@@ -116,7 +148,7 @@ def _receipt(receipt: dict[str, Any]) -> str:
             value = f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
         elif isinstance(value, int) and not isinstance(value, bool):
             value = f"{value:,}"
-        rows.append(f"| {name.replace('_', ' ')} | {value} |")
+        rows.append(f"| {_plain(name.replace('_', ' '))} | {_plain(value)} |")
     meaning = ("Largest and mean difference are between logits of the reloaded file and of the student in the dtype of "
                "the export; the difference from training is from the fake-quantised student in fp32.")
     return "\n".join([*rows, "", meaning])
@@ -126,11 +158,11 @@ def _allotted(folder: RunFolder) -> list[str]:
     """Bits of the layers, where they were chosen within a budget."""
     if not folder.allocation.exists():
         return []
-    found = json.loads(folder.allocation.read_text())
+    found = read_json(folder.allocation)
     layers: dict[str, list[str]] = {}
     for name, quantizer in found["chosen"]["choice"].items():
         layers.setdefault(f"{quantizer['bits']}", []).append(name)
-    rows = [f"| {bits} | {len(names)} | {', '.join(names[:4])}{' ...' if len(names) > 4 else ''} |"
+    rows = [f"| {bits} | {len(names)} | {_plain(', '.join(names[:4]))}{' ...' if len(names) > 4 else ''} |"
             for bits, names in sorted(layers.items(), reverse=True)]
     return ["## Bits\n", "| bits | layers | |", "|---:|---:|---|", *rows, "",
             f"Chosen within {found['budget']:,} bytes on disk, of which {found['rest']:,} are not quantised: the least "
@@ -143,8 +175,8 @@ def _elsewhere(folder: RunFolder) -> list[str]:
     """Receipts of the student as other runtimes read it, at the time of this report."""
     rows = []
     for file in sorted(folder.path.glob("student-*/receipt.json")):
-        found = json.loads(file.read_text())
-        rows.append(f"| `{file.parent.name}/` | {found['bytes_on_disk']:,} | {found['bits_per_byte']:.4f} | "
+        found = read_json(file)
+        rows.append(f"| {_code(file.parent.name + '/')} | {found['bytes_on_disk']:,} | {found['bits_per_byte']:.4f} | "
                     f"{found['largest_difference']:.2g} | {found['argmax_agreement']:.1%} | "
                     f"{found['tokens_per_second']:,.0f} |")
     if not rows:
@@ -159,7 +191,8 @@ def _ledger(plan: dict[str, Any]) -> str:
     rows = []
     if plan.get("memory") is None:
         rows = ["| part | planned bytes per process |", "|---|---:|"]
-        rows += [f"| {name.replace('_', ' ')} | {count:,} |" for name, count in plan["ledger"].items() if count]
+        rows += [f"| {_plain(name.replace('_', ' '))} | {count:,} |"
+                 for name, count in plan["ledger"].items() if count]
     measured = plan.get("measured")
     if measured:
         what = {"rss": "resident set of the process at its largest: libraries and data included, not comparable with "
@@ -175,9 +208,9 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
     if memory is None or measured is None:
         return []
     found = measured["memory"]
-    rows = [f"| at the peak ({memory['moment']}) | planned bytes per process |", "|---|---:|"]
-    rows += [f"| {name} | {count:,} |" for name, count in sorted(memory["parts"].items(), key=lambda part: -part[1])
-             if count]
+    rows = [f"| at the peak ({_plain(memory['moment'])}) | planned bytes per process |", "|---|---:|"]
+    rows += [f"| {_plain(name)} | {count:,} |"
+             for name, count in sorted(memory["parts"].items(), key=lambda part: -part[1]) if count]
     rows += [f"| **planned peak** | {memory['peak']:,} |", f"| **measured peak**, step {measured['step']} | "
                                                            f"{found['peak']:,} |"]
     if found["reserved"] is not None:
@@ -189,7 +222,7 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
                      f"schedule of the blocks could save at most {memory['gap']:.1%} of it."]
     rows += ["", "Planned for a micro-batch whose rows hold several documents each; rows of one document need no mask, "
                  "and a little less."]
-    rows += [f"\nNot planned: {text}." for text in memory["unplanned"]]
+    rows += [f"\nNot planned: {_plain(text)}." for text in memory["unplanned"]]
     draw_step(Curve(numpy.array(memory["curve"]), tuple(map(tuple, memory["marks"]))),
               Curve(numpy.array(found["curve"]), tuple(map(tuple, found["marks"]))), memory["budget"],
               folder.path / "memory.png")

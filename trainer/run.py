@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
+import secrets
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from transformers import PretrainedConfig
 from strategies.export.transformers_folder import write_folder
 from strategies.quantization.baking import bake
 from trainer.budget import plan_memory
+from trainer.checkpoints import check_space, planned_bytes
 from trainer.data.dataset import Text, prepare_text
 from trainer.data.sources import check_path
 from trainer.engines import check_engine, start
@@ -159,6 +162,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
     assert steps is not None, "the length of the data is known once it is tokenised"
     plan = make_plan(experiment, teacher_shape, student_shape, processes=accelerator.num_processes,
                      device=accelerator.device.type, rows=rows)
+    check_space(folder.checkpoints, planned_bytes(experiment, student_shape, teacher_shape),
+                keep=experiment.training.keep_checkpoints, written=-(-steps // experiment.training.checkpoint_every))
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     teacher = None
@@ -172,8 +177,6 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
                 raise UserError("data.packing", f"documents packed into one sequence would see each other in the {key} "
                                 f"({type(model).__name__}): it does not keep them apart by position", value=True,
                                 way_out="set `data.packing: false`")
-    if experiment.run.trackers:
-        _start_trackers(accelerator, asked)
     related = relate(experiment, text, student_shape, teacher_shape if asks(experiment) else None)
     if related[0] is not None and experiment.teacher.targets.source in ("samples", "top_k"):
         raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",
@@ -183,7 +186,10 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
     if accelerator.is_main_process:
         folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
     accelerator.wait_for_everyone()
-    return Trainer(experiment, folder, accelerator, text, student, teacher, steps, teacher_shape, related)
+    trainer = Trainer(experiment, folder, accelerator, text, student, teacher, steps, teacher_shape, related)
+    if experiment.run.trackers:
+        _start_trackers(accelerator, asked, folder, trainer.step)
+    return trainer
 
 
 def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = False
@@ -214,14 +220,29 @@ def _with_teacher(experiment: Experiment, accelerator: Accelerator, text: Text) 
     return experiment.model_copy(update={"teacher": teacher})
 
 
-def _start_trackers(accelerator: Accelerator, experiment: Experiment) -> None:
+def _start_trackers(accelerator: Accelerator, experiment: Experiment, folder: RunFolder, step: int) -> None:
+    """Start trackers, or go on with those of the run's first start, from the step that it goes on from."""
+    identity = _tracker_id(folder) if accelerator.is_main_process else ""
+    known = {"wandb": {"id": identity, "resume": "allow"},
+             "trackio": {"name": f"{experiment.name}-{identity}", "resume": "allow"},
+             "tensorboard": {"purge_step": step + 1}}  # points of steps that are done again
     values = {key: value if isinstance(value, (int, float, str, bool)) else str(value)
               for key, value in flatten(experiment.model_dump(mode="json")).items()}
     try:
-        accelerator.init_trackers("limbeck", config=values)
+        accelerator.init_trackers("limbeck", config=values, init_kwargs=known)
     except Exception as error:  # each tracker has errors of its own, a missing login for example
         raise UserError("run.trackers", f"a tracker could not start: {error}", value=list(experiment.run.trackers),
                         way_out="log in to it, or remove it; metrics.jsonl is always written") from error
+
+
+def _tracker_id(folder: RunFolder) -> str:
+    """What trackers know this run by, made at its first start."""
+    file = folder.path / "tracker.id"
+    known = file.read_text() if file.exists() else ""
+    if not re.fullmatch("[0-9a-f]{16}", known):
+        known = secrets.token_hex(8)
+        write_atomically(file, known)
+    return known
 
 
 def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> Experiment:

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--text", type=Path, default=Path(__file__).parents[2] / "README.md")
+    parser.add_argument("--text", type=Path, default=Path(argparse.__file__), help="left out: a file of Python's own")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=32)

@@ -8,7 +8,8 @@ scale for 32 weights:
 - it is rounded as it is, to nearest (`rtn`) and as GPTQ does (`gptq`);
 - it is trained on for some steps with quantised weights (`qat`), by ours and by torchao's fake quantisers: same
   weights to begin with, same rows, same optimizer, same steps;
-- ours is trained the same with the trained model as its teacher (`qat + distillation`, forward KL alone).
+- ours is trained the same with a teacher (`qat + distillation`, forward KL alone): the trained model after as many more
+  steps in full precision, which is also what quantised students are to be compared with.
 
 torchao has no ternary weights: there its two bits stand beside them. Losses are cross-entropies per token of held-out
 text, of the quantised model. Costs are of a step of a wider model: medians over rounds in which all take turns, and
@@ -92,6 +93,9 @@ def of_seed(seed: int, text: Text, chosen: argparse.Namespace) -> Iterator[dict]
     train(base, text, seed, chosen.base_steps, 4e-3)
     whole = held_out(base, text)
     yield {"seed": seed, "scheme": "full precision", "method": "none", "loss": whole}
+    teacher = copy.deepcopy(base)
+    train(teacher, text, seed + 1000, chosen.steps, chosen.lr)
+    yield {"seed": seed, "scheme": "full precision", "method": "trained on", "loss": held_out(teacher, text)}
     for scheme in chosen.schemes:
         for method in METHODS:
             if method == "torchao qat" and not find_spec("torchao"):
@@ -104,7 +108,7 @@ def of_seed(seed: int, text: Text, chosen: argparse.Namespace) -> Iterator[dict]
             else:
                 with_weights(model, scheme, method)
                 train(model, text, seed + 1000, chosen.steps, chosen.lr,
-                      base if method == "qat + distillation" else None)
+                      teacher if method == "qat + distillation" else None)
             row = {"seed": seed, "scheme": scheme, "method": method, "loss": held_out(model, text)}
             print(f"seed {seed}, {scheme}, {method}: {row['loss']:.4f} (full precision {whole:.4f})", flush=True)
             yield row
@@ -214,14 +218,16 @@ def table(found: dict) -> str:
     rows = found["rows"]
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     lines = [f"| scheme | {' | '.join(methods)} |", "|---|" + "---:|" * len(methods)]
-    for scheme in dict.fromkeys(row["scheme"] for row in rows if row["method"] != "none"):
+    for scheme in dict.fromkeys(row["scheme"] for row in rows if row["method"] in METHODS):
         shown = [_spread([row["loss"] for row in rows if (row["scheme"], row["method"]) == (scheme, method)])
                  for method in methods]
         lines.append(f"| {scheme} | {' | '.join(shown)} |")
-    whole = _spread([row["loss"] for row in rows if row["method"] == "none"])
+    whole, after = (_spread([row["loss"] for row in rows if row["method"] == method])
+                    for method in ("none", "trained on"))
     settings = found["settings"]
     lines += [f"\nCross-entropy per token on held-out text, mean of {settings['seeds']} seeds (sd); the model in full "
-              f"precision has {whole}. {settings['steps']} steps of training with quantised weights.\n",
+              f"precision has {whole}, after {settings['steps']} more steps {after}. As many are with quantised "
+              "weights.\n",
               "| training with | step time, of plain | peak, MB | of plain |", "|---|---:|---:|---:|"]
     base = next(row for row in found["costs"] if row["method"] == "plain")
     lines += [f"| {row['scheme']}, {row['method']} | x{row['seconds'] / base['seconds']:.2f} | "

@@ -8,11 +8,12 @@ it, `TargetCache` reads rows in any order, and an `Identity` says what both are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from strategies.distillation.cache_format import (
     CacheDamaged,
@@ -22,6 +23,8 @@ from strategies.distillation.cache_format import (
     Identity,
     bytes_per_token,
     columns,
+    fault_of,
+    stored,
     total_bytes,
 )
 from strategies.distillation.cache_manifest import NAME, Manifest, digest
@@ -82,6 +85,9 @@ class TargetCache:
         parts = [self._row(row) for row in rows]
         content = {name: column.unpacked(torch.cat([part[name] for part in parts]))
                    for name, column in columns(identity).items()}
+        if fault := fault_of(identity, content):
+            raise CacheDamaged(f"rows {list(rows)} in {self._manifest.folder} are not what a teacher said: {fault}; "
+                               "remove the folder and start the writing again")
         return {"tokens": torch.tensor([part["tokens"] for part in parts]), **content}
 
     def verify(self) -> None:
@@ -107,12 +113,34 @@ class TargetCache:
         """A shard's mapped file, and where its rows begin: in tensors by token, and in ragged ones."""
         if number not in self._shards:
             self._check(number)
-            file = safe_open(self._manifest.file(number), "pt")
-            offsets = {False: file.get_tensor("offsets").tolist()}
-            if self._manifest.identity.kind == "samples":
-                offsets[True] = file.get_tensor("drawn_offsets").tolist()
-            self._shards[number] = file, offsets
+            try:
+                self._shards[number] = self._opened(number)
+            except (SafetensorError, ValueError, TypeError, IndexError) as error:
+                raise self._damaged(number, f"does not hold its rows ({error})") from error
         return self._shards[number]
+
+    def _opened(self, number: int) -> tuple[Any, dict[bool, list[int]]]:
+        """The same, for a file that may be anything.
+
+        Raises:
+            SafetensorError, ValueError, TypeError, IndexError: it is not a shard of this cache.
+        """
+        identity, shard = self._manifest.identity, self._manifest.shards[number]
+        file = safe_open(self._manifest.file(number), "pt")
+        offsets = {False: file.get_tensor("offsets").tolist()}
+        if identity.kind == "samples":
+            offsets[True] = file.get_tensor("drawn_offsets").tolist()
+        wanted = stored(identity, shard.rows, {ragged: places[-1] for ragged, places in offsets.items()})
+        for name, shape in wanted.items():
+            part = file.get_slice(name)
+            if (found := (part.get_dtype(), part.get_shape())) != shape:
+                raise ValueError(f"{name} is {found} instead of {shape}")
+        for ragged, places in offsets.items():
+            longest = max(end - begin for begin, end in pairwise(places))
+            if places[0] != 0 or places != sorted(places) or not ragged and (
+                    places[-1] != shard.tokens or longest > identity.sequence_length):
+                raise ValueError("its offsets are not those of rows")
+        return file, offsets
 
     def _check(self, number: int) -> None:
         """Compare a shard's checksum, once."""

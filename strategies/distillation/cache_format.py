@@ -14,6 +14,8 @@ NEEDS = {"hidden": ("width",), "samples": ("vocabulary", "draws", "temperature")
          "top_k": ("vocabulary", "k", "temperature")}
 DTYPES = {"hidden": ("float32", "bfloat16", "float16"), "samples": ("float32", "float16"),
           "top_k": ("float32", "float16")}
+SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+HEADER = 2**16  # bytes that the header of a shard has at most
 
 
 class CacheMismatch(ValueError):
@@ -156,6 +158,37 @@ def total_bytes(identity: Identity, tokens: int, distinct: float | None = None) 
     """Bytes on disk for a cache of `tokens` learnt tokens, less half a kilobyte or so of headers for each shard."""
     offsets = 16 if identity.kind == "samples" else 8
     return math.ceil(tokens * bytes_per_token(identity, distinct)) + offsets * identity.rows
+
+
+def largest_shard(identity: Identity, rows: int) -> int:
+    """Bytes that a shard of so many rows has at most, its header included."""
+    return math.ceil(rows * identity.sequence_length * bytes_per_token(identity)) + 16 * (rows + 1) + HEADER
+
+
+def stored(identity: Identity, rows: int, ends: dict[bool, int]) -> dict[str, tuple[str, list[int]]]:
+    """Name, dtype as safetensors calls it, and shape of all tensors of a shard.
+
+    Args:
+        ends: entries of tensors by token, and of ragged ones.
+    """
+    found = {"offsets": ("I64", [rows + 1])}
+    if True in ends:
+        found["drawn_offsets"] = ("I64", [rows + 1])
+    for name, column in columns(identity).items():
+        own = [] if isinstance(column.element, torch.dtype) else [column.integer_bytes]
+        kind = SAFETENSORS[column.element] if not own else "U8"
+        found[name] = kind, [ends[column.ragged], *column.shape, *own]
+    return found
+
+
+def fault_of(identity: Identity, content: Mapping[str, torch.Tensor]) -> str | None:
+    """What is wrong with the numbers of some rows that were read; what uses them as indices does not look again."""
+    for name, column in columns(identity).items():
+        if isinstance(column.element, int) and (content[name] >= column.element).any():
+            return f"{name} has values over {column.element - 1}"
+    if identity.kind == "samples" and int(content["distinct"].sum()) != len(content["ids"]):
+        return "distinct does not count the tokens drawn"
+    return None
 
 
 def by_row(identity: Identity, content: Mapping[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:

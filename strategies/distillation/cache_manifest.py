@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from strategies.distillation.cache_format import CacheDamaged, CacheMismatch, Identity
+from strategies.distillation.cache_format import CacheDamaged, CacheMismatch, Identity, largest_shard
 
 FORMAT = 1  # of the files; another one is a mismatch like that of any other field
 NAME = "manifest.json"
 PARTIAL = ".partial"
+LARGEST = 16 * 2**20  # bytes of a manifest; one of 20 TB of shards has them
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ class Manifest:
             CacheMismatch: the cache was made from something else.
         """
         file = folder / NAME
+        if file.stat().st_size > LARGEST or not file.is_file():
+            raise _no_manifest(file, f"no file of at most {LARGEST:,} bytes")
         try:
             data = json.loads(file.read_bytes())
             theirs, rows_per_shard = dict(data["identity"]), int(data["rows_per_shard"])
             shards = {int(number): Shard(**shard) for number, shard in data["shards"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _no_manifest(file, f"{type(error).__name__}: {error}") from error
         _check_same(folder, theirs, _named(identity))
         found = cls(folder, identity, rows_per_shard, shards)
@@ -68,6 +71,7 @@ class Manifest:
         for number, shard in shards.items():
             if number not in found.numbers or shard.rows != len(found.rows(number)):
                 raise _no_manifest(file, f"shard {number} cannot have {shard.rows} rows")
+            _check_shard(file, number, shard, identity)
         return found
 
     def save(self) -> None:
@@ -118,6 +122,16 @@ def _named(identity: Identity) -> dict[str, Any]:
 def _no_manifest(file: Path, why: str) -> CacheDamaged:
     return CacheDamaged(f"{file} is not the manifest of a cache ({why}); remove it and start the writing again: the "
                         "whole cache will be written again")
+
+
+def _check_shard(file: Path, number: int, shard: Shard, identity: Identity) -> None:
+    """Raise `CacheDamaged` where a shard cannot be as its record says; what is read later is no larger than this."""
+    for name, value, least, most in (("tokens", shard.tokens, 0, shard.rows * identity.sequence_length),
+                                     ("bytes", shard.bytes, 1, largest_shard(identity, shard.rows))):
+        if type(value) is not int or not least <= value <= most:  # a pipe or a device has no bytes
+            raise _no_manifest(file, f"shard {number} cannot have {value} {name}")
+    if not isinstance(shard.sha256, str):
+        raise _no_manifest(file, f"shard {number} has no checksum")
 
 
 def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -42,7 +42,8 @@ class TargetWriter:
         CacheInUse: another process is writing there.
         CacheMismatch: the folder holds a cache made from something else.
         CacheDamaged: its manifest cannot be read.
-        ValueError: `rows_per_shard` is out of range, or the disk has not the bytes still to be written.
+        ValueError: `rows_per_shard` is out of range, the folder holds other things, or the disk has not the bytes
+            still to be written.
     """
 
     def __init__(self, folder: Path | str, identity: Identity, *, rows_per_shard: int | None = None,
@@ -139,6 +140,10 @@ def _begun(folder: Path, identity: Identity, rows_per_shard: int | None) -> Mani
     try:
         manifest = Manifest.load(folder, identity)
     except FileNotFoundError:
+        others = [path.name for path in folder.iterdir() if not path.name.startswith((".", "shard-"))]
+        if others:
+            raise ValueError(f"{folder} holds other things than a cache, for example {min(others)}: give a folder of "
+                             "its own") from None
         manifest = Manifest(folder, identity, rows_per_shard, {})
     manifest.shards = {number: shard for number, shard in manifest.shards.items() if not manifest.fault(number)}
     return manifest
@@ -161,7 +166,7 @@ def _lock(folder: Path) -> IO[str]:
     Raises:
         CacheInUse: there is one.
     """
-    handle = (folder / ".lock").open("w")
+    handle = (folder / ".lock").open("a")  # it may be a link: what it leads to keeps its content
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-SLAB = 32 * 2**20  # bytes of a head's weights that are widened at a time
+SLAB = 8 * 2**20  # bytes of a head's weights that are widened at a time
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from strategies.distillation.blocks import Terms
 from strategies.distillation.divergences import NAMES, Divergence
 from strategies.distillation.heads import Head
 from strategies.distillation.targets import Common, LogitTargets, SampledTargets, Targets, TopTargets
-from strategies.distillation.tiles import IGNORED, TILE, Call, LogitLoss, TiledLoss
+from strategies.distillation.tiles import IGNORED, Call, LogitLoss, TiledLoss
 
 SPARSE = {SampledTargets: ("forward_kl",), TopTargets: tuple(name for name in NAMES if name != "uld")}
 
@@ -97,8 +97,7 @@ class ResponseObjective:
         flat = student.flatten(0, -2)
         call = Call(self.terms, None if head is None else head.detached(), targets.flatten(),
                     _flat(taught, targets.ndim) if self.needs_teacher else None, common,
-                    None if asked is None else asked.flatten(),
-                    tile or TILE.get(student.device.type, TILE["cpu"]), accumulate)
+                    None if asked is None else asked.flatten(), tile, accumulate)
         if head is None:
             loss, values = LogitLoss.apply(flat, call)
         else:

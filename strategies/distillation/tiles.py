@@ -20,7 +20,8 @@ from strategies.distillation.heads import Head, products_of, slabs
 from strategies.distillation.targets import Common, HiddenTargets, LogitTargets, SampledTargets, Targets, TopTargets
 
 IGNORED = -100  # target of a position that is not learnt: prompt, padding, last token of a document
-TILE = {"cpu": 288 * 2**20, "cuda": 2**30}  # bytes of a tile's logits, of student and teacher together
+TILE = 288 * 2**20  # bytes of a tile's logits, of student and teacher together, of few positions on a CPU
+LARGEST_TILE = 2**30
 BLOCK = 2**20  # bytes of logits worked on at a time on a CPU
 
 
@@ -35,7 +36,7 @@ class Call:
         taught: what the teacher says; its tensors have (positions, ...).
         common: columns that are compared.
         asked: (positions,) whether the teacher says something; None for all.
-        tile: bytes of logits at a time.
+        tile: bytes of logits at a time; None for the device's usual.
         accumulate: dtype of logits, sums and gradients while they are made.
     """
 
@@ -45,8 +46,17 @@ class Call:
     taught: Targets | None
     common: Common | None
     asked: torch.Tensor | None
-    tile: int
+    tile: int | None
     accumulate: torch.dtype = torch.float32
+
+
+def usual_tile(device: str, logits: int) -> int:
+    """Bytes of logits at a time, of so many that there are in all.
+
+    With each tile of a CPU the head's weights are widened and the head's gradient is read and written once more, so
+    where there are many positions a tile is a tenth of them, up to what a GPU takes.
+    """
+    return min(max(TILE, logits // 10), LARGEST_TILE) if device == "cpu" else LARGEST_TILE
 
 
 def learnt(targets: torch.Tensor) -> torch.Tensor:
@@ -72,10 +82,10 @@ class TiledLoss(torch.autograd.Function):
         head = _computed(call.head, compute) if hidden.is_cuda else call.head
         values = torch.zeros(len(call.terms.names), dtype=wide, device=device)
         with products_of(compute, device):
-            for rows, products, taught in _tiles(call, head, hidden, compute, wide):
+            for rows, products, taught, spare in _tiles(call, head, hidden, compute, wide):
                 values += _on_tile(call, head, products, rows, taught, any(wanted))
                 if by_hidden is not None:
-                    by_hidden[rows] = _times(products, head.weight, compute)
+                    by_hidden[rows] = _times(products, head.weight, compute, spare).to(wide)
                 if by_weight is not None:
                     _add_outer(by_weight, products, hidden[rows], compute)
                 if by_bias is not None:
@@ -105,7 +115,7 @@ class LogitLoss(torch.autograd.Function):
         values = torch.zeros(len(call.terms.names), dtype=wide, device=logits.device)
         plain = Head(logits.new_empty(0, 0))
         with products_of(wide, logits.device):
-            for rows, products, taught in _tiles(call, plain, logits, logits.dtype, wide):
+            for rows, products, taught, _ in _tiles(call, plain, logits, logits.dtype, wide):
                 values += _on_tile(call, plain, products, rows, taught, gradient)
                 if by is not None:
                     by[rows] = products
@@ -123,8 +133,11 @@ def _weighted(terms: Terms, values: torch.Tensor) -> torch.Tensor:
 
 
 def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wide: torch.dtype
-           ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Taught]]:
-    """Rows of a tile, the student's products for them, and what the teacher says; all buffers are used again."""
+           ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Taught, torch.Tensor]]:
+    """Rows of a tile, the student's products for them, what the teacher says, and the buffer that it says it in.
+
+    All buffers are used again.
+    """
     whole = call.head is None
     vocabulary = given.shape[-1] if whole else head.vocabulary
     said = call.taught
@@ -133,7 +146,9 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
     theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
         said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
     kept = learnt(call.targets)
-    size = max(1, min(len(kept), call.tile // (wide.itemsize * (vocabulary + theirs))))
+    row = wide.itemsize * (vocabulary + theirs)
+    tile = call.tile or usual_tile(given.device.type, call.targets.numel() * row)
+    size = max(1, min(len(kept), tile // row))
     mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
     other = torch.empty(size, theirs, dtype=wide, device=given.device)
     for rows in kept.split(size)[:1 if isinstance(given, FakeTensor) else None]:
@@ -142,7 +157,8 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
             products.copy_(given[rows])
         else:
             head.fill(products, given[rows].to(compute))
-        yield rows, products, _taught_on(said, rows, other[:len(rows)])
+        spare = other[:len(rows)]
+        yield rows, products, _taught_on(said, rows, spare), spare
 
 
 def _computed(head: Head, compute: torch.dtype) -> Head:
@@ -179,10 +195,18 @@ def _on_tile(call: Call, head: Head, products: torch.Tensor, rows: torch.Tensor,
     return values
 
 
-def _times(gradient: torch.Tensor, weight: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
-    """(rows, vocabulary) times (vocabulary, width), summed in the gradient's dtype."""
+def _times(gradient: torch.Tensor, weight: torch.Tensor, compute: torch.dtype, spare: torch.Tensor) -> torch.Tensor:
+    """(rows, vocabulary) times (vocabulary, width), summed in the gradient's dtype.
+
+    What bf16 weights give on a CPU is rounded to bf16 once it is summed, as a gradient of bf16 hidden states is anyhow;
+    that product is three times as fast. `spare` is a buffer (rows, any) of the gradient's dtype.
+    """
     if gradient.is_cuda and weight.element_size() == 2:
         return torch.mm(gradient.to(compute), weight, out_dtype=gradient.dtype)
+    if weight.dtype is torch.bfloat16 is compute:
+        room = spare.view(compute).flatten()[:gradient.numel()]  # in one piece: a product of parts read beyond them
+        return (room.view_as(gradient).copy_(gradient) if len(room) == gradient.numel() else gradient.to(compute)
+                ) @ weight
     total: torch.Tensor | None = None
     for part, wide in slabs(weight, gradient.dtype):
         total = gradient[:, part] @ wide if total is None else total.addmm_(gradient[:, part], wide)

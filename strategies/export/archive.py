@@ -120,6 +120,10 @@ def read_archive(file: Path | str, most_bytes: int = 2**34) -> Tensors:
     Raises:
         ValueError: the file is not an archive, was cut or changed, or claims what it does not hold.
     """
+    size = Path(file).stat().st_size
+    if size > most_bytes or not Path(file).is_file():
+        raise ValueError(f"{file} cannot be read as an archive: it is no file, or takes more than `most_bytes`, "
+                         f"{most_bytes:,}")
     data = Path(file).read_bytes()
     try:
         metadata = _opened(data)

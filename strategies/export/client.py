@@ -103,8 +103,8 @@ def logits_of(model: Any, held_out: dict[str, torch.Tensor], rows: slice, length
 
 def sample(model: Any, path: str, options: dict[str, Any], request: dict[str, Any]) -> str:
     """The most probable continuation of the prompt."""
-    tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or path, **({} if request.get("tokenizer")
-                                                                                 else options))
+    own = {} if request.get("tokenizer") else options
+    tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or path, trust_remote_code=False, **own)
     ids = tokenizer(request["prompt"], return_tensors="pt", add_special_tokens=True).input_ids.to(model.device)
     count = request["sample_tokens"]
     room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + count

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 IGNORED = -100
+OUTPUT = "/output"  # behind the name of a quantised layer, in the graph
 
 
 def main(request_file: str, answer_file: str) -> None:
@@ -41,6 +42,8 @@ def measure(which: dict[str, Any], held_out: dict[str, np.ndarray], request: dic
         save_file({"logits": logits_of(session, held_out, part, length)}, which["logits"])
     else:
         logits_of(session, held_out, slice(0, 1), None)  # buffers are made at the first call: not what is timed
+    if which.get("layers"):
+        save_file(layer_outputs(folder, held_out, request["threads"]), which["layers"])
     nats, speeds = 0.0, []
     for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
         part = slice(begin, begin + request["micro_batch"])
@@ -57,19 +60,40 @@ def measure(which: dict[str, Any], held_out: dict[str, np.ndarray], request: dic
     }
 
 
-def open_session(folder: Path, threads: int) -> onnxruntime.InferenceSession:
+def layer_outputs(folder: Path, held_out: dict[str, np.ndarray], threads: int) -> dict[str, np.ndarray]:
+    """What each quantised layer gives on the first row, by its name in the model."""
+    import onnx
+
+    shown, graph = folder / ".layers.onnx", onnx.load(folder / "model.onnx", load_external_data=False)
+    names = [name for node in graph.graph.node for name in node.output if name.endswith(OUTPUT)]
+    graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    try:
+        onnx.save(graph, shown)  # beside the weights, which it names
+        outputs = open_session(folder, threads, shown.name).run(names, inputs_of(held_out, slice(0, 1), None))
+    finally:
+        shown.unlink(missing_ok=True)
+    return {name.removeprefix("model.").removesuffix(OUTPUT): output
+            for name, output in zip(names, outputs, strict=True)}
+
+
+def open_session(folder: Path, threads: int, file: str = "model.onnx") -> onnxruntime.InferenceSession:
     """A folder's graph, on the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
 
 
 def logits_of(session: onnxruntime.InferenceSession, held_out: dict[str, np.ndarray], rows: slice, length: int | None
               ) -> np.ndarray:
     """(rows, length, vocabulary) fp32 logits of packed held-out rows."""
-    return session.run(["logits"], {name: np.ascontiguousarray(held_out[name][rows, :length], dtype=np.int64)
-                                    for name in ("input_ids", "position_ids")})[0]
+    return session.run(["logits"], inputs_of(held_out, rows, length))[0]
+
+
+def inputs_of(held_out: dict[str, np.ndarray], rows: slice, length: int | None) -> dict[str, np.ndarray]:
+    """What a graph is given of packed held-out rows."""
+    return {name: np.ascontiguousarray(held_out[name][rows, :length], dtype=np.int64)
+            for name in ("input_ids", "position_ids")}
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -84,7 +108,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
 
 def sample(session: onnxruntime.InferenceSession, folder: Path, request: dict[str, Any]) -> str:
     """The most probable continuation of the prompt; all of it is read again for each token."""
-    tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or folder)
+    tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or folder, trust_remote_code=False)
     settings = json.loads((folder / "config.json").read_text())
     generation = folder / "generation_config.json"
     ends = (json.loads(generation.read_text()) if generation.exists() else settings).get("eos_token_id")

@@ -15,6 +15,7 @@ from strategies.export.transformers_folder import format_bits
 
 BLOCKS = (16, 32, 64, 128, 256)  # neighbouring inputs that a product can give one scale; 2 bits know no larger ones
 MICROSOFT = "com.microsoft"
+OUTPUT = "/output"  # behind the name of a layer: what it gives, by which readers can tell layers apart
 FP32, HALF = ir.DataType.FLOAT, {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
 
@@ -30,11 +31,14 @@ def fill_in(model: ir.Model, layers: dict[str, Quantized]) -> None:
         weight = _Weight(graph, tape, name, layers[name], kept)
         found = getattr(weight, FILLS[node.op_type])(*node.inputs)
         ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [found])
+        if node.op_type == "Output" and not found.is_graph_output():
+            found.name = name + OUTPUT
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports[MICROSOFT] = 1
 
 
-FILLS = {"Product": "product", "IntegerProduct": "integer_product", "Rows": "rows", "Weight": "dequantized"}
+FILLS = {"Product": "product", "IntegerProduct": "integer_product", "Rows": "rows", "Weight": "dequantized",
+         "Output": "itself"}
 
 
 def block_size(group_size: int | None, inputs: int) -> int:
@@ -63,6 +67,10 @@ class _Weight:
         self.scale_dtype = layer.grid().scale.dtype
 
     # ---- what stands in for a layer
+
+    def itself(self, output: ir.Value) -> ir.Value:
+        """What the layer gives, which is there already."""
+        return output
 
     def product(self, values: ir.Value) -> ir.Value:
         """(..., inputs) times packed numbers, in fp32."""

@@ -31,8 +31,15 @@ def stand_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         shared[id(tensor)] = _rounded_to(tensor, dtype) if rounds else tensor
     traced = copy.deepcopy(model, shared)
     for name, layer in list(quantized_layers(traced)):
-        traced.set_submodule(name, stand_of(layer)(name, layer))
+        stand = stand_of(layer)(name, layer)
+        stand.register_forward_hook(_named_output)
+        traced.set_submodule(name, stand)
     return traced.eval()
+
+
+def _named_output(stand: _Stand, _: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Have the graph know what a layer gives by the layer's name."""
+    return node("Output", stand.name, (output,), output.shape)
 
 
 def _rounded_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -36,7 +36,7 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     folder = Path(folder)
     quantized = dict(quantized_layers(model))
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     partial.mkdir(parents=True)
     tensors = _dense(model, dtype, skip={f"{name}.{part}" for name in quantized for part in PARTS})
     for name, layer in _once(quantized).items():
@@ -45,8 +45,16 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     _config(model, dtype, quantized).save_pretrained(partial)
     model.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     os.rename(partial, folder)
+
+
+def _remove(folder: Path) -> None:
+    """A folder, or a link to one, whose own content stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _dense(model: nn.Module, dtype: torch.dtype, skip: set[str]) -> dict[str, torch.Tensor]:

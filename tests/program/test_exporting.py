@@ -1,5 +1,7 @@
 """The student's files in whole runs: reloaded, compared, and written again later for other runtimes."""
 
+import copy
+import importlib
 import json
 
 import pytest
@@ -55,6 +57,26 @@ def test_a_file_that_is_not_the_student_names_the_first_layer_that_differs(carry
         carry_out(**ASKED)
     folder = RunFolder(tmp_path / "tiny")
     assert folder.unverified.exists() and not folder.student.exists() and not folder.finished
+
+
+@pytest.mark.parametrize(("runtime", "dtype"), [("onnx", "float32"), ("gguf", "float16")])
+def test_a_file_for_another_runtime_names_it_too(carry_out, monkeypatch, tmp_path, runtime, dtype):
+    module = importlib.import_module(f"strategies.export.{exporting.RUNTIMES[runtime].module}")
+    write = getattr(module, f"write_{runtime}")
+
+    def another(path, model, *arguments):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            for layer in (1, 2):
+                model.model.layers[layer].self_attn.o_proj.weight.mul_(1.1)
+        write(path, model, *arguments)
+
+    monkeypatch.setattr(module, f"write_{runtime}", another)
+    with pytest.raises(RunFailed, match=r"first layer that differs is model\.layers\.1\.self_attn\.o_proj, by 0\.\d+"):
+        carry_out(student={"quantization": {"bits": 8, "group_size": 32}}, report={"control": False},
+                  export={"to": [runtime], "dtype": dtype})
+    folder = RunFolder(tmp_path / "tiny")
+    assert not folder.student_for(runtime).exists() and not folder.finished
 
 
 @pytest.mark.parametrize("asked", [

@@ -2,13 +2,18 @@
 
 import json
 import math
+import os
+import socket
 
 import pytest
 import torch
 
 from strategies.distillation.response import IGNORED
-from tests.conftest import ROOT, TINY, launch
-from trainer.errors import RunFailed
+from tests.conftest import FORKED, ROOT, TINY, launch
+from tests.program.test_sharded_checkpoints import SETTINGS, same_tensors, tensors_of
+from tests.program.test_sharding import ENGINES
+from trainer.errors import RunFailed, UserError
+from trainer.loop import Trainer
 from trainer.metrics import read_lines
 
 UNEVEN = {"packing": False, "sequence_length": 64}  # rows of different length: only true token counts are right
@@ -169,6 +174,179 @@ def test_too_many_non_finite_steps_stop_the_run_with_good_weights(train_here):
     saved = load_file(max(trainer.folder.checkpoints.glob("step-*")) / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.unwrapped.parameters(), strict=True))
+
+
+class NaNBehind(torch.autograd.Function):
+    """The same forward, and NaN backward."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("nan")
+
+
+def poison_gradient(trainer, kind: str, step: int) -> None:
+    """Make the gradient of a step NaN, and not its loss."""
+    plain = trainer._loss
+
+    def loss(batch):
+        total, terms = plain(batch)
+        return (NaNBehind.apply(total) if trainer.step + 1 == step else total), terms
+
+    trainer._loss = loss
+
+
+def mask(trainer, steps: set[int]) -> None:
+    """Take the target tokens from all micro-batches of some steps, counted from 1."""
+    plain = trainer._batches
+
+    def masked():
+        begin = trainer.step * trainer.accumulation
+        for number, batch in enumerate(plain(), begin):
+            if number // trainer.accumulation + 1 in steps:
+                batch = {**batch, "targets": torch.full_like(batch["targets"], IGNORED)}
+            yield batch
+
+    trainer._batches = masked
+
+
+def state_of(trainer) -> list[torch.Tensor]:
+    moments = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+    return [tensor.detach().clone() for tensor in (*trainer.unwrapped.parameters(), *moments)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_without_targets_is_counted_and_changes_nothing(train_here, capsys, precision):
+    """Silent error 5. No loss of 0.0 and no NaN, no gradient, no step; said once, and at the end."""
+    settings = {"training": {"steps": 2, "micro_batch": 4, "evaluate_every": 100, "checkpoint_every": 100},
+                "precision": {"dtype": precision, "loss_scale": {"growth_interval": 3}}}
+    trainer = train_here("empty", **settings)
+    trainer.nonfinite = 1
+    before, scale = state_of(trainer), trainer.precision.state_dict()
+    mask(trainer, {3, 4, 6})
+    trainer.steps = 4
+    trainer.train()
+    assert all(torch.equal(one, other) for one, other in zip(before, state_of(trainer), strict=True))
+    assert trainer.precision.state_dict() == scale and trainer.nonfinite == 1 and trainer.empty_steps == 2
+    trainer.steps = 6
+    trainer.train()
+    assert any(not torch.equal(one, other) for one, other in zip(before, state_of(trainer), strict=True))
+    lines = [line for line in read_lines(trainer.folder.metrics) if "loss" in line]
+    assert [line.get("empty_steps") for line in lines] == [None, None, 1, 2, None, 3]
+    for line in lines:
+        empty = "empty" in line
+        assert (line["loss"] is None) == empty and (line["tokens"] == 0) == empty and "nonfinite" not in line
+    said = capsys.readouterr().out
+    assert said.count("no target token in the whole batch, so that there is no loss and nothing is learnt") == 1
+    assert "step 3: no target token" in said and "3 of 6 steps had no target token and taught nothing" in said
+    from trainer.report import _training
+
+    assert "3 of the steps had no target token and taught nothing" in _training(lines)
+
+
+def test_held_out_text_without_targets_is_refused(train_here):
+    trainer = train_here("refused", training={"steps": 1})
+    trainer.text.held_out["targets"].fill_(IGNORED)
+    with pytest.raises(UserError, match="no held-out row has a target token") as caught:
+        Trainer(trainer.experiment, trainer.folder, trainer.accelerator, trainer.text, trainer.unwrapped, None, 1)
+    assert caught.value.key == "data.validation" and "data.sequence_length" in caught.value.way_out
+
+
+def test_empty_steps_are_remembered_by_a_resumed_run(train_here):
+    settings = {"training": {"steps": 3, "evaluate_every": 100, "checkpoint_every": 100}}
+    trainer = train_here("resumed", until=0, **settings)
+    del trainer.train_step  # which would interrupt it again
+    mask(trainer, {2})
+    trainer.train()
+    assert train_here("resumed", **settings).empty_steps == 1
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_its_micro_batch(train_here):
+    """The loss is finite; which rows it comes from is seen before gradients are mixed."""
+    trainer = train_here("gradient", training={"steps": 1, "micro_batch": 4, "nonfinite_limit": 1})
+    order = [row for batch in _next_rows(trainer) for row in batch]
+    before, plain = state_of(trainer), trainer._loss
+
+    def loss(batch):
+        total, terms = plain(batch)
+        return (NaNBehind.apply(total) if order[5] in batch["row"].tolist() else total), terms
+
+    trainer._loss = loss
+    trainer.steps = 2
+    with pytest.raises(RunFailed, match="the gradient was not finite for 1 steps in a row, last at step 2; process 0, "
+                                        "micro-batch 1, rows"):
+        trainer.train()
+    line = [line for line in read_lines(trainer.folder.metrics) if "nonfinite" in line][-1]
+    assert math.isfinite(line["loss"]) and line["gradient_norm"] == "nan"
+    assert line["nonfinite"] == [{"process": 0, "micro_batch": 1, "rows": order[4:8]}]
+    assert all(torch.equal(one, other) for one, other in zip(before, state_of(trainer), strict=True))
+
+
+def test_weights_that_an_update_made_infinite_are_not_saved(train_here):
+    """Loss and gradient were finite; the learning rate is beyond what fp32 holds. The checkpoint before stays."""
+    settings = {"training": {"steps": 4, "checkpoint_every": 1}, "schedule": {"warmup": 0}}
+    trainer = train_here("wild", **{**settings, "training": {"steps": 2, "checkpoint_every": 1}})
+    trainer.steps, trainer.learning_rate = 4, lambda step: 1e39
+    with pytest.raises(RunFailed) as caught:
+        trainer.train()
+    assert "weights are not finite at step 3, though loss and gradient were in every step" in str(caught.value)
+    assert "lower optimizer.lr" in str(caught.value)
+    assert max(path.name for path in trainer.folder.checkpoints.glob("step-*")) == "step-00000002"
+
+
+@pytest.mark.timeout(600)
+def test_on_ranks_no_target_and_no_finite_gradient_is_no_step(write_experiment, tmp_path):
+    """Under any engine: step 2 has no target on either rank; in step 3 the gradient of one is NaN, its loss is not."""
+    settings = {**SETTINGS, "training": {**SETTINGS["training"], "steps": 4, "checkpoint_every": 1,
+                                         "keep_checkpoints": 4}}
+    engines = {**ENGINES, "in_backward": [*ENGINES["fsdp2"], "optimizer.in_backward=true", "training.clip=null",
+                                          "training.micro_batch=4"]}
+    runs = [{"name": engine, "file": str(write_experiment(engine, **settings)), "overrides": how,
+             "poison": ["gradient", 3]} for engine, how in engines.items()]
+    ranks = [FORKED.Process(target=_rank, args=(runs, tmp_path, environment)) for environment in two_ranks()]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+        assert rank.exitcode == 0
+    for name in engines:
+        first, second, third, fourth = [line for line in read_lines(tmp_path / name / "metrics.jsonl")
+                                        if "loss" in line]
+        assert second["loss"] is None and second["empty_steps"] == 1 and second["tokens"] == 0, name
+        assert math.isfinite(third["loss"]) and third["tokens"] > 0, name
+        assert {one["process"] for one in third["nonfinite"]} == {1}, name
+        states = [tensors_of(tmp_path / name / "checkpoints" / f"step-0000000{step}") for step in (1, 2, 3, 4)]
+        for kind in ("model", "optimizer"):
+            assert same_tensors(states[0][kind], states[1][kind]), (name, kind)
+            assert same_tensors(states[1][kind], states[2][kind]), (name, kind)
+            assert not same_tensors(states[2][kind], states[3][kind]), (name, kind)
+
+
+def two_ranks() -> list[dict[str, str]]:
+    """What a launcher tells two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"} for rank in "01"]
+
+
+def _rank(runs: list[dict], folder, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    from benchmarks.sharding import ranks
+
+    plain = ranks.remembered
+
+    def remembered(trainer):
+        mask(trainer, {2})
+        return plain(trainer)
+
+    ranks.remembered, ranks.poison = remembered, poison_gradient
+    for run in runs:
+        ranks.one(run, folder)
 
 
 def test_clipping_bounds_the_update(train_here):

@@ -14,6 +14,7 @@ from trainer.errors import UserError
 from trainer.experiment.nodes import Data
 
 Span = tuple[int, int]
+LONGEST = 64 * 2**20  # bytes of a document in its file, characters of its text
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Encoder:
         texts, spans = [], []
         for record in records:
             text, learnt = self._render(record)
+            if len(text) > LONGEST:
+                raise UserError("data.path", f"a record has {len(text):,} characters, over {LONGEST:,}: "
+                                f"{_shown(text[:200])}", value=self.data.path, way_out="split it into several")
             texts.append(text)
             spans.append(learnt)
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True,
@@ -89,13 +93,7 @@ class Encoder:
         return text, None if text.strip() else []
 
     def _field(self, record: dict[str, Any], key: str, kind: type) -> Any:
-        name = getattr(self.data, key)
-        value = record.get(name)
-        if not isinstance(value, kind):
-            found = "nothing" if value is None else type(value).__name__
-            raise UserError(f"data.{key}", f"a record has {found} in this field where {kind.__name__} is expected: "
-                            f"{_shown(record)}", value=name, way_out="mend or remove the record")
-        return value
+        return field_of(record, key, getattr(self.data, key), kind)
 
     def _chat(self, messages: list[Any]) -> tuple[str, list[Span]]:
         """Write messages with the chat template; learn what it adds to say an assistant's message, its end included."""
@@ -120,7 +118,9 @@ class Encoder:
     def _template(self, messages: list[Any], **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
-        except TemplateError as error:  # templates may forbid a system message, or two of one role in a row
+        # Templates may forbid a system message, or two of one role in a row; and they are programs of other people.
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+                MemoryError) as error:
             raise UserError("data.messages", f"the chat template refuses a record ({error}): {_shown(messages)}",
                             value=self.data.messages, way_out="mend or remove the record") from error
 
@@ -154,6 +154,24 @@ class Encoder:
     def _answered(spans: list[Span] | None, text: str) -> bool:
         """Whether the text ends with something learnt, so that its end is learnt too."""
         return spans is None or bool(spans) and spans[-1][1] >= len(text.rstrip())
+
+
+def field_of(record: dict[str, Any], key: str, name: str, kind: type, place: str = "") -> Any:
+    """The value of a record's field.
+
+    Args:
+        key: of `data`, under which the field is named.
+        place: of the record, for the message.
+
+    Raises:
+        UserError: there is none, or of another type.
+    """
+    value = record.get(name)
+    if not isinstance(value, kind):
+        found = "nothing" if value is None else type(value).__name__
+        raise UserError(f"data.{key}", f"a record has {found} in this field where {kind.__name__} is expected{place}: "
+                        f"{_shown(record)}", value=name, way_out="mend or remove the record")
+    return value
 
 
 def _shown(record: Any) -> str:

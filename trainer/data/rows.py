@@ -21,7 +21,7 @@ from trainer.data.encoding import Document, Encoder
 from trainer.data.packing import build_row, cuts, pack
 from trainer.errors import UserError
 
-BATCH = 256  # records tokenised at a time
+BATCH, CHARACTERS = 256, 4 * 2**20  # records tokenised at a time, or a few long ones
 FILES = {"tokens": np.int32, "learnt": np.bool_, "bytes": np.int32}
 
 
@@ -61,17 +61,23 @@ def keep_one(partial: Path, folder: Path) -> None:
 
 def _encoded(documents: Iterable[dict[str, Any]], encoder: Encoder) -> Iterator[Document]:
     batch: list[dict[str, Any]] = []
+    size = 0
     for record in documents:
         batch.append(record)
-        if len(batch) == BATCH:
+        size += sum(len(value) for value in record.values() if isinstance(value, str))
+        if len(batch) == BATCH or size > CHARACTERS:
             yield from encoder(batch)
-            batch = []
+            batch, size = [], 0
     if batch:
         yield from encoder(batch)
 
 
 class PackedRows(Dataset):
-    """Rows of a tokenised data set, by index."""
+    """Rows of a tokenised data set, by index.
+
+    Raises:
+        UserError: its files are not what was written, or no document has a token to learn.
+    """
 
     def __init__(self, folder: Path, capacity: int, packing: bool, plain: bool, padding: int, key: str):
         self.folder, self.capacity, self.padding = folder, capacity, padding
@@ -100,7 +106,26 @@ class PackedRows(Dataset):
             begin = end
 
     def _open(self) -> None:
+        try:
+            self._map()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError("run.cache", f"{self.folder} holds no tokenised data: {error}",
+                            way_out="remove this folder; it will be made again") from error
+
+    def _map(self) -> None:
+        """Map the files, whose sizes are what the manifest says."""
+        manifest = self.folder / "manifest.json"
+        if manifest.stat().st_size > 1000:
+            raise ValueError("its manifest is of another kind")
+        wanted = json.loads(manifest.read_bytes())
+        sizes = {"ends": 8 * wanted["documents"],
+                 **{name: np.dtype(dtype).itemsize * wanted["tokens"] for name, dtype in FILES.items()}}
+        for name, size in sizes.items():
+            if (found := (self.folder / f"{name}.bin").stat().st_size) != size:
+                raise ValueError(f"{name}.bin has {found:,} bytes instead of {size:,}")
         self.ends = np.fromfile(self.folder / "ends.bin", np.int64)
+        if len(self.ends) and (np.diff(self.ends, prepend=0).min() < 0 or self.ends[-1] != wanted["tokens"]):
+            raise ValueError("ends.bin does not count up to the number of tokens")
         self.flat = {name: np.memmap(self.folder / f"{name}.bin", dtype, "r") if len(self.ends) else np.zeros(0, dtype)
                      for name, dtype in FILES.items()}
 

@@ -13,6 +13,7 @@ from trainer.data.sources import Documents, fields
 from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Data
 from trainer.experiment.tree import Experiment
+from trainer.models import check_files
 
 END = "<|endoftext|>"
 TRAINING_DOCUMENTS = 2000  # enough text for a vocabulary; the rest would only take time
@@ -64,10 +65,16 @@ def check_models(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that comes with a model; None for a folder of weights alone."""
+    """The tokenizer that comes with a model; None for a folder of weights alone.
+
+    Raises:
+        UserError: its tokenizer.json cannot be loaded.
+    """
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
-    except (OSError, ValueError, KeyError, ImportError):
+        return _loaded_tokenizer("data.tokenizer", path, revision)
+    except UserError:
+        if (Path(path) / "tokenizer.json").exists():
+            raise
         return None
 
 
@@ -87,12 +94,7 @@ def _check_teacher(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, o
 
 def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer; one without a padding token pads with its end-of-sequence token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", use_fast=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(key, f"cannot load this tokenizer: {reason}", value=path,
-                        way_out="name a hub id or a folder with tokenizer.json in `data.tokenizer.path`") from error
+    tokenizer = _loaded_tokenizer(key, path, revision)
     if not tokenizer.is_fast:
         raise UserError(key, "this tokenizer has no fast version, which label masks need", value=path,
                         way_out="name a folder with tokenizer.json in `data.tokenizer.path`")
@@ -102,6 +104,16 @@ def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedToken
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _loaded_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    check_files(path, key)
+    try:  # without `trust_remote_code` transformers asks on the terminal whether to run what comes with a tokenizer
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", use_fast=True, trust_remote_code=False)
+    except Exception as error:  # files of other people lead to every kind of it in transformers and tokenizers
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(key, f"cannot load this tokenizer: {reason}", value=path,
+                        way_out="name a hub id or a folder with tokenizer.json in `data.tokenizer.path`") from error
 
 
 def train_tokenizer(documents: Documents, data: Data, folder: Path) -> None:

@@ -284,6 +284,8 @@ class Training(Node):
     """Optimizer steps between checkpoints; the last step always writes one."""
     keep_checkpoints: Positive = 2
     """Checkpoints kept; an older one is removed only after a newer one is safe."""
+    background_saves: bool = True
+    """Whether files are synced, hashed and committed while training goes on; what is saved is the same."""
     nonfinite_limit: Positive = 5
     """Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops."""
 
@@ -430,6 +432,8 @@ class Run(Node):
     """Also log to these, through Accelerate."""
     threads: Positive | None = None
     """CPU threads per process; null shares the machine's cores between its processes."""
+    timeout: Positive = 600
+    """Seconds at one place of a step after which several processes are stuck; more than a checkpoint or batch takes."""
 
 
 def divisors(number: int) -> str:

@@ -1,0 +1,99 @@
+"""The checkpoint that a run goes on from: the newest that is as it was written."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoints.manifest import wrong_with
+from trainer.errors import RunFailed
+
+_NAME = re.compile(r"step-\d{8,}")
+
+Gather = Callable[[list[Any]], list[Any]]
+"""From a list of one object, the objects of all processes in their order."""
+
+
+def listed(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)),
+                  key=lambda path: int(path.name.partition("-")[2]))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest finished checkpoint, whether it is still as it was written or not."""
+    return max(listed(folder), default=None, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def newest_good(folder: Path, *, rank: int = 0, ranks: int = 1, gather: Gather = list,
+                say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest checkpoint that verifies, None where there is none at all. All processes take part.
+
+    Newer ones are said, and kept under another name, so that their step can be saved again. What a killed run left
+    half-written is removed.
+
+    Raises:
+        RunFailed: no checkpoint verifies, though there are some; or processes see different ones.
+    """
+    if rank == 0:
+        remove_leftovers(folder)
+    names = [path.name for path in reversed(listed(folder))]
+    every = gather([names])
+    if any(other != names for other in every):
+        raise RunFailed(f"the processes see different checkpoints in {folder}: "
+                        f"{'; '.join(', '.join(other[:2]) or 'none' for other in every)}.\n"
+                        "  -> use a run.folder on storage that all machines share")
+    passed: dict[str, str] = {}
+    for name in names:
+        wrong = next(filter(None, gather([wrong_with(folder / name, rank, ranks)])), None)
+        if wrong is None:
+            for damaged, what in passed.items():
+                kept = set_aside(folder / damaged) if rank == 0 else None
+                say(f"passed over the checkpoint {damaged}: {what}; it is kept as {kept}")
+            return folder / name
+        passed[name] = wrong
+    if not passed:
+        return None
+    each = "".join(f"\n  {name}: {what}" for name, what in passed.items())
+    raise RunFailed(f"there is no checkpoint in {folder} to go on from; none is as it was written:{each}\n"
+                    "  -> put one back from a copy, or move that folder away and start the same command again: the run "
+                    "then begins anew")
+
+
+def set_aside(checkpoint: Path) -> str:
+    """Keep a damaged checkpoint under a name that nothing looks at, and return that name."""
+    name = first = f"damaged-{checkpoint.name}"
+    number = 1
+    while os.path.lexists(checkpoint.with_name(name)):
+        number += 1
+        name = f"{first}-{number}"
+    os.rename(checkpoint, checkpoint.with_name(name))
+    return name
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what was being written, or removed, when a run was killed."""
+    for path in folder.glob(".step-*"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder of ours; of a link only the link. Under its name there is never a half of it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+        return
+    if not path.name.startswith("."):
+        hidden = path.with_name(f".{path.name}.removed")
+        if os.path.lexists(hidden):
+            remove(hidden)
+        os.rename(path, hidden)
+        path = hidden
+    shutil.rmtree(path)

@@ -1,0 +1,154 @@
+"""The manifest of a checkpoint: what it says, and whether its files are what it says."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+NAME = "step-{:08d}"
+MANIFEST = "state.json"
+LARGEST = 64 * 2**20  # bytes of a manifest that is read: a model of 100,000 tensors has 10 MB
+_FILE = re.compile(r"(model|optimizer|random)(-\d+(-of-\d+)?)?\.safetensors")
+_WITHOUT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+
+class Unreadable(ValueError):
+    """A checkpoint that is damaged, or of another model."""
+
+
+class Entry(NamedTuple):
+    """What a manifest says of a file: its bytes, and its SHA-256 in hexadecimal; None in those of an older version."""
+
+    bytes: int
+    sha256: str | None
+
+
+def sealed(values: dict[str, Any]) -> str:
+    """The text of a manifest that says `values`, and the hash of them."""
+    return json.dumps({**values, "sha256": _digest(values)}, indent=1)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says, with `files` by name as `Entry`; each is there and as large as it says.
+
+    Raises:
+        Unreadable: it is missing, cut off, not as it was written, or names files that no checkpoint has.
+    """
+    state = _parsed(checkpoint / MANIFEST)
+    own, files = state.pop("sha256", None), state.get("files")
+    if not isinstance(files, dict) or not isinstance(state.get("shapes"), dict):
+        raise Unreadable(f"{MANIFEST} does not say which files and shapes it has")
+    hashed = any(isinstance(entry, dict) for entry in files.values())
+    if (own is not None or hashed) and own != _digest(state):
+        raise Unreadable(f"{MANIFEST} is not as it was written (its SHA-256 differs)")
+    step = state.get("step")
+    if type(step) is not int or NAME.format(step) != checkpoint.name:
+        raise Unreadable(f"{MANIFEST} is of step {step!r}")
+    state["files"] = {name: _entry(name, value) for name, value in files.items()}
+    for name, entry in state["files"].items():
+        found = _bytes_of(checkpoint / name)
+        if found != entry.bytes:
+            raise Unreadable(f"{name} has {found:,} bytes of {entry.bytes:,}")
+    return state
+
+
+def wrong_with(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, if anything; of `ranks` processes each hashes its own share of the files."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+        for name in sorted(files)[rank::ranks]:
+            if files[name].sha256 is None:
+                with safe_open(checkpoint / name, framework="pt"):
+                    pass
+            elif digest_of(checkpoint / name) != files[name].sha256:
+                return f"{name} is not as it was written (its SHA-256 differs)"
+    except Unreadable as error:
+        return str(error)
+    except (OSError, SafetensorError) as error:
+        return f"it cannot be read: {error}"
+    return None
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file's contents, in hexadecimal."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def settled(file: Path) -> Entry:
+    """Bring a file to the disk, and tell what is there: it is hashed again after the page cache has let go of it.
+
+    Raises:
+        OSError: it cannot be written out, or reads back otherwise.
+    """
+    with file.open("rb") as handle:
+        written = hashlib.file_digest(handle, "sha256").hexdigest()
+        os.fsync(handle.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        handle.seek(0)
+        stored = hashlib.file_digest(handle, "sha256").hexdigest()
+        size = os.fstat(handle.fileno()).st_size
+    if stored != written:
+        raise OSError(errno.EIO, "it reads back otherwise than it was written", str(file))
+    return Entry(size, stored)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or what a folder lists, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _WITHOUT_SYNC):  # some network file systems have no such thing
+            raise
+    finally:
+        os.close(handle)
+
+
+# ---- helpers
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    size = _bytes_of(file)
+    if size > LARGEST:
+        raise Unreadable(f"{file.name} has {size:,} bytes, and no manifest has more than {LARGEST:,}")
+    try:
+        state = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{file.name} is no JSON any more: {error}") from error
+    if not isinstance(state, dict):
+        raise Unreadable(f"{file.name} is no manifest")
+    return state
+
+
+def _entry(name: str, value: Any) -> Entry:
+    """An entry of a manifest, checked: a name may not lead out of the folder."""
+    entry = Entry(value.get("bytes"), value.get("sha256")) if isinstance(value, dict) else Entry(value, None)
+    if not _FILE.fullmatch(name) or type(entry.bytes) is not int or not (
+            entry.sha256 is None or isinstance(entry.sha256, str)):
+        raise Unreadable(f"{MANIFEST} names {name!r}, which is no file of a checkpoint")
+    return entry
+
+
+def _bytes_of(file: Path) -> int:
+    """Size of a file that is there itself: a link could lead anywhere, and a pipe would be read for ever."""
+    try:
+        found = file.lstat()
+    except OSError as error:
+        raise Unreadable(f"{file.name} is missing" if error.errno == errno.ENOENT else f"{file.name}: {error}"
+                         ) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise Unreadable(f"{file.name} is no regular file")
+    return found.st_size

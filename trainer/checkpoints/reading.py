@@ -1,0 +1,161 @@
+"""Checkpoints read back, by any number of processes under any engine."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from strategies.memory.shards import Piece, local_of
+from strategies.optimizers.state import PieceState, write_state
+from strategies.sharding.engine import Engine
+from trainer.checkpoints.manifest import Unreadable, read_manifest
+from trainer.checkpoints.random_state import set_random_state
+from trainer.checkpoints.writing import RANDOM, buffers_of
+
+
+def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
+    """Put a checkpoint's weights, optimizer state and random state back, and return its plain state.
+
+    Nobody waits for another process in here, so that one which fails can say so; `engine.refresh` is to follow.
+    A process that the checkpoint did not know keeps its fresh random state.
+
+    Raises:
+        Unreadable: the checkpoint is damaged, or of another model.
+    """
+    with torch.no_grad(), _reading():
+        state, saved = _opened(checkpoint)
+        for tensor, layout in engine.tensors():
+            flat = local_of(tensor)
+            for piece in layout.pieces:
+                if piece.numel:
+                    piece.of(flat).copy_(saved.read("model", piece.name, piece))
+            write_state(engine.inner, tensor, [saved.moments(piece) for piece in layout.pieces])
+        _load_buffers(saved, engine.student)
+        if RANDOM.format(rank) in state.pop("files"):
+            set_random_state(load_file(checkpoint / RANDOM.format(rank)))
+    return state
+
+
+def load_whole(checkpoint: Path, model: nn.Module) -> None:
+    """Fill a whole model with a checkpoint's weights, whatever engine wrote it.
+
+    Raises:
+        Unreadable: the checkpoint is damaged, or of another model.
+    """
+    with torch.no_grad(), _reading():
+        _, saved = _opened(checkpoint)
+        for name, parameter in model.named_parameters():
+            whole = Piece(name, tuple(parameter.shape), 0, parameter.numel())
+            local_of(parameter).copy_(saved.read("model", name, whole))
+        _load_buffers(saved, model)
+
+
+class Saved:
+    """The tensors of a checkpoint, read in parts.
+
+    Args:
+        checkpoint: its folder.
+        shapes: of whole parameters, by name.
+        files: names of its files; by default all that are there.
+    """
+
+    def __init__(self, checkpoint: Path, shapes: dict[str, list[int]], files: Iterable[str] | None = None) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self._parts: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
+        self._states: dict[str, set[str]] = defaultdict(set)
+        there = [file.name for file in checkpoint.glob("*.safetensors")] if files is None else files
+        for file in sorted(there):
+            kind = file.partition(".")[0].partition("-")[0]
+            if kind in ("model", "optimizer"):
+                self._enter(kind, safe_open(checkpoint / file, framework="pt"))
+
+    def _enter(self, kind: str, handle: Any) -> None:
+        for key in handle.keys():  # noqa: SIM118 - no dictionary
+            name, _, start = key.partition("@")
+            count = math.prod(handle.get_slice(key).get_shape())
+            first = int(start or 0)
+            self._parts[kind, name].append((first, first + count, handle, key))
+            if kind == "optimizer":
+                parameter, _, what = name.rpartition("/")
+                self._states[parameter].add(what)
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return (kind, name) in self._parts
+
+    def read(self, kind: str, name: str, piece: Piece) -> torch.Tensor:
+        """Elements of a piece, flat.
+
+        Raises:
+            Unreadable: the checkpoint has no such tensor, another shape of it, or not all of its elements.
+        """
+        if self.shapes.get(piece.name, piece.shape) != piece.shape or not self.has(kind, name):
+            raise Unreadable(f"it is of another model: {piece.name} has shape {piece.shape}, and there it has "
+                             f"{self.shapes.get(piece.name, 'none')}")
+        parts = [_elements(handle, key, max(0, piece.start - start), min(stop, piece.stop) - start)
+                 for start, stop, handle, key in sorted(self._parts[kind, name], key=lambda part: part[0])
+                 if start < piece.stop and stop > piece.start]
+        if sum(part.numel() for part in parts) != piece.numel:
+            raise Unreadable(f"it lacks a part of {name}")
+        return torch.cat(parts)
+
+    def whole(self, kind: str, name: str) -> torch.Tensor:
+        """A tensor that was written whole, in its own shape."""
+        (_, _, handle, key), *_ = self._parts[kind, name]
+        return handle.get_tensor(key)
+
+    def moments(self, piece: Piece) -> PieceState:
+        """Optimizer state of a piece; empty where there is none."""
+        elementwise, whole = {}, {}
+        for what in sorted(self._states.get(piece.name, ())):
+            if what.startswith("="):  # the same on all ranks
+                whole[what[1:]] = self.whole("optimizer", f"{piece.name}/{what}")
+            elif piece.numel:
+                elementwise[what] = self.read("optimizer", f"{piece.name}/{what}", piece)
+        return PieceState(elementwise, whole)
+
+
+# ---- helpers
+
+def _opened(checkpoint: Path) -> tuple[dict[str, Any], Saved]:
+    """Plain state and tensors of a checkpoint of which no file is missing or cut off."""
+    state = read_manifest(checkpoint)
+    return state, Saved(checkpoint, state.pop("shapes"), state["files"])
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever files that are no longer as they were written lead to is one thing to say."""
+    try:
+        yield
+    except Unreadable:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
+
+
+def _elements(handle: Any, key: str, begin: int, end: int) -> torch.Tensor:
+    """Elements `begin` to `end` of a saved tensor, flat; no more rows are read than they are in."""
+    part = handle.get_slice(key)
+    shape = part.get_shape()
+    if not shape:
+        return handle.get_tensor(key).reshape(1)
+    row = math.prod(shape[1:])
+    first = begin // row
+    rows = part[first:-(-end // row)].reshape(-1)
+    return rows[begin - first * row:end - first * row]
+
+
+def _load_buffers(saved: Saved, model: nn.Module) -> None:
+    for name, buffer in buffers_of(model).items():
+        if saved.has("model", name):
+            buffer.copy_(saved.whole("model", name))

@@ -1,0 +1,68 @@
+"""Room for checkpoints: what they take, and what is free."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from trainer.checkpoints.finding import latest, listed
+from trainer.errors import UserError
+from trainer.experiment.tree import Experiment
+from trainer.inside import attach_projections
+from trainer.metrics import readable
+from trainer.models import student_of
+from trainer.shares import optimizer_bytes, setup_for
+
+MOMENTS_8BIT = 8  # bytes of an element's moments, which are saved as the fp32 numbers that they stand for
+
+
+def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> int:
+    """Bytes of a checkpoint's tensors: fp32 weights and what the optimizer remembers, of all processes together."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        model = student_of(experiment, student)
+        attach_projections(experiment, model, teacher)
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        if experiment.optimizer.name == "adamw8bit":
+            return (4 + MOMENTS_8BIT) * weights
+        state, _ = optimizer_bytes(experiment.optimizer.build(model), setup_for(experiment, model, 1, on_gpu=False))
+    return 4 * weights + state
+
+
+def check_space(folder: Path, planned: int, *, keep: int, written: int) -> None:
+    """Make sure, before anything is trained, that a run's checkpoints fit where they will be.
+
+    Args:
+        folder: the run's `checkpoints`, which need not exist.
+        planned: bytes of one; of one that is there already they are counted.
+        keep: checkpoints that are kept; while a new one is written there is one more.
+        written: checkpoints that the whole run writes.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    there = listed(folder)
+    newest = latest(folder)
+    one = planned if newest is None else _held(newest)
+    count, free = min(keep + 1, written), free_bytes(folder)
+    needed = count * one - sum(map(_held, there[-count:]))
+    if needed <= free:
+        return
+    kept = "" if keep == 1 else f", or set training.keep_checkpoints=1 (now {keep})"
+    raise UserError("run.folder", f"its checkpoints do not fit: {count} of {readable(one)} at a time take "
+                    f"{readable(needed)} more, and {readable(free)} are free there", value=str(folder.parent),
+                    way_out=f"make room, choose a run.folder with room{kept}")
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _held(checkpoint: Path) -> int:
+    return sum(file.lstat().st_size for file in checkpoint.iterdir()) if checkpoint.is_dir() else 0

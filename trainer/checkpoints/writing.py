@@ -1,0 +1,116 @@
+"""What a process writes of a checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from strategies.memory.shards import Piece, local_of
+from strategies.optimizers.state import read_state
+from strategies.sharding.engine import Engine
+from trainer.checkpoints.random_state import random_state
+
+WHOLE, PART, RANDOM = "{}.safetensors", "{}-{:05d}-of-{:05d}.safetensors", "random-{}.safetensors"
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+           torch.bool: "BOOL"}
+
+
+class Draft:
+    """A safetensors file (format 0.x: eight bytes, a JSON header, the data) of which all is known but the data.
+
+    With the library's own `save_file` a copy of all moments would have to be there at once.
+
+    Attributes:
+        name: of the file.
+        bytes: of all of it.
+        header: its beginning.
+        begins: where in the file each tensor does.
+    """
+
+    def __init__(self, name: str, tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> None:
+        self.name, offset = name, 0
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offsets = {}
+        # Wide elements first: then each tensor begins where memory that is mapped may be read as its elements.
+        for key, (dtype, shape) in sorted(tensors.items(), key=lambda one: -one[1][0].itemsize):
+            offsets[key], size = offset, shape.numel() * dtype.itemsize
+            header[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = struct.pack("<Q", len(text)) + text
+        self.begins = {key: len(self.header) + begin for key, begin in offsets.items()}
+        self.bytes = len(self.header) + offset
+
+
+def drafts(engine: Engine, rank: int, ranks: int) -> dict[str, Draft]:
+    """The files that this process is to write: its random state, and what it holds of the model and the optimizer."""
+    tensors: dict[str, dict[str, tuple[torch.dtype, torch.Size]]] = defaultdict(dict)
+    for kind, key, tensor in _contents(engine, rank):
+        assert key not in tensors[kind], f"{key} would be written twice"
+        tensors[kind][key] = tensor.dtype, tensor.shape
+    names = {kind: PART.format(kind, rank, ranks) if engine.sharded else WHOLE.format(kind)
+             for kind in ("model", "optimizer")}
+    return {kind: Draft({**names, "random": RANDOM.format(rank)}[kind], found) for kind, found in tensors.items()}
+
+
+def write(folder: Path, files: dict[str, Draft], engine: Engine, rank: int) -> None:
+    """Fill the files of `drafts` into a folder; nothing is synced.
+
+    Raises:
+        OSError: they cannot be written, for want of room perhaps.
+    """
+    with ExitStack() as stack:
+        handles = {kind: stack.enter_context((folder / draft.name).open("wb")) for kind, draft in files.items()}
+        for kind, draft in files.items():
+            handles[kind].write(draft.header)
+        for kind, key, tensor in _contents(engine, rank):
+            handles[kind].seek(files[kind].begins[key])
+            handles[kind].write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def shapes_of(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """Shapes of whole parameters, by name."""
+    return {piece.name: piece.shape for _, layout in engine.tensors() for piece in layout.pieces}
+
+
+def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to a model's state."""
+    names = set(model.state_dict(keep_vars=True)) if any(True for _ in model.buffers()) else set()
+    return {name: buffer for name, buffer in model.named_buffers() if name in names}
+
+
+def _contents(engine: Engine, rank: int) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Kind of file, key and tensor of all that this process writes. What all hold alike is written by the first."""
+    yield from (("random", name, tensor) for name, tensor in random_state().items())
+    for tensor, layout in engine.tensors():
+        whole = layout.group is None
+        if whole and rank:
+            continue
+        flat = local_of(tensor)
+        for piece, state in zip(layout.pieces, read_state(engine.inner, tensor), strict=True):
+            if rank == 0:
+                yield from (("optimizer", f"{piece.name}/={what}", value) for what, value in state.whole.items())
+            if not piece.numel:
+                continue
+            yield "model", _key(piece.name, piece, whole), _shaped(piece.of(flat), piece, whole)
+            for what, value in state.elementwise.items():
+                yield "optimizer", _key(f"{piece.name}/{what}", piece, whole), _shaped(value, piece, whole)
+    if rank == 0:
+        yield from (("model", name, buffer.detach()) for name, buffer in buffers_of(engine.student).items())
+
+
+def _key(name: str, piece: Piece, whole: bool) -> str:
+    return name if whole else f"{name}@{piece.start}"
+
+
+def _shaped(flat: torch.Tensor, piece: Piece, whole: bool) -> torch.Tensor:
+    return flat.view(piece.shape if whole else (-1,))
