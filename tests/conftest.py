@@ -153,6 +153,7 @@ FORKED.set_forkserver_preload(["trainer.cli", "trainer.run"])
 def _train_py(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], said: list[Path]) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
     os.chdir(cwd)
     for stream, file in zip((1, 2), said, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)

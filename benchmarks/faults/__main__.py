@@ -4,11 +4,11 @@
 
 Every run trains a small GPT-NeoX with dropout on the interpreter's own library, and is compared with the run that was
 never stopped: weights, optimizer state and logged losses, to the last bit. `forked` processes come from one that has
-imported everything already, so that 200 kills take minutes; `launched` ones are started as a person would. Beside ours
-are two training scripts on plain Accelerate and on the Trainer of transformers (benchmarks/faults/peers), with the same
-model, rows and moments. A run is unrecoverable if, started again with the same command, it does not go on from a
-checkpoint that it had finished, or if it ends with weights that are not finite and says nothing. The exit code is 1
-where one of ours is.
+imported everything already, so that 200 kills take minutes; `launched` ones are started as a person would. Where files
+are damaged, ours ends with training, and exports nothing. Beside ours are two training scripts on plain Accelerate and
+on the Trainer of transformers (benchmarks/faults/peers), with the same model, rows and moments. A run is unrecoverable
+if, started again with the same command, it does not go on from a checkpoint that it had finished, or if it ends with
+weights that are not finite and says nothing. The exit code is 1 where one of ours is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ FSDP2 = ("sharding.engine=fsdp2",)
 def works(material: Material, options: argparse.Namespace) -> dict[str, list[Work]]:
     """What there is to do, by the names that --only knows."""
     short, full = options.short, Limbeck(material)
-    ours = replace(full, script=Path(__file__).with_name("training_alone.py")) if short else full
+    alone = replace(full, script=Path(__file__).with_name("training_alone.py"))
+    ours = alone if short else full
     peers: list[Contender] = [AccelerateScript(material, limit=2, seedable=True), AccelerateScript(material, limit=1),
                               HFTrainer(material)]
     how, hit = ("forked", (1,)) if short else ("launched", (0, 1))
@@ -46,8 +47,8 @@ def works(material: Material, options: argparse.Namespace) -> dict[str, list[Wor
     return {
         "kill": [lambda room, one=one: [kills.kill_row(one, options.kills, room)] for one in (ours, *peers)],
         "damage": [lambda room, one=one, more=more: damage.damage_rows(replace(one, options=more), room, "", first)
-                   for one, more in ((ours, damage.OURS), *((peer, damage.PEERS) for peer in peers[::2]))],
-        "shards": [lambda room: damage.damage_rows(replace(ours, options=(*damage.OURS, *FSDP2)), room, ", FSDP2",
+                   for one, more in ((alone, damage.OURS), *((peer, damage.PEERS) for peer in peers[::2]))],
+        "shards": [lambda room: damage.damage_rows(replace(alone, options=(*damage.OURS, *FSDP2)), room, ", FSDP2",
                                                    ("model-00001",) if short else None, processes=2)],
         "signal": [lambda room: [signals.signal_row(full, room, ("step", "export") if short else signals.PHASES,
                                                     how=how)]],

@@ -39,9 +39,19 @@ WAYS = {"none": ("training.background_saves=false", f"training.checkpoint_every=
 def asked(room: Path, name: str, options: argparse.Namespace, own: tuple[str, ...]) -> Experiment:
     """The quickstart for a few steps, without what is not training."""
     return read_experiment(CONFIG, [
-        "teacher.train=null", f"teacher.path={room / 'teacher'}", f"training.steps={options.steps}",
+        "teacher.train=null", f"teacher.path={room / 'teacher'}", "data.tokenizer.train_vocabulary=null",
+        f"training.steps={options.steps}",
         f"training.evaluate_every={NEVER}", f"training.checkpoint_every={options.every}", f"run.folder={room / name}",
         f"run.cache={room / 'cache'}", *own]).experiment
+
+
+def make_teacher(room: Path) -> None:
+    """The quickstart's teacher before it has learnt anything, with its tokenizer."""
+    experiment = read_experiment(CONFIG, [f"run.cache={room / 'cache'}"]).experiment
+    tokenizer = prepare_text(experiment).tokenizer
+    config = AutoConfig.for_model(**experiment.teacher.architecture, vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(room / "teacher")
+    tokenizer.save_pretrained(room / "teacher")
 
 
 def seconds_of(experiment: Experiment, steps: int) -> float:
@@ -72,9 +82,7 @@ def ends_of_steps(trainer: Trainer) -> list[float]:
 def measured(room: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of a step in each way, round by round."""
     quiet_libraries()
-    experiment = asked(room, "shape", options, ())
-    config = AutoConfig.for_model(**experiment.teacher.architecture, vocab_size=1024)
-    AutoModelForCausalLM.from_config(config).save_pretrained(room / "teacher")
+    make_teacher(room)
     found: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(-1, options.rounds):  # the first warms up
         order = list(WAYS)[number % 3:] + list(WAYS)[:number % 3]

@@ -11,7 +11,7 @@ import torch
 from benchmarks.faults.contenders import Contender
 from benchmarks.faults.processes import Started
 
-PATIENCE = 240.0  # seconds after which a start that should end hangs
+PATIENCE = 900.0  # seconds after which a start that should end hangs
 
 
 @dataclass

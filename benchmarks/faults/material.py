@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from benchmarks.sharding.engines import documents
 from trainer.data.dataset import prepare_text
 from trainer.experiment.reading import read_experiment
+from trainer.models import quiet_libraries
 
 # With dropout, so that a random state that is not restored shows; some 2 MB of weights, so that a save takes a while.
 MODEL = {"model_type": "gpt_neox", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
@@ -41,6 +42,7 @@ class Material:
 
 def make(room: Path) -> Material:
     """Write them into a folder."""
+    quiet_libraries()
     room.mkdir(parents=True, exist_ok=True)
     material = Material(room / "faults.yaml", room / "rows.safetensors", room / "poisoned.safetensors",
                         room / "model.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.contenders import Limbeck, lines_of
-from benchmarks.faults.judging import Row, gone_on, undisturbed
+from benchmarks.faults.judging import PATIENCE, Row, gone_on, undisturbed
 from benchmarks.faults.processes import Started
 
 OPTIONS = ("training.steps=16", "training.checkpoint_every=3", "training.evaluate_every=16", "training.micro_batch=2")
@@ -45,10 +45,10 @@ def lost_rank_row(limbeck: Limbeck, room: Path, sign: signal.Signals, how: str, 
 
 def hit(started: Started, rank: int, sign: signal.Signals) -> tuple[bool, float]:
     """Send a rank a signal; whether the others then ended by themselves, and the seconds that they took."""
-    started.until(lambda: started.reached >= AT, ENDS)
-    pid = started.pid(rank)
-    if pid is not None:
-        os.kill(pid, sign)
+    pid = started.pid(rank) if started.until(lambda: started.reached >= AT, PATIENCE) else None
+    if pid is None:
+        raise RuntimeError(f"it did not come to step {AT}:\n{started.text()[-3000:]}")
+    os.kill(pid, sign)
     began = time.monotonic()
     started.until(lambda: started.pid(1 - rank) is None, ENDS)
     seconds = time.monotonic() - began
@@ -90,7 +90,7 @@ def workers_row(limbeck: Limbeck, room: Path) -> Row:
 def killed_at(step: int, limbeck: Limbeck, folder: Path, *options: str, **how: Any) -> int:
     """Start a run and kill it after a step; returns the last step that it had logged."""
     started = limbeck.start(folder, *options, **how)
-    if not started.until(lambda: started.reached >= step, ENDS):
+    if not started.until(lambda: started.reached >= step, PATIENCE):
         raise RuntimeError(f"it did not come to step {step}:\n{started.text()[-3000:]}")
     started.kill()
     return started.reached

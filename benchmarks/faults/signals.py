@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.faults.contenders import Limbeck, lines_of
-from benchmarks.faults.judging import End, Row, gone_on, undisturbed
+from benchmarks.faults.judging import PATIENCE, End, Row, gone_on, undisturbed
 from benchmarks.faults.processes import Started
 
 OPTIONS = ("training.steps=12", "training.evaluate_every=3", "training.checkpoint_every=4", "training.micro_batch=2",
@@ -33,7 +33,7 @@ def signal_row(limbeck: Limbeck, room: Path, phases: tuple[str, ...] = PHASES, r
         for rank in range(ranks):
             what, folder = f"SIGTERM to rank {rank}, {phase}", room / f"{phase}-{rank}"
             started = limbeck.start(folder, how=how, processes=ranks)
-            started.until(moment(phase, limbeck, folder, started), STOPS)
+            started.until(moment(phase, limbeck, folder, started), PATIENCE)
             started.pause(chooser.uniform(0, 0.1))
             pid = started.pid(rank)
             if pid is not None:

@@ -51,6 +51,6 @@ def test_interrupted_by_hand_says_how_to_go_on(write_experiment, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "start the same command again to go on" in said and "Traceback" not in said
+    assert process.returncode == 75 and "start the same command again to go on" in said and "Traceback" not in said
     done = train_py("--config", str(file), "training.steps=5001")
     assert done.returncode == 2 and "training.steps was 5000 and is 5001" in done.stderr
