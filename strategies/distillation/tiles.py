@@ -20,8 +20,7 @@ from strategies.distillation.heads import Head, products_of, slabs
 from strategies.distillation.targets import Common, HiddenTargets, LogitTargets, SampledTargets, Targets, TopTargets
 
 IGNORED = -100  # target of a position that is not learnt: prompt, padding, last token of a document
-TILE = 288 * 2**20  # bytes of a tile's logits, of student and teacher together, of few positions on a CPU
-LARGEST_TILE = 2**30
+TILE = {"cpu": 288 * 2**20, "cuda": 2**30}  # bytes of a tile's logits, of student and teacher together
 BLOCK = 2**20  # bytes of logits worked on at a time on a CPU
 
 
@@ -48,15 +47,6 @@ class Call:
     asked: torch.Tensor | None
     tile: int | None
     accumulate: torch.dtype = torch.float32
-
-
-def usual_tile(device: str, logits: int) -> int:
-    """Bytes of logits at a time, of so many that there are in all.
-
-    With each tile of a CPU the head's weights are widened and the head's gradient is read and written once more, so
-    where there are many positions a tile is a tenth of them, up to what a GPU takes.
-    """
-    return min(max(TILE, logits // 10), LARGEST_TILE) if device == "cpu" else LARGEST_TILE
 
 
 def learnt(targets: torch.Tensor) -> torch.Tensor:
@@ -146,9 +136,8 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
     theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
         said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
     kept = learnt(call.targets)
-    row = wide.itemsize * (vocabulary + theirs)
-    tile = call.tile or usual_tile(given.device.type, call.targets.numel() * row)
-    size = max(1, min(len(kept), tile // row))
+    tile = call.tile or TILE.get(given.device.type, TILE["cpu"])
+    size = max(1, min(len(kept), tile // (wide.itemsize * (vocabulary + theirs))))
     mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
     other = torch.empty(size, theirs, dtype=wide, device=given.device)
     for rows in kept.split(size)[:1 if isinstance(given, FakeTensor) else None]:
