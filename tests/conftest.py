@@ -134,7 +134,13 @@ def launch(*arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int =
 
 
 def train_py(*arguments: str, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
-    """`python train.py ...` in a process of its own, forked from one that has imported what it needs."""
+    """`python train.py ...` in a process of its own, forked from one that has imported what it needs.
+
+    An interpreter that is to look elsewhere for packages is started anew.
+    """
+    if "PYTHONPATH" in os.environ:
+        return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], cwd=cwd, timeout=timeout,
+                              capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
         process = FORKED.Process(target=_train_py, args=(arguments, str(cwd), dict(os.environ), said))
@@ -153,7 +159,6 @@ FORKED.set_forkserver_preload(["trainer.cli", "trainer.run"])
 def _train_py(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], said: list[Path]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place]
     os.chdir(cwd)
     for stream, file in zip((1, 2), said, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
