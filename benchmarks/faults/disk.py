@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.faults.contenders import Limbeck
 from benchmarks.faults.judging import PATIENCE, End, Row, gone_on, judge_end, undisturbed
+from benchmarks.faults.processes import Started
 
 OPTIONS = ("training.steps=20", "training.checkpoint_every=2", "training.evaluate_every=20")
 FULL, ROOM_AGAIN = 5, 13  # steps after which the disk is filled, and has room again
@@ -31,12 +32,18 @@ def disk_row(limbeck: Limbeck, room: Path) -> Row:
     return row
 
 
-def full_for_a_while(row: Row, limbeck: Limbeck, folder: Path, end: End) -> None:
-    """It has to live through it, and to be saved again afterwards."""
+def on_full_disk(limbeck: Limbeck, folder: Path) -> tuple[Started, Path]:
+    """A run whose disk was filled, some steps later, and the file that fills it."""
     started = limbeck.start(folder)
     started.until(lambda: started.reached >= FULL, PATIENCE)
     ballast = fill(folder)
     started.until(lambda: started.reached >= ROOM_AGAIN, PATIENCE)
+    return started, ballast
+
+
+def full_for_a_while(row: Row, limbeck: Limbeck, folder: Path, end: End) -> None:
+    """It has to live through it, and to be saved again afterwards."""
+    started, ballast = on_full_disk(limbeck, folder)
     ballast.unlink()
     code = started.wait(PATIENCE)
     if code == 0:
@@ -51,10 +58,7 @@ def full_for_a_while(row: Row, limbeck: Limbeck, folder: Path, end: End) -> None
 
 def full_and_killed(row: Row, limbeck: Limbeck, folder: Path, end: End) -> None:
     """It goes on from the last checkpoint for which there was room."""
-    started = limbeck.start(folder)
-    started.until(lambda: started.reached >= FULL, PATIENCE)
-    ballast = fill(folder)
-    started.until(lambda: started.reached >= ROOM_AGAIN, PATIENCE)
+    started, ballast = on_full_disk(limbeck, folder)
     started.kill()
     ballast.unlink()
     gone_on(row, limbeck, folder, end, "full and killed", started.reached)
