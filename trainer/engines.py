@@ -16,6 +16,7 @@ from torch import nn
 
 from strategies.sharding.engine import Engine
 from strategies.sharding.zero import EVEN, bucket_numel, deepspeed_config
+from trainer import rendezvous
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.tree import Experiment
 from trainer.folder import flatten, learnt_from
@@ -52,6 +53,8 @@ def start(experiment: Experiment) -> Accelerator:
         _be_a_rank()
     settings: dict[str, Any] = {}
     group: dict[str, Any] = {"timeout": max(WAIT, timedelta(seconds=2 * experiment.run.timeout))}
+    if rendezvous.launchers_store():
+        group["init_method"] = rendezvous.METHOD
     if engine == "zero":
         settings["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=zero_config(experiment, launched, None),
                                                        zero3_init_flag=False)

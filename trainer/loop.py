@@ -327,9 +327,11 @@ class Trainer:
         """Write a checkpoint, but never one of weights that are not finite, which an update may make of finite ones."""
         self.watch.at(f"the checkpoint of step {self.step}")
         if self.total((~weights_finite(self.engine)).long().to(self.accelerator.device)):
+            good = checkpoints.listed(self.folder.checkpoints)
             raise RunFailed(f"weights are not finite at step {self.step}, though loss and gradient were in every step "
-                            f"that was taken: no checkpoint is made of them, and those in {self.folder.checkpoints} "
-                            "are good.\n  -> lower optimizer.lr; then start the same command again, or another run")
+                            "that was taken: no checkpoint is made of them, "
+                            + (f"and those in {self.folder.checkpoints} are good" if good else "nor was there one yet")
+                            + ".\n  -> lower optimizer.lr; then start the same command again, or another run")
         self.save()
 
     def _stop(self) -> NoReturn:

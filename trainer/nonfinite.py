@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -77,5 +78,6 @@ def diagnosis(record: dict[str, Any], times: int, checkpoints: object) -> str:
 @torch.no_grad()
 def weights_finite(engine: Engine) -> torch.Tensor:
     """Whether all weights that this process holds are: a scalar."""
-    norms = torch._foreach_norm([local_of(tensor) for tensor, _ in engine.tensors()])
-    return torch.stack(norms).isfinite().all()
+    held = [local_of(tensor) for tensor, _ in engine.tensors()]
+    largest = torch._foreach_norm([tensor for tensor in held if tensor.numel()], ord=math.inf)  # no sum to overflow
+    return torch.stack([value.float() for value in largest]).isfinite().all() if largest else torch.tensor(True)

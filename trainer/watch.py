@@ -9,7 +9,6 @@ when it has been at one place for too long. Nothing else ends one that waits in 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from trainer import stopping
+from trainer import rendezvous, stopping
 from trainer.errors import Lost, RunFailed
 
 EVERY = 1.0  # seconds between words of a process
@@ -104,8 +103,7 @@ class Watch:
     def __init__(self, rank: int, ranks: int, timeout: float) -> None:
         Watch.made += 1
         self.rank, self.ranks, self.timeout = rank, ranks, timeout
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its processes
-        self._key = f"limbeck/{restart}/{Watch.made}/{{}}"
+        self._key = f"limbeck/{rendezvous.generation()}/{Watch.made}/{{}}"
         self._here = (0, "the start", time.monotonic())
         self._beat, self._store = 0, None
         self._others: dict[int, Place | None] = {}
@@ -206,7 +204,7 @@ class Watch:
 
     def _diagnosis(self) -> str:
         if self._store is None:
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            if rendezvous.launchers_store():
                 return (f"others did not come to {self._here[1]}; which ones cannot be known, since the launcher, "
                         "which keeps their words, is gone")
             return f"process 0, which keeps the words of all, is gone, while this one was at {self._here[1]}"

@@ -96,7 +96,7 @@ def test_torchrun_restarts_go_on(write_experiment, tmp_path):
         time.sleep(0.01)
     os.kill(child_with(torchrun.pid, b"RANK=0"), signal.SIGKILL)
     said, _ = torchrun.communicate(timeout=300)
-    assert torchrun.returncode == 0, said[-4000:]
+    assert torchrun.returncode == 0, said
     assert "resumed at step" in said and "cut: done" in said
     one, two = ([line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
                 for name in ("whole", "cut"))
