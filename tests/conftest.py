@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes, and are small
+if str(Path(sys.executable).parent) not in os.environ["PATH"].split(os.pathsep):
+    # With a ninja for some processes and none for others DeepSpeed would build its operations again and again.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True}
@@ -128,9 +135,11 @@ def launch(*arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int =
     command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py")]
     if processes == 2:
         command = [str(ROOT / "launch" / "two_cpu_ranks.sh")]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run([*command, *arguments], cwd=cwd, env=environment, timeout=timeout, capture_output=True,
-                          text=True)
+    return subprocess.run([*command, *arguments], cwd=cwd, timeout=timeout, capture_output=True, text=True)
+
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["trainer.cli", "trainer.run"])
 
 
 def train_py(*arguments: str, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
@@ -141,28 +150,65 @@ def train_py(*arguments: str, cwd: Path = ROOT, timeout: int = 300) -> subproces
     if "PYTHONPATH" in os.environ:
         return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], cwd=cwd, timeout=timeout,
                               capture_output=True, text=True)
+    return forked(_train, arguments, cwd=cwd, timeout=timeout)
+
+
+def on_two_ranks(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
+    """`train.py ...` on two processes, which are told what a launcher tells them, forked from one that is ready."""
+    return forked(_train, arguments, environments=two_ranks(), timeout=timeout)
+
+
+def two_ranks() -> list[dict[str, str]]:
+    """What a launcher tells two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"} for rank in "01"]
+
+
+def forked(function: Callable[..., int | None], arguments: Sequence[Any],
+           environments: Sequence[dict[str, str]] = ({},), cwd: Path = ROOT, timeout: float = 300
+           ) -> subprocess.CompletedProcess:
+    """A function in processes of their own, one for each environment. Where one fails the others are told to end.
+
+    Returns:
+        The first exit code that is not 0, if there is one, and all that was said.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = FORKED.Process(target=_train_py, args=(arguments, str(cwd), dict(os.environ), said))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(arguments, timeout)
-        return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in said))
+        said = [[Path(folder) / f"{name}{rank}" for name in ("stdout", "stderr")] for rank in range(len(environments))]
+        started = [FORKED.Process(target=_in_fork, args=({**os.environ, **own}, str(cwd), files, function, arguments))
+                   for own, files in zip(environments, said, strict=True)]
+        for process in started:
+            process.start()
+        deadline, code = time.monotonic() + timeout, 0
+        while alive := [process for process in started if process.exitcode is None]:
+            connection.wait([process.sentinel for process in alive], max(0, deadline - time.monotonic()))
+            code = code or next((process.exitcode for process in started if process.exitcode), 0)
+            for process in alive if code else ():
+                process.terminate()
+            if time.monotonic() > deadline:
+                for process in alive:
+                    process.kill()
+                raise subprocess.TimeoutExpired(str(arguments), timeout)
+        code = code or next((process.exitcode for process in started if process.exitcode), 0)
+        out, err = ("".join(file.read_text() for file in files if file.exists()) for files in zip(*said, strict=True))
+        return subprocess.CompletedProcess(arguments, code, out, err)
 
 
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["trainer.cli", "trainer.run"])
-
-
-def _train_py(arguments: tuple[str, ...], cwd: str, environment: dict[str, str], said: list[Path]) -> None:
+def _in_fork(environment: dict[str, str], cwd: str, said: list[Path], function: Callable[..., int | None],
+             arguments: Sequence[Any]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     for stream, file in zip((1, 2), said, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may not listen to it
+    sys.exit(function(*arguments))
+
+
+def _train(*arguments: str) -> int:
     sys.argv[:] = [str(ROOT / "train.py"), *arguments]
     from trainer.cli import train
 
-    sys.exit(train(list(arguments)))
+    return train(list(arguments))

@@ -11,8 +11,9 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.experiment.explaining import resolved_yaml
-from trainer.experiment.reading import read_values
+from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.tree import Experiment
+from trainer.plain_json import read_object
 
 # What a continued run may change: where it is kept, what it tells, how often it looks. None of it changes the weights.
 # A micro-batch splits the same sum otherwise; with dropout it draws otherwise, which is as good.
@@ -138,14 +139,9 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: it is no JSON object any more.
     """
     try:
-        if not file.is_file() or file.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"no file of at most {LARGEST_JSON:,} bytes")
-        values = json.loads(file.read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError(f"a {type(values).__name__}, not an object")
-    except (ValueError, RecursionError) as error:
+        return read_object(file, LARGEST_JSON)
+    except ValueError as error:
         raise not_written(file, str(error)) from error
-    return values
 
 
 def not_written(file: Path, why: str) -> UserError:

@@ -6,9 +6,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,15 +26,16 @@ from trainer.checkpoints.random_state import seed_everything
 from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import Text
 from trainer.engines import engine_for, place_teacher
-from trainer.errors import RunFailed, Stopped
+from trainer.errors import RunFailed
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder
 from trainer.held_out import check_held_out, evaluate
 from trainer.inside import attach_projections, build_inside, without_projections
 from trainer.metrics import Metrics, Ticker, console, memory_peak, read_lines
 from trainer.models import shape_of, whole_student
-from trainer.nonfinite import Backward, culprits, diagnosis, weights_finite
+from trainer.nonfinite import Backward, culprits, diagnosis
 from trainer.planned_step import measured_step, plan_step, tell_memory
+from trainer.saving import checkpoints_of, resume, save, stop
 from trainer.step_loss import loss_of_batch
 from trainer.targets import CachedTargets, asks
 from trainer.watch import Watch
@@ -81,8 +80,8 @@ class Trainer:
         self.memory = plan_step(self)
         self.backward = Backward(self.unwrapped)
         seed_everything(experiment.seed * 1_000_003 + accelerator.process_index + 1)  # dropout, apart on each process
-        self.checkpoints = self._checkpoints()
-        self._resume()
+        self.checkpoints = checkpoints_of(self)
+        resume(self)
         self._measured_at = min(self.step + MEASURED, self.steps) - 1
         self._tracks = bool(experiment.run.trackers)  # teacher and control, trained by the way, have none
 
@@ -131,7 +130,7 @@ class Trainer:
                     else:
                         record = self.train_step(batches)
                     if record is None:
-                        self._stop()
+                        stop(self)
                     self.step += 1
                     self._log(record, metrics, ticker)
                     if measured is not None and "empty" not in record:
@@ -139,9 +138,9 @@ class Trainer:
                     if self._evaluates():
                         self._evaluate(metrics, ticker)
                     if self.step % settings.checkpoint_every == 0 or self.step == self.steps:
-                        self._save_good()
+                        save(self)
                     if self.nonfinite >= settings.nonfinite_limit:
-                        self._save_good()
+                        save(self)
                         self.finish_saving()
                         raise RunFailed(diagnosis(record, self.nonfinite, self.folder.checkpoints))
                 self.finish_saving()
@@ -259,15 +258,6 @@ class Trainer:
             self.precision.settle(overflow, done.finite)
         return done.norm
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment; with `training.background_saves` it is committed behind the next steps.
-
-        One that cannot be written is said, and training goes on with the one before it.
-        """
-        self.checkpoints.save(self.step, self.engine, {
-            "precision": self.precision.state_dict(), "engine": self.engine.scale_state(), "nonfinite": self.nonfinite,
-            "empty_steps": self.empty_steps, "processes": self.accelerator.num_processes})
-
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is committed or given up; of other processes only their threads are needed."""
         self.checkpoints.finish()
@@ -318,70 +308,10 @@ class Trainer:
         """Evaluate and tell, or stop."""
         found = evaluate(self)
         if found is None:
-            self._stop()
+            stop(self)
         metrics.write({"step": self.step, "held_out": found})
         self._track({f"held_out/{name}": value for name, value in found.items()})
         ticker.say(f"step {self.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte")
-
-    def _save_good(self) -> None:
-        """Write a checkpoint, but never one of weights that are not finite, which an update may make of finite ones."""
-        self.watch.at(f"the checkpoint of step {self.step}")
-        if self.total((~weights_finite(self.engine)).long().to(self.accelerator.device)):
-            good = checkpoints.listed(self.folder.checkpoints)
-            raise RunFailed(f"weights are not finite at step {self.step}, though loss and gradient were in every step "
-                            "that was taken: no checkpoint is made of them, "
-                            + (f"and those in {self.folder.checkpoints} are good" if good else "nor was there one yet")
-                            + ".\n  -> lower optimizer.lr; then start the same command again, or another run")
-        self.save()
-
-    def _stop(self) -> NoReturn:
-        """Save this moment, and end as all processes have agreed to."""
-        every = gather_object([stopping.asked()])
-        process, signal = next((process, signal) for process, signal in enumerate(every) if signal is not None)
-        if self.step:
-            self._save_good()
-        self.finish_saving()
-        self.accelerator.wait_for_everyone()
-        with suppress(OSError):  # of a full disk
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
-        saved = max((one.name for one in self.folder.checkpoints.glob("step-*")), default=None)
-        raise Stopped(self.experiment.name, self.step, signal, process, saved)
-
-    def _checkpoints(self) -> checkpoints.Checkpoints:
-        name, main = self.experiment.name, self.accelerator.is_main_process
-        return checkpoints.Checkpoints(
-            self.folder.checkpoints, self.experiment.training.keep_checkpoints, rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes, gather=gather_object,
-            background=self.experiment.training.background_saves,
-            say=(lambda text: console.print(f"{name}  {text}")) if main else (lambda _: None),
-            beside=[self.folder.metrics])  # of which a checkpoint's steps must not be missing after a power cut
-
-    def _resume(self) -> None:
-        newest = self.checkpoints.newest_good()
-        if newest is None:
-            return
-        state = wrong = None
-        try:
-            state = checkpoints.load(newest, self.engine, self.accelerator.process_index)
-        except checkpoints.Unreadable as error:
-            wrong = str(error)
-        self._check_resumed(newest, wrong)
-        self.engine.refresh()
-        self.precision.load_state_dict(state["precision"])
-        self.engine.load_scale_state(state["engine"], self.precision.loss_scale)
-        self.step, self.empty_steps = state["step"], state.get("empty_steps", 0)
-        self.nonfinite = 0  # a restart is a new chance for a step that was not finite
-
-    def _check_resumed(self, checkpoint: Path, wrong: str | None) -> None:
-        """Raise `RunFailed` on every process where one of them cannot use a checkpoint that is as it was written."""
-        wrong = next(filter(None, gather_object([wrong])), None)
-        if wrong is not None:
-            before = [path.name for path in checkpoints.listed(self.folder.checkpoints) if path.name < checkpoint.name]
-            raise RunFailed(f"the checkpoint {checkpoint} cannot be gone on from: {wrong}.\n"
-                            "  -> start again with the model and the version that wrote it; or move that folder away: "
-                            "the run then goes on from "
-                            + (f"{before[-1]}, the checkpoint before it" if before else "its beginning"))
 
     def _batches(self) -> Iterator[Batch]:
         training = self.experiment.training

@@ -15,6 +15,7 @@ from rich.table import Column
 
 from trainer.folder import not_written, write_atomically
 
+NEWLINE = b"\n"
 WIDE = 130  # columns that the bar with all its figures takes
 
 # On a terminal rich wraps and colours; elsewhere lines stay whole, whatever width the pipe pretends to have.
@@ -42,10 +43,13 @@ class Metrics:
             self._flush()
 
     def close(self) -> None:
-        """Write what waits, as far as there is room, and close the file."""
+        """Write what waits, as far as there is room, say what is lost, and close the file."""
         if self._handle:
             self._flush()
             self._handle.close()
+            if self._waiting:  # the first of them may be there in half, which readers pass over
+                console.print(f"warning: {self._waiting.count(NEWLINE)} last lines of {self._handle.name} are lost: "
+                              "there is too little room to write them")
 
     def _flush(self) -> None:
         """A disk may take a part of a line; the next call goes on behind it."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import math
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -26,10 +23,9 @@ from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Model
 from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
+from trainer.model_files import MOST_LAYERS, check_files, first_line, too_deep
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LARGEST_JSON = 128 * 2**20  # bytes of a file beside weights; the tokenizers of a million tokens take half of it
-MOST_LAYERS = 10_000  # ten times what the deepest models have
 
 
 # ---- configurations: shapes without weights
@@ -141,80 +137,8 @@ def _reach(auto: Any, model: Model, key: str, **options: Any) -> Any:
         return auto.from_pretrained(model.path, revision=model.revision or "main",
                                     trust_remote_code=model.trust_remote_code, **options)
     except Exception as error:  # files of other people lead to every kind of it in transformers
-        raise UserError(f"{key}.path", f"cannot load this model: {_first_line(error)}", value=model.path,
+        raise UserError(f"{key}.path", f"cannot load this model: {first_line(error)}", value=model.path,
                         way_out=_load_hint(folder, error)) from error
-
-
-def check_files(path: str, key: str) -> None:
-    """Look at the files of a model or tokenizer before transformers reads them; a hub id has none here yet.
-
-    Raises:
-        UserError: one is no file or too large, weights are not whole or elsewhere, or the folder is an adapter.
-    """
-    folder = Path(path)
-    try:
-        _check_texts(folder)
-        index = folder / "model.safetensors.index.json"
-        names = _indexed(index) if index.exists() else ["model.safetensors"]
-        for file in (folder / name for name in names):
-            if file.exists():
-                _check_weights(file)
-    except ValueError as error:
-        raise UserError(key, f"cannot load this model: {error}", value=path, way_out="name a folder with config.json "
-                        "and whole safetensors files (with git, `git lfs pull` fetches them)") from error
-
-
-def _check_texts(folder: Path) -> None:
-    """Raise `ValueError` for a text that would be waited for, fill the memory, or lead to more than it says."""
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix not in (".json", ".jinja", ".model", ".txt", ".safetensors") or file.is_dir():
-            continue
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file")
-        if file.suffix != ".safetensors" and file.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"{file} has {file.stat().st_size:,} bytes, over {LARGEST_JSON:,}")
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder} is an adapter, which loads another model; merge the two, and save the whole")
-    if (folder / "config.json").exists() and (deep := too_deep(_object(folder / "config.json"))):
-        raise ValueError(f"{folder / 'config.json'} has more than {MOST_LAYERS:,} layers by its {deep}")
-
-
-def too_deep(values: dict[str, Any]) -> str | None:
-    """The key that gives a model more layers than there is time to make."""
-    return next((name for name, value in values.items() if re.search("layer", name) and isinstance(value, (int, float))
-                 and value > MOST_LAYERS), None)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """A JSON object that is read from a file."""
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {_first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return values
-
-
-def _indexed(index: Path) -> list[str]:
-    """The files that an index of weights names, all of them beside it."""
-    names = _object(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index} has no `weight_map` of file names")
-    for name in sorted(set(names.values())):
-        if name != os.path.basename(name) or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {name!r}, which is not a safetensors file beside it")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index} names {name!r}, which is not there")
-    return sorted(set(names.values()))
-
-
-def _check_weights(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):  # maps the file and checks its header, every offset and shape of it
-            pass
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {_first_line(error)}") from error
 
 
 def _load_hint(folder: Path, error: Exception) -> str:
@@ -225,10 +149,6 @@ def _load_hint(folder: Path, error: Exception) -> str:
     if folder.is_dir():
         return "the folder must hold config.json and whole safetensors files (with git, `git lfs pull` fetches them)"
     return "check the name and the network; `architecture` with `train` needs neither"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 # ---- models with weights
@@ -374,7 +294,7 @@ def documents_stay_apart(model: nn.Module) -> bool:
     try:
         model(input_ids=tokens[None], use_cache=False)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError("student", f"{type(model).__name__} cannot run: {_first_line(error)}",
+        raise UserError("student", f"{type(model).__name__} cannot run: {first_line(error)}",
                         way_out="check the dimensions of its architecture") from error
     try:
         packed, other, alone = (

@@ -10,7 +10,7 @@ import numpy
 
 from strategies.memory.picture import Curve, draw_step
 from trainer.errors import ExperimentErrors, UserError
-from trainer.experiment.reading import read_values
+from trainer.experiment.plain_yaml import read_values
 from trainer.folder import RunFolder, not_written, read_json, write_atomically
 from trainer.metrics import read_lines, readable
 

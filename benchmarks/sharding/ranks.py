@@ -165,28 +165,27 @@ def one(run: dict, folder: Path) -> None:
 
 def with_peer(run: dict, folder: Path) -> None:
     """Train with the optimizer of another library; what it does not survive is written down instead."""
+    from trainer import loop
     from trainer.experiment.nodes import Optimizer
-    from trainer.loop import Trainer
 
     module, _, name = run["peer"].rpartition(".")
-    own, save, theirs = Optimizer.build, Trainer.save, getattr(import_module(module), name)
+    own, save, theirs = Optimizer.build, loop.save, getattr(import_module(module), name)
     Optimizer.build = lambda self, model: theirs(model.parameters(), lr=PEERS_LR)
-    Trainer.save = lambda self: None  # checkpoints know ours
+    loop.save = lambda trainer: None  # checkpoints know ours
     try:
         one(run, folder)
     except Exception as error:  # on every rank alike
         said = str(error).splitlines()[0].partition(". ")[0][:120]
         (folder / f"{run['name']}.json").write_text(json.dumps({"error": said}))
     finally:
-        Optimizer.build, Trainer.save = own, save
+        Optimizer.build, loop.save = own, save
 
 
-def main() -> None:
+def main(file: Path) -> None:
     """Run all of them."""
-    file = Path(sys.argv[1])
     for run in json.loads(file.read_text()):
         (with_peer if run.get("peer") else one)(run, file.parent)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -23,13 +23,16 @@ from transformers.utils import logging
 IGNORED = -100
 
 
-def main(request_file: str, answer_file: str) -> None:
+Measured = Callable[[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]], dict[str, Any]]
+
+
+def main(measured: Measured, request_file: str, answer_file: str) -> None:
     """Measure every model of the request on the same held-out rows, one after the other."""
     with open(request_file) as handle:
         request = json.load(handle)
     torch.set_num_threads(request["threads"])
     held_out = load_file(request["held_out"])
-    answer = {name: measure(model, held_out, request) for name, model in request["models"].items()}
+    answer = {name: measured(model, held_out, request) for name, model in request["models"].items()}
     with open(answer_file, "w") as handle:
         json.dump(answer, handle)
 
@@ -51,20 +54,8 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
     if which.get("layers"):
         save_file({name: output.cpu() for name, output in layer_outputs(
             model, lambda: logits_of(model, held_out, slice(0, 1), None)).items()}, which["layers"])
-    nats, speeds = 0.0, []
-    for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
-        part = slice(begin, begin + request["micro_batch"])
-        started = time.perf_counter()
-        logits = logits_of(model, held_out, part, None)
-        if request["device"] == "cuda":
-            torch.cuda.synchronize()
-        speeds.append(part_tokens(held_out, part) / (time.perf_counter() - started))
-        targets = held_out["targets"][part].to(logits.device)
-        nats += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                                                        ignore_index=IGNORED, reduction="sum"))
     return {
-        "bits_per_byte": nats / math.log(2) / max(1, int(held_out["bytes"].sum())),
-        "tokens_per_second": statistics.median(speeds),
+        **read_through(model, held_out, request),
         # Scales and shapes of quantised weights are kept as parameters too; they are no weights of the model.
         "parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
                           if not name.endswith(("_scale", "_shape", "_zero_point"))),
@@ -90,9 +81,22 @@ def layer_outputs(model: torch.nn.Module, run: Callable[[], Any]) -> dict[str, t
     return found
 
 
-def part_tokens(held_out: dict[str, torch.Tensor], rows: slice) -> int:
-    """Tokens in some held-out rows."""
-    return held_out["input_ids"][rows].numel()
+def read_through(model: torch.nn.Module, held_out: dict[str, torch.Tensor], request: dict[str, Any]
+                 ) -> dict[str, float]:
+    """Bits per byte of all held-out rows, and the median speed of a micro-batch in tokens per second."""
+    nats, speeds = 0.0, []
+    for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
+        part = slice(begin, begin + request["micro_batch"])
+        started = time.perf_counter()
+        logits = logits_of(model, held_out, part, None)
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        speeds.append(held_out["input_ids"][part].numel() / (time.perf_counter() - started))
+        targets = held_out["targets"][part].to(logits.device)
+        nats += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                                        ignore_index=IGNORED, reduction="sum"))
+    return {"bits_per_byte": nats / math.log(2) / max(1, int(held_out["bytes"].sum())),
+            "tokens_per_second": statistics.median(speeds)}
 
 
 def logits_of(model: Any, held_out: dict[str, torch.Tensor], rows: slice, length: int | None) -> torch.Tensor:
@@ -117,4 +121,4 @@ def sample(model: Any, path: str, options: dict[str, Any], request: dict[str, An
 if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    main(sys.argv[1], sys.argv[2])
+    main(measure, sys.argv[1], sys.argv[2])

@@ -10,35 +10,21 @@ functions. What llama.cpp computes with them is rounded further, since it quanti
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import sys
 import tempfile
-import time
 from typing import Any
 
 import gguf
 import numpy
 import torch
-from client import IGNORED, layer_outputs, logits_of, part_tokens, sample  # beside this file
+from client import layer_outputs, logits_of, main, read_through, sample  # beside this file
 from gguf_pretokenizers import PRETOKENIZERS
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-
-
-def main(request_file: str, answer_file: str) -> None:
-    """Measure every model of the request on the same held-out rows, one after the other."""
-    with open(request_file) as handle:
-        request = json.load(handle)
-    torch.set_num_threads(request["threads"])
-    held_out = load_file(request["held_out"])
-    answer = {name: measure(model, held_out, request) for name, model in request["models"].items()}
-    with open(answer_file, "w") as handle:
-        json.dump(answer, handle)
 
 
 @torch.no_grad()
@@ -52,17 +38,8 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
         save_file({"logits": logits_of(model, held_out, slice(0, rows), length).contiguous()}, which["logits"])
     if which.get("layers"):
         save_file(layer_outputs(model, lambda: logits_of(model, held_out, slice(0, 1), None)), which["layers"])
-    nats, speeds = 0.0, []
-    for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
-        part = slice(begin, begin + request["micro_batch"])
-        started = time.perf_counter()
-        logits = logits_of(model, held_out, part, None)
-        speeds.append(part_tokens(held_out, part) / (time.perf_counter() - started))
-        nats += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out["targets"][part].flatten(),
-                                                        ignore_index=IGNORED, reduction="sum"))
     return {
-        "bits_per_byte": nats / math.log(2) / max(1, int(held_out["bytes"].sum())),
-        "tokens_per_second": statistics.median(speeds),
+        **read_through(model, held_out, request),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameter_bytes": sum(int(tensor.n_bytes) for tensor in reader.tensors),
         "sample": sample_of(model, tokenizer_of(fields), request),
@@ -158,4 +135,4 @@ def tokenizer_of(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
 if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    main(sys.argv[1], sys.argv[2])
+    main(measure, sys.argv[1], sys.argv[2])

@@ -7,6 +7,7 @@ from torch import nn
 
 from strategies.export.layers import Quantized, quantized_layers
 from strategies.export.transformers_folder import PARTS, folder_format, format_bits
+from strategies.memory.packed import packed_bytes
 
 
 def exported_bytes(model: nn.Module, dtype: torch.dtype) -> int:
@@ -19,13 +20,7 @@ def exported_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def _layer(layer: Quantized, dtype: torch.dtype) -> int:
-    quantizer, outputs, inputs = layer.quantizer, layer.weight.shape[0], layer.weight[0].numel()
-    groups = inputs // (quantizer.group_size or inputs)
-    scales = 1 if quantizer.per_tensor else outputs * groups
-    packed, bits = folder_format(layer) == "pack-quantized", format_bits(quantizer)
-    words = outputs * -(-inputs * bits // 32)
-    total = 4 * words + 16 if packed else outputs * inputs  # 16: the shape, two int64
-    if not quantizer.symmetric:
-        total += 4 * groups * -(-outputs * bits // 32) if packed and not quantizer.per_tensor else scales
-    static = layer.activations is not None and not layer.activations.dynamic
-    return total + dtype.itemsize * (scales + static)
+    return packed_bytes(layer.weight.shape[0], layer.weight[0].numel(), layer.quantizer,
+                        bits=format_bits(layer.quantizer), packed=folder_format(layer) == "pack-quantized",
+                        scale_bytes=dtype.itemsize,
+                        static=layer.activations is not None and not layer.activations.dynamic)

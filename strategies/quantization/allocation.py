@@ -30,7 +30,7 @@ class Allocation:
 
     Attributes:
         choice: by layer name; None leaves a layer in full precision.
-        bytes: of all these layers, counted as `sensitivity.packed_bytes` does.
+        bytes: of all these layers, counted as `sensitivity.stored_bytes` does.
         rise: of the loss, predicted as the sum of the layers' own.
         gap: at most this much less is the rise of any allocation within the budget; 0 where the optimum is proven.
         seconds: of all layers, where the budget was of seconds.

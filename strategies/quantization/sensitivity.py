@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import nn
 
+from strategies.memory.packed import packed_bytes
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.qat import choose
 from strategies.quantization.quantizer import WeightQuantizer
@@ -138,11 +139,9 @@ def _fisher(model: nn.Module, weights: list[nn.Parameter], loss: Callable[[nn.Mo
     return [total / count for total in sums]
 
 
-def packed_bytes(shape: Sequence[int], quantizer: Candidate, activations: ActivationQuantizer | None = None,
+def stored_bytes(shape: Sequence[int], quantizer: Candidate, activations: ActivationQuantizer | None = None,
                  dtype: torch.dtype = torch.float32) -> int:
     """Bytes of a weight (outputs, ...) in a transformers folder: numbers, scales, zero points, a calibrated scale.
-
-    The same as `strategies.export.sizes` counts for a layer.
 
     Args:
         quantizer: None for full precision, in `dtype`.
@@ -150,16 +149,10 @@ def packed_bytes(shape: Sequence[int], quantizer: Candidate, activations: Activa
     """
     if quantizer is None:
         return math.prod(shape) * dtype.itemsize
-    outputs, inputs = shape[0], math.prod(shape[1:])
-    groups = inputs // (quantizer.group_size or inputs)
-    scales = 1 if quantizer.per_tensor else outputs * groups
-    bits = max(2, quantizer.bits)  # the format packs no single bits
-    packed = quantizer.kind != "fp8" and not (activations is not None and quantizer.bits == 8)
-    total = 4 * outputs * -(-inputs * bits // 32) + 16 if packed else outputs * inputs  # 16: the shape, two int64
-    if not quantizer.symmetric:
-        total += 4 * groups * -(-outputs * bits // 32) if packed and not quantizer.per_tensor else scales
-    static = activations is not None and not activations.dynamic
-    return total + quantizer.scale_dtype.itemsize * (scales + static)
+    whole_bytes = quantizer.kind == "fp8" or (activations is not None and quantizer.bits == 8)
+    return packed_bytes(shape[0], math.prod(shape[1:]), quantizer, bits=max(2, quantizer.bits),  # one bit takes two
+                        packed=not whole_bytes, scale_bytes=quantizer.scale_dtype.itemsize,
+                        static=activations is not None and not activations.dynamic)
 
 
 # ---- layers, those that share a weight together
@@ -200,7 +193,7 @@ def _sensitivity(groups: list[Members], choices: Sequence[Candidate], rises: num
     counts = []
     for members in groups:
         inputs = None if any(isinstance(module, nn.Embedding) for _, module in members) else activations
-        counts.append([packed_bytes(members[0][1].weight.shape, quantizer, inputs, dtype) for quantizer in choices])
+        counts.append([stored_bytes(members[0][1].weight.shape, quantizer, inputs, dtype) for quantizer in choices])
     return Sensitivity(tuple(tuple(name for name, _ in members) for members in groups), tuple(choices), rises,
                        numpy.array(counts, dtype=numpy.int64))
 

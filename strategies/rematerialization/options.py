@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +21,29 @@ from strategies.rematerialization.solve import Infeasible, least_peak, solve
 LEVELS = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.06, 0.0)
 """Shares of what keeping all keeps; most of the gain lies where little is kept."""
 MOVES = 8_000
+REMEMBERED = 256  # regions with their prices, in a process
 
 
+def _remembered(find: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a region and its prices that finds again what it found for an equal one.
+
+    A run plans the same blocks several times: before it begins and with its model, at one tile of the loss and another.
+    """
+    found: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    @wraps(find)
+    def again(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, *effort: Any, **named: Any) -> Any:
+        key = (captured.signature, seconds.tobytes(), workspace.tobytes(), effort, tuple(sorted(named.items())))
+        if key not in found:
+            found[key] = find(captured, seconds, workspace, *effort, **named)
+            if len(found) > REMEMBERED:
+                found.popitem(last=False)
+        return found[key]
+
+    return again
+
+
+@_remembered
 def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int = MOVES) -> tuple[Option, ...]:
     """Ways to run a region that no other way beats in bytes kept, both peaks and seconds, cheapest first.
 
@@ -120,6 +144,7 @@ def frontier(found: Sequence[Option]) -> tuple[Option, ...]:
     return tuple(kept)
 
 
+@_remembered
 def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float = 0.3
                 ) -> list[tuple[int, float]]:
     """Least seconds of recomputation of a region for bytes kept, proven: (bytes, seconds), fewer bytes first.

@@ -6,7 +6,7 @@ import pytest
 from trainer.data.encoding import Encoder
 from trainer.data.tokenizers import END, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
-from trainer.experiment.nodes import Data, Tokenizer
+from trainer.experiment.data import Data, Tokenizer
 
 TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}" + END + "\n{% endfor %}"
             "{% if add_generation_prompt %}<assistant>{% endif %}")

@@ -7,7 +7,7 @@ import pytest
 
 from trainer.data.sources import open_corpus
 from trainer.errors import UserError
-from trainer.experiment.nodes import Data, Validation
+from trainer.experiment.data import Data, Validation
 
 
 def texts(documents):

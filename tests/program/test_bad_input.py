@@ -8,9 +8,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.conftest import TINY, launch, train_py
+from tests.conftest import TINY, launch, on_two_ranks, train_py
 from trainer.data.tokenizers import train_tokenizer
-from trainer.experiment.nodes import Data, Tokenizer
+from trainer.experiment.data import Data, Tokenizer
 
 
 def refused(file, tmp_path, *overrides, parts, folder="tiny"):
@@ -192,7 +192,7 @@ def test_white_space_is_no_text(write_experiment, tmp_path):
 
 def test_batch_that_processes_cannot_share(write_experiment, tmp_path):
     file = write_experiment(training={"batch_size": 9, "micro_batch": 9})
-    done = launch("--config", str(file), processes=2)
+    done = on_two_ranks("--config", str(file))
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1, "rank 0 only"
     assert "training.micro_batch = 9: 2 processes with this micro_batch cannot share a batch_size of 9" in done.stderr

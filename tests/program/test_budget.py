@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.conftest import TINY, launch, train_py
+from tests.conftest import TINY, on_two_ranks, train_py
 from trainer.metrics import read_lines
 
 DEEP = {**TINY, "num_hidden_layers": 6}
@@ -124,7 +124,7 @@ def test_a_whole_run_on_two_ranks_under_a_budget(write_experiment, tmp_path):
         teacher=TEACHER,
         student={"architecture": None, "from_teacher": [0, 2], "quantization": {"bits": 4, "group_size": 16}},
         training={"batch_size": 8, "micro_batch": 2}, memory={"budget": "1900KB"})
-    done = launch("--config", str(file), processes=2)
+    done = on_two_ranks("--config", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "measured" in done.stdout and "planned, budget 1.81 MiB" in done.stdout
     report = (tmp_path / "tiny" / "report.md").read_text()

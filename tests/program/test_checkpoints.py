@@ -220,7 +220,7 @@ DAMAGE = [
     (flip, "random-0.safetensors", "random-0.safetensors is not as it was written"),
     (flip, "state.json", "state.json is not as it was written"),
     (cut_off, "optimizer.safetensors", "optimizer.safetensors has "),
-    (cut_off, "state.json", "state.json is no JSON any more"),
+    (cut_off, "state.json", "state.json is not as it was written: no JSON: "),
     (Path.unlink, "model.safetensors", "model.safetensors is missing"),
     (Path.unlink, "random-0.safetensors", "random-0.safetensors is missing"),
     (Path.unlink, "state.json", "state.json is missing"),
@@ -273,7 +273,7 @@ def test_where_none_verifies_each_is_named_and_nothing_is_touched(train_here):
         train_here("lost", **SETTINGS)
     said = str(caught.value)
     assert "step-00000004: model.safetensors is not as it was written" in said
-    assert "step-00000006: state.json is no JSON any more" in said
+    assert "step-00000006: state.json is not as it was written: no JSON: " in said
     assert "put one back from a copy, or move that folder away" in said and "begins anew" in said
     assert {path: path.stat().st_mtime_ns for path in folder.checkpoints.rglob("*")} == before
 
@@ -341,8 +341,8 @@ def test_a_manifest_that_lies_with_a_right_hash(tmp_path, change, said):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("[" * 100_000, "no JSON any more"), ("1" * 5_000, "no JSON any more"), ("[]", "no manifest"), ("", "no JSON"),
-    (None, "no manifest has more than 67,108,864"),
+    ("[" * 100_000, "no JSON: "), ("1" * 5_000, "no JSON: "), ("[]", "no JSON object, but a list"), ("", "no JSON: "),
+    (None, "a file of 1,099,511,627,776 bytes, over 67,108,864"),
 ])
 def test_a_manifest_that_is_none(tmp_path, text, said):
     checkpoint = tmp_path / "step-00000002"
@@ -439,8 +439,8 @@ def one_of_two(rank: int, folder: Path) -> None:
         (folder / "said").write_text("\n".join(said))
 
 
-def test_metrics_wait_in_memory_for_room(tmp_path):
-    """A disk that takes half a line takes the other half later."""
+def test_metrics_wait_in_memory_for_room(tmp_path, capsys):
+    """A disk that takes half a line takes the other half later; what it never takes is said."""
     file = tmp_path / "metrics.jsonl"
     metrics = Metrics(file, True, 0)
     with no_file_longer_than(60):
@@ -451,7 +451,9 @@ def test_metrics_wait_in_memory_for_room(tmp_path):
     assert [line["step"] for line in read_lines(file)] == [1, 2, 3, 4, 5, 6]
     with no_file_longer_than(10):
         metrics.write({"step": 7, "loss": 0.5})
+        metrics.write({"step": 8, "loss": 0.5})
         metrics.close()
+    assert f"warning: 2 last lines of {file} are lost: there is too little room" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -488,7 +490,8 @@ def test_a_disk_that_fills_keeps_the_run_alive(train_here, small_disk, capsys):
 
     Trainer.train_step = step
     try:
-        changes = {**SETTINGS, "training": {**SETTINGS["training"], "steps": 10}}
+        changes = {**SETTINGS, "training": {**SETTINGS["training"], "steps": 10},
+                   "run": {"trackers": ["tensorboard"]}}
         trainer = train_here("full", overrides=(f"run.folder={small_disk / 'run'}",), **changes)
     finally:
         Trainer.train_step = plain

@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import socket
 
 import pytest
 import torch
 
 from strategies.distillation.response import IGNORED
-from tests.conftest import FORKED, ROOT, TINY, launch
+from tests.conftest import ROOT, TINY, forked, launch, two_ranks
 from tests.program.test_sharded_checkpoints import SETTINGS, same_tensors, tensors_of
 from tests.program.test_sharding import ENGINES
 from trainer.errors import RunFailed, UserError
@@ -306,12 +304,8 @@ def test_on_ranks_no_target_and_no_finite_gradient_is_no_step(write_experiment, 
                                           "training.micro_batch=4"]}
     runs = [{"name": engine, "file": str(write_experiment(engine, **settings)), "overrides": how,
              "poison": ["gradient", 3]} for engine, how in engines.items()]
-    ranks = [FORKED.Process(target=_rank, args=(runs, tmp_path, environment)) for environment in two_ranks()]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(300)
-        assert rank.exitcode == 0
+    done = forked(_rank, (runs, tmp_path), two_ranks())
+    assert done.returncode == 0, done.stderr[-6000:]
     for name in engines:
         first, second, third, fourth = [line for line in read_lines(tmp_path / name / "metrics.jsonl")
                                         if "loss" in line]
@@ -325,17 +319,7 @@ def test_on_ranks_no_target_and_no_finite_gradient_is_no_step(write_experiment, 
             assert not same_tensors(states[2][kind], states[3][kind]), (name, kind)
 
 
-def two_ranks() -> list[dict[str, str]]:
-    """What a launcher tells two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"} for rank in "01"]
-
-
-def _rank(runs: list[dict], folder, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+def _rank(runs: list[dict], folder) -> None:
     from benchmarks.sharding import ranks
 
     plain = ranks.remembered

@@ -1,14 +1,14 @@
 """Mistakes of several processes: one clear message within seconds, no exit code 0, and nobody left waiting."""
 
-import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from benchmarks.sharding.launching import environment, launched
-from tests.conftest import ROOT, launch, train_py
+from tests.conftest import FORKED, ROOT, _in_fork, _train, launch, on_two_ranks, train_py, two_ranks
 from trainer.engines import check_engine, start
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.reading import describe, read_experiment
@@ -88,7 +88,7 @@ def test_other_processes_than_were_planned_for(write_experiment, monkeypatch):
     (["sharding.engine=none"], ["sharding.engine = 'none'", "2 processes were launched"]),
 ])
 def test_two_processes_say_it_once(write_experiment, tmp_path, changes, parts):
-    done = launch("--config", str(write_experiment()), *changes, processes=2, timeout=SOON)
+    done = on_two_ranks("--config", str(write_experiment()), *changes, timeout=SOON)
     refused(done, *parts)
     assert not (tmp_path / "tiny").exists()
 
@@ -129,29 +129,27 @@ def test_without_bitsandbytes(write_experiment, without):
         refused(done, "optimizer.name = 'adamw8bit'", "bitsandbytes", "pip install 'limbeck[adamw8bit]'")
 
 
-def by_hand(arguments: list[list[str]]) -> list[subprocess.CompletedProcess]:
+def by_hand(folder: Path, arguments: list[list[str]]) -> list[subprocess.CompletedProcess]:
     """Processes of one group, each with its own arguments, as if started on machines of their own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**environment(), "WORLD_SIZE": str(len(arguments)), "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1",
-              "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    started = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *own], env={**common, "RANK": str(rank)},
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for rank, own in enumerate(arguments)]
-    done = []
+    folder.mkdir()
+    started, said = [], []
+    for rank, (told, own) in enumerate(zip(two_ranks(), arguments, strict=True)):
+        said.append([folder / f"{name}{rank}" for name in ("stdout", "stderr")])
+        told = {**environment(), **told, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        started.append(FORKED.Process(target=_in_fork, args=(told, str(ROOT), said[-1], _train, own)))
+        started[-1].start()
     for process in started:
-        said, wrong = process.communicate(timeout=SOON)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, said, wrong))
-    return done
+        process.join(SOON)
+    return [subprocess.CompletedProcess(own, process.exitcode, *(file.read_text() for file in files))
+            for own, process, files in zip(arguments, started, said, strict=True)]
 
 
-def test_another_experiment_on_one_process(write_experiment):
+def test_another_experiment_on_one_process(write_experiment, tmp_path):
     file = str(write_experiment())
     for changes, parts in ((["optimizer.lr=0.5"], ["optimizer.lr = 0.003", "process 1", "there it is 0.5"]),
                            (["sharding.engine=zero"], ["sharding.engine = None", "process 1", "there it is 'zero'"])):
-        first, second = by_hand([["--config", file, "training.micro_batch=4"],
-                                 ["--config", file, "training.micro_batch=4", *changes]])
+        first, second = by_hand(tmp_path / parts[2], [["--config", file, "training.micro_batch=4"],
+                                                      ["--config", file, "training.micro_batch=4", *changes]])
         refused(first, *parts, "the same file")
         assert second.returncode != 0 and "Traceback" not in first.stderr + second.stderr
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.conftest import TINY, launch
+from tests.conftest import TINY, launch, on_two_ranks
 from tests.program.test_sharding import ENGINES, OPTIMIZERS, on_ranks, relative, weights_apart
 from trainer import checkpoints
 from trainer.checkpoints.manifest import sealed
@@ -162,7 +162,7 @@ def refused_by_both(file: str, folder: Path) -> None:
     """A file that one process alone reads is damaged: both end with one message, and neither waits for the other."""
     random = newest(folder) / "random-1.safetensors"
     random.write_bytes(b"\xff" * random.stat().st_size)
-    done = launch("--config", file, f"run.folder={folder}", *ENGINES["zero3"], processes=2, timeout=100)
+    done = on_two_ranks("--config", file, f"run.folder={folder}", *ENGINES["zero3"], timeout=100)
     assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr[-3000:]
     assert "none is as it was written:\n  step-00000002: random-1.safetensors is not as it was written" in done.stderr
     assert "move that folder away" in done.stderr and "begins anew" in done.stderr
@@ -195,7 +195,8 @@ def test_the_student_of_a_sharded_run_is_real(write_experiment, tmp_path, engine
         engine, student={"architecture": UNTIED, "quantization": {"bits": 4, "group_size": 16}},
         teacher={"architecture": TINY, "dtype": "bfloat16" if engine == "zero3" else "float32", "train": {"steps": 3}},
         training={"steps": 4, "micro_batch": 2}, report={"control": False})
-    done = launch("--config", str(file), *ENGINES[engine], processes=2)
+    arguments = ("--config", str(file), *ENGINES[engine])
+    done = launch(*arguments, processes=2) if engine == "zero3" else on_two_ranks(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     receipt = json.loads((tmp_path / engine / "student" / "receipt.json").read_text())
     assert receipt["holds"] and receipt["largest_difference"] <= receipt["tolerance"] * receipt["largest_logit"]

@@ -1,4 +1,4 @@
-"""The same training under every engine: real processes through `accelerate launch`, against one process alone."""
+"""The same training under every engine, on two real processes, against one process alone."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.sharding.launching import launched
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY, forked, two_ranks
 from trainer.metrics import read_lines
 
 UNTIED = {**TINY, "tie_word_embeddings": False}
@@ -23,13 +22,19 @@ def on_ranks(runs: list[dict], folder: Path, timeout: int = 550, processes: int 
     """Train experiments on ranks, one after another, and return what came of each; of those before one that `dies`."""
     folder.mkdir(exist_ok=True)
     (folder / "runs.json").write_text(json.dumps(runs))
-    done = launched(ROOT / "benchmarks" / "sharding" / "ranks.py", folder / "runs.json", processes=processes,
-                    capture_output=True, timeout=timeout)
+    done = forked(_ranks, (folder / "runs.json",), two_ranks() if processes == 2 else [{"ACCELERATE_USE_CPU": "true"}],
+                  timeout=timeout)
     ended = [run["name"] for run in (runs[:-1] if dies else runs)]
     assert (done.returncode != 0) == dies and all((folder / f"{name}.json").exists() for name in ended), (
         done.stdout + done.stderr)[-6000:]
     return {name: {**json.loads((folder / f"{name}.json").read_text()),
                    "weights": load_file(folder / f"{name}.safetensors")} for name in ended}
+
+
+def _ranks(file: Path) -> None:
+    from benchmarks.sharding import ranks
+
+    ranks.main(file)
 
 
 def relative(one, other) -> float:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import FORKED, ROOT, _train_py, train_py
+from tests.conftest import FORKED, ROOT, _in_fork, _train, train_py, two_ranks
 from trainer import stopping
 from trainer.cli import limbeck
 from trainer.metrics import read_lines
@@ -61,18 +61,12 @@ class Started:
 
 def start(folder: Path, *arguments: str, ranks: int = 1) -> list[Started]:
     """Start a run on some processes, each the leader of a group of its own, forked from one that has imported all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     number = len(list(folder.glob("said-*")))
     started = []
-    for rank in range(ranks):
-        environment = dict(os.environ)
-        if ranks > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port,
-                            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    for rank, own in enumerate(two_ranks() if ranks == 2 else [{}]):
+        environment = {**os.environ, **own}
         said = [folder / f"said-{number}-{rank}-{name}" for name in ("stdout", "stderr")]
-        process = FORKED.Process(target=_leader, args=(arguments, str(ROOT), environment, said))
+        process = FORKED.Process(target=_leader, args=(environment, str(ROOT), said, _train, arguments))
         process.start()
         started.append(Started(process, said))
     return started
@@ -80,7 +74,7 @@ def start(folder: Path, *arguments: str, ranks: int = 1) -> list[Started]:
 
 def _leader(*arguments) -> None:
     os.setsid()
-    _train_py(*arguments)
+    _in_fork(*arguments)
 
 
 def until(condition, what: str, started: list[Started], timeout: float = 200) -> None:

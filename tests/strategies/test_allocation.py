@@ -18,7 +18,7 @@ from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.allocation import Allocation, allocate, curve, draw_curve, rows, uniform
 from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import RULES, WeightQuantizer
-from strategies.quantization.sensitivity import Sensitivity, candidates, estimate, measure, packed_bytes
+from strategies.quantization.sensitivity import Sensitivity, candidates, estimate, measure, stored_bytes
 from tests.conftest import sentences
 
 
@@ -179,7 +179,7 @@ def test_bytes_are_those_of_the_export(dtype):
         quantizer = WeightQuantizer(scale_dtype=dtype, **how)
         embeddings = activations is None
         prepare(model, quantizer, activations=activations, embeddings=embeddings)
-        ours = sum(packed_bytes(layer.weight.shape, quantizer, activations) for _, layer in quantized_layers(model))
+        ours = sum(stored_bytes(layer.weight.shape, quantizer, activations) for _, layer in quantized_layers(model))
         rest = 7 + (0 if embeddings else model[2].weight.numel())
         assert ours == exported_bytes(model, dtype) - rest * dtype.itemsize, how
 

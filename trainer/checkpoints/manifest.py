@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from trainer.plain_json import read_object
+
 NAME = "step-{:08d}"
 MANIFEST = "state.json"
 LARGEST = 64 * 2**20  # bytes of a manifest that is read: a model of 100,000 tensors has 10 MB
@@ -121,16 +123,11 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 def _parsed(file: Path) -> dict[str, Any]:
-    size = _bytes_of(file)
-    if size > LARGEST:
-        raise Unreadable(f"{file.name} has {size:,} bytes, and no manifest has more than {LARGEST:,}")
+    _bytes_of(file)
     try:
-        state = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"{file.name} is no JSON any more: {error}") from error
-    if not isinstance(state, dict):
-        raise Unreadable(f"{file.name} is no manifest")
-    return state
+        return read_object(file, LARGEST)
+    except ValueError as error:
+        raise Unreadable(f"{file.name} is not as it was written: {error}") from error
 
 
 def _entry(name: str, value: Any) -> Entry:

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.errors import UserError
-from trainer.experiment.nodes import Data
+from trainer.experiment.data import Data
 
 Span = tuple[int, int]
 LONGEST = 64 * 2**20  # bytes of a document in its file, characters of its text

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from trainer.data.sources import Documents, fields
 from trainer.errors import UserError, blame
-from trainer.experiment.nodes import Data
+from trainer.experiment.data import Data
 from trainer.experiment.tree import Experiment
 from trainer.models import check_files
 

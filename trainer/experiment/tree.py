@@ -7,9 +7,9 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from trainer.errors import UserError
+from trainer.experiment.data import Data
 from trainer.experiment.node import Node
 from trainer.experiment.nodes import (
-    Data,
     Export,
     Memory,
     Optimizer,

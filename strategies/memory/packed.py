@@ -1,0 +1,32 @@
+"""Bytes of a quantised weight as it is stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SHAPE = 16  # bytes of a packed weight's shape, two int64
+
+
+def packed_bytes(outputs: int, inputs: int, quantizer: Any, *, bits: int, packed: bool, scale_bytes: int,
+                 static: bool) -> int:
+    """Bytes of a weight in a transformers folder of compressed-tensors: numbers, scales, zero points, a static scale.
+
+    Args:
+        outputs: rows of the weight.
+        inputs: numbers in a row.
+        quantizer: its `group_size`, whether it is `per_tensor` and `symmetric`.
+        bits: of a number, as the format stores it.
+        packed: whether numbers share words of 32 bits, along a row; else each takes a byte.
+        scale_bytes: of a scale.
+        static: whether there is a calibrated scale of the inputs, too.
+    """
+    groups = inputs // (quantizer.group_size or inputs)
+    scales = 1 if quantizer.per_tensor else outputs * groups
+    total = 4 * outputs * _words(inputs * bits) + SHAPE if packed else outputs * inputs
+    if not quantizer.symmetric:
+        total += 4 * groups * _words(outputs * bits) if packed and not quantizer.per_tensor else scales
+    return total + scale_bytes * (scales + static)
+
+
+def _words(bits: int) -> int:
+    return -(-bits // 32)
