@@ -10,6 +10,8 @@ from pathlib import Path
 from benchmarks.distillation.cached import table as cached_table
 from benchmarks.distillation.losses import errors_table, side_by_side
 from benchmarks.distillation.students import table as students_table
+from benchmarks.faults.cost import table as cost_table
+from benchmarks.faults.judging import table as faults_table
 from benchmarks.quantization.allocation import table as allocation_table
 from benchmarks.quantization.qat import table as qat_table
 from benchmarks.quantization.runtimes import table as runtimes_table
@@ -86,6 +88,8 @@ TABLES: dict[str, tuple[str, Callable]] = {
     "runtimes": ("quantization-runtimes-cpu.json", runtimes_table),
     "allocation": ("quantization-allocation-cpu.json", lambda found: allocation_table(found["rows"])),
     "qat": ("quantization-qat-cpu.json", qat_table),
+    "faults": ("faults-cpu.json", faults_table),
+    "cost": ("faults-cost-cpu.json", cost_table),
     "students": ("distillation-students-cpu.json", students_table),
 }
 

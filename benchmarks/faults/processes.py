@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ ON_CPU = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFF
 MARK = "LIMBECK_FAULTS_START"  # an environment variable by which a launcher's processes are known, orphans too
 BEGAN, STEP = re.compile(r"resumed at step (\d+)|\bstep (\d+)/"), re.compile(r"\bstep (\d+)/\d+")
 LOOK = 0.001  # seconds between looks at a folder or a process
+# To start a process, multiprocessing asks for the exit codes of all others, and each can be read only once.
+ONE_AT_A_TIME = threading.Lock()
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["trainer.cli", "trainer.run", "transformers.trainer",
                                "transformers.models.gpt_neox.modeling_gpt_neox"])
@@ -99,24 +102,31 @@ class Forked(Started):
             own = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if group else {}
             process = FORKED.Process(target=_run, args=(str(script), list(arguments), {**os.environ, **ON_CPU, **own},
                                                         str(log)))
-            process.start()
+            with ONE_AT_A_TIME:
+                process.start()
             self._ranks.append(process)
         Started.every.append(self)
 
     def code(self) -> int | None:
-        codes = [process.exitcode for process in self._ranks]
+        codes = [self._code(process) for process in self._ranks]
         return None if None in codes else next((code for code in codes if code), 0)
 
     def pid(self, rank: int) -> int | None:
-        return self._ranks[rank].pid if self._ranks[rank].exitcode is None else None
+        return self._ranks[rank].pid if self._code(self._ranks[rank]) is None else None
 
     def kill(self) -> None:
         for process in self._ranks:
-            if process.exitcode is None:
+            if self._code(process) is None:
                 _kill_group(process.pid)
         for process in self._ranks:
-            process.join()
+            while self._code(process) is None:
+                time.sleep(LOOK)
             _kill_group(process.pid)  # what it had started itself
+
+    @staticmethod
+    def _code(process: multiprocessing.process.BaseProcess) -> int | None:
+        with ONE_AT_A_TIME:
+            return process.exitcode
 
 
 class Launched(Started):
