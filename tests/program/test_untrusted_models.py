@@ -47,7 +47,7 @@ def test_hostile_model_folders_are_named(model, write_experiment, tmp_path):
         "no map": ({"model__safetensors__index__json": "{}"}, "has no `weight_map` of file names"),
         "no index": ({"model__safetensors__index__json": "[" * 200_000}, "index.json is no JSON"),
         "adapter": ({"adapter_config__json": json.dumps({"base_model_name_or_path": "some/other"})}, "is an adapter"),
-        "list": ({"config__json": "[1]"}, "config.json holds no JSON object"),
+        "list": ({"config__json": "[1]"}, "config.json is no JSON object"),
         "deep": ({"config__json": "[" * 200_000}, "config.json is no JSON"),
         "layers": ({"config__json": json.dumps({**config, "num_hidden_layers": 10**9})},
                    "more than 10,000 layers by its num_hidden_layers"),
