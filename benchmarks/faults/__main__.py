@@ -108,7 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [(work, room / f"{key}{number}") for key, some in every.items()
                   if not options.only or key in options.only for number, work in enumerate(some)]
         rows = [row.to_dict() for some in side_by_side(chosen, options.at_once) for row in some]
-    found = {"command": " ".join(["python -m benchmarks.faults", *sys.argv[1:]]), "machine": machine("cpu"),
+    words = [word for word in sys.argv[1:] if word not in ("--json", str(options.json))]
+    found = {"command": " ".join(["python -m benchmarks.faults", *words]), "machine": machine("cpu"),
              "rows": rows}
     print(table(found))
     if options.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from benchmarks.faults.contenders import Contender
 from benchmarks.faults.processes import Started
 
+PATHS = re.compile(r"/\S*?/(?=site-packages/|run\d|checkpoint)")  # of the machine, which tell nobody anything
 PATIENCE = 900.0  # seconds after which a start that should end hangs
 
 
@@ -44,7 +46,8 @@ class Row:
 
     def fails(self, what: str, said: str = "") -> None:
         """Remember a try that failed."""
-        self.failures.append(f"{what}: {' / '.join(said.strip().splitlines()[-3:])[-400:]}" if said else what)
+        told = PATHS.sub("", " / ".join(said.strip().splitlines()[-3:]))[-400:]
+        self.failures.append(f"{what}: {told}" if said else what)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
