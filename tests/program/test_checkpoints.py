@@ -94,6 +94,32 @@ def test_every_file_is_hashed_and_nothing_else_is_left(tmp_path):
         assert torch.equal(saved[name], tensor) and saved[name].dtype == tensor.dtype, name
 
 
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Calls to the system in their order: what a loss of power leaves at any of them can be gone on from."""
+    _, engine = small()
+    saving = store(tmp_path / "checkpoints", [], background=False)
+    for step in (2, 4):
+        saving.save(step, engine, {})
+    done: list[tuple[str, str]] = []
+    plain = {name: getattr(os, name) for name in ("fsync", "rename", "replace")}
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(
+        ("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name)), plain["fsync"](handle)))
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, lambda old, new, name=name: (done.append(("name", Path(new).name)),
+                                                                   plain[name](old, new)))
+    from trainer.checkpoints import commit
+
+    remove = commit.remove
+    monkeypatch.setattr(commit, "remove", lambda old: (done.append(("remove", old.name)), remove(old)))
+    saving.save(6, engine, {})
+    files = sorted(done[:3])
+    assert files == [("sync", f"{name}.safetensors") for name in ("model", "optimizer", "random-0")]
+    partial = next(name for what, name in done if what == "sync" and name.startswith(".step-"))
+    assert done[3:] == [("sync", ".state.json.partial"), ("name", "state.json"), ("sync", partial),
+                        ("sync", tmp_path.name), ("name", "step-00000006"), ("sync", "checkpoints"),
+                        ("remove", "step-00000002"), ("name", ".step-00000002.removed")]
+
+
 def test_a_step_that_is_saved_is_not_put_at_risk_again(tmp_path):
     _, engine = small()
     saving = store(tmp_path, [])
