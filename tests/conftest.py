@@ -177,23 +177,30 @@ def forked(function: Callable[..., int | None], arguments: Sequence[Any],
     """
     with tempfile.TemporaryDirectory() as folder:
         said = [[Path(folder) / f"{name}{rank}" for name in ("stdout", "stderr")] for rank in range(len(environments))]
-        started = [FORKED.Process(target=_in_fork, args=({**os.environ, **own}, str(cwd), files, function, arguments))
-                   for own, files in zip(environments, said, strict=True)]
-        for process in started:
-            process.start()
+        started = [fork(own, files, function, arguments, cwd) for own, files in zip(environments, said, strict=True)]
         deadline, code = time.monotonic() + timeout, 0
-        while alive := [process for process in started if process.exitcode is None]:
-            connection.wait([process.sentinel for process in alive], max(0, deadline - time.monotonic()))
+        while True:
             code = code or next((process.exitcode for process in started if process.exitcode), 0)
-            for process in alive if code else ():
-                process.terminate()
+            alive = [process for process in started if process.exitcode is None]
+            if not alive:
+                break
             if time.monotonic() > deadline:
                 for process in alive:
                     process.kill()
                 raise subprocess.TimeoutExpired(str(arguments), timeout)
-        code = code or next((process.exitcode for process in started if process.exitcode), 0)
+            for process in alive if code else ():
+                process.terminate()
+            connection.wait([process.sentinel for process in alive], max(0, deadline - time.monotonic()))
         out, err = ("".join(file.read_text() for file in files if file.exists()) for files in zip(*said, strict=True))
         return subprocess.CompletedProcess(arguments, code, out, err)
+
+
+def fork(environment: dict[str, str], said: list[Path], function: Callable[..., int | None], arguments: Sequence[Any],
+         cwd: Path = ROOT) -> multiprocessing.process.BaseProcess:
+    """Start a function in a process with more in its environment; what it says goes to two files."""
+    process = FORKED.Process(target=_in_fork, args=({**os.environ, **environment}, str(cwd), said, function, arguments))
+    process.start()
+    return process
 
 
 def _in_fork(environment: dict[str, str], cwd: str, said: list[Path], function: Callable[..., int | None],

@@ -1,6 +1,6 @@
 """How the processes that a launcher started find each other, and only each other.
 
-torchrun keeps one store for all its restarts (since torch 2.4; pytorch/pytorch issue 135712), and what the processes of
+torchrun keeps one store for all its restarts (pytorch/pytorch issue 135712), and what the processes of
 before left in it is there still: addresses at which nobody answers. Its count of restarts does not tell them apart,
 since each machine has its own. So the first process draws a name, under which all that are alive go on.
 """

@@ -123,7 +123,7 @@ def test_a_whole_run_on_two_ranks_under_a_budget(write_experiment, tmp_path):
     file = write_experiment(
         teacher=TEACHER,
         student={"architecture": None, "from_teacher": [0, 2], "quantization": {"bits": 4, "group_size": 16}},
-        training={"batch_size": 8, "micro_batch": 2}, memory={"budget": "1900KB"}, report={"control": False})
+        training={"batch_size": 8, "micro_batch": 2}, memory={"budget": "1900KB"})
     done = on_two_ranks("--config", str(file))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "measured" in done.stdout and "planned, budget 1.81 MiB" in done.stdout

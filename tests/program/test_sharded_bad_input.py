@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from benchmarks.sharding.launching import environment, launched
-from tests.conftest import FORKED, ROOT, _in_fork, _train, launch, on_two_ranks, train_py, two_ranks
+from tests.conftest import ROOT, _train, fork, launch, on_two_ranks, train_py, two_ranks
 from trainer.engines import check_engine, start
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.reading import describe, read_experiment
@@ -136,10 +136,10 @@ def by_hand(folder: Path, arguments: list[list[str]]) -> list[subprocess.Complet
     for rank, (told, own) in enumerate(zip(two_ranks(), arguments, strict=True)):
         said.append([folder / f"{name}{rank}" for name in ("stdout", "stderr")])
         told = {**environment(), **told, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        started.append(FORKED.Process(target=_in_fork, args=(told, str(ROOT), said[-1], _train, own)))
-        started[-1].start()
+        started.append(fork(told, said[-1], _train, own))
     for process in started:
         process.join(SOON)
+        assert process.exitcode is not None, "it does not end"
     return [subprocess.CompletedProcess(own, process.exitcode, *(file.read_text() for file in files))
             for own, process, files in zip(arguments, started, said, strict=True)]
 

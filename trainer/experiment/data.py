@@ -45,7 +45,7 @@ class Data(Node):
     """The text that is trained on: where it is, which fields hold it, and how it becomes sequences."""
 
     path: PathName = "python-library"
-    """Hub id, local folder, file or glob (text, JSONL, Parquet; a document up to 64 MiB), or `python-library`."""
+    """Hub id, local folder, file or glob (text, JSONL, Parquet), or `python-library`: this interpreter's own source."""
     name: str | None = None
     """Configuration of a hub data set that has several."""
     split: str = "train"
@@ -53,7 +53,7 @@ class Data(Node):
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
     text: str = "text"
-    """Field that holds plain text, when neither `messages` nor `prompt` is given."""
+    """Field that holds plain text, 64 MiB at most, when neither `messages` nor `prompt` is given."""
     messages: str | None = None
     """Field that holds chat messages, a list of {role, content}; only the assistant's are learnt."""
     prompt: str | None = None
