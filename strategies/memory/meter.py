@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -17,7 +18,8 @@ from torch.autograd import profiler
 from strategies.memory.tracker import strided_parts, tensors_of
 
 _FREE, _MARK = "limbeck.free.", "limbeck.mark."
-LET_GO = 1e-3  # seconds that gloo has to let go of a tensor
+LET_GO = 1e-3, 1.0  # seconds that gloo has to let go of a tensor: at least, and at most while its threads are busy
+_GLOO = "pt_gloo_runloop"  # how torch names gloo's threads
 CUDA_BLOCK = 512  # bytes to whose next multiple the CUDA caching allocator rounds a request up
 _CUDA_ENTRIES = 1_000_000  # most allocations and frees that a timeline on CUDA keeps; the newest stay
 _cuda_marks: list[tuple[float, str]] | None = None  # (microseconds, name) while a step is measured on CUDA
@@ -85,17 +87,21 @@ def patient_waiting() -> Iterator[None]:
     """Within the context, who waits for a sum over ranks waits a moment longer.
 
     gloo's own thread holds the tensors too, and lets go of them just after it is done. If it were the last one to, the
-    end of their memory would not be seen: the profiler hears of the threads that it was started for only.
+    end of their memory would not be seen: the profiler hears of the threads that it was started for only. On a busy
+    machine that thread may be put aside for long; where the system tells (Linux), we wait until it sleeps.
     """
     work = getattr(torch._C, "_distributed_c10d", None) and torch._C._distributed_c10d.Work
     if not work or not torch.distributed.is_initialized():
         yield
         return
-    wait = work.wait
+    wait, threads = work.wait, _threads_of_gloo()
 
     def longer(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = wait(self, *args, **kwargs)
-        time.sleep(LET_GO)
+        time.sleep(LET_GO[0])
+        until = time.monotonic() + LET_GO[1]
+        while any(map(_runs, threads)) and time.monotonic() < until:
+            time.sleep(LET_GO[0])
         return found
 
     work.wait = longer
@@ -103,6 +109,23 @@ def patient_waiting() -> Iterator[None]:
         yield
     finally:
         work.wait = wait
+
+
+def _threads_of_gloo() -> list[Path]:
+    """What Linux tells of each of gloo's threads in this process; nothing elsewhere."""
+    return [thread for thread in Path("/proc/self/task").glob("*") if _told(thread / "comm").strip() == _GLOO]
+
+
+def _runs(thread: Path) -> bool:
+    """Whether a thread runs, or would if it were its turn."""
+    return _told(thread / "stat").rpartition(")")[2].split()[:1] == ["R"]
+
+
+def _told(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:  # the thread has ended
+        return ""
 
 
 def mark(name: str) -> None:

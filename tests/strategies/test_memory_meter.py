@@ -1,6 +1,7 @@
 """The tracker's count, the measured peak and the kernels' own bytes: each against the others."""
 
 import gc
+import os
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from strategies.memory.besides import unknown_bytes
 from strategies.memory.meter import (
     Measured,
+    _threads_of_gloo,
     changes_of,
     changes_of_trace,
     cumulative,
@@ -28,10 +30,11 @@ from strategies.memory.meter import (
 from strategies.memory.picture import Curve, curve, draw_step, progress, shared_phases
 from strategies.memory.tracker import LiveBytes
 from strategies.memory.workspace import workspace
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, forked
 
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0,
         "eos_token_id": 0}
+SUMS = 60
 aten = torch.ops.aten
 
 
@@ -396,6 +399,38 @@ def test_workspace_is_unknown_where_it_cannot_be_tried():
     if not torch.cuda.is_available():
         assert workspace(aten.exp.default, (elsewhere,)) is None
     assert workspace(aten.mm.default, (torch.empty(2, 3), torch.empty(2, 3))) is None, "the operation refuses"
+
+
+def _sums_on_a_busy_core(folder):
+    """Measure reductions, where what reduces them is put aside again and again for somebody who computes."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=int(os.environ["RANK"]),
+                                         world_size=2)
+    torch.distributed.barrier()
+    for thread in _threads_of_gloo():
+        os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+
+    def step():
+        for count in range(100_000, 100_000 + SUMS):  # of sizes of their own: none takes the place of one before
+            whole, part = torch.zeros(2 * count), torch.zeros(count)
+            torch.distributed.reduce_scatter_tensor(part, whole, async_op=True).wait()
+            del whole, part
+    try:
+        print(measure(step, "cpu").peak)
+        torch.distributed.barrier()
+    finally:
+        for process in busy:
+            process.kill()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says whether a thread sleeps")
+def test_memory_that_gloo_lets_go_of_late_is_seen_to_end(tmp_path):
+    done = forked(_sums_on_a_busy_core, (tmp_path,), [{"RANK": "0"}, {"RANK": "1"}], timeout=100)
+    assert done.returncode == 0, done.stderr
+    largest = 4 * (100_000 + SUMS - 1)
+    for peak in map(int, done.stdout.split()):
+        assert peak == 5 * largest, "two tensors and a copy of the larger one"
 
 
 # ---- the picture
