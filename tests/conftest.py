@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.clients import CLIENTS
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
@@ -30,6 +33,12 @@ if str(Path(sys.executable).parent) not in os.environ["PATH"].split(os.pathsep):
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True}
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported is looked through at no collection of garbage any more."""
+    gc.collect()
+    gc.freeze()
 
 
 def sentences(seed: int, count: int) -> str:
@@ -139,7 +148,8 @@ def launch(*arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int =
 
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["trainer.cli", "trainer.run"])
+FORKED.set_forkserver_preload(["tests.ready"])
+_clients: list[subprocess.Popen] = []
 
 
 def train_py(*arguments: str, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
@@ -198,6 +208,10 @@ def forked(function: Callable[..., int | None], arguments: Sequence[Any],
 def fork(environment: dict[str, str], said: list[Path], function: Callable[..., int | None], arguments: Sequence[Any],
          cwd: Path = ROOT) -> multiprocessing.process.BaseProcess:
     """Start a function in a process with more in its environment; what it says goes to two files."""
+    if not _clients:
+        os.environ[CLIENTS] = str(Path(tempfile.mkdtemp(prefix="limbeck-clients-")) / "socket")
+        _clients.append(subprocess.Popen([sys.executable, str(ROOT / "tests" / "clients.py"), os.environ[CLIENTS]],
+                                         stdin=subprocess.PIPE, cwd="/"))
     process = FORKED.Process(target=_in_fork, args=({**os.environ, **environment}, str(cwd), said, function, arguments))
     process.start()
     return process
