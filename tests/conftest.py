@@ -208,13 +208,18 @@ def forked(function: Callable[..., int | None], arguments: Sequence[Any],
 def fork(environment: dict[str, str], said: list[Path], function: Callable[..., int | None], arguments: Sequence[Any],
          cwd: Path = ROOT) -> multiprocessing.process.BaseProcess:
     """Start a function in a process with more in its environment; what it says goes to two files."""
+    process = FORKED.Process(target=_in_fork, args=(with_clients(environment), str(cwd), said, function, arguments))
+    process.start()
+    return process
+
+
+def with_clients(environment: dict[str, str]) -> dict[str, str]:
+    """This process's environment with more in it, for a forked one that exports: clients are forked as well."""
     if not _clients:
         os.environ[CLIENTS] = str(Path(tempfile.mkdtemp(prefix="limbeck-clients-")) / "socket")
         _clients.append(subprocess.Popen([sys.executable, str(ROOT / "tests" / "clients.py"), os.environ[CLIENTS]],
                                          stdin=subprocess.PIPE, cwd="/"))
-    process = FORKED.Process(target=_in_fork, args=({**os.environ, **environment}, str(cwd), said, function, arguments))
-    process.start()
-    return process
+    return {**os.environ, **environment}
 
 
 def _in_fork(environment: dict[str, str], cwd: str, said: list[Path], function: Callable[..., int | None],

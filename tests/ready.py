@@ -5,12 +5,13 @@ from contextlib import suppress
 from importlib import import_module
 from types import SimpleNamespace
 
+from benchmarks.faults.processes import NEEDED
 from strategies.export import receipt
 from tests import clients
 
-for name in ("trainer.cli", "trainer.run", "trainer.schedule", "strategies.optimizers.build",
-             "strategies.sharding.fsdp2", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp",
-             "torch.utils.cpp_extension", "scipy.io", "scipy.optimize", "matplotlib.pyplot",
+for name in (*NEEDED, "trainer.schedule", "strategies.optimizers.build", "strategies.sharding.fsdp2",
+             "transformers.models.llama.modeling_llama", "torch.distributed.fsdp", "torch.utils.cpp_extension",
+             "scipy.io", "scipy.optimize", "matplotlib.pyplot",
              "matplotlib.backends.backend_agg", "deepspeed.ops.op_builder.all_ops",
              "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.muon_optimizer"):
     with suppress(ImportError):  # of what is optional

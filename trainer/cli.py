@@ -38,7 +38,7 @@ def train(arguments: list[str]) -> int:
             return _carry_out(source)
     except (UserError, ExperimentErrors) as error:
         _tell(_messages(error, source))
-        return BUDGET_UNMET if type(error).__name__ == "BudgetUnmet" else USER_ERROR
+        return _code(error)
     except (RunFailed, OSError, RuntimeError) as error:
         said = _failure(error)
         if said is None:
@@ -70,11 +70,18 @@ def _carry_out(source: Source) -> int:
         else:
             stopping.noted(experiment, OTHERS_WAIT)
         return stopping.AGAIN_LATER
+    except UserError as error:  # where it is another process's alone, a launcher signals this one: that is no stop
+        stopping.note(experiment, _messages(error, source), _code(error), process=process)
+        raise
     except (RunFailed, OSError, RuntimeError) as error:
         if (said := _failure(error)) is not None:
             stopping.note(experiment, said, FAILURE, process=process)
         raise
     return 0
+
+
+def _code(error: UserError | ExperimentErrors) -> int:
+    return BUDGET_UNMET if type(error).__name__ == "BudgetUnmet" else USER_ERROR
 
 
 def _failure(error: Exception) -> str | None:

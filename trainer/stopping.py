@@ -113,13 +113,16 @@ def heed(tell: Callable[[str, int], None]) -> Iterator[None]:
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
     _heard = Signals(tell)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes meanwhile waits until it can be caught
     before = {number: signal.signal(number, _in_main_thread) for number in SIGNALS
               if signal.getsignal(number) is not signal.SIG_IGN}
     wire = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=_heard.listen, args=(ours,), name="signals", daemon=True)
     thread.start()
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield
+        _heard.over = True
     except Leaving:
         _heard.cleared.set()
         thread.join(GRACE)  # it ends the process
@@ -224,10 +227,12 @@ def begin_again(experiment: Experiment) -> None:
 def note(experiment: Experiment, said: str, code: int, **more: Any) -> bool:
     """Write in a run's folder how the run ended; False where another process was first, which then tells it.
 
-    A folder that is not there yet is made for a stop alone, which is to be known of.
+    A folder that is not there yet is made for a stop alone, which is to be known of, and by the first process: a
+    launcher signals the others also where that one has refused the experiment, which is to leave nothing.
     """
     folder = Path(experiment.folder)
-    if not _is_of(experiment) or (code != AGAIN_LATER and not folder.exists()):
+    makes = code == AGAIN_LATER and int(os.environ.get("RANK", 0)) == 0
+    if not _is_of(experiment) or not (makes or folder.exists()):
         return True
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from benchmarks.faults import damage, disk, kills, nans, ranks, signals
 from benchmarks.faults.contenders import AccelerateScript, Contender, HFTrainer, Limbeck
 from benchmarks.faults.judging import Row, table
 from benchmarks.faults.material import Material, make
-from benchmarks.faults.processes import Started
+from benchmarks.faults.processes import FORKED, NEEDED, Started
 from benchmarks.rematerialization.frontier import machine
 
 Work = Callable[[Path], list[Row]]  # what makes rows in a folder
@@ -118,4 +118,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    FORKED.set_forkserver_preload(NEEDED)
     raise SystemExit(main())

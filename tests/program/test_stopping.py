@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import FORKED, ROOT, _in_fork, _train, train_py, two_ranks
+from tests.conftest import FORKED, ROOT, _in_fork, _train, train_py, two_ranks, with_clients
 from trainer import stopping
 from trainer.cli import limbeck
 from trainer.metrics import read_lines
@@ -59,12 +60,13 @@ class Started:
         return self.process.exitcode
 
 
-def start(folder: Path, *arguments: str, ranks: int = 1) -> list[Started]:
+def start(folder: Path, *arguments: str, ranks: int = 1, environments: list[dict[str, str]] | None = None
+          ) -> list[Started]:
     """Start a run on some processes, each the leader of a group of its own, forked from one that has imported all."""
     number = len(list(folder.glob("said-*")))
     started = []
-    for rank, own in enumerate(two_ranks() if ranks == 2 else [{}]):
-        environment = {**os.environ, **own}
+    for rank, own in enumerate(environments or (two_ranks() if ranks == 2 else [{}])):
+        environment = with_clients(own)
         said = [folder / f"said-{number}-{rank}-{name}" for name in ("stdout", "stderr")]
         process = FORKED.Process(target=_leader, args=(environment, str(ROOT), said, _train, arguments))
         process.start()
@@ -129,7 +131,7 @@ def test_a_signal_on_either_process_stops_both_after_a_step(write_experiment, tm
 
 def test_in_an_evaluation_and_in_a_save_a_signal_waits_for_neither_more_nor_less(write_experiment, tmp_path):
     """An evaluation is left at its next micro-batch and made up for; a save is finished; workers know of nothing."""
-    settings = {"data": {"validation": {"fraction": 0.3, "rows": 40}, "workers": 1}, "report": {"sample_tokens": 1},
+    settings = {"data": {"validation": {"fraction": 0.3, "rows": 20}, "workers": 1}, "report": {"sample_tokens": 1},
                 "training": {"steps": 6, "micro_batch": 1, "evaluate_every": 1, "checkpoint_every": 1}}
     whole, cut = (str(write_experiment(name, **settings)) for name in ("whole", "cut"))
     assert train_py("--config", whole).returncode == 0
@@ -198,6 +200,31 @@ def test_outside_of_training_a_signal_ends_it_at_once(write_experiment, tmp_path
     (run,) = start(tmp_path, "--config", file)
     assert run.end() == 0, run.err
     assert limbeck(["status", str(tmp_path / "tiny")]) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_there_is_no_folder_yet_the_first_process_makes_it_for_a_stop(write_experiment, tmp_path, rank):
+    """The others are signalled by a launcher also where that one has refused the experiment."""
+    file = str(write_experiment())
+    (waiting,) = start(tmp_path, "--config", file, environments=[two_ranks()[rank]])
+    heeds = 1 << (signal.SIGUSR1 - 1)
+    until(lambda: int(re.search(r"SigCgt:\t(\w+)", Path(f"/proc/{waiting.pid}/status").read_text())[1], 16) & heeds,
+          "handlers", [waiting])
+    os.kill(waiting.pid, signal.SIGTERM)
+    assert waiting.end() == 75
+    assert (tmp_path / "tiny").exists() == (rank == 0)
+
+
+def test_a_mistake_in_going_on_is_the_end_that_status_tells_of(write_experiment, tmp_path, capsys):
+    file = str(write_experiment(**QUICK))
+    (run,) = start(tmp_path, "--config", file)
+    until(lambda: steps_of(tmp_path / "tiny"), "a step", [run])
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.end() == limbeck(["status", "--config", file]) == 75
+    done = train_py("--config", file, "memory.budget=1KB")
+    assert done.returncode == ended(tmp_path / "tiny")["code"] == 3 and "memory.budget = '1KB'" in done.stderr
+    assert limbeck(["status", "--config", file]) == 1
+    assert "memory.budget = '1KB'" in capsys.readouterr().out
 
 
 def test_of_a_launcher_that_dies_its_process_saves(write_experiment, tmp_path):
