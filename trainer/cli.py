@@ -71,7 +71,8 @@ def _carry_out(source: Source) -> int:
             stopping.noted(experiment, OTHERS_WAIT)
         return stopping.AGAIN_LATER
     except UserError as error:  # where it is another process's alone, a launcher signals this one: that is no stop
-        stopping.note(experiment, _messages(error, source), _code(error), process=process)
+        if error.key != "run.folder":  # else it is another run's
+            stopping.note(experiment, _messages(error, source), _code(error), process=process)
         raise
     except (RunFailed, OSError, RuntimeError) as error:
         if (said := _failure(error)) is not None:

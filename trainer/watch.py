@@ -12,6 +12,7 @@ import json
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -146,7 +147,7 @@ class Watch:
             self._done.set()
 
     def _explained(self, error: BaseException) -> RunFailed | None:
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        if _of_a_worker(error):
             return RunFailed(f"a process that reads data for this one (data.workers) is gone, at {self._here[1]}: "
                              f"{str(error).partition(chr(10))[0]}\n  -> often the machine's memory is short: set "
                              "data.workers lower; start the same command again to go on from the last checkpoint")
@@ -226,6 +227,13 @@ class Watch:
 def lost(error: BaseException) -> bool:
     """Whether an error is a collective's: another process is gone, or did not come in time."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def _of_a_worker(error: BaseException) -> bool:
+    """Whether an error is that a data worker died: torch saw its end, or it was to hand a batch over at that moment."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)) or (
+        isinstance(error, OSError | EOFError) and any(name.startswith("multiprocessing.") for name in frames))
 
 
 def _own_store() -> dist.Store | None:

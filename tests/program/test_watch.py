@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from tests.conftest import ROOT, train_py
 from tests.program.test_stopping import QUICK, nobody_stays, start, steps_of, until  # noqa: F401
 from trainer.cli import limbeck
+from trainer.errors import RunFailed
 from trainer.metrics import read_lines
-from trainer.watch import Place, diagnosis, missed
+from trainer.watch import Place, Watch, diagnosis, missed
 
 OWN = Place(beat=90, count=20, seconds=34, words="the sum of losses of step 7")
 LONG = {**QUICK, "training": {**QUICK["training"], "steps": 100_000, "checkpoint_every": 5}}
@@ -125,3 +127,13 @@ def test_a_data_worker_that_dies_is_said(write_experiment, tmp_path):
     assert "error: a process that reads data for this one (data.workers) is gone, at the" in run.err
     assert "set data.workers lower" in run.err and "goes on" not in run.err
     assert json.loads((tmp_path / "tiny" / ".ended.json").read_text())["code"] == 1
+
+
+def test_a_data_worker_that_dies_while_it_hands_over_is_said(tmp_path):
+    with pytest.raises(RunFailed, match="reads data for this one .*data.workers.* is gone, at the batch of step 3: "):
+        watch = Watch(0, 1, 60)
+        with watch.on():
+            watch.at("the batch of step 3")
+            connection.Client(str(tmp_path / "gone"))  # as torch asks a worker for the memory of a batch
+    with pytest.raises(FileNotFoundError), Watch(0, 1, 60).on():
+        (tmp_path / "gone").read_text()
