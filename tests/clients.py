@@ -23,7 +23,7 @@ CLIENTS = "LIMBECK_TESTS_CLIENTS"  # the environment's variable that holds the s
 
 def ask(command: list[str], *, env: dict[str, str], **options: object) -> subprocess.CompletedProcess:
     """As `subprocess.run` of a client's command: [interpreter, script, its arguments]."""
-    if CLIENTS not in os.environ:
+    if not os.environ.get(CLIENTS):
         return subprocess.run(command, env=env, **options)
     with socket.socket(socket.AF_UNIX) as line, tempfile.NamedTemporaryFile("r") as said:
         deadline = time.monotonic() + 60  # it may be importing yet
@@ -38,7 +38,7 @@ def ask(command: list[str], *, env: dict[str, str], **options: object) -> subpro
 
 
 def serve(path: str) -> None:
-    """Fork a process for each request until nobody can ask any more."""
+    """Fork a process for each request until nobody can ask any more; the socket is alone in its folder, which goes."""
     import safetensors.torch  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
@@ -50,6 +50,8 @@ def serve(path: str) -> None:
         while True:
             ready, _, _ = select.select([server, sys.stdin], [], [])
             if sys.stdin in ready:
+                os.remove(path)
+                os.rmdir(os.path.dirname(path))
                 return
             line, _ = server.accept()
             if os.fork() == 0:

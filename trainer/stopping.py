@@ -122,7 +122,7 @@ def heed(tell: Callable[[str, int], None]) -> Iterator[None]:
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield
-        _heard.over = True
+        _heard.over = True  # here already: a signal until now is caught below, in `finally` it would not be
     except Leaving:
         _heard.cleared.set()
         thread.join(GRACE)  # it ends the process

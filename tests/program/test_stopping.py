@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.clients import CLIENTS
 from tests.conftest import FORKED, ROOT, _in_fork, _train, train_py, two_ranks, with_clients
 from trainer import stopping
 from trainer.cli import limbeck
@@ -186,7 +187,7 @@ def test_outside_of_training_a_signal_ends_it_at_once(write_experiment, tmp_path
         (corpus / f"{number}.txt").write_text(f"The {number} cats see {number} dogs.\n" * 2000)
     file = str(write_experiment("tiny", data={"path": str(corpus)}, run={"cache": str(cache)}, training={"steps": 2},
                                 report={"sample_tokens": 50}))
-    (run,) = start(tmp_path, "--config", file)
+    (run,) = start(tmp_path, "--config", file, environments=[{CLIENTS: ""}])  # a client that takes its time
     said = "reading and tokenising" if moment == "tokenising" else "step 2/2  held-out"
     until(lambda: said in run.out, said, [run])
     if moment == "export":
