@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from strategies.export.layers import Activations, Quantized, Quantizer, quantized_layers
+from strategies.export.saved_names import as_saved
 
 PARTS = ("weight", "log_ratio", "scale", "zero_point", "input_scale")  # of a quantised layer; see `_packed`
 
@@ -38,9 +39,10 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     partial = folder.with_name(f".{folder.name}.partial")
     _remove(partial)
     partial.mkdir(parents=True)
-    tensors = _dense(model, dtype, skip={f"{name}.{part}" for name in quantized for part in PARTS})
+    tensors = as_saved(model, _dense(model, dtype, skip={f"{name}.{part}" for name in quantized for part in PARTS}))
     for name, layer in _once(quantized).items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in _packed(layer).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     _config(model, dtype, quantized).save_pretrained(partial)
     model.generation_config.save_pretrained(partial)
