@@ -87,3 +87,8 @@ def _check_weights(file: Path) -> None:
 def first_line(error: Exception) -> str:
     """What an error says, as far as one line of a message has room for it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def last_line(error: Exception) -> str:
+    """What an error ends with: of those of several lines the reason."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:300]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import math
@@ -11,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from strategies.distillation.fused import LogitShape, logit_shape
 from strategies.export.sizes import exported_bytes
 from strategies.export.transformers_folder import check_folder
 from strategies.quantization.qat import prepare
+from trainer.architecture_keys import OF_A_FILE, check_arrived, model_values, without_foreign_ids
 from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Model
 from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
-from trainer.model_files import MOST_LAYERS, check_files, first_line, too_deep
+from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, too_deep
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -83,37 +84,28 @@ def _config(model: Model, key: str, vocabulary: int | None, offline: bool) -> Pr
     written = _architecture(model, key, vocabulary) if model.architecture else None
     if model.path is None or (offline and written is not None and not Path(model.path).is_dir()):
         assert written is not None, "the experiment checks that a model has an origin"
-        return written
+        return without_foreign_ids(written)
     loaded = _reach(AutoConfig, model, key)
     if not model.trust_remote_code and "/" in (getattr(loaded, "_attn_implementation", None) or ""):
         raise UserError(f"{key}.path", "its config.json has its attention computed by code from a hub, "
                         f"{loaded._attn_implementation}", value=model.path, way_out="remove `attn_implementation` from "
                         "it, or set `trust_remote_code: true` if you have read that code and trust it")
-    for name in model.architecture or {}:
+    for name in {*(model.architecture or {})} - OF_A_FILE:
         theirs, ours = getattr(loaded, name, None), getattr(written, name, None)
         if theirs != ours:
             raise UserError(f"{key}.architecture.{name}", f"{model.path} has {theirs!r}", value=ours,
                             way_out=f"write {theirs!r}, or remove `architecture`: `path` has the weights")
-    return loaded
+    return without_foreign_ids(loaded)
 
 
 def _architecture(model: Model, key: str, vocabulary: int | None) -> PretrainedConfig:
     values = dict(model.architecture or {})
     model_type = values.pop("model_type")
-    try:
-        default = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-        near = difflib.get_close_matches(model_type, CONFIG_MAPPING_NAMES, 1)
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), 1)
         raise UserError(f"{key}.architecture.model_type", "transformers knows no such architecture", value=model_type,
-                        way_out=f"did you mean {near[0]!r}?" if near else "for example 'llama'") from error
-    known = {*default.to_dict(), *default.attribute_map}
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise UserError(f"{key}.architecture.{name}", f"the {model_type} architecture has no such dimension",
-                            value=values[name], way_out=f"did you mean `{near[0]}`?" if near else "remove it")
+                        way_out=f"did you mean {near[0]!r}?" if near else "for example 'llama'")
+    values = model_values(values, CONFIG_MAPPING[model_type], f"{key}.architecture")
     if deep := too_deep(values):
         raise UserError(f"{key}.architecture.{deep}", f"a model has at most {MOST_LAYERS:,} layers",
                         value=values[deep], way_out="use fewer")
@@ -121,9 +113,13 @@ def _architecture(model: Model, key: str, vocabulary: int | None) -> PretrainedC
         values["vocab_size"] = vocabulary
     with blame(f"{key}.architecture", value=model.architecture, way_out="see the transformers page of this model"):
         try:
-            return AutoConfig.for_model(model_type, **values)
-        except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
-            raise ValueError(f"not a valid {model_type} architecture: {str(error).splitlines()[-1].strip()}") from error
+            config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
+            check_arrived(config, values, f"{key}.architecture")
+            return config
+        except UserError:
+            raise
+        except Exception as error:  # every class checks in its own way
+            raise ValueError(f"not a valid {model_type} architecture: {last_line(error)}") from error
 
 
 def _reach(auto: Any, model: Model, key: str, **options: Any) -> Any:
