@@ -4,7 +4,8 @@
 
 RUNS.json: [{"name": .., "file": experiment, "overrides": [..]}], and where it is wanted "until": step to end at,
 "fp16": true, which DeepSpeed has on no CPU by itself, "poison": [kind, step] on process 1, "kill": [step, processes],
-"masked": [process, micro-batch] that has no target at any step,
+"masked": [process, micro-batch] that has no target at any step, "begins": true, which has each process write the fp32
+weights that it holds before the first step, as NAME-begins-RANK.safetensors with keys of name@first element,
 "peer": the optimizer of another library, by its full name, in place of ours. The first process writes NAME.json beside
 it: losses, gradient norms, loss scales, memory, and what each process decided, and the fp32 weights of ours as
 NAME.safetensors.
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from strategies.memory.shards import local, local_of  # noqa: E402
 from trainer import checkpoints  # noqa: E402
 from trainer.experiment.reading import read_experiment  # noqa: E402
 from trainer.metrics import read_lines  # noqa: E402
@@ -111,6 +113,17 @@ def mask(trainer, number: int) -> None:
     trainer.train_step = without_targets
 
 
+def begins(trainer, file: Path) -> None:
+    """Write the fp32 weights that this process holds, and assert that what forward runs on is these, rounded."""
+    parts = {f"{piece.name}@{piece.start}": piece.of(local_of(tensor)).clone()
+             for tensor, layout in trainer.engine.tensors() for piece in layout.pieces if piece.numel}
+    save_file(parts, file)
+    run_on = [getattr(parameter, "ds_tensor", parameter) for parameter in trainer.unwrapped.parameters()]
+    before = [local(tensor).clone() for tensor in run_on]
+    trainer.engine.refresh()
+    assert all(torch.equal(old, local(new)) for old, new in zip(before, run_on, strict=True))
+
+
 def one(run: dict, folder: Path) -> None:
     """Train one experiment, and write what came of it."""
     from trainer.data.dataset import prepare_text
@@ -129,6 +142,8 @@ def one(run: dict, folder: Path) -> None:
     with accelerator.main_process_first():
         text = prepare_text(experiment)
     trainer = prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, text)
+    if run.get("begins"):
+        begins(trainer, folder / f"{run['name']}-begins-{accelerator.process_index}.safetensors")
     if run.get("until"):
         trainer.steps = run["until"]
     if run.get("poison") and accelerator.process_index == 1:

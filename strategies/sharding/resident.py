@@ -206,9 +206,11 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
     size = setup.compute.itemsize
     whole = sum(aligned(group, setup.ranks) for group in groups)
     part = whole // setup.ranks
-    parts = {"weights": size * whole, "buffers": _buffers(model)}
+    frozen = _frozen(model)
+    parts = {"weights": size * (whole + _numel(frozen)), "buffers": _buffers(model),
+             "fp32 weights": FP32 * _numel(frozen) if setup.gloo else 0}  # else they are on the CPU
     if not setup.offload_optimizer:
-        parts |= {"fp32 weights": FP32 * part if setup.half else 0, "optimizer state": state}
+        parts |= {"fp32 weights": parts["fp32 weights"] + (FP32 * part if setup.half else 0), "optimizer state": state}
     compact = setup.half and setup.accumulates and setup.stage == 2  # summed in fp32, in a buffer of its own
     grown = FP32 * part if compact else size * _most_overlapping(groups, setup)
     if setup.offload_optimizer:  # gradients go to the CPU through a buffer of the largest one's size
@@ -268,11 +270,13 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     parts_of = [sum(equal_part(parameter, setup.ranks) for parameter in group) for group in groups]
     part = sum(parts_of)
     sums = FP32 if setup.half and setup.accumulates else size
-    parts = {"buckets": size * setup.bucket, "buffers": _buffers(model)}
+    frozen = _frozen(model)
+    parts = {"buckets": size * setup.bucket, "buffers": _buffers(model),
+             "fp32 weights": FP32 * _numel(frozen) if setup.gloo else 0}
     if not setup.offload_parameters:
-        parts["weights"] = size * part
+        parts["weights"] = size * (part + sum(equal_part(parameter, setup.ranks) for parameter in frozen))
     if not setup.offload_optimizer:
-        parts |= {"fp32 weights": FP32 * part if setup.half else 0, "gradients": sums * part,
+        parts |= {"fp32 weights": parts["fp32 weights"] + (FP32 * part if setup.half else 0), "gradients": sums * part,
                   "optimizer state": state}
     turns, bucket = [], Bucket(setup.bucket)
     for name in reversed((*units.ends[:1], *units.blocks, *units.ends[1:])):
@@ -331,6 +335,14 @@ def _outside(model: nn.Module, units: Units) -> list[nn.Parameter]:
 def _parameters(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     """Parameters of some of a model's modules, in order."""
     return [parameter for name in names for parameter in model.get_submodule(name).parameters()]
+
+
+def _frozen(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not parameter.requires_grad]
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _buffers(model: nn.Module) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 
 from strategies.memory.shards import Layout, Piece, lay_out, layout_of
 from strategies.sharding.engine import Engine, Update
+from strategies.sharding.masters import Frozen, OwnPart, clear_padding
 from strategies.sharding.units import units_of
 
 LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's own bucket size
@@ -114,6 +115,9 @@ class Zero(Engine):
         names = {id(parameter): name for name, parameter in student.named_parameters()}
         shapes = {name: tuple(parameter.shape) for name, parameter in student.named_parameters()}
         optimizer = make_optimizer(student)
+        groups, rank = [list(group["params"]) for group in optimizer.param_groups], dist.get_rank()
+        unrounded = OwnPart(groups, names, self.stage, rank, dist.get_world_size()) if self.casts else None
+        self._frozen = Frozen(student, rank)
         if self.stage == 3:
             self._gather_by_block(student)
         with quiet_deepspeed():
@@ -125,6 +129,11 @@ class Zero(Engine):
             self._share_fp32()
         for tensor, layout in self._layouts(names, shapes):
             lay_out(tensor, layout)
+            clear_padding(tensor, layout)
+            if unrounded is not None:
+                unrounded.put_back(tensor, layout)
+        if self.stage == 3:
+            self.refresh()  # padding is not cleared on the way
         super().__init__(self.engine, student, optimizer)
         self._check()
 
@@ -155,8 +164,8 @@ class Zero(Engine):
         """Assert that DeepSpeed does what was asked for."""
         assert self.engine.zero_optimization_stage() == self.stage, "DeepSpeed runs another stage"
         assert dist.get_world_size(self.zero.dp_process_group) == dist.get_world_size(), "DeepSpeed uses fewer ranks"
-        whole = sum(math.prod(piece.shape) for _, layout in self.tensors() for piece in layout.pieces)
-        held = torch.tensor(sum(piece.numel for _, layout in self.tensors() for piece in layout.pieces),
+        whole = sum(math.prod(piece.shape) for _, layout in self._trained() for piece in layout.pieces)
+        held = torch.tensor(sum(piece.numel for _, layout in self._trained() for piece in layout.pieces),
                             device=self.engine.device)
         dist.all_reduce(held)
         assert int(held) == whole, f"the ranks hold {int(held)} elements of {whole}"
@@ -208,7 +217,11 @@ class Zero(Engine):
     # ---- what a rank holds
 
     def tensors(self) -> Iterator[tuple[torch.Tensor, Layout]]:
-        """See `Engine`."""
+        """See `Engine`; what is not trained is whole on every rank."""
+        yield from self._trained()
+        yield from self._frozen.tensors()
+
+    def _trained(self) -> Iterator[tuple[torch.Tensor, Layout]]:
         flats = (self.zero.fp32_partitioned_groups_flat if self.stage == 3
                  else self.zero.single_partition_of_fp32_groups)
         for flat in flats:
@@ -226,6 +239,7 @@ class Zero(Engine):
     def refresh(self) -> None:
         """See `Engine`; the weights that forward runs on follow the fp32 ones."""
         with torch.no_grad():
+            self._frozen.refresh()
             if self.stage < 3:
                 self.zero.update_lp_params()
                 return

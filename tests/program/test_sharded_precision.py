@@ -1,9 +1,15 @@
 """bf16 and fp16 under every engine: fp32 weights are updated, and every rank takes the same decision."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from tests.conftest import TINY
+from tests.conftest import TINY, sentences
+from tests.program.test_bad_input import saved_model
 from tests.program.test_sharded_checkpoints import losses, same_tensors, tensors_of
 from tests.program.test_sharding import ENGINES, on_ranks, relative, weights_apart
 
@@ -94,3 +100,56 @@ def test_what_is_not_finite_on_one_rank_reaches_no_weight(write_experiment, tmp_
         for kind in ("model", "optimizer"):
             assert same_tensors(before[kind], skipped[kind]), (name, kind)
             assert not same_tensors(skipped[kind], after[kind]), (name, kind)
+
+HALVES = {**{f"zero{stage}-bf16": [*ENGINES[f"zero{stage}"], "precision.dtype=bf16"] for stage in (1, 2, 3)},
+          **{f"zero{stage}-fp16": [*ENGINES[f"zero{stage}"], "precision.dtype=fp16"] for stage in (1, 3)},
+          "zero2-offload": [*ENGINES["zero2"], "precision.dtype=bf16", "sharding.offload.optimizer=true"],
+          "zero3-offload": [*ENGINES["zero3"], "precision.dtype=bf16", "sharding.offload.parameters=true",
+                            "sharding.offload.optimizer=true"]}
+
+
+def put_together(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The fp32 weights with which a run began or went on, flat, put together of what each rank held of them."""
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for rank in (0, 1):
+        for key, tensor in load_file(folder / f"{name}-begins-{rank}.safetensors").items():
+            parameter, _, start = key.partition("@")
+            parts.setdefault(parameter, {})[int(start)] = tensor
+    whole = {}
+    for parameter, found in parts.items():
+        starts, end = sorted(found), 0
+        for start in starts:
+            assert start == end, f"{parameter}: nobody holds {end} to {start}"
+            end += found[start].numel()
+        whole[parameter] = torch.cat([found[start] for start in starts])
+    return whole
+
+
+@pytest.mark.timeout(600)
+def test_the_first_step_begins_from_the_file_to_the_last_bit(write_experiment, tmp_path):
+    """fp32 weights are those of the file, or of the checkpoint that another engine wrote, whatever forward runs in."""
+    torch.manual_seed(7)
+    uneven = {**UNTIED, "hidden_size": 33, "num_attention_heads": 3, "head_dim": 16}
+    fp32 = saved_model(tmp_path / "fp32", sentences(1, 200), **uneven)
+    bf16 = shutil.copytree(fp32, tmp_path / "bf16")
+    AutoModelForCausalLM.from_pretrained(fp32, dtype=torch.bfloat16).save_pretrained(bf16)
+    settings = {**SETTINGS, "student": {"architecture": None, "path": str(fp32)},
+                "data": {"tokenizer": {"train_vocabulary": None}},
+                "training": {**SETTINGS["training"], "steps": 2, "checkpoint_every": 2}}
+    runs = [{"name": name, "file": str(write_experiment(name, **settings)), "overrides": how, "begins": True,
+             "fp16": name.endswith("fp16"), "until": 1} for name, how in HALVES.items()]
+    runs.append({**runs[-1], "name": "of-bf16", "overrides": [
+        *ENGINES["zero2"], "precision.dtype=bf16", f"student.path={bf16}", f"run.folder={tmp_path / 'b'}"]})
+    longer = {**settings, "training": {**settings["training"], "steps": 12, "keep_checkpoints": 12}}
+    over = str(write_experiment("over", **longer))
+    way = ["zero3", "zero3", "zero1", "fsdp2", "zero2"]
+    runs += [{"name": f"over-{part}", "file": over, "overrides": [*ENGINES[engine], "precision.dtype=bf16"],
+              "begins": True, "until": 2 * (part + 1)} for part, engine in enumerate(way)]
+    on_ranks(runs, tmp_path / "ranks")
+    for name in (*HALVES, "of-bf16"):
+        file = load_file((bf16 if name == "of-bf16" else fp32) / "model.safetensors")
+        assert same_tensors(put_together(tmp_path / "ranks", name),
+                            {key: tensor.float().flatten() for key, tensor in file.items()}), name
+    for part in range(1, len(way)):
+        saved = tensors_of(tmp_path / "over" / "checkpoints" / f"step-{2 * part:08d}")["model"]
+        assert same_tensors(put_together(tmp_path / "ranks", f"over-{part}"), saved), (way[part - 1], way[part])
