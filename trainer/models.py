@@ -20,6 +20,7 @@ from strategies.export.sizes import exported_bytes
 from strategies.export.transformers_folder import check_folder
 from strategies.quantization.qat import prepare
 from trainer.architecture_keys import OF_A_FILE, check_arrived, model_values, without_foreign_ids
+from trainer.document_frequencies import by_document
 from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Model
 from trainer.experiment.quantization import Quantization
@@ -153,7 +154,7 @@ def build_teacher(experiment: Experiment, config: PretrainedConfig) -> nn.Module
     """The teacher, frozen and in evaluation mode."""
     teacher = experiment.teacher
     assert teacher is not None and teacher.path is not None, "an untrained teacher is made first"
-    model = _load(teacher, "teacher", config, DTYPES[teacher.dtype])
+    model = by_document(_load(teacher, "teacher", config, DTYPES[teacher.dtype]))
     return model.eval().requires_grad_(False)
 
 
@@ -173,6 +174,7 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
         if student.from_teacher is not None:
             assert teacher is not None
             copy_layers(teacher, model, student.from_teacher)
+    by_document(model)
     if student.quantization is not None and student.quantization.trained:
         quantize(experiment, model)
     return model.train()
@@ -191,7 +193,7 @@ def student_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
     Raises:
         UserError: a layer cannot be quantised.
     """
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = by_document(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     asked = experiment.student.quantization
     if asked is not None and asked.trained:
         quantize(experiment, model)
@@ -273,35 +275,6 @@ def block_prefix(model: nn.Module) -> str:
 def count_parameters(model: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@torch.no_grad()
-def documents_stay_apart(model: nn.Module) -> bool:
-    """Whether a packed document's logits are those it has alone, and do not move when the document before it changes.
-
-    Shown by running the model, whatever its architecture. What does not reach a position has weight zero there, so
-    a change must leave its logits equal; being alone is another shape, and may round otherwise.
-    """
-    tokens = torch.arange(12, device=next(model.parameters()).device) % model.config.vocab_size
-    positions = torch.cat([torch.arange(7), torch.arange(5)]).to(tokens.device)
-    changed = torch.where(torch.arange(12, device=tokens.device) < 7, tokens.flip(0), tokens)
-    mode = model.training
-    model.eval()
-    try:
-        model(input_ids=tokens[None], use_cache=False)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError("student", f"{type(model).__name__} cannot run: {first_line(error)}",
-                        way_out="check the dimensions of its architecture") from error
-    try:
-        packed, other, alone = (
-            model(input_ids=ids[None], position_ids=places[None], use_cache=False).logits[0, -5:].float()
-            for ids, places in ((tokens, positions), (changed, positions), (tokens[7:], positions[7:])))
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    finally:
-        model.train(mode)
-    largest = float(alone.abs().max())
-    return bool((packed - other).abs().max() <= 1e-6 * largest and (packed - alone).abs().max() <= 2e-2 * largest)
 
 
 def shape_of(model: nn.Module) -> LogitShape | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.export.transformers_folder import write_folder
@@ -28,12 +29,12 @@ from trainer.folder import RunFolder, fingerprint, flatten, learnt_from, write_a
 from trainer.inside import attach_projections, check_inside
 from trainer.loop import Trainer
 from trainer.metrics import console, read_lines
+from trainer.model_trials import check_causal, check_early_causal, check_packing
 from trainer.models import (
     DTYPES,
     build_student,
     build_teacher,
     check_shapes,
-    documents_stay_apart,
     quiet_libraries,
     served_of,
     student_config,
@@ -56,6 +57,7 @@ def dry_run(source: Source, as_json: bool) -> None:
     device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
     processes = experiment.memory.processes or int(os.environ.get("WORLD_SIZE", 1))
     check_engine(experiment, processes)
+    check_early_causal(experiment, teacher, student)
     plan = make_plan(experiment, teacher, student, processes=processes, device=device, rows=None,
                      memory=plan_memory(experiment, teacher, student, processes))
     if int(os.environ.get("RANK", 0)) == 0:
@@ -110,6 +112,7 @@ def check_early(experiment: Experiment, processes: int) -> None:
     vocabulary = experiment.data.tokenizer.train_vocabulary
     teacher, student = _configs(experiment, vocabulary)
     count_steps(experiment, None)
+    check_early_causal(experiment, teacher, student)
     if experiment.teacher is not None and experiment.teacher.train is not None:
         count_steps(experiment.as_teacher(""), None)
     with torch.device("meta"):
@@ -171,12 +174,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
         teacher = build_teacher(experiment, teacher_shape)
     student = build_student(experiment, student_shape, teacher, text.tokenizer)
     attach_projections(experiment, student, teacher_shape)
-    if experiment.data.packing:
-        for key, model in (("student", student), ("teacher", teacher)):
-            if model is not None and not documents_stay_apart(model):
-                raise UserError("data.packing", f"documents packed into one sequence would see each other in the {key} "
-                                f"({type(model).__name__}): it does not keep them apart by position", value=True,
-                                way_out="set `data.packing: false`")
+    _try_out(experiment, teacher, student)
     related = relate(experiment, text, student_shape, teacher_shape if asks(experiment) else None)
     if related[0] is not None and experiment.teacher.targets.source in ("samples", "top_k"):
         raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",
@@ -190,6 +188,19 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
     if experiment.run.trackers:
         _start_trackers(accelerator, asked, folder, trainer.step)
     return trainer
+
+
+def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Module) -> None:
+    """Raise `UserError` for models that could not learn from these rows: they see later tokens, or other documents."""
+    length = experiment.data.sequence_length
+    for key, model in (("teacher", teacher), ("student", student)):
+        if model is None:
+            continue
+        if experiment.objective.attention_maps is not None:
+            model.set_attn_implementation("eager")  # as it is run for them
+        check_causal(model, key, length, getattr(experiment, key).path)
+        if experiment.data.packing:
+            check_packing(model, key, length)
 
 
 def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = False

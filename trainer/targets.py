@@ -32,6 +32,7 @@ from strategies.memory.ledger import parameter_bytes
 from strategies.memory.residency import Residency
 from trainer.data.batches import Batch, model_inputs
 from trainer.data.dataset import Text
+from trainer.document_frequencies import by_document
 from trainer.errors import RunFailed, UserError, blame
 from trainer.experiment.tree import Experiment
 from trainer.folder import fingerprint
@@ -224,7 +225,7 @@ def resident_teacher(experiment: Experiment, config: PretrainedConfig | None) ->
         return None
     dtype = DTYPES[experiment.teacher.dtype]
     if experiment.teacher.targets.source == "live":
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        return by_document(AutoModelForCausalLM.from_config(config, dtype=dtype)).eval().requires_grad_(False)
     if experiment.teacher.targets.source == "hidden":
         return TeacherHead(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
     return None

@@ -100,9 +100,20 @@ def read_through(model: torch.nn.Module, held_out: dict[str, torch.Tensor], requ
 
 
 def logits_of(model: Any, held_out: dict[str, torch.Tensor], rows: slice, length: int | None) -> torch.Tensor:
-    """(rows, length, vocabulary) logits of packed held-out rows."""
+    """(rows, length, vocabulary) logits of packed held-out rows.
+
+    Where rotary frequencies depend on the largest position of a batch, each document is read alone.
+    """
     inputs = {name: held_out[name][rows, :length].to(model.device) for name in ("input_ids", "position_ids")}
-    return model(**inputs, use_cache=False).logits
+    if not any("longrope" in str(getattr(module, "rope_type", "")) for module in model.modules()):
+        return model(**inputs, use_cache=False).logits
+    read = []
+    for ids, positions in zip(*inputs.values(), strict=True):
+        sizes = torch.diff(torch.argwhere(positions == 0).flatten(), append=positions.new_tensor([len(positions)]))
+        parts = zip(ids.split(sizes.tolist()), positions.split(sizes.tolist()), strict=True)
+        read.append(torch.cat([model(input_ids=part[None], position_ids=at[None], use_cache=False).logits[0]
+                               for part, at in parts]))
+    return torch.stack(read)
 
 
 def sample(model: Any, path: str, options: dict[str, Any], request: dict[str, Any]) -> str:

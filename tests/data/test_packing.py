@@ -11,7 +11,7 @@ from strategies.distillation.response import IGNORED
 from tests.conftest import TINY
 from trainer.data.encoding import Document
 from trainer.data.packing import best_fit, build_row, cuts, pack
-from trainer.models import documents_stay_apart
+from trainer.model_trials import documents_stay_apart
 
 
 @settings(max_examples=200, deadline=None)

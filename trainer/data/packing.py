@@ -91,6 +91,7 @@ def build_row(parts: Sequence[Document], capacity: int, padding: int) -> dict[st
         targets[at:end - 1] = np.where(part.learnt[1:], part.tokens[1:], IGNORED)
         size += int(part.bytes[1:][part.learnt[1:]].sum())
         at = end
-    positions[at:] = np.arange(capacity - at)
+    # Padding is read as documents no longer than those of the row: some models read all by the largest position.
+    positions[at:] = np.arange(capacity - at) % max((len(part.tokens) for part in parts), default=capacity)
     return {"input_ids": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions),
             "targets": torch.from_numpy(targets), "bytes": torch.tensor(size)}

@@ -1,0 +1,94 @@
+"""Models are tried before they are trained: causal, and with documents of a row kept apart however long it is."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.conftest import TINY
+from trainer import model_trials
+from trainer.errors import UserError
+from trainer.experiment.reading import read_experiment
+from trainer.model_trials import check_causal, check_packing, documents_stay_apart, is_causal
+from trainer.run import check_early
+
+BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 64}
+
+
+def build(dimensions, **more):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+                                     **dimensions, **more})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def moves(model):
+    """How far logits move when only the last token changes, run without anything of ours."""
+    ids = torch.arange(1, 9)[None]
+    other = torch.cat([ids[:, :-1], ids[:, -1:] + 20], 1)
+    return float((model(ids).logits - model(other).logits)[0, :-1].abs().max())
+
+
+@pytest.mark.parametrize(("dimensions", "flag"), [
+    (BERT, "is_decoder: true"), ({**BERT, "model_type": "electra"}, "is_decoder: true"),
+    ({"model_type": "xlm", "emb_dim": 32, "n_layers": 2, "n_heads": 2, "asm": False}, "causal: true"),
+    ({**TINY, "model_type": "gemma3_text", "head_dim": 16, "use_bidirectional_attention": True},
+     "use_bidirectional_attention: false"),
+    ({"model_type": "xlnet", "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
+     "attn_type: uni")])
+def test_models_that_see_later_tokens_are_refused_with_the_setting_that_helps(dimensions, flag):
+    model = build(dimensions)
+    assert moves(model) > 1e-4 and not is_causal(model)
+    with pytest.raises(UserError, match="not causal") as caught:
+        check_causal(model, "teacher", 32)
+    assert f"add `{flag}` to teacher.architecture" in caught.value.way_out
+    name, value = flag.split(": ")
+    causal = build({**dimensions, name: {"true": True, "false": False}.get(value, value)})
+    assert moves(causal) == 0 and is_causal(causal, 32)
+
+
+def test_where_no_setting_helps_another_model_is_advised(monkeypatch):
+    monkeypatch.setattr(model_trials, "FLAGS", ())
+    with pytest.raises(UserError, match="not causal") as caught:
+        check_causal(build(BERT), "student", 32)
+    assert caught.value.way_out.startswith("name a causal language model")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "mamba", "bloom"])
+def test_causal_models_are_found_causal(kind):
+    sizes = {**TINY, "model_type": kind, "num_local_experts": 4}
+    model = build(sizes if kind in ("llama", "mixtral") else {"model_type": kind, "hidden_size": 32, "n_head": 2,
+                                                              "n_layer": 2, "num_hidden_layers": 2})
+    assert is_causal(model, 40) and model.training is False
+
+
+def test_a_model_that_is_not_causal_is_refused_before_anything_is_read(write_experiment, tmp_path):
+    given = read_experiment(write_experiment(), [f"student.architecture={json.dumps(BERT)}"])
+    with pytest.raises(UserError, match="BertLMHeadModel is not causal") as caught:
+        check_early(given.experiment, 1)
+    assert caught.value.key == "student.architecture" and "is_decoder: true" in caught.value.way_out
+    build(BERT, vocab_size=300).save_pretrained(tmp_path / "bert")
+    given = read_experiment(write_experiment(teacher={"path": str(tmp_path / "bert")}), [])
+    with pytest.raises(UserError, match="is not causal") as caught:
+        check_early(given.experiment, 1)
+    assert caught.value.key == "teacher.path" and '"is_decoder": true into its config.json' in caught.value.way_out
+
+
+def test_rows_of_packed_documents_are_tried_at_their_whole_length():
+    """Beyond its window this model forgets where documents end; in twelve tokens it does not show."""
+    model = build(TINY)
+    forward = model.model.forward
+
+    def forgetful(input_ids, position_ids, **more):
+        length = input_ids.shape[1]
+        return forward(input_ids=input_ids, position_ids=position_ids if length <= 32 else torch.arange(length)[None],
+                       **more)
+
+    model.model.forward = forgetful
+    assert documents_stay_apart(model) and documents_stay_apart(model, 32) and not documents_stay_apart(model, 33)
+    with pytest.raises(UserError, match="would see each other in the student") as caught:
+        check_packing(model, "student", 64)
+    assert caught.value.way_out == "set `data.packing: false`"
