@@ -124,6 +124,22 @@ def train_here(write_experiment):
     return train
 
 
+@pytest.fixture
+def carry_out(write_experiment):
+    """A whole run in this process; its experiment and folder."""
+    def go(name: str = "tiny", **changes: Any):
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        import limbeck
+        from trainer.folder import RunFolder
+
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        source = limbeck.read_experiment(write_experiment(name, **changes))
+        return source.experiment, RunFolder(limbeck.run(source))
+    return go
+
+
 @contextmanager
 def _interrupted(trainer: Any, until: int | None) -> Iterator[None]:
     plain = trainer.train_step

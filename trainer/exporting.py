@@ -35,6 +35,7 @@ from trainer.models import DTYPES, check_files, quiet_libraries, student_of
 from trainer.quantizing import served
 from trainer.report import write_report
 from trainer.vocabularies import reads_alike
+from trainer.weight_digests import check_digests, check_names, read_digests
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,10 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Text) -
         raise RunFailed(f"the student cannot be taken from {newest}: {wrong}.\n  -> put that folder back from a copy; "
                         "or run the experiment again, in another run.folder")
     checkpoints.load_whole(newest, model)
+    what = f"the student, made again from {newest} and {like / 'config.json'},"
+    check_names(checkpoints.names(newest), model, what)
+    if (trained := read_digests(folder.digests)) is not None:
+        check_digests(trained, model, what)
     return served(experiment, model.eval(), text, folder)
 
 

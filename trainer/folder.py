@@ -35,6 +35,7 @@ class RunFolder:
         self.plan = self.path / "plan.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.digests = self.path / "digests.json"
         self.student = self.path / "student"
         self.unverified = self.path / ".student.unverified"
         self.receipt = self.student / "receipt.json"

@@ -26,7 +26,7 @@ def check_files(path: str, key: str) -> None:
     try:
         _check_texts(folder)
         index = folder / "model.safetensors.index.json"
-        names = _indexed(index) if index.exists() else ["model.safetensors"]
+        names = indexed(index) if index.exists() else ["model.safetensors"]
         for file in (folder / name for name in names):
             if file.exists():
                 _check_weights(file)
@@ -63,7 +63,7 @@ def _object(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is {error}") from error
 
 
-def _indexed(index: Path) -> list[str]:
+def indexed(index: Path) -> list[str]:
     """The files that an index of weights names, all of them beside it."""
     names = _object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):

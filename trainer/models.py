@@ -26,6 +26,7 @@ from trainer.experiment.nodes import Model
 from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
 from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, too_deep
+from trainer.tied import kept_apart, settle_tying
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -91,6 +92,7 @@ def _config(model: Model, key: str, vocabulary: int | None, offline: bool) -> Pr
         raise UserError(f"{key}.path", "its config.json has its attention computed by code from a hub, "
                         f"{loaded._attn_implementation}", value=model.path, way_out="remove `attn_implementation` from "
                         "it, or set `trust_remote_code: true` if you have read that code and trust it")
+    settle_tying(loaded, model)
     for name in {*(model.architecture or {})} - OF_A_FILE:
         theirs, ours = getattr(loaded, name, None), getattr(written, name, None)
         if theirs != ours:
@@ -170,7 +172,7 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
         # A padding token gets no gradient as input; where it is also the end of a sequence, that must not be.
         same = tokenizer.pad_token_id == tokenizer.eos_token_id
         config.pad_token_id = None if same else tokenizer.pad_token_id
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = from_config(experiment, config)
         if student.from_teacher is not None:
             assert teacher is not None
             copy_layers(teacher, model, student.from_teacher)
@@ -193,11 +195,18 @@ def student_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
     Raises:
         UserError: a layer cannot be quantised.
     """
-    model = by_document(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    model = from_config(experiment, config)
     asked = experiment.student.quantization
     if asked is not None and asked.trained:
         quantize(experiment, model)
     return model
+
+
+def from_config(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
+    """A model of this shape in fp32, with random weights."""
+    teacher = experiment.teacher if experiment.student.from_teacher is not None else None
+    trust = experiment.student.trust_remote_code or (teacher is not None and teacher.trust_remote_code)
+    return by_document(AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust))
 
 
 def served_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
@@ -241,6 +250,9 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
         raise UserError(f"{key}.path", f"the weights lack {len(info['missing_keys'])} tensors, for example "
                         f"{sorted(info['missing_keys'])[0]}", value=model.path,
                         way_out="name a complete causal language model")
+    if (apart := kept_apart(loaded)) is not None:  # as it was not when its configuration was read
+        raise UserError(f"{key}.path", f"its files keep a {apart} of its own, and its config.json says that there is "
+                        "none", value=model.path, way_out="write `tie_word_embeddings: false` in its config.json")
     return loaded
 
 

@@ -23,6 +23,7 @@ from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, write_atomically
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, student_of
+from trainer.weight_digests import check_digests, digests_of
 
 SENSED = 8  # rows that the sensitivity of layers is measured on
 
@@ -43,6 +44,7 @@ def served(experiment: Experiment, model: nn.Module, text: Text, folder: RunFold
         return model
     fresh = student_of(experiment, model.config)  # without what training has made of its blocks
     fresh.load_state_dict(model.state_dict())
+    check_digests(digests_of(model), fresh, "the student, made again to be quantised,")
     fresh.generation_config = model.generation_config
     fresh.to(next(model.parameters()).device).eval()
     dtype = DTYPES[experiment.export.dtype]

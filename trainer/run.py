@@ -45,6 +45,7 @@ from trainer.quantizing import served
 from trainer.report import write_report
 from trainer.targets import asks, cached_targets
 from trainer.vocabularies import relate
+from trainer.weight_digests import check_digests, digests_in_training, save_digests
 
 
 def dry_run(source: Source, as_json: bool) -> None:
@@ -137,13 +138,17 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
     trainer = prepare(asked, experiment, folder, accelerator, text)
     trainer.train()
     trained = exported = torch.empty(0)
+    digests = digests_in_training(trainer.engine, accelerator.device)
     if accelerator.is_main_process:
         lines = [line for line in read_lines(folder.metrics) if "memory_peak" in line]
         peak, kind = max(line["memory_peak"] for line in lines), lines[-1]["memory_kind"]
         plan = json.loads(folder.plan.read_text())
         write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
         dtype = DTYPES[experiment.export.dtype]
-        model = served(experiment, trainer.whole(), text, folder)
+        whole = trainer.whole()
+        check_digests(digests, whole, "the student, put together after training,")
+        save_digests(folder.digests, digests)
+        model = served(experiment, whole, text, folder)
         write_folder(student, model, text.tokenizer, dtype)
         trained = exported = logits_of(model, text)
         if dtype is not torch.float32:

@@ -31,6 +31,7 @@ from strategies.memory.shards import local, local_of  # noqa: E402
 from trainer import checkpoints  # noqa: E402
 from trainer.experiment.reading import read_experiment  # noqa: E402
 from trainer.metrics import read_lines  # noqa: E402
+from trainer.weight_digests import digests_in_training, digests_of, first_difference  # noqa: E402
 
 PEERS_LR = 1e-2
 ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "")
@@ -156,6 +157,7 @@ def one(run: dict, folder: Path) -> None:
     trainer.train()
     every = gather_object([steps])
     dtypes = {str(tensor.dtype) for tensor, _ in trainer.engine.tensors()}
+    digests = digests_in_training(trainer.engine, accelerator.device)
     if accelerator.is_main_process:
         lines = read_lines(trainer.folder.metrics)
         steps = [line for line in lines if "loss" in line]
@@ -165,11 +167,13 @@ def one(run: dict, folder: Path) -> None:
                               for own in every]
         found["rows"] = [sorted(sum((step["rows"] for step in own), [])) for own in zip(*every, strict=True)]
         found["dtypes"] = sorted(dtypes)
+        found["digests"] = digests
         found["memory"] = [line["memory"] for line in lines if "memory" in line][-1:]
         found["held_out"] = [line["held_out"]["bits_per_byte"] for line in lines if "held_out" in line]
         found["kinds"] = sorted({type(module).__name__ for module in (trainer.student, trainer.engine)})
         newest = checkpoints.latest(trainer.folder.checkpoints)
         if newest is not None:
+            found["made again otherwise"] = first_difference(digests, digests_of(trainer.whole()))
             saved = checkpoints.Saved(newest, json.loads((newest / "state.json").read_text())["shapes"])
             save_file({name: saved.read("model", name, checkpoints.Piece(name, shape, 0, torch.Size(shape).numel()))
                        for name, shape in saved.shapes.items()}, folder / f"{run['name']}.safetensors")

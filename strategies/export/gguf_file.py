@@ -126,6 +126,9 @@ def as_written(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Modul
             state[name] = tensor.to(dtype).float()
     plain = type(model)(copy.deepcopy(model.config)).float()
     plain.load_state_dict(state)
+    for name, tensor in plain.state_dict().items():
+        if not torch.equal(tensor, state[name].to(tensor)):  # of two that the configuration takes for one
+            raise ValueError(f"{name} is lost where a model is made from this configuration, and was trained")
     return plain.to(next(model.parameters()).device).eval()
 
 

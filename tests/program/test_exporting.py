@@ -6,11 +6,9 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import limbeck
 from trainer import cli, exporting, run
 from trainer.data.dataset import prepare_text
 from trainer.errors import RunFailed, UserError
@@ -19,17 +17,6 @@ from trainer.folder import RunFolder
 ASKED = {"student": {"quantization": {"bits": 4, "group_size": 16, "scales": "learnt",
                                       "layers": [{"match": "*.down_proj", "bits": 8, "group_size": 16}]}},
          "report": {"control": False}}
-
-
-@pytest.fixture
-def carry_out(write_experiment):
-    """A whole run in this process; its source and folder."""
-    def go(name: str = "tiny", **changes) -> tuple[limbeck.Experiment, RunFolder]:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        source = limbeck.read_experiment(write_experiment(name, **changes))
-        return source.experiment, RunFolder(limbeck.run(source))
-    return go
 
 
 def test_a_finished_student_is_made_again_from_its_checkpoint(carry_out):

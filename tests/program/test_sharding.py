@@ -1,10 +1,12 @@
 """The same training under every engine, on two real processes, against one process alone."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY, forked, two_ranks
 from trainer.metrics import read_lines
@@ -47,6 +49,18 @@ def weights_apart(one, other) -> float:
     return max(float((one[name].flatten() - other[name].flatten()).abs().max()) for name in one) / largest
 
 
+def digests_of_files(weights) -> dict[str, str]:
+    """SHA-256 of dtype, shape and elements of each weight, as a checkpoint holds it, and of what llama has beside."""
+    rotary = AutoModelForCausalLM.from_config(AutoConfig.for_model(**UNTIED, vocab_size=300)).model.rotary_emb
+    shapes = {name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**UNTIED, vocab_size=300)).named_parameters()}
+    every = {**{name: weights[name].view(shape) for name, shape in shapes.items()},
+             **{f"model.rotary_emb.{name}": buffer for name, buffer in rotary.named_buffers()}}
+    contents = {name: f"torch.float32 {tuple(tensor.shape)} ".encode() + tensor.numpy().tobytes()
+                for name, tensor in every.items()}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
 def alone(trainer) -> dict:
     """What came of a run in this process."""
     lines = [line for line in read_lines(trainer.folder.metrics) if "loss" in line]
@@ -71,3 +85,4 @@ def test_every_engine_trains_as_one_process(write_experiment, train_here, tmp_pa
         wrapper, engine = {"ddp": ("DistributedDataParallel", "Engine"), "fsdp2": ("FSDPLlamaForCausalLM", "FSDP2")
                            }.get(name, ("DeepSpeedEngine", "Zero"))
         assert set(found["kinds"]) == {wrapper, engine}
+        assert found["made again otherwise"] is None and found["digests"] == digests_of_files(found["weights"]), name

@@ -27,8 +27,8 @@ from strategies.memory.shards import Piece
 from trainer.checkpoints.commit import Checkpoints
 from trainer.checkpoints.finding import latest, listed, newest_good
 from trainer.checkpoints.manifest import NAME, Unreadable, wrong_with
-from trainer.checkpoints.reading import Saved, load, load_whole
+from trainer.checkpoints.reading import Saved, load, load_whole, names
 from trainer.checkpoints.space import check_space, planned_bytes
 
 __all__ = ["NAME", "Checkpoints", "Piece", "Saved", "Unreadable", "check_space", "latest", "listed", "load",
-           "load_whole", "newest_good", "planned_bytes", "wrong_with"]
+           "load_whole", "names", "newest_good", "planned_bytes", "wrong_with"]

@@ -59,6 +59,16 @@ def load_whole(checkpoint: Path, model: nn.Module) -> None:
         _load_buffers(saved, model)
 
 
+def names(checkpoint: Path) -> list[str]:
+    """Names of all weights of a checkpoint, shared ones once.
+
+    Raises:
+        Unreadable: the checkpoint is damaged.
+    """
+    with _reading():
+        return list(read_manifest(checkpoint)["shapes"])
+
+
 class Saved:
     """The tensors of a checkpoint, read in parts.
 
