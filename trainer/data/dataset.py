@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -16,10 +17,13 @@ from trainer.data.batches import Order
 from trainer.data.encoding import Encoder
 from trainer.data.rows import PackedRows, StreamedRows, encode_to, keep_one
 from trainer.errors import UserError
+from trainer.experiment.data import Data
+from trainer.experiment.nodes import Training
 from trainer.experiment.tree import Experiment
 from trainer.folder import fingerprint
 
-VERSION = 1  # of what is cached; raised when encoding changes
+VERSION = 2  # of what is cached; raised when encoding changes
+CHAT = ("messages", "tools", "keys", "roles")
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,34 @@ def prepare_text(experiment: Experiment) -> Text:
         raise UserError("run.cache", f"cannot make this folder ({error.strerror})", value=str(cache),
                         way_out="name a folder that can be written") from error
     corpus = sources.open_corpus(data, cache)
+    tokenizer = tokenizer_for(experiment, corpus)
+    encoder, held = encoder_for(tokenizer, data, corpus.train), encoder_for(tokenizer, data, corpus.validation)
+    plain = not (data.messages or data.prompt)
+    shape = {"capacity": data.sequence_length, "packing": data.packing, "plain": plain,
+             "padding": tokenizer.pad_token_id}
+    if data.streaming:
+        train: Any = StreamedRows(corpus.train, encoder, **shape, shuffle=(experiment.seed, data.shuffle_buffer))
+        held_out = list(islice(StreamedRows(corpus.validation, held, **shape, shuffle=None).rows(),
+                               data.validation.rows))
+        if not held_out:
+            raise UserError("data.validation", "the held-out documents have no token to learn",
+                            way_out="name held-out text in `data.validation.path`")
+        return Text(tokenizer, train, fingerprint(data.model_dump(mode="json")), _stack(held_out), encoder.notes)
+    train = _rows(corpus.train, encoder, cache, "data", shape)
+    validation = _rows(corpus.validation, held, cache, "data.validation", shape)
+    # Packing sorts rows by the length of their documents, so a fair sample is drawn, the same for every seed.
+    order = Order(len(validation), seed=0)
+    held_out = [validation[order[index]] for index in range(min(len(validation), data.validation.rows))]
+    notes = _notes(train, data.sequence_length, plain, experiment.training) + encoder.notes
+    return Text(tokenizer, train, train.folder.name, _stack(held_out), notes)
+
+
+def tokenizer_for(experiment: Experiment, corpus: sources.Corpus) -> PreTrainedTokenizerBase:
+    """The tokenizer of an experiment: loaded, or trained on its training text and cached."""
+    data, cache = experiment.data, Path(experiment.run.cache)
     origin = tokenizers.tokenizer_origin(experiment)
     if origin is None:
-        identity = data.model_dump(mode="json", include={"path", "name", "split", "revision", "text", "messages",
+        identity = data.model_dump(mode="json", include={"path", "name", "split", "revision", "text", *CHAT,
                                                          "prompt", "response", "max_documents", "validation",
                                                          "tokenizer", "streaming"})
         folder = cache / "tokenizers" / fingerprint([VERSION, identity, _content(corpus.train)])
@@ -66,29 +95,16 @@ def prepare_text(experiment: Experiment) -> Text:
         origin = ("data.tokenizer", str(folder), None)
     tokenizer = tokenizers.load_tokenizer(*origin)
     tokenizers.check_models(experiment, tokenizer)
-    encoder = Encoder(tokenizer, data)
-    plain = not (data.messages or data.prompt)
-    shape = {"capacity": data.sequence_length, "packing": data.packing, "plain": plain,
-             "padding": tokenizer.pad_token_id}
-    if data.streaming:
-        train: Any = StreamedRows(corpus.train, encoder, **shape, shuffle=(experiment.seed, data.shuffle_buffer))
-        held_out = list(islice(StreamedRows(corpus.validation, encoder, **shape, shuffle=None).rows(),
-                               data.validation.rows))
-        if not held_out:
-            raise UserError("data.validation", "the held-out documents have no token to learn",
-                            way_out="name held-out text in `data.validation.path`")
-        return Text(tokenizer, train, fingerprint(data.model_dump(mode="json")), _stack(held_out), [])
-    train = _rows(corpus.train, encoder, cache, "data", shape)
-    validation = _rows(corpus.validation, encoder, cache, "data.validation", shape)
-    # Packing sorts rows by the length of their documents, so a fair sample is drawn, the same for every seed.
-    order = Order(len(validation), seed=0)
-    held_out = [validation[order[index]] for index in range(min(len(validation), data.validation.rows))]
-    notes = _notes(train, data.sequence_length, plain, experiment.training.batch_size)
-    return Text(tokenizer, train, train.folder.name, _stack(held_out), notes)
+    return tokenizer
+
+
+def encoder_for(tokenizer: PreTrainedTokenizerBase, data: Data, documents: sources.Documents) -> Encoder:
+    """What encodes some documents: those that were read as JSON have nulls that somebody wrote."""
+    return Encoder(tokenizer, data, isinstance((documents.features or {}).get(data.messages), datasets.Json))
 
 
 def _rows(documents: Any, encoder: Encoder, cache: Path, key: str, shape: dict[str, Any]) -> PackedRows:
-    fields = encoder.data.model_dump(mode="json", include={"text", "messages", "prompt", "response"})
+    fields = encoder.data.model_dump(mode="json", include={"text", *CHAT, "prompt", "response"})
     identity = [VERSION, _content(documents), fields, encoder.tokenizer.backend_tokenizer.to_str(),
                 encoder.tokenizer.chat_template, encoder.end, encoder.start]
     folder = cache / "tokens" / fingerprint(identity)
@@ -106,14 +122,15 @@ def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _notes(train: PackedRows, capacity: int, plain: bool, batch: int) -> list[str]:
+def _notes(train: PackedRows, capacity: int, plain: bool, training: Training) -> list[str]:
     share = train.tokens / (len(train) * capacity)
     notes = [f"{len(train):,} rows of {capacity} tokens, {share:.1%} full"]
     if train.cut and not plain:
         left_out = train.cut / (train.cut + train.tokens)
         notes.append(f"{left_out:.0%} of all tokens ({train.cut:,}) are left out: a record longer than a row loses its "
                      f"end, or has nothing to learn within it; data.sequence_length above {capacity} keeps more")
-    if len(train) < batch:
-        notes.append(f"there are fewer rows than the {batch} of one step: every step repeats the same text")
+    if training.steps and len(train) < training.batch_size:
+        notes.append(f"there are fewer rows than the {training.batch_size} of one step: every step repeats the same "
+                     "text")
     return notes
 

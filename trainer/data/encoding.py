@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from trainer.data.chat import ChatTemplate, Sample
+from trainer.data.messages import read_conversation, shown
 from trainer.errors import UserError
 from trainer.experiment.data import Data
 
-Span = tuple[int, int]
 LONGEST = 64 * 2**20  # bytes of a document in its file, characters of its text
 
 
@@ -41,119 +40,89 @@ class Document:
 class Encoder:
     """Turns records into documents: plain text, chat messages, or a prompt and its response.
 
-    Everything is decided on characters: a record becomes one text with the spans that are learnt, the text is
-    tokenised once, and a token is learnt if it begins inside such a span. So no prefix is tokenised apart from what
-    follows it, and the end-of-sequence token is a target by its place, even where it is also the padding token.
+    Everything is decided on characters: a record becomes one text with the spans that are learnt (or several, where its
+    chat template writes earlier turns otherwise), a text is tokenised once, and a token is learnt if it begins inside
+    such a span. So no prefix is tokenised apart from what follows it, and the end-of-sequence token is a target by its
+    place, even where it is also the padding token. A conversation has the tokens that `apply_chat_template` gives it,
+    and an end-of-sequence token only where nothing closes its last answer.
+
+    Args:
+        as_written: whether a null in a record was written by somebody, and not made up by a table's columns.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data):
-        self.tokenizer, self.data = tokenizer, data
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data, as_written: bool = False):
+        self.tokenizer, self.data, self.as_written = tokenizer, data, as_written
         self.end = tokenizer.eos_token_id
         empty = tokenizer("")["input_ids"]
         self.start = [tokenizer.bos_token_id] if empty[:1] == [tokenizer.bos_token_id] != [None] else []
-        if data.messages and not tokenizer.chat_template:
-            raise UserError("data.messages", "this tokenizer has no chat template to write messages with",
-                            value=data.messages, way_out="name another `data.tokenizer.path`, or use `data.prompt` "
-                            "and `data.response`, which need none")
+        key = "messages" if data.messages else "prompt"
+        self.chat = None if not data.messages and not (data.prompt and tokenizer.chat_template) else \
+            ChatTemplate(tokenizer, f"data.{key}", getattr(data, key), data.tools is not None)
 
     def __call__(self, records: list[dict[str, Any]]) -> list[Document]:
         """Encode a batch of records."""
-        texts, spans = [], []
-        for record in records:
-            text, learnt = self._render(record)
-            if len(text) > LONGEST:
-                raise UserError("data.path", f"a record has {len(text):,} characters, over {LONGEST:,}: "
-                                f"{_shown(text[:200])}", value=self.data.path, way_out="split it into several")
-            texts.append(text)
-            spans.append(learnt)
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True,
-                                 return_attention_mask=False, verbose=False)
-        return [self._document(text, ids, np.asarray(offsets, dtype=np.int64).reshape(-1, 2), learnt)
-                for text, ids, offsets, learnt in zip(texts, encoded["input_ids"], encoded["offset_mapping"], spans,
-                                                      strict=True)]
+        samples = [sample for record in records for sample in self._samples(record)]
+        for sample in samples:
+            if len(sample.text) > LONGEST:
+                raise UserError("data.path", f"a record has {len(sample.text):,} characters, over {LONGEST:,}: "
+                                f"{shown(sample.text[:200])}", value=self.data.path, way_out="split it into several")
+        if not samples:
+            return []
+        encoded = self.tokenizer([sample.text for sample in samples], add_special_tokens=False,
+                                 return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        return [self._document(sample, ids, np.asarray(offsets, dtype=np.int64).reshape(-1, 2))
+                for sample, ids, offsets in zip(samples, encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
-    # ---- one text and its learnt spans; None learns all of it
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of how records are written."""
+        return self.chat.notes if self.chat else []
 
-    def _render(self, record: dict[str, Any]) -> tuple[str, list[Span] | None]:
+    # ---- texts and their learnt spans
+
+    def _samples(self, record: dict[str, Any]) -> list[Sample]:
         data = self.data
         if data.messages:
-            return self._chat(self._field(record, "messages", list))
+            return self.chat.samples(read_conversation(record, data, self.as_written))
         if data.prompt and data.response:
             prompt = self._field(record, "prompt", str)
             response = self._field(record, "response", str)
-            if self.tokenizer.chat_template:
-                return self._chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
+            if self.chat:
+                return self.chat.samples(([{"role": "user", "content": prompt},
+                                           {"role": "assistant", "content": response}], None))
             head = f"{prompt}\n"
-            return head + response, [(len(head), len(head) + len(response))]
-        return self._plain(self._field(record, "text", str))
-
-    @staticmethod
-    def _plain(text: str) -> tuple[str, list[Span] | None]:
-        """All of a text is learnt, unless it is white space alone."""
-        return text, None if text.strip() else []
+            return [Sample(head + response, [(len(head), len(head) + len(response))],
+                           is_open=not response.endswith(self.tokenizer.eos_token))]
+        text = self._field(record, "text", str)  # all of it is learnt, unless it is white space alone
+        return [Sample(text, [(0, len(text) + 1)] if text.strip() else [], is_open=True)]
 
     def _field(self, record: dict[str, Any], key: str, kind: type) -> Any:
         return field_of(record, key, getattr(self.data, key), kind)
 
-    def _chat(self, messages: list[Any]) -> tuple[str, list[Span]]:
-        """Write messages with the chat template; learn what it adds to say an assistant's message, its end included."""
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-                raise UserError("data.messages", "a record holds a message that is not {role, content}",
-                                value=message, way_out="mend or remove the record")
-        text = self._template(messages)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._template(messages[:index], add_generation_prompt=True)
-            after = self._template(messages[:index + 1])
-            if not (text.startswith(before) and text.startswith(after)):
-                raise UserError("data.messages", "the chat template rewrites earlier turns, so it cannot be said which "
-                                f"tokens are the assistant's: {_shown(messages)}", value=self.data.messages,
-                                way_out="use single-turn records, or a tokenizer whose template only appends")
-            spans.append((len(before), len(after)))
-        return text, spans
-
-    def _template(self, messages: list[Any], **options: Any) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
-        # Templates may forbid a system message, or two of one role in a row; and they are programs of other people.
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
-                MemoryError) as error:
-            raise UserError("data.messages", f"the chat template refuses a record ({error}): {_shown(messages)}",
-                            value=self.data.messages, way_out="mend or remove the record") from error
-
     # ---- tokens of a text
 
-    def _document(self, text: str, ids: list[int], offsets: np.ndarray, spans: list[Span] | None) -> Document:
+    def _document(self, sample: Sample, ids: list[int], offsets: np.ndarray) -> Document:
         # Differences of where tokens end, not lengths: tokens that share one character then share its bytes exactly.
         # Some tokenizers trim white space from offsets, so what is over at the end is the last token's.
+        text = sample.text
         ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else np.zeros(0, np.int64)
         ends[-1:] = len(text)
         sizes = np.diff(_byte_positions(text)[ends], prepend=0)
         # A token of white space alone is then empty; it begins where the one before it ended.
         begins = np.where(offsets[:, 1] > offsets[:, 0], offsets[:, 0], np.concatenate([[0], ends])[:-1])
-        learnt = np.full(len(ids), spans is None)
-        for begin, end in spans or []:
+        learnt = np.zeros(len(ids), bool) if sample.marks is None else np.asarray(sample.marks, bool)
+        for begin, end in sample.spans:
             learnt |= (begins >= begin) & (begins < end)
-        tokens, start = list(ids), []
-        if self.start and tokens[:1] != self.start:
-            start = self.start
-        # A template may end its last turn itself, perhaps with a newline behind; then nothing is added.
-        closed = spans is not None and self.end in tokens[-3:]
-        end = [] if closed else [self.end]
+        # What `apply_chat_template` gives is what a server gives; other texts begin as the tokenizer begins a text.
+        start = self.start if self.chat is None and ids[:1] != self.start else []
+        end = [self.end] if sample.is_open else []
         return Document(
-            tokens=np.asarray([*start, *tokens, *end], dtype=np.int32),
-            learnt=np.concatenate([np.zeros(len(start), bool), learnt, np.full(len(end), self._answered(spans, text))]),
+            tokens=np.asarray([*start, *ids, *end], dtype=np.int32),
+            learnt=np.concatenate([np.zeros(len(start), bool), learnt, np.full(len(end), bool(
+                sample.spans or any(sample.marks or [])))]),
             bytes=np.concatenate([np.zeros(len(start), np.int32), sizes.astype(np.int32),
                                   np.zeros(len(end), np.int32)]),
         )
-
-    @staticmethod
-    def _answered(spans: list[Span] | None, text: str) -> bool:
-        """Whether the text ends with something learnt, so that its end is learnt too."""
-        return spans is None or bool(spans) and spans[-1][1] >= len(text.rstrip())
 
 
 def field_of(record: dict[str, Any], key: str, name: str, kind: type, place: str = "") -> Any:
@@ -170,13 +139,8 @@ def field_of(record: dict[str, Any], key: str, name: str, kind: type, place: str
     if not isinstance(value, kind):
         found = "nothing" if value is None else type(value).__name__
         raise UserError(f"data.{key}", f"a record has {found} in this field where {kind.__name__} is expected{place}: "
-                        f"{_shown(record)}", value=name, way_out="mend or remove the record")
+                        f"{shown(record)}", value=name, way_out="mend or remove the record")
     return value
-
-
-def _shown(record: Any) -> str:
-    """The beginning of a record, to find it by: its number would be one after shuffling."""
-    return json.dumps(record, default=str, ensure_ascii=False)[:200]
 
 
 def _byte_positions(text: str) -> np.ndarray:

@@ -18,12 +18,15 @@ from trainer.data.encoding import LONGEST, field_of
 from trainer.errors import UserError
 from trainer.experiment.data import Data
 
+LISTS = ("messages", "tools")  # keys whose fields hold lists, or JSON that says one
 TABLE = 16 * 2**20  # bytes of text that are written at a time, or one longer document
 
 
 def read_keys(data: Data) -> tuple[str, ...]:
     """The keys of `data` that name the fields which are read."""
-    return ("messages",) if data.messages else ("prompt", "response") if data.prompt and data.response else ("text",)
+    if data.messages:
+        return ("messages", "tools") if data.tools else ("messages",)
+    return ("prompt", "response") if data.prompt and data.response else ("text",)
 
 
 @dataclass
@@ -57,7 +60,7 @@ class LocalFiles(datasets.ArrowBasedBuilder):
         plain, own = datasets.Value("string"), datasets.Json()
         read = self.config.read
         return datasets.DatasetInfo(features=datasets.Features(
-            {name: own if key == "messages" else plain for key, name in read.items()} if self.config.kind == "json"
+            {name: own if key in LISTS else plain for key, name in read.items()} if self.config.kind == "json"
             else {"text": plain}))
 
     def _split_generators(self, _: Any) -> list[datasets.SplitGenerator]:
@@ -112,10 +115,12 @@ class LocalFiles(datasets.ArrowBasedBuilder):
             raise self._wrong(f"{place} is not a JSON object, but {type(value).__name__}", "write a {...} on each line")
         record, read = {}, self.config.read
         for key, name in read.items():
-            if first and name not in value:
+            if first and name not in value and key != "tools":  # which another record may have
                 raise UserError(f"data.{key}", f"the records have no such field, {place} for one", value=name,
                                 way_out=f"their fields are {', '.join(str(one)[:40] for one in list(value)[:20])}")
-            kind, field = list if key == "messages" else str, value.get(name)
+            kind, field = list if key in LISTS else str, value.get(name)
+            if kind is list and isinstance(field, str) or key == "tools":
+                field = self._list(field)
             if not isinstance(field, kind):
                 field_of({**dict.fromkeys(read.values()), **value}, key, name, kind, f", in {place}")
             record[name] = field if kind is str else json.dumps(field, ensure_ascii=False)
@@ -125,6 +130,16 @@ class LocalFiles(datasets.ArrowBasedBuilder):
                 raise self._wrong(f"{place} has half a character, {record[name][error.start]!r}, in {name}",
                                   "mend or remove this record") from error
         return record
+
+    @staticmethod
+    def _list(field: Any) -> Any:
+        """A list, as which a text may be read; what there is none of is an empty one."""
+        if isinstance(field, str) and field.strip():
+            try:
+                field = json.loads(field)
+            except (ValueError, RecursionError):
+                return field
+        return [field] if isinstance(field, dict) else field or []
 
     def _parsed(self, content: bytes, file: str, line: int) -> Any:
         text = self._decoded(content, file, line)

@@ -204,7 +204,7 @@ def _python_library(streaming: bool) -> Documents:
 
 def _check_fields(documents: Documents, data: Data) -> None:
     columns = documents.column_names or list(next(iter(documents)))
-    for key in ("messages", "prompt", "response", "text"):
+    for key in ("messages", "tools", "prompt", "response", "text"):
         name = getattr(data, key)
         if name in fields(data) and name not in columns:
             raise UserError(f"data.{key}", "the records have no such field", value=name,

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from trainer.data.messages import texts_of
 from trainer.data.sources import Documents, fields
 from trainer.errors import UserError, blame
 from trainer.experiment.data import Data
@@ -131,8 +132,7 @@ def train_tokenizer(documents: Documents, data: Data, folder: Path) -> None:
 def _texts(documents: Documents, data: Data) -> Iterator[str]:
     for record in islice(documents, TRAINING_DOCUMENTS):
         for name in fields(data):
-            value = record[name]
-            if isinstance(value, str):
-                yield value
-            elif isinstance(value, list):
-                yield from (message.get("content") or "" for message in value if isinstance(message, dict))
+            if name == data.messages:
+                yield from texts_of(record, data)
+            elif isinstance(record[name], str):
+                yield record[name]

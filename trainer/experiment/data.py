@@ -56,6 +56,12 @@ class Data(Node):
     """Field that holds plain text, 64 MiB at most, when neither `messages` nor `prompt` is given."""
     messages: str | None = None
     """Field that holds chat messages, a list of {role, content}; only the assistant's are learnt."""
+    tools: str | None = None
+    """Field that holds the tools of a conversation, a list of JSON schemas; a record may have none."""
+    keys: dict[str, str] = {}
+    """What the data calls the keys of a message, for example {role: from, content: value}."""
+    roles: dict[str, str] = {}
+    """What roles in the data mean, for example {human: user, gpt: assistant}."""
     prompt: str | None = None
     """Field that holds an instruction; it is read but not learnt."""
     response: str | None = None
@@ -85,4 +91,9 @@ class Data(Node):
         if self.messages and self.prompt:
             raise UserError("messages", "a record is either chat messages or a prompt and a response",
                             value=self.messages, way_out="remove `messages`, or `prompt` and `response`")
+        for name in ("tools", "keys", "roles"):
+            if getattr(self, name) and not self.messages:
+                raise UserError(name, "this is for chat messages, and `messages` is not given",
+                                value=getattr(self, name),
+                                way_out=f"name their field in `messages`, or remove `{name}`")
         return self

@@ -1,0 +1,1 @@
+"""Every causal architecture that the installed transformers knows, through everything that a run does with it."""

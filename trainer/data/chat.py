@@ -1,0 +1,243 @@
+"""Which characters of a conversation, written by a chat template, are the assistant's: what it says, and its end.
+
+Where a template marks them itself ({% generation %}), its marks decide. Otherwise a turn is what the template writes
+between the prompt that a server gives (the messages before, and the generation prompt) and the end of the turn. A
+template that writes a turn otherwise once others follow (thoughts that are shown in the last turn alone) makes several
+samples of a conversation, so that each turn is learnt in the context that it is asked for in.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from os.path import commonprefix
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from trainer.data.messages import Conversation, Message, shown
+from trainer.data.shapes import TemplateShape
+from trainer.errors import UserError
+
+Span = tuple[int, int]
+Tools = list[dict[str, Any]] | None
+# Templates are programs of other people.
+FAILURES = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+            MemoryError)
+MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
+SENTINELS = "Qvxqj", "Wkzpf"  # two answers that begin and end with another character
+MARKING = ("mark what the assistant says in the template with {% generation %} and {% endgeneration %}, in a copy of "
+           "the tokenizer's folder that data.tokenizer.path names")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation, or its beginning, as it is learnt.
+
+    Attributes:
+        text: what the template writes.
+        spans: characters that are learnt; a token is learnt if it begins inside one.
+        marks: (n,) a mark for each token of the text, 1 where it is learnt, where the template has marks of its own.
+        is_open: an assistant's turn is last and nothing closes it, so that the end-of-sequence token has to.
+    """
+
+    text: str
+    spans: list[Span]
+    marks: list[int] | None = None
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Where the turn of the assistant begins in `text`, the conversation up to it, which it ends."""
+
+    begin: int
+    text: str
+
+
+class ChatTemplate:
+    """Writes conversations with a tokenizer's chat template, and knows what of them is learnt.
+
+    Args:
+        key: of `data`, that messages of the user are about.
+        tools: whether conversations have tools.
+
+    Raises:
+        UserError: there is no template, or it does not write tools.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str, value: Any, tools: bool = False):
+        self.tokenizer, self.key, self.value = tokenizer, key, value
+        if not tokenizer.chat_template:
+            raise UserError(key, "this tokenizer has no chat template to write messages with", value=value,
+                            way_out="name another `data.tokenizer.path`, or use `data.prompt` and `data.response`, "
+                            "which need none")
+        self.shape = TemplateShape(self._attempt)
+        if tools and not self.shape.writes_tools:
+            raise UserError("data.tools", "this tokenizer's chat template does not write tools",
+                            way_out="leave `data.tools` out, or name another `data.tokenizer.path`")
+
+    def samples(self, conversation: Conversation) -> list[Sample]:
+        """What is learnt of a conversation: one sample, or several that begin alike.
+
+        Raises:
+            UserError: the template refuses it, or writes an answer in a way that cannot be found again.
+        """
+        messages, tools = conversation
+        if not messages:
+            return []
+        messages = self.shape.fit(messages)
+        text = self._attempt(messages, tools)
+        if text is None and any("content" not in message for message in messages):
+            messages = [{"content": "", **message} for message in messages]
+        text = self._write(messages, tools)
+        if self._marked(tools):
+            return [Sample(text, [], self._marks(messages, tools), self._is_open(text, messages))]
+        turns = {at: self._turn(messages, at, tools) for at, message in enumerate(messages)
+                 if message["role"] == "assistant"}
+        samples, left, upto = [], dict(turns), len(messages)
+        while True:
+            found = {at: span for at, turn in left.items()
+                     if (span := self._span(text, messages[:upto], at, turn, tools)) is not None}
+            if found or not turns:
+                samples.append(Sample(text, sorted(found.values()), None, self._is_open(text, messages[:upto])))
+            left = {at: turn for at, turn in left.items() if at not in found}
+            if not left:
+                return samples[::-1]
+            last = max(left)
+            if upto == last + 1 or left[last] is None:
+                raise self._not_found(messages)
+            text, upto = left[last].text, last + 1
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a person should know of the template."""
+        return self.shape.notes(None if not self._marked(None) else self._marked_text)
+
+    # ---- turns
+
+    def _turn(self, messages: list[Message], at: int, tools: Tools) -> _Turn | None:
+        """The turn of message number `at`; None if the template refuses to end with it."""
+        text = self._attempt(messages[:at + 1], tools)
+        prompt = self._attempt(messages[:at], tools, prompt=True) if at else None
+        if text is None:
+            return None
+        if prompt is not None and text.startswith(prompt):
+            return _Turn(len(prompt), text)
+        if prompt is not None and messages[at - 1]["role"] != "assistant":
+            before = self._attempt(messages[:at], tools) or ""
+            header = prompt[len(before):] if prompt.startswith(before) else self.shape.header
+            if len(commonprefix([prompt, text])) < len(prompt) - len(header):
+                raise UserError(self.key, "the chat template writes what stands before an answer otherwise once the "
+                                f"answer is there, so that it would be learnt after another prompt than a server's: "
+                                f"{shown(messages)}", value=self.value, way_out=MARKING)
+        begin = self._begin(text, messages[:at + 1], at, tools)
+        if begin is None:
+            raise self._not_found(messages)
+        return _Turn(begin, text)
+
+    def _span(self, text: str, messages: list[Message], at: int, turn: _Turn | None, tools: Tools) -> Span | None:
+        """Where a turn stands in a text; None if it is not written there as it is where it comes last."""
+        if turn is not None:
+            return (turn.begin, len(turn.text)) if text.startswith(turn.text) else None
+        begin = self._begin(text, messages, at, tools)
+        other = self._replaced(messages, at, tools)
+        if begin is None or other is None:
+            raise self._not_found(messages)
+        # What follows the answer is as it was; the end of the turn is the part of it that ends any turn.
+        end = max(begin, len(text) - len(commonprefix([text[::-1], other[0][::-1]])))
+        return begin, end + len(commonprefix([text[end:], self.shape.closing or ""]))
+
+    def _begin(self, text: str, messages: list[Message], at: int, tools: Tools) -> int | None:
+        """Where what the assistant says begins: up to there the text does not depend on its message."""
+        others = self._replaced(messages, at, tools)
+        if others is None:
+            return None
+        header = commonprefix(others)
+        opening, common = self.shape.header, len(commonprefix([text, header]))
+        if at == 0 and opening:  # there was no prompt, and what one would end with is written in this place
+            place = text.rfind(opening, 0, len(header) + len(opening))
+            if 0 <= place <= common:
+                return place + len(opening)
+        if common == len(header):
+            return common
+        opened = header.rfind(opening) + len(opening) if opening and opening in header else None
+        before = self._attempt(messages[:at], tools) if at else ""
+        if opened is None or before is None:
+            return None
+        return opened if len(commonprefix([text, before])) <= opened <= common else None
+
+    def _replaced(self, messages: list[Message], at: int, tools: Tools) -> list[str] | None:
+        """The conversation with two other answers in the place of one; calls stay if their results want them."""
+        for kept in ({"role": "assistant"}, messages[at]):
+            texts = [self._attempt([*messages[:at], self.shape.fit([{**kept, "content": sentinel}])[0],
+                                    *messages[at + 1:]], tools) for sentinel in SENTINELS]
+            if None not in texts and all(sentinel in text for sentinel, text in zip(SENTINELS, texts, strict=True)):
+                return texts
+        return None
+
+    def _is_open(self, text: str, messages: list[Message]) -> bool:
+        """Whether the text ends with an answer that nothing closes: no special token of the template, and no end."""
+        if messages[-1]["role"] != "assistant":
+            return False
+        end, shown_ = self.tokenizer.eos_token, text.rstrip()
+        if end and shown_.endswith(end):
+            return False
+        closing = self.shape.closing
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        closes = closing is None or any(token in closing for token in added)
+        return not (closes and any(shown_.endswith(token) for token in added))
+
+    def _not_found(self, messages: list[Message]) -> UserError:
+        return UserError(self.key, "the chat template rewrites what the assistant says, so that it cannot be said "
+                         f"which tokens are its own: {shown(messages)}", value=self.value, way_out=MARKING)
+
+    # ---- the template
+
+    def _marked(self, tools: Tools) -> bool:
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):
+            template = self.tokenizer.get_chat_template(tools=tools)
+        return bool(MARKS.search(template))
+
+    def _marks(self, messages: list[Message], tools: Tools) -> list[int]:
+        found = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True,
+                                                   return_assistant_tokens_mask=True)
+        return list(found["assistant_masks"])
+
+    def _marked_text(self, messages: list[Message]) -> tuple[str, str]:
+        """A text, and what of it is marked."""
+        ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True,
+                                                 return_assistant_tokens_mask=True)
+        learnt = [token for token, mark in zip(ids["input_ids"], ids["assistant_masks"], strict=True) if mark]
+        return self._write(messages, None), self.tokenizer.decode(learnt)
+
+    def _attempt(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str | None:
+        """The text of messages, None where the template refuses them."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
+                                                      add_generation_prompt=prompt)
+        except FAILURES:
+            return None
+
+    def _write(self, messages: list[Message], tools: Tools) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        except FAILURES as error:
+            raise UserError(self.key, f"the chat template refuses a record ({error}): {shown(messages)}",
+                            value=self.value, way_out=self._advice(messages, tools)) from error
+
+    def _advice(self, messages: list[Message], tools: Tools) -> str:
+        """What makes the template take a record, of what has been tried."""
+        first, rest = (messages[0], messages[1:]) if messages else ({}, [])
+        if first.get("role") == "system" and rest and self._attempt(rest, tools) is not None:
+            return "this template takes no system message: put its text at the beginning of the first user message"
+        if first.get("role") == "assistant" and rest and self._attempt(rest, tools) is not None:
+            return "this template wants the user to begin: remove the assistant's message before"
+        alternating = [message for at, message in enumerate(messages)
+                       if not at or message.get("role") != messages[at - 1].get("role")]
+        if len(alternating) < len(messages) and self._attempt(alternating, tools) is not None:
+            return "this template wants user and assistant to take turns: join messages of one role that stand in a row"
+        return "mend or remove the record"
