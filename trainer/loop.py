@@ -235,11 +235,17 @@ class Trainer:
         asked, tokenizer = self.experiment.objective.on_policy, self.text.tokenizer
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         seed = ((self.experiment.seed * self.steps + self.step) * self.accumulation + number) * processes + rank
+        there = batch["row"] >= 0  # the end of the run may lie in this batch
+        if not there.any():
+            return {**batch, "written": torch.ones(())}
         with self.precision.autocast(self.engine.casts):
-            rows = written_rows(self.unwrapped, self.to_device(batch), prompt_tokens=asked.prompt_tokens,
+            given = self.to_device({name: batch[name][there] for name in ("input_ids", "position_ids", "targets")})
+            rows = written_rows(self.unwrapped, given, prompt_tokens=asked.prompt_tokens,
                                 new_tokens=asked.new_tokens, temperature=asked.temperature, seed=seed,
                                 end=tokenizer.eos_token_id, padding=tokenizer.pad_token_id)
-        return {**batch, **rows, "written": torch.ones(())}
+        whole = {name: batch[name].to(tensor.device).index_put((there.nonzero()[:, 0].to(tensor.device),), tensor)
+                 for name, tensor in rows.items()}
+        return {**batch, **whole, "written": torch.ones(())}
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         taught = None if self.cached is None else self.cached(batch)
@@ -321,6 +327,7 @@ class Trainer:
                 rank=self.accelerator.process_index, processes=self.accelerator.num_processes,
                 skip=self.step * training.batch_size, workers=self.experiment.data.workers,
                 pin=self.accelerator.device.type == "cuda",
+                end=training.seen(len(self.text.train)) if training.epochs else None,
             )
 
     def to_device(self, batch: Batch) -> Batch:

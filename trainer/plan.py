@@ -134,7 +134,7 @@ def count_steps(experiment: Experiment, rows: int | None) -> int | None:
                         way_out="give `training.steps` instead")
     steps = training.steps
     if not steps and rows is not None:
-        steps = max(1, round(training.epochs * rows / training.batch_size))
+        steps = -(-training.seen(rows) // training.batch_size)
     if steps and experiment.schedule.warmup >= max(1, steps):
         raise UserError("schedule.warmup", f"the warm-up never ends in a run of {steps} steps",
                         value=experiment.schedule.warmup, way_out="use fewer steps, or a share such as 0.05")

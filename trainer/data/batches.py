@@ -33,25 +33,28 @@ class Order:
 class _MicroBatches(Sampler):
     """Row indices of one process's micro-batches from a global position on, for ever.
 
-    Micro-batch number m of the whole run holds positions m b to (m + 1) b; process r of W takes m = r modulo W.
+    Micro-batch number m of the whole run holds positions m b to (m + 1) b; process r of W takes m = r modulo W. From
+    the end of the run on there is no row, -1, in a place.
     """
 
-    def __init__(self, order: Order, micro_batch: int, rank: int, processes: int, skip: int):
-        self.order, self.micro_batch = order, micro_batch
+    def __init__(self, order: Order, micro_batch: int, rank: int, processes: int, skip: int, end: int | None):
+        self.order, self.micro_batch, self.end = order, micro_batch, end
         self.first, self.stride = skip // micro_batch + rank, processes
 
     def __iter__(self) -> Iterator[list[int]]:
         number = self.first
         while True:
             begin = number * self.micro_batch
-            yield [self.order[position] for position in range(begin, begin + self.micro_batch)]
+            yield [self.order[position] if self.end is None or position < self.end else -1
+                   for position in range(begin, begin + self.micro_batch)]
             number += self.stride
 
 
 def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch: int, rank: int, processes: int,
-                     skip: int, workers: int, pin: bool) -> Iterator[Batch]:
+                     skip: int, workers: int, pin: bool, end: int | None = None) -> Iterator[Batch]:
     """This process's micro-batches, after the first `skip` rows of the run.
 
+    A run that has an `end` has so many rows; a batch in which it lies is filled up with rows of padding, number -1.
     Each holds `input_ids`, `position_ids`, `targets` (micro_batch, sequence) and `bytes`, `row` (micro_batch,).
     """
     if isinstance(rows, StreamedRows):
@@ -62,7 +65,7 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
                "generator": torch.Generator()}
     if isinstance(rows, StreamedRows):
         return iter(DataLoader(rows.share(micro_batch, rank, processes, skip), batch_size=None, **options))
-    sampler = _MicroBatches(Order(len(rows), seed), micro_batch, rank, processes, skip)
+    sampler = _MicroBatches(Order(len(rows), seed), micro_batch, rank, processes, skip, end)
     return iter(DataLoader(rows, batch_sampler=sampler, **options))
 
 

@@ -140,8 +140,9 @@ class PackedRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """A row; number -1 is one of padding, with nothing to learn."""
         parts = [Document(**{name: flat[piece.start:piece.stop] for name, flat in self.flat.items()})
-                 for piece in self.rows[index]]
+                 for piece in (self.rows[index] if index >= 0 else ())]
         return {**build_row(parts, self.capacity, self.padding), "row": torch.tensor(index)}
 
 

@@ -6,6 +6,7 @@ A node that stands for one object builds it: `experiment.optimizer.build(paramet
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -193,7 +194,7 @@ class Training(Node):
     steps: Positive | None = None
     """Optimizer steps; null takes as many as `epochs` needs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the data, when `steps` is null."""
+    """Passes over the data, when `steps` is null: every row is seen as often, in a last step with fewer if need be."""
     batch_size: Positive = 32
     """Sequences per optimizer step, over all processes."""
     micro_batch: Positive = 8
@@ -220,6 +221,10 @@ class Training(Node):
             raise UserError("micro_batch", f"micro_batch must divide batch_size ({self.batch_size})",
                             value=self.micro_batch, way_out=f"try {divisors(self.batch_size)}")
         return self
+
+    def seen(self, rows: int) -> int | None:
+        """Rows that are seen in all epochs of so many, each; None where the number of steps is given."""
+        return None if self.epochs is None else max(1, ceil(self.epochs * rows - 1e-6))  # 0.1 * 30 is above 3
 
 
 class Offload(Node):
