@@ -1,4 +1,4 @@
-"""Puts the tables of `benchmarks/results/` into the README: `python -m benchmarks.tables`."""
+"""Puts the tables of `benchmarks/results/` into the documents: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.architectures.table import table as architectures_table
 from benchmarks.distillation.cached import table as cached_table
 from benchmarks.distillation.losses import errors_table, side_by_side
 from benchmarks.distillation.students import table as students_table
@@ -20,6 +21,7 @@ from benchmarks.sharding.engines import table as engines_table
 from benchmarks.sharding.ledger import table as ledger_table
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/architectures.md")  # that hold tables
 
 
 def frontier_table(rows: list[dict]) -> str:
@@ -90,20 +92,22 @@ TABLES: dict[str, tuple[str, Callable]] = {
     "qat": ("quantization-qat-cpu.json", qat_table),
     "faults": ("faults-cpu.json", faults_table),
     "cost": ("faults-cost-cpu.json", cost_table),
+    "architectures": ("architectures-cpu.json", architectures_table),
     "students": ("distillation-students-cpu.json", students_table),
 }
 
 
-def with_tables(readme: str) -> str:
-    """The README with its tables made from the result files."""
+def with_tables(document: str) -> str:
+    """A document with its tables made from the result files."""
     for name, (file, make) in TABLES.items():
         begin, end = f"<!-- python -m benchmarks.tables {name} -->\n", "<!-- end -->"
         made = make(json.loads((ROOT / "benchmarks" / "results" / file).read_text()))
-        readme = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, text=f"{begin}{made}\n{end}": text, readme,
-                        flags=re.DOTALL)
-    return readme
+        document = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, text=f"{begin}{made}\n{end}": text,
+                          document, flags=re.DOTALL)
+    return document
 
 
 if __name__ == "__main__":
-    file = ROOT / "README.md"
-    file.write_text(with_tables(file.read_text()))
+    for document in DOCUMENTS:
+        file = ROOT / document
+        file.write_text(with_tables(file.read_text()))

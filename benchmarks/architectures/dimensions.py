@@ -19,6 +19,7 @@ SIZES: tuple[tuple[str, int], ...] = (
      POSITIONS),
     (r"sliding_window|attention_window|window_size|local_block|attention_chunk|chunk_length|^local_window", 8),
     (r"(mamba|ssm|lightning|linear|conv).*(n_heads|num_heads|num_key_heads|num_value_heads|num_.*heads)", 4),
+    (r"index_n_heads|index_num_heads|indexer_n_heads", 16),  # else scores are tied at zero
     (r"key_value_heads|kv_heads|^n_head_kv|num_query_groups|num_attention_groups", SHARED),
     (r"num_.*heads|^n_heads?$|n_layer_heads|attention_heads|index_n_heads|^num_heads", HEADS),
     (r"num_.*layers$|^n_layers?$|^num_layers|^n_block|num_blocks$|num_hidden_blocks", LAYERS),
@@ -62,7 +63,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "dots3_note": {"num_key_value_heads": HEADS, "head_dim": 32},
     "dots3_note_text": {"num_key_value_heads": HEADS, "head_dim": 32},
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), {
-        "+indexer_n_heads": 2, "+indexer_kv_heads": 1, "+indexer_head_dim": HEAD, "+indexer_budget": 16,
+        "+indexer_n_heads": 16, "+indexer_kv_heads": 1, "+indexer_head_dim": HEAD, "+indexer_budget": 16,
         "+indexer_compress_ratio": 4}),
 }
 
