@@ -10,7 +10,7 @@ from tests.conftest import TINY
 from trainer import model_trials
 from trainer.errors import UserError
 from trainer.experiment.reading import read_experiment
-from trainer.model_trials import check_causal, check_packing, documents_stay_apart, is_causal
+from trainer.model_trials import check_causal, check_packing, check_positions, documents_stay_apart, is_causal
 from trainer.run import check_early
 
 BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -92,3 +92,29 @@ def test_rows_of_packed_documents_are_tried_at_their_whole_length():
     with pytest.raises(UserError, match="would see each other in the student") as caught:
         check_packing(model, "student", 64)
     assert caught.value.way_out == "set `data.packing: false`"
+
+
+@pytest.mark.parametrize("kind", ["roberta", "camembert", "data2vec-text"])
+def test_a_model_that_counts_positions_otherwise_is_refused(kind, write_experiment):
+    """RoBERTa's first position is the number behind its padding token: a row's 0, 1, 2 are other embeddings to it."""
+    dimensions = {**BERT, "model_type": kind, "is_decoder": True}
+    model, ids = build(dimensions, pad_token_id=1), torch.arange(4, 12)[None]
+    with torch.no_grad():
+        alone = model(ids).logits
+        assert torch.equal(alone, model(ids, position_ids=torch.arange(2, 10)[None]).logits)
+        assert not torch.allclose(alone, model(ids, position_ids=torch.arange(8)[None]).logits, atol=1e-3)
+    with pytest.raises(UserError, match="counts positions otherwise than from 0 on") as caught:
+        check_positions(model, "student")
+    assert caught.value.key == "student.architecture" and "llama" in caught.value.way_out
+    given = read_experiment(write_experiment(), [f"student.architecture={json.dumps(dimensions)}"])
+    with pytest.raises(UserError, match="counts positions otherwise"):
+        check_early(given.experiment, 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "mamba", "opt"])
+def test_models_that_count_from_0_are_taken(kind):
+    sizes = {"llama": TINY, "bert": {**BERT, "is_decoder": True}}.get(kind, {
+        "hidden_size": 32, "n_head": 2, "n_layer": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64,
+        "word_embed_proj_dim": 32})
+    known = {*AutoConfig.for_model(kind).to_dict(), *AutoConfig.for_model(kind).attribute_map}
+    check_positions(build({name: value for name, value in sizes.items() if name in known}, model_type=kind), "student")

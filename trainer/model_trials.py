@@ -1,4 +1,4 @@
-"""Trials of a model before it is trained: that it is causal, and that documents packed into a row stay apart."""
+"""Trials of a model before it is trained: that it is causal, counts positions as rows do, and keeps documents apart."""
 
 from __future__ import annotations
 
@@ -55,6 +55,26 @@ def check_causal(model: nn.Module, key: str, length: int, path: str | None = Non
                     value=path or model.config.model_type, way_out=way_out)
 
 
+@torch.no_grad()
+def check_positions(model: nn.Module, key: str, path: str | None = None) -> None:
+    """Raise `UserError` where a model counts positions otherwise than rows do, from 0 on.
+
+    RoBERTa's begin behind the number of its padding token: with those of a row it reads other embeddings than it was
+    trained with, and than it takes by itself.
+    """
+    tokens, padding = _tokens(model, SHORT), getattr(model.config, "pad_token_id", None)
+    tokens = torch.where(tokens == padding, SHORT % model.config.vocab_size, tokens) if padding is not None else tokens
+    with _tried(model):
+        given = _states(model, tokens, torch.arange(SHORT, device=tokens.device))
+        own = _states(model, tokens, None)
+    if (given - own).abs().max() > _tolerance(model) * own.abs().max():
+        name = type(model).__name__
+        raise UserError(f"{key}.path" if path else f"{key}.architecture", f"{name} counts positions otherwise than "
+                        "from 0 on, as every row gives them: it would be trained on other positions than it has in use",
+                        value=path or model.config.model_type,
+                        way_out="name a causal language model: llama, qwen3 or gpt2, for example")
+
+
 def check_packing(model: nn.Module, key: str, length: int) -> None:
     """Raise `UserError` where documents packed into one row of so many tokens would see each other."""
     if not documents_stay_apart(model, length):
@@ -78,6 +98,7 @@ def check_early_causal(experiment: Experiment, teacher: PretrainedConfig | None,
                             value=asked.path or config.model_type, way_out="check its dimensions") from error
         if model is not None:
             check_causal(model, key, SHORT, asked.path)
+            check_positions(model, key, asked.path)
 
 
 @torch.no_grad()
@@ -140,9 +161,14 @@ def _tokens(model: nn.Module, size: int) -> torch.Tensor:
     return torch.arange(size, device=next(model.parameters()).device) % model.config.vocab_size
 
 
-def _states(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """(sequence, width) what enters the head, as training calls the model; logits where it has no known head."""
-    inputs = {"input_ids": tokens[None], "position_ids": positions[None], "use_cache": False}
+def _states(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """(sequence, width) what enters the head, as training calls the model; logits where it has no known head.
+
+    Without positions, as anybody calls it with a document.
+    """
+    inputs = {"input_ids": tokens[None], "use_cache": False}
+    if positions is not None:
+        inputs["position_ids"] = positions[None]
     try:
         found = hidden_states(model, inputs)[0]
     except (ValueError, AssertionError, StopIteration):

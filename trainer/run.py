@@ -29,7 +29,7 @@ from trainer.folder import RunFolder, fingerprint, flatten, learnt_from, write_a
 from trainer.inside import attach_projections, check_inside
 from trainer.loop import Trainer
 from trainer.metrics import console, read_lines
-from trainer.model_trials import check_causal, check_early_causal, check_packing
+from trainer.model_trials import check_causal, check_early_causal, check_packing, check_positions
 from trainer.models import (
     DTYPES,
     build_student,
@@ -204,6 +204,7 @@ def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Modu
         if experiment.objective.attention_maps is not None:
             model.set_attn_implementation("eager")  # as it is run for them
         check_causal(model, key, length, getattr(experiment, key).path)
+        check_positions(model, key, getattr(experiment, key).path)
         if experiment.data.packing:
             check_packing(model, key, length)
 

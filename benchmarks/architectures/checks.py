@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from benchmarks.architectures.verdicts import apart, judged, message, refused, r
 from benchmarks.sharding.ranks import fresh
 from strategies.export.transformers_folder import write_folder
 from strategies.quantization.qat import quantized_layers
-from trainer import loop
+from trainer import loop, plan, run
 from trainer.budget import example_batch
 from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import Text, prepare_text
@@ -28,7 +28,7 @@ from trainer.loop import Trainer
 from trainer.metrics import console
 from trainer.planned_step import measured_step
 from trainer.quantizing import served
-from trainer.run import check_early, prepare
+from trainer.run import check_early
 
 # Relative: of the loss; of the largest gradient, logit, byte. fp32 sums in another order lie below a tenth of them.
 LOSS, GRADIENT, LOGITS, BYTES = 2e-5, 5e-4, 2e-5, 0.03
@@ -40,18 +40,26 @@ def prepared(experiment: Experiment, text: Text) -> Trainer:
     """What `train.py` makes of an experiment before the first step, refusals included."""
     fresh()
     accelerator = start(experiment)
-    check_early(experiment, 1)
-    return prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, text)
+    check_early(experiment, accelerator.num_processes)
+    # Sums for the ledger and for the disk that no check is about.
+    with replaced(plan, "_activations", lambda *_: None), replaced(run, "planned_bytes", lambda *_: 0):
+        return run.prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, text)
 
 
 @contextmanager
-def unplanned() -> Iterator[None]:
-    """Memory is not planned in here, which would take most of the time of a check that is not about it."""
-    before, loop.plan_step = loop.plan_step, lambda trainer: None
+def replaced(module: Any, name: str, other: Any) -> Iterator[None]:
+    """Within the context a module's name stands for something else."""
+    before = getattr(module, name)
+    setattr(module, name, other)
     try:
         yield
     finally:
-        loop.plan_step = before
+        setattr(module, name, before)
+
+
+def unplanned() -> AbstractContextManager[None]:
+    """Memory is not planned in here, which would take most of the time of a check that is not about it."""
+    return replaced(loop, "plan_step", lambda trainer: None)
 
 
 # ---- the loss, packed, padded and accumulated, and the memory of a step
