@@ -53,8 +53,7 @@ class Room:
             for parameter in model.parameters():
                 noise = torch.randn_like(parameter)
                 parameter.add_(noise * (0.5 / parameter.shape[-1]**0.5 if parameter.ndim > 1 else 0.05))
-        model.save_pretrained(self.model)
-        tokenizer.save_pretrained(self.model)
+        model.save_pretrained(self.model)  # without a tokenizer: one of its own class would bring tokens of its own
         return model
 
     def without_flag(self) -> Path | None:
@@ -72,6 +71,7 @@ class Room:
         values: dict[str, dict[str, Any]] = {
             "student": {"path": str(self.model)},
             "data": {"path": str(self.base / "text.jsonl"), "sequence_length": ROW,
+                     "tokenizer": {"path": str(self.base / "tokenizer")},
                      "validation": {"path": str(self.base / "held-out.jsonl"), "rows": 4}},
             "optimizer": {"lr": 1e-3}, "schedule": {"warmup": 0, "shape": "constant"},
             "training": {"steps": 2, "batch_size": 4, "micro_batch": 4, "evaluate_every": 100, "checkpoint_every": 100},
