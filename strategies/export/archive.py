@@ -34,7 +34,7 @@ from torch import nn
 
 from strategies.export.clustering import cluster, commonest_first, positions, relative_positions
 from strategies.export.huffman import Stream, compress, entropy_bits, expand
-from strategies.export.layers import Quantized, quantized_layers
+from strategies.export.layers import Quantized, part_name, quantized_layers, weight_name
 
 FORMAT = "limbeck-deep-compression-1"
 GAP_BITS = (5, 8)  # of a position, as the paper has for linear layers and for convolutions: the cheaper is taken
@@ -86,9 +86,10 @@ def write_archive(file: Path | str, model: nn.Module, bits: int = 5, rules: Sequ
         ValueError: bits that there are none of, a pattern that matches nothing, weights that are not finite.
     """
     patterns = [(pattern, None) for pattern in ignore] + list(rules)
-    state, layers = model.state_dict(), {f"{name}.weight": layer for name, layer in quantized_layers(model)}
+    state, layers = model.state_dict(), {
+        weight_name(name, layer): layer for name, layer in quantized_layers(model)}
     _check_asked(state, bits, patterns)
-    left_out = {f"{name.removesuffix('weight')}{part}" for name in layers for part in _PARTS}
+    left_out = {part_name(name, layer, part) for name, layer in quantized_layers(model) for part in _PARTS}
     tensors, coded, same, entropy, seen = {}, {}, {}, 0.0, {}
     for name, tensor in state.items():
         first = seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name) if tensor.numel() else name
@@ -171,6 +172,9 @@ def _values(name: str, tensor: torch.Tensor, layer: Quantized | None, bits: int 
 
 def _numbers(layer: Quantized) -> Values:
     """The numbers that a quantised layer multiplies with, as they are."""
+    if layer.matrix is not layer.weight:
+        raise ValueError(f"an archive has the rows of a layer as they are, and a {type(layer).__name__} is not stored "
+                         "in rows: leave it in full precision")
     grid = layer.grid()
     numbers = layer.numbers().detach().cpu().float().flatten()
     levels = numbers.unique()

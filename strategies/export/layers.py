@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 class Quantizer(Protocol):
@@ -45,11 +46,41 @@ class Quantized(Protocol):
     quantizer: Quantizer
     activations: Activations | None
 
+    @property
+    def matrix(self) -> torch.Tensor: ...
+
     def grid(self) -> Grid: ...
 
     def numbers(self) -> torch.Tensor: ...
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
-    """Every quantised layer of a model with its name; of layers that share a weight, each."""
-    return ((name, module) for name, module in model.named_modules() if hasattr(module, "quantizer"))
+    """Every quantised layer of a model with its name; of layers that share a weight, each.
+
+    Weights of experts that one module holds are layers, too, with the name of their parameter.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "quantizer"):
+            yield name, module
+        for key, experts in getattr(module, "quantized_experts", {}).items():
+            yield f"{name}.{key}", experts
+
+
+def is_module(layer: Quantized) -> bool:
+    """Whether a layer is a module, and not one weight of several that a module holds."""
+    return isinstance(layer, nn.Module)
+
+
+def weight_name(name: str, layer: Quantized) -> str:
+    """The name that a layer's weight has in a state dict."""
+    return f"{name}.weight" if is_module(layer) else name
+
+
+def part_name(name: str, layer: Quantized, part: str) -> str:
+    """The name that something has in a state dict that quantisation added to a layer."""
+    return f"{name}.{part}" if is_module(layer) else f"{name}_{part}"
+
+
+def is_turned(layer: Quantized) -> bool:
+    """Whether a module keeps its matrix (inputs, outputs), as GPT-2's Conv1D does."""
+    return isinstance(layer, Conv1D)

@@ -23,6 +23,15 @@ def as_saved(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str,
         return dict(revert_weight_conversion(model, dict(tensors)))
 
 
+def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the names that `save_pretrained` writes, but in the pieces that the model has in memory.
+
+    What a file has in other pieces keeps its name, which transformers reads as well.
+    """
+    names = {id(tensor): name for name, tensor in as_saved(model, tensors).items()}
+    return {names.get(id(tensor), name): tensor for name, tensor in tensors.items()}
+
+
 def saved_rows(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, dict[str, torch.Tensor]]:
     """For each weight, the names that its rows have in a file, and which rows those are.
 

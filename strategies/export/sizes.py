@@ -5,22 +5,28 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from strategies.export.layers import Quantized, quantized_layers
+from strategies.export.layers import Quantized, is_turned, quantized_layers, weight_name
+from strategies.export.saved_names import saved_rows
 from strategies.export.transformers_folder import PARTS, folder_format, format_bits
 from strategies.memory.packed import packed_bytes
 
 
 def exported_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of the tensors in a transformers folder: packed numbers, their scales, and the rest in `dtype`."""
-    layers = {id(layer.weight): layer for _, layer in quantized_layers(model)}
+    named = dict(quantized_layers(model))
+    layers = {id(layer.weight): layer for layer in named.values()}
+    rows = saved_rows(model, {weight_name(name, layer): layer.weight.shape for name, layer in named.items()})
+    pieces = {id(layer.weight): max(1, len(rows[weight_name(name, layer)])) for name, layer in named.items()}
     parts = {id(parameter) for layer in layers.values() for name in PARTS
              if (parameter := getattr(layer, name, None)) is not None}
     rest = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in parts)
-    return rest * dtype.itemsize + sum(_layer(layer, dtype) for layer in layers.values())
+    return rest * dtype.itemsize + sum(
+        _layer(layer, dtype, pieces[key]) for key, layer in layers.items())
 
 
-def _layer(layer: Quantized, dtype: torch.dtype) -> int:
-    return packed_bytes(layer.weight.shape[0], layer.weight[0].numel(), layer.quantizer,
+def _layer(layer: Quantized, dtype: torch.dtype, pieces: int) -> int:
+    matrix = layer.matrix
+    return packed_bytes(matrix.shape[0], matrix[0].numel(), layer.quantizer,
                         bits=format_bits(layer.quantizer), packed=folder_format(layer) == "pack-quantized",
-                        scale_bytes=dtype.itemsize,
+                        scale_bytes=dtype.itemsize, turned=is_turned(layer), pieces=pieces,
                         static=layer.activations is not None and not layer.activations.dynamic)

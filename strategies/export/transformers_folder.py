@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,22 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors.torch import save_file
 from torch import nn
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from strategies.export.layers import Activations, Quantized, Quantizer, quantized_layers
-from strategies.export.saved_names import as_saved
+from strategies.export.layers import (
+    Activations,
+    Quantized,
+    Quantizer,
+    is_module,
+    is_turned,
+    part_name,
+    quantized_layers,
+    weight_name,
+)
+from strategies.export.saved_names import as_saved, renamed, saved_rows
 
 PARTS = ("weight", "log_ratio", "scale", "zero_point", "input_scale")  # of a quantised layer; see `_packed`
+EXPERTS = r"re:.*\.experts\.\d+\..*"  # that files have apart: transformers looks for a pattern with this word
 
 
 def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> None:
@@ -39,9 +51,11 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     partial = folder.with_name(f".{folder.name}.partial")
     _remove(partial)
     partial.mkdir(parents=True)
-    tensors = as_saved(model, _dense(model, dtype, skip={f"{name}.{part}" for name in quantized for part in PARTS}))
-    for name, layer in _once(quantized).items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in _packed(layer).items()}
+    dense = _dense(model, dtype, skip={part_name(name, layer, part) for name, layer in quantized.items()
+                                       for part in PARTS} | {weight_name(*item) for item in quantized.items()})
+    # Of a quantised file transformers takes experts apart only where they are packed: others stay as they are.
+    tensors = renamed(model, dense) if quantized else as_saved(model, dense)
+    tensors |= _pieces(model, _once(quantized))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     _config(model, dtype, quantized).save_pretrained(partial)
@@ -82,23 +96,66 @@ def check_folder(model: nn.Module) -> None:
     layers = dict(quantized_layers(model))
     whole = next((name for name, layer in layers.items() if _loads_dequantized(layer)), None)
     rounded = next((name for name, layer in layers.items() if layer.activations is not None), None)
-    other = whole and next((name for name, layer in layers.items() if layer.quantizer != layers[whole].quantizer), None)
+    other = whole and next((name for name, layer in layers.items() if is_module(layer) and (
+        layer.quantizer != layers[whole].quantizer or is_turned(layer) != is_turned(layers[whole]))), None)
     if whole and (rounded or other):
-        what = "an embedding" if isinstance(layers[whole], nn.Embedding) else "a weight with zero points"
+        what = "an embedding" if isinstance(layers[whole], nn.Embedding) else (
+            "a matrix that is stored (inputs, outputs)" if is_turned(layers[whole]) else "a weight with zero points")
         problem = f"{rounded} quantises its activations, which it then leaves out" if rounded else (
             f"{other} has other numbers, which it then takes for the same")
         raise ValueError(f"{whole} is {what}, which transformers loads dequantised only, and {problem}: take symmetric "
                          "weights and a whole embedding, or leave the other out")
+    for name, why in _cannot_hold(model, layers).items():
+        raise ValueError(f"{name} {why}")
+    if experts := next((name for name, layer in layers.items() if not is_module(layer)), None):
+        if rounded:
+            raise ValueError(f"{rounded} quantises its activations, and {experts}, of experts, cannot: leave one of "
+                             "them out")
+    patched = {type(module).__name__ for module in model.modules()} & set(MODULES_TO_PATCH_FOR_QUANTIZATION)
+    if layers and patched:
+        raise ValueError(f"transformers makes other modules of {', '.join(patched)} where a file is quantised, which "
+                         "do not read these weights: such a student cannot be quantised")
+
+
+def no_place(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
+    """Layers that a folder has no place for, quantised in whatever way, each with the reason.
+
+    Args:
+        layers: of the model, quantised or still to be.
+    """
+    shapes = {name: layer.weight.shape for name, layer in layers.items() if not is_module(layer)}
+    kept, found = saved_rows(model, shapes), {}
     for name, layer in layers.items():
-        if not isinstance(layer, (nn.Linear, nn.Embedding)):
-            raise ValueError(f"{name} is a {type(layer).__name__}: the format has linear layers and embeddings")
+        if name in shapes and not (kept[name] and all(saved.endswith(".weight") for saved in kept[name])):
+            found[name] = "is one tensor of all experts in files of this architecture, which nothing unpacks"
+        elif name not in shapes and not isinstance(layer, (nn.Linear, nn.Embedding)) and not is_turned(layer):
+            found[name] = f"is a {type(layer).__name__}: the format has linear layers and embeddings"
+    return found
+
+
+def _cannot_hold(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, str]:
+    """Quantised layers that the format has no place for as they are, each with the reason."""
+    found, experts = no_place(model, layers), {name: layer for name, layer in layers.items() if not is_module(layer)}
+    first = next(iter(experts.values()), None)
+    for name, layer in layers.items():
+        quantizer = layer.quantizer
+        if is_turned(layer) and not quantizer.symmetric:
+            found[name] = "is stored (inputs, outputs), which has no place for zero points: take symmetric weights"
+        elif name not in experts:
+            continue
+        elif not quantizer.symmetric or quantizer.per_tensor or (quantizer.kind == "fp8" and quantizer.group_size):
+            found[name] = ("belongs to experts, which transformers unpacks only with symmetric numbers and a scale for "
+                           "each output or group, of fp8 for each output: take those, or leave experts out")
+        elif quantizer != first.quantizer:
+            found[name] = "has other numbers than other experts, which transformers takes for the same"
+    return found
 
 
 def _loads_dequantized(layer: Quantized) -> bool:
     """Whether transformers can load a layer only if it dequantises it at once."""
     quantizer = layer.quantizer
-    return isinstance(layer, nn.Embedding) or (not quantizer.symmetric and not quantizer.per_tensor
-                                               and folder_format(layer) == "pack-quantized")
+    return isinstance(layer, nn.Embedding) or is_turned(layer) or (
+        not quantizer.symmetric and not quantizer.per_tensor and folder_format(layer) == "pack-quantized")
 
 
 def _once(quantized: dict[str, Quantized]) -> dict[str, Quantized]:
@@ -107,24 +164,45 @@ def _once(quantized: dict[str, Quantized]) -> dict[str, Quantized]:
     return {name: layer for name, layer in quantized.items() if first.setdefault(id(layer.weight), name) == name}
 
 
-@torch.no_grad()
-def _packed(layer: Quantized) -> dict[str, torch.Tensor]:
-    """Numbers, scales and zero points of one layer, as the compressed-tensors format names them."""
-    quantizer, grid, numbers = layer.quantizer, layer.grid(), layer.numbers().cpu()
-    scale = grid.scale.cpu()
-    tensors = {"weight_scale": scale.flatten() if quantizer.per_tensor else scale.contiguous()}
-    if folder_format(layer) == "pack-quantized":
-        tensors |= {"weight_packed": pack_to_int32(numbers, format_bits(quantizer)),
-                    "weight_shape": torch.tensor(layer.weight.shape)}
-    else:
-        tensors["weight"] = numbers.contiguous()
-    if grid.zero_point is not None:
-        zero = grid.zero_point.to(torch.int8).cpu()
-        tensors["weight_zero_point"] = zero.flatten() if quantizer.per_tensor else pack_to_int32(
-            zero, format_bits(quantizer), packed_dim=0) if "weight_packed" in tensors else zero
-    if layer.activations is not None and not layer.activations.dynamic:
-        tensors["input_scale"] = layer.input_scale.detach().cpu().to(scale.dtype).contiguous()
+def _pieces(model: nn.Module, quantized: dict[str, Quantized]) -> dict[str, torch.Tensor]:
+    """The tensors of quantised layers, those of experts apart, by the names that they have in a file."""
+    rows = saved_rows(model, {weight_name(name, layer): layer.weight.shape for name, layer in quantized.items()})
+    tensors = {}
+    for name, layer in quantized.items():
+        own = weight_name(name, layer)
+        whole = len(rows[own]) == 1 and is_module(layer) and next(iter(rows[own])).endswith(".weight")
+        saved = rows[own] if whole or not is_module(layer) else {own: None}
+        for file_name, part in _packed(layer, {key: None if is_module(layer) else at for key, at in saved.items()}):
+            tensors[file_name] = part
     return tensors
+
+
+@torch.no_grad()
+def _packed(layer: Quantized, saved: dict[str, torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Numbers, scales and zero points of one layer, as the compressed-tensors format names them.
+
+    Args:
+        saved: rows of the layer by the name of a weight in the file; None for all.
+    """
+    quantizer, grid, every = layer.quantizer, layer.grid(), layer.numbers().cpu()
+    scales, zeros = grid.scale.cpu(), None if grid.zero_point is None else grid.zero_point.to(torch.int8).cpu()
+    for name, rows in saved.items():
+        numbers, scale, zero = (part if rows is None or part is None else part[rows] for part in (every, scales, zeros))
+        if is_turned(layer):
+            numbers, scale = numbers.T.contiguous(), scale.T
+        tensors = {"weight_scale": scale.flatten() if quantizer.per_tensor else scale.contiguous()}
+        if folder_format(layer) == "pack-quantized":
+            tensors |= {"weight_packed": pack_to_int32(numbers, format_bits(quantizer)),
+                        "weight_shape": torch.tensor(numbers.shape)}
+        else:
+            tensors["weight"] = numbers.contiguous()
+        if zero is not None:
+            tensors["weight_zero_point"] = zero.flatten() if quantizer.per_tensor else pack_to_int32(
+                zero, format_bits(quantizer), packed_dim=0) if "weight_packed" in tensors else zero
+        if layer.activations is not None and not layer.activations.dynamic:
+            tensors["input_scale"] = layer.input_scale.detach().cpu().to(scale.dtype).contiguous()
+        for part, tensor in tensors.items():
+            yield f"{name.removesuffix('weight')}{part}", tensor
 
 
 def format_bits(quantizer: Quantizer) -> int:
@@ -146,12 +224,15 @@ def _config(model: nn.Module, dtype: torch.dtype, quantized: dict[str, Quantized
     if quantized:
         groups: dict[tuple, list[str]] = {}
         for name, layer in quantized.items():
-            groups.setdefault((layer.quantizer, layer.activations), []).append(name)
+            groups.setdefault((layer.quantizer, layer.activations, is_module(layer)), []).append(name)
         schemes = {f"group_{number}": _scheme(quantized[names[0]], names) for number, names in enumerate(
             groups.values())}
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        if len(schemes) == 1 and not any(isinstance(layer, nn.Embedding) for layer in quantized.values()):
-            schemes["group_0"].targets = ["Linear"]  # short, and what other tools expect
+        of_experts = [scheme for scheme in schemes.values() if scheme.targets[0].startswith("re:")]
+        if len(schemes) - len(of_experts) == 1 and not any(isinstance(layer, nn.Embedding) for layer in
+                                                           quantized.values()):
+            next(scheme for scheme in schemes.values() if scheme not in of_experts).targets = ["Linear"]  # short, and
+            # what other tools expect
         formats = {folder_format(quantized[names[0]]) for names in groups.values()}
         config.quantization_config = QuantizationConfig(
             config_groups=schemes, ignore=sorted(linear - set(quantized)), quantization_status="compressed",
@@ -164,10 +245,13 @@ def _config(model: nn.Module, dtype: torch.dtype, quantized: dict[str, Quantized
 def _scheme(layer: Quantized, names: list[str]) -> QuantizationScheme:
     quantizer = layer.quantizer
     strategy = "tensor" if quantizer.per_tensor else "group" if quantizer.group_size else "channel"
+    size: dict[str, Any] = {"strategy": strategy, "group_size": quantizer.group_size}
+    if is_turned(layer) and strategy == "group":  # of inputs, which are the rows of what is stored
+        size = {"strategy": "block", "block_structure": [quantizer.group_size, 1]}
     weights = QuantizationArgs(num_bits=format_bits(quantizer), type="float" if quantizer.kind == "fp8" else "int",
-                               symmetric=quantizer.symmetric, strategy=strategy, group_size=quantizer.group_size)
-    return QuantizationScheme(targets=sorted(names), weights=weights, format=folder_format(layer),
-                              input_activations=_inputs(layer.activations))
+                               symmetric=quantizer.symmetric, **size)
+    return QuantizationScheme(targets=sorted(names) if is_module(layer) else [EXPERTS], weights=weights,
+                              format=folder_format(layer), input_activations=_inputs(layer.activations))
 
 
 def _inputs(activations: Activations | None) -> QuantizationArgs | None:

@@ -8,7 +8,7 @@ SHAPE = 16  # bytes of a packed weight's shape, two int64
 
 
 def packed_bytes(outputs: int, inputs: int, quantizer: Any, *, bits: int, packed: bool, scale_bytes: int,
-                 static: bool) -> int:
+                 static: bool, turned: bool = False, pieces: int = 1) -> int:
     """Bytes of a weight in a transformers folder of compressed-tensors: numbers, scales, zero points, a static scale.
 
     Args:
@@ -19,10 +19,13 @@ def packed_bytes(outputs: int, inputs: int, quantizer: Any, *, bits: int, packed
         packed: whether numbers share words of 32 bits, along a row; else each takes a byte.
         scale_bytes: of a scale.
         static: whether there is a calibrated scale of the inputs, too.
+        turned: whether it is stored (inputs, outputs).
+        pieces: that it is stored in, each with its shape.
     """
     groups = inputs // (quantizer.group_size or inputs)
     scales = 1 if quantizer.per_tensor else outputs * groups
-    total = 4 * outputs * _words(inputs * bits) + SHAPE if packed else outputs * inputs
+    rows, columns = (inputs, outputs) if turned else (outputs, inputs)
+    total = 4 * rows * _words(columns * bits) + pieces * SHAPE if packed else outputs * inputs
     if not quantizer.symmetric:
         total += 4 * groups * _words(outputs * bits) if packed and not quantizer.per_tensor else scales
     return total + scale_bytes * (scales + static)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from strategies.quantization.qat import PLAIN, quantized_layers
+from strategies.quantization.qat import PLAIN, become_plain, quantized_layers
 
 
 @torch.no_grad()
@@ -29,12 +29,7 @@ def bake(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             layer.weight.copy_(layer.effective_weight)
     for _, layer in list(quantized_layers(model)):
         activations = layer.activations
-        layer.__class__ = PLAIN.get(type(layer), nn.Linear)
-        del layer.quantizer
-        layer.__dict__.pop("activations", None)
-        for name in ("log_ratio", "scale", "zero_point", "outliers", "whole"):
-            if hasattr(layer, name):
-                delattr(layer, name)
+        become_plain(layer)
         if activations is not None:
             layer.register_forward_pre_hook(_Rounds(activations))
     saved = model.state_dict()

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from strategies.quantization.stored import multiplies
+
 Batch = Mapping[str, Any]  # what the model is called with: `input_ids` (rows, tokens), `position_ids`, ...
 
 
@@ -245,7 +247,7 @@ def watch(walk: Walk, layers: Mapping[str, nn.Module], see: Callable[[str, torch
 
 
 def _rows(layer: nn.Module, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    if not isinstance(layer, nn.Linear):
+    if not multiplies(layer):
         return values.reshape(-1, 1)
     rows = values.reshape(-1, values.shape[-1])
     return rows[mask] if mask is not None and len(mask) == len(rows) else rows
@@ -283,7 +285,7 @@ def collect(walk: Walk, layers: Mapping[str, nn.Module], moments: bool = False) 
         rows = rows.float()
         width = rows.shape[1]
         if name not in found:
-            summed = moments and isinstance(layers[name], nn.Linear)
+            summed = moments and multiplies(layers[name])
             found[name] = Seen(rows.new_zeros(width), rows.new_zeros(width, width) if summed else None)
         seen = found[name]
         if len(rows):

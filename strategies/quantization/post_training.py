@@ -14,10 +14,11 @@ from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.calibration import Batch, Seen, Walk, collect, token_mask, watch
 from strategies.quantization.gptq import Factor, factorize, round_to_nearest, round_weights
 from strategies.quantization.outliers import keep_whole, outlier_columns
-from strategies.quantization.qat import QUANTIZED, Quantized, Rules, choose
+from strategies.quantization.qat import Quantized, Rules, become_quantized, choose
 from strategies.quantization.quantizer import WeightQuantizer
 from strategies.quantization.smoothing import shared_weights
 from strategies.quantization.smoothing import smooth as smooth_norms
+from strategies.quantization.stored import Experts, as_matrix, multiplies
 
 RATIOS = 40  # of the largest magnitude that are tried for a static scale
 SMALLEST = 0.1  # of them
@@ -57,8 +58,8 @@ def quantize(model: nn.Module, batches: Iterable[Batch] | None, quantizer: Weigh
     Every writer exports the numbers that the model computes with, and training may go on from there: the weights stay
     as they were where they are rounded to nearest, and lie on the grid after GPTQ. (bf16 cannot hold all affine 8-bit
     grids: there one number in some thousands becomes the one beside it.) A block is calibrated on what the blocks
-    before it give now that they are quantised. Embeddings, convolutions and layers that no row reaches are rounded to
-    nearest under either method.
+    before it give now that they are quantised. Embeddings, convolutions, experts (which see only the tokens
+    that are routed to them) and layers that no row reaches are rounded to nearest under either method.
 
     Args:
         model: a causal model or an encoder of transformers, whole and in one process; any module where nothing is
@@ -92,7 +93,7 @@ def quantize(model: nn.Module, batches: Iterable[Batch] | None, quantizer: Weigh
     how = _How(method, activations, activation_range, outliers, act_order, damping)
     batches, chosen = list(batches or ()), choose(model, quantizer, ignore, rules, embeddings)
     for name, (module, own) in chosen.items():
-        own.check(module.weight, name)
+        own.check(as_matrix(module), name)
     needs = how.needs() + (["smooth"] if smooth is not None else [])
     _check(how, batches, chosen, needs)
     if smooth is not None:
@@ -119,7 +120,7 @@ def _check(how: _How, batches: list[Batch], chosen: dict[str, tuple[nn.Module, W
         raise ValueError(f"a damping of {how.damping} cannot hold a second moment without full rank: take 0.01 or more")
     if needs and not batches:
         raise ValueError(f"{' and '.join(needs)} cannot do without calibration rows: give `batches`")
-    inputs = {name: module.in_features for name, (module, _) in chosen.items() if isinstance(module, nn.Linear)}
+    inputs = {name: as_matrix(module).shape[1] for name, (module, _) in chosen.items() if multiplies(module)}
     if how.method != "gptq" or not inputs or not all("input_ids" in batch for batch in batches):
         return
     widest = max(inputs, key=inputs.get)
@@ -163,7 +164,7 @@ class _Rounding:
     def rest(self) -> None:
         """Round to nearest what no row reached."""
         for name in list(self._left):
-            if self._how.static and not isinstance(self._left[name][0], nn.Embedding):
+            if self._how.static and not isinstance(self._left[name][0], (nn.Embedding, Experts)):
                 raise ValueError(f"{name}: no calibration row reaches it, so its activations have no scale; give more "
                                  "rows, or take activations that are dynamic")
             self._round(name)
@@ -193,13 +194,11 @@ class _Rounding:
         first = self._first.setdefault(id(module.weight), module)
         if first is module:
             if factor is None:
-                _, grid = round_to_nearest(module.weight, own, whole)
+                _, grid = round_to_nearest(as_matrix(module), own, whole)
             else:
-                found, grid = round_weights(module.weight, own, factor)
-                module.weight.copy_(found)
-        module.__class__, module.quantizer = QUANTIZED[type(module)], own
-        if self._how.activations is not None and not isinstance(module, nn.Embedding):
-            module.activations = self._how.activations
+                found, grid = round_weights(as_matrix(module), own, factor)
+                as_matrix(module).copy_(found)
+        become_quantized(module, own, self._how.activations)
         if input_scale is not None:
             module.input_scale = nn.Parameter(input_scale, requires_grad=False)
         if first is module:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.quantizer import Grid, WeightQuantizer
+from strategies.quantization.stored import Experts, all_layers, as_matrix, as_weight, plain, seeing
 
 # A ratio r is kept as a = sign(r) (log|r| + OFFSET): a step of any optimizer then changes it by a share of itself.
 OFFSET = 8.0
@@ -30,22 +34,31 @@ class Quantized:
     activations: ActivationQuantizer | None = None
 
     @property
+    def matrix(self) -> torch.Tensor:
+        """(outputs, ...) the weight as it is quantised."""
+        return as_matrix(self)
+
+    def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
+        """(outputs, ...) in the shape of the weight."""
+        return as_weight(self, matrix)
+
+    @property
     def effective_weight(self) -> torch.Tensor:
-        """(outputs, ...) weights as they are multiplied with."""
+        """The weight as it is multiplied with."""
         fixed = self._fixed()
-        return self.quantizer.fake_quantize(self.weight, None if fixed else self._ratio(), fixed)
+        return self.as_weight(self.quantizer.fake_quantize(self.matrix, None if fixed else self._ratio(), fixed))
 
     def grid(self) -> Grid:
         """The scales and zero points that are in use."""
-        return self._fixed() or self.quantizer.grid(self.weight, self._ratio())
+        return self._fixed() or self.quantizer.grid(self.matrix, self._ratio())
 
     def numbers(self) -> torch.Tensor:
         """The numbers that are multiplied with, (outputs, ...)."""
-        return self.quantizer.numbers(self.weight, self.grid())
+        return self.quantizer.numbers(self.matrix, self.grid())
 
     def search(self) -> None:
         """Find the scale of the least squared error, and keep its ratio as a parameter: trained, if it is learnt."""
-        ratio = self.quantizer.first_ratio(self.weight)
+        ratio = self.quantizer.first_ratio(self.matrix)
         self.log_ratio = nn.Parameter(torch.copysign(ratio.abs().log() + OFFSET, ratio).flatten(),
                                       requires_grad=self.quantizer.rule == "learnt")
 
@@ -61,7 +74,7 @@ class Quantized:
         if kept is None:
             return None
         return (kept.sign() * (kept.abs() - OFFSET).exp()).view(
-            (1, 1) if self.quantizer.per_tensor else (self.weight.shape[0], -1))
+            (1, 1) if self.quantizer.per_tensor else (self.matrix.shape[0], -1))
 
     def _fixed(self) -> Grid | None:
         scale = getattr(self, "scale", None)
@@ -107,9 +120,23 @@ class QATConv2d(Quantized, nn.Conv2d):
         return self._conv_forward(self.as_seen(input), self.effective_weight, self.bias)
 
 
-QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: QATLinear, nn.Embedding: QATEmbedding, nn.Conv1d: QATConv1d, nn.Conv2d: QATConv2d}
-PLAIN = {ours: plain for plain, ours in QUANTIZED.items()}
+class QATConv1D(Quantized, Conv1D):
+    """GPT-2's linear layer, whose weight is (inputs, outputs), with quantised weights; see `transformers.Conv1D`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., outputs)"""
+        rows = self.as_seen(x).view(-1, x.shape[-1])
+        return torch.addmm(self.bias, rows, self.effective_weight).view(*x.shape[:-1], self.nf)
+
+
+class QATExperts(Quantized, Experts):
+    """One weight of all experts of a block, quantised."""
+
+
+QUANTIZED: dict[type, type] = {
+    nn.Linear: QATLinear, nn.Embedding: QATEmbedding, nn.Conv1d: QATConv1d, nn.Conv2d: QATConv2d,
+    Conv1D: QATConv1D, Experts: QATExperts}
+PLAIN = {ours: kind for kind, ours in QUANTIZED.items()}
 Rules = Sequence[tuple[str, WeightQuantizer | None]]
 
 
@@ -135,13 +162,10 @@ def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] 
     """
     chosen = choose(model, quantizer, ignore, rules, embeddings)
     for name, (module, own) in chosen.items():
-        own.check(module.weight, name)
+        own.check(as_matrix(module), name)
     kept: dict[int, QATLinear] = {}  # by weight: layers that share it share its scales
     for module, own in chosen.values():
-        module.__class__ = QUANTIZED[type(module)]
-        module.quantizer = own
-        if activations is not None and not isinstance(module, nn.Embedding):
-            module.activations = activations
+        become_quantized(module, own, activations)
         twin = kept.setdefault(id(module.weight), module)
         if twin is not module:
             if own.searched:
@@ -151,15 +175,42 @@ def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] 
     return list(chosen)
 
 
+def become_quantized(layer: Any, quantizer: WeightQuantizer, activations: ActivationQuantizer | None) -> None:
+    """Make a layer, in place, one that sees quantised weights."""
+    layer.__class__ = QUANTIZED[type(layer)]
+    layer.quantizer = quantizer
+    if isinstance(layer, Experts):
+        holder = layer.holder
+        if not hasattr(holder, "quantized_experts"):
+            holder.__class__, holder.quantized_experts = seeing(type(holder)), {}
+        holder.quantized_experts[layer.key] = layer
+    elif activations is not None and not isinstance(layer, nn.Embedding):
+        layer.activations = activations
+
+
+def become_plain(layer: Any) -> None:
+    """Make a quantised layer, in place, what it was, its weight as it is."""
+    layer.__class__ = PLAIN.get(type(layer), nn.Linear)
+    del layer.quantizer
+    layer.__dict__.pop("activations", None)
+    for name in ("log_ratio", "scale", "zero_point", "outliers", "whole"):
+        if hasattr(layer, name):
+            delattr(layer, name)
+    if isinstance(layer, Experts) and hasattr(layer.holder, "quantized_experts"):
+        plain(layer.holder)
+
+
 def choose(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str], rules: Rules, embeddings: bool
            ) -> dict[str, tuple[nn.Module, WeightQuantizer]]:
     """The layers that `prepare` quantises, each with its quantiser."""
     kinds = tuple(kind for kind in QUANTIZED if embeddings or kind is not nn.Embedding)
-    layers = [(name, module) for name, module in model.named_modules() if type(module) in kinds]
+    layers = [(name, module) for name, module in all_layers(model) if type(module) in kinds]
     patterns = [(pattern, None) for pattern in ignore] + list(rules)
-    for pattern, _ in patterns:
+    weights = {name for name, weight in model.named_parameters() if weight.ndim > 1}
+    for pattern, own in patterns:
+        known = chain((name for name, _ in layers), weights if own is None else ())
         # `lm_head` is in the default pattern: a model without one has nothing to be warned about.
-        if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name, _ in layers):
+        if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in known):
             raise ValueError(f"the pattern {pattern!r} in `ignore` or `rules` matches no layer; names look like "
                              f"{', '.join(name for name, _ in layers[:3])}")
     read = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -177,7 +228,7 @@ def choose(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str], 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
     """Every fake-quantised layer with its name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantized))
+    return ((name, layer) for name, layer in all_layers(model) if isinstance(layer, Quantized))
 
 
 def set_bits(model: nn.Module, bits: int) -> None:

@@ -16,6 +16,7 @@ from strategies.memory.packed import packed_bytes
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.qat import choose
 from strategies.quantization.quantizer import WeightQuantizer
+from strategies.quantization.stored import as_matrix, as_weight
 
 Candidate = WeightQuantizer | None
 
@@ -104,11 +105,13 @@ def estimate(model: nn.Module, choices: Sequence[Candidate], loss: Callable[[nn.
     fisher = _fisher(model, [members[0][1].weight for members in groups], loss, batches)
     rises = numpy.zeros((len(groups), len(choices)))
     for row, (members, information) in enumerate(zip(groups, fisher, strict=True)):
-        name, weight = members[0][0], members[0][1].weight.detach()
+        name, layer = members[0]
+        weight = layer.weight.detach()
         _finite(float(information.sum()), f"the squared gradient of {name}")
         for column, quantizer in enumerate(choices):
             if quantizer is not None:
-                error = quantizer.fake_quantize(weight).float() - weight.float()
+                rounded = as_weight(layer, quantizer.fake_quantize(as_matrix(layer).detach()))
+                error = rounded.float() - weight.float()
                 rises[row, column] = 0.5 * float((information * error.square_()).sum(dtype=torch.float64))
     if not rises.any() and any(quantizer is not None for quantizer in choices):
         raise ValueError("the loss has no gradient at the model as it is, as a divergence from itself has none: take "
@@ -170,15 +173,16 @@ def _groups(model: nn.Module, choices: Sequence[Candidate], ignore: Iterable[str
     for members in groups.values():
         for quantizer in choices:
             if quantizer is not None:
-                quantizer.check(members[0][1].weight, members[0][0])
+                quantizer.check(as_matrix(members[0][1]), members[0][0])
     return list(groups.values())
 
 
 @contextmanager
 def _quantized(members: Members, quantizer: WeightQuantizer) -> Iterator[None]:
     """These layers with quantised weights, then with their own parameter again."""
-    own = members[0][1].weight
-    rounded = nn.Parameter(quantizer.fake_quantize(own.detach()), requires_grad=False)
+    layer = members[0][1]
+    own = layer.weight
+    rounded = nn.Parameter(as_weight(layer, quantizer.fake_quantize(as_matrix(layer).detach())), requires_grad=False)
     try:
         for _, module in members:
             module.weight = rounded
@@ -193,7 +197,7 @@ def _sensitivity(groups: list[Members], choices: Sequence[Candidate], rises: num
     counts = []
     for members in groups:
         inputs = None if any(isinstance(module, nn.Embedding) for _, module in members) else activations
-        counts.append([stored_bytes(members[0][1].weight.shape, quantizer, inputs, dtype) for quantizer in choices])
+        counts.append([stored_bytes(as_matrix(members[0][1]).shape, quantizer, inputs, dtype) for quantizer in choices])
     return Sensitivity(tuple(tuple(name for name, _ in members) for members in groups), tuple(choices), rises,
                        numpy.array(counts, dtype=numpy.int64))
 

@@ -1,0 +1,119 @@
+"""Weights as a quantiser sees them, (outputs, inputs), whatever shape a model keeps them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+PARTS = ("log_ratio", "scale", "zero_point")  # what quantisation adds to a weight
+
+
+def as_matrix(layer: Any) -> torch.Tensor:
+    """A view (outputs, ...) of a layer's weight: GPT-2's Conv1D keeps (inputs, outputs), experts (experts, outputs,
+    inputs)."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.T
+    return layer.weight.flatten(0, 1) if isinstance(layer, Experts) else layer.weight
+
+
+def as_weight(layer: Any, matrix: torch.Tensor) -> torch.Tensor:
+    """What `as_matrix` gave, in the shape that the layer multiplies with."""
+    if isinstance(layer, Conv1D):
+        return matrix.T.contiguous()  # else products would be summed in another order than with a plain weight
+    return matrix.view_as(layer.weight) if isinstance(layer, Experts) else matrix
+
+
+def multiplies(layer: Any) -> bool:
+    """Whether a module multiplies vectors (..., inputs) with its matrix."""
+    return isinstance(layer, (nn.Linear, Conv1D))
+
+
+class Experts:
+    """One weight (experts, outputs, inputs) of a module that holds all experts of a block, as a layer of its own.
+
+    No module: state dicts, sharding and checkpoints see the module that holds it, whose parameters have their names.
+    What quantisation adds is there too, with the weight's name before it (`down_proj_log_ratio`).
+    """
+
+    bias = None
+    activations = None
+
+    def __init__(self, holder: nn.Module, key: str) -> None:
+        self.holder, self.key = holder, key
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter."""
+        return self.holder._parameters[self.key]
+
+    @weight.setter
+    def weight(self, weight: nn.Parameter) -> None:
+        self.holder._parameters[self.key] = weight
+
+
+def experts_of(module: nn.Module) -> dict[str, Experts]:
+    """Weights (experts, outputs, inputs) by name, of a module that transformers makes for all experts of a block."""
+    if getattr(module, "is_transposed", None) is not False:
+        return {}
+    return {key: Experts(module, key) for key, weight in module._parameters.items()
+            if weight is not None and weight.ndim == 3}
+
+
+def _forwarded(name: str) -> property:
+    """A part that lies in the module, behind the weight's name."""
+    def get(self: Experts) -> nn.Parameter:
+        return getattr(self.holder, f"{self.key}_{name}")
+
+    def put(self: Experts, value: nn.Parameter) -> None:
+        setattr(self.holder, f"{self.key}_{name}", value)
+
+    def drop(self: Experts) -> None:
+        delattr(self.holder, f"{self.key}_{name}")
+
+    return property(get, put, drop)
+
+
+for _name in PARTS:
+    setattr(Experts, _name, _forwarded(_name))
+
+
+class SeesQuantized:
+    """A module of experts whose forward uses `quantized_experts` in place of its parameters of those names."""
+
+    quantized_experts: dict[str, Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own does."""
+        seen = {key: experts.effective_weight for key, experts in self.quantized_experts.items()}
+        self.__dict__.update(seen)  # found before parameters are, by whatever implementation runs
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for key in seen:
+                del self.__dict__[key]
+
+
+@cache
+def seeing(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of experts that sees its quantised weights."""
+    return type(f"QAT{kind.__name__}", (SeesQuantized, kind), {})
+
+
+def plain(module: nn.Module) -> None:
+    """Make a module of experts what it was."""
+    module.__class__ = type(module).__mro__[2]
+    del module.quantized_experts
+
+
+def all_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules of a model with their names, and the weights of its experts with theirs."""
+    for name, module in model.named_modules():
+        yield name, module
+        held = getattr(module, "quantized_experts", {})
+        for key, experts in experts_of(module).items():
+            yield f"{name}.{key}", held.get(key, experts)
