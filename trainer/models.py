@@ -17,14 +17,16 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 
 from strategies.distillation.fused import LogitShape, logit_shape
 from strategies.export.sizes import exported_bytes
-from strategies.export.transformers_folder import check_folder
+from strategies.export.transformers_folder import check_folder, must_be_alike
 from strategies.quantization.qat import prepare
+from strategies.quantization.stored import Experts, all_layers, as_matrix, multiplies
 from trainer.architecture_keys import OF_A_FILE, check_arrived, model_values, without_foreign_ids
 from trainer.document_frequencies import by_document
 from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Model
 from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
+from trainer.full_precision import check_share, ignored, without_place
 from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, too_deep
 from trainer.tied import kept_apart, settle_tying
 
@@ -218,6 +220,10 @@ def served_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
     if asked is not None and not asked.trained:
         fewest = {"bits": min(asked.choices)} if asked.budget is not None else {}
         quantize(experiment, model, asked.model_copy(update=fewest))
+        if asked.budget is not None and len(set(asked.choices)) > 1 and (alike := must_be_alike(model)):
+            raise UserError("student.quantization.budget", f"bits are chosen layer by layer, and transformers reads "
+                            f"{alike} only with the same numbers as others", value=asked.budget,
+                            way_out="give `bits` in place of a budget")
         if asked.budget is not None and exported_bytes(model, DTYPES[experiment.export.dtype]) > asked.bytes:
             least = exported_bytes(model, DTYPES[experiment.export.dtype])
             raise UserError("student.quantization.budget", f"with {min(asked.choices)} bits in every layer the student "
@@ -230,17 +236,20 @@ def quantize(experiment: Experiment, model: nn.Module, asked: Quantization | Non
     """Prepare the student's layers for quantisation-aware training; what does not fit is named with its way out."""
     asked = asked or experiment.student.quantization
     assert asked is not None
-    inputs = math.gcd(*(layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)))
+    dtype = DTYPES[experiment.export.dtype]
+    inputs = math.gcd(*(as_matrix(layer).shape[1] for _, layer in all_layers(model)
+                        if multiplies(layer) or isinstance(layer, Experts)))
     fitting = ", ".join(str(size) for size in range(8, inputs + 1) if inputs % size == 0) or "null"
     key = "group_size" if asked.group_size and inputs % asked.group_size else "ignore"
     with blame(f"student.quantization.{key}", value=getattr(asked, key),
                way_out=f"group sizes that fit every layer: {fitting}" if key == "group_size" else
                "name layers as they are called, with * for any part, for example ignore: ['*.0.*']"):
-        dtype = DTYPES[experiment.export.dtype]
-        prepare(model, asked.build(dtype), asked.ignore, asked.rules(dtype), embeddings=asked.embeddings,
+        left = without_place(model, asked, dtype)
+        prepare(model, asked.build(dtype), ignored(asked, left), asked.rules(dtype), embeddings=asked.embeddings,
                 activations=asked.activations and asked.activations.build())
     with blame("student.quantization", way_out="quantise fewer of them, or otherwise"):
         check_folder(model)
+    check_share(model, asked, dtype, left)
 
 
 def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:

@@ -20,6 +20,7 @@ from trainer.experiment.explaining import resolved_table
 from trainer.experiment.nodes import divisors
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
+from trainer.full_precision import tell_share
 from trainer.inside import attach_projections
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, count_parameters, served_of, student_of
@@ -50,6 +51,7 @@ class Plan:
         ledger: bytes per process that training keeps, part by part.
         memory: bytes per process at the peak of a step; None where the architecture cannot run without data.
         sharding: how the student is shared out, in words.
+        full_precision: what of a quantized student stays so, in words.
     """
 
     processes: int
@@ -67,6 +69,7 @@ class Plan:
     ledger: Ledger
     memory: MemoryPlan | None = None
     sharding: str = "none"
+    full_precision: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for `plan.json`."""
@@ -88,7 +91,9 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
     compute = COMPUTE[experiment.precision.dtype]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         small = student_of(experiment, student)
-        student_bytes = exported_bytes(served_of(experiment, student), DTYPES[experiment.export.dtype])
+        served, asked_bits = served_of(experiment, student), experiment.student.quantization
+        student_bytes = exported_bytes(served, DTYPES[experiment.export.dtype])
+        whole = asked_bits and tell_share(served, asked_bits, DTYPES[experiment.export.dtype])
         parameters = count_parameters(small)
         attach_projections(experiment, small, teacher)
         large = asked = resident_teacher(experiment, teacher)
@@ -108,7 +113,7 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         parameters={"student": parameters} | ({"teacher": count_parameters(large)} if large else {}),
         student_bytes=student_bytes,
         teacher_bytes=parameter_bytes(large) if large else 0, ledger=ledger, memory=memory,
-        sharding=experiment.sharding.words(processes))
+        sharding=experiment.sharding.words(processes), full_precision=whole)
 
 
 def check_batch(experiment: Experiment, processes: int) -> None:
@@ -201,6 +206,8 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     smaller = f", {plan.teacher_bytes / plan.student_bytes:.1f} times smaller than the teacher's " \
               f"{readable(plan.teacher_bytes)}" if plan.teacher_bytes else ""
     rows.append(("student file", f"{plan.student_bytes:,} bytes of tensors{smaller}"))
+    if plan.full_precision is not None:
+        rows.append(("not quantized", plan.full_precision))
     return rows
 
 

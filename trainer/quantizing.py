@@ -21,6 +21,7 @@ from trainer.errors import blame
 from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, write_atomically
+from trainer.full_precision import ignored, without_place
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, student_of
 from trainer.weight_digests import check_digests, digests_of
@@ -50,10 +51,12 @@ def served(experiment: Experiment, model: nn.Module, text: Text, folder: RunFold
     dtype = DTYPES[experiment.export.dtype]
     console.print(f"{experiment.name}: quantising ({asked.method})")
     batches = calibration(experiment, text, asked.calibration_rows, fresh)
-    rules = asked.rules(dtype) if asked.budget is None else _allotted(experiment, fresh, batches, folder).rules
+    ignore = ignored(asked, without_place(fresh, asked, dtype))
+    rules = asked.rules(dtype) if asked.budget is None else _allotted(
+        experiment, fresh, batches, folder, ignore).rules
     with blame("student.quantization.calibration_rows", value=asked.calibration_rows, way_out="give more rows"):
         post_training.quantize(
-            fresh, batches, asked.build(dtype), method=asked.method, ignore=asked.ignore, rules=rules,
+            fresh, batches, asked.build(dtype), method=asked.method, ignore=ignore, rules=rules,
             activations=asked.activations and asked.activations.build(), smooth=asked.smooth,
             embeddings=asked.embeddings)
     return fresh
@@ -73,12 +76,13 @@ def calibration(experiment: Experiment, text: Text, count: int, model: nn.Module
             for begin in range(0, len(chosen), size)]
 
 
-def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, Any]], folder: RunFolder) -> Allocation:
+def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, Any]], folder: RunFolder,
+              ignore: tuple[str, ...]) -> Allocation:
     """Bits for each layer, by what quantising it alone does to the model's predictions."""
     asked = experiment.student.quantization
     assert asked is not None and asked.bytes is not None
     console.print(f"{experiment.name}: measuring how sensitive layers are")
-    found = sensitivity(experiment, model, batches, asked)
+    found = sensitivity(experiment, model, batches, asked.model_copy(update={"ignore": ignore}))
     rest = exported_bytes(model, DTYPES[experiment.export.dtype]) - sum(
         model.get_parameter(f"{names[0]}.weight").numel() for names in found.layers) * DTYPES[
             experiment.export.dtype].itemsize

@@ -170,6 +170,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
     assert steps is not None, "the length of the data is known once it is tokenised"
     plan = make_plan(experiment, teacher_shape, student_shape, processes=accelerator.num_processes,
                      device=accelerator.device.type, rows=rows)
+    if plan.full_precision is not None and accelerator.is_main_process:
+        console.print(f"{experiment.name}  {plan.full_precision}")
     check_space(folder.checkpoints, planned_bytes(experiment, student_shape, teacher_shape),
                 keep=experiment.training.keep_checkpoints, written=-(-steps // experiment.training.checkpoint_every))
     if accelerator.device.type == "cuda":

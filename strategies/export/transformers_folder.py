@@ -107,14 +107,22 @@ def check_folder(model: nn.Module) -> None:
                          "weights and a whole embedding, or leave the other out")
     for name, why in _cannot_hold(model, layers).items():
         raise ValueError(f"{name} {why}")
-    if experts := next((name for name, layer in layers.items() if not is_module(layer)), None):
-        if rounded:
-            raise ValueError(f"{rounded} quantises its activations, and {experts}, of experts, cannot: leave one of "
-                             "them out")
+    experts = next((name for name, layer in layers.items() if not is_module(layer)), None)
+    if experts and rounded:
+        raise ValueError(f"{rounded} quantises its activations, and {experts}, of experts, cannot: leave one of them "
+                         "out")
     patched = {type(module).__name__ for module in model.modules()} & set(MODULES_TO_PATCH_FOR_QUANTIZATION)
     if layers and patched:
         raise ValueError(f"transformers makes other modules of {', '.join(patched)} where a file is quantised, which "
                          "do not read these weights: such a student cannot be quantised")
+
+
+def must_be_alike(model: nn.Module) -> str | None:
+    """A quantised layer that transformers takes for one with the numbers of others; None where each has its own."""
+    layers = dict(quantized_layers(model))
+    whole = [name for name, layer in layers.items() if _loads_dequantized(layer)]
+    experts = [name for name, layer in layers.items() if not is_module(layer)]
+    return whole[0] if whole and len(layers) > 1 else experts[0] if len(experts) > 1 else None
 
 
 def no_place(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
