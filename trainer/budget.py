@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from strategies.distillation.step import Distillation
+from strategies.memory.picture import curve, thinned
 from strategies.memory.residency import Residency
 from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.plan import Plan as Schedule
@@ -21,19 +23,15 @@ from trainer.data.batches import Batch
 from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
 from trainer.inside import attach_projections, build_inside
-from trainer.metrics import readable
 from trainer.models import student_of
 from trainer.precision import DTYPES as COMPUTE
+from trainer.refusal import refuse
 from trainer.shares import gradients_stay, in_backward, is_sharded
 from trainer.step_loss import loss_of_batch
-from trainer.targets import example_targets, held_of, live, resident_teacher, sizes
+from trainer.targets import check_sizes, example_targets, held_of, live, resident_teacher, sizes
 
 POINTS = 600  # of a curve that is kept for the picture
 LEAST_TILE = 2**20  # bytes of logits at a time in the loss, where bytes are short
-
-
-class BudgetUnmet(UserError):
-    """A budget that no plan meets; the command ends with exit code 3."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class MemoryPlan:
     Attributes:
         budget: bytes allowed; None where there is no limit.
         peak: predicted bytes at the peak.
-        keep_all: predicted bytes at the peak when nothing is recomputed.
+        keep_all: predicted bytes at the peak without a budget: nothing recomputed, the loss in its usual tiles.
         moment: when the peak is.
         parts: bytes at the peak by what they are; their sum is the peak.
         recomputed: recomputation as a share of the time of the blocks' forward and backward, predicted.
@@ -89,7 +87,7 @@ def plan_memory(experiment: Experiment, teacher: PretrainedConfig | None, studen
         return study_experiment(changed, teacher, student, processes, regions, tile)
 
     try:
-        return describe(*choose(experiment, again))
+        return describe(*choose(experiment, again, processes=processes))
     except (RuntimeError, NotImplementedError):  # some mixtures of experts look at their data
         return None
 
@@ -97,42 +95,98 @@ def plan_memory(experiment: Experiment, teacher: PretrainedConfig | None, studen
 Again = Callable[[Experiment, bool, int | None], Planner]
 
 
-def choose(experiment: Experiment, again: Again, first: Callable[[bool, int | None], Planner] | None = None
-           ) -> tuple[Planner, Schedule, int | None]:
-    """What was learnt of the experiment's step, its schedule, and the loss's tile.
+class Chosen(NamedTuple):
+    """How an experiment's step is to run.
 
-    Where the model fits as it is, nothing is planned, with as large a tile as fits. Else the tile is the usual or the
-    least one, whichever has less recomputed.
+    Attributes:
+        planner: what was learnt of the step.
+        schedule: of its blocks.
+        tile: bytes of logits at a time in the loss; None for the device's usual.
+        keep_all: bytes at the peak without a budget.
+    """
+
+    planner: Planner
+    schedule: Schedule
+    tile: int | None
+    keep_all: int
+
+
+class _Unmet(Exception):
+    """No schedule fits.
+
+    Attributes:
+        error: what is possible.
+        least: the plan with the least peak.
+    """
+
+    def __init__(self, error: BudgetError, least: Schedule) -> None:
+        self.error, self.least = error, least
+
+
+def choose(experiment: Experiment, again: Again, first: Callable[[bool, int | None], Planner] | None = None,
+           processes: int = 1) -> Chosen:
+    """What was learnt of the experiment's step, its schedule, and the loss's tile.
 
     Args:
         again: studies an experiment, with or without a schedule for its blocks in view, at a tile of so many bytes.
         first: the same for this experiment, if it can be done better.
+        processes: that train together.
 
     Raises:
         BudgetUnmet: no plan fits.
     """
-    first = first or (lambda regions, tile: again(experiment, regions, tile))
-    budget, planner, tile = experiment.memory.bytes, first(False, None), None
+    def fits(changed: Experiment) -> tuple[int, float] | None:
+        try:
+            found = _choose(changed.memory.bytes, lambda regions, tile: again(changed, regions, tile), hopeless=True)
+        except (_Unmet, UserError):
+            return None
+        return found.schedule.peak, found.schedule.overhead
+
+    try:
+        return _choose(experiment.memory.bytes, first or (lambda regions, tile: again(experiment, regions, tile)))
+    except _Unmet as unmet:
+        raise refuse(experiment, unmet.error, *named_parts(unmet.least), fits, processes) from unmet.error
+
+
+def _choose(budget: int | None, study: Callable[[bool, int | None], Planner], hopeless: bool = False) -> Chosen:
+    """See `choose`; `hopeless` where what cannot fit is to be found out quickly.
+
+    Where the model fits as it is, nothing is planned, with as large a tile as fits. Else the tile is the usual or the
+    least one, whichever has less recomputed.
+    """
+    planner, tile = study(False, None), None
+    usual = planner.keep_all().peak
+    if hopeless and (surely := max(planner.frame.base, planner.frame.update)) > budget:
+        raise _Unmet(BudgetError(budget, surely, surely, {}), planner.keep_all())
     if budget is not None and not planner.fits_as_it_is(budget):
-        planner, tile = first(False, LEAST_TILE), LEAST_TILE
+        planner, tile = study(False, LEAST_TILE), LEAST_TILE
         spare = budget - planner.keep_all().peak
         if spare > 0:  # what is made of a tile takes up to some fifteen times its bytes where it is small
             tile = LEAST_TILE + spare // 16
-            planner = first(False, tile)
+            planner = study(False, tile)
     if budget is None or planner.fits_as_it_is(budget):
         schedule = planner.keep_all()
         schedule.budget = budget
-        return planner, schedule, tile
-    found: list[tuple[Planner, Schedule, int | None]] = []
-    for tile in (None, LEAST_TILE):
-        planner = first(True, tile)
-        try:
-            found.append((planner, planner.plan(budget), tile))
-        except BudgetError as error:
-            failed = error
-    if not found:
-        raise refuse(experiment, failed, planner.least, again) from failed
-    return min(found, key=lambda one: one[1].overhead)
+        return Chosen(planner, schedule, tile, usual)
+    return _planned(budget, study, usual, hopeless)
+
+
+def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: int, hopeless: bool) -> Chosen:
+    """A schedule for the blocks, at the usual or the least tile, whichever has less recomputed; see `_choose`."""
+    planner = study(True, LEAST_TILE)
+    if hopeless and planner.least_bound > budget:
+        raise _Unmet(BudgetError(budget, planner.least_bound, planner.least_bound, {}), planner.keep_all())
+    try:
+        least = Chosen(planner, planner.plan(budget), LEAST_TILE, usual)
+    except BudgetError as error:
+        raise _Unmet(error, planner.least) from error
+    if not least.schedule.overhead:
+        return least
+    try:
+        planner = study(True, None)
+        return min(Chosen(planner, planner.plan(budget), None, usual), least, key=lambda one: one.schedule.overhead)
+    except BudgetError:
+        return least
 
 
 def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
@@ -142,9 +196,10 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
     Without `regions` the model is to run as it is. `tile` is of the loss.
 
     Raises:
-        UserError: a layer cannot be quantised.
+        UserError: a layer cannot be quantised, or what is cached of the teacher cannot serve the student.
         RuntimeError, NotImplementedError: the architecture cannot run without data.
     """
+    check_sizes(experiment, student, teacher)
     objective, sharded = experiment.objective.build(teacher is not None), is_sharded(experiment, processes)
     place = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
@@ -188,78 +243,19 @@ def reserved(experiment: Experiment, processes: int, device: str) -> dict[str, i
     return {"batch": more * bytes_} if more > 0 and device == "cpu" else {}
 
 
-def describe(planner: Planner, chosen: Schedule, tile: int | None) -> MemoryPlan:
+def describe(planner: Planner, chosen: Schedule, tile: int | None, keep_all: int) -> MemoryPlan:
     """A schedule as plain data."""
     moment, parts = named_parts(chosen)
-    curve, marks = chosen.curve()
-    step = max(1, len(curve) // POINTS)
+    points, marks = chosen.curve()
+    drawn = curve(SimpleNamespace(timeline=[count for _, count in points], marks=marks))
     return MemoryPlan(
-        budget=chosen.budget, peak=chosen.peak, keep_all=planner.keep_all().peak, moment=moment, parts=parts,
+        budget=chosen.budget, peak=chosen.peak, keep_all=keep_all, moment=moment, parts=parts,
         recomputed=chosen.overhead, gap=chosen.gap, blocks=chosen.blocks(), unplanned=chosen.fallbacks,
-        curve=[(begin, max(count for _, count in curve[begin:begin + step])) for begin in range(0, len(curve), step)],
-        marks=list(marks), tile=tile)
+        curve=[(int(at), int(count)) for at, count in thinned(drawn, POINTS)],
+        marks=[(name, int(position)) for name, position in drawn.marks], tile=tile)
 
 
 def named_parts(chosen: Schedule) -> tuple[str, dict[str, int]]:
     """When the peak of a schedule is, and its bytes by what they are."""
     moment, parts = chosen.parts()
     return moment, {"teacher" if name == "others" else name: count for name, count in parts.items()}
-
-
-def refuse(experiment: Experiment, error: BudgetError, least: Schedule,
-           again: Again) -> BudgetUnmet:
-    """The message for a budget that cannot be met: what is possible, where it goes, and changes that would fit.
-
-    Args:
-        least: the plan with the least peak.
-        again: studies a changed experiment.
-    """
-    moment, parts = named_parts(least)
-    lines = [f"a training step cannot be made to fit: the least that any plan found needs is {readable(error.least)} "
-             f"({error.least:,} bytes), and none can need less than {readable(error.bound)}"]
-    lines += [f"  the largest parts then, at the peak ({moment}):"]
-    lines += [f"    {name:<28} {count:>16,} bytes  {readable(count)}"
-              for name, count in sorted(parts.items(), key=lambda part: -part[1]) if count][:7]
-    fitting = list(_fitting(experiment, error.budget, again))[:4]
-    memory, named = experiment.memory, experiment.memory.budget is None
-    ways = [*fitting, f"memory.budget={error.least}" if not named else "a larger memory.device"]
-    if not fitting:
-        ways.append("a smaller model")
-    return BudgetUnmet("memory.device" if named else "memory.budget", "\n".join(lines),
-                       value=f"{memory.device}, nine tenths of it" if named else memory.budget,
-                       way_out="; or ".join(ways))
-
-
-def _fitting(experiment: Experiment, budget: int, again: Again) -> Iterator[str]:
-    """Changes that fit, cheapest first: what is learnt stays the same, or nearly, or sequences are shorter."""
-    found: set[str] = set()
-    for text, changed in _changes(experiment):
-        key = text.partition("=")[0]
-        if key in found:
-            continue  # the largest micro-batch that fits is the best one
-        try:
-            planner = again(changed, True, LEAST_TILE)
-            if planner.least_bound > budget:
-                continue
-            plan = planner.plan(budget)
-        except (BudgetError, UserError):
-            continue
-        found.add(key)
-        yield f"{text} (then {readable(plan.peak)}, {plan.overhead:.0%} recomputed)"
-
-
-def _changes(experiment: Experiment) -> Iterator[tuple[str, Experiment]]:
-    def with_(node: str, **values: Any) -> Experiment:
-        return experiment.model_copy(update={node: getattr(experiment, node).model_copy(update=values)})
-
-    micro = experiment.training.micro_batch
-    for smaller in [size for size in range(micro - 1, 0, -1) if micro % size == 0]:
-        yield f"training.micro_batch={smaller}", with_("training", micro_batch=smaller)
-    if experiment.precision.dtype == "fp32":
-        yield "precision.dtype=bf16", with_("precision", dtype="bf16")
-    if experiment.teacher is not None and experiment.teacher.dtype == "float32":
-        yield "teacher.dtype=bfloat16", with_("teacher", dtype="bfloat16")
-    for shorter in (experiment.data.sequence_length // 2, experiment.data.sequence_length // 4):
-        if shorter > 1:
-            yield f"data.sequence_length={shorter}", with_("data", sequence_length=shorter)
-

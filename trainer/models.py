@@ -45,8 +45,8 @@ def student_config(
 ) -> PretrainedConfig:
     """The student's configuration: its own, or its teacher's with fewer layers."""
     student = experiment.student
-    if student.from_teacher is None:
-        return _config(student, "student", vocabulary, offline)
+    if student.from_teacher is None:  # without a tokenizer at hand, it has most likely as many tokens as its teacher
+        return _config(student, "student", vocabulary or getattr(teacher, "vocab_size", None), offline)
     assert teacher is not None, "the experiment checks that layers come from a teacher"
     layers = teacher.num_hidden_layers
     if max(student.from_teacher) >= layers:
@@ -318,6 +318,7 @@ def quiet_libraries() -> None:
     datasets.logging.set_verbosity_error()
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not torch.cuda.is_available():  # else it wonders aloud, wherever Accelerate looks whether it is there
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls torch.distributed by names that torch 2.13 has newer ones for, at every step.

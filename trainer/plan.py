@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from strategies.distillation.tiles import TILE
+from strategies.distillation.tiles import tile_rows
 from strategies.export.sizes import exported_bytes
 from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_activation_bytes
 from trainer.budget import MemoryPlan
@@ -102,9 +102,9 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         held = held_of(experiment, small, asked, processes, on_gpu=device != "cpu")
     positions = training.micro_batch * sequence
     vocabularies = student.vocab_size + (0 if asked is None else teacher.vocab_size)
-    tile = TILE["cpu" if device == "cpu" else "cuda"]
+    rows_at_once = tile_rows(positions, vocabularies, "cpu" if device == "cpu" else "cuda")
     ledger = Ledger.of(held, _activations(experiment, student, compute),
-                       loss_bytes(positions, student.hidden_size, vocabularies, student.vocab_size, tile))
+                       loss_bytes(positions, student.hidden_size, vocabularies, student.vocab_size, rows_at_once))
     return Plan(
         processes=processes, device=device, batch_size=training.batch_size, micro_batch=training.micro_batch,
         accumulation=training.batch_size // (training.micro_batch * processes),

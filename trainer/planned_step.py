@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from strategies.memory.meter import Measured, measure
-from strategies.memory.picture import curve
+from strategies.memory.picture import curve, thinned
 from strategies.rematerialization.framed import CannotPlan
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.rematerialize import study
@@ -46,8 +46,9 @@ def plan_step(trainer: Trainer) -> MemoryPlan | None:
         return study_experiment(changed, *shapes, processes, regions, tile)
 
     try:
-        planner, chosen, tile = choose(experiment, again, None if is_sharded(experiment, processes) else
-                                       lambda regions, tile: _study(trainer, batch, regions, tile))
+        planner, chosen, tile, keep_all = choose(
+            experiment, again, None if is_sharded(experiment, processes) else
+            lambda regions, tile: _study(trainer, batch, regions, tile), processes)
     except CannotPlan as error:
         if experiment.memory.bytes is None:
             return None
@@ -55,7 +56,7 @@ def plan_step(trainer: Trainer) -> MemoryPlan | None:
                         value=experiment.memory.budget, way_out="leave memory.budget out") from error
     planner.install(chosen, inductor=experiment.memory.compile, model=student)
     trainer.distillation.tile = tile
-    memory = describe(planner, chosen, tile)
+    memory = describe(planner, chosen, tile, keep_all)
     if trainer.accelerator.is_main_process and trainer.folder.plan.exists():
         plan = json.loads(trainer.folder.plan.read_text())
         write_atomically(trainer.folder.plan, json.dumps({**plan, "memory": asdict(memory)}, indent=2))
@@ -90,12 +91,10 @@ def tell_memory(trainer: Trainer, found: Measured, metrics: Metrics, ticker: Tic
     every = trainer.accelerator.gather(own).view(-1, 2).tolist()
     found = replace(found, peak=max(peak for peak, _ in every), base=max(base for _, base in every))
     drawn = curve(found)
-    step = max(1, len(drawn.points) // POINTS)
     metrics.write({"step": trainer.step, "memory": {
         "peak": found.peak, "base": found.base, "peaks": [peak for peak, _ in every], "reserved": found.reserved,
         "marks": drawn.marks,
-        "curve": [[float(drawn.points[at, 0]), int(drawn.points[at:at + step, 1].max())]
-                  for at in range(0, len(drawn.points), step)]}})
+        "curve": [[float(at), int(count)] for at, count in thinned(drawn, POINTS)]}})
     reserved_ = "" if found.reserved is None else f", {readable(found.reserved)} reserved"
     planned = "" if trainer.memory is None else f", {readable(trainer.memory.peak)} planned"
     budget = trainer.experiment.memory.bytes

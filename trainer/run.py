@@ -20,6 +20,7 @@ from trainer.budget import plan_memory
 from trainer.checkpoints import check_space, planned_bytes
 from trainer.data.dataset import Text, prepare_text
 from trainer.data.sources import check_path
+from trainer.data.tokenizers import known_size
 from trainer.engines import check_engine, start
 from trainer.errors import UserError
 from trainer.experiment.reading import Source
@@ -52,7 +53,7 @@ def dry_run(source: Source, as_json: bool) -> None:
     """Show what would run, and leave nothing behind."""
     quiet_libraries()
     experiment = source.experiment
-    vocabulary = experiment.data.tokenizer.train_vocabulary
+    vocabulary = known_size(experiment)
     check_path(experiment.data.path, "data.path")
     teacher, student = _configs(experiment, vocabulary, offline=True)
     device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +111,7 @@ def carry_out(source: Source) -> Path:
 
 def check_early(experiment: Experiment, processes: int) -> None:
     """Raise `UserError` for what can be known before anything is read, tokenised or trained."""
-    vocabulary = experiment.data.tokenizer.train_vocabulary
+    vocabulary = known_size(experiment)
     teacher, student = _configs(experiment, vocabulary)
     count_steps(experiment, None)
     check_early_causal(experiment, teacher, student)

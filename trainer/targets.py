@@ -271,3 +271,10 @@ def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None) -> Common
     if teacher is None or teacher.vocab_size == student.vocab_size:
         return None
     return Common(min(student.vocab_size, teacher.vocab_size))
+
+
+def check_sizes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    """Raise `UserError` where tokens of the teacher are cached by number, and the student's vocabulary is another."""
+    if asks(experiment) and sizes(student, teacher) is not None and experiment.teacher.targets.source in ("samples", "top_k"):
+        raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",
+                        value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")

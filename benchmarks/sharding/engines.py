@@ -106,7 +106,7 @@ def foretold(run: dict) -> tuple[int, int, int]:
     """What a dry run says of each of two ranks: the peak, what is there before a step, and model state."""
     asked = read_experiment(run["file"], run["overrides"]).experiment
     config = student_config(asked, None, None)
-    planner, plan, _ = choose(asked, lambda changed, *how: study_experiment(changed, None, config, 2, *how))
+    planner, plan, *_ = choose(asked, lambda changed, *how: study_experiment(changed, None, config, 2, *how))
     ledger = make_plan(asked, None, config, processes=2, device="cpu", rows=None).ledger
     return plan.peak, planner.frame.base, ledger.model_state
 

@@ -21,6 +21,7 @@ from strategies.distillation.targets import Common, HiddenTargets, LogitTargets,
 
 IGNORED = -100  # target of a position that is not learnt: prompt, padding, last token of a document
 TILE = {"cpu": 288 * 2**20, "cuda": 2**30}  # bytes of a tile's logits, of student and teacher together
+ROWS = {"cpu": 256}  # of a tile at most: more are no faster there, and learnt positions fill a smaller one more surely
 BLOCK = 2**20  # bytes of logits worked on at a time on a CPU
 
 
@@ -54,6 +55,20 @@ def learnt(targets: torch.Tensor) -> torch.Tensor:
     if isinstance(targets, FakeTensor):
         return torch.arange(targets.numel(), device=targets.device)
     return torch.argwhere(targets != IGNORED)[:, 0]
+
+
+def tile_rows(positions: int, vocabularies: int, device: str, tile: int | None = None, itemsize: int = 4) -> int:
+    """Positions in a tile.
+
+    Args:
+        positions: that have a target.
+        vocabularies: of student and teacher, if logits are made of it, together.
+        device: its type, "cpu" or "cuda".
+        tile: bytes of logits at a time; None for the device's usual.
+        itemsize: bytes of a logit while it is made.
+    """
+    fitting = (tile or TILE.get(device, TILE["cpu"])) // (itemsize * vocabularies)
+    return max(1, min(positions, fitting, ROWS.get(device, fitting)))
 
 
 class TiledLoss(torch.autograd.Function):
@@ -136,8 +151,7 @@ def _tiles(call: Call, head: Head, given: torch.Tensor, compute: torch.dtype, wi
     theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
         said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
     kept = learnt(call.targets)
-    tile = call.tile or TILE.get(given.device.type, TILE["cpu"])
-    size = max(1, min(len(kept), tile // (wide.itemsize * (vocabulary + theirs))))
+    size = tile_rows(len(kept), vocabulary + theirs, given.device.type, call.tile, wide.itemsize)
     mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
     other = torch.empty(size, theirs, dtype=wide, device=given.device)
     for rows in kept.split(size)[:1 if isinstance(given, FakeTensor) else None]:

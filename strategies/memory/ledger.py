@@ -105,7 +105,7 @@ def saved_activation_bytes(
         return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
-def loss_bytes(positions: int, width: int, vocabularies: int, vocabulary: int, tile: int) -> int:
+def loss_bytes(positions: int, width: int, vocabularies: int, vocabulary: int, rows: int) -> int:
     """Bytes of a tiled loss: fp32 logits of a tile, and the gradients of hidden states and head that it keeps.
 
     Args:
@@ -113,6 +113,6 @@ def loss_bytes(positions: int, width: int, vocabularies: int, vocabulary: int, t
         width: of the student's hidden states.
         vocabularies: of student and teacher, if it is asked, together.
         vocabulary: of the student.
-        tile: bytes of logits at a time.
+        rows: positions of a tile.
     """
-    return min(4 * positions * vocabularies, tile) + 4 * width * (positions + vocabulary)
+    return 4 * rows * vocabularies + 4 * width * (positions + vocabulary)

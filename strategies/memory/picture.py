@@ -41,6 +41,13 @@ def curve(recorded: Any) -> Curve:
     return Curve(numpy.stack([positions, values], axis=1), marks)
 
 
+def thinned(found: Curve, points: int) -> numpy.ndarray:
+    """[at most 2 x points, 2]: the largest of each stretch of a curve, so that no peak is lost."""
+    step = max(1, len(found.points) // points)
+    return numpy.array([(found.points[begin, 0], found.points[begin:begin + step, 1].max())
+                        for begin in range(0, len(found.points), step)]).reshape(-1, 2)
+
+
 def draw_step(planned: Curve | None, measured: Curve | None, budget: int | None, path: Path | str) -> Path:
     """Write a PNG (1080 x 540 pixels) of memory over the progress of one step and return its path.
 
@@ -86,9 +93,14 @@ def shared_phases(curves: list[Curve]) -> dict[str, float]:
 
 
 def progress(found: Curve, phases: dict[str, float]) -> numpy.ndarray:
-    """[changes] positions from 0 to 1, each phase moved to its place by a straight line."""
-    places = [(_share(found, position), phases[name]) for name, position in found.marks if name in phases]
-    knots = [(0.0, 0.0), *[place for place in places if 0 < place[0] < 1], (1.0, 1.0)]
+    """[changes] positions from 0 to 1, each phase moved to its place by a straight line.
+
+    A curve that begins with its first phase begins where that is in the picture.
+    """
+    knots = [(_share(found, position), phases[name]) for name, position in found.marks if name in phases]
+    if not knots or knots[0][0] > 0:
+        knots.insert(0, (0.0, 0.0))
+    knots.append((1.0, 1.0))
     here, there = zip(*knots, strict=True)
     return numpy.interp([_share(found, position) for position in found.points[:, 0]], here, there)
 

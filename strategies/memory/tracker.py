@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,22 @@ class _Death(weakref.ref):
     __slots__ = ("key", "bytes")
 
 
+class _Sum(NamedTuple):
+    """A sum of two gradients that autograd has just made.
+
+    Attributes:
+        first: key of the storage of the first of them.
+        bytes: of the sum.
+        at: entries that the timeline had before it.
+        peak: the peak before it.
+    """
+
+    first: int
+    bytes: int
+    at: int
+    peak: int
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that are made while this context is entered, until their last reference dies.
 
@@ -31,6 +47,10 @@ class LiveBytes(TorchDispatchMode):
 
     A storage counts once, however many views it has. Under FakeTensorMode the order of the two contexts does not
     matter: torch asks FakeTensorMode last. Tensors from before count only once `watch` has been told of them.
+
+    Where gradients meet, autograd adds to the one that it holds if nobody else does; but in this context it makes a
+    third (torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`). A sum whose first term ends with nothing in
+    between is therefore counted as if it had been made in that term's place.
 
     Not seen: what a kernel allocates inside itself (`workspace` adds it), tensors made without an operation
     (`torch.from_numpy`, the 8 bytes of a Python number that autograd keeps, the 5 kB of random state that each
@@ -71,6 +91,7 @@ class LiveBytes(TorchDispatchMode):
         self._live: dict[int, _Death] = {}
         self._when_dead = self._died  # one bound method for all storages, not one for each
         self._resizes: list[Callable] = []
+        self._sum: _Sum | None = None
 
     def __enter__(self) -> LiveBytes:
         self._resizes.append(torch.UntypedStorage.resize_)
@@ -86,8 +107,11 @@ class LiveBytes(TorchDispatchMode):
         for kind in types:
             if hasattr(kind, "__tensor_flatten__"):
                 return NotImplemented  # a tensor made of tensors: its own operations on them come here next
+        before = len(self.timeline), self.peak
         result = func(*args, **kwargs) if kwargs else func(*args)
         self._see(result, func, args, kwargs)
+        if func is torch.ops.aten.add.Tensor:
+            self._sum = self._gradients_summed(result, args, *before)
         if self._workspace is not None:
             self._add_workspace(func, args, kwargs or {})
         return result
@@ -131,6 +155,20 @@ class LiveBytes(TorchDispatchMode):
 
     # ---- seen by itself
 
+    def _gradients_summed(self, result: Any, args: tuple, at: int, peak: int) -> _Sum | None:
+        """What `args` are if autograd may add the second to the first: while no graph is made, first one dense."""
+        first, second = args[:2]
+        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not self._entered:
+            return None
+        if not isinstance(second, torch.Tensor) or first.layout is not torch.strided:
+            return None
+        storage = first.untyped_storage()
+        made = self._live.get(result.untyped_storage()._cdata)
+        known = self._live.get(storage._cdata)
+        if known is None or made is None or not made.bytes == known.bytes > 0 or storage.nbytes() != first.nbytes:
+            return None
+        return _Sum(storage._cdata, made.bytes, at, peak)
+
     def _see(self, result: Any, func: Any, args: tuple, kwargs: dict | None) -> None:
         if isinstance(result, torch.Tensor):
             if result.layout is torch.strided and not hasattr(type(result), "__tensor_flatten__"):
@@ -164,7 +202,16 @@ class LiveBytes(TorchDispatchMode):
 
     def _died(self, death: _Death) -> None:
         del self._live[death.key]
+        if self._sum is not None and death.key == self._sum.first:
+            self._in_place(self._sum)
+            return
         self._change(-death.bytes, timed=self._entered)  # a finished timeline does not grow when its model is dropped
+
+    def _in_place(self, made: _Sum) -> None:
+        """Forget that a sum was made beside its first term, which has ended."""
+        self.timeline[made.at:] = [count - made.bytes for count in self.timeline[made.at + 1:]]
+        self.current -= made.bytes
+        self.peak, self._sum = made.peak, None
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         """A storage that grows has, for a moment, both its old and its new memory."""
@@ -178,6 +225,8 @@ class LiveBytes(TorchDispatchMode):
 
     def _change(self, count: int, timed: bool = True) -> None:
         self.current += count
+        if count > 0:
+            self._sum = None
         if timed and count:
             self.timeline.append(self.current)
         if self.current > self.peak:

@@ -132,7 +132,9 @@ class Plan:
         """
         frame = self.frame
         if not self.calls:
-            return list(enumerate(frame.timeline)), frame.marks
+            begin = frame.marks[0][1] if frame.marks else 0  # before it what is there has been counted, one by one
+            return list(enumerate([frame.base, *frame.timeline[begin:]])), tuple(
+                (name, position - begin) for name, position in frame.marks)
         chosen = dict(leaf for item in self.schedule for leaf in leaves(item))
         start, head, end, update = frame.around
         values, marks = [frame.base, *start], {"forward": 0}

@@ -28,7 +28,7 @@ def foretold(run):
     """Predicted bytes of the first rank: its peak, and what is there before a step."""
     experiment = read_experiment(run["file"], run["overrides"]).experiment
     config = student_config(experiment, None, None)
-    planner, chosen, _ = choose(experiment, lambda changed, *how: study_experiment(changed, None, config, 2, *how))
+    planner, chosen, *_ = choose(experiment, lambda changed, *how: study_experiment(changed, None, config, 2, *how))
     return chosen.peak, planner.frame.base, chosen
 
 

@@ -44,6 +44,22 @@ def _loaded(experiment: Experiment) -> list[tuple[str, str, str | None]]:
             if model is not None and model.path]
 
 
+def known_size(experiment: Experiment) -> int | None:
+    """Tokens of the tokenizer that a run will have, if that is known without the data and without a network.
+
+    One that is trained may end with fewer, where the text has no more.
+    """
+    own = experiment.data.tokenizer
+    if own.train_vocabulary:
+        return own.train_vocabulary
+    for path, revision in [(own.path, own.revision)] if own.path else [one[1:] for one in _loaded(experiment)]:
+        try:
+            return len(_loaded_tokenizer("data.tokenizer", path, revision, local_files_only=True))
+        except UserError:  # what is wrong with it is said when it is needed
+            continue
+    return None
+
+
 def check_models(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `UserError` if a model with weights knows other tokens by the same numbers, and nothing makes up for it.
 
@@ -107,10 +123,11 @@ def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedToken
     return tokenizer
 
 
-def _loaded_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+def _loaded_tokenizer(key: str, path: str, revision: str | None, **options: bool) -> PreTrainedTokenizerBase:
     check_files(path, key)
     try:  # without `trust_remote_code` transformers asks on the terminal whether to run what comes with a tokenizer
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main", use_fast=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", use_fast=True, trust_remote_code=False,
+                                             **options)
     except Exception as error:  # files of other people lead to every kind of it in transformers and tokenizers
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(key, f"cannot load this tokenizer: {reason}", value=path,
