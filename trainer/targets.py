@@ -275,6 +275,7 @@ def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None) -> Common
 
 def check_sizes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
     """Raise `UserError` where tokens of the teacher are cached by number, and the student's vocabulary is another."""
-    if asks(experiment) and sizes(student, teacher) is not None and experiment.teacher.targets.source in ("samples", "top_k"):
+    by_number = asks(experiment) and experiment.teacher.targets.source in ("samples", "top_k")
+    if by_number and sizes(student, teacher) is not None:
         raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",
                         value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
