@@ -15,23 +15,26 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from strategies.export.client import layer_outputs
 from strategies.export.gguf_file import as_written
 from strategies.export.layers import quantized_layers
+from strategies.export.onnx_folder import TRIED, try_onnx
 from strategies.export.receipt import Receipt, ask_client, comparison_shape, make_receipt
 from strategies.export.transformers_folder import weight_files
 from strategies.quantization.baking import bake
 from trainer import checkpoints
 from trainer.data.batches import model_inputs
 from trainer.data.dataset import Text, prepare_text
+from trainer.data.rows import StreamedRows
 from trainer.errors import RunFailed, UserError, blame
 from trainer.experiment.reading import read_experiment
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, read_json, write_atomically
 from trainer.metrics import console, readable
-from trainer.models import DTYPES, check_files, quiet_libraries, student_of
+from trainer.model_files import first_line
+from trainer.models import DTYPES, check_files, from_config, quiet_libraries, student_of
 from trainer.quantizing import served
 from trainer.report import write_report
 from trainer.vocabularies import reads_alike
@@ -48,6 +51,7 @@ class Runtime:
         file: what is written in the run's folder of the runtime; empty for the folder itself.
         tolerance: largest logit difference allowed, as a share of the largest logit.
         libraries: that load it.
+        tokenizes: whether it reads text by itself: then there is a `read_by_NAME(tokenizer, size, texts)`.
     """
 
     module: str
@@ -55,14 +59,17 @@ class Runtime:
     file: str
     tolerance: float
     libraries: tuple[str, ...]
+    tokenizes: bool = False
 
 
 # With rounded activations a token's largest number can lie between two, and the last bit of a sum decides: one step of
 # 127 of it, whatever the runtime.
 ROUNDED = 2e-2
+TRIAL = 3e8  # weights of a model that is made to see whether torch makes a graph of it
+SHOWN = 256  # rows of training and of held-out text that are read as a runtime reads them
 RUNTIMES = {
     "onnx": Runtime("onnx_folder", "onnx_client.py", "", 1e-4, ("onnxruntime",)),
-    "gguf": Runtime("gguf_file", "gguf_client.py", "student.gguf", 1e-4, ("gguf",)),
+    "gguf": Runtime("gguf_file", "gguf_client.py", "student.gguf", 1e-4, ("gguf",), tokenizes=True),
 }
 
 
@@ -70,6 +77,53 @@ def check_runtimes(experiment: Experiment, model: nn.Module) -> None:
     """Raise `UserError` where the student, of which shapes are enough, is what an asked-for runtime cannot hold."""
     for name in experiment.export.to:
         _check(name, model)
+        if name == "onnx" and model.config.model_type not in TRIED:
+            _try_onnx(experiment, model.config)
+
+
+def _try_onnx(experiment: Experiment, config: PretrainedConfig) -> None:
+    """Have a graph made of a student with few layers and random weights, where those are soon made."""
+    small = copy.deepcopy(config)
+    if (layers := getattr(small, "num_hidden_layers", None)) is not None:
+        small.num_hidden_layers = min(2, layers)
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in from_config(experiment, small).parameters())
+    if weights <= TRIAL:
+        with (blame("export.to", value="onnx", way_out="leave it out"), torch.random.fork_rng(devices=[]),
+              torch.device("cpu")):
+            try_onnx(from_config(experiment, small))
+
+
+def check_tokenizer(experiment: Experiment, text: Text, size: int) -> list[str]:
+    """What is to be said of how a runtime reads text otherwise than transformers does, where that is not much.
+
+    Args:
+        size: tokens that the student has logits for.
+
+    Raises:
+        UserError: a runtime that was asked for cannot hold the tokenizer, or would read the data otherwise.
+    """
+    return [note for name in experiment.export.to for note in _reads(name, text, size)]
+
+
+def write_others(experiment: Experiment, folder: RunFolder, model: nn.Module, text: Text) -> list[str]:
+    """Write a student for each runtime that was asked for, and give what went wrong with those that it was not."""
+    failed = []
+    for name in experiment.export.to:
+        try:
+            write_for(name, experiment, folder, model, text)
+        except Exception as error:  # converters end in every kind of it, and the student for transformers is there
+            said = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {first_line(error)}"
+            failed.append(f"for {name}: {said}")
+    return failed
+
+
+def check_written(folder: RunFolder, failed: list[str]) -> None:
+    """Raise `RunFailed` where a runtime has no student, though transformers has one."""
+    if failed:
+        raise RunFailed("the student was not written " + "\nnor ".join(failed) + f"\n  -> for transformers it is in "
+                        f"{folder.student}, with its receipt; leave the rest out of export.to and start the same "
+                        "command again to have the report")
 
 
 def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Module, text: Text) -> Receipt:
@@ -81,6 +135,7 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     """
     runtime, final = RUNTIMES[name], folder.student_for(name)
     _check(name, model)
+    notes = _reads(name, text, model.config.vocab_size)
     partial = final.with_name(f".{final.name}.unverified")
     shutil.rmtree(partial, ignore_errors=True)
     path = partial / runtime.file if runtime.file else partial
@@ -97,7 +152,7 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     files = [file for file in sorted(partial.rglob("*")) if file.suffix in (".onnx", ".data", ".gguf")]
     rounds = any(layer.activations is not None for _, layer in quantized_layers(model))
     receipt = make_receipt(found["student"], trained, exported, logits["student"], files,
-                           ROUNDED if rounds else runtime.tolerance, runtime.libraries)
+                           ROUNDED if rounds else runtime.tolerance, runtime.libraries, notes)
     receipt.write(partial / "receipt.json")
     if not receipt.holds:
         where = first_difference(str(path), reference, experiment, text, receipt.tolerance, runtime.client)
@@ -194,6 +249,14 @@ def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, ex
     _tell(experiment, receipt, folder.student)
 
 
+def some_text(text: Text) -> list[str]:
+    """Text of the data, held out and, where it is not streamed, trained on, as its tokens give it back."""
+    rows = list(text.held_out["input_ids"][:SHOWN])
+    if not isinstance(text.train, StreamedRows):
+        rows += [text.train[number]["input_ids"] for number in range(min(SHOWN, len(text.train)))]
+    return [text.tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
+
+
 @torch.no_grad()
 def logits_of(model: nn.Module, text: Text) -> torch.Tensor:
     """(rows, length, vocabulary) fp32 logits on the first held-out rows, without autocast, on the CPU."""
@@ -234,6 +297,13 @@ def first_difference(path: str, model: nn.Module, experiment: Experiment, text: 
 def _check(name: str, model: nn.Module) -> None:
     with blame("export.to", value=name, way_out="quantise otherwise, or leave it out"):
         _of(name, "check")(model)
+
+
+def _reads(name: str, text: Text, size: int) -> list[str]:
+    if not RUNTIMES[name].tokenizes:
+        return []
+    with blame("export.to", value=name, way_out="leave it out, or name another tokenizer in `data.tokenizer.path`"):
+        return _of(name, "read_by")(text.tokenizer, size, some_text(text))
 
 
 def _of(name: str, what: str) -> Callable:

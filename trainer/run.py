@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +26,14 @@ from trainer.engines import check_engine, start
 from trainer.errors import UserError
 from trainer.experiment.reading import Source
 from trainer.experiment.tree import Experiment
-from trainer.exporting import check_runtimes, compare, logits_of, write_for
+from trainer.exporting import (
+    check_runtimes,
+    check_tokenizer,
+    check_written,
+    compare,
+    logits_of,
+    write_others,
+)
 from trainer.folder import RunFolder, fingerprint, flatten, learnt_from, write_atomically
 from trainer.inside import attach_projections, check_inside
 from trainer.loop import Trainer
@@ -49,6 +57,21 @@ from trainer.vocabularies import relate
 from trainer.weight_digests import check_digests, digests_in_training, save_digests
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training, on the main process.
+
+    Attributes:
+        logits: (rows, length, vocabulary) on held-out rows, of the model in training.
+        exported: the same in the dtype of its export.
+        failed: runtimes, beside transformers, that the student could not be written for, each with what went wrong.
+    """
+
+    logits: torch.Tensor
+    exported: torch.Tensor
+    failed: list[str]
+
+
 def dry_run(source: Source, as_json: bool) -> None:
     """Show what would run, and leave nothing behind."""
     quiet_libraries()
@@ -60,6 +83,8 @@ def dry_run(source: Source, as_json: bool) -> None:
     processes = experiment.memory.processes or int(os.environ.get("WORLD_SIZE", 1))
     check_engine(experiment, processes)
     check_early_causal(experiment, teacher, student)
+    with torch.device("meta"):
+        check_runtimes(experiment, served_of(experiment, student))
     plan = make_plan(experiment, teacher, student, processes=processes, device=device, rows=None,
                      memory=plan_memory(experiment, teacher, student, processes))
     if int(os.environ.get("RANK", 0)) == 0:
@@ -94,15 +119,18 @@ def carry_out(source: Source) -> Path:
         text = prepare_text(experiment)
     for note in text.notes:
         say(f"{experiment.name}  {note}")
-    _configs(experiment, len(text.tokenizer))
+    _, shape = _configs(experiment, len(text.tokenizer))
+    for note in check_tokenizer(experiment, text, shape.vocab_size):
+        say(f"{experiment.name}  {note}")
     experiment = _with_teacher(experiment, accelerator, text)
-    trained, exported = train_one(source.experiment, experiment, folder, folder.unverified, accelerator, text)
+    done = train_one(source.experiment, experiment, folder, folder.unverified, accelerator, text)
     if asks(experiment) and experiment.report.control:
         control = RunFolder(folder.control)
         asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
         train_one(asked, lone, control, control.student, accelerator, text)
     if accelerator.is_main_process:
-        compare(experiment, folder, trained, exported, text, accelerator.device)
+        compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
+        check_written(folder, done.failed)
         write_report(folder.path)
         say(f"{experiment.name}: done, see {folder.report}")
     accelerator.end_training()
@@ -130,15 +158,14 @@ def check_early(experiment: Experiment, processes: int) -> None:
 
 
 def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, accelerator: Accelerator,
-              text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+              text: Text) -> Trained:
     """Train one student to its last step, export it to the folder `student`, and give its memory back.
 
-    `asked` is the experiment as its run folder remembers it; in `experiment` the teacher has weights. Returns, on
-    the main process, logits on held-out rows: of the model in training, and of the same in the dtype of its export.
+    `asked` is the experiment as its run folder remembers it; in `experiment` the teacher has weights.
     """
     trainer = prepare(asked, experiment, folder, accelerator, text)
     trainer.train()
-    trained = exported = torch.empty(0)
+    trained, exported, failed = torch.empty(0), torch.empty(0), []
     digests = digests_in_training(trainer.engine, accelerator.device)
     if accelerator.is_main_process:
         lines = [line for line in read_lines(folder.metrics) if "memory_peak" in line]
@@ -151,14 +178,13 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         save_digests(folder.digests, digests)
         model = served(experiment, whole, text, folder)
         write_folder(student, model, text.tokenizer, dtype)
-        trained = exported = logits_of(model, text)
+        exported = trained = logits_of(model, text)
         if dtype is not torch.float32:
             exported = logits_of(bake(copy.deepcopy(model), dtype), text)
-        for runtime in experiment.export.to:
-            write_for(runtime, experiment, folder, model, text)
+        failed = write_others(experiment, folder, model, text)
     trainer.release()
     accelerator.wait_for_everyone()
-    return trained, exported
+    return Trained(trained, exported, failed)
 
 
 def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: Text

@@ -13,6 +13,7 @@ import numpy
 import torch
 from torch import nn
 
+from strategies.export.gguf_added_tokens import check_added_tokens
 from strategies.export.gguf_blocks import Block, block_for, blocks_of
 from strategies.export.gguf_vocabulary import Vocabulary, vocabulary_of
 from strategies.export.layers import Quantized, quantized_layers
@@ -109,6 +110,21 @@ def check_gguf(model: nn.Module) -> None:
     for name in model.state_dict():
         if not _within(name, layers) and names.get_name(name, SUFFIXES) is None:
             raise ValueError(f"{name} is no tensor that llama.cpp has in {config.model_type} models")
+
+
+def read_by_gguf(tokenizer: Any, size: int, texts: list[str]) -> list[str]:
+    """What is to be said of how llama.cpp reads text, by a file with a tokenizer; see `check_added_tokens`.
+
+    Args:
+        tokenizer: of transformers.
+        size: tokens that the model has logits for.
+        texts: that it has to read as transformers does.
+
+    Raises:
+        ValueError: llama.cpp has no such tokenizer, or would read the texts otherwise.
+    """
+    vocabulary_of(tokenizer, size)
+    return check_added_tokens(tokenizer, texts)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ from strategies.export.transformers_folder import format_bits
 
 FILE = "model.onnx"
 BITS = (2, 4, 8)  # of a number that ONNX Runtime can multiply with
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Architectures, by what transformers calls them, of which torch was seen to make a graph; others are tried.
+TRIED = ("bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama",
+         "mistral", "olmo2", "opt", "phi", "qwen2", "qwen3", "stablelm", "starcoder2")
 GROUPS = (16, 32, 64, 128, 256)  # neighbouring inputs to which it gives one scale
 
 
@@ -49,9 +54,7 @@ def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtyp
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     device = next(model.parameters()).device
-    ids = torch.zeros(3, 5, dtype=torch.long, device=device)
-    positions = torch.tensor([0, 1, 2, 0, 1], device=device).repeat(3, 1)
-    _write(partial / FILE, _Logits(model), {"input_ids": ids, "position_ids": positions}, "logits", (0, 1), dtype)
+    _write(partial / FILE, _Logits(model), _examples(device), "logits", (0, 1), dtype)
     config = type(model.config)(**model.config.to_dict())
     config.architectures, config.dtype = [type(model).__name__], dtype
     config.save_pretrained(partial)
@@ -93,11 +96,35 @@ def check_onnx(model: nn.Module) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ValueError(f"ONNX files need {' and '.join(missing)}: pip install 'limbeck[onnx]'")
+    for name, module in model.named_modules():
+        if not isinstance(module, CONVOLUTIONS) and any(
+                own.ndim == 3 for own in module.parameters(recurse=False)):
+            raise ValueError(f"{name} holds a mixture of experts in one tensor, and ONNX has no product of each token "
+                             "with its own")
     for name, layer in quantized_layers(model):
         _check(name, layer)
     for name, weight in _weights(model).items():
         if weight.dtype is not torch.float32:
             raise ValueError(f"{name} is {weight.dtype}: the graph multiplies in float32, so call model.float() first")
+
+
+def try_onnx(model: nn.Module) -> None:
+    """Raise `ValueError` where torch makes no ONNX graph of a model, of which one with random weights is enough."""
+    with tempfile.TemporaryDirectory(prefix="limbeck-trial-") as folder:
+        try:
+            _write(Path(folder) / FILE, _Logits(model.eval()), _examples("cpu"), "logits", (0, 1), torch.float32)
+        except Exception as error:  # it ends in every kind of it, of many lines
+            causes = [error]
+            while causes[-1].__cause__ is not None:
+                causes.append(causes[-1].__cause__)
+            said = str(causes[-1]).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"torch makes no ONNX graph of {type(model).__name__}: {said[0][:300]}") from error
+
+
+def _examples(device: Any) -> dict[str, torch.Tensor]:
+    """Inputs that a model is traced with, by name."""
+    positions = torch.tensor([0, 1, 2, 0, 1], device=device).repeat(3, 1)
+    return {"input_ids": torch.zeros(3, 5, dtype=torch.long, device=device), "position_ids": positions}
 
 
 def _check(name: str, layer: Quantized) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Receipt:
         tokens_compared: positions compared.
         tolerance: largest difference allowed, as a share of `largest_logit`.
         versions: libraries that loaded it.
+        notes: what the file cannot hold of the student, and where that shows.
     """
 
     sha256: str
@@ -55,6 +56,7 @@ class Receipt:
     tokens_compared: int
     tolerance: float
     versions: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
@@ -118,7 +120,8 @@ def _plain_environment() -> dict[str, str]:
 
 
 def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.Tensor, theirs: torch.Tensor,
-                 files: list[Path], tolerance: float, libraries: Sequence[str] = TRANSFORMERS) -> Receipt:
+                 files: list[Path], tolerance: float, libraries: Sequence[str] = TRANSFORMERS,
+                 notes: Sequence[str] = ()) -> Receipt:
     """Compare logits of the reloaded file with those of the student.
 
     Args:
@@ -129,6 +132,7 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         files: the weight files.
         tolerance: largest difference from `exported` allowed, as a share of the largest logit.
         libraries: that loaded it.
+        notes: see `Receipt`.
     """
     difference = (exported - theirs).abs()
     digest = hashlib.sha256()
@@ -150,4 +154,5 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         tokens_compared=trained.shape[0] * trained.shape[1],
         tolerance=tolerance,
         versions={name: version(name) for name in libraries},
+        notes=list(notes),
     )

@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from trainer import cli, exporting, run
 from trainer.data.dataset import prepare_text
@@ -112,6 +114,52 @@ def test_what_a_runtime_cannot_hold_is_said_before_anything_starts(carry_out, tm
     with pytest.raises(UserError, match="q_proj has 3 bits") as error:
         carry_out(student={"quantization": {"bits": 3}}, export={"to": ["onnx"]})
     assert error.value.key == "export.to" and not (tmp_path / "tiny").exists()
+
+
+MIXTURE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def test_a_mixture_of_experts_is_refused_for_onnx_before_anything_starts(carry_out, write_experiment, tmp_path, capsys):
+    changes = {"student": {"architecture": MIXTURE}, "export": {"to": ["onnx"]}}
+    with pytest.raises(UserError, match="holds a mixture of experts in one tensor") as error:
+        carry_out(**changes)
+    assert error.value.key == "export.to" and not (tmp_path / "tiny").exists()
+    assert cli.train(["--config", str(write_experiment(**changes)), "--dry-run"]) == 2
+    assert "mixture of experts" in capsys.readouterr().err
+
+
+def test_an_architecture_that_no_graph_is_made_of_is_refused_before_anything_starts(carry_out, tmp_path, monkeypatch):
+    """Of those that nobody has tried, one of few layers is tried: this one looks at its data to choose what to do."""
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.down_proj(x) if x.sum() > 0 else x)
+    monkeypatch.setattr(exporting, "TRIED", ())
+    with pytest.raises(UserError, match="torch makes no ONNX graph of LlamaForCausalLM: .+") as error:
+        carry_out(student={"architecture": {"intermediate_size": 32}}, export={"to": ["onnx"]})
+    assert error.value.key == "export.to" and not (tmp_path / "tiny").exists()
+
+
+def word_tokenizer(folder):
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(["<end>", "<unk>", "The", "cat"])},
+                                      unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_that_gguf_cannot_hold_is_refused_before_training(carry_out, tmp_path):
+    with pytest.raises(UserError, match="a WordLevel that does not work on bytes") as error:
+        carry_out(export={"to": ["gguf"]}, data={"tokenizer": {
+            "train_vocabulary": None, "path": word_tokenizer(tmp_path / "words")}})
+    assert error.value.key == "export.to" and not (tmp_path / "tiny").exists()
+
+
+def test_a_runtime_that_fails_leaves_the_student_for_transformers(carry_out, monkeypatch, tmp_path):
+    module = importlib.import_module("strategies.export.onnx_folder")
+    monkeypatch.setattr(module, "write_onnx", lambda *_: [].pop())
+    with pytest.raises(RunFailed, match="not written for onnx: IndexError: pop from empty list\n  -> for transformers"):
+        carry_out(export={"to": ["onnx"]}, report={"control": False})
+    folder = RunFolder(tmp_path / "tiny")
+    assert json.loads(folder.receipt.read_text())["holds"] and not folder.finished
+    assert AutoModelForCausalLM.from_pretrained(folder.student).num_parameters() > 0
 
 
 def test_export_of_what_is_no_finished_run_is_refused(tmp_path):
