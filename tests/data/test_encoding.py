@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from trainer.data.encoding import Encoder
-from trainer.data.tokenizers import END, load_tokenizer, train_tokenizer
+from trainer.data.tokenizers import END, load_tokenizer, own_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.experiment.data import Data, Tokenizer
 
@@ -125,3 +126,10 @@ def test_bos_is_put_first_where_the_tokenizer_does(tokenizer):
     finally:
         if plain is not None:
             tokenizer.backend_tokenizer.post_processor = plain
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "mamba", "qwen2", "gemma3_text", "roberta"])
+def test_a_folder_of_weights_alone_has_no_tokenizer_whatever_its_type(kind, tmp_path):
+    """transformers makes one up for some types, whose few tokens would be taken for the model's own."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    assert own_tokenizer(str(tmp_path), None) is None

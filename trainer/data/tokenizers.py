@@ -17,6 +17,9 @@ from trainer.experiment.tree import Experiment
 from trainer.models import check_files
 
 END = "<|endoftext|>"
+# Any of them makes a folder one with a tokenizer.
+OF_A_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+                  "spiece.model", "sentencepiece.bpe.model", "tekken.json", "special_tokens_map.json"}
 TRAINING_DOCUMENTS = 2000  # enough text for a vocabulary; the rest would only take time
 
 
@@ -87,6 +90,9 @@ def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase | 
     Raises:
         UserError: its tokenizer.json cannot be loaded.
     """
+    folder = Path(path)
+    if folder.is_dir() and not any(file.name in OF_A_TOKENIZER for file in folder.iterdir()):
+        return None  # transformers would make one up for the model's type, with a vocabulary of a few tokens
     try:
         return _loaded_tokenizer("data.tokenizer", path, revision)
     except UserError:
