@@ -109,7 +109,7 @@ def _check(values: dict[str, Any], config_class: type[PretrainedConfig], key: st
             _check(inner, section, f"{key}.{name}", pasted or any(one in inner for one in PASTED))
         if name in known or name in OF_A_FILE or (pasted and name in _generation()):
             continue
-        near = difflib.get_close_matches(name, known - set(values), 1, 0.85 if pasted else 0.6)
+        near = difflib.get_close_matches(name, known - set(values) if pasted else known, 1, 0.85 if pasted else 0.6)
         if near or not pasted:
             raise UserError(f"{key}.{name}", f"the {config_class.model_type} architecture has no such dimension",
                             value=value, way_out=f"did you mean `{near[0]}`?" if near else

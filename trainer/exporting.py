@@ -34,7 +34,7 @@ from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, read_json, write_atomically
 from trainer.metrics import console, readable
 from trainer.model_files import first_line
-from trainer.models import DTYPES, check_files, from_config, quiet_libraries, student_of
+from trainer.models import DTYPES, check_files, from_config, quiet_libraries, student_of, trusts
 from trainer.quantizing import served
 from trainer.report import write_report
 from trainer.vocabularies import reads_alike
@@ -187,7 +187,7 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Text) -
     """The student as it was in training, from a run's last checkpoint and the configuration of its exported folder."""
     check_files(str(like), "student")
     with blame("student", value=str(like), way_out="put the folder back from a copy"):
-        config = AutoConfig.from_pretrained(like, trust_remote_code=experiment.student.trust_remote_code)
+        config = AutoConfig.from_pretrained(like, trust_remote_code=trusts(experiment))
     if hasattr(config, "quantization_config"):  # its numbers are the checkpoint's own
         del config.quantization_config
     model = student_of(experiment, config)
@@ -220,7 +220,7 @@ def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, ex
     Raises:
         RunFailed: the reloaded student is not the trained one; it stays in `.student.unverified`.
     """
-    trust = experiment.student.trust_remote_code
+    trust = trusts(experiment)
     models: dict[str, dict[str, Any]] = {
         "student": {"path": str(folder.unverified), "compare": True, "trust_remote_code": trust}}
     if experiment.teacher is not None and reads_alike(experiment, text):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import io
 import logging
 import math
 import os
 import warnings
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
 from trainer.full_precision import check_share, ignored, without_place
 from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, too_deep
+from trainer.model_origin import dense, language_model, loading, method_of, skeleton
 from trainer.tied import kept_apart, settle_tying
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,7 +91,7 @@ def _config(model: Model, key: str, vocabulary: int | None, offline: bool) -> Pr
     written = _architecture(model, key, vocabulary) if model.architecture else None
     if model.path is None or (offline and written is not None and not Path(model.path).is_dir()):
         assert written is not None, "the experiment checks that a model has an origin"
-        return without_foreign_ids(written)
+        return without_foreign_ids(language_model(written, model, key))
     loaded = _reach(AutoConfig, model, key)
     if not model.trust_remote_code and "/" in (getattr(loaded, "_attn_implementation", None) or ""):
         raise UserError(f"{key}.path", "its config.json has its attention computed by code from a hub, "
@@ -100,7 +103,7 @@ def _config(model: Model, key: str, vocabulary: int | None, offline: bool) -> Pr
         if theirs != ours:
             raise UserError(f"{key}.architecture.{name}", f"{model.path} has {theirs!r}", value=ours,
                             way_out=f"write {theirs!r}, or remove `architecture`: `path` has the weights")
-    return without_foreign_ids(loaded)
+    return without_foreign_ids(language_model(loaded, model, key))
 
 
 def _architecture(model: Model, key: str, vocabulary: int | None) -> PretrainedConfig:
@@ -115,7 +118,8 @@ def _architecture(model: Model, key: str, vocabulary: int | None) -> PretrainedC
         raise UserError(f"{key}.architecture.{deep}", f"a model has at most {MOST_LAYERS:,} layers",
                         value=values[deep], way_out="use fewer")
     if vocabulary and "vocab_size" not in values:
-        values["vocab_size"] = vocabulary
+        has_sections = "text_config" in CONFIG_MAPPING[model_type].sub_configs
+        (values.setdefault("text_config", {}) if has_sections else values).setdefault("vocab_size", vocabulary)
     with blame(f"{key}.architecture", value=model.architecture, way_out="see the transformers page of this model"):
         try:
             config = AutoConfig.for_model(model_type, **copy.deepcopy(values))
@@ -206,9 +210,14 @@ def student_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
 
 def from_config(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
     """A model of this shape in fp32, with random weights."""
-    teacher = experiment.teacher if experiment.student.from_teacher is not None else None
-    trust = experiment.student.trust_remote_code or (teacher is not None and teacher.trust_remote_code)
-    return by_document(AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust))
+    return by_document(skeleton(config, torch.float32, trusts(experiment)))
+
+
+def trusts(experiment: Experiment) -> bool:
+    """Whether code that the student's model brings, or its teacher's, may run."""
+    teacher, student = experiment.teacher, experiment.student
+    return student.trust_remote_code or (student.from_teacher is not None and teacher is not None
+                                         and teacher.trust_remote_code)
 
 
 def served_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
@@ -253,8 +262,10 @@ def quantize(experiment: Experiment, model: nn.Module, asked: Quantization | Non
 
 
 def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-    loaded, info = _reach(AutoModelForCausalLM, model, key, config=config, dtype=dtype, use_safetensors=True,
-                          output_loading_info=True)
+    origin = _reach(AutoConfig, model, key)
+    with redirect_stderr(io.StringIO()) if method_of(origin) else nullcontext():  # their libraries draw bars
+        loaded, info = _reach(AutoModelForCausalLM, model, key, dtype=dtype, use_safetensors=True,
+                              output_loading_info=True, **loading(origin, config))
     if info["missing_keys"]:  # transformers fills them with random numbers
         raise UserError(f"{key}.path", f"the weights lack {len(info['missing_keys'])} tensors, for example "
                         f"{sorted(info['missing_keys'])[0]}", value=model.path,
@@ -262,7 +273,10 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
     if (apart := kept_apart(loaded)) is not None:  # as it was not when its configuration was read
         raise UserError(f"{key}.path", f"its files keep a {apart} of its own, and its config.json says that there is "
                         "none", value=model.path, way_out="write `tie_word_embeddings: false` in its config.json")
-    return loaded
+    if method_of(origin) is None:
+        return loaded
+    with redirect_stderr(io.StringIO()):
+        return dense(loaded, config, dtype, model.trust_remote_code, key)
 
 
 def copy_layers(teacher: nn.Module, student: nn.Module, layers: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from strategies.distillation.tiles import tile_rows
 from strategies.export.sizes import exported_bytes
@@ -23,6 +23,7 @@ from trainer.experiment.tree import Experiment
 from trainer.full_precision import tell_share
 from trainer.inside import attach_projections
 from trainer.metrics import console, readable
+from trainer.model_origin import skeleton
 from trainer.models import DTYPES, count_parameters, served_of, student_of
 from trainer.precision import DTYPES as COMPUTE
 from trainer.targets import held_of, live, resident_teacher
@@ -98,7 +99,7 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         attach_projections(experiment, small, teacher)
         large = asked = resident_teacher(experiment, teacher)
         if teacher is not None and live(asked) is None:
-            large = AutoModelForCausalLM.from_config(teacher, dtype=DTYPES[experiment.teacher.dtype])
+            large = skeleton(teacher, DTYPES[experiment.teacher.dtype], experiment.teacher.trust_remote_code, "teacher")
         held = held_of(experiment, small, asked, processes, on_gpu=device != "cpu")
     positions = training.micro_batch * sequence
     vocabularies = student.vocab_size + (0 if asked is None else teacher.vocab_size)

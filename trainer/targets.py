@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from strategies.distillation.cache import (
     CacheDamaged,
@@ -37,6 +37,7 @@ from trainer.errors import RunFailed, UserError, blame
 from trainer.experiment.tree import Experiment
 from trainer.folder import fingerprint
 from trainer.metrics import console, readable
+from trainer.model_origin import skeleton
 from trainer.models import DTYPES, shape_of
 from trainer.shares import residency_for
 
@@ -226,7 +227,8 @@ def resident_teacher(experiment: Experiment, config: PretrainedConfig | None) ->
         return None
     dtype = DTYPES[experiment.teacher.dtype]
     if experiment.teacher.targets.source == "live":
-        return by_document(AutoModelForCausalLM.from_config(config, dtype=dtype)).eval().requires_grad_(False)
+        trust = experiment.teacher.trust_remote_code
+        return by_document(skeleton(config, dtype, trust, "teacher")).eval().requires_grad_(False)
     if experiment.teacher.targets.source == "hidden":
         return TeacherHead(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
     return None

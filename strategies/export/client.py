@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging
 
 IGNORED = -100
@@ -41,10 +41,8 @@ def main(measured: Measured, request_file: str, answer_file: str) -> None:
 def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: dict[str, Any]) -> dict[str, Any]:
     """Bits per byte, tokens per second, parameters and a sample of one model; its logits, where they are wanted."""
     options = {"revision": which["revision"]} if which.get("revision") else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        which["path"], dtype=which.get("dtype", "auto"), use_safetensors=True,
-        trust_remote_code=which.get("trust_remote_code", False), **options
-    ).to(request["device"]).eval()
+    model = _load(which["path"], dtype=which.get("dtype", "auto"), use_safetensors=True,
+                  trust_remote_code=which.get("trust_remote_code", False), **options).to(request["device"]).eval()
     if which.get("logits"):
         rows, length = request["logit_rows"], request["logit_length"]
         save_file({"logits": logits_of(model, held_out, slice(0, rows), length).float().cpu().contiguous()},
@@ -62,6 +60,16 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
         "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         "sample": sample(model, which["path"], options, request),
     }
+
+
+def _load(path: str, **options: Any) -> Any:
+    """A causal model; or one of text and images, whose language model a teacher is."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return AutoModelForImageTextToText.from_pretrained(path, **options)
 
 
 def layer_outputs(model: torch.nn.Module, run: Callable[[], Any]) -> dict[str, torch.Tensor]:

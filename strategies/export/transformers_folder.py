@@ -13,6 +13,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors.torch import save_file
 from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from strategies.export.layers import (
@@ -58,7 +59,10 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     tensors |= _pieces(model, _once(quantized))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    _config(model, dtype, quantized).save_pretrained(partial)
+    config = _config(model, dtype, quantized)
+    if getattr(model, "_auto_class", None) is not None:  # its class is code that came with it, and goes with it
+        custom_object_save(model, partial, config=config)
+    config.save_pretrained(partial)
     model.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     _remove(folder)

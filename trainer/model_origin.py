@@ -1,0 +1,157 @@
+"""Causal language models out of what people publish: multimodal, quantized already, or with code of their own."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from trainer.errors import UserError
+from trainer.experiment.nodes import Model
+from trainer.model_files import first_line
+
+# Where the language model lies in a multimodal file, in transformers 4 and in 5, and its name without the others.
+WITHIN = {r"^(?:model\.)?language_model\.model\.": "model.", r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+          r"^model\.language_model\.": "model.", r"^(?:model\.)?text_model\.": "model."}
+# What to ask transformers for, so that it gives numbers in full precision; None: it does so by itself, or at the first
+# forward.
+READABLE: dict[str, Any] = {"compressed-tensors": lambda: None, "bitsandbytes": lambda: None,
+                            "fp8": lambda: FineGrainedFP8Config(dequantize=True),
+                            "mxfp4": lambda: Mxfp4Config(dequantize=True)}
+
+
+def language_model(config: PretrainedConfig, model: Model, key: str) -> PretrainedConfig:
+    """The configuration of the causal language model that a configuration has or is, its weights in full precision.
+
+    Raises:
+        UserError: there is none, or its weights are quantized in a way that cannot be undone here.
+    """
+    value = model.path or config.model_type
+    if not _own_code(config, model):
+        config = _text_part(config, key, value)
+    layers = getattr(config, "num_hidden_layers", 1)
+    if not isinstance(getattr(config, "vocab_size", None), int) or (isinstance(layers, int) and layers < 1):
+        raise UserError(f"{key}.path" if model.path else f"{key}.architecture", "its configuration has no `vocab_size` "
+                        "or no layers", value=value, way_out="use another model, or give it some")
+    if (method := method_of(config)) is not None:
+        if method not in READABLE or (method == "bitsandbytes" and find_spec("bitsandbytes") is None):
+            raise UserError(f"{key}.path", f"its weights are quantized ({method}), and cannot be turned back into "
+                            "numbers of full precision here", value=value,
+                            way_out="name the model that it was made from, or save it dequantized first")
+        _note(f"{key}: its weights are quantized ({method}); they are read as numbers of full precision")
+        config = copy.deepcopy(config)
+        del config.quantization_config
+    return config
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust: bool = False, key: str = "student") -> nn.Module:
+    """A causal language model of this shape; on the current device, its weights say nothing.
+
+    Args:
+        trust: whether code that the model brings may run.
+
+    Raises:
+        UserError: the shape is none.
+    """
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    except Exception as error:  # every architecture checks its numbers in its own way, or not at all
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{key}.architecture", f"a {config.model_type} model cannot be built from it: {said}",
+                        way_out="check its dimensions; see the transformers page of this model") from error
+
+
+def loading(origin: PretrainedConfig, config: PretrainedConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained`, beside the path, that load the model of `config` from files of `origin`."""
+    method, options = method_of(origin), {}
+    if type(config) is not type(origin) and not _swapped(origin):
+        options["key_mapping"] = WITHIN
+    if method is not None:
+        config = copy.deepcopy(config)
+        config.quantization_config = origin.quantization_config
+        if (asked := READABLE[method]()) is not None:
+            options["quantization_config"] = asked
+    return {**options, "config": config}
+
+
+@torch.no_grad()
+def dense(loaded: nn.Module, config: PretrainedConfig, dtype: torch.dtype, trust: bool, key: str) -> nn.Module:
+    """A model of plain weights with the numbers that a quantized one computes with.
+
+    Packed weights of compressed-tensors are taken after a first forward, which unpacks them as it does for any client;
+    asked to dequantize while it loads, it takes all layers for one kind.
+    """
+    if getattr(loaded, "is_loaded_in_4bit", False) or getattr(loaded, "is_loaded_in_8bit", False):
+        loaded = loaded.dequantize()
+    else:
+        loaded.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=loaded.device), use_cache=False)
+    model, found = skeleton(config, dtype, trust, key), loaded.state_dict()
+    wanted = model.state_dict()
+    lacking = [name for name, weight in wanted.items() if name not in found or found[name].shape != weight.shape]
+    if lacking:
+        raise UserError(f"{key}.path", f"its quantized weights could not be read: {lacking[0]}",
+                        way_out="name the model that it was made from, or save it dequantized first")
+    model.load_state_dict({name: found[name].to(dtype) for name in wanted})
+    model.generation_config = loaded.generation_config
+    return model
+
+
+def method_of(config: PretrainedConfig) -> str | None:
+    """How the weights of a published model are quantized, in transformers' word for it."""
+    found = getattr(config, "quantization_config", None)
+    found = found if found is None or isinstance(found, dict) else found.to_dict()
+    if not found:
+        return None
+    method = found.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in found else "compressed-tensors")
+    return str(getattr(method, "value", method))
+
+
+def _own_code(config: PretrainedConfig, model: Model) -> bool:
+    return model.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def _text_part(config: PretrainedConfig, key: str, value: str) -> PretrainedConfig:
+    """The configuration itself, or its section for text where it is of several modalities."""
+    text = config.get_text_config(decoder=True)
+    other = type(text) is not type(config)
+    if other and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if method_of(config) is not None:
+            raise UserError(f"{key}.path", "it is multimodal and its weights are quantized", value=value,
+                            way_out="save its language model alone, dequantized, and name that")
+        _note(f"{key}: of this multimodal model the language model alone is used, without what reads images or sound")
+        if not _swapped(config) and hasattr(config, "tie_word_embeddings"):
+            text.tie_word_embeddings = config.tie_word_embeddings
+        text._name_or_path = config._name_or_path
+        return text
+    if not other and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    names = [one.model_type for one in MODEL_FOR_CAUSAL_LM_MAPPING if not one.sub_configs]
+    near = difflib.get_close_matches(config.model_type, names, 2, 0.5)
+    what = "is multimodal, and its language model cannot be used alone" if other else \
+        "encodes one text to write another, which is not trained here" if config.is_encoder_decoder else \
+        "architecture has no causal language model"
+    raise UserError(f"{key}.path" if value != config.model_type else f"{key}.architecture.model_type",
+                    f"transformers' {config.model_type} {what}", value=value,
+                    way_out=f"for example {' or '.join(near)}" if near else "for example llama, qwen3 or gpt2")
+
+
+def _swapped(config: PretrainedConfig) -> bool:
+    """Whether transformers' own automatic class takes the section for text of such a configuration."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return getattr(found, "config_class", None) is config.sub_configs.get("text_config")
+
+
+@cache
+def _note(text: str) -> None:
+    """Said once, however often the configuration is looked at."""
+    logging.getLogger(__name__).warning(text)
