@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.errors import UserError
 from trainer.plain_json import read_object
 
 LARGEST_JSON = 128 * 2**20  # bytes of a file beside weights; the tokenizers of a million tokens take half of it
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MOST_LAYERS = 10_000  # ten times what the deepest models have
 
 
@@ -82,6 +84,15 @@ def _check_weights(file: Path) -> None:
             pass
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
+
+
+def stored_dtypes(path: str) -> set[torch.dtype | None]:
+    """Number formats of the weights in a folder, None among them for one that is not known, or not there."""
+    found: set[torch.dtype | None] = set()
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            found |= {STORED.get(weights.get_slice(name).get_dtype()) for name in weights.keys()}  # noqa: SIM118
+    return found or {None}
 
 
 def first_line(error: Exception) -> str:

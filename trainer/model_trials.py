@@ -108,7 +108,7 @@ def is_causal(model: nn.Module, length: int = SHORT) -> bool:
     Shown by running the model, at several positions, on a short row and on one as long as the longest.
     """
     with _tried(model):
-        for size in _lengths(model, length):
+        for size in tried_lengths(model, length):
             tokens = _tokens(model, size)
             positions = torch.arange(size, device=tokens.device)
             before = _states(model, tokens, positions)
@@ -129,7 +129,7 @@ def documents_stay_apart(model: nn.Module, length: int = SHORT) -> bool:
     and may round otherwise.
     """
     with _tried(model):
-        return all(_stay_apart(model, size) for size in _lengths(model, length))
+        return all(_stay_apart(model, size) for size in tried_lengths(model, length))
 
 
 def _stay_apart(model: nn.Module, size: int) -> bool:
@@ -158,7 +158,12 @@ def _tried(model: nn.Module) -> Iterator[None]:
 
 
 def _tokens(model: nn.Module, size: int) -> torch.Tensor:
-    return torch.arange(size, device=next(model.parameters()).device) % model.config.vocab_size
+    return torch.arange(size, device=_device(model)) % model.config.vocab_size
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a model runs, also one of which some weights are nowhere."""
+    return next(one.device for one in model.parameters() if one.device.type != "meta")
 
 
 def _states(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
@@ -176,7 +181,13 @@ def _states(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor | No
     return found[0].float()
 
 
-def _lengths(model: nn.Module, length: int) -> list[int]:
+def trial_states(model: nn.Module, size: int) -> torch.Tensor:
+    """(size, width) what enters the model's head on a row of tokens that is always the same."""
+    tokens = _tokens(model, size)
+    return _states(model, tokens, torch.arange(size, device=tokens.device))
+
+
+def tried_lengths(model: nn.Module, length: int) -> list[int]:
     """Rows that a model is tried on: a short one, and the longest, or one past all lengths that its settings name."""
     if length <= SHORT:
         return [SHORT]

@@ -29,8 +29,10 @@ from trainer.experiment.nodes import Model
 from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
 from trainer.full_precision import check_share, ignored, without_place
-from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, too_deep
+from trainer.layer_settings import with_layers
+from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, stored_dtypes, too_deep
 from trainer.model_origin import dense, language_model, loading, method_of, skeleton
+from trainer.teacher_layers import fill_from_layers, needed, paired_lists, refused
 from trainer.tied import kept_apart, settle_tying
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,11 +57,10 @@ def student_config(
     if max(student.from_teacher) >= layers:
         raise UserError("student.from_teacher", f"the teacher has layers 0 to {layers - 1}",
                         value=list(student.from_teacher), way_out=f"choose from 0 to {layers - 1}")
-    config = type(teacher)(**teacher.to_dict())
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in student.from_teacher]
-    config.num_hidden_layers = len(student.from_teacher)
-    return config
+    try:
+        return with_layers(teacher, student.from_teacher)[0]
+    except ValueError as error:
+        raise refused(teacher, student.from_teacher, str(error)) from error
 
 
 def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
@@ -181,11 +182,24 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
         model = from_config(experiment, config)
         if student.from_teacher is not None:
             assert teacher is not None
-            copy_layers(teacher, model, student.from_teacher)
+            weights = _precise(experiment, teacher, model)
+            fill_from_layers(model, weights, teacher.config, student.from_teacher, experiment.data.sequence_length)
     by_document(model)
     if student.quantization is not None and student.quantization.trained:
         quantize(experiment, model)
     return model.train()
+
+
+def _precise(experiment: Experiment, teacher: nn.Module, student: nn.Module) -> dict[str, torch.Tensor]:
+    """The teacher's weights in fp32 as far as its student takes them, not rounded to what the teacher is held in."""
+    asked, layers = experiment.teacher, experiment.student.from_teacher
+    assert asked is not None and asked.path is not None and layers is not None
+    with blame("student.from_teacher", value=list(layers), way_out="give the student a `path` or an `architecture`"):
+        lists = paired_lists(teacher, student)
+    if asked.dtype == "float32" or stored_dtypes(asked.path) <= {DTYPES[asked.dtype]}:
+        return {name: tensor.float() if tensor.is_floating_point() else tensor
+                for name, tensor in needed(teacher.state_dict(), lists, layers).items()}
+    return needed(_load(asked, "teacher", teacher.config, torch.float32).state_dict(), lists, layers)
 
 
 def whole_student(experiment: Experiment, like: nn.Module) -> nn.Module:
@@ -277,34 +291,6 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
         return loaded
     with redirect_stderr(io.StringIO()):
         return dense(loaded, config, dtype, model.trust_remote_code, key)
-
-
-def copy_layers(teacher: nn.Module, student: nn.Module, layers: tuple[int, ...]) -> None:
-    """Fill a student of `len(layers)` blocks with these blocks of its teacher, and everything around the blocks.
-
-    Blocks are found as the one `ModuleList` whose length is the configuration's number of layers.
-    """
-    prefix = block_prefix(teacher)
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in teacher.state_dict().items():
-        if not name.startswith(prefix):
-            weights[name] = tensor
-            continue
-        number, _, rest = name[len(prefix):].partition(".")
-        if int(number) in layers:
-            weights[f"{prefix}{layers.index(int(number))}.{rest}"] = tensor
-    student.load_state_dict(weights)  # strict: nothing missing, nothing over
-
-
-def block_prefix(model: nn.Module) -> str:
-    """Name of the list of blocks with a dot behind it, for example `model.layers.`"""
-    count = model.config.num_hidden_layers
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-             and len(module) == count]
-    if not lists:
-        raise UserError("student.from_teacher", f"cannot find the {count} layers of {type(model).__name__}",
-                        way_out="give the student a `path` or an `architecture`")
-    return f"{lists[0]}."
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -53,6 +53,7 @@ from trainer.plan import check_batch, count_steps, make_plan, plan_json, show_pl
 from trainer.quantizing import served
 from trainer.report import write_report
 from trainer.targets import asks, cached_targets
+from trainer.teacher_layers import try_layers
 from trainer.vocabularies import relate
 from trainer.weight_digests import check_digests, digests_in_training, save_digests
 
@@ -83,6 +84,8 @@ def dry_run(source: Source, as_json: bool) -> None:
     processes = experiment.memory.processes or int(os.environ.get("WORLD_SIZE", 1))
     check_engine(experiment, processes)
     check_early_causal(experiment, teacher, student)
+    if experiment.student.from_teacher is not None and not experiment.teacher.trust_remote_code:
+        try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
     with torch.device("meta"):
         check_runtimes(experiment, served_of(experiment, student))
     plan = make_plan(experiment, teacher, student, processes=processes, device=device, rows=None,
@@ -143,6 +146,8 @@ def check_early(experiment: Experiment, processes: int) -> None:
     teacher, student = _configs(experiment, vocabulary)
     count_steps(experiment, None)
     check_early_causal(experiment, teacher, student)
+    if experiment.student.from_teacher is not None and not experiment.teacher.trust_remote_code:
+        try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
     if experiment.teacher is not None and experiment.teacher.train is not None:
         count_steps(experiment.as_teacher(""), None)
     with torch.device("meta"):
