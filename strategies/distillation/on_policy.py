@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from strategies.distillation.response import IGNORED
 
@@ -38,13 +39,19 @@ def written_rows(student: nn.Module, batch: dict[str, torch.Tensor], *, prompt_t
     for row, prompt in enumerate(prompts):  # on the left, so that all go on at one place
         given[row, longest - len(prompt):] = prompt
         seen[row, longest - len(prompt):] = 1
-    mode = student.training
+    mode, own = student.training, student.generation_config
     student.eval()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        out = student.generate(input_ids=given, attention_mask=seen, do_sample=True, temperature=temperature, top_k=0,
-                               top_p=1.0, max_new_tokens=new_tokens, eos_token_id=end, pad_token_id=padding)
-    student.train(mode)
+    # Fields that a call leaves out are taken from the model's own settings: a penalty of these would be another policy.
+    student.generation_config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=new_tokens, eos_token_id=end,
+        pad_token_id=padding)
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            out = student.generate(input_ids=given, attention_mask=seen)
+    finally:
+        student.generation_config = own
+        student.train(mode)
     found = [_row(prompt, new[longest:], length, end, padding) for prompt, new in zip(prompts, out, strict=True)]
     ids, targets = (torch.stack(parts) for parts in zip(*found, strict=True))
     return {"input_ids": ids, "targets": targets,

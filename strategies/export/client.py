@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 IGNORED = -100
@@ -132,8 +132,11 @@ def sample(model: Any, path: str, options: dict[str, Any], request: dict[str, An
     count = request["sample_tokens"]
     room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + count
     count = max(1, min(count, room - ids.shape[1]))
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
-                         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    # A call takes what it leaves out from the model's own settings, which may hold penalties; of these the ends count.
+    ends = model.generation_config.eos_token_id
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(max_new_tokens=count, eos_token_id=ends, pad_token_id=padding)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
