@@ -19,6 +19,7 @@ from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.plan import Plan as Schedule
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.rematerialize import study
+from trainer.balancing import balancing_weight
 from trainer.data.batches import Batch
 from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
@@ -214,7 +215,8 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
 
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         distillation = Distillation(objective, model, live(large), tile=tile, common=sizes(student, teacher),
-                                    inside=build_inside(experiment, model, live(large)))
+                                    inside=build_inside(experiment, model, live(large)),
+                                    balancing=balancing_weight(experiment.objective, student))
         return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
                              taught=example_targets(experiment, teacher, batch, large))[0]
 
@@ -239,7 +241,7 @@ def reserved(experiment: Experiment, processes: int, device: str) -> dict[str, i
     """
     more = experiment.training.batch_size // (experiment.training.micro_batch * processes) - 1
     one = example_batch(experiment.training.micro_batch, experiment.data.sequence_length, experiment.data.packing)
-    bytes_ = sum(tensor.nbytes for tensor in one.values()) + 16 * experiment.training.micro_batch  # rows and bytes
+    bytes_ = sum(tensor.nbytes for tensor in one.values()) + 24 * experiment.training.micro_batch  # three more
     return {"batch": more * bytes_} if more > 0 and device == "cpu" else {}
 
 

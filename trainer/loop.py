@@ -22,6 +22,7 @@ from strategies.distillation.targets import Common
 from strategies.memory.meter import mark
 from strategies.quantization.qat import set_bits
 from trainer import checkpoints, stopping
+from trainer.balancing import balancing_weight
 from trainer.checkpoints.random_state import seed_everything
 from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import Text
@@ -72,7 +73,8 @@ class Trainer:
         self.engine = engine_for(experiment, accelerator, student)
         self.distillation = Distillation(
             objective, self.unwrapped, self.teacher, shapes=shapes, common=related[0], reader=related[1],
-            inside=build_inside(experiment, self.unwrapped, self.teacher))
+            inside=build_inside(experiment, self.unwrapped, self.teacher),
+            balancing=balancing_weight(experiment.objective, self.unwrapped.config))
         self.steps, self.step, self.nonfinite, self.empty_steps = steps, 0, 0, 0
         self.watch = Watch(accelerator.process_index, accelerator.num_processes, experiment.run.timeout)
         batch, processes = experiment.training.batch_size, accelerator.num_processes

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from strategies.distillation.tiles import tile_rows
 from strategies.export.sizes import exported_bytes
 from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_activation_bytes
+from trainer.balancing import balancing_note
 from trainer.budget import MemoryPlan
 from trainer.errors import UserError
 from trainer.experiment.explaining import resolved_table
@@ -53,6 +54,7 @@ class Plan:
         memory: bytes per process at the peak of a step; None where the architecture cannot run without data.
         sharding: how the student is shared out, in words.
         full_precision: what of a quantized student stays so, in words.
+        balancing: whether the routers of a mixture of experts are balanced, in words.
     """
 
     processes: int
@@ -71,6 +73,7 @@ class Plan:
     memory: MemoryPlan | None = None
     sharding: str = "none"
     full_precision: str | None = None
+    balancing: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for `plan.json`."""
@@ -114,7 +117,8 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         parameters={"student": parameters} | ({"teacher": count_parameters(large)} if large else {}),
         student_bytes=student_bytes,
         teacher_bytes=parameter_bytes(large) if large else 0, ledger=ledger, memory=memory,
-        sharding=experiment.sharding.words(processes), full_precision=whole)
+        sharding=experiment.sharding.words(processes), full_precision=whole,
+        balancing=balancing_note(experiment.objective, student))
 
 
 def check_batch(experiment: Experiment, processes: int) -> None:
@@ -209,6 +213,8 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     rows.append(("student file", f"{plan.student_bytes:,} bytes of tensors{smaller}"))
     if plan.full_precision is not None:
         rows.append(("not quantized", plan.full_precision))
+    if plan.balancing is not None:
+        rows.append(("routers", plan.balancing))
     return rows
 
 

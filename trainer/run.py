@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from strategies.export.transformers_folder import write_folder
 from strategies.quantization.baking import bake
+from trainer.balancing import balancing_weight
 from trainer.budget import plan_memory
 from trainer.checkpoints import check_space, planned_bytes
 from trainer.data.dataset import Text, prepare_text
@@ -202,8 +203,10 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
     assert steps is not None, "the length of the data is known once it is tokenised"
     plan = make_plan(experiment, teacher_shape, student_shape, processes=accelerator.num_processes,
                      device=accelerator.device.type, rows=rows)
-    if plan.full_precision is not None and accelerator.is_main_process:
-        console.print(f"{experiment.name}  {plan.full_precision}")
+    if accelerator.is_main_process:
+        for note in (plan.full_precision, plan.balancing):
+            if note is not None:
+                console.print(f"{experiment.name}  {note}")
     check_space(folder.checkpoints, planned_bytes(experiment, student_shape, teacher_shape),
                 keep=experiment.training.keep_checkpoints, written=-(-steps // experiment.training.checkpoint_every))
     if accelerator.device.type == "cuda":
@@ -250,6 +253,7 @@ def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = Fal
     student = student_config(experiment, teacher, vocabulary, offline)
     check_shapes(experiment, teacher, student, vocabulary)
     check_inside(experiment, student, teacher)
+    balancing_weight(experiment.objective, student)
     return teacher, student
 
 

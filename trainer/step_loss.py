@@ -7,7 +7,7 @@ from torch import nn
 
 from strategies.distillation.step import Distillation
 from strategies.distillation.targets import Targets
-from trainer.data.batches import Batch, model_inputs
+from trainer.data.batches import Batch, model_inputs, real_tokens
 from trainer.precision import MixedPrecision
 
 
@@ -16,4 +16,4 @@ def loss_of_batch(distillation: Distillation, precision: MixedPrecision, student
                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted loss and its terms for a micro-batch, summed over target tokens; the plan of memory runs this too."""
     with precision.autocast(engine_casts):
-        return distillation(student, model_inputs(batch), batch["targets"], taught)
+        return distillation(student, model_inputs(batch), batch["targets"], taught, real_tokens(batch))

@@ -27,7 +27,7 @@ def written_rows(student: nn.Module, batch: dict[str, torch.Tensor], *, prompt_t
         seed: of the sampling; the global generators stay as they are.
 
     Returns:
-        the same names and shapes.
+        the same names and shapes, and `length` (rows,), tokens before the padding.
     """
     rows, length = batch["input_ids"].shape
     device = batch["input_ids"].device
@@ -53,8 +53,8 @@ def written_rows(student: nn.Module, batch: dict[str, torch.Tensor], *, prompt_t
         student.generation_config = own
         student.train(mode)
     found = [_row(prompt, new[longest:], length, end, padding) for prompt, new in zip(prompts, out, strict=True)]
-    ids, targets = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return {"input_ids": ids, "targets": targets,
+    ids, targets, lengths = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return {"input_ids": ids, "targets": targets, "length": lengths,
             "position_ids": torch.arange(length, device=device).expand(rows, -1).contiguous()}
 
 
@@ -68,11 +68,11 @@ def _prompt(ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, l
 
 
 def _row(prompt: torch.Tensor, new: torch.Tensor, length: int, end: int, padding: int
-         ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and targets (length,) of a prompt and what was written after it."""
+         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens and targets (length,) of a prompt and what was written after it, and how many tokens that are."""
     ends = torch.argwhere(new == end)
     new = new[:int(ends[0]) + 1 if len(ends) else len(new)][:length - len(prompt)]
     ids, targets = prompt.new_full((length,), padding), prompt.new_full((length,), IGNORED)
     ids[:len(prompt) + len(new)] = torch.cat([prompt, new])
     targets[len(prompt) - 1:len(prompt) + len(new) - 1] = new
-    return ids, targets
+    return ids, targets, torch.tensor(len(prompt) + len(new), device=ids.device)

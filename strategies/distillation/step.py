@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from strategies.distillation.balancing import balancing_loss
 from strategies.distillation.fused import LogitShape, at_head, hidden_states, with_head
 from strategies.distillation.heads import Head
 from strategies.distillation.inside import Inside
 from strategies.distillation.reading import Reader, as_it_is
 from strategies.distillation.response import ResponseObjective
 from strategies.distillation.targets import Common, HiddenTargets, LogitTargets, Targets
+from strategies.distillation.tiles import IGNORED
 
 
 class Distillation:
@@ -36,14 +38,16 @@ class Distillation:
         tile: bytes of logits that may exist at a time; None for the device's usual.
         inside: losses of what is inside of both models.
         reader: how the teacher reads the student's text.
+        balancing: weight of the routers' balancing loss, of a mixture of experts; None for a student that is not asked
+            for it.
     """
 
     def __init__(self, objective: ResponseObjective, student: nn.Module, teacher: nn.Module | None = None, *,
                  shapes: tuple[LogitShape | None, LogitShape | None] = (LogitShape(), LogitShape()),
                  common: Common | None = None, tile: int | None = None, inside: Inside | None = None,
-                 reader: Reader = as_it_is) -> None:
+                 reader: Reader = as_it_is, balancing: float | None = None) -> None:
         self.objective, self.student, self.shapes, self.common, self.tile = objective, student, shapes, common, tile
-        self.reader = reader
+        self.reader, self.balancing = reader, balancing
         self.teacher, self.inside = teacher if objective.needs_teacher or inside is not None else None, inside
 
     def planned(self) -> Distillation:
@@ -59,20 +63,26 @@ class Distillation:
         return judged
 
     def __call__(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor,
-                 taught: Targets | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                 taught: Targets | None = None, real: torch.Tensor | None = None
+                 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted loss and its terms, summed over target tokens; see `ResponseObjective`.
+
+        The balancing loss is a mean over the tokens of this call by its nature. It counts once for each target token,
+        so that after the division by all target tokens it is the mean over calls, by their target tokens; one call's
+        whole loss is then that of transformers. More and smaller calls balance each of them by itself.
 
         Args:
             called: the student as training calls it, wrapped or not.
             inputs: for the forward of student and teacher.
             targets: (batch, sequence) next tokens, or `IGNORED`.
             taught: what the teacher says, where it is not asked itself.
+            real: (batch, sequence) which tokens are no padding, for the balancing loss; None for all.
         """
         with nullcontext() if self.inside is None else self.inside.recording():
-            return self._loss(called, inputs, targets, taught)
+            return self._loss(called, inputs, targets, taught, real)
 
-    def _loss(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor, taught: Targets | None
-              ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor, taught: Targets | None,
+              real: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mine, theirs = self.shapes
         hidden = asked = judged = None
         if self.inside is not None and self.inside.maps is not None:
@@ -99,8 +109,13 @@ class Distillation:
             if self.inside is not None:
                 for name, weight, value in self.inside.sums(targets, inputs.get("position_ids"), (output, judged)):
                     total, terms[name] = total + weight * value, value.detach()
+            if self.balancing:
+                value = balancing_loss(self.student, output, real) * (targets != IGNORED).sum()
+                total, terms["balancing"] = total + self.balancing * value, value.detach()
             return total, terms
 
+        if self.balancing is not None:
+            inputs = {**inputs, "output_router_logits": self.balancing > 0}
         if mine is None:
             output = called(**inputs)
             return take(output.logits, None, output)

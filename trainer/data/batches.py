@@ -55,7 +55,7 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
     """This process's micro-batches, after the first `skip` rows of the run.
 
     A run that has an `end` has so many rows; a batch in which it lies is filled up with rows of padding, number -1.
-    Each holds `input_ids`, `position_ids`, `targets` (micro_batch, sequence) and `bytes`, `row` (micro_batch,).
+    Each holds `input_ids`, `position_ids`, `targets` (micro_batch, sequence), `bytes`, `length`, `row` (micro_batch,).
     """
     if isinstance(rows, StreamedRows):
         # Inside a worker process `datasets` deals a stream's files out and shuffles them otherwise than in this one.
@@ -72,3 +72,10 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """What a model is given of a batch: positions restart with every packed document and keep them apart."""
     return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+
+
+def real_tokens(batch: Batch) -> torch.Tensor | None:
+    """(rows, sequence) which tokens are no padding, which is at the end; None where that is not known."""
+    if "length" not in batch:
+        return None
+    return torch.arange(batch["input_ids"].shape[1], device=batch["length"].device) < batch["length"][:, None]

@@ -79,6 +79,7 @@ def build_row(parts: Sequence[Document], capacity: int, padding: int) -> dict[st
         position_ids: (capacity,) restarting at 0 with every document; models keep documents apart by it.
         targets: (capacity,) the next token of the same document where it is learnt, else `IGNORED`.
         bytes: () UTF-8 bytes of text that the targets stand for.
+        length: () tokens before the padding.
     """
     tokens = np.full(capacity, padding, np.int64)
     positions = np.zeros(capacity, np.int64)
@@ -94,4 +95,4 @@ def build_row(parts: Sequence[Document], capacity: int, padding: int) -> dict[st
     # Padding is read as documents no longer than those of the row: some models read all by the largest position.
     positions[at:] = np.arange(capacity - at) % max((len(part.tokens) for part in parts), default=capacity)
     return {"input_ids": torch.from_numpy(tokens), "position_ids": torch.from_numpy(positions),
-            "targets": torch.from_numpy(targets), "bytes": torch.tensor(size)}
+            "targets": torch.from_numpy(targets), "bytes": torch.tensor(size), "length": torch.tensor(at)}

@@ -106,6 +106,8 @@ class Objective(Node):
     """Share of each target that is spread over the whole vocabulary in the cross-entropy."""
     z_loss: Weight = 0.0
     """Weight of the squared logarithm of the softmax's normaliser, which keeps logits small (PaLM: 1e-4)."""
+    balancing: Weight | None = None
+    """Weight of the routers' balancing loss of a mixture of experts; null: what its configuration asks for, 0: none."""
     divergence: Divergence = Divergence()
     """How far the student is from its teacher."""
     features: Features | None = None

@@ -153,13 +153,13 @@ class Experiment(Node):
         })
 
     def as_control(self, folder: str) -> Experiment:
-        """The same student on the same tokens without its teacher: cross-entropy alone, with weight 1.
+        """The same student on the same tokens without its teacher: cross-entropy alone, and balanced routers.
 
         The teacher stays in the tree where the student starts from its layers; it is then not asked anything.
         """
         return self.model_copy(update={
             "name": f"{self.name}-control",
-            "objective": Objective(divergence=Divergence(weight=0.0)),
+            "objective": Objective(divergence=Divergence(weight=0.0), balancing=self.objective.balancing),
             "export": self.export.model_copy(update={"to": ()}),
             "report": self.report.model_copy(update={"control": False}),
             "run": self.run.model_copy(update={"folder": folder, "trackers": ()}),
