@@ -83,8 +83,28 @@ def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, stude
             raise UserError("data.sequence_length", f"the {key} knows {positions} positions",
                             value=experiment.data.sequence_length, way_out=f"use at most {positions}")
         if tokens and tokens > config.vocab_size and not (key == "teacher" and brings):
-            raise UserError(f"{key}.architecture.vocab_size", f"the tokenizer has {tokens:,} tokens",
-                            value=config.vocab_size, way_out=f"use at least {tokens:,}, or leave it out")
+            raise _too_many_tokens(experiment, key, config.vocab_size, tokens)
+
+
+def _too_many_tokens(experiment: Experiment, key: str, rows: int, tokens: int) -> UserError:
+    """A tokenizer with ids that a model has no rows for, by the key that names the one or the other."""
+    model, own = getattr(experiment, key), experiment.data.tokenizer
+    if key == "student" and model.from_teacher is not None:
+        key, model = "teacher", experiment.teacher
+    if model.path is None:
+        given = "vocab_size" in (model.architecture or {})
+        return UserError(f"{key}.architecture" + ".vocab_size" * given, f"the model has {rows:,} tokens and the "
+                         f"tokenizer {tokens:,}", value=rows, way_out=f"use at least {tokens:,}"
+                         + ", or leave it out" * given)
+    blamed, source = ("data.tokenizer.path", own.path) if own.path else (f"{key}.path", model.path)
+    larger = f"{Path(model.path).name}-{tokens}"
+    return UserError(
+        blamed, f"the tokenizer has {tokens:,} tokens, and the model {model.path} rows for {rows:,}", value=source,
+        way_out=f"name a copy with more rows as `{key}.path: {larger}`, which this makes:\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({model.path!r})\nmodel.resize_token_embeddings({tokens})\n"
+        f"model.save_pretrained({larger!r})\nAutoTokenizer.from_pretrained({source!r}).save_pretrained({larger!r})\n"
+        f"  or name a tokenizer of at most {rows:,} tokens as `data.tokenizer.path`")
 
 
 def _config(model: Model, key: str, vocabulary: int | None, offline: bool) -> PretrainedConfig:

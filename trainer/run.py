@@ -22,7 +22,7 @@ from trainer.budget import plan_memory
 from trainer.checkpoints import check_space, planned_bytes
 from trainer.data.dataset import Text, prepare_text
 from trainer.data.sources import check_path
-from trainer.data.tokenizers import known_size
+from trainer.data.tokenizers import known_size, vocabulary_size
 from trainer.engines import check_engine, start
 from trainer.errors import UserError
 from trainer.experiment.reading import Source
@@ -123,7 +123,7 @@ def carry_out(source: Source) -> Path:
         text = prepare_text(experiment)
     for note in text.notes:
         say(f"{experiment.name}  {note}")
-    _, shape = _configs(experiment, len(text.tokenizer))
+    _, shape = _configs(experiment, vocabulary_size(text.tokenizer))
     for note in check_tokenizer(experiment, text, shape.vocab_size):
         say(f"{experiment.name}  {note}")
     experiment = _with_teacher(experiment, accelerator, text)
@@ -197,7 +197,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
             ) -> Trainer:
     """Plan a run, build its models, check them, claim its folder, and put it where its last checkpoint left it."""
     folder.check(asked)
-    teacher_shape, student_shape = _configs(experiment, len(text.tokenizer))
+    teacher_shape, student_shape = _configs(experiment, vocabulary_size(text.tokenizer))
     rows = len(text.train) if hasattr(text.train, "__len__") else None
     steps = count_steps(experiment, rows)
     assert steps is not None, "the length of the data is known once it is tokenised"

@@ -10,7 +10,7 @@ from strategies.distillation.spans import SpanAligner
 from strategies.distillation.targets import Common
 from strategies.distillation.vocabularies import align, same_roles
 from trainer.data.dataset import Text
-from trainer.data.tokenizers import own_tokenizer
+from trainer.data.tokenizers import own_tokenizer, vocabulary_size
 from trainer.errors import UserError, blame
 from trainer.experiment.tree import Experiment
 
@@ -40,7 +40,7 @@ def relate(experiment: Experiment, text: Text, student: PretrainedConfig, teache
                       same_roles(text.tokenizer, other))
     ids = torch.arange(len(found.to_teacher))
     moved = (found.to_teacher >= 0) & (found.to_teacher != ids)
-    if not moved.any() and teacher.vocab_size >= len(text.tokenizer):
+    if not moved.any() and teacher.vocab_size >= vocabulary_size(text.tokenizer):
         return found.common, as_it_is
     _check_cache(experiment, "other numbers for the same tokens")
     _check_known(text, found.to_teacher)

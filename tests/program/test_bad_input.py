@@ -66,7 +66,7 @@ def test_different_vocabularies(write_experiment, tmp_path):
 
 def test_vocabulary_smaller_than_the_tokenizers(write_experiment, tmp_path):
     file = write_experiment(student={"architecture": {**TINY, "vocab_size": 100}})
-    refused(file, tmp_path, parts=["student.architecture.vocab_size = 100", "the tokenizer has 300 tokens"])
+    refused(file, tmp_path, parts=["student.architecture.vocab_size = 100", "100 tokens and the tokenizer 300"])
 
 
 def test_unknown_dimension_and_architecture(write_experiment, tmp_path):

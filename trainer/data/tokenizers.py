@@ -40,6 +40,11 @@ def tokenizer_origin(experiment: Experiment) -> tuple[str, str, str | None] | No
                     way_out="set `data.tokenizer.train_vocabulary: 2048`, or name one in `data.tokenizer.path`")
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that embeddings need for a tokenizer: its ids may have gaps, so that they are more than its tokens."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def _loaded(experiment: Experiment) -> list[tuple[str, str, str | None]]:
     """(key, path, revision) of the models that come with weights, and so with a vocabulary of their own."""
     return [(f"{key}.path", model.path, model.revision)
@@ -48,7 +53,7 @@ def _loaded(experiment: Experiment) -> list[tuple[str, str, str | None]]:
 
 
 def known_size(experiment: Experiment) -> int | None:
-    """Tokens of the tokenizer that a run will have, if that is known without the data and without a network.
+    """Rows for the tokenizer that a run will have, if that is known without the data and without a network.
 
     One that is trained may end with fewer, where the text has no more.
     """
@@ -57,7 +62,7 @@ def known_size(experiment: Experiment) -> int | None:
         return own.train_vocabulary
     for path, revision in [(own.path, own.revision)] if own.path else [one[1:] for one in _loaded(experiment)]:
         try:
-            return len(_loaded_tokenizer("data.tokenizer", path, revision, local_files_only=True))
+            return vocabulary_size(_loaded_tokenizer("data.tokenizer", path, revision, local_files_only=True))
         except UserError:  # what is wrong with it is said when it is needed
             continue
     return None
