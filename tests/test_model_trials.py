@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY
@@ -11,6 +12,7 @@ from trainer import model_trials
 from trainer.errors import UserError
 from trainer.experiment.reading import read_experiment
 from trainer.model_trials import check_causal, check_packing, check_positions, documents_stay_apart, is_causal
+from trainer.models import from_config, student_config
 from trainer.run import check_early
 
 BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -118,3 +120,12 @@ def test_models_that_count_from_0_are_taken(kind):
         "word_embed_proj_dim": 32})
     known = {*AutoConfig.for_model(kind).to_dict(), *AutoConfig.for_model(kind).attribute_map}
     check_positions(build({name: value for name, value in sizes.items() if name in known}, model_type=kind), "student")
+
+
+def test_a_model_that_cannot_be_made_from_shapes_alone_is_refused(write_experiment):
+    """This one looks at numbers while it is made, of which a plan has none."""
+    dimensions = {"model_type": "blt", "encoder_hash_byte_group_vocab": 8}
+    given = read_experiment(write_experiment(), [f"student.architecture={json.dumps(dimensions)}"]).experiment
+    config = student_config(given, None, 300)
+    with pytest.raises(UserError, match="a blt model of these dimensions cannot be made"), FakeTensorMode():
+        from_config(given, config)

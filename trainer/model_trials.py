@@ -89,8 +89,8 @@ def check_early_causal(experiment: Experiment, teacher: PretrainedConfig | None,
         asked = getattr(experiment, key)
         if config is None or (key == "student" and asked.from_teacher is not None) or asked.trust_remote_code:
             continue
-        small = _small(config)
         try:
+            small = _small(config)
             model = _random(small) if _weights(small) <= AFFORDED_EARLY else None
         except Exception as error:  # other people's code again
             raise UserError(f"{key}.path" if asked.path else f"{key}.architecture",

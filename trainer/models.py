@@ -243,8 +243,19 @@ def student_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
 
 
 def from_config(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
-    """A model of this shape in fp32, with random weights."""
-    return by_document(skeleton(config, torch.float32, trusts(experiment)))
+    """A model of this shape in fp32, with random weights.
+
+    Raises:
+        UserError: it cannot be made, or not from shapes alone, as a plan makes it.
+    """
+    try:
+        model = skeleton(config, torch.float32, trusts(experiment))
+    except Exception as error:  # other people's code, on shapes without weights too: every kind of it
+        raise UserError("student", f"a {config.model_type} model of these dimensions cannot be made: "
+                        f"{first_line(error)}", value=config.model_type,
+                        way_out="check its dimensions, or use another architecture: llama or qwen3, for example"
+                        ) from error
+    return by_document(model)
 
 
 def trusts(experiment: Experiment) -> bool:

@@ -54,6 +54,11 @@ class Room:
                 noise = torch.randn_like(parameter)
                 parameter.add_(noise * (0.5 / parameter.shape[-1]**0.5 if parameter.ndim > 1 else 0.05))
         model.save_pretrained(self.model)  # without a tokenizer: one of its own class would bring tokens of its own
+        try:
+            self.plain()
+        except Exception as error:
+            raise RuntimeError("transformers cannot load what it has saved of it itself: "
+                               f"{str(error).splitlines()[0][:120]}") from error
         return model
 
     def without_flag(self) -> Path | None:
