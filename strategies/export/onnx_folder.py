@@ -19,6 +19,7 @@ from torch import nn
 from strategies.export.layers import Quantized, quantized_layers
 from strategies.export.onnx_layers import DOMAIN, stand_in, stand_of
 from strategies.export.transformers_folder import format_bits
+from strategies.export.written_config import config_of, write_config
 
 FILE = "model.onnx"
 BITS = (2, 4, 8)  # of a number that ONNX Runtime can multiply with
@@ -55,9 +56,7 @@ def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtyp
     partial.mkdir(parents=True)
     device = next(model.parameters()).device
     _write(partial / FILE, _Logits(model), _examples(device), "logits", (0, 1), dtype)
-    config = type(model.config)(**model.config.to_dict())
-    config.architectures, config.dtype = [type(model).__name__], dtype
-    config.save_pretrained(partial)
+    write_config(config_of(model, dtype), partial, model)
     model.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)

@@ -13,7 +13,6 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors.torch import save_file
 from torch import nn
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from strategies.export.layers import (
@@ -27,6 +26,7 @@ from strategies.export.layers import (
     weight_name,
 )
 from strategies.export.saved_names import as_saved, renamed, saved_rows
+from strategies.export.written_config import config_of, write_config
 
 PARTS = ("weight", "log_ratio", "scale", "zero_point", "input_scale")  # of a quantised layer; see `_packed`
 EXPERTS = r"re:.*\.experts\.\d+\..*"  # that files have apart: transformers looks for a pattern with this word
@@ -59,10 +59,7 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     tensors |= _pieces(model, _once(quantized))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    config = _config(model, dtype, quantized)
-    if getattr(model, "_auto_class", None) is not None:  # its class is code that came with it, and goes with it
-        custom_object_save(model, partial, config=config)
-    config.save_pretrained(partial)
+    write_config(_config(model, dtype, quantized), partial, model)
     model.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     _remove(folder)
@@ -230,9 +227,7 @@ def folder_format(layer: Quantized) -> str:
 
 
 def _config(model: nn.Module, dtype: torch.dtype, quantized: dict[str, Quantized]) -> Any:
-    config = type(model.config)(**model.config.to_dict())
-    config.architectures = [type(model).__name__]
-    config.dtype = dtype
+    config = config_of(model, dtype)
     if quantized:
         groups: dict[tuple, list[str]] = {}
         for name, layer in quantized.items():

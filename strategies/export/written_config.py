@@ -1,0 +1,120 @@
+"""The config.json of a student, for tools of today and of yesterday, and the code that a model brings along."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
+
+# Names that transformers 4 has for the base of all layers, and of those with a window, where they are its own.
+BASES = {"gemma3_text": ("rope_theta", "rope_local_base_freq"), "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
+         "modernbert": ("global_rope_theta", "local_rope_theta"),
+         "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
+         "gpt_neox": ("rotary_emb_base", None), "gpt_neox_japanese": ("rotary_emb_base", None)}
+FACTORS = ("short_factor", "long_factor")
+SHARES = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
+
+
+def config_of(model: nn.Module, dtype: torch.dtype) -> Any:
+    """A copy of a model's configuration that says what the model is, as it is written.
+
+    Where head and embeddings are two, it says so, whatever it said before.
+    """
+    config = type(model.config)(**model.config.to_dict())
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    if getattr(config, "tie_word_embeddings", False) and _two(model):
+        config.tie_word_embeddings = False
+    if isinstance(known := getattr(config, "auto_map", None), dict):  # the code lies beside it, not where it came from
+        config.auto_map = {name: value.rpartition("--")[2] if isinstance(value, str) else value
+                           for name, value in known.items()}
+    return config
+
+
+def write_config(config: Any, folder: Path, model: nn.Module) -> None:
+    """Write config.json, and beside it the code of a model that brings its own."""
+    if getattr(model, "_auto_class", None) is not None:  # its class is code that came with it, and goes with it
+        custom_object_save(model, folder, config=config)
+        if type(model.config).__module__.startswith("transformers_modules"):
+            custom_object_save(model.config, folder)
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(with_old_keys(config, json.loads(file.read_text())), indent=2, sort_keys=True) + "\n")
+
+
+def with_old_keys(config: Any, written: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration is written as, with the keys that transformers 4 reads beside those of transformers 5.
+
+    transformers 5 keeps all that it knows of rotary positions in `rope_parameters`, of which 4.57 knows nothing: it
+    takes the base of its own defaults, without a word. Keys that transformers 5 would take for something else are left
+    out.
+
+    Args:
+        config: as it is.
+        written: the same as JSON.
+    """
+    old = {"torch_dtype": written["dtype"]} if "dtype" in written else {}
+    if getattr(config, "tie_word_embeddings", None) is not None:
+        old["tie_word_embeddings"] = config.tie_word_embeddings
+    rope = _rope(config)
+    return {**(rope if rope and _reads_alike(config, {**written, **rope}) else {}), **old, **written}
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Rotary positions as transformers 4 has them; nothing where it has no keys for them."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = {name: value for name, value in parameters.items() if isinstance(value, dict)}
+    kinds = {name: value for name, value in kinds.items() if "rope_theta" in value}
+    base, local = BASES.get(config.model_type, ("rope_theta", None))
+    if kinds:
+        whole, rest = kinds.get("full_attention", next(iter(kinds.values()))), kinds.get("sliding_attention")
+        if rest is not None and local is None and rest["rope_theta"] != whole["rope_theta"]:
+            return {}
+        found = {local: rest["rope_theta"]} if rest is not None and local is not None else {}
+    else:
+        whole, found = parameters, {}
+    if "rope_theta" not in whole:
+        return {}
+    found[base] = whole["rope_theta"]
+    if (share := whole.get("partial_rotary_factor")) is not None:
+        found[SHARES.get(config.model_type, "partial_rotary_factor")] = share
+    if whole.get("rope_type", "default") != "default":
+        found |= _scaling(config, whole)
+    return found
+
+
+def _scaling(config: Any, whole: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if config.model_type.startswith("phi3"):  # of which 4.57 wants three keys
+        wanted = {"type": kept["rope_type"], **{name: kept[name] for name in FACTORS if name in kept}}
+    else:
+        wanted = kept
+    length = kept.get("original_max_position_embeddings")
+    beside = {} if kept["rope_type"] != "longrope" or length is None else {"original_max_position_embeddings": length}
+    return {"rope_scaling": wanted, **beside}
+
+
+def _reads_alike(config: Any, values: dict[str, Any]) -> bool:
+    """Whether transformers 5 makes the same rotary positions of a config.json."""
+    try:
+        again = type(config)(**copy.deepcopy(values))  # which it writes into
+    except Exception:  # a configuration of other people's code may have no room for more keys
+        return False
+    found = {**(again.rope_parameters or {})}
+    found.pop("type", None)  # what 4.57 calls `rope_type` in some
+    return found == config.rope_parameters
+
+
+def _two(model: nn.Module) -> bool:
+    """Whether weights that the configuration takes for one are two."""
+    for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        try:
+            if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(other):
+                return True
+        except AttributeError:  # of a layer that holds its numbers otherwise
+            continue
+    return False
