@@ -170,6 +170,8 @@ LIMBECK = """\
 limbeck VERB ...
 
   limbeck schema [FILE]   write the JSON Schema of experiment files, for editors (default: standard output)
+  limbeck show-data --config FILE [key=value ...]
+                          show a few records of the training data as they will be learnt, and where rows cut them off
   limbeck status RUN      tell how a run is doing or how it ended; RUN is its folder, or --config FILE [key=value ...]
                           Exit code: 0 finished, 75 stopped by a signal and to be started again, 1 anything else
   limbeck report RUN      write report.md and its pictures of a run folder again
@@ -197,6 +199,8 @@ def limbeck(arguments: list[str]) -> int:
             except OSError as error:
                 _tell(f"error: cannot write {file[0]}: {error.strerror}")
                 return USER_ERROR
+        case ["show-data", *rest] if rest:
+            return _show_data(rest)
         case ["status", first, *rest] if first.startswith("-") or not rest:
             return _status([first, *rest])
         case ["report", folder]:
@@ -224,6 +228,23 @@ def limbeck(arguments: list[str]) -> int:
         case _:
             print(LIMBECK, end="", file=sys.stderr)
             return USER_ERROR
+    return 0
+
+
+def _show_data(arguments: list[str]) -> int:
+    """Of an experiment that is named as for `train.py`."""
+    source = None
+    try:
+        file, overrides, _ = _parse(arguments)
+        source = read_experiment(file, overrides)
+        from trainer.data.show import show_data  # everything heavy comes with it
+        from trainer.models import quiet_libraries
+
+        quiet_libraries()
+        show_data(source.experiment, Console(highlight=False))
+    except (UserError, ExperimentErrors) as error:
+        _tell(_messages(error, source))
+        return USER_ERROR
     return 0
 
 

@@ -50,12 +50,7 @@ def prepare_text(experiment: Experiment) -> Text:
 
     Call on one process first, then on the others: they find everything in the cache.
     """
-    data, cache = experiment.data, Path(experiment.run.cache)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("run.cache", f"cannot make this folder ({error.strerror})", value=str(cache),
-                        way_out="name a folder that can be written") from error
+    data, cache = experiment.data, cache_folder(experiment)
     corpus = sources.open_corpus(data, cache)
     tokenizer = tokenizer_for(experiment, corpus)
     encoder, held = encoder_for(tokenizer, data, corpus.train), encoder_for(tokenizer, data, corpus.validation)
@@ -77,6 +72,21 @@ def prepare_text(experiment: Experiment) -> Text:
     held_out = [validation[order[index]] for index in range(min(len(validation), data.validation.rows))]
     notes = _notes(train, data.sequence_length, plain, experiment.training) + encoder.notes
     return Text(tokenizer, train, train.folder.name, _stack(held_out), notes)
+
+
+def cache_folder(experiment: Experiment) -> Path:
+    """The folder that `run.cache` names, made if need be.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    cache = Path(experiment.run.cache)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("run.cache", f"cannot make this folder ({error.strerror})", value=str(cache),
+                        way_out="name a folder that can be written") from error
+    return cache
 
 
 def tokenizer_for(experiment: Experiment, corpus: sources.Corpus) -> PreTrainedTokenizerBase:
