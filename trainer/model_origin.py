@@ -65,8 +65,25 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust: bool = False, 
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     except Exception as error:  # every architecture checks its numbers in its own way, or not at all
         said = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{key}.architecture", f"a {config.model_type} model cannot be built from it: {said}",
-                        way_out="check its dimensions; see the transformers page of this model") from error
+        raise UserError(f"{key}.architecture", f"a {config.model_type} model of these dimensions cannot be made: "
+                        f"{said}", way_out="check its dimensions; see the transformers page of this model") from error
+
+
+def learn_padding(model: nn.Module) -> nn.Module:
+    """The same model; the row of its padding token learns as any other, where that token is read as text too.
+
+    `nn.Embedding(padding_idx=...)` gives that row no gradient, and the token is the end of a text in many models. What
+    only pads is read by no token that is learnt, and gets none anyway. What the model computes stays as it is.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and not _reads_padding(type(module)):
+            module.padding_idx = None
+    return model
+
+
+def _reads_padding(kind: type[nn.Embedding]) -> bool:
+    """Whether positions are counted from the padding on, as some do in an embedding of their own."""
+    return kind.forward is not nn.Embedding.forward and "padding_idx" in kind.forward.__code__.co_names
 
 
 def loading(origin: PretrainedConfig, config: PretrainedConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from trainer.experiment.tree import Experiment
 from trainer.full_precision import check_share, ignored, without_place
 from trainer.layer_settings import with_layers
 from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, stored_dtypes, too_deep
-from trainer.model_origin import dense, language_model, loading, method_of, skeleton
+from trainer.model_origin import dense, language_model, learn_padding, loading, method_of, skeleton
 from trainer.teacher_layers import fill_from_layers, needed, paired_lists, refused
 from trainer.tied import kept_apart, settle_tying
 
@@ -204,7 +204,7 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
             assert teacher is not None
             weights = _precise(experiment, teacher, model)
             fill_from_layers(model, weights, teacher.config, student.from_teacher, experiment.data.sequence_length)
-    by_document(model)
+    by_document(learn_padding(model))
     if student.quantization is not None and student.quantization.trained:
         quantize(experiment, model)
     return model.train()
@@ -248,14 +248,7 @@ def from_config(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
     Raises:
         UserError: it cannot be made, or not from shapes alone, as a plan makes it.
     """
-    try:
-        model = skeleton(config, torch.float32, trusts(experiment))
-    except Exception as error:  # other people's code, on shapes without weights too: every kind of it
-        raise UserError("student", f"a {config.model_type} model of these dimensions cannot be made: "
-                        f"{first_line(error)}", value=config.model_type,
-                        way_out="check its dimensions, or use another architecture: llama or qwen3, for example"
-                        ) from error
-    return by_document(model)
+    return by_document(learn_padding(skeleton(config, torch.float32, trusts(experiment))))
 
 
 def trusts(experiment: Experiment) -> bool:

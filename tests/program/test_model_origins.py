@@ -22,7 +22,7 @@ from trainer.errors import UserError
 from trainer.experiment.nodes import Model
 from trainer.experiment.reading import read_experiment
 from trainer.model_origin import skeleton
-from trainer.models import _config, _load, student_of
+from trainer.models import _config, _load, build_student, student_of
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -139,14 +139,34 @@ def test_quantized_weights_that_cannot_be_read_are_refused_by_the_configuration_
     ({"model_type": "modernbert"}, "no causal language model"), ({"model_type": "t5"}, "encodes one text"),
     ({"model_type": "blip"}, "multimodal"), ({"model_type": "vit"}, "no causal language model"),
     ({"model_type": "llama", "num_hidden_layers": 0}, "no layers"),
-    ({"model_type": "llama", "num_key_value_heads": -4}, "cannot be built"),
+    ({"model_type": "llama", "num_key_value_heads": -4}, "cannot be made"),
     ({"model_type": "llama", "hidden_size": "64"}, "expected int"),
     ({"model_type": "llama", "hidden_act": "none"}, "KeyError: 'none'"),
-    ({"model_type": "gpt2", "n_embd": 30, "n_head": 4}, "cannot be built")])
+    ({"model_type": "gpt2", "n_embd": 30, "n_head": 4}, "cannot be made")])
 def test_what_is_no_causal_language_model_is_refused_in_one_short_message(architecture, said):
     with pytest.raises(UserError, match=said) as refused, torch.device("meta"):
         skeleton(_config(Model(architecture=architecture), "student", 96, offline=True), torch.float32)
     assert len(str(refused.value)) < 200 and refused.value.key.startswith("student.architecture")
+
+
+def test_a_token_that_ends_and_pads_learns_as_input(tmp_path, llama, write_experiment):
+    with torch.no_grad():
+        llama.model.embed_tokens.weight[2] = 0.5
+    ids, found = torch.tensor([[5, 6, 2, 7, 8, 2]]), {}
+    llama(input_ids=ids, labels=ids).loss.backward()  # its configuration has no padding token
+    llama.config.pad_token_id = llama.config.eos_token_id = 2
+    llama.save_pretrained(tmp_path / "model")
+    for name, quantization in {"loaded": None, "quantized": {"bits": 8, "embeddings": True, "ignore": []}}.items():
+        experiment = read_experiment(write_experiment(name, student={
+            "architecture": None, "path": str(tmp_path / "model"), "quantization": quantization})).experiment
+        config = _config(experiment.student, "student", None, offline=False)
+        student = build_student(experiment, config, None, None)
+        student(input_ids=ids, labels=ids).loss.backward()
+        found[name] = student.get_input_embeddings().weight.grad[2]
+        assert student.config.pad_token_id == student_of(experiment, config).config.pad_token_id == 2
+        assert student_of(experiment, config).get_input_embeddings().padding_idx is None
+    assert torch.allclose(found["loaded"], llama.model.embed_tokens.weight.grad[2], atol=1e-7)
+    assert found["quantized"].abs().max() > 1e-4
 
 
 def test_special_tokens_outside_of_the_vocabulary_are_none(tmp_path, llama):
