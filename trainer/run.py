@@ -218,11 +218,12 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
     attach_projections(experiment, student, teacher_shape)
     _try_out(experiment, teacher, student)
     related = relate(experiment, text, student_shape, teacher_shape if asks(experiment) else None)
-    if related[0] is not None and experiment.teacher.targets.source in ("samples", "top_k"):
-        raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",
+    if related[0] is not None and related[0].student is not None and experiment.teacher.targets.source in (
+            "samples", "top_k"):
+        raise UserError("teacher.targets.source", "student and teacher have their common tokens in other places",
                         value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
     if asks(experiment) and experiment.teacher.targets.source != "live":
-        teacher = cached_targets(experiment, accelerator, text, teacher)
+        teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
     if accelerator.is_main_process:
         folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
     accelerator.wait_for_everyone()

@@ -100,8 +100,12 @@ class CachedTargets:
         return SampledTargets(spread(drawn.ids), spread(drawn.shares), spread(drawn.log_p), temperature)
 
 
-def cached_targets(experiment: Experiment, accelerator: Accelerator, text: Text, teacher: nn.Module) -> CachedTargets:
+def cached_targets(experiment: Experiment, accelerator: Accelerator, text: Text, teacher: nn.Module,
+                   common: Common | None = None) -> CachedTargets:
     """The cache of an experiment's teacher, written first where it is not there; the teacher is not needed afterwards.
+
+    Args:
+        common: the first columns of both heads, which tokens belong to; draws and the most probable ones are of these.
 
     Raises:
         UserError: another teacher, tokenizer, data or length made the cache that is named, or the disk is too small.
@@ -111,7 +115,7 @@ def cached_targets(experiment: Experiment, accelerator: Accelerator, text: Text,
     if shape is None:
         raise UserError("teacher.targets.source", f"what {type(teacher).__name__} does to its logits is not known, so "
                         "they cannot be made from a cache", value=asked.source, way_out="use `live`")
-    identity = identity_of(experiment, text, teacher)
+    identity = identity_of(experiment, text, teacher, common)
     folder = Path(asked.path or Path(experiment.run.cache) / "targets" / fingerprint(identity.__dict__))
     with _told(experiment, folder):
         if accelerator.is_main_process and not _is_finished(folder, identity):
@@ -126,10 +130,11 @@ def cached_targets(experiment: Experiment, accelerator: Accelerator, text: Text,
     return CachedTargets(cache, identity, head, shape, accelerator.device)
 
 
-def identity_of(experiment: Experiment, text: Text, teacher: nn.Module) -> Identity:
+def identity_of(experiment: Experiment, text: Text, teacher: nn.Module, common: Common | None = None) -> Identity:
     """What a cache of this experiment is made from."""
     asked, data = experiment.teacher.targets, experiment.data
     vocabulary, width = output_head(teacher).weight.shape
+    vocabulary = vocabulary if common is None else common.size
     temperature = experiment.objective.divergence.temperature
     of_kind = {"hidden": {"width": width, "dtype": experiment.teacher.dtype},
                "samples": {"vocabulary": vocabulary, "draws": asked.draws, "temperature": temperature},
@@ -207,7 +212,7 @@ def _said(identity: Identity, teacher: nn.Module, shape: LogitShape, rows: list[
     found = []
     for part in torch.arange(len(hidden), device=hidden.device).split(256):  # logits of so many positions at a time
         logits = torch.empty(len(part), head.vocabulary, device=hidden.device)
-        found.append(make(head.shape(head.fill(logits, hidden[part])), numbers[part]))
+        found.append(make(head.shape(head.fill(logits, hidden[part]))[:, :identity.vocabulary], numbers[part]))
     if not found:
         found = [make(torch.zeros(0, head.vocabulary, device=hidden.device), numbers)]
     return {**content, **{name: torch.cat([part[name] for part in found]) for name in found[0]}}

@@ -26,15 +26,17 @@ def relate(experiment: Experiment, text: Text, student: PretrainedConfig, teache
     Raises:
         UserError: the two cannot be compared in the way that is asked for.
     """
-    if teacher is None or experiment.teacher.path is None or experiment.student.from_teacher is not None:
+    if teacher is None:
         return None, as_it_is
+    if experiment.teacher.path is None or experiment.student.from_teacher is not None:
+        return real_tokens(text.tokenizer, student, teacher), as_it_is
     other = own_tokenizer(experiment.teacher.path, experiment.teacher.revision)
     if other is None:
-        return _by_number(student, teacher), as_it_is
+        return real_tokens(text.tokenizer, student, teacher), as_it_is
     if experiment.objective.divergence.name == "uld":
         return None, _by_spans(experiment, text.tokenizer, other)
     if text.tokenizer.get_vocab() == other.get_vocab():
-        return _by_number(student, teacher), as_it_is
+        return real_tokens(text.tokenizer, student, teacher), as_it_is
     with blame("teacher.path", value=experiment.teacher.path, way_out="choose a teacher of the student's family"):
         found = align(text.tokenizer.get_vocab(), other.get_vocab(), student.vocab_size, teacher.vocab_size,
                       same_roles(text.tokenizer, other))
@@ -55,10 +57,18 @@ def reads_alike(experiment: Experiment, text: Text) -> bool:
     return other is None or other.get_vocab() == text.tokenizer.get_vocab()
 
 
-def _by_number(student: PretrainedConfig, teacher: PretrainedConfig) -> Common | None:
-    """Heads that are padded to different sizes."""
+def real_tokens(tokenizer: PreTrainedTokenizerBase, student: PretrainedConfig, teacher: PretrainedConfig
+                ) -> Common | None:
+    """The columns that a token belongs to, where one tokenizer is both models'; None where these are all of both heads.
+
+    Columns beyond, which heads are padded with, are no tokens: nothing teaches them, and yet a softmax over all columns
+    gives them probability, each model its own.
+    """
     sizes = student.vocab_size, teacher.vocab_size
-    return None if sizes[0] == sizes[1] else Common(min(sizes))
+    numbers = torch.tensor(sorted({one for one in tokenizer.get_vocab().values() if one < min(sizes)}))
+    if not torch.equal(numbers, torch.arange(len(numbers))):
+        return Common(len(numbers), numbers, numbers)
+    return None if len(numbers) == sizes[0] == sizes[1] else Common(len(numbers))
 
 
 def _by_spans(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> Reader:

@@ -137,6 +137,9 @@ def _top(logits: torch.Tensor, taught: TopTargets, common: Common | None, diverg
     """
     log_q = (columns(logits, common, "student") / taught.temperature).log_softmax(-1)
     chosen = log_q.gather(-1, taught.ids)
+    if taught.ids.shape[-1] == log_q.shape[-1]:  # there is no other one, of which both would say -inf
+        value, by = divergence(pair(chosen, taught.log_p, 1.0), gradient)
+        return value, None if by is None else torch.zeros_like(log_q).scatter_(-1, taught.ids, by)
     others = log_q.scatter(-1, taught.ids, -torch.inf).logsumexp(-1, keepdim=True)
     coarse = torch.cat([chosen, others], -1)
     theirs = torch.cat([taught.log_p, taught.log_tail[..., None]], -1)
