@@ -16,6 +16,7 @@ from trainer.errors import ExperimentErrors, Lost, RunFailed, Stopped, UserError
 from trainer.experiment.explaining import help_text, schema
 from trainer.experiment.reading import Source, describe, read_experiment
 from trainer.experiment.tree import Experiment
+from trainer.folder import RunFolder
 
 USER_ERROR, FAILURE, BUDGET_UNMET = 2, 1, 3
 OTHERS_WAIT = 5.0  # seconds
@@ -175,8 +176,9 @@ limbeck VERB ...
   limbeck status RUN      tell how a run is doing or how it ended; RUN is its folder, or --config FILE [key=value ...]
                           Exit code: 0 finished, 75 stopped by a signal and to be started again, 1 anything else
   limbeck report RUN      write report.md and its pictures of a run folder again
-  limbeck export RUN --to onnx|gguf
-                          write a finished run's student for another runtime, and check it there
+  limbeck export RUN --to onnx|gguf [--trust-remote-code]
+                          write a finished run's student for another runtime, and check it there; code that comes with
+                          its model runs only if you say so here, whatever the folder says
 
 Training is launched: accelerate launch train.py --config FILE (see train.py --help).
 """
@@ -184,13 +186,17 @@ Training is launched: accelerate launch train.py --config FILE (see train.py --h
 
 def limbeck(arguments: list[str]) -> int:
     """The `limbeck` console command. Returns the exit code."""
-    known = ("-h", "--help", "--to", "--config")
+    known = ("-h", "--help", "--to", "--config", "--trust-remote-code")
     wrong = next((one for one in arguments if one.startswith("-") and one.partition("=")[0] not in known), None)
     if wrong is not None:
         _tell(f"error: no such option: {wrong}")
         arguments = []
     elif {"-h", "--help"} & set(arguments):
         arguments = ["--help"]
+    elif "--trust-remote-code" in arguments and arguments[:1] != ["export"]:
+        _tell("error: --trust-remote-code goes with export")
+        arguments = []
+    trust, arguments = "--trust-remote-code" in arguments, [one for one in arguments if one != "--trust-remote-code"]
     match arguments:
         case ["schema", *file] if len(file) < 2:
             text = json.dumps(schema(), indent=2) + "\n"
@@ -204,9 +210,11 @@ def limbeck(arguments: list[str]) -> int:
         case ["status", first, *rest] if first.startswith("-") or not rest:
             return _status([first, *rest])
         case ["report", folder]:
+            from trainer.foreign import show_links
             from trainer.report import write_report
 
             try:
+                show_links(RunFolder(folder))
                 print(write_report(Path(folder)))
             except UserError as error:
                 _tell(f"error: {describe(error, {}, folder)}")
@@ -215,7 +223,7 @@ def limbeck(arguments: list[str]) -> int:
             from trainer.exporting import export
 
             try:
-                print(export(Path(folder), runtime))
+                print(export(Path(folder), runtime, trust))
             except (UserError, ExperimentErrors) as error:
                 _tell(_messages(error, None) if isinstance(error, ExperimentErrors) else
                       f"error: {describe(error, {}, folder)}")

@@ -32,6 +32,7 @@ from trainer.errors import RunFailed, UserError, blame
 from trainer.experiment.reading import read_experiment
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, read_json, write_atomically
+from trainer.foreign import only_if_trusted, show_links, show_paths
 from trainer.metrics import console, readable
 from trainer.model_files import first_line
 from trainer.models import DTYPES, check_files, from_config, quiet_libraries, student_of, trusts
@@ -163,11 +164,16 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     return receipt
 
 
-def export(run: Path, name: str) -> Path:
+def export(run: Path, name: str, trust_remote_code: bool = False) -> Path:
     """Write the student of a finished run for another runtime; see `write_for`.
 
+    Args:
+        run: its folder, which somebody may have sent: what it has read from elsewhere is named first.
+        name: of the runtime.
+        trust_remote_code: run code that comes with a model, where the folder's experiment asks for it.
+
     Raises:
-        UserError: no such run or runtime.
+        UserError: no such run or runtime, or it asks for code to be run that is not trusted.
     """
     quiet_libraries()
     folder = RunFolder(run)
@@ -176,7 +182,10 @@ def export(run: Path, name: str) -> Path:
     if not folder.finished:
         raise UserError("", f"{run} is not the folder of a finished run",
                         way_out="finish it: start its command again")
+    show_links(folder)
     experiment = read_experiment(folder.experiment, [f"run.folder={json.dumps(str(run))}"]).experiment
+    experiment = only_if_trusted(experiment, folder, trust_remote_code)
+    show_paths(folder, experiment)
     text = prepare_text(experiment)
     write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)
     write_report(folder.path)

@@ -320,6 +320,59 @@ def test_a_run_is_gone_on_with_or_named_when_its_files_were_edited(finished, tmp
         shutil.rmtree(run)
 
 
+OWN_CODE = """
+import pathlib
+from transformers import LlamaConfig
+
+pathlib.Path({mark!r}).touch()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+    def __init__(self, **values):
+        raise ValueError("it ran")
+"""
+
+
+def test_code_of_a_run_folder_runs_only_if_the_command_line_says_so(finished, tmp_path, capsys):
+    from trainer.cli import limbeck
+
+    run, mark = tmp_path / "run", tmp_path / "it-ran"
+    shutil.copytree(finished, run)
+    experiment = (run / "experiment.yaml").read_text()
+    assert experiment.count("trust_remote_code: false") == 1
+    (run / "experiment.yaml").write_text(experiment.replace("trust_remote_code: false", "trust_remote_code: true"))
+    config = json.loads((run / "student" / "config.json").read_text())
+    (run / "student" / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {
+        "AutoConfig": "configuration_own.OwnConfig"}}))
+    (run / "student" / "configuration_own.py").write_text(OWN_CODE.format(mark=str(mark)))
+    assert limbeck(["export", str(run), "--to", "gguf"]) == 2
+    said = capsys.readouterr()
+    assert "--trust-remote-code: " in said.err and "configuration_own.py" in said.err and not mark.exists()
+    assert "corpus" not in said.out  # nothing was read
+    assert limbeck(["export", str(run), "--to", "gguf", "--trust-remote-code"]) == 2
+    assert mark.exists() and "it ran" in capsys.readouterr().err
+    assert limbeck(["report", str(run), "--trust-remote-code"]) == 2
+    assert "--trust-remote-code goes with export" in capsys.readouterr().err
+
+
+def test_what_a_run_folder_has_read_from_elsewhere_is_shown_before(finished, corpus, cache, tmp_path, capsys):
+    from trainer.cli import limbeck
+
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(finished, run)
+    shutil.move(run / "checkpoints", elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+    (run / "again.md").symlink_to(run / "report.md")
+    shutil.rmtree(elsewhere)  # so that it ends there
+    assert limbeck(["export", str(run), "--to", "gguf"]) == 1
+    said = capsys.readouterr().out
+    assert f"'checkpoints' leads to {str(elsewhere)!r}" in said and "again.md" not in said
+    assert f"text is read from {str(corpus)!r} (data.path)" in said and f"{str(cache)!r} (run.cache)" in said
+    assert limbeck(["report", str(run)]) == 0 and f"leads to {str(elsewhere)!r}" in capsys.readouterr().out
+
+
 def test_what_a_link_leads_to_keeps_its_content(tmp_path):
     from trainer.folder import RunFolder, write_atomically
 
