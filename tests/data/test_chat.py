@@ -331,6 +331,15 @@ def test_a_table_puts_no_nulls_into_calls(tokenizer, tmp_path, kind):
         tokenizer.chat_template = None
 
 
+def test_tools_that_no_record_has_are_refused(tmp_path):
+    from trainer.data.sources import open_corpus
+
+    (tmp_path / "records.jsonl").write_text((json.dumps({"m": called({})}) + "\n") * 2)
+    with pytest.raises(UserError, match="no record has such a field") as refused:
+        open_corpus(Data(path=str(tmp_path / "records.jsonl"), messages="m", tools="tolos"), tmp_path / "cache")
+    assert refused.value.key == "data.tools" and refused.value.way_out == "their fields are m"
+
+
 # ---- other formats
 
 def test_other_names_are_mapped_as_the_refusal_says(tokenizer, chat):

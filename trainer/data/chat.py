@@ -182,13 +182,18 @@ class ChatTemplate:
         """Whether the text ends with an answer that nothing closes: no special token of the template, and no end."""
         if messages[-1]["role"] != "assistant":
             return False
-        end, shown_ = self.tokenizer.eos_token, text.rstrip()
-        if end and shown_.endswith(end):
-            return False
-        closing = self.shape.closing
-        added = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()]
-        closes = closing is None or any(token in closing for token in added)
-        return not (closes and any(shown_.endswith(token) for token in added))
+        written = text.rstrip()
+        return not (written.endswith(self.tokenizer.eos_token) or self._closes and written.endswith(self._added))
+
+    @cached_property
+    def _added(self) -> tuple[str, ...]:
+        """Tokens that are no text; made once, since a tokenizer makes them anew each time and may have thousands."""
+        return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip())
+
+    @cached_property
+    def _closes(self) -> bool:
+        """Whether the template ends a turn with such a token, as far as is known."""
+        return self.shape.closing is None or any(token in self.shape.closing for token in self._added)
 
     def _not_found(self, messages: list[Message]) -> UserError:
         return UserError(self.key, "the chat template rewrites what the assistant says, so that it cannot be said "

@@ -55,6 +55,7 @@ class LocalFiles(datasets.ArrowBasedBuilder):
 
     BUILDER_CONFIG_CLASS = _Files
     asked: tuple[str, str]
+    _fields: dict[str, None]
 
     def _info(self) -> datasets.DatasetInfo:
         plain, own = datasets.Value("string"), datasets.Json()
@@ -69,6 +70,7 @@ class LocalFiles(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self, files: list[str]) -> Iterator[tuple[Key, pyarrow.Table]]:
         schema = self.info.features.arrow_schema
+        self._fields = {}
         for number, file in enumerate(files):
             rows: list[dict[str, str]] = []
             part = size = 0
@@ -81,6 +83,10 @@ class LocalFiles(datasets.ArrowBasedBuilder):
                 size += own + 64  # of an empty record
             if rows:
                 yield Key(number, part), pyarrow.Table.from_pylist(rows, schema)
+        name = self.config.read.get("tools")
+        if name is not None and name not in self._fields and self.asked[0] == "data.path":
+            raise UserError("data.tools", "no record has such a field", value=name,
+                            way_out=f"their fields are {', '.join(str(one)[:40] for one in list(self._fields)[:20])}")
 
     def _records(self, file: str, first: bool) -> Iterator[dict[str, str]]:
         if self.config.kind == "text":
@@ -114,6 +120,7 @@ class LocalFiles(datasets.ArrowBasedBuilder):
         if not isinstance(value, dict):
             raise self._wrong(f"{place} is not a JSON object, but {type(value).__name__}", "write a {...} on each line")
         record, read = {}, self.config.read
+        self._fields.update(dict.fromkeys(one for one in value if first or one == read.get("tools")))
         for key, name in read.items():
             if first and name not in value and key != "tools":  # which another record may have
                 raise UserError(f"data.{key}", f"the records have no such field, {place} for one", value=name,
