@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from strategies.distillation.step import Distillation
 from strategies.memory.picture import curve, thinned
 from strategies.memory.residency import Residency
+from strategies.memory.units import parse_bytes
 from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.plan import Plan as Schedule
 from strategies.rematerialization.planner import Planner
@@ -237,12 +238,13 @@ def _shared(experiment: Experiment, student: nn.Module, teacher: nn.Module | Non
 def reserved(experiment: Experiment, processes: int, device: str) -> dict[str, int]:
     """Bytes held outside of what one micro-batch shows.
 
-    Where batches are made on the device itself, the other micro-batches of a step.
+    Where batches are made on the device itself, the other micro-batches of a step; and what is to be left free.
     """
+    free = {} if experiment.memory.reserve is None else {"reserve": parse_bytes(experiment.memory.reserve)}
     more = experiment.training.batch_size // (experiment.training.micro_batch * processes) - 1
     one = example_batch(experiment.training.micro_batch, experiment.data.sequence_length, experiment.data.packing)
     bytes_ = sum(tensor.nbytes for tensor in one.values()) + 24 * experiment.training.micro_batch  # three more
-    return {"batch": more * bytes_} if more > 0 and device == "cpu" else {}
+    return free | ({"batch": more * bytes_} if more > 0 and device == "cpu" else {})
 
 
 def describe(planner: Planner, chosen: Schedule, tile: int | None, keep_all: int) -> MemoryPlan:

@@ -28,6 +28,7 @@ from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import Text
 from trainer.engines import engine_for, place_teacher
 from trainer.errors import RunFailed
+from trainer.exceeded import keep_budget
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder
 from trainer.held_out import check_held_out, evaluate
@@ -112,6 +113,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal asked for it.
+            BudgetUnmet: a measured step took more than the budget, and is to stop the run.
             RunFailed: too many steps were not finite, weights are not, or another process is missing.
         """
         settings = self.experiment.training
@@ -136,7 +138,7 @@ class Trainer:
                     self.step += 1
                     self._log(record, metrics, ticker)
                     if measured is not None and "empty" not in record:
-                        tell_memory(self, measured, metrics, ticker)
+                        keep_budget(self, tell_memory(self, measured, metrics, ticker), metrics, ticker)
                     if self._evaluates():
                         self._evaluate(metrics, ticker)
                     if self.step % settings.checkpoint_every == 0 or self.step == self.steps:

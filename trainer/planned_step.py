@@ -85,8 +85,12 @@ def measured_step(trainer: Trainer, batches: Iterator[Batch]) -> tuple[dict[str,
     return records[0], found
 
 
-def tell_memory(trainer: Trainer, found: Measured, metrics: Metrics, ticker: Ticker) -> None:
-    """Write what was measured, of the process with the highest peak, and say it beside what was planned."""
+def tell_memory(trainer: Trainer, found: Measured, metrics: Metrics, ticker: Ticker) -> int:
+    """Write what was measured, of the process with the highest peak, and say it beside what was planned.
+
+    Returns:
+        Bytes at that peak.
+    """
     own = torch.tensor([found.peak, found.base], device=trainer.accelerator.device)
     every = trainer.accelerator.gather(own).view(-1, 2).tolist()
     found = replace(found, peak=max(peak for peak, _ in every), base=max(base for _, base in every))
@@ -100,3 +104,4 @@ def tell_memory(trainer: Trainer, found: Measured, metrics: Metrics, ticker: Tic
     budget = trainer.experiment.memory.bytes
     ticker.say(f"step {trainer.step}: memory peak {readable(found.peak)} measured{reserved_}{planned}"
                + ("" if budget is None else f", budget {readable(budget)}"))
+    return found.peak

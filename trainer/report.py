@@ -216,7 +216,8 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
     if found["reserved"] is not None:
         rows.append(f"| reserved by the allocator | {found['reserved']:,} |")
     if memory["budget"] is not None:
-        rows.append(f"| **budget** | {memory['budget']:,} |")
+        above = found["peak"] - memory["budget"]
+        rows.append(f"| **budget**{f', exceeded by {above:,} bytes' if above > 0 else ''} | {memory['budget']:,} |")
         rows += ["", f"Keeping everything would have needed {memory['keep_all']:,} bytes. Recomputation takes "
                      f"{memory['recomputed']:.1%} of the blocks' forward and backward time by prediction; a better "
                      f"schedule of the blocks could save at most {memory['gap']:.1%} of it."]

@@ -84,6 +84,9 @@ class Residency:
         teacher: gathered while the teacher is asked.
         head: of the teacher's weights, gathered while the student's head runs, which is where the loss is taken.
         landed: the buffer in which forward's last weights came, which stays until forward has ended, the head with it.
+        turning: gathered from when the loss turns back until the last turn's backward, where the head is in no turn.
+        turned: for a moment before that, on top.
+        trailing: the buffer in which the first turn's gradients are summed, which stays until backward is done.
         rest: gradients that stay of what is in no turn, once backward is done.
         end: for a moment then, on top of their whole gradients.
         update: while the optimizer steps, on top of all that stays.
@@ -102,6 +105,9 @@ class Residency:
     teacher: int = 0
     head: int = 0
     landed: int = 0
+    turning: int = 0
+    turned: int = 0
+    trailing: int = 0
     rest: int = 0
     end: int = 0
     update: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ class Shared:
         self._handles: list[Any] = []
         self._turned = self._grown = False
         self._bucket = Bucket(residency.bucket)
-        self._pending = 0
+        self._pending = self._turning = self._trailing = 0
         self._open: Turn | None = None  # whose backward is running
 
     @contextmanager
@@ -53,6 +53,7 @@ class Shared:
             yield
             if self._open is not None:
                 self._after(self._open)  # an embedding has no input whose gradient is asked for
+            self._change(BUFFERS, -self._trailing)
             self._moment(BUFFERS, self.residency.end)
             self._drop(self.model.parameters())
             self._change(GRADIENTS, self.residency.rest - self._pending)
@@ -75,12 +76,21 @@ class Shared:
         if head is None or not beside:
             return
 
+        def turn(gradient: torch.Tensor) -> None:
+            self._moment(GATHERED, self.residency.turning + self.residency.turned)
+            self._change(GATHERED, self.residency.turning)
+            self._turning = self.residency.turning
+
         def before(*_: Any) -> None:
             self._change(GATHERED, beside)
             self._moment(GATHERED, self.residency.head)  # the teacher's comes in a buffer of its own
 
         self._handles.append(head.register_forward_pre_hook(before))
-        self._handles.append(head.register_forward_hook(lambda *_: self._change(GATHERED, -beside)))
+        def after(module: nn.Module, args: tuple, out: object) -> None:
+            self._change(GATHERED, -beside)
+            self._when_back(out, turn)
+
+        self._handles.append(head.register_forward_hook(after))
 
     def _follow(self, turn: Turn) -> None:
         modules = [self.model.get_submodule(name) for name in turn.modules]
@@ -96,17 +106,23 @@ class Shared:
         def after(module: nn.Module, args: tuple, out: object) -> None:
             if not turn.stays:
                 self._change(GATHERED, -turn.forward)
-            made = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-            if made:
-                made[0].register_hook(lambda gradient: self._backward(turn))
+            self._when_back(out, lambda gradient: self._backward(turn))
 
         self._handles.append(modules[0].register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(modules[-1].register_forward_hook(after))
+
+    def _when_back(self, out: object, then: Callable[[torch.Tensor], None]) -> None:
+        """Do something when backward comes to what made `out`."""
+        made = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        if made:
+            made[0].register_hook(then)
 
     def _backward(self, turn: Turn) -> None:
         if self._open is not None:  # whose input is this one's output: of its hooks this one comes first
             self._after(self._open)
         self._open = turn
+        self._change(GATHERED, -self._turning)
+        self._turning = 0
         self._change(GATHERED, turn.backward - (turn.forward if turn.stays else 0))
         self._change(BUFFERS, turn.buffers)
         self._moment(GATHERED, turn.fetched)
@@ -123,6 +139,9 @@ class Shared:
             self._drop([parameter for module in modules for parameter in module.parameters()])
         self._change(GRADIENTS, turn.pending - self._pending + turn.kept)
         self._pending = turn.pending
+        if turn is self.residency.turns[0] and self.residency.trailing:
+            self._trailing = self.residency.trailing
+            self._change(BUFFERS, self._trailing)
 
     def _into_bucket(self, parameter: nn.Parameter) -> None:
         """A gradient has been made, which goes into the bucket, now or in the end."""

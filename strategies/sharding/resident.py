@@ -158,25 +158,27 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     order = _order(units)
     counts = [gathered(names) for names in order]
     root = sum(local_rows(parameter, setup.ranks) * setup.ranks for parameter in _outside(model, units))
+    fetched = [0 if setup.stage == 2 or units.tail and index == len(order) - 1 else size * count
+               for index, count in enumerate(counts)]  # in backward, of each unit
     turns = []
     for index, (names, count) in enumerate(zip(order, counts, strict=True)):
-        previous = counts[index - 1] if index else root
         following = counts[index + 1] if index + 1 < len(counts) else 0
-        tail = bool(units.tail) and index == len(order) - 1
-        stays = tail or setup.stage == 2
+        stays, before = not fetched[index], fetched[index - 1] if index else 0
+        forward, most = size * count * (1 if stays else 2), size * count + max(size * count, _arriving(count, setup))
         turns.append(Turn(
-            tuple(names), forward=size * count * (1 if stays else 2), stays=stays,
-            arriving=size * (previous + (count if stays else 0)),
-            backward=size * (count + (previous if index else 0)), buffers=sums * following,
-            fetched=0 if stays else size * count + (size * previous // setup.ranks if setup.half and index else 0),
+            tuple(names), forward=forward, stays=stays,
+            arriving=size * (counts[index - 1] if index else root) + most - forward,
+            backward=size * count + before, buffers=sums * following,
+            fetched=max(0, fetched[index] - before, _arriving(counts[index - 1], setup) if before else 0),
             # before gradients are put into a buffer, the weights are given back, and the buffer before that
-            reduced=max(0, sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks
-                        - size * count - sums * following),
+            reduced=max(0, _summing(_parameters(model, names), count, setup) - sums * following),
             kept=0 if setup.accumulates or setup.in_backward else FP32 * count // setup.ranks))
     parts = {"weights": FP32 * own, "buffers": _buffers(model), "optimizer state": state}
+    trailing = sums * counts[0] if counts else 0
     if setup.accumulates:  # the buffer of the last sum stays
-        last = sums * (root or counts[0])
+        last = sums * root or trailing
         parts |= {"gradients": FP32 * own, "buckets": last}
+    if setup.accumulates and turns:
         turns[-1] = replace(turns[-1], kept=-last, reduced=max(0, turns[-1].reduced - last))
     stay = not setup.accumulates and not setup.in_backward
     if setup.offload_parameters:  # weights, gradients and state are on the CPU; a gradient is copied there once summed
@@ -186,7 +188,27 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     return Residency(parts, tuple(turns), units.blocks, forward=size * root, update=0 if setup.in_backward else update,
                      gradients=FP32 * (max([root, *counts]) // setup.ranks if setup.in_backward else own) if own else 0,
                      rest=FP32 * root // setup.ranks if stay else 0, landed=size * (counts[-1] if counts else root),
-                     end=sums * root + (sums * counts[0] if counts else 0))
+                     trailing=trailing, end=max(0, _summing(_outside(model, units), root, setup)),
+                     turning=0 if units.tail or not counts else fetched[-1],
+                     turned=0 if units.tail or not counts else _arriving(counts[-1], setup))
+
+
+def _arriving(count: int, setup: Setup) -> int:
+    """Bytes that are there for a moment while a unit is gathered into its buffer: gloo's own, and the part, cast."""
+    size = setup.compute.itemsize
+    return size * count * setup.gloo + (size * count // setup.ranks if setup.half else 0)
+
+
+def _summing(parameters: Iterable[nn.Parameter], count: int, setup: Setup) -> int:
+    """Most bytes that summing a unit's gradients adds to its weights and whole gradients, both of which go meanwhile.
+
+    First the weights; then the gradients are laid side by side in a buffer (the largest is copied on the way, where
+    that casts and no kernel of its own does it), and go; then comes the rank's part of the sum, and gloo's copy.
+    """
+    size, sums = setup.compute.itemsize, FP32 if setup.half else setup.compute.itemsize
+    copied = size * max((parameter.numel() for parameter in parameters), default=0) if setup.half and setup.gloo else 0
+    return max(sums * count + copied - size * count,
+               sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks - 2 * size * count)
 
 
 def local_rows(parameter: torch.Tensor, ranks: int) -> int:
@@ -278,7 +300,7 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     if not setup.offload_optimizer:
         parts |= {"fp32 weights": parts["fp32 weights"] + (FP32 * part if setup.half else 0), "gradients": sums * part,
                   "optimizer state": state}
-    turns, bucket = [], Bucket(setup.bucket)
+    turns, bucket, end = [], Bucket(setup.bucket), 0
     for name in reversed((*units.ends[:1], *units.blocks, *units.ends[1:])):
         own = _parameters(model, [name])
         count = sum(equal_part(parameter, setup.ranks) * setup.ranks for parameter in own)
@@ -287,13 +309,17 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
         for parameter in own:
             if not (waits and parameter.ndim > 1):
                 bucket.add(parameter.numel())
-        turns.append(Turn((name,), forward=size * (count + ahead), backward=size * (count + ahead),
+            elif setup.gloo and parameter.numel() > setup.bucket:  # summed by itself
+                end = size * (count + parameter.numel())  # in a copy, while its weights are still there
+        staged = size * count if setup.gloo else 0  # gloo gathers into a copy
+        turns.append(Turn((name,), forward=size * (count + ahead), arriving=staged, fetched=staged,
+                          backward=size * (count + ahead),
                           reduced=max(0, size * (2 * bucket.largest - count)), pending=size * bucket.content,
                           drops=not waits))
     if not setup.offload_optimizer:
         update += FP32 * max(parts_of, default=0)
     return Residency(parts, tuple(turns), units.blocks, gradients=parts.get("gradients", 0),
-                     update=0 if setup.offload_optimizer else update)
+                     end=end, update=0 if setup.offload_optimizer else update)
 
 
 def equal_part(parameter: torch.Tensor, ranks: int) -> int:

@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from tests.conftest import TINY, on_two_ranks, train_py
+from tests.conftest import TINY, forked, on_two_ranks, train_py, two_ranks
 from trainer.metrics import read_lines
 
 DEEP = {**TINY, "num_hidden_layers": 6}
@@ -135,3 +137,53 @@ def test_a_whole_run_on_two_ranks_under_a_budget(write_experiment, tmp_path):
     losses = [[line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
               for name in ("tiny", "alone")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+TAKEN = 8 * 2**20  # bytes for a moment of each forward, which no plan knows of
+
+
+def _hungry(*arguments: str) -> int:
+    """`train.py`, with embeddings that take memory which is not there when a step is tried without data."""
+    from trainer import cli
+
+    def take(module, inputs, out) -> None:
+        if isinstance(module, torch.nn.Embedding) and not isinstance(out, FakeTensor):
+            torch.empty(TAKEN // 4)
+
+    torch.nn.modules.module.register_module_forward_hook(take)
+    return cli.train(list(arguments))
+
+
+@pytest.mark.timeout(600)
+def test_a_step_above_its_budget_is_said_at_once_or_ends_the_run(write_experiment, tmp_path):
+    """With how much and what to change; what it offers is taken, and the run goes on as if it had never stopped."""
+    settings = {"training": {"steps": 5, "micro_batch": 4, "evaluate_every": 5, "checkpoint_every": 5},
+                "report": {"control": False}}
+    file = write_experiment("warned", **settings)
+    budget = plan_of("--config", str(file))["peak"] + 2**20
+    done = forked(_hungry, ("--config", str(file), f"memory.budget={budget}"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = read_lines(tmp_path / "warned" / "metrics.jsonl")
+    (found,), (memory,) = ([line[name] for line in lines if name in line] for name in ("exceeded", "memory"))
+    assert memory["peak"] > budget > memory["peak"] - TAKEN and found["above"] == memory["peak"] - budget
+    assert "warning: step 3 took" in done.stdout and f"{found['above']:,} bytes or" in done.stdout, done.stdout
+    offered = re.search(r"memory\.budget=(\d+) memory\.reserve=(\d+)", found["way_out"])
+    assert offered and int(offered[1]) > memory["peak"], found
+    assert f"-> {found['way_out']}" in done.stdout
+    assert TAKEN / 2 < int(offered[2]) < TAKEN + 2**20
+    assert "exceeded by" in (tmp_path / "warned" / "report.md").read_text()
+
+    again = ("--config", str(write_experiment("stopped", **settings)), "sharding.engine=fsdp2",
+             "memory.exceeded=stop")
+    small = plan_of(*again, "memory.processes=2")["peak"] + 2**20
+    done = forked(_hungry, (*again, f"memory.budget={small}"), two_ranks())
+    assert done.returncode == 3 and done.stderr.count("error: ") == 1, done.stderr[-3000:]
+    assert "memory.budget = " in done.stderr and "step 3 took" in done.stderr and "Traceback" not in done.stderr
+    assert "step-00000003 is saved; the run goes on from there" in done.stderr
+    offered = re.search(r"(memory\.budget=\d+) (memory\.reserve=\d+)", done.stderr)
+    assert offered, done.stderr
+    done = forked(_hungry, (*again, offered[1], offered[2]), two_ranks())
+    assert done.returncode == 0 and "resumed at step 3" in done.stdout, done.stderr[-3000:]
+    one, other = ([line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
+                  for name in ("warned", "stopped"))
+    assert one == pytest.approx(other, rel=1e-5) and len(other) == 5

@@ -301,6 +301,10 @@ class Memory(Node):
     """Processes to plan a dry run for, one a device, all nodes together; a run must be launched with as many."""
     compile: bool = False
     """Run planned blocks by Inductor instead of by eager kernels; needs a C++ compiler, and warms up for a while."""
+    reserve: Bytes = None
+    """Bytes of the budget that a plan leaves free, for what it does not know of; null leaves none."""
+    exceeded: Literal["warn", "stop"] = "warn"
+    """A measured step above the budget is said (warn), or ends the run, saved, with exit code 3 (stop)."""
 
     @model_validator(mode="after")
     def _device_holds_it(self) -> Memory:
