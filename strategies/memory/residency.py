@@ -21,6 +21,7 @@ class Turn:
         reduced: for a moment after its backward, on top of its whole gradients: buffers in which they are summed.
         kept: bytes of gradients that stay from the end of its backward on.
         pending: whole gradients, of this part and others, that wait for a full bucket after its backward.
+        lasts: whether what is gathered for its backward is there until all of backward is done.
         drops: whether its whole gradients go after its backward; else they stay to the end of backward.
     """
 
@@ -34,6 +35,7 @@ class Turn:
     reduced: int = 0
     kept: int = 0
     pending: int = 0
+    lasts: bool = False
     drops: bool = True
 
 
@@ -53,12 +55,16 @@ class Bucket:
         """Forget what has been summed."""
         self.largest = 0
 
+    def holds(self, count: int) -> bool:
+        """Whether a gradient of so many elements would go into it, and is not summed by itself."""
+        return count <= self.size
+
     def add(self, count: int) -> int:
         """Put a gradient of so many elements in; returns how many are summed now, to make room or by itself."""
         summed = 0
         if self.content + count > self.size:
             summed, self.content = self.content, 0
-        if count > self.size:
+        if not self.holds(count):
             summed = max(summed, count)
         else:
             self.content += count
@@ -80,8 +86,9 @@ class Residency:
         at_once: whether a whole gradient goes as soon as it is made, into a bucket.
         bucket: elements of that bucket.
         grown: bytes of gradients that a rank holds from when the bucket is emptied for the first time, all at once.
-        emptied: bytes for each element, for a moment whenever it is emptied.
+        emptied: bytes for each element, for a moment whenever it is emptied; what is summed by itself takes none.
         teacher: gathered while the teacher is asked.
+        asking: for a moment then, on top, before there are any activations.
         head: of the teacher's weights, gathered while the student's head runs, which is where the loss is taken.
         landed: the buffer in which forward's last weights came, which stays until forward has ended, the head with it.
         turning: gathered from when the loss turns back until the last turn's backward, where the head is in no turn.
@@ -103,6 +110,7 @@ class Residency:
     grown: int = 0
     emptied: int = 0
     teacher: int = 0
+    asking: int = 0
     head: int = 0
     landed: int = 0
     turning: int = 0

@@ -34,7 +34,7 @@ class Shared:
         self._handles: list[Any] = []
         self._turned = self._grown = False
         self._bucket = Bucket(residency.bucket)
-        self._pending = self._turning = self._trailing = 0
+        self._pending = self._turning = self._trailing = self._lasting = 0
         self._open: Turn | None = None  # whose backward is running
 
     @contextmanager
@@ -48,6 +48,7 @@ class Shared:
                 self._handles += [parameter.register_post_accumulate_grad_hook(self._into_bucket)
                                   for parameter in self.model.parameters() if parameter.requires_grad]
             self._change(GATHERED, self.residency.teacher)
+            self._moment(GATHERED, self.residency.asking)
             self._handles.append(self.model.register_forward_pre_hook(self._asked))
             self._follow_head()
             yield
@@ -57,7 +58,7 @@ class Shared:
             self._moment(BUFFERS, self.residency.end)
             self._drop(self.model.parameters())
             self._change(GRADIENTS, self.residency.rest - self._pending)
-            self._change(GATHERED, -self.residency.forward)
+            self._change(GATHERED, -self.residency.forward - self._lasting)
             self._change(BUFFERS, -self.residency.backward if self._turned else 0)
 
     def at(self, position: int) -> dict[str, int]:
@@ -132,7 +133,10 @@ class Shared:
             return
         self._open = None
         self._moment(BUFFERS, turn.reduced)
-        self._change(GATHERED, -turn.backward)
+        if turn.lasts:
+            self._lasting += turn.backward
+        else:
+            self._change(GATHERED, -turn.backward)
         self._change(BUFFERS, -turn.buffers)
         if turn.drops:
             modules = map(self.model.get_submodule, turn.modules)
@@ -150,12 +154,15 @@ class Shared:
             self._change(BUFFERS, self.residency.backward)
         if not self.residency.at_once:
             return
-        parameter.grad = None
-        if self.residency.bucket and (summed := self._bucket.add(parameter.numel())):
-            self._moment(BUFFERS, self.residency.emptied * summed)
-            if not self._grown:
+        if self.residency.bucket:
+            waiting = self._bucket.content
+            summed = self._bucket.add(parameter.numel())
+            if summed:
+                self._moment(BUFFERS, self.residency.emptied * waiting)
+            if summed and not self._grown:
                 self._grown = True
                 self._change(GRADIENTS, self.residency.grown)
+        parameter.grad = None
 
     def _drop(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from strategies.memory.shards import Layout, Piece, local_of
-from strategies.sharding.resident import aligned, equal_part
+from strategies.sharding.cuts import cuts
 
 
 class OwnPart:
@@ -53,20 +53,6 @@ def clear_padding(tensor: torch.Tensor, layout: Layout) -> None:
             flat[end:piece.offset].zero_()
             end = piece.offset + piece.numel
     flat[end:].zero_()
-
-
-def cuts(group: Sequence[torch.Tensor], stage: int, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """Elements (first, behind the last) of each parameter of a group that a rank of ZeRO holds."""
-    if stage == 3:
-        parts = [equal_part(parameter, ranks) for parameter in group]
-        return [(min(rank * part, parameter.numel()), min((rank + 1) * part, parameter.numel()))
-                for parameter, part in zip(group, parts, strict=True)]
-    size, offset, found = aligned(group, ranks) // ranks, 0, []
-    for parameter in group:
-        count, begin = parameter.numel(), rank * size - offset
-        found.append((min(max(begin, 0), count), min(max(begin + size, 0), count)))
-        offset += count
-    return found
 
 
 class Frozen:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -17,11 +18,11 @@ from torch import nn
 from strategies.memory.ledger import parameter_bytes
 from strategies.memory.residency import Bucket, Residency, Turn
 from strategies.memory.shards import Layout, Piece, lay_out
+from strategies.sharding.cuts import aligned, cuts, equal_part
 from strategies.sharding.units import Units, units_of
 
 SHARDED = ("fsdp2", "zero")  # engines under which a rank holds parts of weights
-FP32 = 4
-ALIGNED = 2  # elements to whose multiple, times the ranks, ZeRO pads a group of parameters
+FP32, FP64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,6 @@ def _rows(parameter: torch.Tensor, ranks: int, known: bool) -> torch.Tensor:
     return part
 
 
-def aligned(parameters: Iterable[torch.Tensor], ranks: int) -> int:
-    """Elements of a group of parameters, padded as ZeRO's stages 1 and 2 do."""
-    unit = ALIGNED * ranks
-    return -(-sum(parameter.numel() for parameter in parameters) // unit) * unit
-
-
 def residency(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Setup, *, optimizer_state: int,
               update: int, teacher: nn.Module | None = None, teacher_compute: torch.dtype | None = None) -> Residency:
     """What the first rank holds of a training step.
@@ -128,8 +123,8 @@ def residency(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup:
     found = make(model, groups, setup, optimizer_state, update)
     if teacher is None:
         return found
-    held, gathered, head = _teacher(teacher, setup, teacher_compute)
-    return replace(found, parts={**found.parts, "teacher": held}, teacher=gathered, head=head)
+    held, gathered, asking, head = _teacher(teacher, setup, teacher_compute)
+    return replace(found, parts={**found.parts, "teacher": held}, teacher=gathered, asking=asking, head=head)
 
 
 # ---- whole on every rank
@@ -170,8 +165,8 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
             arriving=size * (counts[index - 1] if index else root) + most - forward,
             backward=size * count + before, buffers=sums * following,
             fetched=max(0, fetched[index] - before, _arriving(counts[index - 1], setup) if before else 0),
-            # before gradients are put into a buffer, the weights are given back, and the buffer before that
-            reduced=max(0, _summing(_parameters(model, names), count, setup) - sums * following),
+            # before gradients are put into a buffer, the buffer before that is given back
+            reduced=max(0, _summing(model, names, setup, names[0] in units.ends) - sums * following),
             kept=0 if setup.accumulates or setup.in_backward else FP32 * count // setup.ranks))
     parts = {"weights": FP32 * own, "buffers": _buffers(model), "optimizer state": state}
     trailing = sums * counts[0] if counts else 0
@@ -188,7 +183,7 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     return Residency(parts, tuple(turns), units.blocks, forward=size * root, update=0 if setup.in_backward else update,
                      gradients=FP32 * (max([root, *counts]) // setup.ranks if setup.in_backward else own) if own else 0,
                      rest=FP32 * root // setup.ranks if stay else 0, landed=size * (counts[-1] if counts else root),
-                     trailing=trailing, end=max(0, _summing(_outside(model, units), root, setup)),
+                     trailing=trailing, end=max(0, _summing(model, (), setup)),
                      turning=0 if units.tail or not counts else fetched[-1],
                      turned=0 if units.tail or not counts else _arriving(counts[-1], setup))
 
@@ -199,16 +194,19 @@ def _arriving(count: int, setup: Setup) -> int:
     return size * count * setup.gloo + (size * count // setup.ranks if setup.half else 0)
 
 
-def _summing(parameters: Iterable[nn.Parameter], count: int, setup: Setup) -> int:
+def _summing(model: nn.Module, names: Sequence[str], setup: Setup, held: bool = False) -> int:
     """Most bytes that summing a unit's gradients adds to its weights and whole gradients, both of which go meanwhile.
 
     First the weights; then the gradients are laid side by side in a buffer (the largest is copied on the way, where
-    that casts and no kernel of its own does it), and go; then comes the rank's part of the sum, and gloo's copy.
+    that casts and no kernel of its own does it), and go, unless autograd still has them (`held`: those of an embedding
+    or a head); then comes the rank's part of the sum, and gloo's copy. Without names the unit is the root.
     """
+    parameters = _parameters(model, names) if names else _outside(model, units_of(model))
+    count = setup.ranks * sum(local_rows(parameter, setup.ranks) for parameter in parameters)
     size, sums = setup.compute.itemsize, FP32 if setup.half else setup.compute.itemsize
     copied = size * max((parameter.numel() for parameter in parameters), default=0) if setup.half and setup.gloo else 0
-    return max(sums * count + copied - size * count,
-               sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks - 2 * size * count)
+    summing = sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks
+    return max(sums * count + copied, summing - (0 if held else size * count)) - size * count
 
 
 def local_rows(parameter: torch.Tensor, ranks: int) -> int:
@@ -244,6 +242,9 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
     largest = max((aligned(group, setup.ranks) // setup.ranks for group in groups), default=0)
     update += 0 if compact or setup.offload_optimizer else (FP32 + size if setup.half else FP32) * largest
     bucket = 0 if setup.accumulates else size * setup.bucket  # from the first gradient of a step on
+    if not setup.offload_optimizer:
+        update = max(update, *(_norm(groups, setup, rank) + (0 if compact else size * sum(
+            _overlapping(group, rank, setup.ranks) for group in groups) - grown) for rank in range(setup.ranks)))
     if setup.stage == 1:  # when backward is done, gradients go through the bucket one after another
         before = parts["gradients"] + parts["buckets"] if setup.accumulates else 0  # which go then
         return Residency(parts, backward=bucket, rest=grown - before, at_once=setup.accumulates,
@@ -251,6 +252,12 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
                          gradients=size * whole)
     return Residency(parts, backward=bucket, at_once=True, bucket=setup.bucket, grown=0 if compact else grown,
                      emptied=size if setup.gloo else 0, update=update, gradients=grown)
+
+
+def _norm(groups: Sequence[Sequence[torch.Tensor]], setup: Setup, rank: int) -> int:
+    """Bytes in which a rank takes the norm of its largest piece of a gradient: DeepSpeed's is in fp64."""
+    return FP64 * max((stop - start for group in groups
+                       for start, stop in cuts(group, setup.stage, rank, setup.ranks)), default=0)
 
 
 def _first_filling(groups: Sequence[Sequence[torch.Tensor]], size: int) -> int:
@@ -310,40 +317,42 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
             if not (waits and parameter.ndim > 1):
                 bucket.add(parameter.numel())
             elif setup.gloo and parameter.numel() > setup.bucket:  # summed by itself
-                end = size * (count + parameter.numel())  # in a copy, while its weights are still there
+                end = size * parameter.numel()
         staged = size * count if setup.gloo else 0  # gloo gathers into a copy
-        turns.append(Turn((name,), forward=size * (count + ahead), arriving=staged, fetched=staged,
-                          backward=size * (count + ahead),
+        again = not waits or name == units.ends[-1]  # a tied head's weights are still there for the embedding
+        turns.append(Turn((name,), forward=size * (count + ahead), arriving=staged, fetched=staged if again else 0,
+                          backward=size * (count + ahead) if again else 0, lasts=name == units.ends[-1],
                           reduced=max(0, size * (2 * bucket.largest - count)), pending=size * bucket.content,
                           drops=not waits))
     if not setup.offload_optimizer:
-        update += FP32 * max(parts_of, default=0)
+        update = max(update + FP32 * max(parts_of, default=0), _norm(groups, setup, 0))
     return Residency(parts, tuple(turns), units.blocks, gradients=parts.get("gradients", 0),
                      end=end, update=0 if setup.offload_optimizer else update)
 
 
-def equal_part(parameter: torch.Tensor, ranks: int) -> int:
-    """Elements of a parameter that a rank holds, cut flat into equal parts as ZeRO's stage 3 does, padding included."""
-    return -(-parameter.numel() // ranks)
-
-
 # ---- teacher and helpers
 
-def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> tuple[int, int, int]:
-    """Bytes of a teacher on the first rank, the most that it gathers, and what it gathers for its head."""
+def _teacher(teacher: nn.Module, setup: Setup, compute: torch.dtype | None) -> tuple[int, int, int, int]:
+    """Bytes of a teacher on the first rank, the most that it gathers, what for a moment comes on top of that while a
+    unit arrives, and what it gathers for its head."""
     if setup.engine not in SHARDED:
-        return parameter_bytes(teacher), 0, 0
-    units = units_of(teacher)
+        return parameter_bytes(teacher), 0, 0, 0
+    units, ranks = units_of(teacher), setup.ranks
 
     def bytes_of(parameters: Iterable[nn.Parameter], times: int) -> int:
-        return sum(local_rows(parameter, setup.ranks) * times * (
+        return sum(local_rows(parameter, ranks) * times * (
             parameter.element_size() if compute is None or times == 1 else compute.itemsize)
             for parameter in parameters)
 
-    root = bytes_of(_outside(teacher, units), setup.ranks)
-    largest = max((bytes_of(_parameters(teacher, names), setup.ranks) for names in _order(units)), default=0)
-    head = bytes_of(_parameters(teacher, units.tail[-1:]), setup.ranks) if units.tail else root
-    return bytes_of(teacher.parameters(), 1), root + 2 * largest, head
+    def arriving(count: int) -> int:  # in a buffer, and out of it
+        return count + max(count, count * setup.gloo + (0 if compute is None else count // ranks))
+
+    root = bytes_of(_outside(teacher, units), ranks)
+    counts = [bytes_of(_parameters(teacher, names), ranks) for names in _order(units)]
+    most = max([arriving(root), *(root + before + arriving(count) for before, count in pairwise([root, *counts]))])
+    gathered = root + 2 * max(counts, default=0)
+    head = bytes_of(_parameters(teacher, units.tail[-1:]), ranks) if units.tail else root
+    return bytes_of(teacher.parameters(), 1), gathered, max(0, most - gathered), head
 
 
 def _order(units: Units) -> list[list[str]]:

@@ -1,0 +1,34 @@
+"""How ZeRO cuts the parameters of a group into the parts of its ranks, read off DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+ALIGNED = 2  # elements to whose multiple, times the ranks, ZeRO pads a group of parameters
+
+
+def cuts(group: Sequence[torch.Tensor], stage: int, rank: int, ranks: int) -> list[tuple[int, int]]:
+    """Elements (first, behind the last) of each parameter of a group that a rank of ZeRO holds."""
+    if stage == 3:
+        parts = [equal_part(parameter, ranks) for parameter in group]
+        return [(min(rank * part, parameter.numel()), min((rank + 1) * part, parameter.numel()))
+                for parameter, part in zip(group, parts, strict=True)]
+    size, offset, found = aligned(group, ranks) // ranks, 0, []
+    for parameter in group:
+        count, begin = parameter.numel(), rank * size - offset
+        found.append((min(max(begin, 0), count), min(max(begin + size, 0), count)))
+        offset += count
+    return found
+
+
+def aligned(parameters: Iterable[torch.Tensor], ranks: int) -> int:
+    """Elements of a group of parameters, padded as ZeRO's stages 1 and 2 do."""
+    unit = ALIGNED * ranks
+    return -(-sum(parameter.numel() for parameter in parameters) // unit) * unit
+
+
+def equal_part(parameter: torch.Tensor, ranks: int) -> int:
+    """Elements of a parameter that a rank holds, cut flat into equal parts as ZeRO's stage 3 does, padding included."""
+    return -(-parameter.numel() // ranks)
