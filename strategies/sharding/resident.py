@@ -319,9 +319,11 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
             elif setup.gloo and parameter.numel() > setup.bucket:  # summed by itself
                 end = size * parameter.numel()
         staged = size * count if setup.gloo else 0  # gloo gathers into a copy
-        again = not waits or name == units.ends[-1]  # a tied head's weights are still there for the embedding
+        head = name in units.ends[-1:]
+        again = not waits or head  # a tied head's weights are still there for the embedding
+        alone = waits or any(not bucket.holds(parameter.numel()) for parameter in own)  # else they go with the bucket
         turns.append(Turn((name,), forward=size * (count + ahead), arriving=staged, fetched=staged if again else 0,
-                          backward=size * (count + ahead) if again else 0, lasts=name == units.ends[-1],
+                          backward=size * (count + ahead) if again else 0, lasts=head and alone,
                           reduced=max(0, size * (2 * bucket.largest - count)), pending=size * bucket.content,
                           drops=not waits))
     if not setup.offload_optimizer:
