@@ -119,6 +119,19 @@ def write_others(experiment: Experiment, folder: RunFolder, model: nn.Module, te
     return failed
 
 
+def drop_stale(folder: RunFolder, experiment: Experiment) -> None:
+    """Remove what was made of the student before, now that it is made again, and say how to have it back."""
+    asked = experiment.student.quantization
+    if asked is None or asked.budget is None:
+        for file in (folder.allocation, folder.allocation.with_suffix(".png")):
+            file.unlink(missing_ok=True)
+    for name in set(RUNTIMES) - set(experiment.export.to):
+        if folder.student_for(name).exists():
+            shutil.rmtree(folder.student_for(name))
+            console.print(f"{experiment.name}: {folder.student_for(name)} was of the student before, and is removed: "
+                          f"`limbeck export {folder.path} --to {name}` writes it again")
+
+
 def check_written(folder: RunFolder, failed: list[str]) -> None:
     """Raise `RunFailed` where a runtime has no student, though transformers has one."""
     if failed:

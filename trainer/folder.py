@@ -22,6 +22,9 @@ FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "train
         "training.keep_checkpoints", "training.background_saves", "training.micro_batch", "data.workers",
         "export.tolerance", "export.to")
 
+# What only the student's files and the report are made with, where training sees no quantised weights.
+AFTERWARDS = ("student.quantization", "export", "report")
+
 LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; those of the largest runs have a hundredth of it
 _LOCKS: dict[Path, Any] = {}  # held by this process; the system releases them when it ends
 
@@ -64,7 +67,9 @@ class RunFolder:
         if not self.experiment.exists():
             raise UserError("run.folder", "the folder exists and is not a run folder", value=str(self.path),
                             way_out=way_out)
-        changed = [(key, *values) for key, values in self.changed(experiment).items() if not _free(key)]
+        later = self.afterwards(experiment)
+        changed = [(key, *values) for key, values in self.changed(experiment).items()
+                   if not _free(key) and key not in later]
         if changed:
             shown = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed[:3])
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -77,6 +82,29 @@ class RunFolder:
         now = flatten(experiment.model_dump(mode="json"))
         return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)
                 and not (key.endswith(".revision") and now.get(key) is None)}  # it was resolved when it began
+
+    def afterwards(self, experiment: Experiment) -> list[str]:
+        """Changed keys that act after training alone: what is made with them can be made again from a checkpoint.
+
+        Numbers and scales of a student that is trained quantised are part of its training, and so is going over to it.
+        """
+        then, now = read_values(self.experiment)[0], experiment.model_dump(mode="json")
+        methods = {(one["student"].get("quantization") or {}).get("method") for one in (then, now)}
+        places = AFTERWARDS if "qat" not in methods else ("report", "export.to", "export.tolerance")
+        return [key for key in self.changed(experiment) if _under(key, places)]
+
+    def adopt(self, experiment: Experiment) -> None:
+        """Remember the values that the student's files and the report were made with again."""
+        values, _ = read_values(self.experiment)
+        for key in self.afterwards(experiment):
+            name = next(one for one in AFTERWARDS if _under(key, (one,)))
+            *above, last = name.split(".")
+            inner, new = values, experiment.model_dump(mode="json")
+            for part in above:
+                inner, new = inner[part], new[part]
+            inner[last] = new[last]
+        write_atomically(self.experiment, f"# Resolved by Limbeck: every value, defaults included.\n"
+                         f"{resolved_yaml(Experiment.model_validate(values))}")
 
     def claim(self, experiment: Experiment, plan: dict[str, Any]) -> None:
         """Make the folder, with the resolved experiment and the plan; on the main process.
@@ -174,4 +202,8 @@ def learnt_from(experiment: Experiment) -> dict[str, Any]:
 
 
 def _free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    return _under(key, FREE)
+
+
+def _under(key: str, places: tuple[str, ...]) -> bool:
+    return any(key == place or key.startswith(f"{place}.") for place in places)

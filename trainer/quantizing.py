@@ -8,22 +8,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
+from strategies.export.layers import quantized_layers
 from strategies.export.receipt import comparison_shape
 from strategies.export.sizes import exported_bytes
 from strategies.quantization import post_training
 from strategies.quantization.allocation import Allocation, allocate, curve, draw_curve, rows, uniform
+from strategies.quantization.calibration import token_mask
 from strategies.quantization.sensitivity import Sensitivity, measure
 from trainer.data.batches import Order, model_inputs
 from trainer.data.dataset import Text
 from trainer.data.rows import StreamedRows
-from trainer.errors import blame
+from trainer.errors import UserError, blame
 from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
 from trainer.folder import RunFolder, write_atomically
 from trainer.full_precision import ignored, without_place
 from trainer.metrics import console, readable
-from trainer.models import DTYPES, student_of
+from trainer.models import DTYPES, served_of, student_of
 from trainer.weight_digests import check_digests, digests_of
 
 SENSED = 8  # rows that the sensitivity of layers is measured on
@@ -50,7 +53,7 @@ def served(experiment: Experiment, model: nn.Module, text: Text, folder: RunFold
     fresh.to(next(model.parameters()).device).eval()
     dtype = DTYPES[experiment.export.dtype]
     console.print(f"{experiment.name}: quantising ({asked.method})")
-    batches = calibration(experiment, text, asked.calibration_rows, fresh)
+    batches = calibration(experiment, text, asked.calibration_rows, next(fresh.parameters()).device)
     ignore = ignored(asked, without_place(fresh, asked, dtype))
     rules = asked.rules(dtype) if asked.budget is None else _allotted(
         experiment, fresh, batches, folder, ignore).rules
@@ -62,14 +65,33 @@ def served(experiment: Experiment, model: nn.Module, text: Text, folder: RunFold
     return fresh
 
 
-def calibration(experiment: Experiment, text: Text, count: int, model: nn.Module) -> list[dict[str, Any]]:
+def check_calibration(experiment: Experiment, config: PretrainedConfig, text: Text) -> None:
+    """Raise `UserError` where the rows are too few for what is quantised after training, before that begins."""
+    asked = experiment.student.quantization
+    if asked is None or asked.trained or asked.method != "gptq":
+        return
+    with torch.device("meta"):
+        widest, name = max((layer.matrix.shape[1], name) for name, layer in quantized_layers(
+            served_of(experiment, config)) if not isinstance(layer, nn.Embedding))
+    batches = calibration(experiment, text, asked.calibration_rows, torch.device("cpu"))
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
+    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
+    if tokens < widest:
+        needed = -(-widest * rows // tokens)
+        enough = not hasattr(text.train, "__len__") or len(text.train) >= needed
+        raise UserError("student.quantization.calibration_rows", f"{rows} rows have {tokens:,} tokens, and {name} has "
+                        f"{widest:,} inputs: GPTQ needs as many tokens at least", value=asked.calibration_rows,
+                        way_out=f"give {needed} or more" if enough else "take `method: rtn`, or more text")
+
+
+def calibration(experiment: Experiment, text: Text, count: int, device: torch.device) -> list[dict[str, Any]]:
     """Inputs of the model for the first rows of the training text, in the order of the run's seed."""
     if isinstance(text.train, StreamedRows):
         chosen = list(islice(text.train.rows(), count))
     else:
         order = Order(len(text.train), experiment.seed)
         chosen = [text.train[order[number]] for number in range(min(count, len(text.train)))]
-    device = next(model.parameters()).device
     stacked = {name: torch.stack([row[name] for row in chosen]).to(device) for name in ("input_ids", "position_ids")}
     size = experiment.training.micro_batch
     return [model_inputs({name: tensor[begin:begin + size] for name, tensor in stacked.items()})

@@ -32,6 +32,7 @@ from trainer.exporting import (
     check_tokenizer,
     check_written,
     compare,
+    drop_stale,
     logits_of,
     write_others,
 )
@@ -51,7 +52,7 @@ from trainer.models import (
     teacher_config,
 )
 from trainer.plan import check_batch, count_steps, make_plan, plan_json, show_plan
-from trainer.quantizing import served
+from trainer.quantizing import check_calibration, served
 from trainer.report import write_report
 from trainer.targets import asks, cached_targets
 from trainer.teacher_layers import try_layers
@@ -107,11 +108,15 @@ def carry_out(source: Source) -> Path:
     folder.check(experiment)
     accelerator = start(experiment)
     say = console.print if accelerator.is_main_process else lambda *_: None
-    if folder.finished:
+    again = folder.afterwards(experiment) if folder.finished else []
+    if folder.finished and not again:
         say(f"{folder.path} is finished: see {folder.report}. To run again, choose another run.folder or remove it.")
         if changed := [key for key in folder.changed(experiment) if not key.startswith("run.")]:
             say(f"not used, since it is finished: {', '.join(changed)}")
         return folder.path
+    if again:
+        say(f"{folder.path} is trained; its student, receipts and report are made again, with other values of "
+            f"{', '.join(again)}")
     check_batch(experiment, accelerator.num_processes)
     if experiment.memory.bytes is not None:
         say(f"{experiment.name}: planning memory")
@@ -124,6 +129,7 @@ def carry_out(source: Source) -> Path:
     for note in text.notes:
         say(f"{experiment.name}  {note}")
     _, shape = _configs(experiment, vocabulary_size(text.tokenizer))
+    check_calibration(experiment, shape, text)
     for note in check_tokenizer(experiment, text, shape.vocab_size):
         say(f"{experiment.name}  {note}")
     experiment = _with_teacher(experiment, accelerator, text)
@@ -134,6 +140,9 @@ def carry_out(source: Source) -> Path:
         train_one(asked, lone, control, control.student, accelerator, text)
     if accelerator.is_main_process:
         compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
+        if again:
+            folder.adopt(source.experiment)
+            drop_stale(folder, experiment)
         check_written(folder, done.failed)
         write_report(folder.path)
         say(f"{experiment.name}: done, see {folder.report}")
