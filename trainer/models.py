@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from strategies.distillation.fused import LogitShape, logit_shape
-from strategies.export.sizes import exported_bytes
+from strategies.export.sizes import exported_bytes, header_bound
 from strategies.export.transformers_folder import check_folder, must_be_alike
 from strategies.quantization.qat import prepare
 from strategies.quantization.stored import Experts, all_layers, as_matrix, multiplies
@@ -271,8 +271,8 @@ def served_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
             raise UserError("student.quantization.budget", f"bits are chosen layer by layer, and transformers reads "
                             f"{alike} only with the same numbers as others", value=asked.budget,
                             way_out="give `bits` in place of a budget")
-        if asked.budget is not None and exported_bytes(model, DTYPES[experiment.export.dtype]) > asked.bytes:
-            least = exported_bytes(model, DTYPES[experiment.export.dtype])
+        if asked.budget is not None and (least := exported_bytes(model, DTYPES[experiment.export.dtype])
+                                         + header_bound(model, asked.parts)) > asked.bytes:
             raise UserError("student.quantization.budget", f"with {min(asked.choices)} bits in every layer the student "
                             f"still takes {least:,} bytes on disk", value=asked.budget,
                             way_out=f"allow {least}, offer fewer bits in `choices`, or quantise `embeddings` too")

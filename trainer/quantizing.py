@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig
 
 from strategies.export.layers import quantized_layers
 from strategies.export.receipt import comparison_shape
-from strategies.export.sizes import exported_bytes
+from strategies.export.sizes import exported_bytes, header_bound
 from strategies.quantization import post_training
 from strategies.quantization.allocation import Allocation, allocate, curve, draw_curve, rows, uniform
 from strategies.quantization.calibration import token_mask
@@ -57,11 +58,18 @@ def served(experiment: Experiment, model: nn.Module, text: Text, folder: RunFold
     ignore = ignored(asked, without_place(fresh, asked, dtype))
     rules = asked.rules(dtype) if asked.budget is None else _allotted(
         experiment, fresh, batches, folder, ignore).rules
+    moved = None if asked.budget is None else divergence_from(fresh, batches)
     with blame("student.quantization.calibration_rows", value=asked.calibration_rows, way_out="give more rows"):
         post_training.quantize(
             fresh, batches, asked.build(dtype), method=asked.method, ignore=ignore, rules=rules,
             activations=asked.activations and asked.activations.build(), smooth=asked.smooth,
             embeddings=asked.embeddings)
+    if moved is not None:
+        together = moved(fresh)
+        write_atomically(folder.allocation, json.dumps(
+            {**json.loads(folder.allocation.read_text()), "together": together}, indent=2) + "\n")
+        console.print(f"{experiment.name}: all layers together move the predictions by {together:.3g} nats a token on "
+                      "rows that calibrated them")
     return fresh
 
 
@@ -108,31 +116,39 @@ def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, 
     rest = exported_bytes(model, DTYPES[experiment.export.dtype]) - sum(
         model.get_parameter(f"{names[0]}.weight").numel() for names in found.layers) * DTYPES[
             experiment.export.dtype].itemsize
+    header = header_bound(model, asked.parts, [name for names in found.layers for name in names])
     with blame("student.quantization.budget", value=asked.budget, way_out="allow more bytes"):
-        chosen = allocate(found, asked.bytes - rest)
+        chosen = allocate(found, asked.bytes - rest - header)
     every, even = curve(found), uniform(found)
     write_atomically(folder.allocation, json.dumps({
-        "budget": asked.bytes, "rest": rest, "chosen": chosen.to_json(), "curve": rows(every),
+        "budget": asked.bytes, "rest": rest, "header": header, "chosen": chosen.to_json(), "curve": rows(every),
         "uniform": rows(even)}, indent=2) + "\n")
     draw_curve(every, even, folder.allocation.with_suffix(".png"))
-    console.print(f"{experiment.name}: {readable(rest + chosen.bytes)} of {readable(asked.bytes)} on disk; the "
-                  f"divergence is to rise by {chosen.rise:.3g} nats a token")
+    console.print(f"{experiment.name}: at most {readable(rest + header + chosen.bytes)} of {readable(asked.bytes)} on "
+                  f"disk; what layers do alone to the predictions is {chosen.rise:.3g} nats a token in sum")
     return chosen
 
 
 def sensitivity(experiment: Experiment, model: nn.Module, batches: list[dict[str, Any]], asked: Quantization
                 ) -> Sensitivity:
     """How far predictions move, KL(before || after) in nats a token, where one layer alone is quantised."""
+    divergence = divergence_from(model, batches)
+    dtype = DTYPES[experiment.export.dtype]
+    return measure(model, asked.candidates(dtype), divergence, asked.ignore, asked.embeddings,
+                   asked.activations and asked.activations.build(), dtype)
+
+
+def divergence_from(model: nn.Module, batches: list[dict[str, Any]]) -> Callable[[nn.Module], float]:
+    """KL(before || after) in nats a token on the first rows: from a model as it is now to what is given later."""
     count, length = comparison_shape(SENSED, batches[0]["input_ids"].shape[1], model.config.vocab_size)
     part = {name: tensor[:count, :length] if isinstance(tensor, torch.Tensor) else tensor
             for name, tensor in batches[0].items()}
     with torch.no_grad():
         before = model(**part).logits.float().log_softmax(-1)
 
+    @torch.no_grad()
     def divergence(model: nn.Module) -> float:
         after = model(**part).logits.float().log_softmax(-1)
         return float((before.exp() * (before - after)).sum(-1).double().mean())
 
-    dtype = DTYPES[experiment.export.dtype]
-    return measure(model, asked.candidates(dtype), divergence, asked.ignore, asked.embeddings,
-                   asked.activations and asked.activations.build(), dtype)
+    return divergence

@@ -164,11 +164,18 @@ def _allotted(folder: RunFolder) -> list[str]:
         layers.setdefault(f"{quantizer['bits']}", []).append(name)
     rows = [f"| {bits} | {len(names)} | {_plain(', '.join(names[:4]))}{' ...' if len(names) > 4 else ''} |"
             for bits, names in sorted(layers.items(), reverse=True)]
-    return ["## Bits\n", "| bits | layers | |", "|---:|---:|---|", *rows, "",
-            f"Chosen within {found['budget']:,} bytes on disk, of which {found['rest']:,} are not quantised: the least "
-            "sum of what quantising each layer alone does to the predictions "
-            f"(a rise of {found['chosen']['rise']:.3g} nats a token; no choice has less by more than "
-            f"{found['chosen']['gap']:.3g}).\n", "![bits and bytes](allocation.png)\n"]
+    size = read_json(folder.receipt)["bytes_on_disk"]
+    beside = sum(file.stat().st_size for file in folder.student.iterdir() if file.is_file()
+                 and file.suffix != ".safetensors" and file != folder.receipt)
+    fits = (f"{size:,} bytes of weights on disk, {'within' if size <= found['budget'] else 'ABOVE'} the budget of "
+            f"{found['budget']:,}. {found['rest']:,} of them are not quantised, and at most {found.get('header', 0):,} "
+            f"name the tensors. Beside them, not counted: tokenizer and configuration, {beside:,} bytes.")
+    together = "" if "together" not in found else f" All of them together, on those rows: {found['together']:.3g}."
+    return ["## Bits\n", "| bits | layers | |", "|---:|---:|---|", *rows, "", fits + "\n",
+            "Chosen for the least sum of what quantising each layer alone does to the predictions on rows that "
+            f"calibrated them: {found['chosen']['rise']:.3g} nats a token; no choice has less by more than "
+            f"{found['chosen']['gap']:.3g}.{together} A sum of rises says which choice is best, not how good it is.\n",
+            "![bits and bytes](allocation.png)\n"]
 
 
 def _elsewhere(folder: RunFolder) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -9,6 +11,9 @@ from strategies.export.layers import Quantized, is_turned, quantized_layers, wei
 from strategies.export.saved_names import saved_rows
 from strategies.export.transformers_folder import PARTS, folder_format, format_bits
 from strategies.memory.packed import packed_bytes
+
+_FIXED = 64  # bytes of a header without tensors: its length, metadata, and blanks up to a multiple of 8
+_ENTRY = 130  # of a tensor beside its name: part of a layer, dtype, shape and two places, of at most 12 digits each
 
 
 def exported_bytes(model: nn.Module, dtype: torch.dtype) -> int:
@@ -22,6 +27,21 @@ def exported_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     rest = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in parts)
     return rest * dtype.itemsize + sum(
         _layer(layer, dtype, pieces[key]) for key, layer in layers.items())
+
+
+def header_bound(model: nn.Module, more_parts: int = 2, layers: Collection[str] = ()) -> int:
+    """The most bytes that a safetensors file of the model begins with: length, names, dtypes, shapes and places.
+
+    Args:
+        more_parts: tensors that a quantised layer is written as beside its numbers: scale and shape, at least.
+        layers: names of those that are yet to be quantised.
+    """
+    named, total = {*dict(quantized_layers(model)), *layers}, _FIXED
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        pieces = 2 * tensor.shape[0] if tensor.ndim == 3 else 1  # experts are written one by one
+        parts = 1 + more_parts * (name.rpartition(".")[0] in named or tensor.ndim == 3)
+        total += pieces * parts * (len(name) + _ENTRY)
+    return total
 
 
 def _layer(layer: Quantized, dtype: torch.dtype, pieces: int) -> int:

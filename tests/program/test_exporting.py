@@ -90,10 +90,13 @@ def test_bits_are_allotted_within_a_budget(carry_out):
     _, folder = carry_out(student={"quantization": asked}, report={"control": False})
     found, receipt = json.loads(folder.allocation.read_text()), json.loads(folder.receipt.read_text())
     assert receipt["holds"] and receipt["largest_difference"] == 0
-    assert found["rest"] + found["chosen"]["bytes"] <= 80_000
+    tensors = found["rest"] + found["chosen"]["bytes"]
+    assert tensors < receipt["bytes_on_disk"] <= tensors + found["header"] <= 80_000
+    assert receipt["bytes_on_disk"] == sum(file.stat().st_size for file in folder.student.glob("*.safetensors"))
+    assert found["together"] > 0
     assert len({quantizer["bits"] for quantizer in found["chosen"]["choice"].values()}) > 1
     assert folder.allocation.with_suffix(".png").stat().st_size > 1000
-    assert "## Bits" in folder.report.read_text() and "Chosen within 80,000 bytes" in folder.report.read_text()
+    assert "## Bits" in folder.report.read_text() and "within the budget of 80,000" in folder.report.read_text()
     for even in found["uniform"]:
         assert any(row["bytes"] <= even["bytes"] and row["rise"] <= even["rise"] for row in found["curve"])
 

@@ -95,6 +95,11 @@ class Quantization(Node):
         """The budget in bytes."""
         return None if self.budget is None else parse_bytes(self.budget)
 
+    @property
+    def parts(self) -> int:
+        """Tensors that a layer is written as beside its numbers: scale, shape, zero points, a scale of what enters."""
+        return 2 + (not self.symmetric) + (self.activations is not None and not self.activations.dynamic)
+
     @model_validator(mode="after")
     def _one_way(self) -> Quantization:
         after = {"smooth": self.smooth is not None, "budget": self.budget is not None,
