@@ -145,14 +145,14 @@ class _Catches(_InPlace):
 
 
 class _Shows(_InPlace):
-    """Gives the same logits whatever it is given."""
+    """Gives the same logits whatever it is given, in fp32: rounded to bf16 they would tell of another factor."""
 
     def __init__(self, head: nn.Module, logits: torch.Tensor) -> None:
         super().__init__(head)
         self.logits = logits
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.logits.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
+        return self.logits.expand(*hidden.shape[:-1], -1)
 
 
 def _body(own: Callable, model: nn.Module, head: nn.Module, args: tuple, kwargs: dict) -> tuple[torch.Tensor, Any]:

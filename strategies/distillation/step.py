@@ -19,6 +19,7 @@ from strategies.distillation.reading import Reader, as_it_is
 from strategies.distillation.response import ResponseObjective
 from strategies.distillation.targets import Common, HiddenTargets, LogitTargets, Targets
 from strategies.distillation.tiles import IGNORED
+from strategies.memory.meter import mark
 
 
 class Distillation:
@@ -102,6 +103,7 @@ class Distillation:
             def loss(of: Targets | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                 return self.objective(student, of, targets, head=head, common=self.common, asked=asked, tile=self.tile)
 
+            mark("loss")
             if hidden is None:
                 total, terms = loss(taught)
             else:

@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch.autograd import profiler
 
-from strategies.memory.tracker import strided_parts, tensors_of
+from strategies.memory.tracker import ENTERED, strided_parts, tensors_of
 
 _FREE, _MARK = "limbeck.free.", "limbeck.mark."
 LET_GO = 1e-3, 1.0  # seconds that gloo has to let go of a tensor: at least, and at most while its threads are busy
@@ -129,7 +129,9 @@ def _told(file: Path) -> str:
 
 
 def mark(name: str) -> None:
-    """Name the present moment in the step that is being measured; does nothing otherwise."""
+    """Name the present moment in the step that is being measured, or counted by `LiveBytes`; else do nothing."""
+    for tracker in ENTERED:
+        tracker.mark(name)
     if _cuda_marks is not None:
         _cuda_marks.append((time.time_ns() / 1000, name))
     with torch._C._profiler._RecordFunctionFast(_MARK + name):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 
 _COLOURS = {"planned": "#2563eb", "measured": "#c2410c", "budget": "#111827"}
+_SHORTEST = 0.04  # of the picture, that a phase takes
 _MOST_POINTS = 4000  # of a curve: more than the picture has columns
 
 
@@ -29,7 +30,8 @@ def curve(recorded: Any) -> Curve:
     """The curve of a `LiveBytes` or a `Measured`: each change of memory is a unit of progress, so both advance alike.
 
     Time would not do for a plan, for which nothing was run. Changes too small to be seen in the picture, as an
-    optimizer's scalars are, take no room.
+    optimizer's scalars are, take no room. Of a mark that comes several times, the last one counts: a step's other
+    micro-batches come before its `forward`.
     """
     timeline = numpy.asarray(recorded.timeline, dtype=numpy.int64)
     values = timeline[:, -1] if timeline.ndim == 2 else timeline
@@ -37,8 +39,8 @@ def curve(recorded: Any) -> Curve:
         return Curve(numpy.zeros((0, 2)))
     seen = numpy.abs(numpy.diff(values, prepend=values[0])) >= values.max() / _MOST_POINTS
     positions = numpy.cumsum(seen)
-    marks = tuple((name, float(positions[index - 1]) if index else 0.0) for name, index in recorded.marks)
-    return Curve(numpy.stack([positions, values], axis=1), marks)
+    marks = {name: float(positions[index - 1]) if index else 0.0 for name, index in recorded.marks}
+    return Curve(numpy.stack([positions, values], axis=1), tuple(sorted(marks.items(), key=lambda mark: mark[1])))
 
 
 def thinned(found: Curve, points: int) -> numpy.ndarray:
@@ -81,15 +83,20 @@ def draw_step(planned: Curve | None, measured: Curve | None, budget: int | None,
 def shared_phases(curves: list[Curve]) -> dict[str, float]:
     """Where each phase that all curves mark, in the same order, begins in the picture, from 0 to 1.
 
-    A phase gets the mean of its shares in the curves; a phase of many small changes would else squeeze the others.
+    A phase gets the mean of its shares in the curves; a phase of many small changes would else squeeze the others. None
+    is so short that it cannot be seen.
     """
     if not curves:
         return {}
     names = [name for name, _ in curves[0].marks]
     if len(set(names)) < len(names) or any([name for name, _ in found.marks] != names for found in curves):
         return {}
-    return {name: float(numpy.mean([_share(found, found.marks[index][1]) for found in curves]))
-            for index, name in enumerate(names)}
+    begins = [float(numpy.mean([_share(found, found.marks[index][1]) for found in curves]))
+              for index in range(len(names))]
+    widths = numpy.diff([0.0, *begins, 1.0])
+    widths[1:] = numpy.maximum(widths[1:], _SHORTEST)
+    places = numpy.cumsum(widths / widths.sum())
+    return {name: float(place) for name, place in zip(names, places, strict=False)}
 
 
 def progress(found: Curve, phases: dict[str, float]) -> numpy.ndarray:

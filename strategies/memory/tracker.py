@@ -14,6 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _ADOPTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default}
 
 
+ENTERED: list[LiveBytes] = []
+"""What counts at present, to be told of marks."""
+
+
 class _Death(weakref.ref):
     """A weak reference that still knows which storage it was when the storage is gone."""
 
@@ -94,6 +98,8 @@ class LiveBytes(TorchDispatchMode):
         self._sum: _Sum | None = None
 
     def __enter__(self) -> LiveBytes:
+        if not self._resizes:
+            ENTERED.append(self)
         self._resizes.append(torch.UntypedStorage.resize_)
         torch.UntypedStorage.resize_ = _resize_and_tell(self, self._resizes[-1])  # no operation tells of this one
         super().__enter__()
@@ -102,12 +108,14 @@ class LiveBytes(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.UntypedStorage.resize_ = self._resizes.pop()
+        if not self._resizes:
+            ENTERED.remove(self)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for kind in types:
             if hasattr(kind, "__tensor_flatten__"):
                 return NotImplemented  # a tensor made of tensors: its own operations on them come here next
-        before = len(self.timeline), self.peak
+        self._sum, before = None, (len(self.timeline), self.peak)
         result = func(*args, **kwargs) if kwargs else func(*args)
         self._see(result, func, args, kwargs)
         if func is torch.ops.aten.add.Tensor:
@@ -202,7 +210,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _died(self, death: _Death) -> None:
         del self._live[death.key]
-        if self._sum is not None and death.key == self._sum.first:
+        if self._sum is not None and death.key == self._sum.first and torch._C._current_graph_task_id() != -1:
             self._in_place(self._sum)
             return
         self._change(-death.bytes, timed=self._entered)  # a finished timeline does not grow when its model is dropped

@@ -42,6 +42,7 @@ class Frame:
         around: the parts of the timeline before the first region's forward, between the last one's forward and its
             backward, after the first one's backward, and while the optimizer steps.
         turn: changes in the second of these parts before the loss turns back.
+        loss: the same before the loss is taken, where that is marked.
         exchanged: where ranks share the model, bytes by name that have come since the step began, for each moment:
             (name, number of the region or -1).
         drops: whether gradients go as soon as they are made.
@@ -62,6 +63,7 @@ class Frame:
     marks: tuple[tuple[str, int], ...] = ()
     around: tuple[tuple[int, ...], ...] = ()
     turn: int = 0
+    loss: int | None = None
     exchanged: Mapping[tuple[str, int], Mapping[str, int]] = field(default_factory=dict)
     drops: bool = False
 
@@ -199,7 +201,7 @@ class _Stage:
         def most(start: int, stop: int) -> int:
             return max([at(stop), *self.tracker.timeline[start:stop]])
 
-        steps = tuple(self.tracker.timeline), tuple(self.tracker.marks[:3])
+        steps = tuple(self.tracker.timeline), tuple(mark for mark in self.tracker.marks if mark[0] != "end")
         update = most(marks["update"], marks["end"])
         if not count:  # everything is the head
             return Frame(base, base, (), most(marks["forward"], marks["update"]), (), (), (), 0, at(marks["update"]),
@@ -232,7 +234,8 @@ class _Stage:
             end=max(at(backward[0][1]), most(backward[0][1], marks["update"])),
             update=update, parts=parts, timeline=steps[0], marks=steps[1],
             around=tuple(tuple(self.tracker.timeline[begin:stop]) for begin, stop in pieces),
-            turn=marks["backward"] - forward[-1][1])
+            turn=marks["backward"] - forward[-1][1],
+            loss=marks["loss"] - forward[-1][1] if "loss" in marks else None)
 
 
 class _StandIn(torch.autograd.Function):

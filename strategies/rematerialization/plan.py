@@ -140,6 +140,8 @@ class Plan:
         values, marks = [frame.base, *start], {"forward": 0}
         for name, position, count in self.replay.moments:
             if name == "head":
+                if frame.loss is not None:
+                    marks["loss"] = len(values) + frame.loss
                 marks["backward"] = len(values) + frame.turn
                 values += [count - frame.head + value for value in head or (frame.head,)]
             else:

@@ -58,6 +58,12 @@ def test_loss_and_gradients_are_those_of_the_logits(name):
     assert student(input_ids=ids).logits.shape == (2, 9, 100), "the model is as it was"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_shape_of_logits_is_that_of_the_configuration_in_any_dtype(name, dtype):
+    assert logit_shape(made(name, 0).to(dtype)) == ARCHITECTURES[name][1]
+
+
 def test_a_model_that_does_something_else_to_its_logits_is_said():
     model = made("llama", 0)
     own = model.forward

@@ -433,6 +433,44 @@ def test_memory_that_gloo_lets_go_of_late_is_seen_to_end(tmp_path):
         assert peak == 5 * largest, "two tensors and a copy of the larger one"
 
 
+class Hands(torch.autograd.Function):
+    """Hands out a gradient that it made before, and may keep it."""
+
+    @staticmethod
+    def forward(ctx, weight, keeps):
+        ctx.gradient, ctx.keeps = torch.ones_like(weight), keeps
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        found = ctx.gradient
+        ctx.gradient = found if ctx.keeps else None
+        return found, None
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("fake", [False, True])
+def test_gradients_of_a_tied_weight_are_summed_in_place_unless_one_is_held(keeps, fake):
+    """As the profiler sees it: autograd adds to a gradient that nobody else has, and makes a third of one that is."""
+    def step(weight, ids):
+        graph = nn.functional.embedding(ids, weight).sum() + Hands.apply(weight, keeps)
+        graph.backward()
+
+    weight, ids = nn.Parameter(torch.ones(1000, 64)), torch.zeros(4, dtype=torch.long)
+    step(weight, ids)
+    weight.grad = None
+    found = measure(lambda: step(weight, ids), "cpu", [weight, ids])
+    weight.grad = None
+    with FakeTensorMode() if fake else nullcontext():
+        like, of = (nn.Parameter(torch.ones(1000, 64)), torch.zeros(4, dtype=torch.long)) if fake else (weight, ids)
+        tracker = LiveBytes()
+        tracker.watch(like, of)
+        with tracker:
+            step(like, of)
+    assert tracker.peak == max(tracker.timeline) == pytest.approx(found.peak, abs=4096)
+    assert tracker.peak // weight.nbytes == (4 if keeps else 3) and tracker.current == found.timeline[-1, 1]
+
+
 # ---- the picture
 
 def test_picture_opens_and_has_its_size(tmp_path):
@@ -454,6 +492,9 @@ def test_phases_of_both_curves_lie_above_each_other():
     phases = shared_phases([planned, measured])
     assert phases == pytest.approx({"forward": 0.0, "backward": 0.2})
     assert progress(planned, phases).tolist() == pytest.approx(progress(measured, phases).tolist())
+    later = Curve(numpy.array([[0, 1], [100, 2], [200, 5], [300, 2]]), (("forward", 100), ("backward", 200)))
+    phases = shared_phases([planned, later])
+    assert progress(planned, phases)[[0, 1]].tolist() == pytest.approx(progress(later, phases)[[1, 2]].tolist())
     other = Curve(measured.points, (("backward", 60),))
     assert shared_phases([planned, other]) == {} and progress(planned, {}).tolist() == pytest.approx([0, 0.1, 1])
 
