@@ -87,8 +87,9 @@ def check_added_tokens(tokenizer: Any, texts: list[str]) -> list[str]:
     if wrong is not None and not seen:
         raise ValueError(f"llama.cpp would read text of the data otherwise: {_part(tokenizer, wrong)}")
     if seen:
+        every = [*seen, *(one for one in apart if one not in seen)]
         raise ValueError(f"GGUF has no room for how these added tokens are found, and llama.cpp would read text with "
-                         f"them otherwise: {_named(seen)}. In tokenizer.json set these to false (a tokenizer without "
+                         f"them otherwise: {_named(every)}. In tokenizer.json set these to false (a tokenizer without "
                          "them reads as llama.cpp does, in training too)")
     return [f"llama.cpp reads text with these tokens otherwise than transformers, since GGUF has no room for how they "
             f"are found: {_named(apart)}"] if apart else []

@@ -43,10 +43,11 @@ def write_config(config: Any, folder: Path, model: nn.Module) -> None:
             custom_object_save(model.config, folder)
     config.save_pretrained(folder)
     file = folder / "config.json"
-    file.write_text(json.dumps(with_old_keys(config, json.loads(file.read_text())), indent=2, sort_keys=True) + "\n")
+    written = with_old_keys(config, json.loads(file.read_text()), model)
+    file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
-def with_old_keys(config: Any, written: dict[str, Any]) -> dict[str, Any]:
+def with_old_keys(config: Any, written: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """What a configuration is written as, with the keys that transformers 4 reads beside those of transformers 5.
 
     transformers 5 keeps all that it knows of rotary positions in `rope_parameters`, of which 4.57 knows nothing: it
@@ -56,11 +57,15 @@ def with_old_keys(config: Any, written: dict[str, Any]) -> dict[str, Any]:
     Args:
         config: as it is.
         written: the same as JSON.
+        model: what it is of.
     """
     old = {"torch_dtype": written["dtype"]} if "dtype" in written else {}
     if getattr(config, "tie_word_embeddings", None) is not None:
         old["tie_word_embeddings"] = config.tie_word_embeddings
     rope = _rope(config)
+    share = SHARES.get(config.model_type, "partial_rotary_factor")
+    if share in rope and not _turns(model, rope[share]):
+        del rope[share]
     return {**(rope if rope and _reads_alike(config, {**written, **rope}) else {}), **old, **written}
 
 
@@ -85,6 +90,14 @@ def _rope(config: Any) -> dict[str, Any]:
     if whole.get("rope_type", "default") != "default":
         found |= _scaling(config, whole)
     return found
+
+
+def _turns(model: nn.Module, share: float) -> bool:
+    """Whether a model turns this share of each head, and not all of it whatever its configuration says."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turned = {2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    return not turned or int(width * share) in turned
 
 
 def _scaling(config: Any, whole: dict[str, Any]) -> dict[str, Any]:

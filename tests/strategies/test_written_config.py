@@ -40,6 +40,7 @@ def without(parameters: dict, *names: str) -> dict:
     ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 32, "pad_token_id": 0}, {
         "rope_theta": 777.0, "original_max_position_embeddings": 32, "partial_rotary_factor": 1.0, "rope_scaling": {
             "type": "longrope", **without(LONG, "rope_type", "original_max_position_embeddings")}}),
+    ("llama", {"rope_parameters": HALF}, {"rope_theta": 777.0}),  # which turns whole heads all the same
     ("stablelm", {"rope_parameters": HALF}, {"rope_theta": 777.0, "partial_rotary_factor": 0.5}),
     ("gpt_neox", {"rope_parameters": HALF}, {"rotary_emb_base": 777.0, "rotary_pct": 0.5}),
     ("gemma3_text", {**LAYERS, "rope_parameters": {"full_attention": LINEAR, "sliding_attention": WINDOW}}, {
@@ -75,7 +76,7 @@ def test_bases_that_transformers_4_has_no_keys_for_are_left_out(tmp_path):
     config.rope_parameters = {"full_attention": BASE, "sliding_attention": WINDOW}
     from strategies.export.written_config import with_old_keys
 
-    assert not {"rope_theta", "rope_scaling"} & set(with_old_keys(config, {"dtype": "float32"}))
+    assert not {"rope_theta", "rope_scaling"} & set(with_old_keys(config, {"dtype": "float32"}, model))
 
 
 def test_a_configuration_says_that_head_and_embeddings_are_two(tmp_path):
