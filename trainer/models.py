@@ -294,7 +294,8 @@ def quantize(experiment: Experiment, model: nn.Module, asked: Quantization | Non
         left = without_place(model, asked, dtype)
         prepare(model, asked.build(dtype), ignored(asked, left), asked.rules(dtype), embeddings=asked.embeddings,
                 activations=asked.activations and asked.activations.build())
-    with blame("student.quantization", way_out="quantise fewer of them, or otherwise"):
+    with blame("student.quantization", way_out="name those layers in `ignore`, quantise them otherwise, or leave "
+               "`quantization` out"):
         check_folder(model)
     check_share(model, asked, dtype, left)
 

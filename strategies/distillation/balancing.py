@@ -16,7 +16,8 @@ KNOWN = ["gate_logits", "num_experts", "top_k", "attention_mask"]  # what it is 
 
 def balancing_function(kind: type[nn.Module]) -> Callable | None:
     """The function that a model's class has its balancing loss from; None where it has none that is known here."""
-    function = getattr(sys.modules[kind.__module__], NAME, None)
+    modules = (sys.modules.get(own.__module__) for own in kind.__mro__)  # of a wrapper's class, what it wraps
+    function = next((getattr(module, NAME) for module in modules if hasattr(module, NAME)), None)
     known = function is not None and list(inspect.signature(function).parameters) == KNOWN
     return function if known and "output_router_logits" in inspect.signature(kind.forward).parameters else None
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import strategies.memory.fake_experts  # noqa: F401 - experts have shapes without data from here on
 from strategies.memory.residency import Residency
 
 

@@ -206,7 +206,8 @@ def choose(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str], 
     kinds = tuple(kind for kind in QUANTIZED if embeddings or kind is not nn.Embedding)
     layers = [(name, module) for name, module in all_layers(model) if type(module) in kinds]
     patterns = [(pattern, None) for pattern in ignore] + list(rules)
-    weights = {name for name, weight in model.named_parameters() if weight.ndim > 1}
+    weights = {one for name, weight in model.named_parameters() if weight.ndim > 1
+               for one in (name, name.removesuffix(".weight"))}
     for pattern, own in patterns:
         known = chain((name for name, _ in layers), weights if own is None else ())
         # `lm_head` is in the default pattern: a model without one has nothing to be warned about.

@@ -13,6 +13,8 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import strategies.memory.fake_experts  # noqa: F401 - experts have shapes without data from here on
+
 
 @contextmanager
 def without_data(*models: nn.Module) -> Iterator[tuple[FakeTensorMode, dict[int, torch.Tensor]]]:
