@@ -37,6 +37,8 @@ KINDS = {  # with what a student of its layers 1 and 3 is to have in its configu
     "jamba": ({**FOUR, "num_hidden_layers": 6, "attn_layer_period": 4, "attn_layer_offset": 3, "num_experts": 2,
                "expert_layer_period": 3, "expert_layer_offset": 1}, {"attn_layer_offset": 1}),
     "lfm2": ({**FOUR, "full_attn_idxs": [1, 2]}, {"full_attn_idxs": [0], "layer_types": ["full_attention", "conv"]}),
+    "minicpm3": ({**FOUR, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4,
+                  "qk_rope_head_dim": 4, "v_head_dim": 8, "scale_depth": 1.4}, {"scale_depth": 1.4 * 0.5 ** 0.5}),
     "gpt_neo": ({"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 64, "window_size": 4,
                  "attention_types": [[["global", "local"], 2]]}, {"attention_layers": ["local", "local"]}),
 }

@@ -9,6 +9,7 @@ shown by running it; see `trainer.teacher_layers`.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -100,6 +101,9 @@ class _Search:
         if len(layers) < self.count and self.teacher:
             self._descend({name: [*found, values[name]] for name, found in options.items()})
             self._descend({name: self._counts(value) for name, value in values.items() if self._counts_layers(name)})
+            share = len(layers) / self.count
+            self._descend({name: [value * share ** power for power in (0.5, -0.5, 1, -1)]  # of the model's depth
+                           for name, value in values.items() if isinstance(value, float) and value})
             self._together()
 
     def differences(self, values: dict[str, Any]) -> tuple[int, list[str]]:
@@ -127,6 +131,8 @@ class _Search:
 
     def _alike(self, theirs: Any, ours: Any, layer: int, own: int) -> bool:
         """Equal, or a layer's own number, or the number of all."""
+        if isinstance(theirs, float) and isinstance(ours, float):
+            return math.isclose(theirs, ours, rel_tol=1e-12)
         return theirs == ours or (theirs, ours) in ((layer, own), (layer + 1, own + 1), (self.count, len(self.layers)))
 
     def _options(self, name: str, value: Any) -> Iterator[Any]:
