@@ -273,11 +273,12 @@ def held_of(experiment: Experiment, student: nn.Module, teacher: nn.Module | Non
     return replace(held, parts={**held.parts, "others": parameter_bytes(teacher)})
 
 
-def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None) -> Common | None:
-    """The common tokens as far as shapes tell."""
-    if teacher is None or teacher.vocab_size == student.vocab_size:
+def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int | None = None) -> Common | None:
+    """The common tokens as far as shapes tell; heads may be padded beyond the `tokens` of the tokenizer, if known."""
+    if teacher is None:
         return None
-    return Common(min(student.vocab_size, teacher.vocab_size))
+    least = min(student.vocab_size, teacher.vocab_size, tokens or student.vocab_size)
+    return None if least == student.vocab_size == teacher.vocab_size else Common(least)
 
 
 def check_sizes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
