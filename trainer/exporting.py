@@ -256,7 +256,8 @@ def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, ex
     for name, entry in found.items():
         path = Path(models[name]["path"])
         files = weight_files(path)
-        entry["bytes_on_disk"] = sum(file.stat().st_size for file in files) if files else entry["parameter_bytes"]
+        kept = read_json(folder.plan).get("teacher_bytes") if name == "teacher" else None  # of files that are not here
+        entry["bytes_on_disk"] = sum(file.stat().st_size for file in files) or kept or entry["parameter_bytes"]
     receipt = make_receipt(found["student"], trained, exported, logits["student"], weight_files(folder.unverified),
                            experiment.export.tolerance)
     receipt.write(folder.unverified / "receipt.json")

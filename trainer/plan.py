@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from strategies.distillation.tiles import tile_rows
 from strategies.export.sizes import exported_bytes
-from strategies.memory.ledger import Ledger, loss_bytes, parameter_bytes, saved_activation_bytes
+from strategies.export.transformers_folder import weight_files
+from strategies.memory.ledger import Ledger, loss_bytes, saved_activation_bytes
 from trainer.balancing import balancing_note
 from trainer.budget import MemoryPlan
 from trainer.errors import UserError
@@ -49,7 +52,7 @@ class Plan:
         precision: number format of forward and backward.
         parameters: by model.
         student_bytes: bytes of the student's weight file: integers, scales, and what stays in full precision.
-        teacher_bytes: bytes of the teacher's weights as they are held.
+        teacher_bytes: bytes of the teacher's weight files, which a student's are compared with, here and in the report.
         ledger: bytes per process that training keeps, part by part.
         memory: bytes per process at the peak of a step; None where the architecture cannot run without data.
         sharding: how the student is shared out, in words.
@@ -116,9 +119,20 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         learning_rates=_learning_rates(experiment, steps), precision=experiment.precision.dtype,
         parameters={"student": parameters} | ({"teacher": count_parameters(large)} if large else {}),
         student_bytes=student_bytes,
-        teacher_bytes=parameter_bytes(large) if large else 0, ledger=ledger, memory=memory,
+        teacher_bytes=_file_bytes(experiment, teacher, large) if large else 0, ledger=ledger, memory=memory,
         sharding=experiment.sharding.words(processes), full_precision=whole,
         balancing=balancing_note(experiment.objective, student))
+
+
+def _file_bytes(experiment: Experiment, config: PretrainedConfig, model: nn.Module) -> int:
+    """Bytes of a teacher's weight files; of one that is not here, of its tensors in the dtype that they are kept in."""
+    assert experiment.teacher is not None
+    path, dtype = experiment.teacher.path, getattr(config, "dtype", None) or torch.float32
+    if path is not None and (files := weight_files(Path(path))):
+        return sum(file.stat().st_size for file in files)
+    if path is None:
+        dtype = DTYPES[experiment.as_teacher("").export.dtype]
+    return count_parameters(model) * (dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).itemsize
 
 
 def check_batch(experiment: Experiment, processes: int) -> None:
@@ -209,7 +223,7 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     rows.append(("learning rate", f"{rates[0]:.2e} {curve} {rates[-1]:.2e} (peak {top:.2e}{nominal})"))
     rows += [(f"{name} parameters", f"{count:,}") for name, count in plan.parameters.items()]
     smaller = f", {plan.teacher_bytes / plan.student_bytes:.1f} times smaller than the teacher's " \
-              f"{readable(plan.teacher_bytes)}" if plan.teacher_bytes else ""
+              f"{readable(plan.teacher_bytes)} of weight files" if plan.teacher_bytes else ""
     rows.append(("student file", f"{plan.student_bytes:,} bytes of tensors{smaller}"))
     if plan.full_precision is not None:
         rows.append(("not quantized", plan.full_precision))

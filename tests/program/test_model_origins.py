@@ -23,6 +23,7 @@ from trainer.experiment.nodes import Model
 from trainer.experiment.reading import read_experiment
 from trainer.model_origin import skeleton
 from trainer.models import _config, _load, build_student, student_of
+from trainer.plan import make_plan
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -177,3 +178,12 @@ def test_special_tokens_outside_of_the_vocabulary_are_none(tmp_path, llama):
     (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": -1, "eos_token_id": [2, 500]}))
     found = loaded(tmp_path)
     assert found.config.pad_token_id is None and found.config.eos_token_id == [2]
+
+
+def test_a_teacher_is_as_large_as_its_files_in_the_plan_too(tmp_path, llama, write_experiment):
+    llama.save_pretrained(tmp_path / "teacher")
+    experiment = read_experiment(write_experiment(teacher={"path": str(tmp_path / "teacher"), "dtype": "bfloat16"},
+                                                  student={"from_teacher": [0], "architecture": None})).experiment
+    config = _config(experiment.teacher, "teacher", None, offline=True)
+    plan = make_plan(experiment, config, config, processes=1, device="cpu", rows=None)
+    assert plan.teacher_bytes == (tmp_path / "teacher" / "model.safetensors").stat().st_size
