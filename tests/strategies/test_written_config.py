@@ -1,7 +1,7 @@
 """config.json as transformers 5 reads it, and with the keys that transformers 4.57 reads.
 
 The keys are those of the configuration classes of 4.57.6, where folders written like these gave the same logits as
-transformers 5 on 21 of them.
+transformers 5 in 20 of 21 (all but modernbert-decoder, by 0.019).
 """
 
 import copy
