@@ -288,11 +288,48 @@ def test_arguments_are_json_for_a_template_that_writes_them_as_they_are(tokenize
             assert said(tokenizer, chat(template, called(arguments))) == wanted
 
 
+def test_arguments_stay_an_object_for_a_template_that_writes_calls_as_python(tokenizer, chat):
+    python = ("c.function.name ~ '(' }}{% for name, value in c.function.arguments.items() %}{{ name ~ \"='\" ~ value "
+              "~ \"'\" }}{% endfor %}{{ ')'")
+    template = CALLS.replace("c['function'] | tojson", python)
+    for arguments in ({"of": "it"}, '{"of": "it"}'):
+        assert said(tokenizer, chat(template, called(arguments))) == ["<call>look(of='it')</call><end>\n", "yes<end>\n"]
+
+
+def test_calls_and_thoughts_that_a_template_does_not_write_are_refused(tokenizer, chat):
+    with pytest.raises(UserError, match="has tool_calls.*learnt without its call") as refused:
+        chat(CHATML, called({}))
+    assert refused.value.way_out == "name another `data.tokenizer.path`, or remove records with calls"
+    legacy = [{"role": "user", "content": "u"}, {"role": "assistant", "function_call": {"name": "f"}}]
+    with pytest.raises(UserError, match="has function_call") as refused:
+        chat(CALLS, legacy)
+    assert "write calls as tool_calls" in refused.value.way_out
+    thought = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "yes", "reasoning": "why"}]
+    with pytest.raises(UserError, match="learnt without its thought") as refused:
+        chat(CHATML, thought)
+    assert refused.value.way_out.endswith("keys: {unused: reasoning}")
+    assert said(tokenizer, chat(CHATML, thought, Data(messages="m", keys={"unused": "reasoning"}))) == ["yes<end>\n"]
+    # transformers gives templates a thought as `reasoning_content`, whatever it is called, but not as `reasoning`.
+    thinks = CHATML.replace("{{ m['content'] }}", "{{ m.reasoning }}{{ m['content'] }}")
+    thought[1]["reasoning_content"] = thought[1].pop("reasoning")
+    with pytest.raises(UserError, match="learnt without its thought") as refused:
+        chat(thinks, thought)
+    assert refused.value.way_out == "add to data: keys: {reasoning: reasoning_content}"
+    mapped = chat(thinks, thought, Data(messages="m", keys={"reasoning": "reasoning_content"}))
+    assert said(tokenizer, mapped) == ["whyyes<end>\n"]
+
+
+def test_a_template_that_wants_tools_says_so(tokenizer, chat):
+    wants = "{% for t in tools %}{{ t | tojson }}{% endfor %}" + CHATML
+    with pytest.raises(UserError, match="refuses a record") as refused:
+        chat(wants, [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}])
+    assert "name their field in `data.tools`" in refused.value.way_out
+
+
 def test_tools_that_a_template_does_not_write_are_refused(tokenizer, chat):
     with pytest.raises(UserError, match="does not write tools") as refused:
         chat(CHATML, called({}), Data(messages="m", tools="t"), t=[TOOL])
-    assert "leave `data.tools` out" in refused.value.way_out
-    assert said(tokenizer, chat(CHATML, called({}), t=[TOOL])) == ["<end>\n", "yes<end>\n"]
+    assert "leave out `data.tools` and records with calls" in refused.value.way_out
     with pytest.raises(UserError, match="a list of JSON schemas is expected"):
         chat(CALLS, called({}), Data(messages="m", tools="t"), t=["look"])
 

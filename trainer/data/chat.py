@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.messages import Conversation, Message, shown
-from trainer.data.shapes import TemplateShape
+from trainer.data.messages import CALLS, THOUGHTS, Conversation, Message, shown
+from trainer.data.shapes import TOOL, TemplateShape
 from trainer.errors import UserError
 
 Span = tuple[int, int]
@@ -77,7 +77,8 @@ class ChatTemplate:
         self.shape = TemplateShape(self._attempt)
         if tools and not self.shape.writes_tools:
             raise UserError("data.tools", "this tokenizer's chat template does not write tools",
-                            way_out="leave `data.tools` out, or name another `data.tokenizer.path`")
+                            way_out="name another `data.tokenizer.path`, or leave out `data.tools` and records with "
+                            "calls")
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """What is learnt of a conversation: one sample, or several that begin alike.
@@ -88,6 +89,7 @@ class ChatTemplate:
         messages, tools = conversation
         if not messages:
             return []
+        self._check_fields(messages)
         messages = self.shape.fit(messages)
         text = self._attempt(messages, tools)
         if text is None and any("content" not in message for message in messages):
@@ -110,6 +112,27 @@ class ChatTemplate:
             if upto == last + 1 or left[last] is None:
                 raise self._not_found(messages)
             text, upto = left[last].text, last + 1
+
+    def _check_fields(self, messages: list[Message]) -> None:
+        """Raise `UserError` where the template would leave out a call or a thought, and the rest be learnt alone."""
+        for message in messages:
+            said = [key for key in (CALLS if message["role"] == "assistant" else ()) if message.get(key)]
+            calls, thoughts = ([key for key in said if (key in THOUGHTS) is is_thought] for is_thought in (False, True))
+            for keys, what in ((calls, "call"), (thoughts, "thought")):
+                if keys and not any(self.shape.writes(key) for key in keys):
+                    raise UserError(self.key, f"a message has {keys[0]}, which this tokenizer's chat template does not "
+                                    f"write, so that it would be learnt without its {what}: {shown(messages)}",
+                                    value=self.value, way_out=self._instead(keys[0], what))
+
+    def _instead(self, key: str, what: str) -> str:
+        """What to do about a field that the template does not write."""
+        known = [other for other in (THOUGHTS if what == "thought" else CALLS[:1]) if self.shape.writes(other)]
+        if what == "thought" and known:
+            return f"add to data: keys: {{{known[0]}: {key}}}"
+        if what == "thought":
+            return "put the thought into `content`, or leave it out: add to data: keys: " + f"{{unused: {key}}}"
+        return "name another `data.tokenizer.path`, or " + (
+            f"write calls as {known[0]}" if known else "remove records with calls")
 
     @cached_property
     def notes(self) -> list[str]:
@@ -237,6 +260,8 @@ class ChatTemplate:
     def _advice(self, messages: list[Message], tools: Tools) -> str:
         """What makes the template take a record, of what has been tried."""
         first, rest = (messages[0], messages[1:]) if messages else ({}, [])
+        if tools is None and self._attempt(messages, [TOOL]) is not None:
+            return "this template wants tools: name their field in `data.tools`, or use another `data.tokenizer.path`"
         if first.get("role") == "system" and rest and self._attempt(rest, tools) is not None:
             return "this template takes no system message: put its text at the beginning of the first user message"
         if first.get("role") == "assistant" and rest and self._attempt(rest, tools) is not None:

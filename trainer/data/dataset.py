@@ -22,7 +22,7 @@ from trainer.experiment.nodes import Training
 from trainer.experiment.tree import Experiment
 from trainer.folder import fingerprint
 
-VERSION = 2  # of what is cached; raised when encoding changes
+VERSION = 3  # of what is cached; raised when encoding changes
 CHAT = ("messages", "tools", "keys", "roles")
 
 

@@ -17,7 +17,8 @@ Conversation = tuple[list[Message], list[dict[str, Any]] | None]  # messages, an
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
          "model": "assistant", "ai": "assistant", "function_call": "assistant", "observation": "tool"}
 KEYS = {"role": ("role", "from", "speaker", "author"), "content": ("content", "value", "text", "message")}
-CALLS = ("tool_calls", "reasoning_content", "reasoning", "thinking", "function_call")  # say something by themselves
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+CALLS = ("tool_calls", *THOUGHTS, "function_call")  # say something by themselves
 
 
 def read_conversation(record: dict[str, Any], data: Data, as_written: bool = False) -> Conversation:

@@ -24,6 +24,7 @@ class TemplateShape:
 
     def __init__(self, write: Callable[..., str | None]):
         self._write = write
+        self._fields: dict[str, bool] = {}
 
     def fit(self, messages: list[Message]) -> list[Message]:
         """Messages with contents and arguments of the kind that the template writes."""
@@ -59,6 +60,27 @@ class TemplateShape:
         given = self._write(self.fit([USER]), [TOOL])
         return given is None or WORD in given
 
+    def writes(self, key: str) -> bool:
+        """Whether a field of the assistant's message, beside its content, makes a difference.
+
+        A template that refuses every such message is left to the records.
+        """
+        if key not in self._fields:
+            self._fields[key] = self._tried(key)
+        return self._fields[key]
+
+    def _tried(self, key: str) -> bool:
+        def call(name: str) -> Message:
+            return {"type": "function", "id": "call00001", "function": {"name": name, "arguments": {"place": PLACE}}}
+
+        value: Any = {"tool_calls": [call(WORD)], "function_call": call(WORD)["function"]}.get(key, WORD)
+        tool = {**TOOL, "function": {**TOOL["function"], "name": PLACE, "description": PLACE}}
+        # Some show a thought only beside a call.
+        answers = [{"content": ANSWER}, {"content": ""}, {"content": "", "tool_calls": [call(PLACE)]}]
+        found = [self._write(self.fit([USER, {"role": "assistant", **answer, key: value}]), tools)
+                 for answer in answers for tools in (None, [tool])]
+        return all(text is None for text in found) or any(WORD in text for text in found if text is not None)
+
     # ---- what is tried
 
     @cached_property
@@ -90,9 +112,8 @@ class TemplateShape:
             answer = {"role": "assistant", "content": "", "tool_calls": [call]}
             return self._write([*self.fit_contents([USER]), *self.fit_contents([answer])], [TOOL])
         given = called({"place": PLACE})
-        if given is None:
-            return called(json.dumps({"place": PLACE})) is not None
-        return f"'{PLACE}'" in given and f'"{PLACE}"' not in given
+        # A template may write calls as Python (`look(place='x')`) and wants an object for it.
+        return (given is None or str({"place": PLACE}) in given) and called(json.dumps({"place": PLACE})) is not None
 
     def fit_contents(self, messages: list[Message]) -> list[Message]:
         """Messages with contents of the kind that the template writes."""
