@@ -68,7 +68,7 @@ def unplanned() -> AbstractContextManager[None]:
 class Steps:
     """A trainer on the model, prepared once for several checks; on packed rows where the product packs."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, wanted: list[str]) -> None:
         whole = {"batch_size": len(list(room.documents())), "micro_batch": 8}
         self.asked = {"packed": room.experiment("packed"),
                       "padded": room.experiment("padded", data={"packing": False}, training=whole)}
@@ -224,10 +224,10 @@ def _skip(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any
 class Quantized:
     """A student trained with 4-bit weights, exported; what the run said."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, wanted: list[str]) -> None:
         student = {"path": str(room.model), "quantization": {"bits": 4}}
         self.runtimes, self.refused = [], {}
-        for runtime in ("onnx",):
+        for runtime in {"onnx"} & {*wanted}:
             asked = room.experiment("asked", student=student, export={"to": [runtime]}, data=APART)
             try:
                 check_early(asked, 1)
@@ -324,7 +324,7 @@ def examine(room: Room, wanted: list[str], tell: Callable[[str, dict[str, Any]],
         if not names:
             continue
         made: list[Any] = []
-        begun = verdict_of(lambda make=make, made=made: made.append(make(room)) or right())
+        begun = verdict_of(lambda make=make, made=made, names=names: made.append(make(room, names)) or right())
         for name in names:
             tell(name, verdict_of(lambda name=name, checks=checks, made=made: checks[name](room, made[0]))
                  if made else begun)
