@@ -90,7 +90,7 @@ class Steps:
         taken, update = {}, self.trainer._update
 
         def keeping(finite: bool) -> float:
-            taken.update({name: parameter.grad.detach().clone() for name, parameter
+            taken.update({_own(name): parameter.grad.detach().clone() for name, parameter
                           in self.trainer.unwrapped.named_parameters() if parameter.grad is not None})
             return update(finite)
 
@@ -125,8 +125,13 @@ def alone(model: nn.Module, documents: list[torch.Tensor]) -> tuple[float, dict[
         nats = nn.functional.cross_entropy(logits.double(), document[1:], reduction="sum")
         (nats / tokens).backward()
         total += nats.detach()
-    return float(total) / tokens, {name: parameter.grad for name, parameter in model.named_parameters()
+    return float(total) / tokens, {_own(name): parameter.grad for name, parameter in model.named_parameters()
                                    if parameter.grad is not None}
+
+
+def _own(name: str) -> str:
+    """A weight's name in a language model, also where it is a part of a multimodal one."""
+    return name.replace("language_model.", "")
 
 
 def gradients_apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -195,7 +200,7 @@ def check_causal(room: Room) -> dict[str, Any]:
 def check_layers(room: Room) -> dict[str, Any]:
     """A student of some of its teacher's layers against the teacher whose other blocks are skipped."""
     reference = room.plain()
-    count = reference.config.get_text_config().num_hidden_layers
+    count = getattr(reference.config.get_text_config(), "num_hidden_layers", 4)
     kept = [1, count - 1] if count > 2 else [0]
     asked = room.experiment("layers", student={"from_teacher": kept}, teacher={"path": str(room.model)}, data=APART)
     with unplanned():
