@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.messages import CALLS, THOUGHTS, Conversation, Message, shown
+from trainer.data.remedies import COPY, remedy, system_to_user
 from trainer.data.shapes import TOOL, TemplateShape
 from trainer.errors import UserError
 
@@ -28,8 +29,7 @@ FAILURES = (TemplateError, ValueError, TypeError, LookupError, AttributeError, A
             MemoryError)
 MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
 SENTINELS = "Qvxqj", "Wkzpf"  # two answers that begin and end with another character
-MARKING = ("mark what the assistant says in the template with {% generation %} and {% endgeneration %}, in a copy of "
-           "the tokenizer's folder that data.tokenizer.path names")
+MARKING = f"mark what the assistant says in the template with {{% generation %}} and {{% endgeneration %}}, {COPY}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ChatTemplate:
         tools: whether conversations have tools.
 
     Raises:
-        UserError: there is no template, or it does not write tools.
+        UserError: there is no template, it does not write tools, or it begins an answer wherever it ends.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str, value: Any, tools: bool = False):
@@ -79,6 +79,10 @@ class ChatTemplate:
             raise UserError("data.tools", "this tokenizer's chat template does not write tools",
                             way_out="name another `data.tokenizer.path`, or leave out `data.tools` and records with "
                             "calls")
+        if self.shape.always_prompts and not self._marked(None):
+            raise UserError(key, "the chat template begins another answer at the end of every conversation, which "
+                            "would be learnt", value=value,
+                            way_out=f"write that in {{% if add_generation_prompt %}} alone, {COPY}")
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """What is learnt of a conversation: one sample, or several that begin alike.
@@ -93,7 +97,7 @@ class ChatTemplate:
         messages = self.shape.fit(messages)
         text = self._attempt(messages, tools)
         if text is None and any("content" not in message for message in messages):
-            messages = [{"content": "", **message} for message in messages]
+            messages = self._said_nothing(messages)
         text = self._write(messages, tools)
         if self._marked(tools):
             return [Sample(text, [], self._marks(messages, tools), self._is_open(text, messages))]
@@ -148,23 +152,58 @@ class ChatTemplate:
         if text is None:
             return None
         if prompt is not None and text.startswith(prompt):
-            return _Turn(len(prompt), text)
+            return _Turn(self._after_header(text, prompt, messages[:at + 1], tools), text)
         if prompt is not None and messages[at - 1]["role"] != "assistant":
-            before = self._attempt(messages[:at], tools) or ""
-            header = prompt[len(before):] if prompt.startswith(before) else self.shape.header
-            if len(commonprefix([prompt, text])) < len(prompt) - len(header):
-                raise UserError(self.key, "the chat template writes what stands before an answer otherwise once the "
-                                f"answer is there, so that it would be learnt after another prompt than a server's: "
-                                f"{shown(messages)}", value=self.value, way_out=MARKING)
+            self._check_prompt(messages, at, prompt, text, tools)
         begin = self._begin(text, messages[:at + 1], at, tools)
+        if begin is None and prompt is not None:
+            begin = self._parting(text, prompt, messages[:at + 1], tools)
         if begin is None:
             raise self._not_found(messages)
         return _Turn(begin, text)
 
+    def _after_header(self, text: str, prompt: str, messages: list[Message], tools: Tools) -> int:
+        """Where what follows a prompt is the assistant's: behind a header that this prompt lacks.
+
+        Some templates write none after an answer, where a second one in a row begins with it nevertheless.
+        """
+        at = len(messages) - 1
+        if messages[at - 1]["role"] != "assistant" or not self.shape.header or \
+                self._attempt(messages[:at], tools) != prompt:
+            return len(prompt)
+        return max(len(prompt), self._begin(text, messages, at, tools) or 0)
+
+    def _check_prompt(self, messages: list[Message], at: int, prompt: str, text: str, tools: Tools) -> None:
+        """Refuse a template that writes what stands before an answer otherwise once the answer is there."""
+        if len(commonprefix([prompt, text])) >= len(prompt) - len(self._header_of(messages[:at], prompt, tools)):
+            return
+        merged, way_out = system_to_user(messages[:at + 1]), MARKING
+        if merged is not None and (self._attempt(merged, tools) or "").startswith(
+                self._attempt(merged[:-1], tools, prompt=True) or text):
+            way_out = "put the text of the system message at the beginning of the first user message"
+        raise UserError(self.key, "the chat template writes what stands before an answer otherwise once the "
+                        f"answer is there, so that it would be learnt after another prompt than a server's: "
+                        f"{shown(messages)}", value=self.value, way_out=way_out)
+
+    def _header_of(self, messages: list[Message], prompt: str, tools: Tools) -> str:
+        """What a generation prompt adds to these messages."""
+        before = self._attempt(messages, tools) or ""
+        return prompt[len(before):] if prompt.startswith(before) else self.shape.header
+
+    def _parting(self, text: str, prompt: str, messages: list[Message], tools: Tools) -> int | None:
+        """Where the tokens of a text and of a prompt part, within its header: the prompt has there what stands for no
+        thoughts, or opens some, and the answer begins otherwise. None if the answer is not behind it as it is."""
+        both = self.tokenizer([text, prompt], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        same = len(commonprefix(both["input_ids"]))
+        begin = both["offset_mapping"][0][same][0] if same < len(both["input_ids"][0]) else len(text)
+        if begin < len(prompt) - len(self._header_of(messages[:-1], prompt, tools)):
+            return None
+        return begin if all(one in text[begin:] for one in _said(messages[-1])) else None
+
     def _span(self, text: str, messages: list[Message], at: int, turn: _Turn | None, tools: Tools) -> Span | None:
         """Where a turn stands in a text; None if it is not written there as it is where it comes last."""
         if turn is not None:
-            return (turn.begin, len(turn.text)) if text.startswith(turn.text) else None
+            return (turn.begin, self._closed(text, turn.text)) if text.startswith(turn.text) else None
         begin = self._begin(text, messages, at, tools)
         other = self._replaced(messages, at, tools)
         if begin is None or other is None:
@@ -172,6 +211,13 @@ class ChatTemplate:
         # What follows the answer is as it was; the end of the turn is the part of it that ends any turn.
         end = max(begin, len(text) - len(commonprefix([text[::-1], other[0][::-1]])))
         return begin, end + len(commonprefix([text[end:], self.shape.closing or ""]))
+
+    def _closed(self, text: str, turn: str) -> int:
+        """Where a turn ends in a text: behind the end that a template writes only if something follows."""
+        rest = text[len(turn):].lstrip()
+        if self._closes or not rest.startswith(self.tokenizer.eos_token) or turn.rstrip().endswith(self._added):
+            return len(turn)
+        return len(text) - len(rest) + len(self.tokenizer.eos_token)
 
     def _begin(self, text: str, messages: list[Message], at: int, tools: Tools) -> int | None:
         """Where what the assistant says begins: up to there the text does not depend on its message."""
@@ -255,19 +301,20 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
         except FAILURES as error:
             raise UserError(self.key, f"the chat template refuses a record ({error}): {shown(messages)}",
-                            value=self.value, way_out=self._advice(messages, tools)) from error
+                            value=self.value, way_out=remedy(messages, tools, self._takes, TOOL)) from error
 
-    def _advice(self, messages: list[Message], tools: Tools) -> str:
-        """What makes the template take a record, of what has been tried."""
-        first, rest = (messages[0], messages[1:]) if messages else ({}, [])
-        if tools is None and self._attempt(messages, [TOOL]) is not None:
-            return "this template wants tools: name their field in `data.tools`, or use another `data.tokenizer.path`"
-        if first.get("role") == "system" and rest and self._attempt(rest, tools) is not None:
-            return "this template takes no system message: put its text at the beginning of the first user message"
-        if first.get("role") == "assistant" and rest and self._attempt(rest, tools) is not None:
-            return "this template wants the user to begin: remove the assistant's message before"
-        alternating = [message for at, message in enumerate(messages)
-                       if not at or message.get("role") != messages[at - 1].get("role")]
-        if len(alternating) < len(messages) and self._attempt(alternating, tools) is not None:
-            return "this template wants user and assistant to take turns: join messages of one role that stand in a row"
-        return "mend or remove the record"
+    def _takes(self, messages: list[Message], tools: Tools) -> bool:
+        return any(self._attempt(fitted, tools) is not None for fitted in (
+            self.shape.fit(messages), self._said_nothing(self.shape.fit(messages))))
+
+    def _said_nothing(self, messages: list[Message]) -> list[Message]:
+        """Messages with "" as their content where they have none."""
+        return self.shape.fit_contents([{"content": "", **message} for message in messages])
+
+
+def _said(message: Message) -> list[str]:
+    """What a message says, as far as a template writes it unchanged: the last line, and the names of calls."""
+    content = message.get("content") or ""
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    names = [call.get("function", call).get("name") for call in message.get("tool_calls") or []]
+    return [text.strip().splitlines()[-1].strip() for text in texts if text.strip()] + [name for name in names if name]

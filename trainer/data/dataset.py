@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data import sources, tokenizers
 from trainer.data.batches import Order
 from trainer.data.encoding import Encoder
+from trainer.data.messages import notes_on_calls
 from trainer.data.rows import PackedRows, StreamedRows, encode_to, keep_one
 from trainer.errors import UserError
 from trainer.experiment.data import Data
@@ -23,6 +24,7 @@ from trainer.experiment.tree import Experiment
 from trainer.folder import fingerprint
 
 VERSION = 3  # of what is cached; raised when encoding changes
+LOOKED_AT = 100  # records in which calls are looked for
 CHAT = ("messages", "tools", "keys", "roles")
 
 
@@ -55,6 +57,7 @@ def prepare_text(experiment: Experiment) -> Text:
     tokenizer = tokenizer_for(experiment, corpus)
     encoder, held = encoder_for(tokenizer, data, corpus.train), encoder_for(tokenizer, data, corpus.validation)
     plain = not (data.messages or data.prompt)
+    of_records = notes_on_calls(islice(iter(corpus.train), LOOKED_AT), data)
     shape = {"capacity": data.sequence_length, "packing": data.packing, "plain": plain,
              "padding": tokenizer.pad_token_id}
     if data.streaming:
@@ -64,13 +67,14 @@ def prepare_text(experiment: Experiment) -> Text:
         if not held_out:
             raise UserError("data.validation", "the held-out documents have no token to learn",
                             way_out="name held-out text in `data.validation.path`")
-        return Text(tokenizer, train, fingerprint(data.model_dump(mode="json")), _stack(held_out), encoder.notes)
+        return Text(tokenizer, train, fingerprint(data.model_dump(mode="json")), _stack(held_out),
+                    encoder.notes + of_records)
     train = _rows(corpus.train, encoder, cache, "data", shape)
     validation = _rows(corpus.validation, held, cache, "data.validation", shape)
     # Packing sorts rows by the length of their documents, so a fair sample is drawn, the same for every seed.
     order = Order(len(validation), seed=0)
     held_out = [validation[order[index]] for index in range(min(len(validation), data.validation.rows))]
-    notes = _notes(train, data.sequence_length, plain, experiment.training) + encoder.notes
+    notes = _notes(train, data.sequence_length, plain, experiment.training) + encoder.notes + of_records
     return Text(tokenizer, train, train.folder.name, _stack(held_out), notes)
 
 

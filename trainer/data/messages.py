@@ -4,7 +4,7 @@ table's columns made up, contents as text or as parts of text, tools as JSON sch
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from trainer.errors import UserError
@@ -55,6 +55,26 @@ def texts_of(record: dict[str, Any], data: Data) -> list[str]:
                 ] if isinstance(found, list) else []
     parts = [part.get("text") for one in contents if isinstance(one, list) for part in one if isinstance(part, dict)]
     return [text for text in [*contents, *parts] if isinstance(text, str)]
+
+
+def notes_on_calls(records: Iterable[dict[str, Any]], data: Data) -> list[str]:
+    """Says so where messages call tools that the template is not given."""
+    if not data.messages or data.tools:
+        return []
+    found = (_from_json(record.get(data.messages)) for record in records)
+    if not any(isinstance(one, dict) and one.get("tool_calls") for messages in found if isinstance(messages, list)
+               for one in messages):
+        return []
+    return ["messages call tools, and data.tools names no field: what tools there are stands in no prompt"]
+
+
+def thoughts_of(message: Message) -> str:
+    """What an answer was thought of, whether in a field of its own or in its content."""
+    own = next((message[name] for name in THOUGHTS if isinstance(message.get(name), str)), None)
+    content = message.get("content")
+    if own is None and isinstance(content, str) and "</think>" in content:
+        own = content.partition("</think>")[0].rpartition("<think>")[2]
+    return (own or "").strip()
 
 
 def shown(record: Any) -> str:

@@ -32,14 +32,23 @@ class TemplateShape:
 
     def notes(self, marked: Callable[[list[Message]], tuple[str, str]] | None) -> list[str]:
         """What a person should know; `marked` gives a text and what the template's own marks say is learnt of it."""
-        if marked is not None and self._answered is not None and self.closing and self.closing.strip():
-            if self.closing.strip() not in marked(self._answer)[1]:
-                return ["the chat template's {% generation %} marks leave out the end of a turn, "
-                        f"{self.closing.strip()!r}: the student does not learn to end an answer"]
-        elif marked is None and self._asked and self._answered and not self._answered.startswith(self._asked):
+        if marked is not None:
+            return self._notes_of_marks(marked(self._answer)[1]) if self._answered is not None else []
+        if self._asked and self._answered and not self._answered.startswith(self._asked):
             return [f"the chat template's prompt ends with {self.header!r}, and answers are written without it where "
                     "they have none of their own: they are learnt as they are written"]
         return []
+
+    def _notes_of_marks(self, learnt: str) -> list[str]:
+        """What is unusual in what the template's own marks say is learnt of an answer."""
+        notes, end, header = [], (self.closing or "").strip(), self.header.strip()
+        if end and end not in learnt:
+            notes.append(f"the chat template's {{% generation %}} marks leave out the end of a turn, {end!r}: the "
+                         "student does not learn to end an answer")
+        if header and learnt.lstrip().startswith(header):
+            notes.append(f"the chat template's {{% generation %}} marks hold {header!r}, which a prompt ends with: it "
+                         "is learnt too")
+        return notes
 
     @cached_property
     def header(self) -> str:
@@ -80,6 +89,15 @@ class TemplateShape:
         found = [self._write(self.fit([USER, {"role": "assistant", **answer, key: value}]), tools)
                  for answer in answers for tools in (None, [tool])]
         return all(text is None for text in found) or any(WORD in text for text in found if text is not None)
+
+    @cached_property
+    def always_prompts(self) -> bool:
+        """Whether what begins an answer is written at every end, wanted or not, and so after the last answer too."""
+        before, text, closing = self._write(self.fit([USER])), self._answered, self.closing
+        if not before or before != self._asked or not closing or not text.startswith(before):
+            return False
+        followed = self._write(self.fit([*self._answer, USER]))
+        return followed is not None and ANSWER in followed and not followed.rpartition(ANSWER)[2].startswith(closing)
 
     # ---- what is tried
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text as Line
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.data import sources
 from trainer.data.dataset import cache_folder, encoder_for, tokenizer_for
-from trainer.data.encoding import Document
+from trainer.data.encoding import Document, Encoder
+from trainer.data.messages import notes_on_calls, read_conversation, thoughts_of
 from trainer.data.packing import cuts
 from trainer.experiment.tree import Experiment
 
@@ -28,7 +30,8 @@ def show_data(experiment: Experiment, console: Console) -> None:
     corpus = sources.open_corpus(data, cache_folder(experiment))
     tokenizer = tokenizer_for(experiment, corpus)
     encoder = encoder_for(tokenizer, data, corpus.train)
-    records = [encoder([record]) for record in islice(iter(corpus.train), COUNTED)]
+    read = list(islice(iter(corpus.train), COUNTED))
+    records = [encoder([record]) for record in read]
     for number, documents in enumerate(records[:SHOWN], 1):
         for part, document in enumerate(documents, 1):
             of = f", sample {part} of {len(documents)}" if len(documents) > 1 else ""
@@ -37,8 +40,9 @@ def show_data(experiment: Experiment, console: Console) -> None:
             console.print(shown_document(tokenizer, document, data.sequence_length, plain, console.is_terminal),
                           soft_wrap=True)
     documents = [document for record in records for document in record]
-    console.print(Line("\n".join([*summary(documents, len(records), data.sequence_length, plain), *encoder.notes])),
-                  soft_wrap=True)
+    thoughts = left_out_thoughts(tokenizer, encoder, zip(read, records, strict=True))
+    console.print(Line("\n".join([*summary(documents, len(records), data.sequence_length, plain), *thoughts,
+                                  *encoder.notes, *notes_on_calls(read, data)])), soft_wrap=True)
 
 
 def summary(documents: list[Document], records: int, capacity: int, plain: bool) -> list[str]:
@@ -55,6 +59,24 @@ def summary(documents: list[Document], records: int, capacity: int, plain: bool)
     if nothing := sum(not found for found in pieces):
         lines.append(f"{nothing:,} of {len(documents):,} have nothing to learn within a row, and are left out")
     return lines
+
+
+def left_out_thoughts(tokenizer: PreTrainedTokenizerBase, encoder: Encoder,
+                      records: Iterable[tuple[dict[str, Any], list[Document]]]) -> list[str]:
+    """How many answers have thoughts of which nothing is learnt, since the chat template leaves them out."""
+    if not encoder.data.messages:
+        return []
+    every = missing = 0
+    for record, documents in records:
+        messages, _ = read_conversation(record, encoder.data, encoder.as_written)
+        thoughts = [thought for message in messages if message["role"] == "assistant"
+                    if (thought := thoughts_of(message))]
+        learnt = "\n".join(tokenizer.decode(one.tokens[one.learnt].tolist(), clean_up_tokenization_spaces=False)
+                           for one in documents) if thoughts else ""
+        every += len(thoughts)
+        missing += sum(thought.splitlines()[-1].strip() not in learnt for thought in thoughts)
+    return [f"{missing:,} of {every:,} answers with thoughts are learnt without them: the chat template leaves them "
+            "out"] if missing else []
 
 
 def shown_document(tokenizer: PreTrainedTokenizerBase, document: Document, capacity: int, plain: bool, color: bool
