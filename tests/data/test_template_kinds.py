@@ -187,6 +187,16 @@ def test_a_template_that_wants_tools_or_cannot_write_them_says_so(learn):
     assert [said for _, said in learn(cannot, messages)] == ["a<end>\n"]
 
 
+def test_thoughts_that_are_written_after_a_first_answer_alone_are_learnt(learn):
+    template = CHATML.replace("{{ m['content'] }}", "{% if loop.index0 > 2 %}{{ m['reasoning_content'] }}{% endif %}"
+                              "{{ m['content'] }}") + ADDS
+    messages = plain(("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b"))
+    messages[3]["reasoning_content"] = "so "
+    assert [said for _, said in learn(template, messages)] == ["a<end>\n", "so b<end>\n"]
+    with pytest.raises(UserError, match="does not write, so that it would be learnt without its thought"):
+        learn(CHATML + ADDS, messages)
+
+
 # ---- notes
 
 def test_marks_that_hold_what_a_prompt_ends_with_are_named(tokenizer, learn):

@@ -86,8 +86,9 @@ class TemplateShape:
         tool = {**TOOL, "function": {**TOOL["function"], "name": PLACE, "description": PLACE}}
         # Some show a thought only beside a call.
         answers = [{"content": ANSWER}, {"content": ""}, {"content": "", "tool_calls": [call(PLACE)]}]
-        found = [self._write(self.fit([USER, {"role": "assistant", **answer, key: value}]), tools)
-                 for answer in answers for tools in (None, [tool])]
+        # Others only after a first answer.
+        found = [self._write(self.fit([*before, USER, {"role": "assistant", **answer, key: value}]), tools)
+                 for before in ([], self._answer) for answer in answers for tools in (None, [tool])]
         return all(text is None for text in found) or any(WORD in text for text in found if text is not None)
 
     @cached_property
