@@ -22,7 +22,7 @@ from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.rematerialize import study
 from trainer.balancing import balancing_weight
 from trainer.data.batches import Batch
-from trainer.data.tokenizers import known_size
+from trainer.data.tokenizers import apart_size, known_size
 from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
 from trainer.inside import attach_projections, build_inside
@@ -213,7 +213,8 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
         how: dict[str, Any] = {"residency": _shared(experiment, small, large, processes, place)} if sharded else {
             "optimizer": experiment.optimizer.build(small), "in_backward": in_backward(experiment),
             "accumulate": gradients_stay(experiment, processes)}
-    precision, common = experiment.precision.build(place), sizes(student, teacher, known_size(experiment))
+    precision = experiment.precision.build(place)
+    common = sizes(student, teacher, known_size(experiment), apart_size(experiment))
 
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         distillation = Distillation(objective, model, live(large), tile=tile, common=common,

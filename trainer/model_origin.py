@@ -139,7 +139,7 @@ def _text_part(config: PretrainedConfig, key: str, value: str) -> PretrainedConf
     """The configuration itself, or its section for text where it is of several modalities."""
     text = config.get_text_config(decoder=True)
     other = type(text) is not type(config)
-    if other and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if other and not config.is_encoder_decoder and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         if method_of(config) is not None:
             raise UserError(f"{key}.path", "it is multimodal and its weights are quantized", value=value,
                             way_out="save its language model alone, dequantized, and name that")
@@ -152,8 +152,8 @@ def _text_part(config: PretrainedConfig, key: str, value: str) -> PretrainedConf
         return config
     names = [one.model_type for one in MODEL_FOR_CAUSAL_LM_MAPPING if not one.sub_configs]
     near = difflib.get_close_matches(config.model_type, names, 2, 0.5)
-    what = "is multimodal, and its language model cannot be used alone" if other else \
-        "encodes one text to write another, which is not trained here" if config.is_encoder_decoder else \
+    what = "encodes one input to write another, which is not trained here" if config.is_encoder_decoder else \
+        "is multimodal, and its language model cannot be used alone" if other else \
         "architecture has no causal language model"
     raise UserError(f"{key}.path" if value != config.model_type else f"{key}.architecture.model_type",
                     f"transformers' {config.model_type} {what}", value=value,

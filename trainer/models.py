@@ -29,6 +29,7 @@ from trainer.experiment.nodes import Model
 from trainer.experiment.quantization import Quantization
 from trainer.experiment.tree import Experiment
 from trainer.full_precision import check_share, ignored, without_place
+from trainer.language_alone import check_alone
 from trainer.layer_settings import with_layers
 from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, stored_dtypes, too_deep
 from trainer.model_origin import dense, language_model, learn_padding, loading, method_of, skeleton
@@ -275,7 +276,8 @@ def served_of(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
                                          + header_bound(model, asked.parts)) > asked.bytes:
             raise UserError("student.quantization.budget", f"with {min(asked.choices)} bits in every layer the student "
                             f"still takes {least:,} bytes on disk", value=asked.budget,
-                            way_out=f"allow {least}, offer fewer bits in `choices`, or quantise `embeddings` too")
+                            way_out=f"allow {least}, or offer fewer bits in `choices`; with `bits` in place of a "
+                            "budget, `embeddings: true` makes all of it small")
     return model
 
 
@@ -313,6 +315,8 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
         raise UserError(f"{key}.path", f"its files keep a {apart} of its own, and its config.json says that there is "
                         "none", value=model.path, way_out="write `tie_word_embeddings: false` in its config.json")
     if method_of(origin) is None:
+        if type(config) is not type(origin):
+            check_alone(loaded, origin, key, model.path)
         return loaded
     with redirect_stderr(io.StringIO()):
         return dense(loaded, config, dtype, model.trust_remote_code, key)

@@ -38,6 +38,7 @@ from trainer.exporting import (
 )
 from trainer.folder import RunFolder, fingerprint, flatten, learnt_from, write_atomically
 from trainer.inside import attach_projections, check_inside
+from trainer.language_alone import check_places
 from trainer.loop import Trainer
 from trainer.metrics import console, read_lines
 from trainer.model_trials import check_causal, check_early_causal, check_packing, check_positions
@@ -129,6 +130,7 @@ def carry_out(source: Source) -> Path:
     for note in text.notes:
         say(f"{experiment.name}  {note}")
     _, shape = _configs(experiment, vocabulary_size(text.tokenizer))
+    check_places(experiment, text)
     check_calibration(experiment, shape, text)
     for note in check_tokenizer(experiment, text, shape.vocab_size):
         say(f"{experiment.name}  {note}")

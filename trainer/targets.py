@@ -273,10 +273,24 @@ def held_of(experiment: Experiment, student: nn.Module, teacher: nn.Module | Non
     return replace(held, parts={**held.parts, "others": parameter_bytes(teacher)})
 
 
-def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int | None = None) -> Common | None:
-    """The common tokens as far as shapes tell; heads may be padded beyond the `tokens` of the tokenizer, if known."""
+def apart(ours: int, theirs: int, student: PretrainedConfig, teacher: PretrainedConfig) -> Common | None:
+    """The first columns of each head, where vocabularies have nothing in common; None where these are all."""
+    all_of_both = ours == student.vocab_size and theirs == teacher.vocab_size
+    return None if all_of_both else Common(ours, teacher_size=theirs)
+
+
+def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int | None = None,
+          theirs: int | None = None) -> Common | None:
+    """The common tokens as far as shapes tell; heads may be padded beyond the `tokens` of the tokenizer, if known.
+
+    Args:
+        theirs: tokens of the teacher's own tokenizer, where the two are compared without common ones.
+    """
     if teacher is None:
         return None
+    if theirs is not None:
+        return apart(min(student.vocab_size, tokens or student.vocab_size), min(teacher.vocab_size, theirs), student,
+                     teacher)
     least = min(student.vocab_size, teacher.vocab_size, tokens or student.vocab_size)
     return None if least == student.vocab_size == teacher.vocab_size else Common(least)
 

@@ -13,6 +13,7 @@ from trainer.data.dataset import Text
 from trainer.data.tokenizers import own_tokenizer, vocabulary_size
 from trainer.errors import UserError, blame
 from trainer.experiment.tree import Experiment
+from trainer.targets import apart
 
 LONGER = 2  # times the student's sequence length that the teacher may need for the same text
 
@@ -34,7 +35,7 @@ def relate(experiment: Experiment, text: Text, student: PretrainedConfig, teache
     if other is None:
         return real_tokens(text.tokenizer, student, teacher), as_it_is
     if experiment.objective.divergence.name == "uld":
-        return None, _by_spans(experiment, text.tokenizer, other)
+        return _apart(text.tokenizer, student, other, teacher), _by_spans(experiment, text.tokenizer, other)
     if text.tokenizer.get_vocab() == other.get_vocab():
         return real_tokens(text.tokenizer, student, teacher), as_it_is
     with blame("teacher.path", value=experiment.teacher.path, way_out="choose a teacher of the student's family"):
@@ -65,10 +66,24 @@ def real_tokens(tokenizer: PreTrainedTokenizerBase, student: PretrainedConfig, t
     gives them probability, each model its own.
     """
     sizes = student.vocab_size, teacher.vocab_size
-    numbers = torch.tensor(sorted({one for one in tokenizer.get_vocab().values() if one < min(sizes)}))
+    numbers = _numbers(tokenizer, min(sizes))
     if not torch.equal(numbers, torch.arange(len(numbers))):
         return Common(len(numbers), numbers, numbers)
     return None if len(numbers) == sizes[0] == sizes[1] else Common(len(numbers))
+
+
+def _apart(tokenizer: PreTrainedTokenizerBase, student: PretrainedConfig, other: PreTrainedTokenizerBase,
+           teacher: PretrainedConfig) -> Common | None:
+    """The columns of each that a token of its own tokenizer belongs to; None where these are all of both heads."""
+    ours, theirs = _numbers(tokenizer, student.vocab_size), _numbers(other, teacher.vocab_size)
+    if not all(torch.equal(numbers, torch.arange(len(numbers))) for numbers in (ours, theirs)):
+        return Common(len(ours), ours, theirs)
+    return apart(len(ours), len(theirs), student, teacher)
+
+
+def _numbers(tokenizer: PreTrainedTokenizerBase, rows: int) -> torch.Tensor:
+    """The ids of a tokenizer that a head of so many rows has, ascending."""
+    return torch.tensor(sorted({one for one in tokenizer.get_vocab().values() if one < rows}))
 
 
 def _by_spans(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> Reader:

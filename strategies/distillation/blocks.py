@@ -88,7 +88,9 @@ class Terms:
             found: Pair | None = None
             for one in several:
                 if one.name == "uld":
-                    yield *sorted_distance(logits, taught, temperature, gradient), None, one
+                    found_here = sorted_distance(columns(logits, common, "student"), columns(taught, common, "teacher"),
+                                                 temperature, gradient)
+                    yield *found_here, common, one
                 elif isinstance(taught, SampledTargets):
                     yield *_sampled(logits, taught, common, gradient), common, one
                 elif isinstance(taught, TopTargets):
@@ -104,7 +106,8 @@ def columns(logits: torch.Tensor, common: Common | None, whose: str) -> torch.Te
     if common is None:
         return logits
     index = getattr(common, whose)
-    return logits[:, :common.size] if index is None else logits.index_select(-1, index)
+    size = common.teacher_size if whose == "teacher" and common.teacher_size is not None else common.size
+    return logits[:, :size] if index is None else logits.index_select(-1, index)
 
 
 def _added(total: torch.Tensor | None, by: torch.Tensor, common: Common | None, logits: torch.Tensor) -> torch.Tensor:

@@ -73,11 +73,13 @@ class Common:
     Attributes:
         student, teacher: (common,) column of each; None where it is the first `size` ones.
         size: how many.
+        teacher_size: of the teacher, where vocabularies that have nothing in common are compared (uld); None: as many.
     """
 
     size: int
     student: torch.Tensor | None = None
     teacher: torch.Tensor | None = None
+    teacher_size: int | None = None
 
     def __post_init__(self) -> None:
         if (self.student is None) != (self.teacher is None):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 IGNORED = -100
@@ -63,13 +63,13 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
 
 
 def _load(path: str, **options: Any) -> Any:
-    """A causal model; or one of text and images, whose language model a teacher is."""
+    """A causal model; or one of text and images or sound, whose language model a teacher is."""
     try:
         return AutoModelForCausalLM.from_pretrained(path, **options)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
-        return AutoModelForImageTextToText.from_pretrained(path, **options)
+        return AutoModelForMultimodalLM.from_pretrained(path, **options)
 
 
 def layer_outputs(model: torch.nn.Module, run: Callable[[], Any]) -> dict[str, torch.Tensor]:

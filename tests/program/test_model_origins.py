@@ -1,23 +1,30 @@
 """Models as people publish them: multimodal, quantized already, with code of their own; and what is no causal model."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2VisionConfig,
+    Cohere2VisionForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
 )
 
 from strategies.export.transformers_folder import write_folder
 from strategies.quantization.qat import prepare
 from strategies.quantization.quantizer import WeightQuantizer
+from tests.program.test_bad_input import refused
+from tests.program.test_distilling import END, bpe
+from trainer.data.dataset import prepare_text
 from trainer.errors import UserError
 from trainer.experiment.nodes import Model
 from trainer.experiment.reading import read_experiment
@@ -69,6 +76,58 @@ def test_of_a_multimodal_model_the_language_model_is_used(make, tmp_path):
     alone = loaded(tmp_path)
     assert torch.equal(logits(alone), logits(whole))
     assert alone.config.vocab_size == 96 and not any("vision" in name for name in alone.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_language_model_that_says_something_else_than_the_whole_is_refused(tmp_path):
+    """transformers 5.24 scales the logits of Cohere2 alone by 1/16, and not those of the model that sees."""
+    whole = Cohere2VisionForConditionalGeneration(Cohere2VisionConfig(
+        text_config={**SMALL, "model_type": "cohere2", "sliding_window": 8, "pad_token_id": 0, "logit_scale": 0.0625},
+        vision_config={**SEEN, "model_type": "siglip_vision_model"}, image_token_id=90))
+    whole.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="something else of text.*0.94 of the largest") as told:
+        loaded(tmp_path)
+    assert told.value.key == "student.path" and "text alone" in told.value.way_out
+    asked = Cohere2VisionConfig.from_pretrained(tmp_path).get_text_config()
+    alone = AutoModelForCausalLM.from_config(asked)
+    alone.load_state_dict({name.replace("model.language_model.", "model."): weight for name, weight in
+                           whole.state_dict().items() if "language_model" in name}, strict=False)
+    alone.tie_weights()
+    assert torch.allclose(logits(alone), logits(whole) * 0.0625, atol=1e-6)
+
+
+def seeing(folder, **changes):
+    """A model of text and images in a folder, with a tokenizer of 300 tokens."""
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe(300), eos_token=END, pad_token=END)
+    whole = LlavaForConditionalGeneration(LlavaConfig(
+        text_config={**SMALL, "vocab_size": 301, "model_type": "llama"},
+        vision_config={**SEEN, "model_type": "clip_vision_model", "projection_dim": 32}, **changes))
+    whole.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return whole.eval(), tokenizer
+
+
+def test_a_teacher_that_sees_is_compared_with_its_student(tmp_path, carry_out):
+    whole, _ = seeing(tmp_path / "teacher", image_token_index=300)
+    experiment, folder = carry_out(
+        teacher={"path": str(tmp_path / "teacher"), "dtype": "float32"},
+        student={"architecture": None, "from_teacher": [0]},
+        data={"tokenizer": {"train_vocabulary": None}}, report={"control": False},
+        training={"steps": 1, "evaluate_every": 1, "checkpoint_every": 1})
+    held = prepare_text(experiment).held_out
+    with torch.no_grad():
+        said = whole(input_ids=held["input_ids"], position_ids=held["position_ids"]).logits.double()
+    nats = torch.nn.functional.cross_entropy(said.flatten(0, 1), held["targets"].flatten(), reduction="sum")
+    found = json.loads(folder.comparison.read_text())["teacher"]
+    assert found["bits_per_byte"] == pytest.approx(float(nats) / math.log(2) / int(held["bytes"].sum()), rel=1e-5)
+
+
+def test_text_with_tokens_in_whose_place_images_are_put_is_refused(tmp_path, write_experiment):
+    seeing(tmp_path / "seeing", image_token_index=bpe(300).encode("The cat").ids[0])
+    file = write_experiment(student={"architecture": None, "path": str(tmp_path / "seeing")},
+                            data={"tokenizer": {"train_vocabulary": None}})
+    refused(file, tmp_path, parts=["student.path", "in whose place", "take that token out"])
 
 
 def test_weights_that_are_packed_are_those_that_they_compute_with(llama, tmp_path):
@@ -131,13 +190,13 @@ def test_a_model_with_code_of_its_own_is_made_again_and_exported_with_its_code(l
 def test_quantized_weights_that_cannot_be_read_are_refused_by_the_configuration_alone(llama, tmp_path, method):
     llama.save_pretrained(tmp_path)
     quantized(tmp_path, quant_method=method, bits=4)
-    with pytest.raises(UserError, match="quantized") as refused:
+    with pytest.raises(UserError, match="quantized") as told:
         _config(Model(path=str(tmp_path)), "teacher", None, offline=True)
-    assert refused.value.key == "teacher.path" and "made from" in refused.value.way_out
+    assert told.value.key == "teacher.path" and "made from" in told.value.way_out
 
 
 @pytest.mark.parametrize("architecture, said", [
-    ({"model_type": "modernbert"}, "no causal language model"), ({"model_type": "t5"}, "encodes one text"),
+    ({"model_type": "modernbert"}, "no causal language model"), ({"model_type": "t5"}, "encodes one input"),
     ({"model_type": "blip"}, "multimodal"), ({"model_type": "vit"}, "no causal language model"),
     ({"model_type": "llama", "num_hidden_layers": 0}, "no layers"),
     ({"model_type": "llama", "num_key_value_heads": -4}, "cannot be made"),
@@ -145,9 +204,9 @@ def test_quantized_weights_that_cannot_be_read_are_refused_by_the_configuration_
     ({"model_type": "llama", "hidden_act": "none"}, "KeyError: 'none'"),
     ({"model_type": "gpt2", "n_embd": 30, "n_head": 4}, "cannot be made")])
 def test_what_is_no_causal_language_model_is_refused_in_one_short_message(architecture, said):
-    with pytest.raises(UserError, match=said) as refused, torch.device("meta"):
+    with pytest.raises(UserError, match=said) as told, torch.device("meta"):
         skeleton(_config(Model(architecture=architecture), "student", 96, offline=True), torch.float32)
-    assert len(str(refused.value)) < 200 and refused.value.key.startswith("student.architecture")
+    assert len(str(told.value)) < 200 and told.value.key.startswith("student.architecture")
 
 
 def test_a_token_that_ends_and_pads_learns_as_input(tmp_path, llama, write_experiment):

@@ -65,3 +65,24 @@ def test_a_divergence_is_over_tokens_alone(padded, tmp_path, train_here, source,
 def test_identical_models_that_are_padded_score_zero(padded, tmp_path, train_here):
     trainer = train_here(**experiment(tmp_path, [padded[1], padded[1]], "live"))
     assert first(trainer)["forward_kl"] == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_sorted_distributions_are_over_tokens_alone(padded, tmp_path, train_here, own):
+    """Where the teacher brings a tokenizer texts are matched by spans; of the same tokenizer each token is one."""
+    if not own:
+        for file in (tmp_path / "teacher").glob("token*"):
+            file.unlink()
+    changes = experiment(tmp_path, padded, "live")
+    changes["objective"]["divergence"]["name"] = "uld"
+    changes["data"]["tokenizer"] = {"train_vocabulary": None, "path": padded[1]}
+    teacher, student = (AutoModelForCausalLM.from_pretrained(path).eval() for path in padded)
+    total, count = 0.0, 0
+    tokenizer = AutoTokenizer.from_pretrained(padded[1])
+    for line in (tmp_path / "text.jsonl").read_text().splitlines():
+        ids = torch.tensor([[*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id][:33]])
+        with torch.no_grad():
+            p, q = ((model(ids).logits[0, :-1, :TOKENS].double() / 2).softmax(-1).sort(-1).values
+                    for model in (teacher, student))
+        total, count = total + 4 * float((p - q).abs().sum()), count + ids.shape[1] - 1
+    assert first(train_here(**changes))["uld"] == pytest.approx(total / count, rel=1e-4)

@@ -68,6 +68,19 @@ def known_size(experiment: Experiment) -> int | None:
     return None
 
 
+def apart_size(experiment: Experiment) -> int | None:
+    """Rows for a teacher's own tokenizer, where it is compared with a student of another (uld), as far as known."""
+    teacher = experiment.teacher
+    if teacher is None or teacher.path is None or experiment.student.from_teacher is not None \
+            or experiment.objective.divergence.name != "uld":
+        return None
+    try:
+        return vocabulary_size(_loaded_tokenizer("data.tokenizer", teacher.path, teacher.revision,
+                                                 local_files_only=True))
+    except UserError:
+        return None
+
+
 def check_models(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `UserError` if a model with weights knows other tokens by the same numbers, and nothing makes up for it.
 
