@@ -187,8 +187,8 @@ def apart(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, floa
 def least_bytes(model: nn.Module) -> int:
     """Bits x weights, scales and zero points of as many bits, and the rest in float32."""
     layers = {id(layer.weight): layer for _, layer in quantized_layers(model)}
-    within = {id(parameter) for layer in layers.values() for parameter in (layer.weight, getattr(
-        layer, "log_ratio", None))}
+    within = {id(parameter) for layer in layers.values() for parameter in (
+        layer.weight, getattr(layer, "first_ratio", None), getattr(layer, "log_ratio", None))}
     total = 4 * sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in within)
     for layer in layers.values():
         groups, bits = layer.grid().scale.numel(), layer.quantizer.bits

@@ -41,7 +41,7 @@ GAP_BITS = (5, 8)  # of a position, as the paper has for linear layers and for c
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
-_PARTS = ("log_ratio", "scale", "zero_point")  # of a quantised layer, in the archive in another form
+_PARTS = ("first_ratio", "log_ratio", "scale", "zero_point")  # of a quantised layer, in the archive in another form
 
 Tensors = dict[str, torch.Tensor]
 

@@ -18,7 +18,7 @@ from strategies.export.gguf_blocks import Block, block_for, blocks_of
 from strategies.export.gguf_vocabulary import Vocabulary, vocabulary_of
 from strategies.export.layers import Quantized, quantized_layers
 
-GRID = ("log_ratio", "scale", "zero_point")  # of a quantised layer, beside its weight
+GRID = ("first_ratio", "log_ratio", "scale", "zero_point")  # of a quantised layer, beside its weight
 SUFFIXES = (".weight", ".bias")
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # llama.cpp's, by ours
 PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -196,5 +196,5 @@ def _write(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor], outpu
 def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     """Weights by name, tied ones once, without the scales of quantised layers."""
     scales = {id(getattr(layer, part, None)) for _, layer in quantized_layers(module)
-              for part in ("log_ratio", "scale", "zero_point", "input_scale")}
+              for part in ("first_ratio", "log_ratio", "scale", "zero_point", "input_scale")}
     return {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in scales}

@@ -28,7 +28,7 @@ from strategies.export.layers import (
 from strategies.export.saved_names import as_saved, renamed, saved_rows
 from strategies.export.written_config import config_of, write_config
 
-PARTS = ("weight", "log_ratio", "scale", "zero_point", "input_scale")  # of a quantised layer; see `_packed`
+PARTS = ("weight", "first_ratio", "log_ratio", "scale", "zero_point", "input_scale")  # of a layer; see `_packed`
 EXPERTS = r"re:.*\.experts\.\d+\..*"  # that files have apart: transformers looks for a pattern with this word
 
 

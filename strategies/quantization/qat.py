@@ -14,19 +14,21 @@ from transformers.pytorch_utils import Conv1D
 
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.quantizer import Grid, WeightQuantizer
-from strategies.quantization.stored import Experts, all_layers, as_matrix, as_weight, plain, seeing
+from strategies.quantization.stored import PARTS, Experts, all_layers, as_matrix, as_weight, plain, seeing
 
-# A ratio r is kept as a = sign(r) (log|r| + OFFSET): a step of any optimizer then changes it by a share of itself.
-OFFSET = 8.0
+# A ratio r is kept as r_0, which nothing trains and half precision holds exactly, and a = log(r / r_0) + OFFSET. A step
+# of any optimizer then changes r by a share of itself, also of one whose steps are in proportion to what it moves; and
+# where an engine gathers in half precision, r is off by no more than weights are, since near 0 numbers lie close.
+OFFSET = 0.5
 
 
 class Quantized:
     """A layer whose forward uses fake-quantised weights; weight and optimizer see full precision.
 
     The weight keeps its name, so state dicts, sharding and checkpoints do not notice. A scale that is searched for or
-    learnt is a parameter of its own, `log_ratio` (outputs * groups): a vector, which no optimizer decays or factors. A
-    grid that was found after training is in `scale` (outputs, groups) and `zero_point`, parameters without a gradient.
-    The scale of activations that are calibrated is `input_scale` (1,).
+    learnt is a parameter of its own, `log_ratio` (outputs * groups): a vector, which no optimizer decays or factors;
+    `first_ratio` is where it began. A grid that was found after training is in `scale` (outputs, groups) and
+    `zero_point`, parameters without a gradient. The scale of activations that are calibrated is `input_scale` (1,).
     """
 
     weight: nn.Parameter
@@ -58,9 +60,11 @@ class Quantized:
 
     def search(self) -> None:
         """Find the scale of the least squared error, and keep its ratio as a parameter: trained, if it is learnt."""
-        ratio = self.quantizer.first_ratio(self.matrix)
-        self.log_ratio = nn.Parameter(torch.copysign(ratio.abs().log() + OFFSET, ratio).flatten(),
-                                      requires_grad=self.quantizer.rule == "learnt")
+        ratio = self.quantizer.first_ratio(self.matrix).flatten()
+        ratio = torch.where(ratio == 0, torch.ones_like(ratio), ratio)  # of weights that are all zero
+        first = ratio.bfloat16().to(ratio.dtype)
+        self.first_ratio = nn.Parameter(first, requires_grad=False)
+        self.log_ratio = nn.Parameter((ratio / first).log() + OFFSET, requires_grad=self.quantizer.rule == "learnt")
 
     def fix(self, grid: Grid) -> None:
         """Have this grid from here on, whatever the weights become."""
@@ -73,7 +77,8 @@ class Quantized:
         kept = getattr(self, "log_ratio", None)
         if kept is None:
             return None
-        return (kept.sign() * (kept.abs() - OFFSET).exp()).view(
+        wide = torch.promote_types(kept.dtype, torch.float32)
+        return (self.first_ratio.to(wide) * (kept.to(wide) - OFFSET).exp()).view(
             (1, 1) if self.quantizer.per_tensor else (self.matrix.shape[0], -1))
 
     def _fixed(self) -> Grid | None:
@@ -169,7 +174,7 @@ def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] 
         twin = kept.setdefault(id(module.weight), module)
         if twin is not module:
             if own.searched:
-                module.log_ratio = twin.log_ratio
+                module.first_ratio, module.log_ratio = twin.first_ratio, twin.log_ratio
         elif own.searched:
             module.search()
     return list(chosen)
@@ -193,7 +198,7 @@ def become_plain(layer: Any) -> None:
     layer.__class__ = PLAIN.get(type(layer), nn.Linear)
     del layer.quantizer
     layer.__dict__.pop("activations", None)
-    for name in ("log_ratio", "scale", "zero_point", "outliers", "whole"):
+    for name in (*PARTS, "outliers", "whole"):
         if hasattr(layer, name):
             delattr(layer, name)
     if isinstance(layer, Experts) and hasattr(layer.holder, "quantized_experts"):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-PARTS = ("log_ratio", "scale", "zero_point")  # what quantisation adds to a weight
+PARTS = ("first_ratio", "log_ratio", "scale", "zero_point")  # what quantisation adds to a weight
 
 
 def as_matrix(layer: Any) -> torch.Tensor:

@@ -271,6 +271,23 @@ def test_learnt_scales_begin_at_the_least_squared_error_and_are_trained():
     assert ((model.up.log_ratio - before).abs() > 1e-4).all()
 
 
+@pytest.mark.parametrize("rule", ["mse", "learnt"])
+def test_scales_survive_an_engine_that_gathers_in_half_precision(rule):
+    """Kept ratios are rounded to bf16 where FSDP2 and ZeRO gather: by no more than weights are, half a step of 2^-7."""
+    model = Model()
+    with torch.no_grad():
+        model.up.weight[:, :4] = 0  # a group with nothing to scale
+    prepare(model, WeightQuantizer(4, 4, rule=rule))
+    found = model.up.quantizer._best(model.up.weight)[0].double()
+    wanted = torch.where(found == 0, 1.0, found)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for name, kept in model.up.named_parameters():
+            if name.endswith("_ratio"):
+                kept.data = kept.data.to(dtype)
+        error = (model.up.grid().scale.double() / wanted - 1).abs().max()
+        assert error < (1e-6 if dtype == torch.float32 else 2**-8), (dtype, error)
+
+
 def test_kernels_of_convolutions_have_a_scale_for_each_output():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv1d(2, 4, 3))
     assert prepare(model, WeightQuantizer(8)) == ["0", "1"]
