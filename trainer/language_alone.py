@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,10 +18,12 @@ from transformers import (
     PretrainedConfig,
 )
 
-from trainer.data.dataset import Text
 from trainer.errors import UserError
 from trainer.experiment.nodes import Model
 from trainer.experiment.tree import Experiment
+
+if TYPE_CHECKING:  # pragma: no cover - names for the reader; what it needs of models would be a circle
+    from trainer.data.dataset import Text
 
 PLACES = re.compile(r"(image|video|audio)_token_(id|index)")  # tokens in whose place pictures or sound are put
 SPECIAL = re.compile(r".*_token_(id|index)")
