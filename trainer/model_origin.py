@@ -46,7 +46,7 @@ def language_model(config: PretrainedConfig, model: Model, key: str) -> Pretrain
             raise UserError(f"{key}.path", f"its weights are quantized ({method}), and cannot be turned back into "
                             "numbers of full precision here", value=value,
                             way_out="name the model that it was made from, or save it dequantized first")
-        _note(f"{key}: its weights are quantized ({method}); they are read as numbers of full precision")
+        note(f"{key}: its weights are quantized ({method}); they are read as numbers of full precision")
         config = copy.deepcopy(config)
         del config.quantization_config
     return config
@@ -143,7 +143,7 @@ def _text_part(config: PretrainedConfig, key: str, value: str) -> PretrainedConf
         if method_of(config) is not None:
             raise UserError(f"{key}.path", "it is multimodal and its weights are quantized", value=value,
                             way_out="save its language model alone, dequantized, and name that")
-        _note(f"{key}: of this multimodal model the language model alone is used, without what reads images or sound")
+        note(f"{key}: of this multimodal model the language model alone is used, without what reads images or sound")
         if not _swapped(config) and hasattr(config, "tie_word_embeddings"):
             text.tie_word_embeddings = config.tie_word_embeddings
         text._name_or_path = config._name_or_path
@@ -169,6 +169,6 @@ def _swapped(config: PretrainedConfig) -> bool:
 
 
 @cache
-def _note(text: str) -> None:
+def note(text: str) -> None:
     """Said once, however often the configuration is looked at."""
     logging.getLogger(__name__).warning(text)

@@ -32,7 +32,7 @@ from trainer.full_precision import check_share, ignored, without_place
 from trainer.language_alone import check_alone
 from trainer.layer_settings import with_layers
 from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, stored_dtypes, too_deep
-from trainer.model_origin import dense, language_model, learn_padding, loading, method_of, skeleton
+from trainer.model_origin import dense, language_model, learn_padding, loading, method_of, note, skeleton
 from trainer.teacher_layers import fill_from_layers, needed, paired_lists, refused
 from trainer.tied import kept_apart, settle_tying
 
@@ -80,7 +80,7 @@ def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, stude
             raise UserError(f"{key}.architecture.num_key_value_heads", f"{heads} attention heads cannot share {shared} "
                             "evenly", value=shared, way_out=f"use a divisor of {heads}")
         positions = getattr(config, "max_position_embeddings", None)
-        if positions and experiment.data.sequence_length > positions:
+        if positions and 0 < positions < experiment.data.sequence_length:  # XLNet says -1 for any number
             raise UserError("data.sequence_length", f"the {key} knows {positions} positions",
                             value=experiment.data.sequence_length, way_out=f"use at most {positions}")
         if tokens and tokens > config.vocab_size and not (key == "teacher" and brings):
@@ -311,6 +311,9 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
         raise UserError(f"{key}.path", f"the weights lack {len(info['missing_keys'])} tensors, for example "
                         f"{sorted(info['missing_keys'])[0]}", value=model.path,
                         way_out="name a complete causal language model")
+    if info["unexpected_keys"] and type(config) is type(origin) and method_of(origin) is None:  # else on purpose
+        note(f"{key}: {len(info['unexpected_keys'])} tensors of its files belong to no part of the model that its "
+             f"config.json describes, and are left out, for example {sorted(info['unexpected_keys'])[0]}")
     if (apart := kept_apart(loaded)) is not None:  # as it was not when its configuration was read
         raise UserError(f"{key}.path", f"its files keep a {apart} of its own, and its config.json says that there is "
                         "none", value=model.path, way_out="write `tie_word_embeddings: false` in its config.json")

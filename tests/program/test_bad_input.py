@@ -111,6 +111,28 @@ def test_weights_that_are_incomplete_or_no_safetensors(write_experiment, tmp_pat
     refused(file, tmp_path, parts=["student.path", "cannot load this model", "git lfs pull"])
 
 
+def test_weights_that_no_part_of_the_model_reads_are_named(train_here, tmp_path, caplog):
+    folder = saved_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    changes = {"student": {"architecture": None, "path": str(folder)}, "training": {"steps": 1},
+               "data": {"tokenizer": {"train_vocabulary": None}}}
+    assert len(train_here(**changes).student.model.layers) == 2
+    assert "student: 9 tensors of its files belong to no part of the model" in caplog.text
+    assert "for example model.layers.2.input_layernorm.weight" in caplog.text
+    caplog.clear()
+    (folder / "config.json").write_text(json.dumps(config))
+    train_here("whole", **changes)
+    assert "tensors of its files" not in caplog.text
+
+
+def test_a_model_for_any_number_of_positions_has_no_longest_row(write_experiment, tmp_path):
+    xlnet = {"model_type": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    file = write_experiment()
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "student": {"architecture": xlnet}}))
+    refused(file, tmp_path, parts=["is not causal as it is configured"])
+
+
 def test_models_of_different_families_are_told_apart_at_equal_size(write_experiment, tmp_path):
     one = saved_model(tmp_path / "one", "the cat sat on the mat and the cat was fat")
     other = saved_model(tmp_path / "other", "un chien mange une pomme verte sous un arbre vert")
