@@ -145,19 +145,16 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
     backward; sums one unit's gradients in a buffer that stays until the next one's."""
     units, size = units_of(model), setup.compute.itemsize
     sums = FP32 if setup.half else size
-    own = sum(local_rows(parameter, setup.ranks) for parameter in model.parameters())
-
-    def gathered(names: Sequence[str]) -> int:
-        return sum(local_rows(parameter, setup.ranks) * setup.ranks for parameter in _parameters(model, names))
-
-    order = _order(units)
-    counts = [gathered(names) for names in order]
-    root = sum(local_rows(parameter, setup.ranks) * setup.ranks for parameter in _outside(model, units))
+    outside, order = _outside(model, units), _order(units)
+    own, trained = (_rows_of(model.parameters(), setup.ranks, only) // setup.ranks for only in (False, True))
+    counts, summed = ([_rows_of(_parameters(model, names), setup.ranks, only) for names in order]
+                      for only in (False, True))
+    root, root_summed = (_rows_of(outside, setup.ranks, only) for only in (False, True))
     fetched = [0 if setup.stage == 2 or units.tail and index == len(order) - 1 else size * count
                for index, count in enumerate(counts)]  # in backward, of each unit
     turns = []
     for index, (names, count) in enumerate(zip(order, counts, strict=True)):
-        following = counts[index + 1] if index + 1 < len(counts) else 0
+        following = summed[index + 1] if index + 1 < len(counts) else 0
         stays, before = not fetched[index], fetched[index - 1] if index else 0
         forward, most = size * count * (1 if stays else 2), size * count + max(size * count, _arriving(count, setup))
         turns.append(Turn(
@@ -167,23 +164,25 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Se
             fetched=max(0, fetched[index] - before, _arriving(counts[index - 1], setup) if before else 0),
             # before gradients are put into a buffer, the buffer before that is given back
             reduced=max(0, _summing(model, names, setup, names[0] in units.ends) - sums * following),
-            kept=0 if setup.accumulates or setup.in_backward else FP32 * count // setup.ranks))
+            kept=0 if setup.accumulates or setup.in_backward else FP32 * summed[index] // setup.ranks))
     parts = {"weights": FP32 * own, "buffers": _buffers(model), "optimizer state": state}
-    trailing = sums * counts[0] if counts else 0
+    trailing = sums * summed[0] if counts else 0
     if setup.accumulates:  # the buffer of the last sum stays
-        last = sums * root or trailing
-        parts |= {"gradients": FP32 * own, "buckets": last}
+        last = sums * root_summed or trailing
+        parts |= {"gradients": FP32 * trained, "buckets": last}
     if setup.accumulates and turns:
         turns[-1] = replace(turns[-1], kept=-last, reduced=max(0, turns[-1].reduced - last))
     stay = not setup.accumulates and not setup.in_backward
     if setup.offload_parameters:  # weights, gradients and state are on the CPU; a gradient is copied there once summed
         parts = {"buffers": parts["buffers"]}
         turns = [replace(turn, kept=0) for turn in turns]
-        own, stay, update = 0, False, 0
+        trained, stay, update = 0, False, 0
     return Residency(parts, tuple(turns), units.blocks, forward=size * root, update=0 if setup.in_backward else update,
-                     gradients=FP32 * (max([root, *counts]) // setup.ranks if setup.in_backward else own) if own else 0,
-                     rest=FP32 * root // setup.ranks if stay else 0, landed=size * (counts[-1] if counts else root),
-                     trailing=trailing, end=max(0, _summing(model, (), setup)),
+                     gradients=FP32 * (max([root_summed, *summed]) // setup.ranks if setup.in_backward else trained
+                                       ) if trained else 0,
+                     rest=FP32 * root_summed // setup.ranks if stay else 0,
+                     landed=size * (counts[-1] if counts else root), trailing=trailing,
+                     end=max(0, _summing(model, (), setup)),
                      turning=0 if units.tail or not counts else fetched[-1],
                      turned=0 if units.tail or not counts else _arriving(counts[-1], setup))
 
@@ -202,11 +201,17 @@ def _summing(model: nn.Module, names: Sequence[str], setup: Setup, held: bool = 
     or a head); then comes the rank's part of the sum, and gloo's copy. Without names the unit is the root.
     """
     parameters = _parameters(model, names) if names else _outside(model, units_of(model))
-    count = setup.ranks * sum(local_rows(parameter, setup.ranks) for parameter in parameters)
+    whole, count = (_rows_of(parameters, setup.ranks, only) for only in (False, True))
     size, sums = setup.compute.itemsize, FP32 if setup.half else setup.compute.itemsize
     copied = size * max((parameter.numel() for parameter in parameters), default=0) if setup.half and setup.gloo else 0
     summing = sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks
-    return max(sums * count + copied, summing - (0 if held else size * count)) - size * count
+    return max(sums * count + copied, summing - (0 if held else size * count)) - size * whole
+
+
+def _rows_of(parameters: Iterable[nn.Parameter], ranks: int, trained: bool = False) -> int:
+    """Elements of all parameters, or of those that are trained, as all ranks together lay them out."""
+    return ranks * sum(local_rows(parameter, ranks) for parameter in parameters
+                       if parameter.requires_grad or not trained)
 
 
 def local_rows(parameter: torch.Tensor, ranks: int) -> int:
