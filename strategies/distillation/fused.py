@@ -109,7 +109,7 @@ def logit_shape(model: nn.Module) -> LogitShape:
         ValueError: it is neither a factor nor a soft cap, or the head is not linear.
     """
     head, device = output_head(model), next(model.parameters()).device
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or not _plainly_linear(type(head)):
         raise ValueError(f"the output head of {type(model).__name__} is no linear layer")
     shown = torch.tensor(PROBES, device=device)
     inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device), "use_cache": False}
@@ -124,6 +124,12 @@ def logit_shape(model: nn.Module) -> LogitShape:
                          f"{[round(value, 3) for value in PROBES]} it makes "
                          f"{[round(value, 3) for value in found.tolist()]}")
     return shape
+
+
+def _plainly_linear(kind: type) -> bool:
+    """Whether no class in between has a product of its own: Dory's head scales each token's logits, for example."""
+    return all(f"{base.__module__}.".startswith(("torch.", "strategies.")) for base in kind.__mro__
+               if "forward" in vars(base))
 
 
 class _InPlace(nn.Module):

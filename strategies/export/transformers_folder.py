@@ -26,6 +26,7 @@ from strategies.export.layers import (
     weight_name,
 )
 from strategies.export.saved_names import as_saved, renamed, saved_rows
+from strategies.export.weight_reads import weight_reads
 from strategies.export.written_config import config_of, write_config
 
 PARTS = ("weight", "first_ratio", "log_ratio", "scale", "zero_point", "input_scale")  # of a layer; see `_packed`
@@ -95,13 +96,14 @@ def check_folder(model: nn.Module) -> None:
     takes all layers for one kind.
     """
     layers = dict(quantized_layers(model))
-    whole = next((name for name, layer in layers.items() if _loads_dequantized(layer)), None)
+    whole, read = next(iter(_dequantized(model, layers)), None), weight_reads(model).read
     rounded = next((name for name, layer in layers.items() if layer.activations is not None), None)
     other = whole and next((name for name, layer in layers.items() if is_module(layer) and (
         layer.quantizer != layers[whole].quantizer or is_turned(layer) != is_turned(layers[whole]))), None)
     if whole and (rounded or other):
         what = "an embedding" if isinstance(layers[whole], nn.Embedding) else (
-            "a matrix that is stored (inputs, outputs)" if is_turned(layers[whole]) else "a weight with zero points")
+            "a matrix that is stored (inputs, outputs)" if is_turned(layers[whole]) else
+            "asked for its weight by the model's own code" if whole in read else "a weight with zero points")
         problem = f"{rounded} quantises its activations, which it then leaves out" if rounded else (
             f"{other} has other numbers, which it then takes for the same")
         raise ValueError(f"{whole} is {what}, which transformers loads dequantised only, and {problem}: take symmetric "
@@ -121,7 +123,7 @@ def check_folder(model: nn.Module) -> None:
 def must_be_alike(model: nn.Module) -> str | None:
     """A quantised layer that transformers takes for one with the numbers of others; None where each has its own."""
     layers = dict(quantized_layers(model))
-    whole = [name for name, layer in layers.items() if _loads_dequantized(layer)]
+    whole = _dequantized(model, layers)
     experts = [name for name, layer in layers.items() if not is_module(layer)]
     return whole[0] if whole and len(layers) > 1 else experts[0] if len(experts) > 1 else None
 
@@ -133,12 +135,14 @@ def no_place(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
         layers: of the model, quantised or still to be.
     """
     shapes = {name: layer.weight.shape for name, layer in layers.items() if not is_module(layer)}
-    kept, found = saved_rows(model, shapes), {}
+    kept, found, used = saved_rows(model, shapes), {}, weight_reads(model).used
     for name, layer in layers.items():
         if name in shapes and not (kept[name] and all(saved.endswith(".weight") for saved in kept[name])):
             found[name] = "is one tensor of all experts in files of this architecture, which nothing unpacks"
         elif name not in shapes and not isinstance(layer, (nn.Linear, nn.Embedding)) and not is_turned(layer):
             found[name] = f"is a {type(layer).__name__}: the format has linear layers and embeddings"
+        elif name in used:
+            found[name] = "is computed with past the layer by the model's own code, which sees its full precision"
     return found
 
 
@@ -158,6 +162,13 @@ def _cannot_hold(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, st
         elif quantizer != first.quantizer:
             found[name] = "has other numbers than other experts, which transformers takes for the same"
     return found
+
+
+def _dequantized(model: nn.Module, layers: Mapping[str, Quantized]) -> list[str]:
+    """Quantised layers that transformers can load only if it dequantises all of them at once."""
+    read = weight_reads(model).read
+    return [name for name, layer in layers.items() if _loads_dequantized(layer)
+            or (name in read and folder_format(layer) == "pack-quantized")]
 
 
 def _loads_dequantized(layer: Quantized) -> bool:
@@ -244,7 +255,7 @@ def _config(model: nn.Module, dtype: torch.dtype, quantized: dict[str, Quantized
         config.quantization_config = QuantizationConfig(
             config_groups=schemes, ignore=sorted(linear - set(quantized)), quantization_status="compressed",
             format=formats.pop() if len(formats) == 1 else "mixed-precision").to_dict()
-        if any(map(_loads_dequantized, quantized.values())):
+        if _dequantized(model, quantized):
             config.quantization_config["dequantize"] = True
     return config
 

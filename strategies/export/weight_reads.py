@@ -1,0 +1,120 @@
+"""Where a model's own code reads the weights of its layers, and does not only call the layers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+# What may be asked of a weight without its numbers. RWKV halves weights in place, and with them their scales.
+ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda", "is_meta", "mul_",
+         "div_"}
+TOKENS = 8
+_known: dict[tuple[type, str], Reads] = {}
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Linear layers of a model by name.
+
+    Attributes:
+        read: whose weight the code around them asks for, if only for its dtype or to initialise it: where a file has
+            packed numbers instead, the module has no such weight.
+        used: whose numbers it computes with, past the layer: quantising the layer would not reach these.
+    """
+
+    read: frozenset[str] = frozenset()
+    used: frozenset[str] = frozenset()
+
+
+def weight_reads(model: nn.Module) -> Reads:
+    """Found by running a model of the same configuration without numbers, once for each configuration.
+
+    It says what happens on a CPU: kernels for GPUs that take several weights at once are not seen. Nothing is found of
+    a model that does not run without numbers.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        return Reads()
+    key = type(model), config.to_json_string(use_diff=False)
+    if key not in _known:
+        _known[key] = _tried(type(model), config)
+    return _known[key]
+
+
+def _tried(kind: type, config: Any) -> Reads:
+    read: set[str] = set()
+    used: set[str] = set()
+    with contextlib.suppress(Exception), _disable_current_modes(), torch.device("meta"), torch.random.fork_rng([]):
+        model = kind(type(config).from_dict(config.to_dict()))
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("batched_mm")  # the others look at numbers, or at the dtype
+        names = {id(module): name for name, module in model.named_modules() if type(module) is nn.Linear}
+        for module in model.modules():
+            if id(module) in names:
+                module.__class__ = _watched(names[id(module)], read, used)
+        for module in model.modules():
+            if id(module) not in names:
+                with contextlib.suppress(Exception):  # numbers that are not there
+                    model._init_weights(module)
+        used.clear()
+        for training in (True, False):
+            with torch.no_grad(), _Answers():
+                model.train(training)(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+    return Reads(frozenset(read), frozenset(used))
+
+
+def _watched(name: str, read: set[str], used: set[str]) -> type:
+    """A class of linear layers that note who asks for their weight."""
+
+    class Watched(nn.Linear):
+        @property
+        def weight(self) -> torch.Tensor:
+            read.add(name)
+            return _Weight.of(self._parameters["weight"], name, used)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(hidden, self._parameters["weight"], self.bias)
+
+    return Watched
+
+
+class _Answers(TorchDispatchMode):
+    """Tensors without numbers answer those who ask for one: 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Weight(torch.Tensor):
+    """A weight that notes that its numbers are used."""
+
+    of_layer: str
+    noted: set[str]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, name: str, used: set[str]) -> torch.Tensor:
+        made = weight.detach().as_subclass(cls)
+        made.of_layer, made.noted = name, used
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        asked = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if asked not in ABOUT:
+            for tensor in _weights((args, kwargs)):
+                tensor.noted.add(tensor.of_layer)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _weights(given: Iterable[Any]) -> Iterator[_Weight]:
+    return (leaf for leaf in tree_leaves(given) if isinstance(leaf, _Weight))
