@@ -18,6 +18,7 @@ from trainer.model_files import first_line
 SHORT = 12  # tokens that every model is tried on
 AFFORDED, AFFORDED_SETTING = 1e11, 1e12  # weights times tokens of a call: for whole rows, for rows past a setting
 SMALL, AFFORDED_EARLY = 3e7, 1e8  # weights of a model that is made whole, and of one that is made at all, to be tried
+REPEATED = 7  # different tokens of a document in which tokens come again
 LEAST_LONG = 64  # tokens that a model is tried on where whole rows are too dear
 # What makes a model of each of these configurations causal, where it is not by itself.
 FLAGS = ({"is_decoder": True}, {"is_causal": True}, {"causal": True}, {"use_bidirectional_attention": False},
@@ -81,6 +82,33 @@ def check_packing(model: nn.Module, key: str, length: int) -> None:
         raise UserError("data.packing", f"documents packed into one sequence would see each other in the {key} "
                         f"({type(model).__name__}): it does not keep them apart by position", value=True,
                         way_out="set `data.packing: false`")
+
+
+@torch.no_grad()
+def check_padding(model: nn.Module, key: str, length: int) -> None:
+    """Raise `UserError` where what a model says of a document depends on what stands behind it in its row.
+
+    One that attends to the best so many of all earlier keys takes others among equal ones in a longer row, and keys of
+    tokens that come again are equal in Doge's first layer.
+    """
+    with _tried(model):
+        *_, size = tried_lengths(model, length)
+        if _same_in_longer_rows(model, size):
+            return
+        fitting = [one for one in sorted(set(_numbers(model.config.to_dict()))) if SHORT <= one < size
+                   and _same_in_longer_rows(model, one)]
+    raise UserError("data.sequence_length", f"what the {key} ({type(model).__name__}) says of a document depends on "
+                    "how long its row is: it picks keys, and others among equal ones where there are more",
+                    value=length, way_out=f"set data.sequence_length={fitting[-1]}, where it keeps all" if fitting else
+                    "take shorter rows, or another architecture")
+
+
+def _same_in_longer_rows(model: nn.Module, size: int) -> bool:
+    """Whether a document of few different tokens has the states in a row of so many that it has alone."""
+    at, own = torch.arange(size, device=_device(model)), size - min(5, size // 2)
+    tokens, positions = at % REPEATED, torch.where(at < own, at, at - own)
+    alone, longer = (_states(model, tokens[:end], positions[:end])[:own] for end in (own, size))
+    return bool((alone - longer).abs().max() <= 2e-2 * alone.abs().max())
 
 
 def check_early_causal(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> None:
@@ -202,7 +230,7 @@ def _numbers(values: object) -> Iterator[int]:
     if isinstance(values, dict):
         for name, value in values.items():
             if isinstance(value, int) and not isinstance(value, bool) and any(
-                    part in name for part in ("window", "chunk", "position", "block", "length")):
+                    part in name for part in ("window", "chunk", "position", "block", "length", "topk")):
                 yield value
             elif isinstance(value, dict):
                 yield from _numbers(value)

@@ -54,7 +54,11 @@ def student_config(
     if student.from_teacher is None:  # without a tokenizer at hand, it has most likely as many tokens as its teacher
         return _config(student, "student", vocabulary or getattr(teacher, "vocab_size", None), offline)
     assert teacher is not None, "the experiment checks that layers come from a teacher"
-    layers = teacher.num_hidden_layers
+    layers = getattr(teacher, "num_hidden_layers", None)
+    if layers is None:  # a byte latent transformer has several stacks
+        raise UserError("student.from_teacher", f"a {teacher.model_type} model has several stacks of layers, and no "
+                        "one number of them", value=list(student.from_teacher),
+                        way_out="give the student a `path` or an `architecture`")
     if max(student.from_teacher) >= layers:
         raise UserError("student.from_teacher", f"the teacher has layers 0 to {layers - 1}",
                         value=list(student.from_teacher), way_out=f"choose from 0 to {layers - 1}")

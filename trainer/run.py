@@ -41,7 +41,7 @@ from trainer.inside import attach_projections, check_inside
 from trainer.language_alone import check_places
 from trainer.loop import Trainer
 from trainer.metrics import console, read_lines
-from trainer.model_trials import check_causal, check_early_causal, check_packing, check_positions
+from trainer.model_trials import check_causal, check_early_causal, check_packing, check_padding, check_positions
 from trainer.models import (
     DTYPES,
     build_student,
@@ -254,6 +254,7 @@ def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Modu
             model.set_attn_implementation("eager")  # as it is run for them
         check_causal(model, key, length, getattr(experiment, key).path)
         check_positions(model, key, getattr(experiment, key).path)
+        check_padding(model, key, length)
         if experiment.data.packing:
             check_packing(model, key, length)
 

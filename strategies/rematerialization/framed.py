@@ -134,9 +134,10 @@ def framed(calls: list[Call], step: Step, mode: FakeTensorMode) -> tuple[list[Ca
     Raises:
         CannotPlan: the model does not run without data at all.
     """
+    idle = unreached(step, mode)
     while True:
         try:
-            with quiet("torch._subclasses.fake_tensor"):
+            with quiet("torch._subclasses.fake_tensor"), frozen(idle):
                 return calls, step.frame(calls, mode)
         except Unreached as error:
             calls = without({id(calls[index].module) for index in error.regions}, calls)
@@ -149,6 +150,40 @@ def framed(calls: list[Call], step: Step, mode: FakeTensorMode) -> tuple[list[Ca
             warnings.warn(f"{type(step.model).__name__} runs as it is, nothing of it is planned: it does not run "
                           f"with its blocks replaced ({type(error).__name__}: {first_line(error)})", stacklevel=4)
             calls = []
+
+
+def unreached(step: Step, mode: FakeTensorMode) -> list[torch.Tensor]:
+    """Trained parameters that the loss does not depend on: no gradient is ever made of them, and no optimizer state.
+
+    A decoder that is trained without its encoder has such ones, the cross-attention's. Found from what autograd would
+    run; none where the forward does not run without data, of which the caller hears.
+    """
+    trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    try:
+        with mode, Answers(), quiet("torch._subclasses.fake_tensor"):
+            todo = [step.loss(step.batch).grad_fn]
+    except Exception:
+        return []
+    seen, reached = set(), set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))
+            todo += [following for following, _ in node.next_functions]
+    return [parameter for parameter in trained if id(parameter) not in reached]
+
+
+@contextmanager
+def frozen(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within the context these parameters are not trained."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def without(modules: Collection[int], calls: Sequence[Call]) -> list[Call]:
