@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from trainer.experiment.tree import Experiment
 from trainer.inside import attach_projections, build_inside
 from trainer.models import student_of
 from trainer.precision import DTYPES as COMPUTE
-from trainer.refusal import refuse
+from trainer.refusal import Fit, refuse
 from trainer.shares import gradients_stay, in_backward, is_sharded
 from trainer.step_loss import loss_of_batch
 from trainer.targets import check_sizes, example_targets, held_of, live, resident_teacher, sizes
@@ -138,29 +139,23 @@ def choose(experiment: Experiment, again: Again, first: Callable[[bool, int | No
     Raises:
         BudgetUnmet: no plan fits.
     """
-    def fits(changed: Experiment) -> tuple[int, float] | None:
-        try:
-            found = _choose(changed.memory.bytes, lambda regions, tile: again(changed, regions, tile), hopeless=True)
-        except (_Unmet, UserError):
-            return None
-        return found.schedule.peak, found.schedule.overhead
+    def attempt(changed: Experiment) -> _Trial:
+        return _Trial(changed.memory.bytes, lambda regions, tile: again(changed, regions, tile))
 
     try:
         return _choose(experiment.memory.bytes, first or (lambda regions, tile: again(experiment, regions, tile)))
     except _Unmet as unmet:
-        raise refuse(experiment, unmet.error, *named_parts(unmet.least), fits, processes) from unmet.error
+        raise refuse(experiment, unmet.error, *named_parts(unmet.least), attempt, processes) from unmet.error
 
 
-def _choose(budget: int | None, study: Callable[[bool, int | None], Planner], hopeless: bool = False) -> Chosen:
-    """See `choose`; `hopeless` where what cannot fit is to be found out quickly.
+def _choose(budget: int | None, study: Callable[[bool, int | None], Planner]) -> Chosen:
+    """See `choose`.
 
     Where the model fits as it is, nothing is planned, with as large a tile as fits. Else the tile is the usual or the
     least one, whichever has less recomputed.
     """
     planner, tile = study(False, None), None
     usual = planner.keep_all().peak
-    if hopeless and (surely := max(planner.frame.base, planner.frame.update)) > budget:
-        raise _Unmet(BudgetError(budget, surely, surely, {}), planner.keep_all())
     if budget is not None and not planner.fits_as_it_is(budget):
         planner, tile = study(False, LEAST_TILE), LEAST_TILE
         spare = budget - planner.keep_all().peak
@@ -171,11 +166,14 @@ def _choose(budget: int | None, study: Callable[[bool, int | None], Planner], ho
         schedule = planner.keep_all()
         schedule.budget = budget
         return Chosen(planner, schedule, tile, usual)
-    return _planned(budget, study, usual, hopeless)
+    return _planned(budget, study, usual)
 
 
-def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: int, hopeless: bool) -> Chosen:
-    """A schedule for the blocks, at the usual or the least tile, whichever has less recomputed; see `_choose`."""
+def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: int, hopeless: bool = False) -> Chosen:
+    """A schedule for the blocks, at the usual or the least tile, whichever has less recomputed; see `_choose`.
+
+    `hopeless` where what cannot fit is to be found out quickly.
+    """
     planner = study(True, LEAST_TILE)
     if hopeless and planner.least_bound > budget:
         raise _Unmet(BudgetError(budget, planner.least_bound, planner.least_bound, {}), planner.keep_all())
@@ -190,6 +188,44 @@ def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: i
         return min(Chosen(planner, planner.plan(budget), None, usual), least, key=lambda one: one.schedule.overhead)
     except BudgetError:
         return least
+
+
+class _Trial:
+    """See `trainer.refusal.Trial`."""
+
+    def __init__(self, budget: int, study: Callable[[bool, int | None], Planner]) -> None:
+        self._budget, self._study = budget, cache(study)
+
+    @cached_property
+    def _least(self) -> Planner | None:
+        try:
+            return self._study(False, LEAST_TILE)
+        except (UserError, RuntimeError, NotImplementedError):
+            return None
+
+    @property
+    def peak(self) -> int | None:
+        return None if self._least is None else self._least.keep_all().peak
+
+    @property
+    def possible(self) -> bool:
+        frame = None if self._least is None else self._least.frame
+        return frame is not None and max(frame.base, frame.end, frame.update) <= self._budget
+
+    def as_it_is(self) -> Fit | None:
+        fits = self._least is not None and self._least.fits_as_it_is(self._budget)
+        return self._fit(lambda: _choose(self._budget, self._study)) if fits else None
+
+    def searched(self) -> Fit | None:
+        return self._fit(lambda: _planned(self._budget, self._study, 0, hopeless=True))
+
+    @staticmethod
+    def _fit(find: Callable[[], Chosen]) -> Fit | None:
+        try:
+            found = find().schedule
+        except (_Unmet, UserError, RuntimeError, NotImplementedError):
+            return None
+        return found.peak, found.overhead
 
 
 def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,

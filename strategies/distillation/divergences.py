@@ -7,6 +7,7 @@ are close; p - q is q expm1(d), and sums of terms of both signs are replaced by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -85,11 +86,13 @@ class Pair:
     Attributes:
         p, q: teacher's and student's probabilities (rows, vocabulary).
         d: log p - log q.
+        close: (rows,) where no token's d is 1 or more in size.
     """
 
     p: torch.Tensor
     q: torch.Tensor
     d: torch.Tensor
+    close: torch.Tensor
 
 
 def pair(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> Pair:
@@ -98,7 +101,7 @@ def pair(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> Pa
         student, teacher = student / temperature, teacher / temperature
     log_q, q = _softmax(student)
     log_p, p = _softmax(teacher)
-    return Pair(p, q, _refined(log_p.sub_(log_q), q, student, teacher))
+    return Pair(p, q, *_refined(log_p.sub_(log_q), q, student, teacher))
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,20 +112,28 @@ def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return log_q.sub_(total.log()), q.div_(total)
 
 
-def _refined(d: torch.Tensor, q: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """log p - log q where the two are close all over a row: from the difference of the logits, which is exact there.
+def _refined(d: torch.Tensor, q: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor
+             ) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p - log q, and the rows in which the two are close all over.
+
+    There it is found from the difference of the logits, which is exact there.
 
     With e = teacher - student, log p - log q = e - log sum q exp(e), and with c = sum q e the last is
     c + log1p(sum q expm1(e - c)): nothing is subtracted that is larger than the result.
     """
     close = d.abs().amax(-1) < 1
-    if d.is_cuda or isinstance(d, torch._subclasses.fake_tensor.FakeTensor):
-        return torch.where(close[:, None], _close_ratio(q, teacher - student), d)
+    if _unseen(d):
+        return torch.where(close[:, None], _close_ratio(q, teacher - student), d), close
     if close.all():
-        return _close_ratio(q, teacher - student)
+        return _close_ratio(q, teacher - student), close
     if close.any():
         d[close] = _close_ratio(q[close], teacher[close] - student[close])
-    return d
+    return d, close
+
+
+def _unseen(tensor: torch.Tensor) -> bool:
+    """Whether numbers are not to be looked at: on a GPU, which that would keep waiting, or where there are none."""
+    return tensor.is_cuda or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)
 
 
 def _close_ratio(q: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
@@ -139,15 +150,28 @@ def _forward(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, to
     """KL(p || q) = sum p d + (q - p), and its gradient q - p."""
     p, q, d = pair.p, pair.q, pair.d
     q_minus_p = _difference(p, q, d).neg_()
-    return torch.addcmul(q_minus_p, p, d).sum(-1), q_minus_p if gradient else None
+    terms = _terms_of_close(torch.addcmul(q_minus_p, p, d), p, lambda: d.neg(), pair.close)
+    return terms.sum(-1), q_minus_p if gradient else None
 
 
 def _reverse(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """KL(q || p) = sum -q d + (p - q), and its gradient q (-d - sum q (-d))."""
     p, q, d = pair.p, pair.q, pair.d
-    p_minus_q = _difference(p, q, d)
-    value = torch.addcmul(p_minus_q, q, d, value=-1).sum(-1)
-    return value, _through_softmax(q, -d) if gradient else None
+    terms = _terms_of_close(torch.addcmul(_difference(p, q, d), q, d, value=-1), q, d.clone, pair.close)
+    return terms.sum(-1), _through_softmax(q, -d) if gradient else None
+
+
+def _terms_of_close(terms: torch.Tensor, first: torch.Tensor, ratio: Callable[[], torch.Tensor], close: torch.Tensor
+                    ) -> torch.Tensor:
+    """Terms of KL(first || other), in close rows as first (expm1(r) - r) with r = log other - log first.
+
+    p and q were normalised each by its own sum, whose roundings differ by some 1e-7 of all of a row. A term of both
+    carries that times r, while the term itself is r^2 / 2; so that here only one of the two may occur.
+    """
+    if not _unseen(terms) and not close.any():
+        return terms
+    r = ratio()
+    return torch.where(close[:, None], torch.expm1(r).sub_(r).mul_(first), terms, out=terms)
 
 
 def _skewed(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
