@@ -89,7 +89,27 @@ def test_one_figure_without_a_budget_and_every_way_out_fits(write_experiment, gi
     budget = free.parts["weights"] + free.parts["optimizer state"]  # of AdamW: nothing is left for anything else
     offered = ways_out(file, budget)
     assert ("optimizer.name=adafactor",) in offered
+    assert_planned_as_said(file, budget, offered)
+
+
+def assert_planned_as_said(file, budget, offered):
     for overrides, said in offered.items():
         kept = () if overrides[0].startswith("memory.budget=") else (f"memory.budget={budget}",)
         plan = planned(file, *kept, *overrides)
         assert plan.peak <= plan.budget and (not kept or said.startswith(f"{readable(plan.peak)}, "))
+
+
+def test_ways_out_with_a_teacher_alone_and_together(write_experiment, given, capsys):
+    file = write_experiment(**{**given, "training": {"steps": 3, "batch_size": 2, "micro_batch": 2}})
+    parts = planned(file).parts
+    state = parts["weights"] + parts["optimizer state"] + parts["teacher"]
+    budget = state + parts["weights"] + 2**20  # and the gradients: next to nothing is left for anything else
+    alone = ways_out(file, budget)
+    assert "tiny: " in (said := capsys.readouterr().err) and "looking for what would fit" in said
+    for change in ("teacher.targets.source=hidden", "teacher.dtype=bfloat16", "optimizer.name=adafactor"):
+        assert (change,) in alone
+    assert_planned_as_said(file, budget, alone)
+    budget = state - parts["weights"]  # less than any one change needs
+    several = ways_out(file, budget)
+    assert [len(overrides) > 1 for overrides in several] == [True, False], several
+    assert_planned_as_said(file, budget, several)
