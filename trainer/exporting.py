@@ -36,6 +36,7 @@ from trainer.foreign import only_if_trusted, show_links, show_paths
 from trainer.metrics import console, readable
 from trainer.model_files import first_line
 from trainer.models import DTYPES, check_files, from_config, quiet_libraries, student_of, trusts
+from trainer.quantized_rise import say_rise
 from trainer.quantizing import served
 from trainer.report import write_report
 from trainer.vocabularies import reads_alike
@@ -270,6 +271,8 @@ def compare(experiment: Experiment, folder: RunFolder, trained: torch.Tensor, ex
         shutil.rmtree(folder.student)
     os.rename(folder.unverified, folder.student)
     _tell(experiment, receipt, folder.student)
+    if experiment.student.quantization is not None and experiment.student.quantization.budget is not None:
+        say_rise(experiment.name, folder)
 
 
 def some_text(text: Text) -> list[str]:

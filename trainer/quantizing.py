@@ -28,6 +28,7 @@ from trainer.folder import RunFolder, write_atomically
 from trainer.full_precision import ignored, without_place
 from trainer.metrics import console, readable
 from trainer.models import DTYPES, served_of, student_of
+from trainer.quantized_rise import keep_together
 from trainer.weight_digests import check_digests, digests_of
 
 SENSED = 8  # rows that the sensitivity of layers is measured on
@@ -65,11 +66,7 @@ def served(experiment: Experiment, model: nn.Module, text: Text, folder: RunFold
             activations=asked.activations and asked.activations.build(), smooth=asked.smooth,
             embeddings=asked.embeddings)
     if moved is not None:
-        together = moved(fresh)
-        write_atomically(folder.allocation, json.dumps(
-            {**json.loads(folder.allocation.read_text()), "together": together}, indent=2) + "\n")
-        console.print(f"{experiment.name}: all layers together move the predictions by {together:.3g} nats a token on "
-                      "rows that calibrated them")
+        keep_together(folder, moved(fresh), text)
     return fresh
 
 
@@ -125,7 +122,7 @@ def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, 
         "uniform": rows(even)}, indent=2) + "\n")
     draw_curve(every, even, folder.allocation.with_suffix(".png"))
     console.print(f"{experiment.name}: at most {readable(rest + header + chosen.bytes)} of {readable(asked.bytes)} on "
-                  f"disk; what layers do alone to the predictions is {chosen.rise:.3g} nats a token in sum")
+                  "disk")
     return chosen
 
 

@@ -13,6 +13,7 @@ from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.plain_yaml import read_values
 from trainer.folder import RunFolder, not_written, read_json, write_atomically
 from trainer.metrics import read_lines, readable
+from trainer.quantized_rise import rises
 
 COLOURS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
 MEANING = {"teacher": "the large model", "student": "distilled from the teacher",
@@ -170,11 +171,15 @@ def _allotted(folder: RunFolder) -> list[str]:
     fits = (f"{size:,} bytes of weights on disk, {'within' if size <= found['budget'] else 'ABOVE'} the budget of "
             f"{found['budget']:,}. {found['rest']:,} of them are not quantised, and at most {found.get('header', 0):,} "
             f"name the tensors. Beside them, not counted: tokenizer and configuration, {beside:,} bytes.")
-    together = "" if "together" not in found else f" All of them together, on those rows: {found['together']:.3g}."
+    rise = [f"| {what} | {nats:.3g} | {bits:.3g} |" for what, nats, bits in rises(folder)]
     return ["## Bits\n", "| bits | layers | |", "|---:|---:|---|", *rows, "", fits + "\n",
             "Chosen for the least sum of what quantising each layer alone does to the predictions on rows that "
-            f"calibrated them: {found['chosen']['rise']:.3g} nats a token; no choice has less by more than "
-            f"{found['chosen']['gap']:.3g}.{together} A sum of rises says which choice is best, not how good it is.\n",
+            f"calibrated them; no choice has less by more than {found['chosen']['gap']:.3g} nats a token. A sum of "
+            "rises says which choice is best, not how good it is.\n",
+            *(["| rise | nats a token | bits a byte |", "|---|---:|---:|", *rise, ""] if rise else []),
+            "Predictions are divergences from the student before it was quantised; measured is "
+            "how many more bits the text needs. A byte of held-out text has "
+            f"{found.get('tokens_per_byte', 0):.3g} tokens.\n",
             "![bits and bytes](allocation.png)\n"]
 
 

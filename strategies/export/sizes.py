@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from strategies.export.layers import Quantized, is_turned, quantized_layers, weight_name
+from strategies.export.layers import Quantized, is_turned, part_name, quantized_layers, weight_name
 from strategies.export.saved_names import saved_rows
 from strategies.export.transformers_folder import PARTS, folder_format, format_bits
 from strategies.memory.packed import packed_bytes
@@ -36,8 +36,12 @@ def header_bound(model: nn.Module, more_parts: int = 2, layers: Collection[str] 
         more_parts: tensors that a quantised layer is written as beside its numbers: scale and shape, at least.
         layers: names of those that are yet to be quantised.
     """
-    named, total = {*dict(quantized_layers(model)), *layers}, _FIXED
+    ready = dict(quantized_layers(model))
+    named, total = {*ready, *layers}, _FIXED
+    inner = {part_name(name, layer, part) for name, layer in ready.items() for part in PARTS if part != "weight"}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in inner:
+            continue  # `more_parts` counts what is written of it
         pieces = 2 * tensor.shape[0] if tensor.ndim == 3 else 1  # experts are written one by one
         parts = 1 + more_parts * (name.rpartition(".")[0] in named or tensor.ndim == 3)
         total += pieces * parts * (len(name) + _ENTRY)

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import math
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from trainer import cli, exporting, run
 from trainer.data.dataset import prepare_text
 from trainer.errors import RunFailed, UserError
 from trainer.folder import RunFolder
+from trainer.metrics import read_lines
+from trainer.quantized_rise import rises
 
 ASKED = {"student": {"quantization": {"bits": 4, "group_size": 16, "scales": "learnt",
                                       "layers": [{"match": "*.down_proj", "bits": 8, "group_size": 16}]}},
@@ -87,13 +90,22 @@ def test_what_is_quantised_after_training_is_what_reloads(carry_out, asked):
 
 def test_bits_are_allotted_within_a_budget(carry_out):
     asked = {"method": "rtn", "scales": "mse", "group_size": 16, "budget": 80_000}
-    _, folder = carry_out(student={"quantization": asked}, report={"control": False})
+    experiment, folder = carry_out(student={"quantization": asked}, report={"control": False})
     found, receipt = json.loads(folder.allocation.read_text()), json.loads(folder.receipt.read_text())
     assert receipt["holds"] and receipt["largest_difference"] == 0
     tensors = found["rest"] + found["chosen"]["bytes"]
     assert tensors < receipt["bytes_on_disk"] <= tensors + found["header"] <= 80_000
     assert receipt["bytes_on_disk"] == sum(file.stat().st_size for file in folder.student.glob("*.safetensors"))
-    assert found["together"] > 0
+    held, lines = prepare_text(experiment).held_out, read_lines(folder.metrics)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder.student)(
+            **{name: held[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits.double()
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held["targets"].flatten(), reduction="sum")
+    rise = float(nats) / math.log(2) / int(held["bytes"].sum()) - lines[-1]["held_out"]["bits_per_byte"]
+    (_, alone, _), (_, nats, bits), (_, _, measured) = rises(folder)
+    assert alone == found["chosen"]["rise"] and nats == found["together"] > 0
+    assert measured == pytest.approx(rise, abs=1e-6) and f"| {measured:.3g} |" in folder.report.read_text()
+    assert bits == pytest.approx(nats / math.log(2) * int((held["targets"] >= 0).sum()) / int(held["bytes"].sum()))
     assert len({quantizer["bits"] for quantizer in found["chosen"]["choice"].values()}) > 1
     assert folder.allocation.with_suffix(".png").stat().st_size > 1000
     assert "## Bits" in folder.report.read_text() and "within the budget of 80,000" in folder.report.read_text()

@@ -2,52 +2,54 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import train_py
-from tests.program.test_bad_input import refused
+from trainer.errors import UserError
 from trainer.metrics import read_lines
 
-ROUNDED = {"student": {"quantization": {"method": "rtn", "bits": 8}}}
+ALLOTTED = {"student": {"quantization": {"method": "rtn", "group_size": 32, "budget": 55_000, "choices": [8, 4]}},
+            "export": {"to": ["gguf"], "dtype": "float16"}, "report": {"control": False}}
+FOUR = {"student": {"quantization": {"method": "rtn", "group_size": 16, "bits": 4}}, "export": {"dtype": "bfloat16"},
+        "report": {"control": False, "prompt": "A"}}
 
 
-def said(*arguments) -> str:
-    done = train_py("--config", *map(str, arguments))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return " ".join((done.stdout + done.stderr).split())
-
-
-def test_quantization_export_and_report_change_on_a_trained_run(write_experiment, tmp_path):
-    file, folder = write_experiment("run", **ROUNDED), tmp_path / "run"
-    said(file)
-    lines = read_lines(folder / "metrics.jsonl")
-    kept = {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()}
-    eight = (folder / "student" / "model.safetensors").stat().st_size
-    out = said(file, "student.quantization.bits=4", "student.quantization.group_size=16", "report.prompt=A")
+def test_quantization_export_and_report_change_on_a_trained_run(carry_out, capsys):
+    _, folder = carry_out("run", **ALLOTTED)
+    lines = read_lines(folder.metrics)
+    kept = {path: path.read_bytes() for path in folder.checkpoints.rglob("*") if path.is_file()}
+    assert folder.allocation.exists() and "student-gguf" in folder.report.read_text()
+    file = folder.student / "model.safetensors"
+    chosen = json.loads(folder.allocation.read_text())["chosen"]["choice"].values()
+    assert {quantizer["bits"] for quantizer in chosen} == {4, 8} and file.stat().st_size <= 55_000
+    capsys.readouterr()
+    carry_out("run", **FOUR)
+    out = " ".join(capsys.readouterr().out.split())
     assert "is trained; its student, receipts and report are made again" in out and "quantization.bits" in out
-    assert read_lines(folder / "metrics.jsonl") == lines
-    assert {path: path.read_bytes() for path in kept} == kept
-    packed = load_file(folder / "student" / "model.safetensors")
-    assert (folder / "student" / "model.safetensors").stat().st_size < eight
-    assert packed["model.layers.0.mlp.up_proj.weight_scale"].shape[1] > 1  # groups, where there were channels
-    receipt = json.loads((folder / "student" / "receipt.json").read_text())
-    assert receipt["holds"] and "continues `A`" in (folder / "report.md").read_text()
-    assert "is finished" in said(file, "student.quantization.bits=4", "student.quantization.group_size=16",
-                                 "report.prompt=A")
-    out = said(file, "student.quantization=null", "export.dtype=bfloat16", "report.prompt=A")
-    plain = load_file(folder / "student" / "model.safetensors")
-    assert {tensor.dtype for tensor in plain.values()} == {torch.bfloat16} and read_lines(
-        folder / "metrics.jsonl") == lines
-    refused(file, tmp_path, "student.quantization={bits: 4}", parts=["belongs to another experiment"])
-    refused(file, tmp_path, "optimizer.lr=0.1", parts=["belongs to another experiment"])
+    assert "was of the student before, and is removed" in out and "--to gguf` writes it again" in out
+    assert not folder.student_for("gguf").exists() and not folder.allocation.exists()
+    assert not folder.allocation.with_suffix(".png").exists()
+    assert "student-gguf" not in folder.report.read_text() and "## Bits" not in folder.report.read_text()
+    assert read_lines(folder.metrics) == lines and {path: path.read_bytes() for path in kept} == kept
+    found = load_file(file)
+    assert {tensor.dtype for name, tensor in found.items() if name.endswith("scale")} == {torch.bfloat16}
+    assert {tensor.shape[1] for name, tensor in found.items() if "o_proj.weight_packed" in name} == {32 * 4 // 32}
+    assert json.loads(folder.receipt.read_text())["holds"] and "continues `A`" in folder.report.read_text()
+    carry_out("run", **FOUR)
+    assert "is finished" in capsys.readouterr().out
+    for change in ({"student": {"quantization": {"bits": 4}}}, {**FOUR, "optimizer": {"lr": 0.1}}):
+        with pytest.raises(UserError, match="belongs to another experiment"):
+            carry_out("run", **change)
 
 
-def test_rows_that_are_too_few_for_gptq_are_refused_before_training(write_experiment, tmp_path):
-    file = write_experiment("few", student={"quantization": {"method": "gptq", "calibration_rows": 1}},
-                            data={"sequence_length": 16})
-    done = train_py("--config", str(file))
-    assert done.returncode == 2 and "student.quantization.calibration_rows = 1" in done.stderr
-    assert "GPTQ needs as many tokens" in done.stderr and not (tmp_path / "few" / "checkpoints").exists()
-    wanted = done.stderr.split("give ")[1].split()[0]
-    said(file, f"student.quantization.calibration_rows={wanted}")
+def test_rows_that_are_too_few_for_gptq_are_refused_before_training(carry_out, tmp_path):
+    def few(rows):
+        return carry_out("few", student={"quantization": {"method": "gptq", "calibration_rows": rows}},
+                         data={"sequence_length": 16}, training={"steps": 1}, report={"control": False})
+
+    with pytest.raises(UserError, match="GPTQ needs as many tokens") as refused:
+        few(1)
+    assert refused.value.key == "student.quantization.calibration_rows" and refused.value.value == 1
+    assert not (tmp_path / "few" / "checkpoints").exists()
+    few(int(refused.value.way_out.split("give ")[1].split()[0]))

@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Cohere2VisionConfig,
     Cohere2VisionForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -157,6 +160,50 @@ def test_weights_of_8_bit_floats_are_multiplied_with_the_scales_of_their_blocks(
     for name, weight in expected.items():
         assert torch.allclose(plain[name], weight, rtol=1e-2), name  # transformers may round to bfloat16
         assert plain[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("how", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+                                 {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, {"load_in_8bit": True}])
+def test_weights_of_bitsandbytes_are_those_that_it_dequantizes(llama, tmp_path, how):
+    bnb = pytest.importorskip("bitsandbytes")
+    llama.save_pretrained(tmp_path / "plain")
+    small = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=BitsAndBytesConfig(**how), dtype=torch.float32)
+    small.save_pretrained(tmp_path / "small")
+    found, plain = loaded(tmp_path / "small").state_dict(), llama.state_dict()
+    for name, layer in small.named_modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            right, near = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float(), 2e-4
+        elif isinstance(layer, bnb.nn.Linear8bitLt):
+            weight = plain[f"{name}.weight"].double()
+            step = weight.abs().amax(1, keepdim=True) / 127  # of each output channel
+            right, near = ((weight / step).round() * step).float(), 1.01 * float(step.max())  # made of fp16
+        else:
+            continue
+        assert torch.allclose(found[f"{name}.weight"], right, atol=near), name
+        assert not torch.allclose(found[f"{name}.weight"], plain[f"{name}.weight"], atol=1e-6)
+    assert torch.equal(found["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+
+
+def test_experts_of_4_bit_floats_are_read_to_the_bit(tmp_path):
+    """Codes of e2m1, the first of two in the low half of a byte, times powers of two that 32 share (OCP MX 1.0)."""
+    torch.manual_seed(0)
+    GptOssForCausalLM(GptOssConfig(**{**SMALL, "intermediate_size": 32}, head_dim=16, num_local_experts=2,
+                                   num_experts_per_tok=1, sliding_window=8)).save_pretrained(tmp_path)
+    tensors, right = load_file(tmp_path / "model.safetensors"), {}
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 124, (experts, outputs, inputs // 32), dtype=torch.uint8)
+        codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+        numbers = values[codes.long()] * 2.0 ** (scales.float() - 127)[..., None]
+        right[name] = numbers.flatten(-2).transpose(1, 2)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    quantized(tmp_path, quant_method="mxfp4", modules_to_not_convert=["self_attn", "router", "embed_tokens", "lm_head"])
+    found = loaded(tmp_path).state_dict()
+    assert len(right) == 4 and all(torch.equal(found[name], weight) for name, weight in right.items())
 
 
 def quantized(folder, **how):
