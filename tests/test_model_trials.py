@@ -11,7 +11,14 @@ from tests.conftest import TINY
 from trainer import model_trials
 from trainer.errors import UserError
 from trainer.experiment.reading import read_experiment
-from trainer.model_trials import check_causal, check_packing, check_positions, documents_stay_apart, is_causal
+from trainer.model_trials import (
+    check_causal,
+    check_packing,
+    check_padding,
+    check_positions,
+    documents_stay_apart,
+    is_causal,
+)
 from trainer.models import from_config, student_config
 from trainer.run import check_early
 
@@ -94,6 +101,23 @@ def test_rows_of_packed_documents_are_tried_at_their_whole_length():
     with pytest.raises(UserError, match="would see each other in the student") as caught:
         check_packing(model, "student", 64)
     assert caught.value.way_out == "set `data.packing: false`"
+
+
+@torch.no_grad()
+def test_a_model_that_picks_other_keys_in_longer_rows_is_refused():
+    """Doge attends to the best keys of a row, and those of a token that comes again are equally good."""
+    model = build({**TINY, "model_type": "doge", "keep_window_size": 16})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    ids = torch.arange(30)[None] % 7
+    alone, longer = model(ids).logits, model(torch.nn.functional.pad(ids, (0, 9))).logits[:, :30]
+    assert (alone - longer).abs().max() > 0.02 * alone.abs().max()
+    with pytest.raises(UserError, match="depends on how long its row is") as caught:
+        check_padding(model, "student", 40)
+    assert caught.value.key == "data.sequence_length" and "data.sequence_length=16," in caught.value.way_out
+    check_padding(model, "student", 16)
+    check_padding(build(TINY), "student", 40)
 
 
 @pytest.mark.parametrize("kind", ["roberta", "camembert", "data2vec-text"])

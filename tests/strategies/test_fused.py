@@ -80,6 +80,17 @@ def test_a_model_that_does_something_else_to_its_logits_is_said():
         logit_shape(nn.Linear(2, 2))
 
 
+def test_a_head_with_a_product_of_its_own_is_none_of_ours():
+    class Scaled(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden) * torch.arange(self.out_features)
+
+    model = made("llama", 0)
+    model.lm_head.__class__ = Scaled
+    with pytest.raises(ValueError, match="is no linear layer"):
+        logit_shape(model)
+
+
 def test_gradients_of_a_wrapped_student_come_through_its_wrapper():
     """Silent error 4: `model.module(...)` called directly."""
     student = made("llama", 0)

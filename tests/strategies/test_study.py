@@ -463,3 +463,24 @@ def test_a_study_holds_one_region_at_a_time():
     few, more = needed(2), needed(8)
     held = 64 * 64 * 32 * 4 * 10  # about what one block keeps
     assert more - few < 2 * held, (few, more)
+
+
+def test_what_the_loss_does_not_reach_has_no_gradient_and_no_state():
+    """A decoder without its encoder keeps the weights of its cross-attention, and AdamW nothing of them."""
+    torch.manual_seed(0)
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
+        "bart", d_model=32, vocab_size=64, max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False,
+        **sizes))
+    ids = torch.randint(64, (2, 16))
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    model(**batch).loss.backward()
+    reached = sum(parameter.numel() for parameter in model.parameters() if parameter.grad is not None)
+    tensors = sum(parameter.grad is not None for parameter in model.parameters())
+    model.zero_grad(set_to_none=True)
+    assert reached < sum(parameter.numel() for parameter in model.parameters())
+    for regions in (False, True):
+        found = study(model, batch, optimizer=torch.optim.AdamW(model.parameters()), regions=regions, accumulate=True)
+        assert found.frame.parts["optimizer state"] == 8 * reached + 4 * tensors  # two fp32 moments, and a step each
+        assert found.frame.parts["gradients"] == 4 * reached
+    assert all(parameter.requires_grad for parameter in model.parameters())
