@@ -24,7 +24,7 @@ def test_what_is_read_and_what_is_computed_with_is_found():
         return {name.rpartition(".")[2] for name in names}
 
     found = weight_reads(made(MAMBA))
-    assert ends(found.used) == {"dt_proj"} and ends(found.read) == {"dt_proj", "x_proj", "out_proj"}
+    assert ends(found.used) == {"dt_proj"} and ends(found.read) == {"dt_proj", "x_proj", "out_proj", "lm_head"}
     found = weight_reads(made(NANOCHAT))
     assert ends(found.read) == {"o_proj"} and not found.used
     assert not weight_reads(made({**TINY, "vocab_size": 64})).read
