@@ -82,7 +82,7 @@ class Unreached(Exception):
 
 def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torch.Tensor], parts: dict[str, list],
             update: Callable[[], object], round_to: int = 1, reserved: Mapping[str, int] | None = None,
-            shared: tuple[nn.Module, Residency] | None = None) -> Frame:
+            shared: tuple[nn.Module, Residency] | None = None, idle: frozenset[int] = frozenset()) -> Frame:
     """Run one step on tensors without data, with regions that only hand out what they would.
 
     Args:
@@ -94,6 +94,7 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
         round_to: see LiveBytes.
         reserved: bytes by name that are held besides.
         shared: the model that is shared out over ranks, and what this one holds of it.
+        idle: parameters, by id, that no gradient is made of.
 
     Raises:
         Unreached: some regions have no backward.
@@ -108,7 +109,7 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
         for name, count in (reserved or {}).items():
             tracker.allocate(count)
             counted[name] = counted.get(name, 0) + count
-        stage = _Stage(tracker, calls)
+        stage = _Stage(tracker, calls, idle)
         sharing = None if shared is None else Shared(*shared, tracker)
         with calling(modules, stage.instead), nullcontext() if sharing is None else sharing.step():
             base = tracker.current
@@ -128,7 +129,8 @@ def observe(calls: Sequence[Call], mode: FakeTensorMode, loss: Callable[[], torc
 class _Stage:
     """Stands in for the regions and notes where on the timeline each runs."""
 
-    def __init__(self, tracker: LiveBytes, calls: Sequence[Call]) -> None:
+    def __init__(self, tracker: LiveBytes, calls: Sequence[Call], idle: frozenset[int] = frozenset()) -> None:
+        self.idle = idle
         self.tracker = tracker
         self.calls = calls
         self.at: dict[tuple[str, int], tuple[int, int]] = {}  # (phase, region): timeline at entry and exit
@@ -147,7 +149,7 @@ class _Stage:
             call = self.calls[index]
             leaves = tree_flatten((args, kwargs))[0]
             given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-            weights = [weight for weight in module.parameters() if weight.requires_grad]
+            weights = self.weights(module)
             specs, tree = call.outputs
             shared = {number: leaf for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
                       and number not in call.passed}
@@ -158,6 +160,10 @@ class _Stage:
                 part.__dict__[attribute] = next(made)
             return tree_unflatten(out, tree)
         return forward
+
+    def weights(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters that a region's backward makes gradients of."""
+        return [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in self.idle]
 
     def note(self, index: int, shared: Mapping[int, torch.Tensor]) -> None:
         """Note arguments of a region, by their number; they are held until its backward."""
@@ -218,8 +224,7 @@ class _Stage:
             """
             return max(at(stop), most(start, stop) - least) if exchanged else most(start, stop)
 
-        weights = [sum(weight.nbytes for weight in call.module.parameters() if weight.requires_grad)
-                   for call in self.calls]
+        weights = [sum(weight.nbytes for weight in self.weights(call.module)) for call in self.calls]
         before = [beside(forward[index - 1][1] if index else forward[0][0], forward[index][0], self.calls[index].input)
                   - self.calls[index].input for index in range(count)]
         behind = [beside(backward[index + 1][1] if index < count - 1 else backward[index][0], backward[index][0],

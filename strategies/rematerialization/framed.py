@@ -47,6 +47,8 @@ class Step:
         on_gpu: whether bytes are counted as a GPU's allocator rounds them.
         residency: what a rank holds of the model instead of all of it; None where it is not shared out.
         in_backward: puts hooks on the optimizer's parameters that step during backward and drop gradients.
+        idle: trained parameters, by id, that the loss does not depend on. What their forward keeps is kept all the
+            same, but no gradient is made of them, and no optimizer state.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class Step:
     on_gpu: bool
     residency: Residency | None = None
     in_backward: Hooks | None = None
+    idle: frozenset[int] = frozenset()
 
     def frame(self, calls: Sequence[Call], mode: FakeTensorMode) -> Frame:
         """Try the step; see `observe` for what it raises."""
@@ -67,7 +70,8 @@ class Step:
             return self._shared(calls, mode, self.residency)
         optimizer = None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in)
         modules = [self.model, *(thing for thing in self.others if isinstance(thing, nn.Module))]
-        parameters = [parameter for parameter in parameters_of(modules, optimizer) if parameter.requires_grad]
+        parameters = [parameter for parameter in parameters_of(modules, optimizer)
+                      if parameter.requires_grad and id(parameter) not in self.idle]
         with mode:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
@@ -90,7 +94,7 @@ class Step:
 
         try:
             frame = observe(calls, mode, lambda: self.loss(self.batch), parts, advance,
-                            CUDA_BLOCK if self.on_gpu else 1, self.reserved)
+                            CUDA_BLOCK if self.on_gpu else 1, self.reserved, idle=self.idle)
         finally:
             if hooks is not None:
                 hooks.remove()
@@ -134,10 +138,10 @@ def framed(calls: list[Call], step: Step, mode: FakeTensorMode) -> tuple[list[Ca
     Raises:
         CannotPlan: the model does not run without data at all.
     """
-    idle = unreached(step, mode)
+    step = replace(step, idle=unreached(step, mode))
     while True:
         try:
-            with quiet("torch._subclasses.fake_tensor"), frozen(idle):
+            with quiet("torch._subclasses.fake_tensor"):
                 return calls, step.frame(calls, mode)
         except Unreached as error:
             calls = without({id(calls[index].module) for index in error.regions}, calls)
@@ -152,8 +156,8 @@ def framed(calls: list[Call], step: Step, mode: FakeTensorMode) -> tuple[list[Ca
             calls = []
 
 
-def unreached(step: Step, mode: FakeTensorMode) -> list[torch.Tensor]:
-    """Trained parameters that the loss does not depend on: no gradient is ever made of them, and no optimizer state.
+def unreached(step: Step, mode: FakeTensorMode) -> frozenset[int]:
+    """Trained parameters, by id, that the loss does not depend on: they get no gradient, and no optimizer state.
 
     A decoder that is trained without its encoder has such ones, the cross-attention's. Found from what autograd would
     run; none where the forward does not run without data, of which the caller hears.
@@ -163,7 +167,7 @@ def unreached(step: Step, mode: FakeTensorMode) -> list[torch.Tensor]:
         with mode, Answers(), quiet("torch._subclasses.fake_tensor"):
             todo = [step.loss(step.batch).grad_fn]
     except Exception:
-        return []
+        return frozenset()
     seen, reached = set(), set()
     while todo:
         node = todo.pop()
@@ -171,19 +175,7 @@ def unreached(step: Step, mode: FakeTensorMode) -> list[torch.Tensor]:
             seen.add(node)
             reached.add(id(getattr(node, "variable", None)))
             todo += [following for following, _ in node.next_functions]
-    return [parameter for parameter in trained if id(parameter) not in reached]
-
-
-@contextmanager
-def frozen(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Within the context these parameters are not trained."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+    return frozenset(map(id, trained)) - reached
 
 
 def without(modules: Collection[int], calls: Sequence[Call]) -> list[Call]:

@@ -142,9 +142,9 @@ def test_tensorboard_has_the_curves(finished):
 def test_finished_run_says_so_and_does_nothing(finished):
     file, run, _ = finished
     before = (run / "metrics.jsonl").stat().st_mtime_ns
-    done = train_py("--config", str(file), "report.prompt=Hello")
+    done = train_py("--config", str(file), "training.keep_checkpoints=7")
     assert done.returncode == 0 and "is finished: see" in done.stdout
-    assert "not used, since it is finished: report.prompt" in done.stdout
+    assert "not used, since it is finished: training.keep_checkpoints" in done.stdout
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
 
 
