@@ -20,6 +20,7 @@ from trainer.model_trials import (
     is_causal,
 )
 from trainer.models import from_config, student_config
+from trainer.reload_trial import check_reload
 from trainer.run import check_early
 
 BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -153,3 +154,16 @@ def test_a_model_that_cannot_be_made_from_shapes_alone_is_refused(write_experime
     config = student_config(given, None, 300)
     with pytest.raises(UserError, match="a blt model of these dimensions cannot be made"), FakeTensorMode():
         from_config(given, config)
+
+
+def test_a_model_that_transformers_loads_otherwise_than_it_saved_it_is_refused(write_experiment):
+    """Youtu's padding row is zeros after each load; the way out is tried."""
+    dimensions = {**TINY, "model_type": "youtu", "head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16,
+                  "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 2,
+                  "pad_token_id": 3, "vocab_size": 300}
+    model = build({name: value for name, value in dimensions.items() if name != "model_type"}, model_type="youtu")
+    with pytest.raises(UserError, match="loads model.embed_tokens.weight of YoutuForCausalLM otherwise") as refused:
+        check_reload(model, "student", "folder")
+    assert '"pad_token_id": null' in refused.value.way_out
+    model.config.pad_token_id = None
+    check_reload(model, "student", "folder")

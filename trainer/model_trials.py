@@ -14,6 +14,7 @@ from strategies.distillation.fused import hidden_states
 from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
 from trainer.model_files import first_line
+from trainer.reload_trial import check_reload
 
 SHORT = 12  # tokens that every model is tried on
 AFFORDED, AFFORDED_SETTING = 1e11, 1e12  # weights times tokens of a call: for whole rows, for rows past a setting
@@ -127,6 +128,8 @@ def check_early_causal(experiment: Experiment, teacher: PretrainedConfig | None,
         if model is not None:
             check_causal(model, key, SHORT, asked.path)
             check_positions(model, key, asked.path)
+            if key == "student" and _weights(small) <= SMALL:
+                check_reload(model, key, asked.path)
 
 
 @torch.no_grad()

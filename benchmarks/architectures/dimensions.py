@@ -68,6 +68,9 @@ OF_TYPE: dict[str, dict[str, Any]] = {
 }
 
 
+NOT_IN_TEXTS = 5  # the token of one punctuation mark: where images are put into a text, none is to be
+
+
 def types() -> list[str]:
     """Model types that have a causal language model."""
     return sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING})
@@ -79,15 +82,20 @@ def tiny(model_type: str, vocabulary: int) -> PretrainedConfig:
     Raises:
         RuntimeError: none was found; the message ends with what the model said.
     """
-    said = ""
-    for values in _tries(model_type, vocabulary):
+    said, tries = "", _tries(model_type, vocabulary)
+    while True:
+        try:
+            values = next(tries, None)
+        except Exception as error:  # of every kind: other people's constructors
+            said, values = said or repr(error)[:200], None
+        if values is None:
+            raise RuntimeError(f"no tiny dimensions were found: {said}")
         try:
             config = AutoConfig.for_model(model_type, **values)
             runs(config)
             return config
         except Exception as error:  # of every kind: other people's constructors
             said = said or f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
-    raise RuntimeError(f"no tiny dimensions were found: {said}")
 
 
 def runs(config: PretrainedConfig) -> nn.Module:
@@ -136,7 +144,8 @@ def _shrunk(values: dict[str, Any], vocabulary: int, fill: bool) -> dict[str, An
             value = [_smaller(name, one, vocabulary) if type(one) is int else one for one in value]
             found[name] = _layers(value) if depth and len(value) == depth else value
         elif name.endswith("_token_id") and isinstance(value, int):
-            found[name] = value if value < vocabulary else 0
+            ours = name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            found[name] = value if value < vocabulary and ours else 0 if ours else NOT_IN_TEXTS
         elif type(value) is int:
             found[name] = _smaller(name, value, vocabulary)
         elif value is None and fill and (size := _smaller(name, 10**9, vocabulary)) < 10**9:

@@ -56,18 +56,42 @@ def _tried(kind: type, config: Any) -> Reads:
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")  # the others look at numbers, or at the dtype
         names = {id(module): name for name, module in model.named_modules() if type(module) is nn.Linear}
+        owned = [*_owned(model, model)]
+        read |= {names[id(module)] for owner, module in owned if id(module) in names and not _begins(owner, module)}
         for module in model.modules():
             if id(module) in names:
                 module.__class__ = _watched(names[id(module)], read, used)
-        for module in model.modules():
+        for owner, module in owned:
             if id(module) not in names:
                 with contextlib.suppress(Exception):  # numbers that are not there
-                    model._init_weights(module)
+                    owner._init_weights(module)
         used.clear()
         for training in (True, False):
             with torch.no_grad(), _Answers():
                 model.train(training)(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
     return Reads(frozenset(read), frozenset(used))
+
+
+def _owned(module: nn.Module, owner: Any) -> Iterator[tuple[Any, nn.Module]]:
+    """Each module with the model whose `_init_weights` transformers calls for it when a file is loaded."""
+    owner = module if hasattr(module, "_init_weights") else owner
+    yield owner, module
+    for child in module.children():
+        yield from _owned(child, owner)
+
+
+def _begins(owner: Any, layer: nn.Module) -> bool:
+    """Whether a linear layer without a weight of that name can be initialised, as one with packed numbers is."""
+    weight = layer._parameters.pop("weight")
+    try:
+        owner._init_weights(layer)
+    except AttributeError:
+        return False
+    except Exception:  # numbers that are not there
+        return True
+    finally:
+        layer._parameters["weight"] = weight
+    return True
 
 
 def _watched(name: str, read: set[str], used: set[str]) -> type:

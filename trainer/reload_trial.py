@@ -1,0 +1,50 @@
+"""A trial of transformers' own way to and from a folder: that a model comes back as it was saved."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from trainer.errors import UserError
+
+
+def check_reload(model: nn.Module, key: str, path: str | None = None) -> None:
+    """Raise `UserError` where transformers does not load what it saves of such a model, whose student would be another.
+
+    Youtu's code sets the padding token's row to zero whenever a model is loaded; where that row is in the head as well
+    it is trained, and the student that is served has others than the one in training.
+
+    Args:
+        model: a small one, made for trials; its weights are moved.
+        key: `student`.
+        path: where its configuration comes from; None for dimensions in the experiment.
+    """
+    name = _changed_by_loading(model)
+    if name is None:
+        return
+    where = f"{key}.path" if path else f"{key}.architecture"
+    padded = model.config.pad_token_id is not None
+    model.config = copy.deepcopy(model.config)
+    model.config.pad_token_id = None
+    helps = padded and _changed_by_loading(model) is None
+    raise UserError(where, f"transformers loads {name} of {type(model).__name__} otherwise than it saves it, so that a "
+                    "student would not be the one that was trained", value=path or model.config.model_type,
+                    way_out='write "pad_token_id": null into its config.json' if helps and path else
+                    "leave `pad_token_id` out" if helps else "name another architecture")
+
+
+@torch.no_grad()
+def _changed_by_loading(model: nn.Module) -> str | None:
+    """The name of a weight that comes back otherwise; none of them is then as it was begun."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) / 8)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    return next((name for name, weight in model.state_dict().items()
+                 if name in loaded and not torch.equal(weight, loaded[name])), None)
