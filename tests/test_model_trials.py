@@ -167,3 +167,13 @@ def test_a_model_that_transformers_loads_otherwise_than_it_saved_it_is_refused(w
     assert '"pad_token_id": null' in refused.value.way_out
     model.config.pad_token_id = None
     check_reload(model, "student", "folder")
+
+
+def test_a_model_that_transformers_cannot_load_again_is_refused():
+    config = AutoConfig.for_model("mllama")
+    text = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "cross_attention_layers": [], "pad_token_id": 0}
+    config = type(config)(text_config={**config.text_config.to_dict(), **text})
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="cannot load what it saves of MllamaForCausalLM"):
+        check_reload(model, "student", "folder")

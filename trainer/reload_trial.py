@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from strategies.export.saved_names import as_saved
 from trainer.errors import UserError
+from trainer.model_files import first_line
 
 
 def check_reload(model: nn.Module, key: str, path: str | None = None) -> None:
@@ -23,10 +27,15 @@ def check_reload(model: nn.Module, key: str, path: str | None = None) -> None:
         key: `student`.
         path: where its configuration comes from; None for dimensions in the experiment.
     """
-    name = _changed_by_loading(model)
+    where = f"{key}.path" if path else f"{key}.architecture"
+    try:
+        name = _changed_by_loading(model)
+    except Exception as error:  # of every kind: code of each model's own
+        raise UserError(where, f"transformers cannot load what it saves of {type(model).__name__}, so that nobody "
+                        f"could use a student: {first_line(error)}", value=path or model.config.model_type,
+                        way_out="name another architecture") from error
     if name is None:
         return
-    where = f"{key}.path" if path else f"{key}.architecture"
     padded = model.config.pad_token_id is not None
     model.config = copy.deepcopy(model.config)
     model.config.pad_token_id = None
@@ -44,7 +53,11 @@ def _changed_by_loading(model: nn.Module) -> str | None:
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) / 8)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        # Not by `save_pretrained`, which writes on the first of several processes alone.
+        tensors = as_saved(model, model.state_dict())
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()},
+                  Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        (Path(folder) / "config.json").write_text(model.config.to_json_string())
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     return next((name for name, weight in model.state_dict().items()
                  if name in loaded and not torch.equal(weight, loaded[name])), None)
