@@ -1,15 +1,13 @@
-"""A trial of transformers' own way to and from a folder: that a model comes back as it was saved."""
+"""A trial of transformers' own way to and from its files: that a model comes back as it was saved."""
 
 from __future__ import annotations
 
 import copy
-import tempfile
-from pathlib import Path
+import json
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from strategies.export.saved_names import as_saved
 from trainer.errors import UserError
@@ -52,12 +50,12 @@ def _changed_by_loading(model: nn.Module) -> str | None:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) / 8)
-    with tempfile.TemporaryDirectory() as folder:
-        # Not by `save_pretrained`, which writes on the first of several processes alone.
-        tensors = as_saved(model, model.state_dict())
-        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()},
-                  Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        (Path(folder) / "config.json").write_text(model.config.to_json_string())
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    # Without a folder: a full disk says nothing about a model.
+    tensors = {name: tensor.clone().contiguous() for name, tensor in as_saved(model, model.state_dict()).items()}
+    written = json.loads(model.config.to_json_string())
+    config = AutoConfig.for_model(written.pop("model_type"), **written)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"it has no causal model for {config.model_type}, which is what config.json would say")
+    loaded = type(model).from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).state_dict()
     return next((name for name, weight in model.state_dict().items()
                  if name in loaded and not torch.equal(weight, loaded[name])), None)

@@ -116,6 +116,8 @@ def try_onnx(model: nn.Module) -> None:
             causes = [error]
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)
+            if any(isinstance(cause, OSError) for cause in causes):
+                raise  # a full disk says nothing about a model
             said = str(causes[-1]).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"torch makes no ONNX graph of {type(model).__name__}: {said[0][:300]}") from error
 
