@@ -1,6 +1,7 @@
 """Models are tried before they are trained: causal, and with documents of a row kept apart however long it is."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from trainer.model_trials import (
     documents_stay_apart,
     is_causal,
 )
-from trainer.models import from_config, student_config
+from trainer.models import build_student, from_config, student_config
 from trainer.reload_trial import check_reload
 from trainer.run import check_early
 
@@ -147,13 +148,40 @@ def test_models_that_count_from_0_are_taken(kind):
     check_positions(build({name: value for name, value in sizes.items() if name in known}, model_type=kind), "student")
 
 
-def test_a_model_that_cannot_be_made_from_shapes_alone_is_refused(write_experiment):
-    """This one looks at numbers while it is made, of which a plan has none."""
-    dimensions = {"model_type": "blt", "encoder_hash_byte_group_vocab": 8}
-    given = read_experiment(write_experiment(), [f"student.architecture={json.dumps(dimensions)}"]).experiment
+def test_a_model_with_several_widths_is_refused(write_experiment):
+    given = read_experiment(write_experiment(), ['student.architecture={"model_type": "blt"}']).experiment
+    with pytest.raises(UserError, match="its configuration has no `hidden_size`"):
+        student_config(given, None, 300)
+
+
+@pytest.mark.parametrize("kind", ["modernbert-decoder", "deepseek_v4", "qwen2"])
+def test_a_plan_makes_every_model_without_numbers(kind, write_experiment):
+    """Two of these look at numbers, or change dtypes, while they are made, which torch's fake tensors do not bear."""
+    dimensions = {**TINY, "model_type": kind, "vocab_size": 300, "tie_word_embeddings": True}
+    if kind == "deepseek_v4":
+        dimensions |= {"head_dim": 16, "q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "n_routed_experts": 4,
+                       "moe_intermediate_size": 32, "index_n_heads": 4, "index_head_dim": 16, "num_key_value_heads": 1}
+    known = {"model_type", *AutoConfig.for_model(kind).to_dict(), *AutoConfig.for_model(kind).attribute_map}
+    given = read_experiment(write_experiment(), ["student.architecture=" + json.dumps({
+        name: value for name, value in dimensions.items() if name in known})]).experiment
     config = student_config(given, None, 300)
-    with pytest.raises(UserError, match="a blt model of these dimensions cannot be made"), FakeTensorMode():
-        from_config(given, config)
+    with FakeTensorMode() as mode:
+        fake = from_config(given, config)
+    real = from_config(given, config)
+
+    def shapes(model):
+        return {name: (tensor.shape, tensor.dtype, tensor.stride(), tensor.device, tensor.requires_grad)
+                for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+    assert shapes(fake) == shapes(real)
+    assert all(tensor.fake_mode is mode for tensor in (*fake.parameters(), *fake.buffers()))
+    if kind == "modernbert-decoder":  # whose class has to have such tokens
+        tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=2, pad_token_id=2)
+        student = build_student(given, config, None, tokenizer)
+        assert (student.config.bos_token_id, student.config.eos_token_id, student.config.pad_token_id) == (2, 2, 2)
+        assert student.get_input_embeddings().padding_idx is None  # else the end of a text would not learn as input
+    heads = [model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in (fake, real)]
+    assert heads[0] == heads[1]
 
 
 def test_a_model_that_transformers_loads_otherwise_than_it_saved_it_is_refused(write_experiment):
@@ -167,6 +195,15 @@ def test_a_model_that_transformers_loads_otherwise_than_it_saved_it_is_refused(w
     assert '"pad_token_id": null' in refused.value.way_out
     model.config.pad_token_id = None
     check_reload(model, "student", "folder")
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "gpt2"])
+def test_a_model_that_comes_back_is_taken(kind):
+    """Mamba-2's configuration has an infinite number."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300, "num_heads": 4, "head_dim": 16,
+             "state_size": 8, "n_groups": 1, "n_head": 2, "n_layer": 2}
+    known = {*AutoConfig.for_model(kind).to_dict(), *AutoConfig.for_model(kind).attribute_map}
+    check_reload(build({name: value for name, value in sizes.items() if name in known}, model_type=kind), "student")
 
 
 def test_a_model_that_transformers_cannot_load_again_is_refused():

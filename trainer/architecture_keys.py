@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import GenerationConfig, PretrainedConfig
 
 from trainer.errors import UserError
@@ -63,8 +64,16 @@ def check_arrived(config: PretrainedConfig, values: dict[str, Any], key: str) ->
                         "model reads", value=given, way_out="give the base in one place")
 
 
+def set_token(config: PretrainedConfig, name: str, token: int | list[int] | None, otherwise: int) -> None:
+    """Set a special token; `otherwise` in its place where it is None and the class has to have one (ModernBERT's)."""
+    try:
+        setattr(config, name, token)
+    except StrictDataclassFieldValidationError:
+        setattr(config, name, otherwise)
+
+
 def without_foreign_ids(config: PretrainedConfig) -> PretrainedConfig:
-    """The same configuration; special tokens that are not in its vocabulary are none.
+    """The same configuration; special tokens that are not in its vocabulary are none, or the first where one must be.
 
     An architecture's defaults are those of the model it was published with. Of a model that is made anew the tokenizer
     decides; -1, which some files have for none, would stop the last token's row from learning.
@@ -74,9 +83,9 @@ def without_foreign_ids(config: PretrainedConfig) -> PretrainedConfig:
         for name in SPECIAL if isinstance(size, int) else ():
             value = getattr(part, name, None)
             if isinstance(value, int) and not 0 <= value < size:
-                setattr(part, name, None)
+                set_token(part, name, None, 0)
             elif isinstance(value, list) and not all(0 <= one < size for one in value):
-                setattr(part, name, [one for one in value if 0 <= one < size] or None)
+                set_token(part, name, [one for one in value if 0 <= one < size] or None, 0)
     return config
 
 

@@ -17,6 +17,7 @@ from strategies.distillation.step import Distillation
 from strategies.memory.picture import curve, thinned
 from strategies.memory.residency import Residency
 from strategies.memory.units import parse_bytes
+from strategies.rematerialization.framed import unreached
 from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.plan import Plan as Schedule
 from strategies.rematerialization.planner import Planner
@@ -238,30 +239,64 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
         UserError: a layer cannot be quantised, or what is cached of the teacher cannot serve the student.
         RuntimeError, NotImplementedError: the architecture cannot run without data.
     """
-    check_sizes(experiment, student, teacher)
-    objective, sharded = experiment.objective.build(teacher is not None), is_sharded(experiment, processes)
+    sharded = is_sharded(experiment, processes)
     place = "cuda" if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
+        made = _Made.of(experiment, teacher, student, sharded, place, tile)
+        small, large = made.model, made.teacher
+        how: dict[str, Any] = {"residency": _shared(experiment, small, large, processes, place)} if sharded else {
+            "optimizer": experiment.optimizer.build(small), "in_backward": in_backward(experiment),
+            "accumulate": gradients_stay(experiment, processes)}
+    return study(small.train(), made.batch, loss=made.loss_of, others=[large] if large is not None else [],
+                 device=experiment.memory.device, reserved=reserved(experiment, processes, place), regions=regions,
+                 **how)
+
+
+def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> set[str]:
+    """Names of the student's parameters that its loss does not depend on, found from shapes alone.
+
+    None where the architecture cannot run without data.
+    """
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.device(place):
+        made = _Made.of(experiment, teacher, student, False, place, None)
+    made.model.train()
+    idle = unreached(made, mode)
+    return {name for name, parameter in made.model.named_parameters() if id(parameter) in idle}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A step's models and batch, made in a mode without data."""
+
+    model: nn.Module
+    teacher: nn.Module | None
+    batch: Batch
+    loss_of: Callable[[nn.Module, Batch], torch.Tensor]
+
+    @classmethod
+    def of(cls, experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, sharded: bool,
+           place: str, tile: int | None) -> _Made:
+        check_sizes(experiment, student, teacher)
         small, large = student_of(experiment, student), resident_teacher(experiment, teacher)
         attach_projections(experiment, small, teacher)
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
-        how: dict[str, Any] = {"residency": _shared(experiment, small, large, processes, place)} if sharded else {
-            "optimizer": experiment.optimizer.build(small), "in_backward": in_backward(experiment),
-            "accumulate": gradients_stay(experiment, processes)}
-    precision = experiment.precision.build(place)
-    common = sizes(student, teacher, known_size(experiment), apart_size(experiment))
+        objective, precision = experiment.objective.build(teacher is not None), experiment.precision.build(place)
+        common = sizes(student, teacher, known_size(experiment), apart_size(experiment))
 
-    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-        distillation = Distillation(objective, model, live(large), tile=tile, common=common,
-                                    inside=build_inside(experiment, model, live(large)),
-                                    balancing=balancing_weight(experiment.objective, student))
-        return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
-                             taught=example_targets(experiment, teacher, batch, large))[0]
+        def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+            distillation = Distillation(objective, model, live(large), tile=tile, common=common,
+                                        inside=build_inside(experiment, model, live(large)),
+                                        balancing=balancing_weight(experiment.objective, student))
+            return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
+                                 taught=example_targets(experiment, teacher, batch, large))[0]
 
-    return study(small.train(), batch, loss=loss, others=[large] if large is not None else [],
-                 device=experiment.memory.device, reserved=reserved(experiment, processes, place), regions=regions,
-                 **how)
+        return cls(small, large, batch, loss)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        return self.loss_of(self.model, batch)
 
 
 def _shared(experiment: Experiment, student: nn.Module, teacher: nn.Module | None, processes: int, place: str

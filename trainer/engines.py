@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -113,8 +114,16 @@ def zero_config(experiment: Experiment, processes: int, student: nn.Module | Non
         offload_parameters=sharding.offload.parameters, offload_optimizer=sharding.offload.optimizer)
 
 
-def engine_for(experiment: Experiment, accelerator: Accelerator, student: nn.Module) -> Engine:
-    """The student in the hands of the experiment's engine."""
+def engine_for(experiment: Experiment, accelerator: Accelerator, student: nn.Module,
+               without_gradient: Callable[[], set[str]] = set) -> Engine:
+    """The student in the hands of the experiment's engine.
+
+    Args:
+        without_gradient: tells names of parameters that the loss does not depend on; asked where an engine must know.
+    """
+    if experiment.sharding.named(accelerator.num_processes) == "ddp" and accelerator.num_processes > 1:
+        # DDP waits for the gradient of every other one, and ends the run when a step does not bring it.
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, without_gradient())
     engine = _engine(experiment, accelerator, student)
     stepping = in_backward(experiment)
     engine.in_backward = None if stepping is None else stepping(engine.inner)

@@ -23,6 +23,7 @@ from strategies.memory.meter import mark
 from strategies.quantization.qat import set_bits
 from trainer import checkpoints, stopping
 from trainer.balancing import balancing_weight
+from trainer.budget import without_gradient
 from trainer.checkpoints.random_state import seed_everything
 from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import Text
@@ -71,7 +72,8 @@ class Trainer:
         self.teacher = None if live is None else place_teacher(experiment, accelerator, live)
         self.precision = experiment.precision.build(accelerator.device.type)
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, steps)
-        self.engine = engine_for(experiment, accelerator, student)
+        self.engine = engine_for(experiment, accelerator, student,
+                                 lambda: without_gradient(experiment, teacher_config, student.config))
         self.distillation = Distillation(
             objective, self.unwrapped, self.teacher, shapes=shapes, common=related[0], reader=related[1],
             inside=build_inside(experiment, self.unwrapped, self.teacher),

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -37,10 +39,12 @@ def language_model(config: PretrainedConfig, model: Model, key: str) -> Pretrain
     value = model.path or config.model_type
     if not _own_code(config, model):
         config = _text_part(config, key, value)
+    missing = [name for name in ("vocab_size", "hidden_size") if not isinstance(getattr(config, name, None), int)]
     layers = getattr(config, "num_hidden_layers", 1)
-    if not isinstance(getattr(config, "vocab_size", None), int) or (isinstance(layers, int) and layers < 1):
-        raise UserError(f"{key}.path" if model.path else f"{key}.architecture", "its configuration has no `vocab_size` "
-                        "or no layers", value=value, way_out="use another model, or give it some")
+    if missing or (isinstance(layers, int) and layers < 1):
+        raise UserError(f"{key}.path" if model.path else f"{key}.architecture", "its configuration has no "
+                        + (" and no ".join(f"`{name}`" for name in missing) or "layers"), value=value,
+                        way_out="use another model" + ("" if model.path is None else ", or give it some"))
     if (method := method_of(config)) is not None:
         if method not in READABLE or (method == "bitsandbytes" and find_spec("bitsandbytes") is None):
             raise UserError(f"{key}.path", f"its weights are quantized ({method}), and cannot be turned back into "
@@ -62,11 +66,35 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust: bool = False, 
         UserError: the shape is none.
     """
     try:
+        if detect_fake_mode() is not None:
+            return _without_numbers(config, dtype, trust)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     except Exception as error:  # every architecture checks its numbers in its own way, or not at all
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{key}.architecture", f"a {config.model_type} model of these dimensions cannot be made: "
                         f"{said}", way_out="check its dimensions; see the transformers page of this model") from error
+
+
+def _without_numbers(config: PretrainedConfig, dtype: torch.dtype, trust: bool) -> nn.Module:
+    """The same under `FakeTensorMode`, on the current device: made on `meta`, as transformers makes all that it loads.
+
+    Made under the mode, some ask numbers of what has none (ModernBERT draws until all lie within bounds), others change
+    a parameter's dtype, which torch refuses there (DeepSeek-V4).
+    """
+    device, made = torch.get_default_device(), {}
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+
+    def without(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:  # one that is shared stays so
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers, module.__dict__):
+            held.update({name: without(tensor) for name, tensor in held.items() if isinstance(tensor, torch.Tensor)})
+    return model
 
 
 def learn_padding(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from strategies.export.sizes import exported_bytes, header_bound
 from strategies.export.transformers_folder import check_folder, must_be_alike
 from strategies.quantization.qat import prepare
 from strategies.quantization.stored import Experts, all_layers, as_matrix, multiplies
-from trainer.architecture_keys import OF_A_FILE, check_arrived, model_values, without_foreign_ids
+from trainer.architecture_keys import OF_A_FILE, check_arrived, model_values, set_token, without_foreign_ids
 from trainer.document_frequencies import by_document
 from trainer.errors import UserError, blame
 from trainer.experiment.nodes import Model
@@ -200,10 +200,11 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
     if student.path is not None:
         model = _load(student, "student", config, torch.float32)
     else:
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        set_token(config, "bos_token_id", tokenizer.bos_token_id, tokenizer.eos_token_id)
         # A padding token gets no gradient as input; where it is also the end of a sequence, that must not be.
         same = tokenizer.pad_token_id == tokenizer.eos_token_id
-        config.pad_token_id = None if same else tokenizer.pad_token_id
+        set_token(config, "pad_token_id", None if same else tokenizer.pad_token_id, tokenizer.pad_token_id)
         model = from_config(experiment, config)
         if student.from_teacher is not None:
             assert teacher is not None

@@ -30,6 +30,7 @@ from trainer.metrics import console, readable
 from trainer.model_origin import skeleton
 from trainer.models import DTYPES, count_parameters, served_of, student_of
 from trainer.precision import DTYPES as COMPUTE
+from trainer.shares import check_blocks, is_sharded
 from trainer.targets import held_of, live, resident_teacher
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -106,6 +107,8 @@ def make_plan(experiment: Experiment, teacher: PretrainedConfig | None, student:
         large = asked = resident_teacher(experiment, teacher)
         if teacher is not None and live(asked) is None:
             large = skeleton(teacher, DTYPES[experiment.teacher.dtype], experiment.teacher.trust_remote_code, "teacher")
+        if is_sharded(experiment, processes):
+            check_blocks(experiment, student=small, teacher=live(asked))
         held = held_of(experiment, small, asked, processes, on_gpu=device != "cpu")
     positions = training.micro_batch * sequence
     vocabularies = student.vocab_size + (0 if asked is None else teacher.vocab_size)

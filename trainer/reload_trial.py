@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from strategies.export.saved_names import as_saved
+from trainer.architecture_keys import set_token
 from trainer.errors import UserError
 from trainer.model_files import first_line
 
@@ -36,8 +36,8 @@ def check_reload(model: nn.Module, key: str, path: str | None = None) -> None:
         return
     padded = model.config.pad_token_id is not None
     model.config = copy.deepcopy(model.config)
-    model.config.pad_token_id = None
-    helps = padded and _changed_by_loading(model) is None
+    set_token(model.config, "pad_token_id", None, model.config.pad_token_id)
+    helps = padded and model.config.pad_token_id is None and _changed_by_loading(model) is None
     raise UserError(where, f"transformers loads {name} of {type(model).__name__} otherwise than it saves it, so that a "
                     "student would not be the one that was trained", value=path or model.config.model_type,
                     way_out='write "pad_token_id": null into its config.json' if helps and path else
@@ -52,7 +52,7 @@ def _changed_by_loading(model: nn.Module) -> str | None:
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) / 8)
     # Without a folder: a full disk says nothing about a model.
     tensors = {name: tensor.clone().contiguous() for name, tensor in as_saved(model, model.state_dict()).items()}
-    written = json.loads(model.config.to_json_string())
+    written = copy.deepcopy(model.config.to_dict())
     config = AutoConfig.for_model(written.pop("model_type"), **written)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"it has no causal model for {config.model_type}, which is what config.json would say")

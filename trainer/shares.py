@@ -12,7 +12,9 @@ from strategies.memory.residency import Residency
 from strategies.memory.tracker import LiveBytes, tensors_of
 from strategies.rematerialization.fake import Answers
 from strategies.sharding.resident import SHARDED, Setup, residency, stand_ins
+from strategies.sharding.units import sharing_blocks
 from strategies.sharding.zero import EVEN, bucket_numel
+from trainer.errors import UserError
 from trainer.experiment.tree import Experiment
 from trainer.precision import DTYPES
 
@@ -41,6 +43,15 @@ def in_backward(experiment: Experiment) -> Callable[[torch.optim.Optimizer], Any
 def is_sharded(experiment: Experiment, processes: int) -> bool:
     """Whether a process holds parts of weights, so that planning needs to know of the others."""
     return experiment.sharding.named(processes) in SHARDED
+
+
+def check_blocks(experiment: Experiment, **models: nn.Module | None) -> None:
+    """Raise `UserError` where blocks that are gathered one after another have weights in common (Zamba's do)."""
+    for key, model in models.items():
+        if model is not None and (pair := sharing_blocks(model)) is not None:
+            raise UserError("sharding.engine", f"{pair[0]} and {pair[1]} of the {key} have weights in common, and "
+                            f"{experiment.sharding.engine} gathers block by block", value=experiment.sharding.engine,
+                            way_out="leave it out: each process then holds the whole model")
 
 
 def bucket_for(experiment: Experiment, fitting: int) -> int:

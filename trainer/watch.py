@@ -151,6 +151,10 @@ class Watch:
             return RunFailed(f"a process that reads data for this one (data.workers) is gone, at {self._here[1]}: "
                              f"{str(error).partition(chr(10))[0]}\n  -> often the machine's memory is short: set "
                              "data.workers lower; start the same command again to go on from the last checkpoint")
+        if "Expected to have finished reduction in the prior iteration" in str(error):
+            return RunFailed(f"at {self._here[1]} some of the student's weights had taken no part in the step before, "
+                             "as experts that get no token, and `ddp` sums gradients where all do\n"
+                             "  -> set sharding.engine to fsdp2, and start the same command again")
         if self.ranks == 1 or not lost(error):
             return None
         self._reading = True

@@ -6,8 +6,8 @@ A row for each type, with these checks. `causal`: a model that sees what comes a
 against each document alone in transformers, loss and gradients. `packing`: the same of packed rows, in one micro-batch
 and in two. `memory`: planned bytes of a step against those measured. `layers`: two layers of a teacher against the
 teacher whose other blocks are skipped. `quantized`: 4 bits trained, exported, loaded by transformers. `onnx`, `gguf`:
-that student, and one in full precision, for these runtimes. `fsdp2`, `zero`: two steps on two processes, put together,
-against one process.
+that student, and one in full precision, for these runtimes. `ddp`, `fsdp2`, `zero`: two steps on two processes, put
+together, against one process.
 
 Each type runs in a fork of this process, which has imported everything, with a limit of seconds and bytes. FILE is
 written after each, and what it holds of this version of the libraries is not done again, unless `--again` is given.

@@ -20,7 +20,7 @@ from benchmarks.sharding import ranks as launched
 from trainer.data.dataset import prepare_text
 from trainer.metrics import console
 
-ENGINES = {"fsdp2": {"engine": "fsdp2"}, "zero": {"engine": "zero"}}
+ENGINES = {"ddp": {"engine": "ddp"}, "fsdp2": {"engine": "fsdp2"}, "zero": {"engine": "zero"}}
 WEIGHTS = 1e-4  # of the largest move of a weight; Adam divides by gradients that are nearly zero
 SECONDS = 90
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-CHECKS = ("causal", "loss", "packing", "memory", "layers", "quantized", "onnx", "gguf", "fsdp2", "zero")
+CHECKS = ("causal", "loss", "packing", "memory", "layers", "quantized", "onnx", "gguf", "ddp", "fsdp2", "zero")
 SHOWN = {"right": "yes", "refused": "refused", "wrong": "**wrong**", "traceback": "**fails**"}
 LONGEST = 220  # characters of a message
 

@@ -11,8 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # These hand on the storage of an argument that was made without any operation, as torch.tensor([1, 2]) does.
-_ADOPTS = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default}
-
+aten = torch.ops.aten
+_ADOPTS = {aten.lift_fresh.default, aten.lift.default}
+# By these autograd puts gradients into zeros: in place by itself, out of place while anything watches its operations
+# (`areAnyTensorSubclassLike` in torch/csrc/autograd/FunctionsManual.cpp).
+_INTO_ZEROS = {aten.scatter_add.default, aten.scatter.src, aten.index_add.default, aten.index_put.default}
 
 ENTERED: list[LiveBytes] = []
 """What counts at present, to be told of marks."""
@@ -118,8 +121,8 @@ class LiveBytes(TorchDispatchMode):
         self._sum, before = None, (len(self.timeline), self.peak)
         result = func(*args, **kwargs) if kwargs else func(*args)
         self._see(result, func, args, kwargs)
-        if func is torch.ops.aten.add.Tensor:
-            self._sum = self._gradients_summed(result, args, *before)
+        if func is aten.add.Tensor or func in _INTO_ZEROS:
+            self._sum = self._gradients_summed(result, func, args, *before)
         if self._workspace is not None:
             self._add_workspace(func, args, kwargs or {})
         return result
@@ -163,12 +166,13 @@ class LiveBytes(TorchDispatchMode):
 
     # ---- seen by itself
 
-    def _gradients_summed(self, result: Any, args: tuple, at: int, peak: int) -> _Sum | None:
-        """What `args` are if autograd may add the second to the first: while no graph is made, first one dense."""
-        first, second = args[:2]
+    def _gradients_summed(self, result: Any, func: Any, args: tuple, at: int, peak: int) -> _Sum | None:
+        """What `args` are if autograd may add to the first: while no graph is made, first one dense."""
+        first, others = args[0], [one for one in args[1:] if isinstance(one, (torch.Tensor, list))]
         if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not self._entered:
             return None
-        if not isinstance(second, torch.Tensor) or first.layout is not torch.strided:
+        if not others or first.layout is not torch.strided or (
+                func is aten.index_put.default and args[3:4] != (True,)):  # which sums; else a gradient is cleared
             return None
         storage = first.untyped_storage()
         made = self._live.get(result.untyped_storage()._cdata)

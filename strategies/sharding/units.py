@@ -43,6 +43,16 @@ def units_of(model: nn.Module) -> Units:
     return Units(tuple(blocks), first, tail, (first, *tail))
 
 
+def sharing_blocks(model: nn.Module) -> tuple[str, str] | None:
+    """Two blocks with a parameter in common, which no engine gathers as often as both need it; None where none have."""
+    first: dict[int, str] = {}
+    for name in units_of(model).blocks:
+        for parameter in model.get_submodule(name).parameters():
+            if first.setdefault(id(parameter), name) != name:
+                return first[id(parameter)], name
+    return None
+
+
 def _alike(modules: nn.ModuleList) -> bool:
     return len({type(module) for module in modules}) < len(modules) or len(modules) == 1
 

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,6 +94,22 @@ def quiet_deepspeed() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _seen_backward(block: nn.Module, args: tuple, output: Any) -> Any:
+    """What a block gives, as a tuple where it is a list: torch calls no backward hook of a module that gives another.
+
+    DeepSpeed's hooks of a block would not run, and its gradients be dropped (GPT's blocks give a list).
+
+    Raises:
+        TypeError: it gives neither tensors nor a tuple of them.
+    """
+    if isinstance(output, list):
+        output = tuple(output)
+    if torch.is_grad_enabled() and not isinstance(output, (torch.Tensor, tuple)):
+        raise TypeError(f"{type(block).__name__} gives a {type(output).__name__}, and DeepSpeed learns of gradients "
+                        "where blocks give tensors or a tuple of them: use another engine")
+    return output
+
+
 class Zero(Engine):
     """A student in DeepSpeed's hands: a rank holds a part of the fp32 weights and of the optimizer's state.
 
@@ -124,6 +141,10 @@ class Zero(Engine):
             self.engine, _ = prepare(student, optimizer)
         self.zero = self.engine.optimizer
         self._step, self._allowed = optimizer.step, True
+        self._reached: set[str] = set()
+        self._unreached = [names[id(parameter)] for group in groups for parameter in group]  # the same on every rank
+        for parameter in (parameter for group in groups for parameter in group):
+            parameter.register_post_accumulate_grad_hook(partial(self._reach, names[id(parameter)]))
         optimizer.step = self._step_if_allowed
         if not self.casts and "offload_optimizer" not in config["zero_optimization"]:
             self._share_fp32()
@@ -139,11 +160,12 @@ class Zero(Engine):
 
     def _gather_by_block(self, student: nn.Module) -> None:
         """Blocks are gathered as a whole: their insides may be captured, where DeepSpeed's hooks are not seen."""
-        from deepspeed.utils import set_z3_leaf_modules
+        from deepspeed.utils import set_z3_leaf_module
 
-        kinds = {type(student.get_submodule(name)) for name in units_of(student).blocks}
-        if kinds:
-            set_z3_leaf_modules(student, list(kinds))
+        for name in units_of(student).blocks:
+            block = student.get_submodule(name)  # itself: others of its class need not be blocks
+            set_z3_leaf_module(block, True)
+            block.register_forward_hook(_seen_backward)
 
     def _share_fp32(self) -> None:
         """In fp32 the weights that are updated are those that are computed with: one copy serves as both.
@@ -188,6 +210,7 @@ class Zero(Engine):
         """See `Engine`; DeepSpeed clips, and decides over all ranks whether the gradient is finite."""
         assert clip == (self.engine.gradient_clipping() or None) and scale == 1.0
         self._allowed = allowed
+        self._agree()
         self.engine.step()
         finite = not self.zero.overflow
         norm = self.engine.get_global_grad_norm()
@@ -195,8 +218,34 @@ class Zero(Engine):
 
     def _step_if_allowed(self, closure: None = None) -> None:
         """Stands for the optimizer's step: a loss that is not finite may have a gradient that is."""
-        if self._allowed:
-            self._step()
+        if not self._allowed:
+            return
+        kept = [(part, part.clone()) for part in self._parts(self._unreached)]
+        self._step()
+        for part, before in kept:
+            part.copy_(before)
+
+    def _reach(self, name: str, parameter: torch.Tensor) -> None:
+        self._reached.add(name)
+
+    def _agree(self) -> None:
+        """Let the ranks agree on what no loss has reached yet: DeepSpeed gives it zeros for a gradient, by which weight
+        decay moves what every other engine leaves as it is. In most models that is nothing after the first step."""
+        if not self._unreached:
+            return
+        reached = torch.tensor([name in self._reached for name in self._unreached], dtype=torch.uint8,
+                               device=self.engine.device)
+        dist.all_reduce(reached, dist.ReduceOp.MAX, group=self.zero.dp_process_group)
+        self._unreached = [name for name, is_reached in zip(self._unreached, reached.tolist(), strict=True)
+                           if not is_reached]
+
+    def _parts(self, names: list[str]) -> Iterator[torch.Tensor]:
+        """What this rank updates of parameters, as views."""
+        asked = frozenset(names)
+        for flat, layout in self._trained() if asked else ():
+            for piece in layout.pieces:
+                if piece.name in asked and piece.numel:
+                    yield flat.data[piece.offset:piece.offset + piece.numel]
 
     @property
     def loss_scale(self) -> float:

@@ -471,6 +471,33 @@ def test_gradients_of_a_tied_weight_are_summed_in_place_unless_one_is_held(keeps
     assert tracker.peak // weight.nbytes == (4 if keeps else 3) and tracker.current == found.timeline[-1, 1]
 
 
+PICKED = {
+    "gather": lambda weight, ids: weight.gather(1, ids[None].expand(1000, 4)),
+    "index": lambda weight, ids: weight[:, ids], "index_select": lambda weight, ids: weight.index_select(1, ids),
+    "largest": lambda weight, ids: weight.max(1).values}
+
+
+@pytest.mark.parametrize("how", PICKED)
+@pytest.mark.parametrize("fake", [False, True])
+def test_gradients_of_what_was_picked_are_put_into_zeros_in_place(how, fake):
+    """As the profiler sees it; while operations are watched, autograd makes another tensor beside the zeros."""
+    def step(weight, ids):
+        PICKED[how](weight * 1, ids).sum().backward()
+
+    weight, ids = nn.Parameter(torch.ones(1000, 64)), torch.arange(4)
+    step(weight, ids)
+    weight.grad = None
+    found = measure(lambda: step(weight, ids), "cpu", [weight, ids])
+    weight.grad = None
+    with FakeTensorMode() if fake else nullcontext():
+        like, of = (nn.Parameter(torch.ones(1000, 64)), torch.arange(4)) if fake else (weight, ids)
+        tracker = LiveBytes()
+        tracker.watch(like, of)
+        with tracker:
+            step(like, of)
+    assert tracker.peak == pytest.approx(found.peak, rel=0.01)
+
+
 # ---- the picture
 
 def test_picture_opens_and_has_its_size(tmp_path):
