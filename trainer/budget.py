@@ -17,7 +17,7 @@ from strategies.distillation.step import Distillation
 from strategies.memory.picture import curve, thinned
 from strategies.memory.residency import Residency
 from strategies.memory.units import parse_bytes
-from strategies.rematerialization.framed import unreached
+from strategies.rematerialization.framed import off_the_path
 from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.plan import Plan as Schedule
 from strategies.rematerialization.planner import Planner
@@ -252,17 +252,21 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
                  **how)
 
 
-def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> set[str]:
+def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig
+                     ) -> set[str] | None:
     """Names of the student's parameters that its loss does not depend on, found from shapes alone.
 
-    None where the architecture cannot run without data.
+    None where the architecture cannot run without data, of which nothing is planned either.
     """
     place = "cuda" if torch.cuda.is_available() else "cpu"
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.device(place):
         made = _Made.of(experiment, teacher, student, False, place, None)
     made.model.train()
-    idle = unreached(made, mode)
+    try:
+        idle = off_the_path(made, mode)
+    except Exception:  # of every kind: code of each model's own
+        return None
     return {name for name, parameter in made.model.named_parameters() if id(parameter) in idle}
 
 

@@ -115,16 +115,23 @@ def zero_config(experiment: Experiment, processes: int, student: nn.Module | Non
 
 
 def engine_for(experiment: Experiment, accelerator: Accelerator, student: nn.Module,
-               without_gradient: Callable[[], set[str]] = set) -> Engine:
+               without_gradient: Callable[[], set[str] | None] = set) -> Engine:
     """The student in the hands of the experiment's engine.
 
     Args:
-        without_gradient: tells names of parameters that the loss does not depend on; asked where an engine must know.
+        without_gradient: tells names of parameters that the loss does not depend on, None where that is not known;
+            asked where an engine must know.
     """
+    apart: set[str] = set()
     if experiment.sharding.named(accelerator.num_processes) == "ddp" and accelerator.num_processes > 1:
         # DDP waits for the gradient of every other one, and ends the run when a step does not bring it.
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, without_gradient())
+        # Its own search would miss what is recomputed, which is nothing where it was not known either.
+        found = without_gradient()
+        accelerator.ddp_handler.find_unused_parameters, apart = found is None, found or set()
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, apart)
     engine = _engine(experiment, accelerator, student)
+    engine.apart = [parameter for name, parameter in student.named_parameters()
+                    if name in apart and parameter.requires_grad]
     stepping = in_backward(experiment)
     engine.in_backward = None if stepping is None else stepping(engine.inner)
     return engine

@@ -325,9 +325,21 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
     if method_of(origin) is None:
         if type(config) is not type(origin):
             check_alone(loaded, origin, key, model.path)
-        return loaded
-    with redirect_stderr(io.StringIO()):
-        return dense(loaded, config, dtype, model.trust_remote_code, key)
+    else:
+        with redirect_stderr(io.StringIO()):
+            loaded = dense(loaded, config, dtype, model.trust_remote_code, key)
+    _freeze_again(loaded, model, key)
+    return loaded
+
+
+def _freeze_again(loaded: nn.Module, model: Model, key: str) -> None:
+    """Freeze what the architecture does not train (sinusoidal positions, Pegasus): transformers forgets it, loading."""
+    with torch.device("meta"):
+        fresh = skeleton(loaded.config, torch.float32, model.trust_remote_code, key)
+    frozen = {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
+    for name, parameter in loaded.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -118,7 +119,13 @@ def filled(rows: int, packed: bool, documents: list[torch.Tensor]) -> Batch:
 
 
 def alone(model: nn.Module, documents: list[torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean next-token loss, summed in float64, and its gradients, where a model sees each document by itself."""
+    """Mean next-token loss, summed in float64, and its gradients, where a model sees each document by itself.
+
+    Of what the architecture trains: transformers forgets, loading, which parameters are fixed.
+    """
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    fixed = {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
     total, tokens = torch.zeros((), dtype=torch.float64), sum(len(document) - 1 for document in documents)
     for document in documents:
         logits = model(input_ids=document[None], use_cache=False).logits[0, :-1]
@@ -126,7 +133,7 @@ def alone(model: nn.Module, documents: list[torch.Tensor]) -> tuple[float, dict[
         (nats / tokens).backward()
         total += nats.detach()
     return float(total) / tokens, {_own(name): parameter.grad for name, parameter in model.named_parameters()
-                                   if parameter.grad is not None}
+                                   if parameter.grad is not None and name not in fixed}
 
 
 def _own(name: str) -> str:

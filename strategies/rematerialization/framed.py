@@ -32,6 +32,14 @@ class CannotPlan(RuntimeError):
     """Nothing can be foretold of a model: it does not run on tensors without data."""
 
 
+class Forward(Protocol):
+    """A model, a batch, and the loss of one, without data."""
+
+    model: nn.Module
+    batch: object
+    loss: Callable[[object], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Step:
     """A training step on tensors without data.
@@ -159,15 +167,22 @@ def framed(calls: list[Call], step: Step, mode: FakeTensorMode) -> tuple[list[Ca
 def unreached(step: Step, mode: FakeTensorMode) -> frozenset[int]:
     """Trained parameters, by id, that the loss does not depend on: they get no gradient, and no optimizer state.
 
-    A decoder that is trained without its encoder has such ones, the cross-attention's. Found from what autograd would
-    run; none where the forward does not run without data, of which the caller hears.
+    None where the forward does not run without data, of which the caller hears.
     """
-    trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
     try:
-        with mode, Answers(), quiet("torch._subclasses.fake_tensor"):
-            todo = [step.loss(step.batch).grad_fn]
+        return off_the_path(step, mode)
     except Exception:
         return frozenset()
+
+
+def off_the_path(step: Forward, mode: FakeTensorMode) -> frozenset[int]:
+    """Trained parameters, by id, that the loss does not depend on, from what autograd would run; else any exception.
+
+    A decoder that is trained without its encoder has such ones, the cross-attention's.
+    """
+    trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    with mode, Answers(), quiet("torch._subclasses.fake_tensor"):
+        todo = [step.loss(step.batch).grad_fn]
     seen, reached = set(), set()
     while todo:
         node = todo.pop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,9 +53,11 @@ class Engine:
         casts: whether the engine runs the model in its half precision by itself, so that no autocast is needed.
         scales: whether the engine scales the loss by itself.
         sharded: whether a rank holds a part of the student's fp32 weights.
+        apart: parameters that DDP was told to leave alone, since the loss is not known to depend on them.
     """
 
     casts = scales = sharded = False
+    apart: Sequence[nn.Parameter] = ()
 
     def __init__(self, model: nn.Module, student: nn.Module, optimizer: torch.optim.Optimizer,
                  no_sync: Callable[[nn.Module], AbstractContextManager] | None = None) -> None:
@@ -83,6 +85,7 @@ class Engine:
         """
         if self.in_backward is not None:
             return self._stepped(self.in_backward)
+        self._average_apart()
         gradients = [local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
@@ -94,6 +97,20 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self._drops)
         return Update(float(norm), finite and allowed, finite)
+
+    def _average_apart(self) -> None:
+        """Average gradients that DDP does not, of parameters that some rank's loss depends on after all."""
+        if not self.apart:
+            return
+        reached = torch.tensor([parameter.grad is not None for parameter in self.apart], dtype=torch.uint8,
+                               device=self.apart[0].device)
+        dist.all_reduce(reached, dist.ReduceOp.MAX)
+        for parameter, is_reached in zip(self.apart, reached.tolist(), strict=True):
+            if is_reached:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
 
     def _stepped(self, done: InBackward) -> Update:
         """What came of a backward in which the optimizer has stepped already; gradients are left where it did not."""

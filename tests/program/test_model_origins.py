@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     Cohere2VisionConfig,
@@ -254,6 +255,21 @@ def test_what_is_no_causal_language_model_is_refused_in_one_short_message(archit
     with pytest.raises(UserError, match=said) as told, torch.device("meta"):
         skeleton(_config(Model(architecture=architecture), "student", 96, offline=True), torch.float32)
     assert len(str(told.value)) < 200 and told.value.key.startswith("student.architecture")
+
+
+def test_what_the_architecture_does_not_train_stays_fixed(tmp_path, write_experiment):
+    """Sinusoidal positions; transformers trains them once a model is loaded, and so did we."""
+    config = AutoConfig.for_model("pegasus", vocab_size=96, d_model=32, decoder_layers=2, decoder_attention_heads=2,
+                                  decoder_ffn_dim=64, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
+                                  max_position_embeddings=64, pad_token_id=0, eos_token_id=1)
+    fresh = AutoModelForCausalLM.from_config(config)
+    fresh.save_pretrained(tmp_path / "model")
+    experiment = read_experiment(write_experiment(student={
+        "architecture": None, "path": str(tmp_path / "model")})).experiment
+    student = build_student(experiment, _config(experiment.student, "student", None, offline=False), None, None)
+    fixed = {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
+    assert fixed == {"model.decoder.embed_positions.weight"}
+    assert {name for name, parameter in student.named_parameters() if not parameter.requires_grad} == fixed
 
 
 def test_a_token_that_ends_and_pads_learns_as_input(tmp_path, llama, write_experiment):
