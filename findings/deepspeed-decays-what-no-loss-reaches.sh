@@ -58,4 +58,4 @@ sys.exit(not (left == 1 and all(abs(one - 0.95) < 1e-3 for one in shares)))
 PY
 cd "$folder"
 PATH="$folder/venv/bin:$PATH" DS_ACCELERATOR=cpu RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 \
-    MASTER_29633=29633 python decays.py 2>"$folder/log" | grep '^found' || { tail -5 "$folder/log"; exit 1; }
+    MASTER_PORT=29633 python decays.py 2>"$folder/log" | grep '^found' || { tail -5 "$folder/log"; exit 1; }

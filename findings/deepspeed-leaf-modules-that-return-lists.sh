@@ -58,4 +58,4 @@ sys.exit(reached != {list: 272, tuple: 544})
 PY
 cd "$folder"
 PATH="$folder/venv/bin:$PATH" DS_ACCELERATOR=cpu RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 \
-    MASTER_29632=29632 python leaves.py 2>"$folder/log" | grep '^found' || { tail -5 "$folder/log"; exit 1; }
+    MASTER_PORT=29632 python leaves.py 2>"$folder/log" | grep '^found' || { tail -5 "$folder/log"; exit 1; }
