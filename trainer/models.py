@@ -199,6 +199,7 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
     torch.manual_seed(experiment.seed)  # every process makes the same weights
     if student.path is not None:
         model = _load(student, "student", config, torch.float32)
+        _freeze_again(model, trusts(experiment))
     else:
         config.eos_token_id = tokenizer.eos_token_id
         set_token(config, "bos_token_id", tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -328,14 +329,13 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
     else:
         with redirect_stderr(io.StringIO()):
             loaded = dense(loaded, config, dtype, model.trust_remote_code, key)
-    _freeze_again(loaded, model, key)
     return loaded
 
 
-def _freeze_again(loaded: nn.Module, model: Model, key: str) -> None:
+def _freeze_again(loaded: nn.Module, trust: bool) -> None:
     """Freeze what the architecture does not train (sinusoidal positions, Pegasus): transformers forgets it, loading."""
     with torch.device("meta"):
-        fresh = skeleton(loaded.config, torch.float32, model.trust_remote_code, key)
+        fresh = skeleton(loaded.config, torch.float32, trust)
     frozen = {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
     for name, parameter in loaded.named_parameters():
         if name in frozen:

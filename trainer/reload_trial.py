@@ -52,7 +52,7 @@ def _changed_by_loading(model: nn.Module) -> str | None:
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) / 8)
     # Without a folder: a full disk says nothing about a model.
     tensors = {name: tensor.clone().contiguous() for name, tensor in as_saved(model, model.state_dict()).items()}
-    written = copy.deepcopy(model.config.to_dict())
+    written = model.config.to_dict()
     config = AutoConfig.for_model(written.pop("model_type"), **written)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"it has no causal model for {config.model_type}, which is what config.json would say")

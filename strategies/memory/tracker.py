@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# These hand on the storage of an argument that was made without any operation, as torch.tensor([1, 2]) does.
 aten = torch.ops.aten
+# These hand on the storage of an argument that was made without any operation, as torch.tensor([1, 2]) does.
 _ADOPTS = {aten.lift_fresh.default, aten.lift.default}
 # By these autograd puts gradients into zeros: in place by itself, out of place while anything watches its operations
 # (`areAnyTensorSubclassLike` in torch/csrc/autograd/FunctionsManual.cpp).

@@ -32,6 +32,13 @@ class Update:
     finite: bool
 
 
+def on_any_rank(flags: list[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
+    """For each flag whether some rank has it set; a collective."""
+    found = torch.tensor(flags, dtype=torch.uint8, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in found.tolist()]
+
+
 class InBackward(Protocol):
     """An optimizer that steps during backward."""
 
@@ -102,10 +109,8 @@ class Engine:
         """Average gradients that DDP does not, of parameters that some rank's loss depends on after all."""
         if not self.apart:
             return
-        reached = torch.tensor([parameter.grad is not None for parameter in self.apart], dtype=torch.uint8,
-                               device=self.apart[0].device)
-        dist.all_reduce(reached, dist.ReduceOp.MAX)
-        for parameter, is_reached in zip(self.apart, reached.tolist(), strict=True):
+        reached = on_any_rank([parameter.grad is not None for parameter in self.apart], self.apart[0].device)
+        for parameter, is_reached in zip(self.apart, reached, strict=True):
             if is_reached:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

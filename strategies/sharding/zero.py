@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from strategies.memory.shards import Layout, Piece, lay_out, layout_of
-from strategies.sharding.engine import Engine, Update
+from strategies.sharding.engine import Engine, Update, on_any_rank
 from strategies.sharding.masters import Frozen, OwnPart, clear_padding
 from strategies.sharding.units import units_of
 
@@ -233,11 +233,9 @@ class Zero(Engine):
         decay moves what every other engine leaves as it is. In most models that is nothing after the first step."""
         if not self._unreached:
             return
-        reached = torch.tensor([name in self._reached for name in self._unreached], dtype=torch.uint8,
-                               device=self.engine.device)
-        dist.all_reduce(reached, dist.ReduceOp.MAX, group=self.zero.dp_process_group)
-        self._unreached = [name for name, is_reached in zip(self._unreached, reached.tolist(), strict=True)
-                           if not is_reached]
+        reached = on_any_rank([name in self._reached for name in self._unreached], self.engine.device,
+                              self.zero.dp_process_group)
+        self._unreached = [name for name, is_reached in zip(self._unreached, reached, strict=True) if not is_reached]
 
     def _parts(self, names: list[str]) -> Iterator[torch.Tensor]:
         """What this rank updates of parameters, as views."""
