@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
-python -m pytest tests/program/test_cuda.py -v
+python -m pytest tests/trainer/test_cuda.py -v
 python -m benchmarks.quickstart --seeds 3 --json "$out/quickstart-gpu.json"
 python -m benchmarks.rematerialization.frontier --model all --json "$out/rematerialization-frontier-gpu.json"
 python -m benchmarks.rematerialization.planning --json "$out/rematerialization-planning-gpu.json"

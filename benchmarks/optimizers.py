@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from benchmarks.rematerialization.frontier import machine
+from strategies.common.shards import Layout, Piece, lay_out
 from strategies.memory.meter import resident_tensors
-from strategies.memory.shards import Layout, Piece, lay_out
 from strategies.optimizers import lamb
 from strategies.optimizers.adafactor import Adafactor
 from strategies.optimizers.adamw import adamw

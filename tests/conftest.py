@@ -109,9 +109,9 @@ def train_here(write_experiment):
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
         from trainer.data.dataset import prepare_text
-        from trainer.experiment.reading import read_experiment
-        from trainer.folder import RunFolder
-        from trainer.run import prepare, start
+        from trainer.experiment.load import read_experiment
+        from trainer.pipeline import prepare, start
+        from trainer.run.folder import RunFolder
 
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
@@ -125,13 +125,13 @@ def train_here(write_experiment):
 
 
 @pytest.fixture
-def carry_out(write_experiment):
+def run_experiment(write_experiment):
     """A whole run in this process; its experiment and folder."""
     def go(name: str = "tiny", **changes: Any):
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
         import limbeck
-        from trainer.folder import RunFolder
+        from trainer.run.folder import RunFolder
 
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()

@@ -9,7 +9,7 @@ from benchmarks.faults.processes import NEEDED
 from strategies.export import receipt
 from tests import clients
 
-for name in (*NEEDED, "trainer.schedule", "strategies.optimizers.build", "strategies.sharding.fsdp2",
+for name in (*NEEDED, "trainer.experiment.lr_schedule", "strategies.optimizers.by_name", "strategies.sharding.fsdp2",
              "transformers.models.llama.modeling_llama", "torch.distributed.fsdp", "torch.utils.cpp_extension",
              "scipy.io", "scipy.optimize", "matplotlib.pyplot",
              "matplotlib.backends.backend_agg", "deepspeed.ops.op_builder.all_ops",

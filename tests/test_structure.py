@@ -29,11 +29,12 @@ def test_strategies_stand_alone(file):
     for module in imports(file):
         assert module.split(".")[0] not in ("trainer", "limbeck", "train"), f"{file} imports {module}"
         if module.startswith("strategies."):
-            assert module.split(".")[1] in (own, "memory"), f"{file} imports {module}"
+            assert module.split(".")[1] in (own, "common", "memory"), f"{file} imports {module}"
 
 
-def test_the_client_knows_nothing_of_this_project():
-    modules = {module.split(".")[0] for module in imports(ROOT / "strategies" / "export" / "client.py")}
+def test_clients_know_nothing_of_this_project():
+    files = (ROOT / "strategies" / "export" / "clients").glob("*.py")
+    modules = {module.split(".")[0] for file in files for module in imports(file)}
     assert not modules & {"strategies", "trainer", "limbeck"}
 
 
@@ -83,7 +84,7 @@ def test_readmes_own_loop_example_runs():
 
 
 def test_readmes_yaml_is_an_experiment(tmp_path):
-    from trainer.experiment.reading import read_experiment
+    from trainer.experiment.load import read_experiment
 
     file = tmp_path / "readme.yaml"
     file.write_text(re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1))
@@ -92,7 +93,7 @@ def test_readmes_yaml_is_an_experiment(tmp_path):
 
 def test_quickstarts_one_line_changes_are_valid(tmp_path):
     """Each commented line of the quickstart put in the place of its own."""
-    from trainer.experiment.reading import read_experiment
+    from trainer.experiment.load import read_experiment
 
     text = (ROOT / "configs" / "quickstart.yaml").read_text()
     for key in ("teacher", "data"):

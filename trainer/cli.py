@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer import stopping
+from trainer.distributed import signals
 from trainer.errors import ExperimentErrors, Lost, RunFailed, Stopped, UserError
-from trainer.experiment.explaining import help_text, schema
-from trainer.experiment.reading import Source, describe, read_experiment
-from trainer.experiment.tree import Experiment
-from trainer.folder import RunFolder
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.explain import help_text, schema
+from trainer.experiment.load import Source, describe, read_experiment
+from trainer.run.folder import RunFolder
 
 USER_ERROR, FAILURE, BUDGET_UNMET = 2, 1, 3
 OTHERS_WAIT = 5.0  # seconds
@@ -32,11 +32,11 @@ def train(arguments: list[str]) -> int:
         file, overrides, flags = _parse(arguments)
         source = read_experiment(file, overrides)
         if "--dry-run" in flags:
-            from trainer import run  # everything heavy comes with it, after the experiment is known to be good
+            from trainer import pipeline  # everything heavy comes with it, after the experiment is known to be good
 
-            run.dry_run(source, as_json="--json" in flags)
+            pipeline.dry_run(source, as_json="--json" in flags)
         else:
-            return _carry_out(source)
+            return _run_experiment(source)
     except (UserError, ExperimentErrors) as error:
         _tell(_messages(error, source))
         return _code(error)
@@ -46,38 +46,38 @@ def train(arguments: list[str]) -> int:
             raise
         _tell(said)
         if _is_lost(error):
-            stopping.end(FAILURE)
+            signals.end(FAILURE)
         return FAILURE
     except KeyboardInterrupt:
         _tell("interrupted; start the same command again to go on from its last checkpoint, if it has one")
-        return stopping.AT_ONCE
+        return signals.AT_ONCE
     return 0
 
 
-def _carry_out(source: Source) -> int:
+def _run_experiment(source: Source) -> int:
     """Run an experiment, hearing signals, and leave word of how it ended. Returns the exit code."""
     experiment, process = source.experiment, int(os.environ.get("RANK", 0))
-    stopping.begin_again(experiment)
+    signals.begin_again(experiment)
     try:
-        with stopping.heed(_leaving(experiment)):
-            from trainer import run
+        with signals.handle_signals(_leaving(experiment)):
+            from trainer import pipeline
 
-            run.carry_out(source)
+            pipeline.run_experiment(source)
     except Stopped as stop:
         if process == 0:
-            stopping.note(experiment, str(stop), stopping.AGAIN_LATER, step=stop.step, signal=stop.signal,
+            signals.note(experiment, str(stop), signals.AGAIN_LATER, step=stop.step, signal=stop.signal,
                           process=stop.process)
             print(stop, file=sys.stderr, flush=True)
         else:
-            stopping.noted(experiment, OTHERS_WAIT)
-        return stopping.AGAIN_LATER
+            signals.noted(experiment, OTHERS_WAIT)
+        return signals.AGAIN_LATER
     except UserError as error:  # where it is another process's alone, a launcher signals this one: that is no stop
-        if error.key != "run.folder":  # else it is another run's
-            stopping.note(experiment, _messages(error, source), _code(error), process=process)
+        if error.key != "pipeline.folder":  # else it is another run's
+            signals.note(experiment, _messages(error, source), _code(error), process=process)
         raise
     except (RunFailed, OSError, RuntimeError) as error:
         if (said := _failure(error)) is not None:
-            stopping.note(experiment, said, FAILURE, process=process)
+            signals.note(experiment, said, FAILURE, process=process)
         raise
     return 0
 
@@ -107,7 +107,7 @@ def _is_lost(error: Exception) -> bool:
     """Whether another process is gone or stuck, so that this one cannot be torn down in good order."""
     if isinstance(error, OSError | RunFailed):
         return isinstance(error, Lost)
-    from trainer.watch import lost
+    from trainer.distributed.watchdog import lost
 
     return lost(error)
 
@@ -116,10 +116,10 @@ def _leaving(experiment: Experiment) -> Callable[[str, int], None]:
     """What is said of a signal that does not wait for a step."""
     def tell(signal: str, code: int) -> None:
         process = int(os.environ.get("RANK", 0))
-        what = "outside of training: what was half done is done again" if code == stopping.AGAIN_LATER else \
+        what = "outside of training: what was half done is done again" if code == signals.AGAIN_LATER else \
             "at once: steps since the newest checkpoint are done again"
         said = f"stopped by {signal} on process {process}, {what}; start the same command again to go on"
-        if stopping.note(experiment, said, code, step=None, signal=signal, process=process):
+        if signals.note(experiment, said, code, step=None, signal=signal, process=process):
             print(said, file=sys.stderr, flush=True)
         Console().show_cursor()
     return tell
@@ -172,7 +172,7 @@ limbeck VERB ...
 
   limbeck schema [FILE]   write the JSON Schema of experiment files, for editors (default: standard output)
   limbeck show-data --config FILE [key=value ...]
-                          show a few records of the training data as they will be learnt, and where rows cut them off
+                          show a few records of the training data as they will be learned, and where rows cut them off
   limbeck status RUN      tell how a run is doing or how it ended; RUN is its folder, or --config FILE [key=value ...]
                           Exit code: 0 finished, 75 stopped by a signal and to be started again, 1 anything else
   limbeck report RUN      write report.md and its pictures of a run folder again
@@ -210,8 +210,8 @@ def limbeck(arguments: list[str]) -> int:
         case ["status", first, *rest] if first.startswith("-") or not rest:
             return _status([first, *rest])
         case ["report", folder]:
-            from trainer.foreign import show_links
-            from trainer.report import write_report
+            from trainer.run.foreign_folder import show_links
+            from trainer.run.report import write_report
 
             try:
                 show_links(RunFolder(folder))
@@ -220,7 +220,7 @@ def limbeck(arguments: list[str]) -> int:
                 _tell(f"error: {describe(error, {}, folder)}")
                 return USER_ERROR
         case ["export", folder, "--to", runtime]:
-            from trainer.exporting import export
+            from trainer.student.export_student import export
 
             try:
                 print(export(Path(folder), runtime, trust))
@@ -245,8 +245,8 @@ def _show_data(arguments: list[str]) -> int:
     try:
         file, overrides, _ = _parse(arguments)
         source = read_experiment(file, overrides)
-        from trainer.data.show import show_data  # everything heavy comes with it
-        from trainer.models import quiet_libraries
+        from trainer.data.show_data import show_data  # everything heavy comes with it
+        from trainer.models.build import quiet_libraries
 
         quiet_libraries()
         show_data(source.experiment, Console(highlight=False))
@@ -262,7 +262,7 @@ def _status(arguments: list[str]) -> int:
         if arguments[0].startswith("-"):
             file, overrides, _ = _parse(arguments)
             arguments = [read_experiment(file, overrides).experiment.folder]
-        said, code = stopping.status(Path(arguments[0]))
+        said, code = signals.status(Path(arguments[0]))
     except (UserError, ExperimentErrors) as error:
         _tell(_messages(error, None))
         return USER_ERROR

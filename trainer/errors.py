@@ -45,7 +45,7 @@ class Lost(RunFailed):
 
 
 class Stopped(RuntimeError):
-    """A signal asked the run to stop, all processes agreed on the step, and what was learnt is saved.
+    """A signal asked the run to stop, all processes agreed on the step, and what was learned is saved.
 
     Attributes:
         step: optimizer steps done.
@@ -63,7 +63,7 @@ class Stopped(RuntimeError):
 
 
 @contextmanager
-def blame(key: str, *, value: Any = _UNSET, way_out: str = "") -> Iterator[None]:
+def error_context(key: str, *, value: Any = _UNSET, way_out: str = "") -> Iterator[None]:
     """Give the `ValueError` of a strategy, which knows no experiment, the key that led to it."""
     try:
         yield

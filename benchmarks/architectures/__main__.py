@@ -38,11 +38,11 @@ from benchmarks.rematerialization.frontier import machine  # noqa: E402
 
 SECONDS = 300
 # What a fork would import else, time and again; what is optional may be missing.
-NEEDED = {"": ["trainer.run", "trainer.cli", "benchmarks.architectures.checks", "benchmarks.architectures.ranks",
+NEEDED = {"": ["trainer.pipeline", "trainer.cli", "benchmarks.architectures.checks", "benchmarks.architectures.ranks",
                "transformers.integrations.compressed_tensors", "transformers.quantizers.auto"],
-          "onnx": ["onnx", "onnx_ir", "onnxscript", "onnxruntime", "torch.onnx", "strategies.export.onnx_folder",
+          "onnx": ["onnx", "onnx_ir", "onnxscript", "onnxruntime", "torch.onnx", "strategies.export.onnx.onnx_folder",
                    "torch.onnx._internal.exporter._core", "torch.onnx._internal.exporter._registration"],
-          "gguf": ["gguf", "strategies.export.gguf_file"],
+          "gguf": ["gguf", "strategies.export.gguf.gguf_file"],
           "fsdp2": ["torch.distributed.fsdp", "strategies.sharding.fsdp2"],
           "zero": ["deepspeed", "strategies.sharding.zero", "deepspeed.ops.op_builder.all_ops",
                    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.muon_optimizer"]}
@@ -55,7 +55,7 @@ def get_ready(checks: list[str]) -> None:
     import torch
 
     from benchmarks.architectures import forks
-    from trainer.models import quiet_libraries
+    from trainer.models.build import quiet_libraries
 
     torch.set_num_threads(1)
     for check in ("", *checks):

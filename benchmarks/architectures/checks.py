@@ -15,22 +15,24 @@ from transformers import AutoModelForCausalLM
 from benchmarks.architectures.material import ROW, Room
 from benchmarks.architectures.verdicts import apart, judged, message, refused, right, verdict_of, wrong
 from benchmarks.sharding.ranks import fresh
-from strategies.export.transformers_folder import write_folder
+from strategies.export.hf.transformers_folder import write_folder
 from strategies.quantization.qat import quantized_layers
-from trainer import loop, plan, run
-from trainer.budget import example_batch
+from trainer import pipeline
 from trainer.data.batches import Batch, training_batches
-from trainer.data.dataset import Text, prepare_text
-from trainer.engines import start
+from trainer.data.dataset import PreparedData, prepare_text
+from trainer.distributed.launch import start
 from trainer.errors import UserError
-from trainer.experiment.tree import Experiment
-from trainer.exporting import logits_of, write_for
-from trainer.folder import RunFolder
-from trainer.loop import Trainer
-from trainer.metrics import console
-from trainer.planned_step import measured_step
-from trainer.quantizing import served
-from trainer.run import check_early
+from trainer.experiment.experiment import Experiment
+from trainer.pipeline import check_early
+from trainer.planning import plan
+from trainer.planning.step_memory import example_batch
+from trainer.planning.step_plan import measured_step
+from trainer.run.folder import RunFolder
+from trainer.run.metrics import console
+from trainer.student.export_student import logits_of, write_for
+from trainer.student.quantize_student import finalize_student
+from trainer.training import loop
+from trainer.training.loop import Trainer
 
 # Relative: of the loss; of the largest gradient, logit, byte. fp32 sums in another order lie below a tenth of them.
 LOSS, GRADIENT, LOGITS, BYTES = 2e-5, 5e-4, 2e-5, 0.03
@@ -38,14 +40,14 @@ APART = {"packing": False}  # what is not about packing is not to be refused for
 LEFT = 0.05  # share of a quantized student's block weights that may stay in full precision without a word
 
 
-def prepared(experiment: Experiment, text: Text) -> Trainer:
+def prepared(experiment: Experiment, text: PreparedData) -> Trainer:
     """What `train.py` makes of an experiment before the first step, refusals included."""
     fresh()
     accelerator = start(experiment)
     check_early(experiment, accelerator.num_processes)
     # Sums for the ledger and for the disk that no check is about.
-    with replaced(plan, "_activations", lambda *_: None), replaced(run, "planned_bytes", lambda *_: 0):
-        return run.prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, text)
+    with replaced(plan, "_activations", lambda *_: None), replaced(pipeline, "planned_bytes", lambda *_: 0):
+        return pipeline.prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, text)
 
 
 @contextmanager
@@ -104,7 +106,7 @@ class Steps:
                 gradients_apart(taken, self.gradients))
 
 
-def batches(text: Text, rows: int) -> Iterator[Batch]:
+def batches(text: PreparedData, rows: int) -> Iterator[Batch]:
     """Micro-batches as the loop gets them."""
     return training_batches(text.train, seed=0, micro_batch=rows, rank=0, processes=1, skip=0, workers=0, pin=False)
 
@@ -264,7 +266,7 @@ class Quantized:
                 self.refused[self.runtimes.pop()] = message(error)
         with console.capture() as more:
             self.trainer.train()
-            self.model = served(self.asked, self.trainer.whole(), self.text, self.trainer.folder)
+            self.model = finalize_student(self.asked, self.trainer.whole(), self.text, self.trainer.folder)
             write_folder(self.trainer.folder.student, self.model, self.text.tokenizer)
         self.said = said.get() + more.get()
 
@@ -311,7 +313,7 @@ def check_gguf(room: Room) -> dict[str, Any]:
     return _written("gguf", asked, trainer.whole(), text)
 
 
-def _written(runtime: str, asked: Experiment, model: nn.Module, text: Text) -> dict[str, Any]:
+def _written(runtime: str, asked: Experiment, model: nn.Module, text: PreparedData) -> dict[str, Any]:
     try:
         with console.capture():
             receipt = write_for(runtime, asked, RunFolder(asked.folder), model, text)

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from benchmarks.architectures.dimensions import runs, tiny
-from trainer.experiment.reading import read_experiment
-from trainer.experiment.tree import Experiment
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.load import read_experiment
 
 VOCABULARY, ROW = 300, 32
 # Tokens of each document, its end included. Two fill a row and three do not fit: eight rows padded are four packed.

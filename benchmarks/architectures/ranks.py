@@ -18,7 +18,7 @@ from benchmarks.architectures.material import Room
 from benchmarks.architectures.verdicts import apart, judged, verdict_of
 from benchmarks.sharding import ranks as launched
 from trainer.data.dataset import prepare_text
-from trainer.metrics import console
+from trainer.run.metrics import console
 
 ENGINES = {"ddp": {"engine": "ddp"}, "fsdp2": {"engine": "fsdp2"}, "zero": {"engine": "zero"}}
 WEIGHTS = 1e-4  # of the largest move of a weight; Adam divides by gradients that are nearly zero

@@ -35,12 +35,18 @@ from pathlib import Path
 import torch
 
 from benchmarks.quickstart import machine
-from strategies.distillation.cache import Identity, TargetCache, TargetWriter, bytes_per_token, total_bytes
-from strategies.distillation.divergences import Divergence
-from strategies.distillation.heads import Head
-from strategies.distillation.response import ResponseObjective
-from strategies.distillation.sampling import draw_samples, sampled_targets, top_k
-from strategies.distillation.targets import HiddenTargets, Targets, TopTargets
+from strategies.distillation.losses.divergences import Divergence
+from strategies.distillation.losses.heads import Head
+from strategies.distillation.losses.response import ResponseObjective
+from strategies.distillation.losses.teacher_targets import HiddenTargets, Targets, TopTargets
+from strategies.distillation.teacher_cache.cache_reader import (
+    Identity,
+    TargetCache,
+    TargetWriter,
+    bytes_per_token,
+    total_bytes,
+)
+from strategies.distillation.teacher_cache.sampling import draw_samples, sampled_targets, top_k
 
 SPREAD, VARIED = 7.0, 0.4  # median of the standard deviation of a position's logits, and the spread of its logarithm
 NEAR = 0.01  # distance of a near student's hidden states, as a share of the teacher's
@@ -79,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 151_936])
     made.add_argument("--width", type=int, default=896)
     made.add_argument("--rows", type=int, default=32, help="sequences in a cache")
-    made.add_argument("--length", type=int, default=256, help="tokens of each, all learnt")
+    made.add_argument("--length", type=int, default=256, help="tokens of each, all learned")
     made.add_argument("--rounds", type=int, default=5, help="that are timed")
     made.add_argument("--positions", type=int, default=32, help="whose gradients are compared")
     made.add_argument("--repeats", type=int, default=64, help="seeds of draws that the mean gradient is over")
@@ -214,9 +220,9 @@ def gradient_errors(identity: Identity, teacher: Teacher, students: dict[str, to
     repeats = repeats if identity.kind == "samples" else 1
     squares, means = dict.fromkeys(wanted, 0.0), {name: torch.zeros_like(exact) for name, exact in wanted.items()}
     for seed in range(repeats):
-        taught = targets_of(identity, teacher, seed)
+        teacher_targets = targets_of(identity, teacher, seed)
         for name, student in students.items():
-            found = gradient(taught, student)
+            found = gradient(teacher_targets, student)
             squares[name] += error(found, wanted[name]) ** 2 / repeats
             means[name] += found / repeats
     return {name: {"one": squares[name] ** 0.5, "mean": error(means[name], exact),
@@ -235,11 +241,11 @@ def targets_of(identity: Identity, teacher: Teacher, seed: int) -> Targets:
     return TopTargets(**content, temperature=identity.temperature)
 
 
-def gradient(taught: Targets, student: torch.Tensor) -> torch.Tensor:
+def gradient(teacher_targets: Targets, student: torch.Tensor) -> torch.Tensor:
     """Of KL(teacher || student), by the student's logits (positions, vocabulary), in fp32."""
     logits = student.clone().requires_grad_()
     everywhere = torch.zeros(len(logits), dtype=torch.long)
-    ResponseObjective(0.0, (Divergence("forward_kl"),))(logits, taught, everywhere)[0].backward()
+    ResponseObjective(0.0, (Divergence("forward_kl"),))(logits, teacher_targets, everywhere)[0].backward()
     return logits.grad
 
 

@@ -25,13 +25,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.rematerialization.frontier import machine
-from strategies.distillation.divergences import Divergence
-from strategies.distillation.heads import Head
-from strategies.distillation.response import ResponseObjective
-from strategies.distillation.targets import HiddenTargets
+from strategies.distillation.losses.divergences import Divergence
+from strategies.distillation.losses.heads import Head
+from strategies.distillation.losses.response import ResponseObjective
+from strategies.distillation.losses.teacher_targets import HiddenTargets
 from strategies.memory.meter import measure
 from strategies.memory.tracker import LiveBytes
-from tests.strategies.distilling import NEAR, WHOLE, Case, definition, relative
+from tests.strategies.distillation.distilling import NEAR, WHOLE, Case, definition, relative
 
 LARGEST = 14e9  # bytes beyond which an implementation is counted and not run on a CPU
 ROWS = 8  # whose gradient is compared with float64 in the large cases
@@ -44,21 +44,21 @@ def limbeck(name: str, case: Case) -> torch.Tensor:
     """Ours."""
     text = name == "cross_entropy"
     objective = ResponseObjective(float(text), () if text else (Divergence(name),))
-    taught = None if text else HiddenTargets(case.taught, Head(case.their_weight))
-    return objective(case.hidden, taught, case.targets, head=Head(case.weight))[0]
+    teacher_targets = None if text else HiddenTargets(case.teacher_targets, Head(case.their_weight))
+    return objective(case.hidden, teacher_targets, case.targets, head=Head(case.weight))[0]
 
 
 def naive(name: str, case: Case) -> torch.Tensor:
     """All logits, in fp32 from the moment they exist, and the definition."""
-    teacher = case.taught @ case.their_weight.T if name != "cross_entropy" else case.taught
+    teacher = case.teacher_targets @ case.their_weight.T if name != "cross_entropy" else case.teacher_targets
     return definition(name, (case.hidden @ case.weight.T).float(), teacher.float(), case.targets)
 
 
 def trl(name: str, case: Case) -> torch.Tensor:
-    """TRL's generalised Jensen-Shannon loss, which has forward and reverse KL at its ends."""
+    """TRL's generalized Jensen-Shannon loss, which has forward and reverse KL at its ends."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
-    student, teacher = case.hidden @ case.weight.T, case.taught @ case.their_weight.T
+    student, teacher = case.hidden @ case.weight.T, case.teacher_targets @ case.their_weight.T
     return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], case.targets[None], reduction="sum",
                                            beta={"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[name])
 
@@ -69,7 +69,10 @@ def liger(name: str, case: Case) -> torch.Tensor:
 
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[name]
     loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, compiled=case.hidden.is_cuda)
-    return loss(case.hidden, case.weight, case.taught, case.their_weight, case.targets) * (case.targets >= 0).sum()
+    return (
+        loss(case.hidden, case.weight, case.teacher_targets, case.their_weight, case.targets)
+        * (case.targets >= 0).sum()
+    )
 
 
 IMPLEMENTATIONS: dict[str, tuple[Loss, tuple[str, ...]]] = {
@@ -96,13 +99,16 @@ def make(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: 
 
     mine, weight = random(tokens, hidden), random(vocabulary, hidden, scale=width)
     if distance is None:
-        taught, theirs = random(tokens, hidden), random(vocabulary, hidden, scale=width)
+        teacher_targets, theirs = random(tokens, hidden), random(vocabulary, hidden, scale=width)
     else:
-        taught, theirs = (mine + distance * torch.randn(tokens, hidden, device=device)).to(dtype), weight.clone()
+        teacher_targets, theirs = (
+            (mine + distance * torch.randn(tokens, hidden, device=device)).to(dtype),
+            weight.clone(),
+        )
     targets = torch.randint(0, vocabulary, (tokens,), device=device)
     targets[::16] = -100
     empty = torch.empty(0)
-    return Case(mine.requires_grad_(), weight.requires_grad_(), empty, taught, theirs, empty, targets)
+    return Case(mine.requires_grad_(), weight.requires_grad_(), empty, teacher_targets, theirs, empty, targets)
 
 
 def run(loss: Loss, name: str, case: Case) -> None:
@@ -117,7 +123,7 @@ def counted(loss: Loss, name: str, tokens: int, hidden: int, vocabulary: int, dt
         case = make(tokens, hidden, vocabulary, dtype, "cpu")
         case.targets = torch.zeros(tokens, dtype=torch.long)
         with LiveBytes() as tracker:
-            student, teacher = case.hidden @ case.weight.T, case.taught @ case.their_weight.T
+            student, teacher = case.hidden @ case.weight.T, case.teacher_targets @ case.their_weight.T
             if loss is naive:
                 log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
                 log_m = torch.logaddexp(log_p, log_q) if name == "jsd" else log_q
@@ -165,7 +171,7 @@ def _compared(name: str, case: Case, dtype: str, arguments: argparse.Namespace, 
                 row |= {"peak_bytes": peak, "seconds": None, "gradient_error": None, "ran": False}
                 continue
         case.hidden.grad = case.weight.grad = None
-        resident = [case.hidden, case.weight, case.taught, case.their_weight, case.targets]
+        resident = [case.hidden, case.weight, case.teacher_targets, case.their_weight, case.targets]
         found = measure(lambda loss=loss: run(loss, name, case), device, resident)
         row |= {"peak_bytes": found.peak - found.base, "gradient_error": error_of_rows(name, case), "ran": True}
         running[implementation] = row, loss
@@ -195,7 +201,7 @@ def error_of_rows(name: str, case: Case) -> float:
     rows = torch.argwhere(case.targets >= 0)[:ROWS, 0]
     hidden = case.hidden.detach()[rows].double().requires_grad_()
     student = hidden @ case.weight.detach().double().T
-    teacher = case.taught[rows].double() @ case.their_weight.double().T
+    teacher = case.teacher_targets[rows].double() @ case.their_weight.double().T
     definition(name, student, teacher, case.targets[rows]).div(len(case.targets)).backward()
     return relative(case.hidden.grad[rows], hidden.grad)
 
@@ -218,7 +224,9 @@ def _errors(name: str, case: Case, labels: dict) -> list[dict]:
     exact = Case(*(tensor.detach().double() if tensor.is_floating_point() else tensor
                    for tensor in case.__dict__.values()))
     exact.hidden.requires_grad_(), exact.weight.requires_grad_()
-    wanted = definition(name, exact.hidden @ exact.weight.T, exact.taught @ exact.their_weight.T, exact.targets)
+    wanted = definition(
+        name, exact.hidden @ exact.weight.T, exact.teacher_targets @ exact.their_weight.T, exact.targets
+    )
     wanted.backward()
     rows = []
     for implementation, (loss, names) in [*IMPLEMENTATIONS.items(), ("limbeck, float64", (wide, WHOLE)),
@@ -241,14 +249,14 @@ def _errors(name: str, case: Case, labels: dict) -> list[dict]:
 def wide(name: str, case: Case) -> torch.Tensor:
     """Ours, accumulated in float64."""
     return ResponseObjective(0.0, (Divergence(name),))(
-        case.hidden, HiddenTargets(case.taught, Head(case.their_weight)), case.targets, head=Head(case.weight),
+        case.hidden, HiddenTargets(case.teacher_targets, Head(case.their_weight)), case.targets, head=Head(case.weight),
         accumulate=torch.float64)[0]
 
 
 def of_logits(name: str, case: Case) -> dict[str, float]:
     """Ours, of logits that are given in fp32: what the loss itself adds to the error of products."""
     student = (case.hidden.detach().double() @ case.weight.detach().double().T).float().requires_grad_()
-    teacher = (case.taught.double() @ case.their_weight.double().T).float()
+    teacher = (case.teacher_targets.double() @ case.their_weight.double().T).float()
     exact = student.detach().double().requires_grad_()
     value = ResponseObjective(0.0, (Divergence(name),))(student, teacher, case.targets)[0]
     wanted = definition(name, exact, teacher.double(), case.targets)

@@ -25,8 +25,8 @@ import yaml
 
 import limbeck
 from benchmarks.quickstart import machine
-from trainer.folder import RunFolder
-from trainer.metrics import read_lines
+from trainer.run.folder import RunFolder
+from trainer.run.metrics import read_lines
 
 CONTROL, TEACHER = "no teacher", "teacher"
 FIGURES = ("bits_per_byte", "cross_entropy")
@@ -86,7 +86,7 @@ def train_all(chosen: argparse.Namespace, room: Path) -> list[dict]:
     # A run of its own, as `teacher: {train: ...}` makes it: seeds of the students share it, and it has figures.
     rows = [trained(TEACHER, 0, chosen, room)]
     for seed in range(chosen.seeds):
-        rows += [trained(student, seed, chosen, room) for student in (CONTROL, *chosen.taught)]
+        rows += [trained(student, seed, chosen, room) for student in (CONTROL, *chosen.teacher_targets)]
     return rows
 
 
@@ -116,10 +116,10 @@ def experiment(student: str, seed: int, chosen: argparse.Namespace, room: Path) 
             "sequence_length": chosen.length,
             "validation": {"path": str(chosen.data / "gsm8k_test.jsonl"), "rows": chosen.held_out}}
     alone = {"tokenizer": {"train_vocabulary": chosen.vocabulary}}
-    taught = {"tokenizer": {"path": teacher}, "max_documents": chosen.documents}
+    teacher_targets = {"tokenizer": {"path": teacher}, "max_documents": chosen.documents}
     return {
         "seed": seed, "student": {"architecture": (LARGE if is_teacher else SMALL) | shape},
-        "data": data | (alone if is_teacher else taught), **learning(student, teacher),
+        "data": data | (alone if is_teacher else teacher_targets), **learning(student, teacher),
         "optimizer": {"lr": 3e-3 if is_teacher else 4e-3}, "schedule": {"final": 0.05},
         "training": {"steps": steps, "batch_size": chosen.batch, "micro_batch": chosen.batch, "evaluate_every": steps,
                      "checkpoint_every": steps},
@@ -133,7 +133,7 @@ def folder_of(student: str, seed: int, room: Path) -> Path:
 
 
 def learning(student: str, teacher: str) -> dict[str, Any]:
-    """The teacher, and what its student minimises; nothing for a model that has no teacher."""
+    """The teacher, and what its student minimizes; nothing for a model that has no teacher."""
     if student not in TAUGHT:
         return {}
     divergence, targets, features = TAUGHT[student]

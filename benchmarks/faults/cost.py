@@ -22,13 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.rematerialization.frontier import machine
 from trainer.data.dataset import prepare_text
-from trainer.engines import start
-from trainer.experiment.reading import read_experiment
-from trainer.experiment.tree import Experiment
-from trainer.folder import RunFolder
-from trainer.loop import Trainer
-from trainer.models import quiet_libraries
-from trainer.run import prepare
+from trainer.distributed.launch import start
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.load import read_experiment
+from trainer.models.build import quiet_libraries
+from trainer.pipeline import prepare
+from trainer.run.folder import RunFolder
+from trainer.training.loop import Trainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 NEVER, FIRST = 10**6, 10  # steps between the checkpoints of a run without; the step from whose end on time is taken
@@ -46,7 +46,7 @@ def asked(room: Path, name: str, options: argparse.Namespace, own: tuple[str, ..
 
 
 def make_teacher(room: Path) -> None:
-    """The quickstart's teacher before it has learnt anything, with its tokenizer."""
+    """The quickstart's teacher before it has learned anything, with its tokenizer."""
     experiment = read_experiment(CONFIG, [f"run.cache={room / 'cache'}"]).experiment
     tokenizer = prepare_text(experiment).tokenizer
     config = AutoConfig.for_model(**experiment.teacher.architecture, vocab_size=len(tokenizer))

@@ -41,7 +41,7 @@ def kill_row(contender: Contender, kills: int, room: Path, seed: int = 0) -> Row
     runs: list[Killed] = []
     while row.tries < kills:
         runs.append(Killed(contender, room / f"run{len(runs)}", whole, row, chooser, kills))
-        runs[-1].carry_out()
+        runs[-1].run_experiment()
     inside, by_hand, nothing = (sum(getattr(run, name) for run in runs) for name in ("inside", "by_hand", "nothing"))
     row.remarks.append(f"{inside} left a save half done; {len(runs)} runs; a save takes {whole.save * 1e3:.0f} ms")
     if row.unrecoverable:
@@ -89,7 +89,7 @@ class Killed:
         self._good = self._open = self._stuck = 0  # kills gone on from; not judged yet; after which it does not go on
         self._done, self._had = 0, False  # last step logged; whether a checkpoint was finished
 
-    def carry_out(self) -> None:
+    def run_experiment(self) -> None:
         """Kill until it is done."""
         while True:
             started = self.contender.start(self.folder)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from benchmarks.sharding.engines import documents
 from trainer.data.dataset import prepare_text
-from trainer.experiment.reading import read_experiment
-from trainer.models import quiet_libraries
+from trainer.experiment.load import read_experiment
+from trainer.models.build import quiet_libraries
 
 # With dropout, so that a random state that is not restored shows; some 2 MB of weights, so that a save takes a while.
 MODEL = {"model_type": "gpt_neox", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,

@@ -1,6 +1,6 @@
 """train.py with a fault in its numbers: `poisoned.py WHAT --config FILE [key=value ...]`.
 
-WHAT is `sample:ROW`, whose loss is NaN whenever it is learnt; `loss:STEP:RANK` or `gradient:STEP:RANK`, NaN in one step
+WHAT is `sample:ROW`, whose loss is NaN whenever it is read; `loss:STEP:RANK` or `gradient:STEP:RANK`, NaN in one step
 of one rank, the other's being finite; or `from:STEP`, NaN losses from a step on.
 """
 
@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trainer.cli import train  # noqa: E402
-from trainer.loop import Trainer  # noqa: E402
+from trainer.training.loop import Trainer  # noqa: E402
 
 
 class NaNGradient(torch.autograd.Function):

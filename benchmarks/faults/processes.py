@@ -30,7 +30,7 @@ LOOK = 0.001  # seconds between looks at a folder or a process
 # To start a process, multiprocessing asks for the exit codes of all others, and each can be read only once.
 ONE_AT_A_TIME = threading.Lock()
 FORKED = multiprocessing.get_context("forkserver")
-NEEDED = ["trainer.cli", "trainer.run", "transformers.trainer", "transformers.models.gpt_neox.modeling_gpt_neox"]
+NEEDED = ["trainer.cli", "trainer.pipeline", "transformers.trainer", "transformers.models.gpt_neox.modeling_gpt_neox"]
 
 
 class Started:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from trainer import run  # noqa: E402
+from trainer import pipeline  # noqa: E402
 from trainer.cli import train  # noqa: E402
 
 if __name__ == "__main__":
-    run.compare = run.write_report = lambda *_: None
+    pipeline.compare = pipeline.write_report = lambda *_: None
     sys.exit(train(sys.argv[1:]))

@@ -3,9 +3,9 @@
     python -m benchmarks.quantization.allocation [--json FILE] [--picture FILE] [--text FILE] [--steps 300] [--blocks 4]
 
 A small language model of bytes is trained here on the text. Its layers' sensitivities are measured on a calibration
-part (the divergence from full precision with that layer alone quantised), and estimated from squared gradients. For the
+part (the divergence from full precision with that layer alone quantized), and estimated from squared gradients. For the
 bytes of each uniform scheme the best allocation by either is then applied as a whole, and its divergence measured on
-text that neither training nor calibration saw. No weight is trained after quantisation.
+text that neither training nor calibration saw. No weight is trained after quantization.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def fisher_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 def figures(model: LlamaForCausalLM, allocation: Allocation, losses: dict) -> dict:
-    """Divergences with all layers quantised at once, and what was foretold."""
+    """Divergences with all layers quantized at once, and what was foretold."""
     student = copy.deepcopy(model)
     prepare(student, next(iter(allocation.choice.values())), rules=allocation.rules)
     return {"predicted": allocation.rise, **{name: loss(student) for name, loss in losses.items()}}

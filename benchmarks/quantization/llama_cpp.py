@@ -5,10 +5,10 @@
 
 xllamacpp is llama.cpp in wheels; llama-cpp-python, with the same in it, takes 12 to 28 minutes to build on 2 cores.
 
-A small Llama is trained on the source of the Python library that runs this, quantised for each of GGUF's types with
+A small Llama is trained on the source of the Python library that runs this, quantized for each of GGUF's types with
 scales of the least squared error, and written. llama.cpp loads the file and says how probable it finds each token after
 each beginning of held-out text. torch computes the same from the same numbers, once as it is, and once with what enters
-a quantised layer rounded to 8 bits, as llama.cpp does. A number there that lies between two may fall on the other one,
+a quantized layer rounded to 8 bits, as llama.cpp does. A number there that lies between two may fall on the other one,
 which all later positions see: hence the median beside the largest difference, which are of log-probabilities. gguf's
 own rounding is of the same weights to the same type, in torch.
 """
@@ -31,11 +31,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.quantization.qat import train
 from benchmarks.quickstart import machine
-from strategies.export.gguf_file import as_written, write_gguf
+from strategies.export.gguf.gguf_file import dequantized_reference, write_gguf
 from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import WeightQuantizer
-from trainer.data.dataset import Text, prepare_text
-from trainer.experiment.reading import read_experiment
+from trainer.data.dataset import PreparedData, prepare_text
+from trainer.experiment.load import read_experiment
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -95,7 +95,7 @@ class LlamaCpp:
 
 
 def rounded_inputs(model: nn.Module, size: int) -> nn.Module:
-    """Have linear layers see what llama.cpp's see: 8 bits with a scale for `size` neighbours, in place.
+    """Have linear layers see what llama.cpp's see: 8 bits with a scale for `size` neighbors, in place.
 
     32 is its Q8_0, which goes with weights in blocks of 32, and 256 its Q8_K (`ggml-quants.c`).
     """
@@ -146,13 +146,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 @torch.no_grad()
-def of_type(name: str, base: nn.Module, text: Text, chosen: argparse.Namespace) -> dict[str, Any]:
+def of_type(name: str, base: nn.Module, text: PreparedData, chosen: argparse.Namespace) -> dict[str, Any]:
     """One file: what llama.cpp and torch make of held-out text."""
     model = copy.deepcopy(base)
     if name != "F32":
         prepare(model, WeightQuantizer(rule="mse", scale_dtype=torch.float16, **SCHEMES[name]), embeddings=True)
     ids = text.held_out["input_ids"][:chosen.rows, :chosen.length]
-    plain = as_written(model, torch.float32)
+    plain = dequantized_reference(model, torch.float32)
     ours = plain(ids).logits.log_softmax(-1)
     with tempfile.TemporaryDirectory() as room:
         file = Path(room) / "student.gguf"

@@ -1,4 +1,4 @@
-"""Held-out loss of quantised students, and what quantisation-aware training costs, beside torchao's.
+"""Held-out loss of quantized students, and what quantization-aware training costs, beside torchao's.
 
     python -m benchmarks.quantization.qat [--seeds 3] [--json FILE]
 
@@ -6,13 +6,13 @@ For each seed a small Llama is trained on the source of the Python library that 
 scale for 32 weights:
 
 - it is rounded as it is, to nearest (`rtn`) and as GPTQ does (`gptq`);
-- it is trained on for some steps with quantised weights (`qat`), by ours and by torchao's fake quantisers: same
+- it is trained on for some steps with quantized weights (`qat`), by ours and by torchao's fake quantizers: same
   weights to begin with, same rows, same optimizer, same steps;
 - ours is trained the same with a teacher (`qat + distillation`, forward KL alone): the trained model after as many more
-  steps in full precision, which is also what quantised students are to be compared with.
+  steps in full precision, which is also what quantized students are to be compared with.
 
 torchao has no ternary weights: there its two bits stand beside them. Losses are cross-entropies per token of held-out
-text, of the quantised model. Costs are of a step of a wider model: medians over rounds in which all take turns, and
+text, of the quantized model. Costs are of a step of a wider model: medians over rounds in which all take turns, and
 peak bytes. torchao: `pip install torchao`.
 """
 
@@ -34,21 +34,21 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.quickstart import machine
-from strategies.distillation.divergences import Divergence
-from strategies.distillation.response import IGNORED, ResponseObjective
+from strategies.distillation.losses.divergences import Divergence
+from strategies.distillation.losses.response import IGNORED, ResponseObjective
 from strategies.memory.meter import measure
 from strategies.quantization.post_training import quantize
 from strategies.quantization.qat import prepare
 from strategies.quantization.quantizer import WeightQuantizer
 from trainer.data.batches import model_inputs
-from trainer.data.dataset import Text, prepare_text
-from trainer.experiment.reading import read_experiment
+from trainer.data.dataset import PreparedData, prepare_text
+from trainer.experiment.load import read_experiment
 
 ROOT = Path(__file__).parents[2]
 GROUP = 32
 SCHEMES: dict[str, dict[str, Any]] = {"8 bits": {"bits": 8}, "4 bits": {"bits": 4}, "3 bits": {"bits": 3},
                                       "2 bits": {"bits": 2}, "ternary": {"kind": "ternary"}}
-METHODS = ("rtn", "gptq", "qat", "qat, learnt scales", "qat + distillation", "torchao qat")
+METHODS = ("rtn", "gptq", "qat", "qat, learned scales", "qat + distillation", "torchao qat")
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True}
 WIDE = {**SMALL, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "vocab_size": 1024}
@@ -76,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     made.add_argument("--base-steps", type=int, default=800, help="of the model in full precision")
-    made.add_argument("--steps", type=int, default=200, help="of training with quantised weights")
-    made.add_argument("--lr", type=float, default=1e-3, help="of training with quantised weights, falling to a tenth")
+    made.add_argument("--steps", type=int, default=200, help="of training with quantized weights")
+    made.add_argument("--lr", type=float, default=1e-3, help="of training with quantized weights, falling to a tenth")
     made.add_argument("--rounds", type=int, default=7, help="that costs are timed")
     made.add_argument("--threads", type=int)
     made.add_argument("--json", type=Path)
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
 # ---- losses
 
-def of_seed(seed: int, text: Text, chosen: argparse.Namespace) -> Iterator[dict]:
+def of_seed(seed: int, text: PreparedData, chosen: argparse.Namespace) -> Iterator[dict]:
     """One model, and a row for each scheme and method."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL, vocab_size=len(text.tokenizer)))
@@ -115,7 +115,7 @@ def of_seed(seed: int, text: Text, chosen: argparse.Namespace) -> Iterator[dict]
 
 
 def with_weights(model: nn.Module, scheme: str, method: str) -> None:
-    """Make linear layers see quantised weights, by ours or torchao's."""
+    """Make linear layers see quantized weights, by ours or torchao's."""
     if method == "torchao qat":
         from torchao.quantization import quantize_
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -125,11 +125,13 @@ def with_weights(model: nn.Module, scheme: str, method: str) -> None:
         quantize_(model, QATConfig(weight_config=weights, step="prepare"),
                   filter_fn=lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
         return
-    rule = {"qat": None if scheme in ("8 bits", "ternary") else "mse"}.get(method, "learnt")
+    rule = {"qat": None if scheme in ("8 bits", "ternary") else "mse"}.get(method, "learned")
     prepare(model, WeightQuantizer(group_size=GROUP, rule=rule, **SCHEMES[scheme]))
 
 
-def train(model: nn.Module, text: Text, seed: int, steps: int, lr: float, teacher: nn.Module | None = None) -> None:
+def train(
+    model: nn.Module, text: PreparedData, seed: int, steps: int, lr: float, teacher: nn.Module | None = None
+) -> None:
     """AdamW on rows in an order that follows from the seed."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -147,7 +149,7 @@ def train(model: nn.Module, text: Text, seed: int, steps: int, lr: float, teache
     model.eval()
 
 
-def calibration(text: Text, seed: int) -> list[dict[str, Any]]:
+def calibration(text: PreparedData, seed: int) -> list[dict[str, Any]]:
     """Rows of the training text."""
     order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = [text.train[number] for number in order[:CALIBRATED]]
@@ -158,16 +160,16 @@ def calibration(text: Text, seed: int) -> list[dict[str, Any]]:
 def loss(model: nn.Module, batch: dict[str, torch.Tensor], objective: ResponseObjective,
          teacher: nn.Module | None = None) -> torch.Tensor:
     """Mean over target tokens."""
-    taught = None
+    teacher_targets = None
     if teacher is not None:
         with torch.no_grad():
-            taught = teacher(**model_inputs(batch)).logits
-    total, _ = objective(model(**model_inputs(batch)).logits, taught, batch["targets"])
+            teacher_targets = teacher(**model_inputs(batch)).logits
+    total, _ = objective(model(**model_inputs(batch)).logits, teacher_targets, batch["targets"])
     return total / (batch["targets"] != IGNORED).sum()
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, text: Text) -> float:
+def held_out(model: nn.Module, text: PreparedData) -> float:
     """Cross-entropy per token, nats."""
     rows, total = text.held_out, 0.0
     for begin in range(0, len(rows["input_ids"]), BATCH):
@@ -185,7 +187,7 @@ def costs(rounds: int) -> list[dict]:
     ids = torch.randint(0, WIDE["vocab_size"], (BATCH, WIDE["max_position_embeddings"]))
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     for scheme, method in (("none", "plain"), *((scheme, method) for scheme in ("8 bits", "4 bits", "2 bits")
-                                                for method in ("qat", "qat, learnt scales", "torchao qat"))):
+                                                for method in ("qat", "qat, learned scales", "torchao qat"))):
         if method == "torchao qat" and not find_spec("torchao"):
             continue
         model = copy.deepcopy(plain)
@@ -226,7 +228,7 @@ def table(found: dict) -> str:
                     for method in ("none", "trained on"))
     settings = found["settings"]
     lines += [f"\nCross-entropy per token on held-out text, mean of {settings['seeds']} seeds (sd); the model in full "
-              f"precision has {whole}, after {settings['steps']} more steps {after}. As many are with quantised "
+              f"precision has {whole}, after {settings['steps']} more steps {after}. As many are with quantized "
               "weights.\n",
               "| training with | step time, of plain | peak, MB | of plain |", "|---|---:|---:|---:|"]
     base = next(row for row in found["costs"] if row["method"] == "plain")

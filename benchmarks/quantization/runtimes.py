@@ -4,7 +4,7 @@
 
 A Llama of random weights is prepared for each scheme, written by each writer, and loaded in a fresh process by its
 runtime: transformers (compressed-tensors), ONNX Runtime, and gguf's own reader (llama.cpp itself rounds what enters a
-layer: see `benchmarks.quantization.llama_cpp`). Differences are of logits on held-out rows, from the fake-quantised
+layer: see `benchmarks.quantization.llama_cpp`). Differences are of logits on held-out rows, from the fake-quantized
 forward in fp32. The least bytes are bits x weights, scales and zero points as the format stores them, and the rest in
 its dtype.
 """
@@ -26,14 +26,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.quickstart import machine
-from strategies.export.layers import quantized_layers
+from strategies.export.quantized_layers import quantized_layers
 from strategies.export.receipt import ask_client
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.qat import prepare
 from strategies.quantization.quantizer import WeightQuantizer
-from trainer.data.dataset import Text, prepare_text
-from trainer.experiment.reading import read_experiment
-from trainer.exporting import RUNTIMES, logits_of
+from trainer.data.dataset import PreparedData, prepare_text
+from trainer.experiment.load import read_experiment
+from trainer.student.export_student import RUNTIMES, logits_of
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -42,14 +42,14 @@ SCHEMES: dict[str, dict[str, Any]] = {
     **{f"{bits} bits, 32 a scale": {"quantizer": WeightQuantizer(bits, 32)} for bits in (8, 4, 3, 2)},
     "4 bits, a channel a scale": {"quantizer": WeightQuantizer(4)},
     "4 bits, zero points, 32 a scale": {"quantizer": WeightQuantizer(4, 32, symmetric=False)},
-    "4 bits, learnt scales": {"quantizer": WeightQuantizer(4, 32, rule="learnt")},
+    "4 bits, learned scales": {"quantizer": WeightQuantizer(4, 32, rule="learned")},
     "4 bits, embeddings too": {"quantizer": WeightQuantizer(4, 32), "embeddings": True},
     "ternary, 256 a scale": {"quantizer": WeightQuantizer(kind="ternary", group_size=256)},
     "binary, 32 a scale": {"quantizer": WeightQuantizer(kind="binary", group_size=32)},
     "fp8, a channel a scale": {"quantizer": WeightQuantizer(kind="fp8")},
     "8 bits, 8-bit activations": {"quantizer": WeightQuantizer(8), "activations": ActivationQuantizer()},
 }
-WHERE = {"transformers": (torch.float32, "client.py"), "onnx": (torch.float32, "onnx_client.py"),
+WHERE = {"transformers": (torch.float32, "transformers_client.py"), "onnx": (torch.float32, "onnx_client.py"),
          "gguf": (torch.float16, "gguf_client.py")}
 
 
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def of_scheme(scheme: str, runtime: str, text: Text) -> dict:
+def of_scheme(scheme: str, runtime: str, text: PreparedData) -> dict:
     """Write one model, have a fresh process read it, and compare."""
     dtype, client = WHERE[runtime]
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def of_scheme(scheme: str, runtime: str, text: Text) -> dict:
 def writer(runtime: str) -> Any:
     """What writes for a runtime."""
     if runtime == "transformers":
-        return import_module("strategies.export.transformers_folder").write_folder
+        return import_module("strategies.export.hf.transformers_folder").write_folder
     return getattr(import_module(f"strategies.export.{RUNTIMES[runtime].module}"), f"write_{runtime}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from strategies.rematerialization.graph import Graph
+from strategies.rematerialization.solve.graph import Graph
 
 
 def check(graph: Graph, order: Sequence[int]) -> tuple[float, int]:

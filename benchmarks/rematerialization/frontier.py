@@ -45,8 +45,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from benchmarks.rematerialization.models import MODELS
 from strategies.memory.meter import measure
-from strategies.rematerialization.plan import BudgetError
 from strategies.rematerialization.planner import Planner
+from strategies.rematerialization.recompute_plan import BudgetError
 from strategies.rematerialization.rematerialize import study
 
 ROUNDING = 1e-3

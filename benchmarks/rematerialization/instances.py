@@ -7,7 +7,7 @@ reads the output of u for every edge; nodes after `loss` are the backward pass. 
 `objective_10us` and `gurobi_bound`, what the Checkmate program reached on Gurobi, which are then printed beside.
 
 Every schedule is checked by a second simulator (`benchmarks.rematerialization.checking`), whose figures are printed,
-against the solver's own (`strategies.rematerialization.graph`). `gap` is (objective - bound) /
+against the solver's own (`strategies.rematerialization.solve.graph`). `gap` is (objective - bound) /
 objective; `seconds` is all the wall time a budget took, rules included; `objective` is null where nothing fits, and
 then `peak_KB` is the least peak found and `least_KB` what no schedule can do without.
 """
@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rematerialization.checking import check
-from strategies.rematerialization import baselines
-from strategies.rematerialization.graph import Graph, simulate
-from strategies.rematerialization.solve import Infeasible, solve
+from strategies.rematerialization.solve import baselines
+from strategies.rematerialization.solve.graph import Graph, simulate
+from strategies.rematerialization.solve.solver import Infeasible, solve
 
 KB_PER_GB = 2**20
 RULES = ("keep_all", "chen_sqrt", "per_block", "greedy")

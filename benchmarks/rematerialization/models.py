@@ -36,7 +36,7 @@ def llama() -> tuple:
 
 
 def qwen() -> tuple:
-    """Qwen3, deeper, with queries and keys normalised."""
+    """Qwen3, deeper, with queries and keys normalized."""
     config = transformers.Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)

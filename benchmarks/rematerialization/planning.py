@@ -23,7 +23,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from strategies.rematerialization.price import DEVICES
+from strategies.rematerialization.price.costs import DEVICES
 from strategies.rematerialization.rematerialize import study
 
 SECONDS, HOST_BYTES = 10.0, 4 * 2**30

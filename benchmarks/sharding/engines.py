@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 
 from benchmarks.rematerialization.frontier import machine
 from benchmarks.sharding.launching import launched
-from trainer.budget import choose, study_experiment
-from trainer.experiment.reading import read_experiment
-from trainer.models import student_config
-from trainer.plan import make_plan
+from trainer.experiment.load import read_experiment
+from trainer.models.build import student_config
+from trainer.planning.plan import make_plan
+from trainer.planning.step_memory import choose, study_experiment
 
 LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 256,

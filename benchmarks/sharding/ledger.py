@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from benchmarks.rematerialization.frontier import machine
 from strategies.memory.ledger import Ledger
-from strategies.optimizers.build import build
-from strategies.sharding.resident import Setup, residency
+from strategies.optimizers.by_name import build
+from strategies.sharding.rank_residency import ShardingSetup, residency
 from strategies.sharding.zero import bucket_numel
-from trainer.shares import optimizer_bytes
+from trainer.distributed.rank_memory import optimizer_bytes
 
 MODELS = {
     "Llama-70B": LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
@@ -46,7 +46,7 @@ def row(name: str, engine: str, ranks: int) -> dict:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(MODELS[name], dtype=torch.float32)
         psi = sum(parameter.numel() for parameter in model.parameters())
-        setup = Setup(engine=kind, ranks=ranks, stage=int(stage or 3), compute=torch.bfloat16,
+        setup = ShardingSetup(engine=kind, ranks=ranks, stage=int(stage or 3), compute=torch.bfloat16,
                       bucket=bucket_numel(model), ahead=bucket_numel(model), gloo=False)
         optimizer = build(model, "adamw", lr=1e-4, betas=(0.9, 0.95), eps=None, weight_decay=0.1)
         groups = [list(group["params"]) for group in optimizer.param_groups]

@@ -27,11 +27,11 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from strategies.memory.shards import local, local_of  # noqa: E402
+from strategies.common.shards import local, local_of  # noqa: E402
 from trainer import checkpoints  # noqa: E402
-from trainer.experiment.reading import read_experiment  # noqa: E402
-from trainer.metrics import read_lines  # noqa: E402
-from trainer.weight_digests import digests_in_training, digests_of, first_difference  # noqa: E402
+from trainer.experiment.load import read_experiment  # noqa: E402
+from trainer.run.metrics import read_lines  # noqa: E402
+from trainer.student.weight_digests import digests_in_training, digests_of, first_difference  # noqa: E402
 
 PEERS_LR = 1e-2
 ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "")
@@ -128,10 +128,10 @@ def begins(trainer, file: Path) -> None:
 def one(run: dict, folder: Path) -> None:
     """Train one experiment, and write what came of it."""
     from trainer.data.dataset import prepare_text
-    from trainer.engines import start
-    from trainer.folder import RunFolder
-    from trainer.models import quiet_libraries
-    from trainer.run import check_early, prepare
+    from trainer.distributed.launch import start
+    from trainer.models.build import quiet_libraries
+    from trainer.pipeline import check_early, prepare
+    from trainer.run.folder import RunFolder
 
     fresh()
     quiet_libraries()
@@ -184,8 +184,8 @@ def one(run: dict, folder: Path) -> None:
 
 def with_peer(run: dict, folder: Path) -> None:
     """Train with the optimizer of another library; what it does not survive is written down instead."""
-    from trainer import loop
     from trainer.experiment.nodes import Optimizer
+    from trainer.training import loop
 
     module, _, name = run["peer"].rpartition(".")
     own, save, theirs = Optimizer.build, loop.save, getattr(import_module(module), name)

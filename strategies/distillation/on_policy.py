@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from strategies.distillation.response import IGNORED
+from strategies.distillation.losses.response import IGNORED
 
 
 @torch.no_grad()
@@ -14,13 +14,13 @@ def written_rows(student: nn.Module, batch: dict[str, torch.Tensor], *, prompt_t
                  temperature: float, end: int, padding: int, seed: int) -> dict[str, torch.Tensor]:
     """Rows that begin as those of a batch do and go on as the student does (Agarwal et al. 2024, GKD, algorithm 1).
 
-    Of each row the first document is taken, up to where something is learnt of it, or `prompt_tokens` if that is more.
-    Only what the student writes is learnt, up to its end of sequence; no gradient goes through the writing.
+    Of each row the first document is taken, up to where something is learned of it, or `prompt_tokens` if that is more.
+    Only what the student writes is learned, up to its end of sequence; no gradient goes through the writing.
 
     Args:
         student: without wrappers, whole, of transformers.
         batch: `input_ids`, `position_ids`, `targets` (rows, length).
-        prompt_tokens: of a text that is learnt from its beginning.
+        prompt_tokens: of a text that is learned from its beginning.
         new_tokens: most that are written; a row that is full ends before.
         temperature: of the sampling.
         end, padding: token ids.
@@ -62,8 +62,8 @@ def _prompt(ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, l
     """The beginning of a row's first document."""
     starts = torch.argwhere(positions[1:] == 0)
     document = int(starts[0]) + 1 if len(starts) else len(ids)
-    learnt = torch.argwhere(targets[:document] != IGNORED)
-    first = int(learnt[0]) + 1 if len(learnt) else document
+    loss_mask = torch.argwhere(targets[:document] != IGNORED)
+    first = int(loss_mask[0]) + 1 if len(loss_mask) else document
     return ids[:min(max(first, least), document, len(ids) - 1)]
 
 

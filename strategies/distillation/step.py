@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.distillation.balancing import balancing_loss
-from strategies.distillation.fused import LogitShape, at_head, hidden_states, with_head
-from strategies.distillation.heads import Head
-from strategies.distillation.inside import Inside
-from strategies.distillation.reading import Reader, as_it_is
-from strategies.distillation.response import ResponseObjective
-from strategies.distillation.targets import Common, HiddenTargets, LogitTargets, Targets
-from strategies.distillation.tiles import IGNORED
+from strategies.distillation.losses.fused_head import LogitShape, at_head, hidden_states, with_head
+from strategies.distillation.losses.heads import Head
+from strategies.distillation.losses.intermediate import IntermediateTerms
+from strategies.distillation.losses.load_balancing import balancing_loss
+from strategies.distillation.losses.response import ResponseObjective
+from strategies.distillation.losses.teacher_targets import HiddenTargets, LogitTargets, SharedVocabulary, Targets
+from strategies.distillation.losses.tiled_loss import IGNORED
+from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter, identity_adapter
 from strategies.memory.meter import mark
 
 
@@ -43,18 +43,30 @@ class Distillation:
             for it.
     """
 
-    def __init__(self, objective: ResponseObjective, student: nn.Module, teacher: nn.Module | None = None, *,
-                 shapes: tuple[LogitShape | None, LogitShape | None] = (LogitShape(), LogitShape()),
-                 common: Common | None = None, tile: int | None = None, inside: Inside | None = None,
-                 reader: Reader = as_it_is, balancing: float | None = None) -> None:
+    def __init__(
+        self,
+        objective: ResponseObjective,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        shapes: tuple[LogitShape | None, LogitShape | None] = (LogitShape(), LogitShape()),
+        common: SharedVocabulary | None = None,
+        tile: int | None = None,
+        intermediate: IntermediateTerms | None = None,
+        reader: TeacherInputAdapter = identity_adapter,
+        balancing: float | None = None,
+    ) -> None:
         self.objective, self.student, self.shapes, self.common, self.tile = objective, student, shapes, common, tile
         self.reader, self.balancing = reader, balancing
-        self.teacher, self.inside = teacher if objective.needs_teacher or inside is not None else None, inside
+        self.teacher, self.intermediate = (
+            teacher if objective.needs_teacher or intermediate is not None else None,
+            intermediate,
+        )
 
     def planned(self) -> Distillation:
         """The same on tensors without data, of which no text can be read: the teacher gets its student's tokens."""
         alike = copy.copy(self)
-        alike.reader = as_it_is
+        alike.reader = identity_adapter
         return alike
 
     def without_text(self) -> Distillation:
@@ -64,7 +76,7 @@ class Distillation:
         return judged
 
     def __call__(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor,
-                 taught: Targets | None = None, real: torch.Tensor | None = None
+                 teacher_targets: Targets | None = None, real: torch.Tensor | None = None
                  ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted loss and its terms, summed over target tokens; see `ResponseObjective`.
 
@@ -79,22 +91,28 @@ class Distillation:
             taught: what the teacher says, where it is not asked itself.
             real: (batch, sequence) which tokens are no padding, for the balancing loss; None for all.
         """
-        with nullcontext() if self.inside is None else self.inside.recording():
-            return self._loss(called, inputs, targets, taught, real)
+        with nullcontext() if self.intermediate is None else self.intermediate.recording():
+            return self._loss(called, inputs, targets, teacher_targets, real)
 
-    def _loss(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor, taught: Targets | None,
-              real: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(
+        self,
+        called: nn.Module,
+        inputs: Mapping[str, Any],
+        targets: torch.Tensor,
+        teacher_targets: Targets | None,
+        real: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mine, theirs = self.shapes
         hidden = asked = judged = None
-        if self.inside is not None and self.inside.maps is not None:
+        if self.intermediate is not None and self.intermediate.maps is not None:
             inputs = {**inputs, "output_attentions": True}
-        if self.teacher is not None and taught is None:
+        if self.teacher is not None and teacher_targets is None:
             reading = self.reader(inputs, targets)
             if theirs is None:
                 with torch.no_grad():
                     judged = self.teacher(**reading.inputs)
                     logits, asked = reading.placed(judged.logits, targets)
-                taught = LogitTargets(logits)
+                teacher_targets = LogitTargets(logits)
             else:
                 hidden, judged = hidden_states(self.teacher, reading.inputs)
                 hidden, asked = reading.placed(hidden, targets)
@@ -105,11 +123,13 @@ class Distillation:
 
             mark("loss")
             if hidden is None:
-                total, terms = loss(taught)
+                total, terms = loss(teacher_targets)
             else:
                 total, terms = with_head(self.teacher, theirs, lambda its: loss(HiddenTargets(hidden, its)))
-            if self.inside is not None:
-                for name, weight, value in self.inside.sums(targets, inputs.get("position_ids"), (output, judged)):
+            if self.intermediate is not None:
+                for name, weight, value in self.intermediate.sums(
+                    targets, inputs.get("position_ids"), (output, judged)
+                ):
                     total, terms[name] = total + weight * value, value.detach()
             if self.balancing:
                 value = balancing_loss(self.student, output, real) * (targets != IGNORED).sum()

@@ -33,7 +33,7 @@ class Receipt:
         tokens_per_second: of a forward pass by the reloaded file.
         largest_difference: between logits of the reloaded file and of the student in the dtype of the export.
         mean_difference: the mean of the same.
-        difference_from_training: largest difference from the fake-quantised model in training, in fp32; the same as
+        difference_from_training: largest difference from the fake-quantized model in training, in fp32; the same as
             `largest_difference` in a float32 export, and the rounding of everything else in a half-precision one.
         largest_logit: to see the difference in proportion.
         argmax_agreement: share of positions where file and model in training predict the same token.
@@ -78,14 +78,14 @@ def comparison_shape(rows: int, sequence: int, vocabulary: int) -> tuple[int, in
 def ask_client(
     models: dict[str, dict[str, Any]],
     held_out: dict[str, torch.Tensor],
-    client: str = "client.py",
+    client: str = "transformers_client.py",
     **request: Any,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
     """Have a fresh process load and measure models.
 
     Args:
         models: by name: `path`, and where wanted `revision`, `dtype`, and `compare: True` for its logits.
-        client: the script beside this file that knows the runtime.
+        client: the script in `clients` that knows the runtime.
         held_out: rows as the data gives them.
         request: `device`, `threads`, `micro_batch`, `logit_rows`, `logit_length`, `prompt`, `sample_tokens`.
 
@@ -103,7 +103,7 @@ def ask_client(
                 model["logits"] = str(folder / f"{name}.safetensors")
         (folder / "request.json").write_text(json.dumps(
             {**request, "models": models, "held_out": str(folder / "held_out.safetensors")}))
-        command = [sys.executable, str(Path(__file__).with_name(client)),
+        command = [sys.executable, str(Path(__file__).with_name("clients") / client),
                    str(folder / "request.json"), str(folder / "answer.json")]
         done = subprocess.run(command, capture_output=True, text=True, env=_plain_environment())
         if done.returncode:
@@ -126,7 +126,7 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
 
     Args:
         found: what the client measured.
-        trained: (rows, length, vocabulary) logits of the fake-quantised model in training.
+        trained: (rows, length, vocabulary) logits of the fake-quantized model in training.
         exported: the same in the dtype of the export; equal to `trained` in float32.
         theirs: the same of the reloaded file.
         files: the weight files.

@@ -7,9 +7,9 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from strategies.export.layers import Quantized, is_turned, part_name, quantized_layers, weight_name
-from strategies.export.saved_names import saved_rows
-from strategies.export.transformers_folder import PARTS, folder_format, format_bits
+from strategies.export.hf.saved_names import saved_rows
+from strategies.export.hf.transformers_folder import PARTS, folder_format, format_bits
+from strategies.export.quantized_layers import Quantized, is_turned, part_name, quantized_layers, weight_name
 from strategies.memory.packed import packed_bytes
 
 _FIXED = 64  # bytes of a header without tensors: its length, metadata, and blanks up to a multiple of 8
@@ -33,8 +33,8 @@ def header_bound(model: nn.Module, more_parts: int = 2, layers: Collection[str] 
     """The most bytes that a safetensors file of the model begins with: length, names, dtypes, shapes and places.
 
     Args:
-        more_parts: tensors that a quantised layer is written as beside its numbers: scale and shape, at least.
-        layers: names of those that are yet to be quantised.
+        more_parts: tensors that a quantized layer is written as beside its numbers: scale and shape, at least.
+        layers: names of those that are yet to be quantized.
     """
     ready = dict(quantized_layers(model))
     named, total = {*ready, *layers}, _FIXED

@@ -24,9 +24,9 @@ class Reads:
     """Linear layers of a model by name.
 
     Attributes:
-        read: whose weight the code around them asks for, if only for its dtype or to initialise it: where a file has
+        read: whose weight the code around them asks for, if only for its dtype or to initialize it: where a file has
             packed numbers instead, the module has no such weight.
-        used: whose numbers it computes with, past the layer: quantising the layer would not reach these.
+        used: whose numbers it computes with, past the layer: quantizing the layer would not reach these.
     """
 
     read: frozenset[str] = frozenset()
@@ -81,7 +81,7 @@ def _owned(module: nn.Module, owner: Any) -> Iterator[tuple[Any, nn.Module]]:
 
 
 def _begins(owner: Any, layer: nn.Module) -> bool:
-    """Whether a linear layer without a weight of that name can be initialised, as one with packed numbers is."""
+    """Whether a linear layer without a weight of that name can be initialized, as one with packed numbers is."""
     weight = layer._parameters.pop("weight")
     try:
         owner._init_weights(layer)

@@ -53,7 +53,7 @@ def measure(step: Callable[[], object], device: torch.device | str, resident: It
     take from the system behind torch's back (BLAS packing buffers). Profiling costs about 15 microseconds for
     each operation and reading the events 25 more; nothing of it is kept. No other profiler may be running.
 
-    On CUDA the allocator's own peak is read, which costs two synchronisations, and its trace without stacks, which is
+    On CUDA the allocator's own peak is read, which costs two synchronizations, and its trace without stacks, which is
     left out where somebody else is recording memory history. The step's peak statistics are reset.
 
     Args:

@@ -1,4 +1,4 @@
-"""Bytes of a quantised weight as it is stored."""
+"""Bytes of a quantized weight as it is stored."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Turn:
+class ModuleTraffic:
     """Bytes that come and go with a part of a model, beside its activations and the gradients that backward makes.
 
     Attributes:
@@ -101,7 +101,7 @@ class Residency:
     """
 
     parts: Mapping[str, int] = field(default_factory=dict)
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[ModuleTraffic, ...] = ()
     blocks: tuple[str, ...] | None = None
     forward: int = 0
     backward: int = 0

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from strategies.memory.shards import Layout, Piece, add_over, layout_of, local, local_of
-from strategies.optimizers.blocks import Block, blocks_of, stack_of
-from strategies.optimizers.sums import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
+from strategies.common.shards import Layout, Piece, add_over, layout_of, local, local_of
+from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
+from strategies.optimizers.rectangles import Rectangle, blocks_of, stack_of
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -131,7 +131,7 @@ class _Work:
         return sums
 
     def blend(self, sums: torch.Tensor) -> None:
-        """Move running means towards those of whole parameters: `sums` are over all ranks."""
+        """Move running means toward those of whole parameters: `sums` are over all ranks."""
         statistics = self._statistics()
         for own, part in zip(statistics, sums.split([own.numel() for own in statistics]), strict=True):
             own.lerp_(part.view(own.shape), self.fresh)
@@ -155,7 +155,7 @@ class _Slice:
                  settings: dict[str, Any], rate: torch.Tensor) -> None:
         self.weight, self.gradient, self.settings, self.rate = weight, gradient, settings, rate
         self.matrix, self.numel = len(piece.shape) > 1, math.prod(piece.shape)
-        self.blocks: list[Block] = []
+        self.blocks: list[Rectangle] = []
         smallest = settings["eps"][0]
         self.eps = torch.finfo(weight.dtype).eps if smallest is None else smallest
         if self.matrix:
@@ -179,7 +179,7 @@ class _Slice:
         share = self.row / self.row.mean(1, keepdim=True).clamp_(min=self.eps)
         return [self._block_update(share, block) for block in self.blocks]
 
-    def _block_update(self, share: torch.Tensor, block: Block) -> torch.Tensor:
+    def _block_update(self, share: torch.Tensor, block: Rectangle) -> torch.Tensor:
         variance = (share[block.matrices, block.rows].unsqueeze(2)
                     * self.column[block.matrices, block.columns].unsqueeze(1))
         return variance.clamp_(min=self.eps**2).rsqrt_().mul_(block.of(self.gradient)).view(-1)

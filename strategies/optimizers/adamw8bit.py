@@ -1,6 +1,6 @@
 """AdamW with 8-bit moments from bitsandbytes, whole or sharded.
 
-What bitsandbytes 0.50 does, the same on CPU as on CUDA: both moments are kept as one byte per element, quantised
+What bitsandbytes 0.50 does, the same on CPU as on CUDA: both moments are kept as one byte per element, quantized
 in blocks of 256 consecutive elements, each with an fp32 maximum (1/64 byte per element and moment). A tensor with fewer
 than 4096 elements (`min_8bit_size`) keeps both moments in 32 bits: norms and biases, and, under FSDP2, any parameter of
 which a rank holds fewer than 4096 elements. A rank's flat part in ZeRO is one tensor, so all of it is in 8 bits, norms
@@ -8,7 +8,7 @@ and biases too. Moments are rounded anew at each step; blocks begin where a rank
 whole training differ by that rounding unless parts begin at multiples of 256. Each code map (256 fp32 numbers) is
 shared by all tensors.
 
-On CPU its quantiser looks codes up in a coarse table, in which 0 has the code of 2e-5 times the block's maximum:
+On CPU its quantizer looks codes up in a coarse table, in which 0 has the code of 2e-5 times the block's maximum:
 elements that never had a gradient (padding, tokens not seen), beside others that had one, creep by some thousandths of
 the learning rate at each step.
 """
@@ -23,14 +23,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from strategies.memory.shards import local
-from strategies.optimizers.sums import check, evaluated, flat_gradient, with_gradient
+from strategies.common.shards import local
+from strategies.optimizers.norms import check, evaluated, flat_gradient, with_gradient
 
 BLOCK = 256
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) with block-wise quantised moments (Dettmers et al. 2022, arXiv 2110.02861).
+    """AdamW (Loshchilov & Hutter 2019) with block-wise quantized moments (Dettmers et al. 2022, arXiv 2110.02861).
 
     `bitsandbytes.optim.AdamW8bit` is lent the rank's own part of each tensor and its state for each step.
 

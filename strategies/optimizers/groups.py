@@ -11,8 +11,8 @@ from torch import nn
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters, each once, in one group that decays and one that does not; empty groups are left out.
 
-    Parameters of fewer than two dimensions (norms and biases) do not decay: shrinking a gain or an offset towards zero
-    regularises nothing. Neither do embeddings, a tied output head among them: a token that is absent from the batch has
+    Parameters of fewer than two dimensions (norms and biases) do not decay: shrinking a gain or an offset toward zero
+    regularizes nothing. Neither do embeddings, a tied output head among them: a token that is absent from the batch has
     no gradient and would only shrink.
 
     Returns:

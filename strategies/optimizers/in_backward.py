@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from strategies.memory.shards import add_over, layout_of
-from strategies.optimizers.sums import flat_gradient, squared_norm, wide
+from strategies.common.shards import add_over, layout_of
+from strategies.optimizers.norms import flat_gradient, squared_norm, wide
 
 
 class StepInBackward:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from strategies.memory.shards import add_over, layout_of, local, local_of
-from strategies.optimizers.sums import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
+from strategies.common.shards import add_over, layout_of, local, local_of
+from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
 
 
 @dataclass

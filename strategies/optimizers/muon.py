@@ -1,6 +1,6 @@
 """Muon for matrices and AdamW for everything else, as one optimizer, whole or sharded by rows.
 
-Muon orthogonalises a whole matrix. torch.optim.Muon does that to the DTensor it is given, in bf16 products that are
+Muon orthogonalizes a whole matrix. torch.optim.Muon does that to the DTensor it is given, in bf16 products that are
 redistributed at every iteration; here a matrix's update is gathered once, so that it is the same as without sharding.
 """
 
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from strategies.memory.shards import layout_of, local
+from strategies.common.shards import layout_of, local
 from strategies.optimizers.groups import embedding_weights, group_of, parameter_groups
-from strategies.optimizers.sums import check, evaluated
+from strategies.optimizers.norms import check, evaluated
 
 RATE = "match_rms_adamw"
 """Updates as large as AdamW's, so that one rate fits: 0.2 sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982)."""
@@ -45,14 +45,14 @@ def muon(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float,
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz iterations (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
+    """Momentum orthogonalized by Newton-Schulz iterations (Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982).
 
     Groups marked "muon" are stepped by `torch.optim.Muon`, the others by fused `torch.optim.AdamW`. With B the momentum
-    of a matrix and O its orthogonalisation: B = momentum B + (1 - momentum) G,
+    of a matrix and O its orthogonalization: B = momentum B + (1 - momentum) G,
     X = X - lr weight_decay X - 0.2 lr sqrt(max(R, C)) O(G + momentum (B - G)).
 
     Where a matrix is sharded by rows, momentum is sharded too; one matrix's update at a time is gathered, and
-    every rank orthogonalises it and takes its rows.
+    every rank orthogonalizes it and takes its rows.
 
     State per tensor: `momentum_buffer`, shaped and sharded as the matrix, or AdamW's `step`, `exp_avg`, `exp_avg_sq`.
 

@@ -1,1 +1,1 @@
-"""One quantiser object for training and for export."""
+"""One quantizer object for training and for export."""

@@ -1,4 +1,4 @@
-"""Quantised activations: what enters a layer, rounded as the runtime will round it."""
+"""Quantized activations: what enters a layer, rounded as the runtime will round it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bit allocation: one quantiser for each layer, such that the loss rises least within a budget, solved exactly."""
+"""Bit allocation: one quantizer for each layer, such that the loss rises least within a budget, solved exactly."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint
 
-from strategies.memory.highs import mixed_integer
+from strategies.common.highs import mixed_integer
 from strategies.quantization.quantizer import WeightQuantizer
 from strategies.quantization.sensitivity import Candidate, Sensitivity
 
-_COLOURS = {"allocated": "#c2410c", "uniform": "#2563eb"}
+_COLORS = {"allocated": "#c2410c", "uniform": "#2563eb"}
 _BASE = 2**15  # of digits that bytes are split into
 _LARGEST_RISE = 1e6  # the solver's absolute tolerances, 1e-6 and less, are then a part in 1e12 of it
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A quantiser for each layer.
+    """A quantizer for each layer.
 
     Attributes:
         choice: by layer name; None leaves a layer in full precision.
@@ -121,7 +121,7 @@ def curve(sensitivity: Sensitivity, points: int = 16, time_limit: float = 60.0) 
 
 
 def rows(allocations: Sequence[Allocation]) -> list[dict[str, Any]]:
-    """Allocations as rows of a table: bytes, rise, gap, and how many layers have each quantiser."""
+    """Allocations as rows of a table: bytes, rise, gap, and how many layers have each quantizer."""
     result = []
     for allocation in allocations:
         counts: dict[str, int] = {}
@@ -144,9 +144,9 @@ def draw_curve(allocated: Sequence[Allocation], uniform: Sequence[Allocation], p
 
     Args:
         allocated: what `curve` gave.
-        uniform: points to compare with, labelled by their bits.
+        uniform: points to compare with, labeled by their bits.
         path: the file, which is replaced.
-        measured: rises of the allocations when all layers were quantised at once, drawn dotted.
+        measured: rises of the allocations when all layers were quantized at once, drawn dotted.
     """
     import matplotlib
 
@@ -156,18 +156,18 @@ def draw_curve(allocated: Sequence[Allocation], uniform: Sequence[Allocation], p
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
     sizes = [allocation.bytes / 2**20 for allocation in allocated]
     axes.plot(sizes, [allocation.rise for allocation in allocated], marker="o", markersize=4, linewidth=1.4,
-              color=_COLOURS["allocated"], drawstyle="steps-post", label="allocated, predicted")
+              color=_COLORS["allocated"], drawstyle="steps-post", label="allocated, predicted")
     if measured is not None:
-        axes.plot(sizes, measured, linestyle=":", marker="x", markersize=5, color=_COLOURS["allocated"],
+        axes.plot(sizes, measured, linestyle=":", marker="x", markersize=5, color=_COLORS["allocated"],
                   label="allocated, measured")
     axes.scatter([allocation.bytes / 2**20 for allocation in uniform], [allocation.rise for allocation in uniform],
-                 marker="s", s=36, color=_COLOURS["uniform"], label="uniform, predicted", zorder=3)
+                 marker="s", s=36, color=_COLORS["uniform"], label="uniform, predicted", zorder=3)
     for allocation in uniform:
         axes.annotate(label(next(iter(allocation.choice.values()))), (allocation.bytes / 2**20, allocation.rise),
                       xytext=(5, 5), textcoords="offset points", fontsize=9, color="#4b5563")
     if all(allocation.rise > 0 for allocation in [*allocated, *uniform]):
         axes.set_yscale("log")
-    axes.set(title="Bit allocation", xlabel="MiB of quantised layers", ylabel="rise of the loss")
+    axes.set(title="Bit allocation", xlabel="MiB of quantized layers", ylabel="rise of the loss")
     axes.margins(x=0.08, y=0.12)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

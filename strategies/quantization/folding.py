@@ -1,4 +1,4 @@
-"""Batch-norm folding: a layer and the norm after it become one layer, whose weights can then be quantised."""
+"""Batch-norm folding: a layer and the norm after it become one layer, whose weights can then be quantized."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _pair(name: str, norm: nn.Module, module: nn.Module, calls: _Calls) -> tuple
     elif shared:
         why = f"its weights are those of {shared[0]}, too"
     elif any(call.dimensions != DIMENSIONS[type(own)] for call in before):
-        why = "its output has its channels not in the dimension that is normalised"
+        why = "its output has its channels not in the dimension that is normalized"
     if why is not None:
         raise ValueError(f"{name} cannot be folded into {layer}: {why}; name the norm in `ignore` to keep it")
     return layer, name

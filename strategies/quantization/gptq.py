@@ -62,7 +62,7 @@ def factorize(moment: torch.Tensor, damping: float = 0.01, act_order: bool = Tru
 @torch.no_grad()
 def round_to_nearest(weight: torch.Tensor, quantizer: WeightQuantizer, whole: torch.Tensor | None = None
                      ) -> tuple[torch.Tensor, Grid]:
-    """Weights (outputs, ...) in fp32, each the nearest on the quantiser's own grid, and that grid.
+    """Weights (outputs, ...) in fp32, each the nearest on the quantizer's own grid, and that grid.
 
     Args:
         weight: (outputs, ...).

@@ -7,19 +7,19 @@ from torch import nn
 
 from strategies.quantization.qat import Quantized
 
-THRESHOLD = 6.0  # largest magnitude of a column that is still quantised (Dettmers et al. 2022, section 3.2)
+THRESHOLD = 6.0  # largest magnitude of a column that is still quantized (Dettmers et al. 2022, section 3.2)
 
 
 class OutlierLinear(Quantized, nn.Module):
     """A linear layer with whole columns: W_hat x + W_whole x[outliers], x without its outliers in the first product.
 
     That is the decomposition of LLM.int8() (Dettmers et al. 2022, eq. 8), with columns that were found on calibration
-    rows instead of in each batch. Where activations are quantised, their scale is that of the other columns. In these
+    rows instead of in each batch. Where activations are quantized, their scale is that of the other columns. In these
     columns `weight` is zero, so that their numbers are zero, or the zero point.
 
     An ONNX graph holds it, as two products. compressed-tensors (and so a transformers folder) and GGUF know one kind of
     number for a layer, and refuse it: it is no `nn.Linear`. A plain layer with `effective_weight` computes the same as
-    long as activations are not quantised.
+    long as activations are not quantized.
 
     Attributes:
         outliers: (columns,) of the inputs.
@@ -51,13 +51,13 @@ def outlier_columns(largest: torch.Tensor, threshold: float, name: str) -> torch
     columns = (largest > threshold).nonzero().squeeze(1)
     if len(columns) == len(largest):
         raise ValueError(f"{name}: what enters each of its {len(largest)} columns is above {threshold:g} at times, so "
-                         f"none is left to quantise; take a higher threshold, their median is {largest.median():.3g}")
+                         f"none is left to quantize; take a higher threshold, their median is {largest.median():.3g}")
     return columns
 
 
 @torch.no_grad()
 def keep_whole(layer: Quantized, columns: torch.Tensor) -> None:
-    """Turn a quantised linear layer, in place, into one that has these columns (columns,) of its weights whole."""
+    """Turn a quantized linear layer, in place, into one that has these columns (columns,) of its weights whole."""
     layer.__class__ = OutlierLinear
     layer.register_buffer("outliers", columns)
     layer.whole = nn.Parameter(layer.weight[:, columns])

@@ -1,4 +1,4 @@
-"""Post-training quantisation: a model without further training, its layers rounded block after block."""
+"""Post-training quantization: a model without further training, its layers rounded block after block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, Seen, collect, token_mask, watch
 from strategies.quantization.activations import ActivationQuantizer
-from strategies.quantization.calibration import Batch, Seen, Walk, collect, token_mask, watch
 from strategies.quantization.gptq import Factor, factorize, round_to_nearest, round_weights
 from strategies.quantization.outliers import keep_whole, outlier_columns
 from strategies.quantization.qat import Quantized, Rules, become_quantized, choose
@@ -53,12 +53,12 @@ def quantize(model: nn.Module, batches: Iterable[Batch] | None, quantizer: Weigh
              smooth: float | None = None, outliers: float | None = None, embeddings: bool = False,
              act_order: bool = True, damping: float = 0.01, device: torch.device | str | None = None,
              tell: Callable[[str], object] = lambda name: None) -> list[str]:
-    """Quantise a model in place: its layers become those of quantisation-aware training, with grids that are fixed.
+    """Quantize a model in place: its layers become those of quantization-aware training, with grids that are fixed.
 
     Every writer exports the numbers that the model computes with, and training may go on from there: the weights stay
     as they were where they are rounded to nearest, and lie on the grid after GPTQ. (bf16 cannot hold all affine 8-bit
     grids: there one number in some thousands becomes the one beside it.) A block is calibrated on what the blocks
-    before it give now that they are quantised. Embeddings, convolutions, experts (which see only the tokens
+    before it give now that they are quantized. Embeddings, convolutions, experts (which see only the tokens
     that are routed to them) and layers that no row reaches are rounded to nearest under either method.
 
     Args:
@@ -66,17 +66,17 @@ def quantize(model: nn.Module, batches: Iterable[Batch] | None, quantizer: Weigh
             calibrated.
         batches: calibration rows, each the keyword arguments of the model. Tokens whose `attention_mask` (rows, tokens)
             is zero are left out. None where nothing is calibrated.
-        quantizer: what quantises every layer that no rule is for.
+        quantizer: what quantizes every layer that no rule is for.
         method: rounding to nearest, or `gptq.round_weights`.
         ignore: shell-style patterns of names to leave in full precision.
-        rules: patterns with a quantiser of their own, or None for full precision; the first that matches decides.
-        activations: what quantises the inputs of linear and convolutional layers.
+        rules: patterns with a quantizer of their own, or None for full precision; the first that matches decides.
+        activations: what quantizes the inputs of linear and convolutional layers.
         activation_range: what a scale that is not dynamic is calibrated by: the largest magnitude, or the least
             squared error.
         smooth: alpha of `smoothing.smooth`; None for no smoothing.
         outliers: input columns of linear layers that exceed this magnitude (6.0 in LLM.int8()) stay in full precision,
             as `outliers.OutlierLinear`; None for none.
-        embeddings: whether embeddings are quantised, and heads that share their weights.
+        embeddings: whether embeddings are quantized, and heads that share their weights.
         act_order: see `gptq.factorize`.
         damping: see `gptq.factorize`.
         device: where blocks run; see `calibration.Walk`.
@@ -88,7 +88,7 @@ def quantize(model: nn.Module, batches: Iterable[Batch] | None, quantizer: Weigh
     Raises:
         ValueError: what `qat.prepare` raises; rows are missing, or have fewer tokens than a layer has inputs; nothing
             can be smoothed. The model is then as it was. Or what enters a layer is not finite, is above the threshold
-            in all columns, or is nothing where a scale is calibrated: layers before it are then quantised already.
+            in all columns, or is nothing where a scale is calibrated: layers before it are then quantized already.
     """
     how = _How(method, activations, activation_range, outliers, act_order, damping)
     batches, chosen = list(batches or ()), choose(model, quantizer, ignore, rules, embeddings)
@@ -100,7 +100,7 @@ def quantize(model: nn.Module, batches: Iterable[Batch] | None, quantizer: Weigh
         smooth_norms(model, batches, smooth, chosen, device)
     rounding = _Rounding(model, chosen, how, tell)
     if how.needs():
-        walk = Walk(model, batches, device)
+        walk = BlockwiseCalibrator(model, batches, device)
         rounding.embeddings()
         with closing(walk.parts()) as parts:
             for modules in parts:
@@ -146,7 +146,7 @@ class _Rounding:
         for name in [name for name, (module, _) in self._left.items() if isinstance(module, nn.Embedding)]:
             self._round(name)
 
-    def part(self, walk: Walk, modules: dict[str, nn.Module]) -> None:
+    def part(self, walk: BlockwiseCalibrator, modules: dict[str, nn.Module]) -> None:
         """Round the layers that the present part of a walk reaches."""
         layers = {name: self._left[name][0] for name in modules if name in self._left}
         if not layers:
@@ -177,7 +177,7 @@ class _Rounding:
         columns = outlier_columns(seen.largest, self._how.outliers, name)
         return columns if len(columns) else None
 
-    def _input_scales(self, walk: Walk, layers: dict[str, nn.Module], seen: dict[str, Seen],
+    def _input_scales(self, walk: BlockwiseCalibrator, layers: dict[str, nn.Module], seen: dict[str, Seen],
                       whole: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         if not self._how.static:
             return {}
@@ -212,7 +212,7 @@ class _Rounding:
         self._tell(name)
 
 
-def _least_error(walk: Walk, layers: dict[str, nn.Module], largest: dict[str, torch.Tensor],
+def _least_error(walk: BlockwiseCalibrator, layers: dict[str, nn.Module], largest: dict[str, torch.Tensor],
                  whole: dict[str, torch.Tensor | None], activations: ActivationQuantizer) -> dict[str, torch.Tensor]:
     """The magnitude (1,) to take for the largest of each layer's inputs, such that their squared error is least."""
     ratios = torch.linspace(1.0, SMALLEST, RATIOS).tolist()

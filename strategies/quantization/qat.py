@@ -1,4 +1,4 @@
-"""Quantisation-aware training: layers that see their own quantised weights, and activations where it is asked for."""
+"""Quantization-aware training: layers that see their own quantized weights, and activations where it is asked for."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ OFFSET = 0.5
 
 
 class Quantized:
-    """A layer whose forward uses fake-quantised weights; weight and optimizer see full precision.
+    """A layer whose forward uses fake-quantized weights; weight and optimizer see full precision.
 
     The weight keeps its name, so state dicts, sharding and checkpoints do not notice. A scale that is searched for or
-    learnt is a parameter of its own, `log_ratio` (outputs * groups): a vector, which no optimizer decays or factors;
+    learned is a parameter of its own, `log_ratio` (outputs * groups): a vector, which no optimizer decays or factors;
     `first_ratio` is where it began. A grid that was found after training is in `scale` (outputs, groups) and
     `zero_point`, parameters without a gradient. The scale of activations that are calibrated is `input_scale` (1,).
     """
@@ -37,7 +37,7 @@ class Quantized:
 
     @property
     def matrix(self) -> torch.Tensor:
-        """(outputs, ...) the weight as it is quantised."""
+        """(outputs, ...) the weight as it is quantized."""
         return as_matrix(self)
 
     def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
@@ -59,12 +59,12 @@ class Quantized:
         return self.quantizer.numbers(self.matrix, self.grid())
 
     def search(self) -> None:
-        """Find the scale of the least squared error, and keep its ratio as a parameter: trained, if it is learnt."""
+        """Find the scale of the least squared error, and keep its ratio as a parameter: trained, if it is learned."""
         ratio = self.quantizer.first_ratio(self.matrix).flatten()
         ratio = torch.where(ratio == 0, torch.ones_like(ratio), ratio)  # of weights that are all zero
         first = ratio.bfloat16().to(ratio.dtype)
         self.first_ratio = nn.Parameter(first, requires_grad=False)
-        self.log_ratio = nn.Parameter((ratio / first).log() + OFFSET, requires_grad=self.quantizer.rule == "learnt")
+        self.log_ratio = nn.Parameter((ratio / first).log() + OFFSET, requires_grad=self.quantizer.rule == "learned")
 
     def fix(self, grid: Grid) -> None:
         """Have this grid from here on, whatever the weights become."""
@@ -93,7 +93,7 @@ class Quantized:
 
 
 class QATLinear(Quantized, nn.Linear):
-    """A linear layer that sees its quantised weights."""
+    """A linear layer that sees its quantized weights."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs)"""
@@ -101,7 +101,7 @@ class QATLinear(Quantized, nn.Linear):
 
 
 class QATEmbedding(Quantized, nn.Embedding):
-    """An embedding that gives quantised vectors."""
+    """An embedding that gives quantized vectors."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(...) -> (..., width)"""
@@ -110,7 +110,7 @@ class QATEmbedding(Quantized, nn.Embedding):
 
 
 class QATConv1d(Quantized, nn.Conv1d):
-    """A convolution over a sequence that sees its quantised kernels."""
+    """A convolution over a sequence that sees its quantized kernels."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(batch, channels, length) -> (batch, outputs, length)"""
@@ -118,7 +118,7 @@ class QATConv1d(Quantized, nn.Conv1d):
 
 
 class QATConv2d(Quantized, nn.Conv2d):
-    """A convolution over an image that sees its quantised kernels."""
+    """A convolution over an image that sees its quantized kernels."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, outputs, height, width)"""
@@ -126,7 +126,7 @@ class QATConv2d(Quantized, nn.Conv2d):
 
 
 class QATConv1D(Quantized, Conv1D):
-    """GPT-2's linear layer, whose weight is (inputs, outputs), with quantised weights; see `transformers.Conv1D`."""
+    """GPT-2's linear layer, whose weight is (inputs, outputs), with quantized weights; see `transformers.Conv1D`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs)"""
@@ -135,7 +135,7 @@ class QATConv1D(Quantized, Conv1D):
 
 
 class QATExperts(Quantized, Experts):
-    """One weight of all experts of a block, quantised."""
+    """One weight of all experts of a block, quantized."""
 
 
 QUANTIZED: dict[type, type] = {
@@ -147,22 +147,22 @@ Rules = Sequence[tuple[str, WeightQuantizer | None]]
 
 def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] = ("lm_head",), rules: Rules = (),
             activations: ActivationQuantizer | None = None, embeddings: bool = False) -> list[str]:
-    """Turn the linear and convolutional layers of `model` into ones that see quantised weights, in place.
+    """Turn the linear and convolutional layers of `model` into ones that see quantized weights, in place.
 
     Args:
         model: any module.
-        quantizer: what quantises every layer that no rule is for.
+        quantizer: what quantizes every layer that no rule is for.
         ignore: shell-style patterns of names to leave in full precision.
-        rules: patterns with a quantiser of their own, or None for full precision; the first that matches decides.
-        activations: what quantises the inputs of linear and convolutional layers.
-        embeddings: whether embeddings are quantised, and heads that share their weights. Without it such a head is left
+        rules: patterns with a quantizer of their own, or None for full precision; the first that matches decides.
+        activations: what quantizes the inputs of linear and convolutional layers.
+        embeddings: whether embeddings are quantized, and heads that share their weights. Without it such a head is left
             alone, since the embedding reads its weights too.
 
     Returns:
         Names of the layers.
 
     Raises:
-        ValueError: no layer is left to quantise, a pattern matches nothing, a group does not divide a layer, or weights
+        ValueError: no layer is left to quantize, a pattern matches nothing, a group does not divide a layer, or weights
             are not finite or all zero. The model is then as it was.
     """
     chosen = choose(model, quantizer, ignore, rules, embeddings)
@@ -181,7 +181,7 @@ def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] 
 
 
 def become_quantized(layer: Any, quantizer: WeightQuantizer, activations: ActivationQuantizer | None) -> None:
-    """Make a layer, in place, one that sees quantised weights."""
+    """Make a layer, in place, one that sees quantized weights."""
     layer.__class__ = QUANTIZED[type(layer)]
     layer.quantizer = quantizer
     if isinstance(layer, Experts):
@@ -194,7 +194,7 @@ def become_quantized(layer: Any, quantizer: WeightQuantizer, activations: Activa
 
 
 def become_plain(layer: Any) -> None:
-    """Make a quantised layer, in place, what it was, its weight as it is."""
+    """Make a quantized layer, in place, what it was, its weight as it is."""
     layer.__class__ = PLAIN.get(type(layer), nn.Linear)
     del layer.quantizer
     layer.__dict__.pop("activations", None)
@@ -207,7 +207,7 @@ def become_plain(layer: Any) -> None:
 
 def choose(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str], rules: Rules, embeddings: bool
            ) -> dict[str, tuple[nn.Module, WeightQuantizer]]:
-    """The layers that `prepare` quantises, each with its quantiser."""
+    """The layers that `prepare` quantizes, each with its quantizer."""
     kinds = tuple(kind for kind in QUANTIZED if embeddings or kind is not nn.Embedding)
     layers = [(name, module) for name, module in all_layers(model) if type(module) in kinds]
     patterns = [(pattern, None) for pattern in ignore] + list(rules)
@@ -227,21 +227,21 @@ def choose(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str], 
         if own is not None and (embeddings or id(module.weight) not in read):
             chosen[name] = module, own
     if not chosen:
-        raise ValueError("there is no linear layer to quantise" + (f" outside {[name for name, _ in patterns]}"
+        raise ValueError("there is no linear layer to quantize" + (f" outside {[name for name, _ in patterns]}"
                                                                    if layers else ""))
     return chosen
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
-    """Every fake-quantised layer with its name."""
+    """Every fake-quantized layer with its name."""
     return ((name, layer) for name, layer in all_layers(model) if isinstance(layer, Quantized))
 
 
 def set_bits(model: nn.Module, bits: int) -> None:
     """Give layers of whole numbers other bits, but no fewer than they were prepared for.
 
-    For schedules that lower bits slowly: a learnt scale keeps its share of the range. Layers that have the same
-    quantiser before have the same one after.
+    For schedules that lower bits slowly: a learned scale keeps its share of the range. Layers that have the same
+    quantizer before have the same one after.
     """
     changed: dict[tuple[WeightQuantizer, int], WeightQuantizer] = {}
     for _, layer in quantized_layers(model):

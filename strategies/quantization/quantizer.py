@@ -1,4 +1,4 @@
-"""The quantiser: one object that fake-quantises in training and makes the numbers that are exported."""
+"""The quantizer: one object that fake-quantizes in training and makes the numbers that are exported."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.quantization import scales
-from strategies.quantization.straight_through import LearntScale, StraightThrough
+from strategies.quantization.straight_through import LearnedScale, StraightThrough
 
 Kind = Literal["int", "ternary", "binary", "fp8"]
-Rule = Literal["minmax", "mse", "absmean", "learnt"]
+Rule = Literal["minmax", "mse", "absmean", "learned"]
 RULES: dict[str, tuple[Rule, ...]] = {  # that a kind knows; the first is its own
-    "int": ("minmax", "mse", "learnt"), "ternary": ("absmean", "mse", "learnt"), "binary": ("absmean", "learnt"),
+    "int": ("minmax", "mse", "learned"), "ternary": ("absmean", "mse", "learned"), "binary": ("absmean", "learned"),
     "fp8": ("minmax", "mse")}
 FP8 = torch.float8_e4m3fn
 
@@ -38,7 +38,7 @@ def without_data(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class WeightQuantizer:
-    """Uniform quantisation of a weight, one scale for a group of inputs, an output channel or the whole tensor.
+    """Uniform quantization of a weight, one scale for a group of inputs, an output channel or the whole tensor.
 
     With w the weights that share a scale and [lowest, highest] the whole numbers of the kind (survey eq. 11):
 
@@ -52,12 +52,12 @@ class WeightQuantizer:
 
     Attributes:
         bits: of an `int`, 1 to 8; the other kinds have their own (ternary 2, binary 1, fp8 8).
-        group_size: neighbouring inputs that share a scale; None for a whole output channel.
+        group_size: neighboring inputs that share a scale; None for a whole output channel.
         scale_dtype: dtype the scale is stored in.
         kind: the numbers.
         symmetric: whether zero_point is zero.
         rule: where scales come from: the largest weight (`minmax`), the mean magnitude (`absmean`), the least squared
-            error (`mse`), or training itself (`learnt`; Esser et al. 2020), beginning with the least squared error. In
+            error (`mse`), or training itself (`learned`; Esser et al. 2020), beginning with the least squared error. In
             training the last two are kept as a ratio to the scale that covers the weights, so that they follow
             where weights grow, and nothing is searched at a step. None for the kind's own.
         per_tensor: one scale for all outputs.
@@ -100,12 +100,12 @@ class WeightQuantizer:
     @property
     def searched(self) -> bool:
         """Whether scales are not those that follow from the weights at once."""
-        return self.rule in ("mse", "learnt")
+        return self.rule in ("mse", "learned")
 
     def check(self, weight: torch.Tensor, name: str = "weight") -> None:
-        """Raise `ValueError` if `weight` (outputs, ...) cannot be quantised; one without data has its shape checked."""
+        """Raise `ValueError` if `weight` (outputs, ...) cannot be quantized; one without data has its shape checked."""
         if weight.ndim < 2:
-            raise ValueError(f"{name}: only matrices and kernels are quantised, this has shape {tuple(weight.shape)}")
+            raise ValueError(f"{name}: only matrices and kernels are quantized, this has shape {tuple(weight.shape)}")
         inputs = weight[0].numel()
         if self.group_size and inputs % self.group_size:
             raise ValueError(f"{name}: groups of {self.group_size} do not divide its {inputs} inputs")
@@ -176,7 +176,7 @@ class WeightQuantizer:
 
         Args:
             weight: (outputs, ...).
-            ratio: of a scale (outputs, groups) to the covering one, which gets a gradient if it is learnt.
+            ratio: of a scale (outputs, groups) to the covering one, which gets a gradient if it is learned.
             grid: a given one, in place of that which follows from the weight.
         """
         with torch.no_grad():
@@ -184,10 +184,10 @@ class WeightQuantizer:
             rounded = self._product(self._rounded(weight, grid), grid).to(weight.dtype)
         if ratio is None or not ratio.requires_grad:
             return StraightThrough.apply(weight, rounded)
-        return LearntScale.apply(weight, ratio, rounded, *grid, self)
+        return LearnedScale.apply(weight, ratio, rounded, *grid, self)
 
     def slope(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
-        """d w_hat / d scale (outputs, groups, weights of a group), in fp32; see `LearntScale`."""
+        """d w_hat / d scale (outputs, groups, weights of a group), in fp32; see `LearnedScale`."""
         ratio = self._ratio(weight, scale)
         if self.kind == "binary":
             return torch.where(ratio >= 0, 1.0, -1.0)

@@ -11,7 +11,7 @@ SMALLEST, LARGEST = 0.2, 1.06  # of them: 2 bits of 4,096 normal weights are bes
 
 
 class Range(Protocol):
-    """What is asked of a quantiser here."""
+    """What is asked of a quantizer here."""
 
     kind: str
     symmetric: bool

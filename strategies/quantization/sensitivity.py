@@ -1,4 +1,4 @@
-"""Sensitivity: what each layer's quantisation costs, measured by a loss or estimated from its gradients."""
+"""Sensitivity: what each layer's quantization costs, measured by a loss or estimated from its gradients."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Sensitivity:
 
     Attributes:
         layers: names of the layers; those that share a weight are one entry of several names.
-        candidates: quantisers to choose from; None is full precision.
-        rises: [layers, candidates] by how much the loss rises where that layer alone is quantised so.
+        candidates: quantizers to choose from; None is full precision.
+        rises: [layers, candidates] by how much the loss rises where that layer alone is quantized so.
         bytes: [layers, candidates] of numbers, scales and zero points, int64.
     """
 
@@ -47,7 +47,7 @@ def candidates(group_size: int | None = None, scale_dtype: torch.dtype = torch.f
 def measure(model: nn.Module, choices: Sequence[Candidate], loss: Callable[[nn.Module], float],
             ignore: Iterable[str] = ("lm_head",), embeddings: bool = False,
             activations: ActivationQuantizer | None = None, dtype: torch.dtype = torch.float32) -> Sensitivity:
-    """Quantise one layer after the other with each candidate and see by how much a loss rises (survey eq. 13).
+    """Quantize one layer after the other with each candidate and see by how much a loss rises (survey eq. 13).
 
     Takes one evaluation of the loss for each layer and candidate, and one more. Weights are put back as they were, also
     after an error: the very same parameters, not values like theirs.
@@ -58,7 +58,7 @@ def measure(model: nn.Module, choices: Sequence[Candidate], loss: Callable[[nn.M
         choices: candidates.
         loss: of the model on calibration batches, always the same, for example the divergence from what the model said
             before. Called without gradients.
-        ignore, embeddings, activations: as in `prepare`; activations only count bytes, and are not quantised here.
+        ignore, embeddings, activations: as in `prepare`; activations only count bytes, and are not quantized here.
         dtype: of layers in full precision where they are stored.
 
     Raises:
@@ -148,7 +148,7 @@ def stored_bytes(shape: Sequence[int], quantizer: Candidate, activations: Activa
 
     Args:
         quantizer: None for full precision, in `dtype`.
-        activations: what quantises the layer's inputs: numbers of 8 bits are then not packed into words.
+        activations: what quantizes the layer's inputs: numbers of 8 bits are then not packed into words.
     """
     if quantizer is None:
         return math.prod(shape) * dtype.itemsize
@@ -179,7 +179,7 @@ def _groups(model: nn.Module, choices: Sequence[Candidate], ignore: Iterable[str
 
 @contextmanager
 def _quantized(members: Members, quantizer: WeightQuantizer) -> Iterator[None]:
-    """These layers with quantised weights, then with their own parameter again."""
+    """These layers with quantized weights, then with their own parameter again."""
     layer = members[0][1]
     own = layer.weight
     rounded = nn.Parameter(as_weight(layer, quantizer.fake_quantize(as_matrix(layer).detach())), requires_grad=False)

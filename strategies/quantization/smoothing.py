@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.quantization.calibration import Batch, Walk, collect
+from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, collect
 
 SMALLEST = 1e-5  # factor
 
@@ -22,7 +22,7 @@ def smooth(model: nn.Module, batches: Sequence[Batch], alpha: float = 0.5, layer
            device: torch.device | str | None = None) -> list[str]:
     """Divide what norms give by factors, and multiply the weights of the layers behind them with these, in place.
 
-    The model computes what it did, up to rounding; its activations are then easier to quantise. Which layers read a
+    The model computes what it did, up to rounding; its activations are then easier to quantize. Which layers read a
     norm's output is found by running the model. A norm that something else reads too, as a router or the sum behind the
     norm, is left as it was, with a warning.
 
@@ -30,8 +30,8 @@ def smooth(model: nn.Module, batches: Sequence[Batch], alpha: float = 0.5, layer
         model: a transformer in full precision.
         batches: calibration rows, what the model is called with.
         alpha: how much of the difficulty moves from activations to weights, 0 to 1 (Xiao et al. 2023, section 4).
-        layers: names of those that are to be quantised, one of which has to read a norm; None for any.
-        device: where blocks run; see `Walk`.
+        layers: names of those that are to be quantized, one of which has to read a norm; None for any.
+        device: where blocks run; see `BlockwiseCalibrator`.
 
     Returns:
         Names of the norms.
@@ -42,7 +42,7 @@ def smooth(model: nn.Module, batches: Sequence[Batch], alpha: float = 0.5, layer
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is how much of the difficulty moves to the weights: 0 to 1, not {alpha}")
-    walk, tied, done = Walk(model, batches, device), shared_weights(model), []
+    walk, tied, done = BlockwiseCalibrator(model, batches, device), shared_weights(model), []
     with closing(walk.parts()) as parts:
         for modules in parts:
             done += _smooth_block(walk, modules, alpha, tied, layers) if walk.within else []
@@ -103,7 +103,7 @@ class _Norm:
 
 
 @torch.no_grad()
-def _smooth_block(walk: Walk, modules: dict[str, nn.Module], alpha: float, tied: set[int],
+def _smooth_block(walk: BlockwiseCalibrator, modules: dict[str, nn.Module], alpha: float, tied: set[int],
                   wanted: Collection[str] | None) -> list[str]:
     """Smooth the norms of the block that a walk is at, and return their names."""
     norms = {}
@@ -139,7 +139,7 @@ def _fold(norm: _Norm, offset: float, factor: torch.Tensor) -> None:
         reader.copy_(reader.float() * factor)
 
 
-def _norms(walk: Walk, modules: dict[str, nn.Module]) -> dict[str, _Norm]:
+def _norms(walk: BlockwiseCalibrator, modules: dict[str, nn.Module]) -> dict[str, _Norm]:
     """Modules with one weight for each channel, and who reads them, found by running one batch."""
     found: dict[str, _Norm] = {}
 
@@ -162,7 +162,7 @@ def _norms(walk: Walk, modules: dict[str, nn.Module]) -> dict[str, _Norm]:
     return found
 
 
-def _only_readers(walk: Walk, norm: _Norm) -> bool:
+def _only_readers(walk: BlockwiseCalibrator, norm: _Norm) -> bool:
     """Whether the block gives what it gave when the output is divided by factors and its readers multiply with them.
 
     The factors are powers of two, which no dtype rounds: what differs is read by something else.

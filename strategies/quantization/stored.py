@@ -1,4 +1,4 @@
-"""Weights as a quantiser sees them, (outputs, inputs), whatever shape a model keeps them in."""
+"""Weights as a quantizer sees them, (outputs, inputs), whatever shape a model keeps them in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-PARTS = ("first_ratio", "log_ratio", "scale", "zero_point")  # what quantisation adds to a weight
+PARTS = ("first_ratio", "log_ratio", "scale", "zero_point")  # what quantization adds to a weight
 
 
 def as_matrix(layer: Any) -> torch.Tensor:
@@ -37,7 +37,7 @@ class Experts:
     """One weight (experts, outputs, inputs) of a module that holds all experts of a block, as a layer of its own.
 
     No module: state dicts, sharding and checkpoints see the module that holds it, whose parameters have their names.
-    What quantisation adds is there too, with the weight's name before it (`down_proj_log_ratio`).
+    What quantization adds is there too, with the weight's name before it (`down_proj_log_ratio`).
     """
 
     bias = None
@@ -100,7 +100,7 @@ class SeesQuantized:
 
 @cache
 def seeing(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class of experts that sees its quantised weights."""
+    """A class of experts that sees its quantized weights."""
     return type(f"QAT{kind.__name__}", (SeesQuantized, kind), {})
 
 

@@ -1,4 +1,4 @@
-"""Gradients of rounding: the straight-through estimator, and the one of a learnt scale."""
+"""Gradients of rounding: the straight-through estimator, and the one of a learned scale."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class StraightThrough(torch.autograd.Function):
-    """Fake quantisation whose backward is the identity.
+    """Fake quantization whose backward is the identity.
 
     Eq. 12 of the survey zeroes the gradient of clipped weights. A scale that follows from the weights leaves none, or
     half a step, outside; weights that are there should be able to come back, so nothing is zeroed nor kept for it.
@@ -25,8 +25,8 @@ class StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-class LearntScale(torch.autograd.Function):
-    """Fake quantisation that gives its scale a gradient too (LSQ, Esser et al. 2020, eq. 3).
+class LearnedScale(torch.autograd.Function):
+    """Fake quantization that gives its scale a gradient too (LSQ, Esser et al. 2020, eq. 3).
 
     With r = w / scale, and q the number that r + zero_point becomes:
 

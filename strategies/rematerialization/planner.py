@@ -9,26 +9,33 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
-from strategies.rematerialization.bound import least_bytes, least_sum
-from strategies.rematerialization.capture import Captured, problem
-from strategies.rematerialization.chain import (
+from strategies.rematerialization.capture.joint_graph import Captured, problem
+from strategies.rematerialization.capture.regions import RegionCall
+from strategies.rematerialization.execute.installed import Planned, whole
+from strategies.rematerialization.price.block_options import (
+    bound_curve,
+    cheapest_within,
+    frontier,
+    most_states,
+    option_of,
+    options,
+)
+from strategies.rematerialization.price.costs import Prices
+from strategies.rematerialization.price.non_region_memory import NonRegionMemory
+from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
+from strategies.rematerialization.solve.chain_program import (
+    ChainSchedule,
     Link,
     Option,
-    Schedule,
     leaves,
     replay,
     segments_in,
     solve_chain,
     with_option,
 )
-from strategies.rematerialization.frame import Frame
-from strategies.rematerialization.graph import Graph, simulate
-from strategies.rematerialization.options import bound_curve, cheapest_within, frontier, most_states, option_of, options
-from strategies.rematerialization.plan import BudgetError, Plan
-from strategies.rematerialization.planned import Planned, whole
-from strategies.rematerialization.price import Prices
-from strategies.rematerialization.regions import Call
-from strategies.rematerialization.solve import Infeasible, least_peak, solve
+from strategies.rematerialization.solve.graph import Graph, simulate
+from strategies.rematerialization.solve.lower_bound import least_bytes, least_sum
+from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
 
 # What a count of tensors cannot see, small temporaries and buffers of kernels: a part of what comes and goes, and
 # 96 KiB, or a hundredth of what comes and goes where that is less.
@@ -49,8 +56,8 @@ class Planner:
         apart: whether no segment may reach over several regions, because each has its weights only while it is called.
     """
 
-    def __init__(self, calls: Sequence[Call], frame: Frame, prices: Prices,
-                 fallback: Callable[[Call], tuple[tuple[Option, ...], float]], apart: bool = False) -> None:
+    def __init__(self, calls: Sequence[RegionCall], frame: NonRegionMemory, prices: Prices,
+                 fallback: Callable[[RegionCall], tuple[tuple[Option, ...], float]], apart: bool = False) -> None:
         self.calls, self.frame, self.prices = calls, frame, prices
         self.fallback, self.apart = fallback, apart
         self._options: dict[str, tuple[Option, ...]] = {}
@@ -81,7 +88,7 @@ class Planner:
         peak = self.keep_all().peak
         return (peak if self.calls else self._more(peak)) <= budget
 
-    def keep_all(self) -> Plan:
+    def keep_all(self) -> RecomputePlan:
         """The plan that recomputes nothing."""
         return self._plan(None, whole(len(self.calls)), self._keeping, 0.0)
 
@@ -91,7 +98,7 @@ class Planner:
         return [self._link(index, (self._kept_whole(call),), self._forward(call)) for index, call
                 in enumerate(self.calls)]
 
-    def _kept_whole(self, call: Call) -> Option:
+    def _kept_whole(self, call: RegionCall) -> Option:
         if call.captured is None:
             return self.fallback(call)[0][0]
         signature = call.captured.signature
@@ -101,7 +108,7 @@ class Planner:
             self._whole[signature] = self._own(call.captured, kept)
         return self._whole[signature]
 
-    def plan(self, budget: int, seconds: float = 20.0) -> Plan:
+    def plan(self, budget: int, seconds: float = 20.0) -> RecomputePlan:
         """The plan with the least recomputation found whose predicted peak is within the budget.
 
         Args:
@@ -130,7 +137,7 @@ class Planner:
         return self._plan(budget, schedule, self.links, self._bound(budget))
 
     @cached_property
-    def least(self) -> Plan:
+    def least(self) -> RecomputePlan:
         """The plan with the least peak that was found: by moves and rooflines, so that it is the same each time.
 
         Seconds that were measured would lead the search elsewhere each time, and a budget of the least that an error
@@ -168,11 +175,11 @@ class Planner:
     def _around(self) -> int:
         return max(self.frame.start, self.frame.end, self.frame.update, self.frame.head)
 
-    def _plan(self, budget: int | None, schedule: Schedule, links: Sequence[Link], bound: float) -> Plan:
+    def _plan(self, budget: int | None, schedule: ChainSchedule, links: Sequence[Link], bound: float) -> RecomputePlan:
         found = replay(links, schedule, self.frame.head)
         states = STATES * segments_in(schedule)
         peak = self._with_margin(max(found.peak + states, self._around))
-        return Plan(budget, peak, schedule, found, self.frame, links, self.calls, self.seconds, bound,
+        return RecomputePlan(budget, peak, schedule, found, self.frame, links, self.calls, self.seconds, bound,
                     resident=self._resident)
 
     def _resident(self, position: int, option: Option) -> tuple[list[int], list[int]]:
@@ -193,7 +200,7 @@ class Planner:
         return self.frame.base + int(max((moving - MARGIN_BYTES) / (1 + MARGIN_SHARE),
                                          moving / (1 + MARGIN_SHARE + MARGIN_OF_SMALL))) - 1
 
-    def _plan_single(self, budget: int, seconds: float) -> Plan:
+    def _plan_single(self, budget: int, seconds: float) -> RecomputePlan:
         call, fitting = self.calls[0], self._without_margin(budget)
         graph = self._in_place(0)
         try:
@@ -236,7 +243,7 @@ class Planner:
             self._problems[captured.signature] = problem(captured, *self.prices.price(captured))
         return self._problems[captured.signature]
 
-    def _ways(self, call: Call) -> tuple[tuple[Option, ...], float]:
+    def _ways(self, call: RegionCall) -> tuple[tuple[Option, ...], float]:
         if call.captured is None:
             return self.fallback(call)
         signature = call.captured.signature
@@ -244,7 +251,7 @@ class Planner:
             self._options[signature] = self._made(call)
         return self._options[signature], self._forward(call)
 
-    def _made(self, call: Call) -> tuple[Option, ...]:
+    def _made(self, call: RegionCall) -> tuple[Option, ...]:
         captured = call.captured
         if self.single:
             return (self._kept_whole(call),)
@@ -253,7 +260,7 @@ class Planner:
         more = [self._own(captured, option) for option in frontier([*steady, *found]) if option not in steady]
         return tuple(sorted([*steady, *more], key=lambda way: (way.seconds, way.kept, way.backward_peak)))
 
-    def _steady_ways(self, call: Call) -> tuple[tuple[Option, ...], float]:
+    def _steady_ways(self, call: RegionCall) -> tuple[tuple[Option, ...], float]:
         """Ways to run a region that are found again each time, and the seconds of its forward, by the roofline."""
         if call.captured is None:
             return self.fallback(call)
@@ -262,7 +269,7 @@ class Planner:
             self._steady[signature] = options(call.captured, seconds, self.prices.price(call.captured)[1])
         return self._steady[signature], float(seconds[:call.captured.forward].sum())
 
-    def _priced(self, call: Call, ways: Sequence[Option]) -> tuple[Option, ...]:
+    def _priced(self, call: RegionCall, ways: Sequence[Option]) -> tuple[Option, ...]:
         """The same ways, in the same order, with seconds by the prices at hand."""
         if call.captured is None:
             return tuple(ways)
@@ -282,12 +289,12 @@ class Planner:
         return Link(ways, call.input, forward, frame.before[index], frame.behind[index], frame.arriving[index],
                     self.apart or not call.chained, frame.fresh[index])
 
-    def _forward(self, call: Call) -> float:
+    def _forward(self, call: RegionCall) -> float:
         if call.captured is None:
             return self.fallback(call)[1]
         return float(self.prices.price(call.captured)[0][:call.captured.forward].sum())
 
-    def _seconds(self, call: Call) -> float:
+    def _seconds(self, call: RegionCall) -> float:
         return float(self.prices.price(call.captured)[0].sum()) if call.captured is not None else 0.0
 
     def _bound(self, budget: int) -> float:
@@ -315,7 +322,7 @@ class Planner:
             return order
         return min(options(captured, *prices), key=lambda way: way.backward_peak).order
 
-    def install(self, plan: Plan, inductor: bool = False, model: nn.Module | None = None) -> None:
+    def install(self, plan: RecomputePlan, inductor: bool = False, model: nn.Module | None = None) -> None:
         """Make the model run by a plan, or another of the same shapes."""
         modules = [call.module if model is None else model.get_submodule(call.name) for call in self.calls]
         plan.planned = Planned(modules, plan.schedule, [link.options for link in plan.links], self.orders, inductor)

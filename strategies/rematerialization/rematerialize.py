@@ -11,20 +11,20 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from strategies.memory.besides import held_besides
+from strategies.memory.external import held_besides
 from strategies.memory.ledger import parameter_bytes
 from strategies.memory.residency import Residency
 from strategies.memory.units import parse_bytes
-from strategies.rematerialization.elsewhere import attention_as_on_gpus
-from strategies.rematerialization.execute import own_forward, stood_in
-from strategies.rematerialization.fake import fake_batch, without_data
-from strategies.rematerialization.fallback import fallback_options
-from strategies.rematerialization.framed import Hooks, Step, framed, gradients_kept, without
-from strategies.rematerialization.plan import Plan
-from strategies.rematerialization.planned import uninstall
+from strategies.rematerialization.capture.compile_region import own_forward, stood_in
+from strategies.rematerialization.capture.fake_tensors import fake_batch, without_data
+from strategies.rematerialization.capture.regions import RegionCall, calling, find_regions, record
+from strategies.rematerialization.execute.installed import uninstall
 from strategies.rematerialization.planner import Planner
-from strategies.rematerialization.price import DEVICES, Prices, this_device
-from strategies.rematerialization.regions import Call, calling, find_regions, record
+from strategies.rematerialization.price.costs import DEVICES, Prices, this_device
+from strategies.rematerialization.price.gpu_attention import attention_as_on_gpus
+from strategies.rematerialization.price.step_trace import Hooks, Step, gradients_kept, trace_step, without
+from strategies.rematerialization.price.uncaptured import fallback_options
+from strategies.rematerialization.recompute_plan import RecomputePlan
 
 Loss = Callable[[nn.Module, object], torch.Tensor]
 
@@ -32,7 +32,7 @@ Loss = Callable[[nn.Module, object], torch.Tensor]
 def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
                   optimizer: torch.optim.Optimizer | None = None, loss: Loss | None = None,
                   autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
-                  compile: bool = False) -> Plan:
+                  compile: bool = False) -> RecomputePlan:
     """Make a model train within a budget of bytes, at the least recomputation found, and say how much that is.
 
         plan = limbeck.rematerialize(model, batch, budget="8GiB", optimizer=optimizer)
@@ -138,7 +138,7 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     elif named:
         reserved = {**reserved, "libraries": 2 * known.workspace}  # of the caller's thread and of autograd's
     with gradients_kept(around, optimizer), without_data(*around) as (mode, stand_in), elsewhere():
-        calls, frame = framed(calls, Step(
+        calls, frame = trace_step(calls, Step(
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
             accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward), mode)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
@@ -182,7 +182,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _plannable(calls: Sequence[Call]) -> list[Call]:
+def _plannable(calls: Sequence[RegionCall]) -> list[RegionCall]:
     """Calls whose modules can run twice and hand something out; the others run as they are, as part of the frame."""
     unfit = [call for call in calls if call.unfit]
     for call in unfit:
@@ -191,7 +191,7 @@ def _plannable(calls: Sequence[Call]) -> list[Call]:
     return without({id(call.module) for call in unfit}, calls)
 
 
-def _warn_of(calls: Sequence[Call], consequence: str) -> None:
+def _warn_of(calls: Sequence[RegionCall], consequence: str) -> None:
     """One warning for each class of module that has no schedule of its own, with the first one's name."""
     for call in {type(call.module): call for call in reversed(calls)}.values():
         name = f"{call.name} ({type(call.module).__name__})" if call.name else type(call.module).__name__

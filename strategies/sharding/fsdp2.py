@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from strategies.memory.shards import Layout, dtensor_layout
+from strategies.common.shards import Layout, dtensor_layout
 from strategies.sharding.engine import Sharded
-from strategies.sharding.units import units_of
+from strategies.sharding.gather_units import units_of
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, compute: torch.dtype | None = None, reshard: bool = True,

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from strategies.memory.shards import Layout, Piece, lay_out, layout_of
+from strategies.common.shards import Layout, Piece, lay_out, layout_of
 from strategies.sharding.engine import Engine, Update, on_any_rank
-from strategies.sharding.masters import Frozen, OwnPart, clear_padding
-from strategies.sharding.units import units_of
+from strategies.sharding.gather_units import units_of
+from strategies.sharding.master_weights import Frozen, OwnPart, clear_padding
 
 LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's own bucket size
 EVEN = 2  # what DeepSpeed asks bucket sizes to be divisible by

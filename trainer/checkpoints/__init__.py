@@ -23,7 +23,7 @@ Killed at any moment, a run finds the checkpoint that it had before, or the new 
 verifies; those that do not are kept as `damaged-step-00000100`.
 """
 
-from strategies.memory.shards import Piece
+from strategies.common.shards import Piece
 from trainer.checkpoints.commit import Checkpoints
 from trainer.checkpoints.finding import latest, listed, newest_good
 from trainer.checkpoints.manifest import NAME, Unreadable, wrong_with

@@ -15,8 +15,8 @@ from trainer.checkpoints.finding import Gather, listed, newest_good, remove
 from trainer.checkpoints.manifest import MANIFEST, NAME, Entry, Unreadable, read_manifest, sealed, settled, sync
 from trainer.checkpoints.space import free_bytes
 from trainer.checkpoints.writing import Draft, drafts, shapes_of, write
-from trainer.folder import write_atomically
-from trainer.metrics import readable
+from trainer.run.folder import write_atomically
+from trainer.run.metrics import readable
 
 MARK = "rank-{}.json"
 AROUND = 2**16  # bytes that the manifest and the blocks of a file system take besides, and more

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from strategies.memory.shards import Piece, local_of
-from strategies.optimizers.state import PieceState, write_state
+from strategies.common.shards import Piece, local_of
+from strategies.optimizers.optimizer_state import PieceState, write_state
 from strategies.sharding.engine import Engine
 from trainer.checkpoints.manifest import Unreadable, read_manifest
 from trainer.checkpoints.random_state import set_random_state

@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from trainer.checkpoints.finding import latest, listed
+from trainer.distributed.rank_memory import optimizer_bytes, setup_for
 from trainer.errors import UserError
-from trainer.experiment.tree import Experiment
-from trainer.inside import attach_projections
-from trainer.metrics import readable
-from trainer.models import student_of
-from trainer.shares import optimizer_bytes, setup_for
+from trainer.experiment.experiment import Experiment
+from trainer.models.build import empty_student
+from trainer.run.metrics import readable
+from trainer.teacher.intermediate_losses import attach_projections
 
 MOMENTS_8BIT = 8  # bytes of an element's moments, which are saved as the fp32 numbers that they stand for
 
@@ -23,7 +23,7 @@ MOMENTS_8BIT = 8  # bytes of an element's moments, which are saved as the fp32 n
 def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> int:
     """Bytes of a checkpoint's tensors: fp32 weights and what the optimizer remembers, of all processes together."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        model = student_of(experiment, student)
+        model = empty_student(experiment, student)
         attach_projections(experiment, model, teacher)
         weights = sum(parameter.numel() for parameter in model.parameters())
         if experiment.optimizer.name == "adamw8bit":

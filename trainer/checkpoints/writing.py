@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from strategies.memory.shards import Piece, local_of
-from strategies.optimizers.state import read_state
+from strategies.common.shards import Piece, local_of
+from strategies.optimizers.optimizer_state import read_state
 from strategies.sharding.engine import Engine
 from trainer.checkpoints.random_state import random_state
 

@@ -3,7 +3,7 @@
 Where a template marks them itself ({% generation %}), its marks decide. Otherwise a turn is what the template writes
 between the prompt that a server gives (the messages before, and the generation prompt) and the end of the turn. A
 template that writes a turn otherwise once others follow (thoughts that are shown in the last turn alone) makes several
-samples of a conversation, so that each turn is learnt in the context that it is asked for in.
+samples of a conversation, so that each turn is learned in the context that it is asked for in.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.messages import CALLS, THOUGHTS, Conversation, Message, shown
-from trainer.data.remedies import COPY, remedy, system_to_user
-from trainer.data.shapes import TOOL, TemplateShape
+from trainer.data.template_remedies import COPY, remedy, system_to_user
+from trainer.data.template_traits import TOOL, TemplateShape
 from trainer.errors import UserError
 
 Span = tuple[int, int]
@@ -34,12 +34,12 @@ MARKING = f"mark what the assistant says in the template with {{% generation %}}
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation, or its beginning, as it is learnt.
+    """A conversation, or its beginning, as it is learned.
 
     Attributes:
         text: what the template writes.
-        spans: characters that are learnt; a token is learnt if it begins inside one.
-        marks: (n,) a mark for each token of the text, 1 where it is learnt, where the template has marks of its own.
+        spans: characters that are learned; a token is learned if it begins inside one.
+        marks: (n,) a mark for each token of the text, 1 where it is learned, where the template has marks of its own.
         is_open: an assistant's turn is last and nothing closes it, so that the end-of-sequence token has to.
     """
 
@@ -58,7 +58,7 @@ class _Turn:
 
 
 class ChatTemplate:
-    """Writes conversations with a tokenizer's chat template, and knows what of them is learnt.
+    """Writes conversations with a tokenizer's chat template, and knows what of them is learned.
 
     Args:
         key: of `data`, that messages of the user are about.
@@ -81,11 +81,11 @@ class ChatTemplate:
                             "calls")
         if self.shape.always_prompts and not self._marked(None):
             raise UserError(key, "the chat template begins another answer at the end of every conversation, which "
-                            "would be learnt", value=value,
+                            "would be learned", value=value,
                             way_out=f"write that in {{% if add_generation_prompt %}} alone, {COPY}")
 
     def samples(self, conversation: Conversation) -> list[Sample]:
-        """What is learnt of a conversation: one sample, or several that begin alike.
+        """What is learned of a conversation: one sample, or several that begin alike.
 
         Raises:
             UserError: the template refuses it, or writes an answer in a way that cannot be found again.
@@ -118,14 +118,14 @@ class ChatTemplate:
             text, upto = left[last].text, last + 1
 
     def _check_fields(self, messages: list[Message]) -> None:
-        """Raise `UserError` where the template would leave out a call or a thought, and the rest be learnt alone."""
+        """Raise `UserError` where the template would leave out a call or a thought, and the rest be learned alone."""
         for message in messages:
             said = [key for key in (CALLS if message["role"] == "assistant" else ()) if message.get(key)]
             calls, thoughts = ([key for key in said if (key in THOUGHTS) is is_thought] for is_thought in (False, True))
             for keys, what in ((calls, "call"), (thoughts, "thought")):
                 if keys and not any(self.shape.writes(key) for key in keys):
                     raise UserError(self.key, f"a message has {keys[0]}, which this tokenizer's chat template does not "
-                                    f"write, so that it would be learnt without its {what}: {shown(messages)}",
+                                    f"write, so that it would be learned without its {what}: {shown(messages)}",
                                     value=self.value, way_out=self._instead(keys[0], what))
 
     def _instead(self, key: str, what: str) -> str:
@@ -182,7 +182,7 @@ class ChatTemplate:
                 self._attempt(merged[:-1], tools, prompt=True) or text):
             way_out = "put the text of the system message at the beginning of the first user message"
         raise UserError(self.key, "the chat template writes what stands before an answer otherwise once the "
-                        f"answer is there, so that it would be learnt after another prompt than a server's: "
+                        f"answer is there, so that it would be learned after another prompt than a server's: "
                         f"{shown(messages)}", value=self.value, way_out=way_out)
 
     def _header_of(self, messages: list[Message], prompt: str, tools: Tools) -> str:
@@ -285,8 +285,8 @@ class ChatTemplate:
         """A text, and what of it is marked."""
         ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True,
                                                  return_assistant_tokens_mask=True)
-        learnt = [token for token, mark in zip(ids["input_ids"], ids["assistant_masks"], strict=True) if mark]
-        return self._write(messages, None), self.tokenizer.decode(learnt)
+        loss_mask = [token for token, mark in zip(ids["input_ids"], ids["assistant_masks"], strict=True) if mark]
+        return self._write(messages, None), self.tokenizer.decode(loss_mask)
 
     def _attempt(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str | None:
         """The text of messages, None where the template refuses them."""

@@ -18,10 +18,10 @@ from trainer.data.encoding import Encoder
 from trainer.data.messages import notes_on_calls
 from trainer.data.rows import PackedRows, StreamedRows, encode_to, keep_one
 from trainer.errors import UserError
-from trainer.experiment.data import Data
+from trainer.experiment.data_nodes import Data
+from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Training
-from trainer.experiment.tree import Experiment
-from trainer.folder import fingerprint
+from trainer.run.folder import fingerprint
 
 VERSION = 3  # of what is cached; raised when encoding changes
 LOOKED_AT = 100  # records in which calls are looked for
@@ -29,13 +29,13 @@ CHAT = ("messages", "tools", "keys", "roles")
 
 
 @dataclass(frozen=True)
-class Text:
+class PreparedData:
     """Everything the run needs of its data.
 
     Attributes:
         tokenizer: the tokenizer of teacher and student.
         train: training rows.
-        identity: short hash of the training text and how it was tokenised.
+        identity: short hash of the training text and how it was tokenized.
         held_out: (rows, sequence) tensors `input_ids`, `position_ids`, `targets`, and (rows,) `bytes`.
         notes: what a person should know: how full the rows are, what was cut off.
     """
@@ -47,8 +47,8 @@ class Text:
     notes: list[str]
 
 
-def prepare_text(experiment: Experiment) -> Text:
-    """Open, tokenise and pack the data of an experiment; what takes long is cached in `run.cache`.
+def prepare_text(experiment: Experiment) -> PreparedData:
+    """Open, tokenize and pack the data of an experiment; what takes long is cached in `run.cache`.
 
     Call on one process first, then on the others: they find everything in the cache.
     """
@@ -67,7 +67,7 @@ def prepare_text(experiment: Experiment) -> Text:
         if not held_out:
             raise UserError("data.validation", "the held-out documents have no token to learn",
                             way_out="name held-out text in `data.validation.path`")
-        return Text(tokenizer, train, fingerprint(data.model_dump(mode="json")), _stack(held_out),
+        return PreparedData(tokenizer, train, fingerprint(data.model_dump(mode="json")), _stack(held_out),
                     encoder.notes + of_records)
     train = _rows(corpus.train, encoder, cache, "data", shape)
     validation = _rows(corpus.validation, held, cache, "data.validation", shape)
@@ -75,7 +75,7 @@ def prepare_text(experiment: Experiment) -> Text:
     order = Order(len(validation), seed=0)
     held_out = [validation[order[index]] for index in range(min(len(validation), data.validation.rows))]
     notes = _notes(train, data.sequence_length, plain, experiment.training) + encoder.notes + of_records
-    return Text(tokenizer, train, train.folder.name, _stack(held_out), notes)
+    return PreparedData(tokenizer, train, train.folder.name, _stack(held_out), notes)
 
 
 def cache_folder(experiment: Experiment) -> Path:

@@ -1,4 +1,4 @@
-"""From a record to tokens, which of them are learnt, and how many bytes of text each stands for."""
+"""From a record to tokens, which of them are learned, and how many bytes of text each stands for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trainer.data.chat import ChatTemplate, Sample
 from trainer.data.messages import read_conversation, shown
 from trainer.errors import UserError
-from trainer.experiment.data import Data
+from trainer.experiment.data_nodes import Data
 
 LONGEST = 64 * 2**20  # bytes of a document in its file, characters of its text
 
@@ -22,27 +22,27 @@ class Document:
 
     Attributes:
         tokens: (n,) int32 ids, end-of-sequence last.
-        learnt: (n,) whether the token is a target: false for a prompt.
+        learned: (n,) whether the token is a target: false for a prompt.
         bytes: (n,) int32 UTF-8 bytes of text that end with the token; sums over tokens are exact.
     """
 
     tokens: np.ndarray
-    learnt: np.ndarray
+    loss_mask: np.ndarray
     bytes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, part: slice) -> Document:
-        return Document(self.tokens[part], self.learnt[part], self.bytes[part])
+        return Document(self.tokens[part], self.loss_mask[part], self.bytes[part])
 
 
 class Encoder:
     """Turns records into documents: plain text, chat messages, or a prompt and its response.
 
-    Everything is decided on characters: a record becomes one text with the spans that are learnt (or several, where its
-    chat template writes earlier turns otherwise), a text is tokenised once, and a token is learnt if it begins inside
-    such a span. So no prefix is tokenised apart from what follows it, and the end-of-sequence token is a target by its
+    All is decided on characters: a record becomes one text with the spans that are learned (or several, where its
+    chat template writes earlier turns otherwise), a text is tokenized once, and a token is learned if it begins inside
+    such a span. So no prefix is tokenized apart from what follows it, and the end-of-sequence token is a target by its
     place, even where it is also the padding token. A conversation has the tokens that `apply_chat_template` gives it,
     and an end-of-sequence token only where nothing closes its last answer.
 
@@ -78,7 +78,7 @@ class Encoder:
         """What a person should know of how records are written."""
         return self.chat.notes if self.chat else []
 
-    # ---- texts and their learnt spans
+    # ---- texts and their learned spans
 
     def _samples(self, record: dict[str, Any]) -> list[Sample]:
         data = self.data
@@ -93,7 +93,7 @@ class Encoder:
             head = f"{prompt}\n"
             return [Sample(head + response, [(len(head), len(head) + len(response))],
                            is_open=not response.endswith(self.tokenizer.eos_token))]
-        text = self._field(record, "text", str)  # all of it is learnt, unless it is white space alone
+        text = self._field(record, "text", str)  # all of it is learned, unless it is white space alone
         return [Sample(text, [(0, len(text) + 1)] if text.strip() else [], is_open=True)]
 
     def _field(self, record: dict[str, Any], key: str, kind: type) -> Any:
@@ -110,15 +110,15 @@ class Encoder:
         sizes = np.diff(_byte_positions(text)[ends], prepend=0)
         # A token of white space alone is then empty; it begins where the one before it ended.
         begins = np.where(offsets[:, 1] > offsets[:, 0], offsets[:, 0], np.concatenate([[0], ends])[:-1])
-        learnt = np.zeros(len(ids), bool) if sample.marks is None else np.asarray(sample.marks, bool)
+        loss_mask = np.zeros(len(ids), bool) if sample.marks is None else np.asarray(sample.marks, bool)
         for begin, end in sample.spans:
-            learnt |= (begins >= begin) & (begins < end)
+            loss_mask |= (begins >= begin) & (begins < end)
         # What `apply_chat_template` gives is what a server gives; other texts begin as the tokenizer begins a text.
         start = self.start if self.chat is None and ids[:1] != self.start else []
         end = [self.end] if sample.is_open else []
         return Document(
             tokens=np.asarray([*start, *ids, *end], dtype=np.int32),
-            learnt=np.concatenate([np.zeros(len(start), bool), learnt, np.full(len(end), bool(
+            loss_mask=np.concatenate([np.zeros(len(start), bool), loss_mask, np.full(len(end), bool(
                 sample.spans or any(sample.marks or [])))]),
             bytes=np.concatenate([np.zeros(len(start), np.int32), sizes.astype(np.int32),
                                   np.zeros(len(end), np.int32)]),

@@ -16,7 +16,7 @@ from datasets.builder import Key
 
 from trainer.data.encoding import LONGEST, field_of
 from trainer.errors import UserError
-from trainer.experiment.data import Data
+from trainer.experiment.data_nodes import Data
 
 LISTS = ("messages", "tools")  # keys whose fields hold lists, or JSON that says one
 TABLE = 16 * 2**20  # bytes of text that are written at a time, or one longer document

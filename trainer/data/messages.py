@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.experiment.data import Data
+from trainer.experiment.data_nodes import Data
 
 Message = dict[str, Any]
 Conversation = tuple[list[Message], list[dict[str, Any]] | None]  # messages, and the tools that they may call
@@ -94,7 +94,7 @@ def _message(given: Any, every: list[Any], data: Data) -> Message:
     if not isinstance(role, str) or "content" not in message and not any(message.get(name) for name in CALLS):
         raise _unread(given, every, data)
     if role in ROLES and role not in data.roles:
-        raise UserError("data.roles", f"a message has role {role!r}, and only the role assistant is learnt: "
+        raise UserError("data.roles", f"a message has role {role!r}, and only the role assistant is learned: "
                         f"{shown(every)}", way_out=f"add to data: {_roles(every, data)}")
     message["role"] = data.roles.get(role, role)
     if "content" in message:
@@ -143,7 +143,7 @@ def _content(content: Any, every: list[Any], data: Data) -> str | list[dict[str,
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str) or not str(kind).endswith("text"):
             raise UserError("data.messages", f"a message has a part of type {kind!r} in its content, and only text is "
-                            f"learnt: {shown(every)}", value=data.messages,
+                            f"learned: {shown(every)}", value=data.messages,
                             way_out="remove the record, or this part of it")
         parts.append({"type": "text", "text": text})
     return parts

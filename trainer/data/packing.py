@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from strategies.distillation.response import IGNORED
+from strategies.distillation.losses.response import IGNORED
 from trainer.data.encoding import Document
 
 WINDOW = 2048  # pieces packed together: more waste less room, fewer hold less in memory when streaming
@@ -22,18 +22,18 @@ WINDOW = 2048  # pieces packed together: more waste less room, fewer hold less i
 Packed = TypeVar("Packed", bound=Sized)
 
 
-def cuts(learnt: np.ndarray, capacity: int, plain: bool) -> Iterator[slice]:
+def cuts(loss_mask: np.ndarray, capacity: int, plain: bool) -> Iterator[slice]:
     """Cut a document into pieces of at most `capacity` tokens that each teach something.
 
     Args:
-        learnt: (n,) which tokens are learnt.
+        learned: (n,) which tokens are learned.
         capacity: tokens in a row.
         plain: plain text is used to its end; a record with a prompt keeps its first piece only, since an answer cut
             off from its question teaches to answer without one.
     """
-    for start in range(0, len(learnt) if plain else min(len(learnt), capacity), capacity):
-        piece = slice(start, min(start + capacity, len(learnt)))
-        if learnt[piece][1:].any():  # a piece's first token has nothing before it to be predicted from
+    for start in range(0, len(loss_mask) if plain else min(len(loss_mask), capacity), capacity):
+        piece = slice(start, min(start + capacity, len(loss_mask)))
+        if loss_mask[piece][1:].any():  # a piece's first token has nothing before it to be predicted from
             yield piece
 
 
@@ -77,7 +77,7 @@ def build_row(parts: Sequence[Document], capacity: int, padding: int) -> dict[st
     Returns:
         input_ids: (capacity,) tokens, padded at the end.
         position_ids: (capacity,) restarting at 0 with every document; models keep documents apart by it.
-        targets: (capacity,) the next token of the same document where it is learnt, else `IGNORED`.
+        targets: (capacity,) the next token of the same document where it is learned, else `IGNORED`.
         bytes: () UTF-8 bytes of text that the targets stand for.
         length: () tokens before the padding.
     """
@@ -89,8 +89,8 @@ def build_row(parts: Sequence[Document], capacity: int, padding: int) -> dict[st
         end = at + len(part.tokens)
         tokens[at:end] = part.tokens
         positions[at:end] = np.arange(end - at)
-        targets[at:end - 1] = np.where(part.learnt[1:], part.tokens[1:], IGNORED)
-        size += int(part.bytes[1:][part.learnt[1:]].sum())
+        targets[at:end - 1] = np.where(part.loss_mask[1:], part.tokens[1:], IGNORED)
+        size += int(part.bytes[1:][part.loss_mask[1:]].sum())
         at = end
     # Padding is read as documents no longer than those of the row: some models read all by the largest position.
     positions[at:] = np.arange(capacity - at) % max((len(part.tokens) for part in parts), default=capacity)

@@ -1,4 +1,4 @@
-"""Rows of a data set: tokenised once into flat files that every process and worker maps, or made while streaming."""
+"""Rows of a data set: tokenized once into flat files that every process and worker maps, or made while streaming."""
 
 from __future__ import annotations
 
@@ -21,12 +21,18 @@ from trainer.data.encoding import Document, Encoder
 from trainer.data.packing import build_row, cuts, pack
 from trainer.errors import UserError
 
-BATCH, CHARACTERS = 256, 4 * 2**20  # records tokenised at a time, or a few long ones
-FILES = {"tokens": np.int32, "learnt": np.bool_, "bytes": np.int32}
+BATCH, CHARACTERS = 256, 4 * 2**20  # records tokenized at a time, or a few long ones
+FILES = {"tokens": np.int32, "loss_mask": np.bool_, "bytes": np.int32}
+ON_DISK = {"loss_mask": "learnt"}  # as caches of the first version call it, which are read still
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """The file of one of `FILES` in a folder of tokenized data."""
+    return folder / f"{ON_DISK.get(name, name)}.bin"
 
 
 def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encoder) -> None:
-    """Tokenise documents into `folder`: flat files of tokens, learnt marks and bytes, and where documents end.
+    """Tokenize documents into `folder`: flat files of tokens, learned marks and bytes, and where documents end.
 
     Written beside and renamed, so that an interrupted run leaves nothing that looks finished.
     """
@@ -35,7 +41,7 @@ def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encode
     try:
         ends, total = [], 0
         with ExitStack() as stack:
-            handles = {name: stack.enter_context(open(partial / f"{name}.bin", "wb")) for name in FILES}
+            handles = {name: stack.enter_context(open(file_of(partial, name), "wb")) for name in FILES}
             for document in _encoded(documents, encoder):
                 for name, handle in handles.items():
                     handle.write(getattr(document, name).astype(FILES[name]).tobytes())
@@ -73,7 +79,7 @@ def _encoded(documents: Iterable[dict[str, Any]], encoder: Encoder) -> Iterator[
 
 
 class PackedRows(Dataset):
-    """Rows of a tokenised data set, by index.
+    """Rows of a tokenized data set, by index.
 
     Raises:
         UserError: its files are not what was written, or no document has a token to learn.
@@ -101,7 +107,7 @@ class PackedRows(Dataset):
         """Pieces as ranges of the flat files."""
         begin = 0
         for end in self.ends.tolist():
-            for cut in cuts(self.flat["learnt"][begin:end], self.capacity, plain):
+            for cut in cuts(self.flat["loss_mask"][begin:end], self.capacity, plain):
                 yield range(begin + cut.start, begin + cut.stop)
             begin = end
 
@@ -109,7 +115,7 @@ class PackedRows(Dataset):
         try:
             self._map()
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError("run.cache", f"{self.folder} holds no tokenised data: {error}",
+            raise UserError("run.cache", f"{self.folder} holds no tokenized data: {error}",
                             way_out="remove this folder; it will be made again") from error
 
     def _map(self) -> None:
@@ -121,12 +127,12 @@ class PackedRows(Dataset):
         sizes = {"ends": 8 * wanted["documents"],
                  **{name: np.dtype(dtype).itemsize * wanted["tokens"] for name, dtype in FILES.items()}}
         for name, size in sizes.items():
-            if (found := (self.folder / f"{name}.bin").stat().st_size) != size:
-                raise ValueError(f"{name}.bin has {found:,} bytes instead of {size:,}")
+            if (found := (file := file_of(self.folder, name)).stat().st_size) != size:
+                raise ValueError(f"{file.name} has {found:,} bytes instead of {size:,}")
         self.ends = np.fromfile(self.folder / "ends.bin", np.int64)
         if len(self.ends) and (np.diff(self.ends, prepend=0).min() < 0 or self.ends[-1] != wanted["tokens"]):
             raise ValueError("ends.bin does not count up to the number of tokens")
-        self.flat = {name: np.memmap(self.folder / f"{name}.bin", dtype, "r") if len(self.ends) else np.zeros(0, dtype)
+        self.flat = {name: np.memmap(file_of(self.folder, name), dtype, "r") if len(self.ends) else np.zeros(0, dtype)
                      for name, dtype in FILES.items()}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,7 +180,7 @@ class StreamedRows(IterableDataset):
         while True:
             documents.set_epoch(epoch)
             pieces = (document[cut] for document in _encoded(documents, self.encoder)
-                      for cut in cuts(document.learnt, self.capacity, self.plain))
+                      for cut in cuts(document.loss_mask, self.capacity, self.plain))
             before = number
             for row in pack(pieces, self.capacity, self.packing):
                 yield {**build_row(row, self.capacity, self.padding), "row": torch.tensor(number)}

@@ -21,7 +21,7 @@ from pyarrow import parquet
 from trainer.data.encoding import LONGEST
 from trainer.data.local_files import local_builder, read_keys
 from trainer.errors import UserError
-from trainer.experiment.data import Data
+from trainer.experiment.data_nodes import Data
 
 PYTHON_LIBRARY = "python-library"
 UNPACKED = 200  # times its size that a Parquet file may take unpacked: ten times what text does

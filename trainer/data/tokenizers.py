@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from trainer.data.messages import texts_of
 from trainer.data.sources import Documents, fields
-from trainer.errors import UserError, blame
-from trainer.experiment.data import Data
-from trainer.experiment.tree import Experiment
-from trainer.models import check_files
+from trainer.errors import UserError, error_context
+from trainer.experiment.data_nodes import Data
+from trainer.experiment.experiment import Experiment
+from trainer.models.build import check_files
 
 END = "<|endoftext|>"
 # Any of them makes a folder one with a tokenizer.
@@ -120,12 +120,12 @@ def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase | 
 
 
 def _check_teacher(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
-    from strategies.distillation.vocabularies import same_tokenizer
+    from strategies.distillation.tokenizers.shared_vocabulary import same_tokenizer
 
     name = experiment.objective.divergence.name
     if name == "uld" or other.get_vocab() == tokenizer.get_vocab():
         return
-    with blame("teacher.path", value=experiment.teacher.path, way_out="name a folder with tokenizer.json"):
+    with error_context("teacher.path", value=experiment.teacher.path, way_out="name a folder with tokenizer.json"):
         same, why = same_tokenizer(tokenizer, other)
     if not same:
         raise UserError("objective.divergence.name", f"the teacher has another tokenizer than the student: {why}",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from strategies.memory.units import parse_bytes
-from trainer.errors import blame
+from trainer.errors import error_context
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -21,7 +21,7 @@ PathName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser
 def _bytes_as_written(budget: object) -> object:
     if budget is None:
         return None
-    with blame("", value=budget):
+    with error_context("", value=budget):
         parse_bytes(budget)
     return budget if isinstance(budget, (str, int)) else int(budget)
 

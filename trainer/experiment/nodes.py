@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from strategies.memory.units import parse_bytes
-from trainer.errors import UserError, blame
+from trainer.errors import UserError, error_context
 from trainer.experiment.node import Bytes, DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
-from trainer.experiment.quantization import Quantization
+from trainer.experiment.quantization_nodes import Quantization
 
 if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
 
     import torch
 
-    from trainer.precision import MixedPrecision
-    from trainer.schedule import LearningRate
+    from trainer.experiment.lr_schedule import LearningRate
+    from trainer.experiment.precision import MixedPrecision
 
 class TeacherTraining(Node):
     """How to make the teacher when there is none: once, with the experiment's own data, batches and schedule."""
@@ -75,7 +75,7 @@ class Targets(Node):
 
 
 class Teacher(Model):
-    """The large model that is learnt from."""
+    """The large model that is learned from."""
 
     dtype: Dtype = "float32"
     """Number format the teacher's weights are held in."""
@@ -104,7 +104,7 @@ class Student(Model):
     from_teacher: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Start from these layers of the teacher (0 is the first), with its embeddings and head."""
     quantization: Quantization | None = None
-    """Train with quantised weights and export them bit-packed; null keeps full precision."""
+    """Train with quantized weights and export them bit-packed; null keeps full precision."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Student:
@@ -138,9 +138,9 @@ class Optimizer(Node):
     """Update each weight as soon as its gradient is there: gradients never all exist; engines none and fsdp2."""
 
     def build(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        from strategies.optimizers.build import build
+        from strategies.optimizers.by_name import build
 
-        with blame("optimizer.name", value=self.name,
+        with error_context("optimizer.name", value=self.name,
                    way_out="pip install 'limbeck[adamw8bit]', or use adamw or adafactor"):
             return build(model, self.name, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
@@ -158,7 +158,7 @@ class Schedule(Node):
     """Learning rate at the end, as a share of the peak."""
 
     def build(self, peak: float, steps: int) -> LearningRate:
-        from trainer.schedule import LearningRate
+        from trainer.experiment.lr_schedule import LearningRate
 
         return LearningRate(peak=peak, steps=steps, shape=self.shape, warmup=self.warmup, decay=self.decay,
                             final=self.final)
@@ -182,7 +182,7 @@ class Precision(Node):
     """Used by fp16 only."""
 
     def build(self, device_type: str) -> MixedPrecision:
-        from trainer.precision import MixedPrecision
+        from trainer.experiment.precision import MixedPrecision
 
         return MixedPrecision(self.dtype, device_type, initial_scale=self.loss_scale.initial,
                               growth_interval=self.loss_scale.growth_interval)
@@ -309,7 +309,7 @@ class Memory(Node):
     @model_validator(mode="after")
     def _device_holds_it(self) -> Memory:
         if self.budget is not None and self.device is not None:
-            from strategies.rematerialization.price import DEVICES
+            from strategies.rematerialization.price.costs import DEVICES
 
             memory = DEVICES[self.device].memory
             if parse_bytes(self.budget) > memory:
@@ -322,7 +322,7 @@ class Memory(Node):
     def bytes(self) -> int | None:
         """The budget in bytes."""
         if self.budget is None and self.device is not None:
-            from strategies.rematerialization.price import DEVICES
+            from strategies.rematerialization.price.costs import DEVICES
 
             return DEVICES[self.device].memory * 9 // 10
         return None if self.budget is None else parse_bytes(self.budget)
@@ -332,7 +332,7 @@ class Export(Node):
     """The student's file: a transformers folder, integer weights bit-packed in the compressed-tensors format."""
 
     dtype: Dtype = "float32"
-    """Number format of what is not quantised, and of the scales."""
+    """Number format of what is not quantized, and of the scales."""
     tolerance: Annotated[float, Field(ge=0)] = 1e-5
     """Largest allowed logit difference, as a share of the largest logit, between training and the reloaded file."""
     to: tuple[Literal["onnx", "gguf"], ...] = ()
@@ -351,12 +351,12 @@ class Report(Node):
 
 
 class Run(Node):
-    """Where a run lives and what it tells; none of it changes what is learnt."""
+    """Where a run lives and what it tells; none of it changes what is learned."""
 
     folder: PathName | None = None
     """Run folder; null is `runs/<name>`. Started again on the same folder, a run resumes."""
     cache: PathName = "runs/cache"
-    """Folder for what runs share: tokenised data, trained tokenizers and teachers."""
+    """Folder for what runs share: tokenized data, trained tokenizers and teachers."""
     log_every: Positive = 10
     """Optimizer steps between log lines (metrics.jsonl has every step)."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

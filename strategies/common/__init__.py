@@ -1,0 +1,1 @@
+"""What several strategies need and none owns."""

@@ -1,0 +1,244 @@
+"""The tiled loss: logits of some positions at a time, turned into values and gradients before the next ones are made.
+
+A loss of N positions over V tokens needs the logits of a tile of rows only, since each row is normalized by itself. The
+gradient by a row's logits is known as soon as its loss is, so it goes at once into the gradients of hidden states and
+head, which is all that is kept for backward: N x width and V x width numbers, nothing of N x V. Products are those of
+the naive loss, none is made twice. A tile's logits are worked on in blocks that stay in a processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from strategies.distillation.losses.heads import Head, products_of, slabs
+from strategies.distillation.losses.logit_blocks import Taught, Terms
+from strategies.distillation.losses.teacher_targets import (
+    HiddenTargets,
+    LogitTargets,
+    SampledTargets,
+    SharedVocabulary,
+    Targets,
+    TopTargets,
+)
+
+IGNORED = -100  # target of a position that is not learned: prompt, padding, last token of a document
+TILE = {"cpu": 288 * 2**20, "cuda": 2**30}  # bytes of a tile's logits, of student and teacher together
+ROWS = {"cpu": 256}  # of a tile at most: more are no faster there, and learned positions fill a smaller one more surely
+BLOCK = 2**20  # bytes of logits worked on at a time on a CPU
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """What a loss is taken of, beside the student's tensors.
+
+    Attributes:
+        terms: weighted.
+        head: the student's, without gradient; None where `rows` of logits are given themselves.
+        targets: (positions,) tokens or `IGNORED`.
+        taught: what the teacher says; its tensors have (positions, ...).
+        common: columns that are compared.
+        asked: (positions,) whether the teacher says something; None for all.
+        tile: bytes of logits at a time; None for the device's usual.
+        accumulate: dtype of logits, sums and gradients while they are made.
+    """
+
+    terms: Terms
+    head: Head | None
+    targets: torch.Tensor
+    teacher_targets: Targets | None
+    common: SharedVocabulary | None
+    asked: torch.Tensor | None
+    tile: int | None
+    accumulate: torch.dtype = torch.float32
+
+
+def loss_mask(targets: torch.Tensor) -> torch.Tensor:
+    """Positions that have a target; all of them, which needs the most memory, where a step is only planned."""
+    if isinstance(targets, FakeTensor):
+        return torch.arange(targets.numel(), device=targets.device)
+    return torch.argwhere(targets != IGNORED)[:, 0]
+
+
+def tile_rows(positions: int, vocabularies: int, device: str, tile: int | None = None, itemsize: int = 4) -> int:
+    """Positions in a tile.
+
+    Args:
+        positions: that have a target.
+        vocabularies: of student and teacher, if logits are made of it, together.
+        device: its type, "cpu" or "cuda".
+        tile: bytes of logits at a time; None for the device's usual.
+        itemsize: bytes of a logit while it is made.
+    """
+    fitting = (tile or TILE.get(device, TILE["cpu"])) // (itemsize * vocabularies)
+    return max(1, min(positions, fitting, ROWS.get(device, fitting)))
+
+
+class TiledLoss(torch.autograd.Function):
+    """(loss, values of the terms) of hidden states (positions, width), the head's weight and bias, and a `HeadCall`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = hidden.device
+        compute = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        wide = torch.promote_types(call.accumulate, hidden.dtype)
+        wanted = ctx.needs_input_grad
+        by_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if wanted[0] else None
+        by_weight = torch.zeros(weight.shape, dtype=wide, device=device) if wanted[1] else None
+        by_bias = torch.zeros(weight.shape[0], dtype=wide, device=device) if wanted[2] else None
+        head = _computed(call.head, compute) if hidden.is_cuda else call.head
+        values = torch.zeros(len(call.terms.names), dtype=wide, device=device)
+        with products_of(compute, device):
+            for rows, products, teacher_targets, spare in _tiles(call, head, hidden, compute, wide):
+                values += _on_tile(call, head, products, rows, teacher_targets, any(wanted))
+                if by_hidden is not None:
+                    by_hidden[rows] = _times(products, head.weight, compute, spare).to(wide)
+                if by_weight is not None:
+                    _add_outer(by_weight, products, hidden[rows], compute)
+                if by_bias is not None:
+                    by_bias += products.sum(0)
+        ctx.gradients, ctx.dtypes = [by_hidden, by_weight, by_bias], (hidden.dtype, weight.dtype,
+                                                                         None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(values)
+        return _weighted(call.terms, values), values
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of a tiled loss is handed out once: call backward once, or take the loss "
+                               "again")
+        scaled = [None if one is None else one.mul_(upstream) for one in ctx.gradients]
+        ctx.gradients = None
+        return *(None if one is None else one.to(dtype) for one, dtype in zip(scaled, ctx.dtypes, strict=True)), None
+
+
+class LogitLoss(torch.autograd.Function):
+    """(loss, values of the terms) of logits (positions, vocabulary) that exist already, and a `HeadCall`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, call: HeadCall) -> tuple[torch.Tensor, torch.Tensor]:
+        wide, gradient = torch.promote_types(call.accumulate, logits.dtype), ctx.needs_input_grad[0]
+        by = torch.zeros(logits.shape, dtype=wide, device=logits.device) if gradient else None
+        values = torch.zeros(len(call.terms.names), dtype=wide, device=logits.device)
+        plain = Head(logits.new_empty(0, 0))
+        with products_of(wide, logits.device):
+            for rows, products, teacher_targets, _ in _tiles(call, plain, logits, logits.dtype, wide):
+                values += _on_tile(call, plain, products, rows, teacher_targets, gradient)
+                if by is not None:
+                    by[rows] = products
+        ctx.gradient, ctx.dtype = by, logits.dtype
+        ctx.mark_non_differentiable(values)
+        return _weighted(call.terms, values), values
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (upstream * ctx.gradient).to(ctx.dtype), None
+
+
+def _weighted(terms: Terms, values: torch.Tensor) -> torch.Tensor:
+    return (values * values.new_tensor([terms.weights[name] for name in terms.names])).sum()
+
+
+def _tiles(call: HeadCall, head: Head, given: torch.Tensor, compute: torch.dtype, wide: torch.dtype
+           ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Taught, torch.Tensor]]:
+    """Rows of a tile, the student's products for them, what the teacher says, and the buffer that it says it in.
+
+    All buffers are used again.
+    """
+    whole = call.head is None
+    vocabulary = given.shape[-1] if whole else head.vocabulary
+    said = call.teacher_targets
+    if given.is_cuda and isinstance(said, HiddenTargets):
+        said = HiddenTargets(said.hidden.to(compute), _computed(said.head, compute))
+    theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
+        said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
+    kept = loss_mask(call.targets)
+    size = tile_rows(len(kept), vocabulary + theirs, given.device.type, call.tile, wide.itemsize)
+    mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
+    other = torch.empty(size, theirs, dtype=wide, device=given.device)
+    for rows in kept.split(size)[:1 if isinstance(given, FakeTensor) else None]:
+        products = mine[:len(rows)]
+        if whole:
+            products.copy_(given[rows])
+        else:
+            head.fill(products, given[rows].to(compute))
+        spare = other[:len(rows)]
+        yield rows, products, _taught_on(said, rows, spare), spare
+
+
+def _computed(head: Head, compute: torch.dtype) -> Head:
+    """A head in the dtype of products, once for all tiles."""
+    return replace(head, weight=head.weight.to(compute))
+
+
+def _taught_on(teacher_targets: Targets | None, rows: torch.Tensor, out: torch.Tensor) -> Taught:
+    """What a teacher says about some rows; its logits are written to `out`."""
+    if isinstance(teacher_targets, HiddenTargets):
+        return teacher_targets.head.shape(teacher_targets.head.fill(out, teacher_targets.hidden[rows]))
+    if isinstance(teacher_targets, LogitTargets):
+        return out.copy_(teacher_targets.logits[rows])
+    return None if teacher_targets is None else _part(teacher_targets, rows)
+
+
+def _part(teacher_targets: SampledTargets | TopTargets, rows: torch.Tensor | slice) -> SampledTargets | TopTargets:
+    return replace(
+        teacher_targets,
+        **{
+            field.name: getattr(teacher_targets, field.name)[rows]
+            for field in fields(teacher_targets)
+            if field.name != "temperature"
+        },
+    )
+
+
+def _on_tile(
+    call: HeadCall, head: Head, products: torch.Tensor, rows: torch.Tensor, teacher_targets: Taught, gradient: bool
+) -> torch.Tensor:
+    """Values of the terms over a tile; its products become gradients, block by block."""
+    fitting = len(rows) if products.is_cuda else max(1, BLOCK // (products.element_size() * products.shape[1]))
+    targets = call.targets[rows]
+    asked = None if call.asked is None else call.asked[rows]
+    values = products.new_zeros(len(call.terms.names))
+    for begin in range(0, len(rows), fitting)[:1 if isinstance(products, FakeTensor) else None]:
+        part = slice(begin, begin + fitting)
+        said = (
+            teacher_targets[part]
+            if isinstance(teacher_targets, torch.Tensor)
+            else None
+            if teacher_targets is None
+            else _part(teacher_targets, part)
+        )
+        values += call.terms.on_block(products[part], head, targets[part], said, call.common,
+                                      None if asked is None else asked[part], gradient)
+    return values
+
+
+def _times(gradient: torch.Tensor, weight: torch.Tensor, compute: torch.dtype, spare: torch.Tensor) -> torch.Tensor:
+    """(rows, vocabulary) times (vocabulary, width), summed in the gradient's dtype.
+
+    What bf16 weights give on a CPU is rounded to bf16 once it is summed, as a gradient of bf16 hidden states is anyhow;
+    that product is three times as fast. `spare` is a buffer (rows, any) of the gradient's dtype.
+    """
+    if gradient.is_cuda and weight.element_size() == 2:
+        return torch.mm(gradient.to(compute), weight, out_dtype=gradient.dtype)
+    if weight.dtype is torch.bfloat16 is compute:
+        room = spare.view(compute).flatten()[:gradient.numel()]  # in one piece: a product of parts read beyond them
+        return (room.view_as(gradient).copy_(gradient) if len(room) == gradient.numel() else gradient.to(compute)
+                ) @ weight
+    total: torch.Tensor | None = None
+    for part, wide in slabs(weight, gradient.dtype):
+        total = gradient[:, part] @ wide if total is None else total.addmm_(gradient[:, part], wide)
+    return total
+
+
+def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, compute: torch.dtype) -> None:
+    """Add gradient^T hidden to `total` (vocabulary, width)."""
+    if gradient.is_cuda and compute.itemsize == 2:
+        total += torch.mm(gradient.to(compute).T, hidden.to(compute), out_dtype=total.dtype)
+    else:
+        total.addmm_(gradient.T, hidden.to(total.dtype))

@@ -1,0 +1,1 @@
+"""Deep Compression's archive."""

@@ -1,0 +1,128 @@
+"""A real client of ONNX files: a process of its own that knows only ONNX Runtime, NumPy and the tokenizer.
+
+    python onnx_client.py request.json answer.json
+
+It takes the requests of `transformers_client.py` and gives the same answers. It imports nothing of this project,
+so what it can load and compute is what anybody can.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
+
+IGNORED = -100
+OUTPUT = "/output"  # behind the name of a quantized layer, in the graph
+
+
+def main(request_file: str, answer_file: str) -> None:
+    """Measure every model of the request on the same held-out rows, one after the other."""
+    request = json.loads(Path(request_file).read_text())
+    held_out = load_file(request["held_out"])
+    answer = {name: measure(model, held_out, request) for name, model in request["models"].items()}
+    Path(answer_file).write_text(json.dumps(answer))
+
+
+def measure(which: dict[str, Any], held_out: dict[str, np.ndarray], request: dict[str, Any]) -> dict[str, Any]:
+    """Bits per byte, tokens per second, parameters and a sample of one folder; its logits, where they are wanted."""
+    folder = Path(which["path"])
+    session = open_session(folder, request["threads"])
+    if which.get("logits"):
+        part, length = slice(0, request["logit_rows"]), request["logit_length"]
+        save_file({"logits": logits_of(session, held_out, part, length)}, which["logits"])
+    else:
+        logits_of(session, held_out, slice(0, 1), None)  # buffers are made at the first call: not what is timed
+    if which.get("layers"):
+        save_file(layer_outputs(folder, held_out, request["threads"]), which["layers"])
+    nats, speeds = 0.0, []
+    for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
+        part = slice(begin, begin + request["micro_batch"])
+        started = time.perf_counter()
+        logits = logits_of(session, held_out, part, None)
+        speeds.append(held_out["input_ids"][part].size / (time.perf_counter() - started))
+        nats += cross_entropy(logits, held_out["targets"][part])
+    return {
+        "bits_per_byte": nats / math.log(2) / max(1, int(held_out["bytes"].sum())),
+        "tokens_per_second": statistics.median(speeds),
+        "parameters": int(session.get_modelmeta().custom_metadata_map["parameters"]),
+        "parameter_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data")),
+        "sample": sample(session, folder, request),
+    }
+
+
+def layer_outputs(folder: Path, held_out: dict[str, np.ndarray], threads: int) -> dict[str, np.ndarray]:
+    """What each quantized layer gives on the first row, by its name in the model."""
+    import onnx
+
+    shown, graph = folder / ".layers.onnx", onnx.load(folder / "model.onnx", load_external_data=False)
+    names = [name for node in graph.graph.node for name in node.output if name.endswith(OUTPUT)]
+    graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
+    try:
+        onnx.save(graph, shown)  # beside the weights, which it names
+        outputs = open_session(folder, threads, shown.name).run(names, inputs_of(held_out, slice(0, 1), None))
+    finally:
+        shown.unlink(missing_ok=True)
+    return {name.removeprefix("model.").removesuffix(OUTPUT): output
+            for name, output in zip(names, outputs, strict=True)}
+
+
+def open_session(folder: Path, threads: int, file: str = "model.onnx") -> onnxruntime.InferenceSession:
+    """A folder's graph, on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
+
+
+def logits_of(session: onnxruntime.InferenceSession, held_out: dict[str, np.ndarray], rows: slice, length: int | None
+              ) -> np.ndarray:
+    """(rows, length, vocabulary) fp32 logits of packed held-out rows."""
+    return session.run(["logits"], inputs_of(held_out, rows, length))[0]
+
+
+def inputs_of(held_out: dict[str, np.ndarray], rows: slice, length: int | None) -> dict[str, np.ndarray]:
+    """What a graph is given of packed held-out rows."""
+    return {name: np.ascontiguousarray(held_out[name][rows, :length], dtype=np.int64)
+            for name in ("input_ids", "position_ids")}
+
+
+def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Nats of all targets (rows, length) that count; `logits` (rows, length, vocabulary) are overwritten."""
+    counts = targets != IGNORED
+    wanted = np.take_along_axis(logits, np.where(counts, targets, 0)[..., None], -1)[..., 0].astype(np.float64)
+    largest = logits.max(-1)
+    logits -= largest[..., None]
+    sums = np.exp(logits, out=logits).sum(-1, dtype=np.float64)
+    return float(((np.log(sums) + largest - wanted) * counts).sum())
+
+
+def sample(session: onnxruntime.InferenceSession, folder: Path, request: dict[str, Any]) -> str:
+    """The most probable continuation of the prompt; all of it is read again for each token."""
+    tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or folder, trust_remote_code=False)
+    settings = json.loads((folder / "config.json").read_text())
+    generation = folder / "generation_config.json"
+    ends = (json.loads(generation.read_text()) if generation.exists() else settings).get("eos_token_id")
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    ids = tokenizer(request["prompt"], add_special_tokens=True).input_ids
+    room = settings.get("max_position_embeddings") or len(ids) + request["sample_tokens"]
+    for _ in range(max(1, min(request["sample_tokens"], room - len(ids)))):
+        row = np.array([ids], dtype=np.int64)
+        logits = session.run(["logits"], {"input_ids": row, "position_ids": np.arange(len(ids), dtype=np.int64)[None]})
+        ids.append(int(logits[0][0, -1].argmax()))
+        if ids[-1] in ends:
+            break
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

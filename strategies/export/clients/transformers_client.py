@@ -1,0 +1,146 @@
+"""A real client: a process of its own that knows only `transformers`, loads exported folders and measures them.
+
+    python transformers_client.py request.json answer.json
+
+It imports nothing of this project, so what it can load and compute is what anybody can.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
+
+IGNORED = -100
+
+
+Measured = Callable[[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]], dict[str, Any]]
+
+
+def main(measured: Measured, request_file: str, answer_file: str) -> None:
+    """Measure every model of the request on the same held-out rows, one after the other."""
+    with open(request_file) as handle:
+        request = json.load(handle)
+    torch.set_num_threads(request["threads"])
+    held_out = load_file(request["held_out"])
+    answer = {name: measured(model, held_out, request) for name, model in request["models"].items()}
+    with open(answer_file, "w") as handle:
+        json.dump(answer, handle)
+
+
+@torch.no_grad()
+def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: dict[str, Any]) -> dict[str, Any]:
+    """Bits per byte, tokens per second, parameters and a sample of one model; its logits, where they are wanted."""
+    options = {"revision": which["revision"]} if which.get("revision") else {}
+    model = _load(which["path"], dtype=which.get("dtype", "auto"), use_safetensors=True,
+                  trust_remote_code=which.get("trust_remote_code", False), **options).to(request["device"]).eval()
+    if which.get("logits"):
+        rows, length = request["logit_rows"], request["logit_length"]
+        save_file({"logits": logits_of(model, held_out, slice(0, rows), length).float().cpu().contiguous()},
+                  which["logits"])
+    else:
+        logits_of(model, held_out, slice(0, 1), None)  # packed weights unpack at the first call: not what is timed
+    if which.get("layers"):
+        save_file({name: output.cpu() for name, output in layer_outputs(
+            model, lambda: logits_of(model, held_out, slice(0, 1), None)).items()}, which["layers"])
+    return {
+        **read_through(model, held_out, request),
+        # Scales and shapes of quantized weights are kept as parameters too; they are no weights of the model.
+        "parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
+                          if not name.endswith(("_scale", "_shape", "_zero_point"))),
+        "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        "sample": sample(model, which["path"], options, request),
+    }
+
+
+def _load(path: str, **options: Any) -> Any:
+    """A causal model; or one of text and images or sound, whose language model a teacher is."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return AutoModelForMultimodalLM.from_pretrained(path, **options)
+
+
+def layer_outputs(model: torch.nn.Module, run: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """What each innermost layer gave when it was first called, in fp32, in the order of calls."""
+    found: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            def keep(_: Any, __: Any, output: Any, name: str = name) -> None:
+                if isinstance(output, torch.Tensor) and name not in found:
+                    found[name] = output.detach().float().contiguous()
+
+            hooks.append(module.register_forward_hook(keep))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def read_through(model: torch.nn.Module, held_out: dict[str, torch.Tensor], request: dict[str, Any]
+                 ) -> dict[str, float]:
+    """Bits per byte of all held-out rows, and the median speed of a micro-batch in tokens per second."""
+    nats, speeds = 0.0, []
+    for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
+        part = slice(begin, begin + request["micro_batch"])
+        started = time.perf_counter()
+        logits = logits_of(model, held_out, part, None)
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        speeds.append(held_out["input_ids"][part].numel() / (time.perf_counter() - started))
+        targets = held_out["targets"][part].to(logits.device)
+        nats += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                                        ignore_index=IGNORED, reduction="sum"))
+    return {"bits_per_byte": nats / math.log(2) / max(1, int(held_out["bytes"].sum())),
+            "tokens_per_second": statistics.median(speeds)}
+
+
+def logits_of(model: Any, held_out: dict[str, torch.Tensor], rows: slice, length: int | None) -> torch.Tensor:
+    """(rows, length, vocabulary) logits of packed held-out rows.
+
+    Where rotary frequencies depend on the largest position of a batch, each document is read alone.
+    """
+    inputs = {name: held_out[name][rows, :length].to(model.device) for name in ("input_ids", "position_ids")}
+    if not any("longrope" in str(getattr(module, "rope_type", "")) for module in model.modules()):
+        return model(**inputs, use_cache=False).logits
+    read = []
+    for ids, positions in zip(*inputs.values(), strict=True):
+        sizes = torch.diff(torch.argwhere(positions == 0).flatten(), append=positions.new_tensor([len(positions)]))
+        parts = zip(ids.split(sizes.tolist()), positions.split(sizes.tolist()), strict=True)
+        read.append(torch.cat([model(input_ids=part[None], position_ids=at[None], use_cache=False).logits[0]
+                               for part, at in parts]))
+    return torch.stack(read)
+
+
+def sample(model: Any, path: str, options: dict[str, Any], request: dict[str, Any]) -> str:
+    """The most probable continuation of the prompt."""
+    own = {} if request.get("tokenizer") else options
+    tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or path, trust_remote_code=False, **own)
+    ids = tokenizer(request["prompt"], return_tensors="pt", add_special_tokens=True).input_ids.to(model.device)
+    count = request["sample_tokens"]
+    room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + count
+    count = max(1, min(count, room - ids.shape[1]))
+    # A call takes what it leaves out from the model's own settings, which may hold penalties; of these the ends count.
+    ends = model.generation_config.eos_token_id
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(max_new_tokens=count, eos_token_id=ends, pad_token_id=padding)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False)
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    main(measure, sys.argv[1], sys.argv[2])

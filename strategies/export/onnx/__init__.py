@@ -1,0 +1,1 @@
+"""The student for ONNX Runtime."""

@@ -1,0 +1,202 @@
+"""The student for ONNX Runtime: a graph whose packed weights and scales are those of training."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from strategies.export.hf.transformers_folder import format_bits
+from strategies.export.hf.written_config import config_of, write_config
+from strategies.export.onnx.onnx_layers import DOMAIN, stand_in, stand_of
+from strategies.export.quantized_layers import Quantized, quantized_layers
+
+FILE = "model.onnx"
+BITS = (2, 4, 8)  # of a number that ONNX Runtime can multiply with
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Architectures, by what transformers calls them, of which torch was seen to make a graph; others are tried.
+TRIED = ("bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama",
+         "mistral", "olmo2", "opt", "phi", "qwen2", "qwen3", "stablelm", "starcoder2")
+GROUPS = (16, 32, 64, 128, 256)  # neighboring inputs to which it gives one scale
+
+
+def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Write a causal language model as a folder with `model.onnx`, for ONNX Runtime.
+
+    The graph takes `input_ids` and `position_ids` (rows, length), both int64, and gives `logits` (rows, length,
+    vocabulary) in fp32. Positions that begin again keep packed documents apart, as they do in the model. Quantized
+    linear layers are `MatMulNBits` nodes of the domain com.microsoft, with the numbers and scales of training. Written
+    beside and renamed: an interrupted export leaves no folder that looks finished. The model is left as it is.
+
+    Args:
+        folder: where; replaced if it exists.
+        model: a causal language model of transformers with fp32 weights, its quantized layers still fake-quantizing.
+        tokenizer: saved with it.
+        dtype: what everything that is not quantized is stored in; it is multiplied in fp32. Layers whose scales are of
+            half precision are dequantized as the file is loaded, since only then is the product rounded as in training:
+            with fp32 scales they stay packed in memory.
+
+    Raises:
+        ValueError: a layer is what ONNX Runtime cannot multiply, or a package is missing; see `check_onnx`.
+    """
+    check_onnx(model)
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    device = next(model.parameters()).device
+    _write(partial / FILE, _Logits(model), _examples(device), "logits", (0, 1), dtype)
+    write_config(config_of(model, dtype), partial, model)
+    model.generation_config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def write_onnx_module(file: Path, module: nn.Module, example: torch.Tensor) -> None:
+    """Write a module of one input and one output, both tensors, as an ONNX file.
+
+    Args:
+        file: ends with .onnx; weights lie beside it in a file with .data behind its name.
+        module: its quantized layers still fake-quantizing. Convolutions of 8 bits with a scale for each channel are
+            stored as int8 before a `DequantizeLinear`.
+        example: an input (batch, ...) of two rows or more, of which the first dimension may be another later.
+
+    Raises:
+        ValueError: see `check_onnx`.
+    """
+    check_onnx(module)
+    file = Path(file)
+    partial = file.with_name(f".{file.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write(partial / file.name, nn.Sequential(module), {"input": example}, "output", (0,), torch.float32)
+    file.unlink(missing_ok=True)
+    for part in sorted(partial.iterdir(), reverse=True):  # the graph last: weights alone do not look finished
+        os.replace(part, file.with_name(part.name))
+    partial.rmdir()
+
+
+def check_onnx(model: nn.Module) -> None:
+    """Raise `ValueError` where ONNX Runtime has no product for a quantized layer, or a package is missing.
+
+    What it has was tried with 1.32 on a CPU. Shapes are enough: weights are not read.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"ONNX files need {' and '.join(missing)}: pip install 'limbeck[onnx]'")
+    for name, module in model.named_modules():
+        if not isinstance(module, CONVOLUTIONS) and any(
+                own.ndim == 3 for own in module.parameters(recurse=False)):
+            raise ValueError(f"{name} holds a mixture of experts in one tensor, and ONNX has no product of each token "
+                             "with its own")
+    for name, layer in quantized_layers(model):
+        _check(name, layer)
+    for name, weight in _weights(model).items():
+        if weight.dtype is not torch.float32:
+            raise ValueError(f"{name} is {weight.dtype}: the graph multiplies in float32, so call model.float() first")
+
+
+def try_onnx(model: nn.Module) -> None:
+    """Raise `ValueError` where torch makes no ONNX graph of a model, of which one with random weights is enough."""
+    with tempfile.TemporaryDirectory(prefix="limbeck-trial-") as folder:
+        try:
+            _write(Path(folder) / FILE, _Logits(model.eval()), _examples("cpu"), "logits", (0, 1), torch.float32)
+        except Exception as error:  # it ends in every kind of it, of many lines
+            causes = [error]
+            while causes[-1].__cause__ is not None:
+                causes.append(causes[-1].__cause__)
+            if any(isinstance(cause, OSError) for cause in causes):
+                raise  # a full disk says nothing about a model
+            said = str(causes[-1]).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"torch makes no ONNX graph of {type(model).__name__}: {said[0][:300]}") from error
+
+
+def _examples(device: Any) -> dict[str, torch.Tensor]:
+    """Inputs that a model is traced with, by name."""
+    positions = torch.tensor([0, 1, 2, 0, 1], device=device).repeat(3, 1)
+    return {"input_ids": torch.zeros(3, 5, dtype=torch.long, device=device), "position_ids": positions}
+
+
+def _check(name: str, layer: Quantized) -> None:
+    quantizer, activations = layer.quantizer, layer.activations
+    if stand_of(layer) is None:
+        raise ValueError(f"{name} is a {type(layer).__name__}: linear layers, embeddings and convolutions are written")
+    if quantizer.kind == "fp8" or (activations is not None and activations.kind == "fp8"):
+        raise ValueError(f"{name} has fp8 numbers, which ONNX Runtime does not multiply on a CPU: take 8 bits")
+    if format_bits(quantizer) not in BITS:
+        raise ValueError(f"{name} has {quantizer.bits} bits, and ONNX Runtime multiplies numbers of "
+                         f"{', '.join(map(str, BITS))}: take {min(b for b in BITS if b > quantizer.bits)}")
+    if quantizer.group_size not in (None, *GROUPS):
+        raise ValueError(f"{name} has groups of {quantizer.group_size}, and ONNX Runtime multiplies groups of "
+                         f"{', '.join(map(str, GROUPS))}: take one of them, or whole channels")
+
+
+class _Logits(nn.Module):
+    """A causal language model with two inputs and one output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """(rows, length), (rows, length) -> (rows, length, vocabulary)"""
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on packages that are not needed and on what it will change."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@torch.no_grad()
+def _write(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor], output: str, dynamic: tuple[int, ...],
+           dtype: torch.dtype) -> None:
+    """Trace, fill in what is quantized, save.
+
+    Args:
+        inputs: examples by name, in the order of the module's arguments.
+        output: its name.
+        dynamic: dimensions of every input that may be another later.
+    """
+    import onnx_ir as ir
+
+    from strategies.export.onnx.onnx_graph import fill_in, store_as
+
+    shapes = tuple(dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC) for _ in inputs)
+    with _quiet():
+        program = torch.onnx.export(
+            stand_in(module, dtype), tuple(inputs.values()), dynamo=True, verbose=False, dynamic_shapes=shapes,
+            input_names=list(inputs), output_names=[output], custom_opsets={DOMAIN: 1})
+    graph = program.model
+    fill_in(graph, dict(quantized_layers(module)))
+    if dtype is not torch.float32:
+        store_as(graph, dtype)
+    ir.passes.common.ClearMetadataAndDocStringPass()(graph)  # stack traces, at ten times the bytes of the graph
+    graph.metadata_props["parameters"] = str(sum(parameter.numel() for parameter in _weights(module).values()))
+    ir.save(graph, file, external_data=f"{file.name}.data")
+
+
+def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights by name, tied ones once, without the scales of quantized layers."""
+    scales = {id(getattr(layer, part, None)) for _, layer in quantized_layers(module)
+              for part in ("first_ratio", "log_ratio", "scale", "zero_point", "input_scale")}
+    return {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in scales}

@@ -1,0 +1,55 @@
+"""A run of a matrix's elements as rectangles: what a rank holds may begin and end in the middle of a row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from strategies.common.shards import Piece
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A rectangle of a stack of matrices [L, R, C] whose elements lie one after another.
+
+    Attributes:
+        begin: where in the rank's piece its elements begin.
+        matrices, rows, columns: of the whole stack.
+    """
+
+    begin: int
+    matrices: slice
+    rows: slice
+    columns: slice
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """[matrices, rows, columns]: a view of the block in the rank's piece."""
+        shape = [part.stop - part.start for part in (self.matrices, self.rows, self.columns)]
+        return flat[self.begin:self.begin + math.prod(shape)].view(shape)
+
+
+def stack_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(L, R, C) of a parameter of two dimensions or more: matrices over its last two, one for each leading index."""
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+
+def blocks_of(piece: Piece) -> list[Rectangle]:
+    """At most five: the rest of a row, of a matrix, whole matrices, rows of the next, the beginning of a row."""
+    _, rows, columns = stack_of(piece.shape)
+    found, at = [], piece.start
+    while at < piece.stop:
+        matrix, within = divmod(at, rows * columns)
+        row, column = divmod(within, columns)
+        left, size = piece.stop - at, [1, 1, columns]
+        if column or left < columns:
+            size[2] = min(columns - column, left)
+        elif row or left < rows * columns:
+            size[1] = min(rows - row, left // columns)
+        else:
+            size[0], size[1] = left // (rows * columns), rows
+        first = (matrix, row, column)
+        found.append(Rectangle(at - piece.start, *(slice(a, a + b) for a, b in zip(first, size, strict=True))))
+        at += math.prod(size)
+    return found

@@ -1,0 +1,337 @@
+"""Find a model's regions and capture each as the model calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from strategies.memory.meter import resident_tensors
+from strategies.rematerialization.capture.compile_region import (
+    compiled,
+    own_forward,
+    quiet,
+    replace_forward,
+    restore_forward,
+    stood_in,
+)
+from strategies.rematerialization.capture.joint_graph import Captured, read_by_backward
+from strategies.rematerialization.capture.trial_run import (
+    alike,
+    attributes_kept,
+    equal,
+    once_more,
+    own_gradients,
+    tensor_attributes,
+    turned_back,
+    undisturbed,
+)
+from strategies.rematerialization.price.uncaptured import MeasuredCall, measured_call
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Shape and kind of a tensor, without it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    bytes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Meta:
+        """The kind of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad,
+                   tensor.untyped_storage().nbytes())
+
+    def empty(self) -> torch.Tensor:
+        """A tensor of this kind."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+LEAVING: WeakSet[nn.Module] = WeakSet()
+"""Regions that leave tensors on their parts as plain attributes."""
+
+
+@dataclass
+class RegionCall:
+    """One call of a region in a step.
+
+    Attributes:
+        name, module: the region.
+        captured: its graph, or None with the `reason` why it could not be captured.
+        input: bytes of the tensors passed in that the region before handed out; else of the largest with a gradient.
+        passed: which of its arguments those are.
+        chained: whether the region before handed them out.
+        read: which of its arguments its backward reads for certain.
+        unfit: why it cannot run twice, or cannot be stood in for; empty if it can.
+        measured: what it needed where it could not be captured.
+        arguments, outputs: kinds of its tensors in and out among whatever else there is, and how all is nested.
+        attributes: (part, name, kind) of tensors that it leaves on its parts instead of handing them out.
+    """
+
+    name: str
+    module: nn.Module
+    captured: Captured | None = None
+    reason: str = ""
+    input: int = 0
+    passed: frozenset[int] = frozenset()
+    chained: bool = False
+    read: frozenset[int] = frozenset()
+    unfit: str = ""
+    measured: MeasuredCall | None = None
+    arguments: tuple[list[Meta | object], TreeSpec] = field(default=([], None), repr=False)
+    outputs: tuple[list[Meta | object], TreeSpec] = field(default=([], None), repr=False)
+    attributes: list[tuple[nn.Module, str, Meta]] = field(default_factory=list, repr=False)
+
+
+def find_regions(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's repeated blocks by name, or the model itself where there are none to speak of.
+
+    Blocks are the children of a list of at least two, some of them equal in the shapes of their parameters, that
+    together hold most of what is neither an embedding nor an output head. Networks of convolutions are one region: what
+    they would hand from block to block is as large as what they keep.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if 4 * sum(module.weight.numel() for module in model.modules() if _convolves(module)) >= total:
+        return {"": model}
+    lists = [(name, module) for name, module in model.named_modules()
+             if isinstance(module, (nn.ModuleList, nn.Sequential)) and _repeats(module)]
+    outer = [(name, module) for name, module in lists
+             if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    blocks = {f"{name}.{index}": block for name, module in outer for index, block in module.named_children()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    ends = {id(parameter) for module in model.modules() if isinstance(module, nn.Embedding) or module is head
+            for parameter in module.parameters()}
+    total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in ends)
+    covered = sum(parameter.numel() for block in blocks.values() for parameter in block.parameters())
+    return blocks if covered * 2 >= total and blocks else {"": model}
+
+
+def _convolves(module: nn.Module) -> bool:
+    """Whether a module convolves; cutting an image into patches does not count."""
+    return isinstance(module, (nn.modules.conv._ConvNd)) and module.kernel_size != module.stride
+
+
+def _repeats(module: nn.Module) -> bool:
+    shapes = [(type(child), tuple(tuple(parameter.shape) for parameter in child.parameters()))
+              for child in module.children()]
+    return len(shapes) >= 2 and len(set(shapes)) < len(shapes) and all(shape for _, shape in shapes)
+
+
+@contextmanager
+def calling(modules: dict[str, nn.Module], instead: Callable[[str, nn.Module], Callable]) -> Iterator[None]:
+    """Within the context, regions' forwards are replaced by `instead(name, module)`; hooks around them stay.
+
+    A plan that is installed is back afterwards.
+    """
+    planned = {name: module.__dict__["forward"] for name, module in modules.items() if stood_in(module)}
+    try:
+        for name, module in modules.items():
+            replace_forward(module, instead(name, module))
+        yield
+    finally:
+        for name, module in modules.items():
+            if name in planned:
+                module.forward = planned[name]
+            else:
+                restore_forward(module)
+
+
+def record(
+    modules: dict[str, nn.Module], run: Callable[[], object], around: Sequence[nn.Module] = ()
+) -> list[RegionCall]:
+    """Run a model forward once and capture each of its regions with what it is given.
+
+    Tensors between regions are cut off from the graph of autograd, so that nothing is kept from one to the next.
+    Generators and buffers are as before, afterwards. Calls that no gradient comes back through are left out.
+
+    Args:
+        modules: regions by name.
+        run: calls the model.
+        around: modules that run besides: the model itself, a teacher.
+    """
+    capturing = _Capturing()
+    calls: list[RegionCall] = []
+    last: list[torch.Tensor] = []  # held, so that no other storage takes their place in memory
+    anchor = torch.zeros(1, requires_grad=True)
+
+    def instead(name: str, module: nn.Module) -> Callable:
+        def forward(*args, **kwargs):
+            if not takes_part(module, args, kwargs):
+                return own_forward(module, *args, **kwargs)
+            args, kwargs = without_cache(args, kwargs)
+            call = RegionCall(name, module, arguments=_kinds((args, kwargs)))
+            given = tree_flatten((args, kwargs))[0]
+            _note_input(call, given, last)
+            versions, left = [version(leaf) for leaf in given], tensor_attributes(module)
+            out = capturing.call(call, args, kwargs)
+            leaves, spec = tree_flatten(out)
+            call.outputs = _kinds(out)
+            if versions != [version(leaf) for leaf in given]:
+                call.unfit = "it writes to a tensor that it is given"
+            elif not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+                call.unfit = "it hands out no tensors, or only inside of objects"
+            calls.append(call)
+
+            def cut(leaf: object) -> object:
+                turns = isinstance(leaf, torch.Tensor) and leaf.requires_grad
+                return _Cut.apply(anchor, leaf.detach()) if turns else leaf
+
+            LEAVING.discard(module)
+            for (part, attribute), value in tensor_attributes(module).items():
+                if left.get((part, attribute)) is not value:
+                    LEAVING.add(module)
+                    call.attributes.append((part, attribute, Meta.of(value)))
+                    part.__dict__[attribute] = cut(value)
+            leaves = list(map(cut, leaves))
+            last[:] = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            return tree_unflatten(leaves, spec)
+        return forward
+
+    with (undisturbed([*modules.values(), *around]), attributes_kept(modules.values()), calling(modules, instead),
+          torch.enable_grad()):
+        run()
+    return calls
+
+
+class _Capturing:
+    """Captures calls of regions; equal ones once."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Captured, list[object]]] = []  # graphs that ran, and the storages of their inputs
+        self.tried: dict[tuple, bool] = {}  # kinds of modules: whether what is captured has their gradients
+        self.function = self._new()
+
+    def _new(self) -> Callable:
+        return compiled(_as_traced, notice=lambda captured, inputs: self.seen.append(
+            (captured, [_storage(value) if isinstance(value, torch.Tensor) else None for value in inputs])))
+
+    def call(self, call: RegionCall, args: tuple, kwargs: dict) -> object:
+        """Call a region and note its graph, or why there is none and what it needs as it is.
+
+        What torch.compile makes of a module is tried against the module itself, once for each kind: it has lost the
+        gradients of autograd functions before (torch 2.11), without a word.
+        """
+        self.seen.clear()
+        leaves = tree_flatten((args, kwargs))[0]
+        kind = (type(call.module), call.module.training, str(_kinds((args, kwargs))[0]),
+                tuple((parameter.shape, parameter.requires_grad) for parameter in call.module.parameters()))
+        versions = [version(leaf) for leaf in leaves]
+        expected = None if kind in self.tried else own_gradients(call.module, args, kwargs)
+        try:
+            out = self._captured(call.module, args, kwargs)
+        except Exception as error:  # whatever torch.compile could not do; what the module itself raises comes again
+            call.reason = first_line(error)
+        else:
+            written = versions != [version(leaf) for leaf in leaves]  # which leaves it unfit anyway
+            self.tried.setdefault(kind, expected is None or written or alike(
+                turned_back(call.module, leaves, out), expected))
+            if len(self.seen) == 1 and self.tried[kind]:
+                call.captured, inputs = self.seen[0]
+                wanted = read_by_backward(call.captured)
+                read = {storage for node, storage in zip(call.captured.primals, inputs, strict=True) if node in wanted}
+                call.read = frozenset(index for index, leaf in enumerate(leaves)
+                                      if isinstance(leaf, torch.Tensor) and _storage(leaf) in read)
+                return out
+            call.reason = ("its gradients are others when torch.compile has captured it" if self.seen
+                           else "torch.compile made no graph of it")
+        again = once_more(call.module, args, kwargs)
+        torch.clear_autocast_cache()  # so that 16-bit copies of its weights are counted
+        out, call.measured = measured_call(call.module, args, kwargs)
+        if again is not None and not equal(again, out):
+            call.unfit = "it draws random numbers that cannot be drawn again, or does not do the same twice"
+        return out
+
+    def _captured(self, module: nn.Module, args: tuple, kwargs: dict) -> object:
+        try:
+            with quiet("torch._dynamo.convert_frame"):
+                return self.function(module, *args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # torch.compile keeps a few graphs for each function
+            self.function = self._new()
+            return self.function(module, *args, **kwargs)
+
+
+class _Cut(torch.autograd.Function):
+    """A tensor cut off from what made it; unlike a leaf, the model may write to it."""
+
+    @staticmethod
+    def forward(ctx, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def takes_part(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a gradient will come back through this call of a module."""
+    if not torch.is_grad_enabled():
+        return False
+    return (any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_flatten((args, kwargs))[0])
+            or any(parameter.requires_grad for parameter in module.parameters()))
+
+
+def without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments without a key-value cache of transformers: it would hold what is to be recomputed, and grow twice.
+
+    transformers' own activation checkpointing drops it as well.
+    """
+    def is_cache(value: object) -> bool:
+        return any(kind.__name__ == "Cache" and kind.__module__.startswith("transformers.")
+                   for kind in type(value).__mro__)
+
+    args = tuple(None if is_cache(value) else value for value in args)
+    dropped = {name: None for name, value in kwargs.items() if is_cache(value)}
+    if dropped and kwargs.get("use_cache"):
+        dropped["use_cache"] = False
+    return args, {**kwargs, **dropped}
+
+
+def _note_input(call: RegionCall, leaves: Sequence[object], before: Sequence[torch.Tensor]) -> None:
+    given = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    passed = {index: leaf for index, leaf in given.items() if any(looks_at(leaf, out) for out in before)}
+    call.chained = bool(passed)
+    if not passed:
+        wanted = [index for index, leaf in given.items() if leaf.requires_grad]
+        passed = {index: given[index] for index in sorted(wanted, key=lambda index: -given[index].numel())[:1]}
+    call.passed = frozenset(passed)
+    call.input = resident_tensors([leaf.detach() for leaf in passed.values()])
+
+
+def looks_at(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor is another one, or a view of its memory in the same number format."""
+    return _storage(tensor) == _storage(other) and tensor.dtype == other.dtype
+
+
+def _kinds(structure: object) -> tuple[list[Meta | object], TreeSpec]:
+    leaves, spec = tree_flatten(structure)
+    return [Meta.of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def version(leaf: object) -> tuple[int, int] | None:
+    """Another whenever a tensor has been written to, or is another."""
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return id(leaf), 0 if leaf.is_inference() else leaf._version
+
+
+def _as_traced(captured: Captured) -> list[int]:
+    return list(range(len(captured.operations) + 1))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,1 @@
+"""Execute: a model whose blocks run by their schedules."""

@@ -1,0 +1,1 @@
+"""Price: seconds and bytes of operations, of the ways to run a block, and of everything outside of blocks."""

@@ -1,0 +1,176 @@
+"""The ways to run one block, what is kept against what is recomputed: what the master problem chooses from."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import numpy as np
+
+from strategies.rematerialization.capture.joint_graph import Captured, is_random, problem
+from strategies.rematerialization.capture.partition import state_like
+from strategies.rematerialization.solve.chain_program import Option
+from strategies.rematerialization.solve.graph import Graph, simulate
+from strategies.rematerialization.solve.lower_bound import Bound
+from strategies.rematerialization.solve.relaxation import program
+from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
+
+LEVELS = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.06, 0.0)
+"""Shares of what keeping all keeps; most of the gain lies where little is kept."""
+MOVES = 8_000
+REMEMBERED = 256  # regions with their prices, in a process
+
+
+def _remembered(find: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a region and its prices that finds again what it found for an equal one.
+
+    A run plans the same blocks several times: before it begins and with its model, at one tile of the loss and another.
+    """
+    found: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    @wraps(find)
+    def again(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, *effort: Any, **named: Any) -> Any:
+        key = (captured.signature, seconds.tobytes(), workspace.tobytes(), effort, tuple(sorted(named.items())))
+        if key not in found:
+            found[key] = find(captured, seconds, workspace, *effort, **named)
+            if len(found) > REMEMBERED:
+                found.popitem(last=False)
+        return found[key]
+
+    return again
+
+
+@_remembered
+def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int = MOVES) -> tuple[Option, ...]:
+    """Ways to run a region that no other way beats in bytes kept, both peaks and seconds, cheapest first.
+
+    For each amount of bytes kept an integer program says what to keep at the least cost; a search then lowers the peak
+    of the backward from there, step by step.
+
+    Args:
+        captured: the region.
+        seconds, workspace: prices of its operations.
+        moves: effort of each search.
+    """
+    free = problem(captured, seconds, workspace)
+    all_kept = option_of(captured, free, tuple(range(len(free.seconds))))
+    most = 2 * (max(all_kept.backward_peak, all_kept.forward_peak) + all_kept.kept)
+    least = least_peak(free, 30.0, iterations=12 * moves)  # by moves: so that the least is the least each time
+    lowest = option_of(captured, free, least.order)
+    found = [all_kept, lowest]
+    for level in LEVELS:
+        kept = int(level * all_kept.kept)
+        order = _cheapest(captured, seconds, workspace, kept, most)
+        for peak in (most, *np.geomspace(max(least.peak, 1), all_kept.backward_peak, 4)[2::-1].astype(int)):
+            order = _solved(captured, seconds, workspace, kept, int(peak), moves, order)
+            if order is None:
+                break
+            found.append(option_of(captured, free, order))
+        if kept >= lowest.kept:  # as low as it gets, and cheaper for what may be kept
+            order = _solved(captured, seconds, workspace, kept, int(1.01 * least.peak), moves, least.order)
+            found += [option_of(captured, free, order)] if order is not None else []
+    return frontier(found)
+
+
+def cheapest_within(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int,
+                    moves: int = MOVES) -> tuple[int, ...] | None:
+    """The order found that recomputes least while it keeps at most `kept` bytes and needs at most `peak`, or None."""
+    return _solved(captured, seconds, workspace, kept, peak, moves, _cheapest(captured, seconds, workspace, kept, peak))
+
+
+def _cheapest(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, most: int
+              ) -> Sequence[int] | None:
+    """The order that recomputes least for the bytes kept, whatever its peak: an integer program for one moment."""
+    graph = problem(captured, seconds, workspace, kept, most)
+    bound = Bound(graph, most)
+    bound.prove(program(graph, most, [graph.forward]), time.perf_counter() + 0.5)
+    return bound.starts[-1] if bound.starts else None
+
+
+def _solved(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int, moves: int,
+            start: Sequence[int] | None) -> tuple[int, ...] | None:
+    graph = problem(captured, seconds, workspace, kept, peak)
+    try:
+        return solve(graph, peak, 0.5, bound=False, start=start, iterations=moves).order
+    except Infeasible:
+        return None
+
+
+def option_of(captured: Captured, graph: Graph, order: Sequence[int]) -> Option:
+    """What running a region in an order keeps, needs and costs beyond running everything once."""
+    border = list(order).index(captured.forward)
+    resident = simulate(graph, order).resident
+    again = len(order) > len(graph.seconds)
+    extra = float(sum(graph.seconds[index] for index in order) - graph.seconds.sum()) if again else 0.0
+    states = _state_bytes(captured, order)
+    return Option(kept_bytes(graph, order) + states, int(resident[:border].max(initial=0)) + states,
+                  int(resident[border + 1:].max(initial=0)) + states, max(0.0, extra), tuple(order))
+
+
+def kept_bytes(graph: Graph, order: Sequence[int]) -> int:
+    """Bytes of values made before the moment between forward and backward and read after it."""
+    border = list(order).index(graph.forward)
+    makes = graph.makes
+    made, kept = set(makes[graph.forward]), set()
+    for operation in order[border + 1:]:
+        kept |= set(graph.reads[operation]) - made
+        made |= set(makes[operation])
+    return int(sum(graph.size[value] for value in kept))
+
+
+def _state_bytes(captured: Captured, order: Sequence[int]) -> int:
+    """Bytes of generator states kept for random operations that run again."""
+    shift = [index + (index >= captured.forward) for index in range(len(captured.operations))]
+    ran = list(order)
+    return sum(state_like(node).numel() for index, node in zip(shift, captured.operations, strict=True)
+               if is_random(node) and ran.count(index) > 1)
+
+
+def most_states(captured: Captured) -> int:
+    """Bytes of generator states if every random operation runs again."""
+    return sum(state_like(node).numel() for node in captured.operations if is_random(node))
+
+
+def frontier(found: Sequence[Option]) -> tuple[Option, ...]:
+    """Options that no other one equals or beats in everything, cheapest first."""
+    kept: list[Option] = []
+    for option in sorted(found, key=lambda option: (option.seconds, option.kept, option.backward_peak)):
+        if not any(other.kept <= option.kept and other.backward_peak <= option.backward_peak
+                   and other.forward_peak <= option.forward_peak for other in kept):
+            kept.append(option)
+    return tuple(kept)
+
+
+@_remembered
+def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float = 0.3
+                ) -> list[tuple[int, float]]:
+    """Least seconds of recomputation of a region for bytes kept, proven: (bytes, seconds), fewer bytes first.
+
+    Bytes are those between forward and backward: of what the region keeps, its own output (the next region's input)
+    included, its input left out. Every value that the backward reads must then be there or be computed again from
+    what is, and so must the output. A relaxation: the peak in between is not looked at.
+
+    Args:
+        captured, seconds, workspace: the region and its prices.
+        limit: seconds for each point.
+    """
+    free = problem(captured, seconds, workspace, again=True)
+    most = option_of(captured, free, tuple(range(len(free.seconds)))).kept
+    curve: list[tuple[int, float]] = []
+    too_little: int | None = None  # the most bytes with which it cannot run at all
+    for level in sorted({0.0, 1.0, *LEVELS}):
+        kept = int(level * most)
+        graph = problem(captured, seconds, workspace, kept, 4 * most + 1, again=True)
+        bound = Bound(graph, 4 * most + 1)
+        bound.prove(program(graph, 4 * most + 1, [graph.forward]), time.perf_counter() + limit)
+        if np.isinf(bound.value):
+            too_little = kept
+            continue
+        least = max(0.0, bound.value - float(graph.seconds.sum()))
+        if not curve and too_little is not None:
+            curve.append((too_little, least))  # it may run with a byte more, at no less than this
+        curve.append((kept, least))
+    return curve

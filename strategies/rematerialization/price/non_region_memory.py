@@ -1,0 +1,289 @@
+"""What everything but the regions holds over one step, moment by moment, found on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from strategies.memory.meter import resident_tensors
+from strategies.memory.residency import Residency
+from strategies.memory.tracker import LiveBytes
+from strategies.rematerialization.capture.compile_region import own_forward
+from strategies.rematerialization.capture.fake_tensors import FakeItemMode
+from strategies.rematerialization.capture.regions import Meta, RegionCall, calling, takes_part, without_cache
+from strategies.rematerialization.capture.trial_run import attributes_kept
+from strategies.rematerialization.price.sharded_step import Shared
+
+
+@dataclass(frozen=True)
+class NonRegionMemory:
+    """Bytes that are live beside the regions, in a step in which regions keep nothing.
+
+    Attributes:
+        base: before the step: weights, optimizer state, teacher, batch, gradients if there are any.
+        start: most until the first region's forward.
+        before: for every region, when its forward runs, its input left out.
+        head: most between the last region's forward and its backward, its output included.
+        behind: for every region, when its backward runs, gradients that arrive as they are read left out.
+        arriving: for every region, bytes of these gradients.
+        fresh: for every region, bytes of its arguments that no earlier region is given, nor made by one.
+        spare: bytes of regions' arguments that are counted until their backward, though it may not read them.
+        end: most after the first region's backward.
+        update: most while the optimizer steps.
+        parts: bytes of `base` by name.
+        timeline: bytes after every change, regions standing still.
+        marks: (phase, position in the timeline).
+        around: the parts of the timeline before the first region's forward, between the last one's forward and its
+            backward, after the first one's backward, and while the optimizer steps.
+        turn: changes in the second of these parts before the loss turns back.
+        loss: the same before the loss is taken, where that is marked.
+        exchanged: where ranks share the model, bytes by name that have come since the step began, for each moment:
+            (name, number of the region or -1).
+        drops: whether gradients go as soon as they are made.
+    """
+
+    base: int
+    start: int
+    before: tuple[int, ...]
+    head: int
+    behind: tuple[int, ...]
+    arriving: tuple[int, ...]
+    fresh: tuple[int, ...]
+    spare: int
+    end: int
+    update: int
+    parts: dict[str, int]
+    timeline: tuple[int, ...] = ()
+    marks: tuple[tuple[str, int], ...] = ()
+    around: tuple[tuple[int, ...], ...] = ()
+    turn: int = 0
+    loss: int | None = None
+    exchanged: Mapping[tuple[str, int], Mapping[str, int]] = field(default_factory=dict)
+    drops: bool = False
+
+
+class Unreached(Exception):
+    """No gradient comes back to some regions.
+
+    Attributes:
+        regions: which, by number.
+    """
+
+    def __init__(self, regions: Sequence[int]) -> None:
+        self.regions = frozenset(regions)
+        super().__init__(f"no gradient reaches regions {sorted(regions)}")
+
+
+def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[], torch.Tensor], parts: dict[str, list],
+            update: Callable[[], object], round_to: int = 1, reserved: Mapping[str, int] | None = None,
+            shared: tuple[nn.Module, Residency] | None = None, idle: frozenset[int] = frozenset()) -> NonRegionMemory:
+    """Run one step on tensors without data, with regions that only hand out what they would.
+
+    Args:
+        calls: the regions in the order they are called.
+        mode: where the tensors live.
+        loss: runs the forward and gives the loss.
+        parts: what is there before the step by name: tensors, modules, optimizers.
+        update: takes the optimizer's step and drops the gradients.
+        round_to: see LiveBytes.
+        reserved: bytes by name that are held besides.
+        shared: the model that is shared out over ranks, and what this one holds of it.
+        idle: parameters, by id, that no gradient is made of.
+
+    Raises:
+        Unreached: some regions have no backward.
+    """
+    modules = {call.name: call.module for call in calls}
+    with attributes_kept(modules.values()), mode, FakeItemMode(), LiveBytes(round_to=round_to) as tracker:
+        counted = {}
+        for name, things in parts.items():
+            before = tracker.current
+            tracker.watch(*things)
+            counted[name] = tracker.current - before
+        for name, count in (reserved or {}).items():
+            tracker.allocate(count)
+            counted[name] = counted.get(name, 0) + count
+        stage = _Stage(tracker, calls, idle)
+        sharing = None if shared is None else Shared(*shared, tracker)
+        with calling(modules, stage.instead), nullcontext() if sharing is None else sharing.step():
+            base = tracker.current
+            tracker.mark("forward")
+            found = loss()
+            tracker.mark("backward")
+            found.backward()
+            del found
+        tracker.mark("update")
+        tracker.transient(0 if shared is None else shared[1].update)
+        update()
+        tracker.mark("end")
+    frame = stage.frame(base, counted, shared is not None)
+    return frame if sharing is None else replace(frame, exchanged=stage.exchanged(sharing))
+
+
+class _Stage:
+    """Stands in for the regions and notes where on the timeline each runs."""
+
+    def __init__(self, tracker: LiveBytes, calls: Sequence[RegionCall], idle: frozenset[int] = frozenset()) -> None:
+        self.idle = idle
+        self.tracker = tracker
+        self.calls = calls
+        self.at: dict[tuple[str, int], tuple[int, int]] = {}  # (phase, region): timeline at entry and exit
+        self.arriving: dict[int, int] = {}
+        self.fresh = [0] * len(calls)
+        self.arguments: dict[int, tuple[int, bool]] = {}  # storages by address: bytes, and whether a backward reads it
+        self.count = 0
+
+    def instead(self, name: str, module: nn.Module) -> Callable:
+        def forward(*args, **kwargs):
+            if not takes_part(module, args, kwargs):
+                return own_forward(module, *args, **kwargs)
+            args, kwargs = without_cache(args, kwargs)
+            index = self.count
+            self.count += 1
+            call = self.calls[index]
+            leaves = tree_flatten((args, kwargs))[0]
+            given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            weights = self.weights(module)
+            specs, tree = call.outputs
+            shared = {number: leaf for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
+                      and number not in call.passed}
+            self.note(index, shared)
+            made = iter(_StandIn.apply(self, index, list(shared.values()), *given, *weights))
+            out = [next(made) if isinstance(spec, Meta) else spec for spec in specs]
+            for part, attribute, _ in call.attributes:
+                part.__dict__[attribute] = next(made)
+            return tree_unflatten(out, tree)
+        return forward
+
+    def weights(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters that a region's backward makes gradients of."""
+        return [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in self.idle]
+
+    def note(self, index: int, shared: Mapping[int, torch.Tensor]) -> None:
+        """Note arguments of a region, by their number; they are held until its backward."""
+        for number, tensor in shared.items():
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.arguments:
+                self.fresh[index] += storage.nbytes()
+            known = self.arguments.get(storage._cdata, (0, False))[1]
+            self.arguments[storage._cdata] = storage.nbytes(), known or number in self.calls[index].read
+
+    def enter(self, phase: str, index: int) -> None:
+        self.at[phase, index] = (len(self.tracker.timeline), 0)
+
+    def leave(self, phase: str, index: int) -> None:
+        self.at[phase, index] = (self.at[phase, index][0], len(self.tracker.timeline))
+
+    def exchanged(self, sharing: Shared) -> dict[tuple[str, int], dict[str, int]]:
+        """What ranks had exchanged at each moment of the step that has run."""
+        marks, timeline = dict(self.tracker.marks), self.tracker.timeline
+
+        def most(start: int, stop: int) -> dict[str, int]:
+            return sharing.at(1 + max(range(start, max(stop, start + 1)), key=lambda position: timeline[position]))
+
+        found = {(phase, index): sharing.at(entry) for (phase, index), (entry, _) in self.at.items()}
+        if not self.at:
+            return {("head", -1): most(marks["forward"], marks["update"])}
+        first, last = 0, len(self.calls) - 1
+        found["head", -1] = most(self.at["forward", last][1], self.at["backward", last][0])
+        found["start", -1] = most(marks["forward"], self.at["forward", first][0])
+        found["end", -1] = found["update", -1] = most(self.at["backward", first][1], marks["update"])
+        return found
+
+    def frame(self, base: int, parts: dict[str, int], exchanged: bool = False) -> NonRegionMemory:
+        """The frame of the step that has run; `exchanged` if ranks exchange weights and gradients in it."""
+        marks = dict(self.tracker.marks)
+        count = len(self.calls)
+
+        def at(position: int) -> int:
+            return self.tracker.timeline[position - 1] if position else base
+
+        def most(start: int, stop: int) -> int:
+            return max([at(stop), *self.tracker.timeline[start:stop]])
+
+        steps = tuple(self.tracker.timeline), tuple(mark for mark in self.tracker.marks if mark[0] != "end")
+        update = most(marks["update"], marks["end"])
+        if not count:  # everything is the head
+            return NonRegionMemory(
+                base,
+                base,
+                (),
+                most(marks["forward"], marks["update"]),
+                (),
+                (),
+                (),
+                0,
+                at(marks["update"]),
+                update,
+                parts,
+                *steps,
+            )
+        unreached = [index for index in range(count) if ("backward", index) not in self.at]
+        if unreached:
+            raise Unreached(unreached)
+        forward = [self.at["forward", index] for index in range(count)]
+        backward = [self.at["backward", index] for index in range(count)]
+        def beside(start: int, stop: int, least: int) -> int:
+            """Bytes beside a region that runs at `stop`; it adds at least `least` to them by itself.
+
+            Where ranks exchange weights and gradients just before, more is there for a moment than while it runs.
+            """
+            return max(at(stop), most(start, stop) - least) if exchanged else most(start, stop)
+
+        weights = [sum(weight.nbytes for weight in self.weights(call.module)) for call in self.calls]
+        before = [beside(forward[index - 1][1] if index else forward[0][0], forward[index][0], self.calls[index].input)
+                  - self.calls[index].input for index in range(count)]
+        behind = [beside(backward[index + 1][1] if index < count - 1 else backward[index][0], backward[index][0],
+                         weights[index]) - self.arriving[index] for index in range(count)]
+        pieces = [(marks["forward"], forward[0][0]), (forward[-1][1], backward[-1][0]),
+                  (backward[0][1], marks["update"]), (marks["update"], marks["end"])]
+        return NonRegionMemory(
+            base=base, start=max(base, most(marks["forward"], forward[0][0])), before=tuple(before),
+            head=max(at(forward[-1][1]), most(forward[-1][1], backward[-1][0])), behind=tuple(behind),
+            arriving=tuple(self.arriving[index] for index in range(count)), fresh=tuple(self.fresh),
+            spare=sum(count for count, read in self.arguments.values() if not read),
+            end=max(at(backward[0][1]), most(backward[0][1], marks["update"])),
+            update=update, parts=parts, timeline=steps[0], marks=steps[1],
+            around=tuple(tuple(self.tracker.timeline[begin:stop]) for begin, stop in pieces),
+            turn=marks["backward"] - forward[-1][1],
+            loss=marks["loss"] - forward[-1][1] if "loss" in marks else None)
+
+
+class _StandIn(torch.autograd.Function):
+    """Hands out tensors as a region would, and gradients as its backward would.
+
+    It keeps nothing but what is passed to all regions alike: masks and the like, which cost the first of them only.
+    """
+
+    @staticmethod
+    def forward(ctx, stage: _Stage, index: int, shared: list[torch.Tensor], *given: torch.Tensor):
+        stage.enter("forward", index)
+        ctx.stage, ctx.index, ctx.shared = stage, index, shared
+        ctx.kinds = [Meta.of(tensor) if tensor.requires_grad else None for tensor in given]
+        call = stage.calls[index]
+        specs = [*(spec for spec in call.outputs[0] if isinstance(spec, Meta)), *(spec for *_, spec in call.attributes)]
+        made = tuple(spec.empty() for spec in specs)
+        ctx.strides = [spec.stride for spec in specs]
+        ctx.mark_non_differentiable(*[tensor for tensor, spec in zip(made, specs, strict=True)
+                                      if not spec.requires_grad])
+        ctx.set_materialize_grads(False)
+        stage.leave("forward", index)
+        return made
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor | None):
+        stage = ctx.stage
+        stage.enter("backward", ctx.index)
+        # One with other strides than the output is copied by the region's backward, and stays beside the copy.
+        stage.arriving[ctx.index] = resident_tensors([gradient for gradient, stride in zip(
+            gradients, ctx.strides, strict=True) if gradient is not None and gradient.stride() == stride])
+        made = tuple(None if kind is None else kind.empty() for kind in ctx.kinds)
+        stage.leave("backward", ctx.index)
+        ctx.shared = None
+        return None, None, None, *made

@@ -1,0 +1,219 @@
+"""The frame of a training step: its parts, its optimizer, and what to do where a step cannot be tried without data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from strategies.memory.meter import CUDA_BLOCK
+from strategies.memory.residency import Residency
+from strategies.memory.tracker import tensors_of
+from strategies.rematerialization.capture.compile_region import quiet
+from strategies.rematerialization.capture.fake_tensors import FakeItemMode, fake_optimizer, unwrapped
+from strategies.rematerialization.capture.regions import RegionCall, first_line
+from strategies.rematerialization.price.non_region_memory import NonRegionMemory, Unreached, observe
+
+
+class Hooks(Protocol):
+    """Makes an optimizer step during backward."""
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Put hooks on its parameters; what is returned can `remove` them."""
+
+
+class CannotPlan(RuntimeError):
+    """Nothing can be foretold of a model: it does not run on tensors without data."""
+
+
+class Forward(Protocol):
+    """A model, a batch, and the loss of one, without data."""
+
+    model: nn.Module
+    batch: object
+    loss: Callable[[object], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step on tensors without data.
+
+    Attributes:
+        model, batch: without data.
+        loss: of a batch.
+        optimizer: the real one; None if there is none.
+        stand_in: for real parameters by id, what stands for them.
+        others: what stays beside the model: modules and tensors.
+        accumulate: whether gradients of earlier micro-batches exist when a step begins.
+        reserved: bytes by name that are held besides.
+        on_gpu: whether bytes are counted as a GPU's allocator rounds them.
+        residency: what a rank holds of the model instead of all of it; None where it is not shared out.
+        in_backward: puts hooks on the optimizer's parameters that step during backward and drop gradients.
+        idle: trained parameters, by id, that the loss does not depend on. What their forward keeps is kept all the
+            same, but no gradient is made of them, and no optimizer state.
+    """
+
+    model: nn.Module
+    batch: object
+    loss: Callable[[object], torch.Tensor]
+    optimizer: torch.optim.Optimizer | None
+    stand_in: Mapping[int, torch.Tensor]
+    others: Sequence[object]
+    accumulate: bool
+    reserved: Mapping[str, int]
+    on_gpu: bool
+    residency: Residency | None = None
+    in_backward: Hooks | None = None
+    idle: frozenset[int] = frozenset()
+
+    def frame(self, calls: Sequence[RegionCall], mode: FakeTensorMode) -> NonRegionMemory:
+        """Try the step; see `observe` for what it raises."""
+        if self.residency is not None:
+            return self._shared(calls, mode, self.residency)
+        optimizer = None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in)
+        modules = [self.model, *(thing for thing in self.others if isinstance(thing, nn.Module))]
+        parameters = [parameter for parameter in parameters_of(modules, optimizer)
+                      if parameter.requires_grad and id(parameter) not in self.idle]
+        with mode:
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            state, update = self._updating(optimizer, parameters)
+            if not self.accumulate:
+                for parameter in parameters:
+                    parameter.grad = None
+        parts = {"gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+                 "weights": [self.model.parameters(), self.model.buffers()],
+                 "optimizer state": state, "others": list(self.others), "batch": [self.batch]}
+
+        hooks = None
+        if self.in_backward is not None and optimizer is not None:
+            hooks, update = self.in_backward(optimizer), lambda: None
+
+        def advance() -> None:
+            update()
+            for parameter in parameters:
+                parameter.grad = None
+
+        try:
+            frame = observe(calls, mode, lambda: self.loss(self.batch), parts, advance,
+                            CUDA_BLOCK if self.on_gpu else 1, self.reserved, idle=self.idle)
+        finally:
+            if hooks is not None:
+                hooks.remove()
+        return frame if hooks is None else replace(frame, drops=True)
+
+    def _shared(self, calls: Sequence[RegionCall], mode: FakeTensorMode, residency: Residency) -> NonRegionMemory:
+        """The frame of a rank; its optimizer's part is in what it holds."""
+        def drop() -> None:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+
+        drop()
+        return observe(calls, mode, lambda: self.loss(self.batch), {"batch": [self.batch]}, drop,
+                       CUDA_BLOCK if self.on_gpu else 1, {**residency.parts, **self.reserved},
+                       (self.model, residency))
+
+    def _updating(self, optimizer: torch.optim.Optimizer | None, parameters: Sequence[torch.Tensor]
+                  ) -> tuple[list[object], Callable[[], object]]:
+        """The optimizer's state after a step, and what takes another one."""
+        if optimizer is None:
+            return [], lambda: None
+        try:
+            with FakeItemMode():
+                optimizer.step()
+        except Exception as error:  # whatever an optimizer of others cannot do without numbers
+            real = list(tensors_of(unwrapped(self.optimizer)))
+            guess = [torch.empty(2 * parameter.numel()) for parameter in parameters]
+            what = "its state is counted as it is" if real else "its state is taken for two fp32 numbers a parameter"
+            warnings.warn(f"{type(optimizer).__name__} cannot take a step on tensors without data, so {what}, and its "
+                          f"temporaries not at all: {first_line(error)}", stacklevel=6)
+            return real or guess, lambda: None
+        return [optimizer.state], optimizer.step
+
+
+def trace_step(calls: list[RegionCall], step: Step, mode: FakeTensorMode) -> tuple[list[RegionCall], NonRegionMemory]:
+    """The frame of a step, and the regions that take part in it.
+
+    Regions that no gradient comes back to run as they are. So do all, with a warning, where standing in for them
+    makes the model fail.
+
+    Raises:
+        CannotPlan: the model does not run without data at all.
+    """
+    step = replace(step, idle=unreached(step, mode))
+    while True:
+        try:
+            with quiet("torch._subclasses.fake_tensor"):
+                return calls, step.frame(calls, mode)
+        except Unreached as error:
+            calls = without({id(calls[index].module) for index in error.regions}, calls)
+        except Exception as error:
+            if not calls and isinstance(error, ValueError):  # a mistake of whoever asks, said in its own words
+                raise
+            if not calls:
+                raise CannotPlan(f"{type(step.model).__name__} cannot be planned: a step of it cannot be tried on "
+                                 f"tensors without data ({type(error).__name__}: {first_line(error)})") from error
+            warnings.warn(f"{type(step.model).__name__} runs as it is, nothing of it is planned: it does not run "
+                          f"with its blocks replaced ({type(error).__name__}: {first_line(error)})", stacklevel=4)
+            calls = []
+
+
+def unreached(step: Step, mode: FakeTensorMode) -> frozenset[int]:
+    """Trained parameters, by id, that the loss does not depend on: they get no gradient, and no optimizer state.
+
+    None where the forward does not run without data, of which the caller hears.
+    """
+    try:
+        return off_the_path(step, mode)
+    except Exception:
+        return frozenset()
+
+
+def off_the_path(step: Forward, mode: FakeTensorMode) -> frozenset[int]:
+    """Trained parameters, by id, that the loss does not depend on, from what autograd would run; else any exception.
+
+    A decoder that is trained without its encoder has such ones, the cross-attention's.
+    """
+    trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    with mode, FakeItemMode(), quiet("torch._subclasses.fake_tensor"):
+        todo = [step.loss(step.batch).grad_fn]
+    seen, reached = set(), set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))
+            todo += [following for following, _ in node.next_functions]
+    return frozenset(map(id, trained)) - reached
+
+
+def without(modules: Collection[int], calls: Sequence[RegionCall]) -> list[RegionCall]:
+    """The calls of other modules than those given by id; what they handed out comes from elsewhere now."""
+    for before, call in zip(calls, calls[1:], strict=False):
+        call.chained = call.chained and id(before.module) not in modules
+    return [call for call in calls if id(call.module) not in modules]
+
+
+def parameters_of(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
+    """All parameters of modules, and those that an optimizer has besides, each once."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    found = [*(parameter for module in modules for parameter in module.parameters()),
+             *(parameter for group in groups for parameter in group["params"])]
+    return list({id(parameter): parameter for parameter in found}.values())
+
+
+@contextmanager
+def gradients_kept(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Afterwards all parameters have the gradients that they had."""
+    before = [(parameter, parameter.grad) for parameter in parameters_of(modules, optimizer)]
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient

@@ -1,0 +1,72 @@
+"""Regions that cannot be captured whole: they keep what autograd keeps, or only their input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from strategies.memory.meter import resident_tensors
+from strategies.memory.tracker import LiveBytes
+from strategies.rematerialization.capture.compile_region import own_forward
+from strategies.rematerialization.price.costs import HALF, Device
+from strategies.rematerialization.solve.chain_program import Option
+
+KEEP, CHECKPOINT = "keep", "checkpoint"
+STATE = 16_384  # bytes of generator states and arguments that a checkpoint keeps
+
+
+@dataclass(frozen=True)
+class MeasuredCall:
+    """What one forward and backward of a region needed as it is.
+
+    Attributes:
+        kept: bytes that autograd kept in between, parameters, arguments and outputs left out.
+        forward: bytes at the forward's peak, beside its arguments.
+        backward: bytes at the backward's peak, what was kept and the gradients that arrive included.
+        handed: bytes of the outputs.
+        operations: floating-point operations of the forward's matrix products.
+        half: whether outputs have 16 bits.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    handed: int
+    operations: int
+    half: bool
+
+
+def measured_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[object, MeasuredCall]:
+    """Call a module's own forward, turn it back once for nothing, and say what that needed."""
+    given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    with LiveBytes() as tracker:
+        with FlopCounterMode(display=False) as flops:
+            out = own_forward(module, *args, **kwargs)
+        handed_out = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)]
+        handed = resident_tensors(handed_out)
+        forward, kept = tracker.peak, max(0, tracker.current - handed)
+        tracker.peak = tracker.current
+        turned = [leaf for leaf in handed_out if leaf.requires_grad]
+        wanted = [leaf for leaf in [*given, *module.parameters()] if leaf.requires_grad]
+        if turned and wanted:
+            torch.autograd.grad(turned, wanted, [torch.zeros_like(leaf) for leaf in turned], allow_unused=True)
+        backward = max(kept, tracker.peak - handed)
+    half = bool({leaf.dtype for leaf in handed_out} & set(HALF))
+    return out, MeasuredCall(kept, forward, backward, handed, flops.get_total_flops(), half)
+
+
+def fallback_options(measured: MeasuredCall, device: Device) -> tuple[tuple[Option, ...], float]:
+    """Both ways to run a region as it is, and the seconds of its forward by its matrix products.
+
+    A region keeps what autograd keeps; or it keeps its input only, and what it hands out is there again, beside the
+    gradients that arrive, when it has been recomputed.
+    """
+    seconds = device.overhead + measured.operations / (device.half if measured.half else device.single)
+    again = max(measured.forward, measured.kept + measured.handed) + measured.handed
+    return (Option(measured.kept, measured.forward, measured.backward, 0.0, mode=KEEP),
+            Option(STATE, measured.forward, max(again, measured.backward + measured.handed), seconds,
+                   mode=CHECKPOINT)), seconds

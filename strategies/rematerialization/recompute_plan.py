@@ -1,0 +1,176 @@
+"""A plan as data: what a model keeps and recomputes, what that was found to need, and how it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from strategies.rematerialization.capture.regions import RegionCall
+from strategies.rematerialization.execute.installed import Planned
+from strategies.rematerialization.price.non_region_memory import NonRegionMemory
+from strategies.rematerialization.solve.chain_program import Block, ChainSchedule, Link, Option, Replay, leaves
+
+
+class BudgetError(ValueError):
+    """A budget that cannot be met.
+
+    Attributes:
+        budget: bytes asked for.
+        least: the least peak for which there is a plan, in bytes.
+        bound: bytes that no plan can do without, proven.
+        parts: bytes of the largest parts at the least peak.
+    """
+
+    def __init__(self, budget: int, least: int, bound: int, parts: Mapping[str, int]) -> None:
+        self.budget, self.least, self.bound, self.parts = budget, least, bound, dict(parts)
+        by_size = sorted(parts.items(), key=lambda part: -part[1])
+        largest = ", ".join(f"{name} {count:,}" for name, count in by_size[:4])
+        super().__init__(f"a budget of {budget:,} bytes cannot be met: the least for which there is a plan is "
+                         f"{least:,} bytes, and no plan needs less than {bound:,} (largest parts: {largest}); a "
+                         "smaller micro-batch, an optimizer with less state or a lower precision need less")
+
+
+@dataclass(eq=False)
+class RecomputePlan:
+    """What a model keeps and recomputes, and what that was found to need.
+
+    Attributes:
+        budget: bytes allowed; None keeps all.
+        peak: predicted bytes at the peak of a step, everything counted.
+        schedule: the option of every region, and segments.
+        replay: bytes of the regions' moments.
+        frame: what everything else holds.
+        links: the regions with their options, as the master problem sees them.
+        calls: the regions.
+        seconds: of forward and backward of all regions, each operation once, by the prices.
+        bound: seconds of recomputation below which no schedule of the regions fits, proven.
+        planned: the model that it is installed in.
+        resident: bytes at every operation of a region's forward, and of its backward, by an option.
+    """
+
+    budget: int | None
+    peak: int
+    schedule: ChainSchedule
+    replay: Replay
+    frame: NonRegionMemory
+    links: Sequence[Link]
+    calls: Sequence[RegionCall]
+    seconds: float
+    bound: float
+    planned: Planned | None = field(default=None, repr=False)
+    resident: Callable[[int, Option], tuple[list[int], list[int]]] | None = field(default=None, repr=False)
+
+    @property
+    def recomputed(self) -> float:
+        """Seconds of recomputation."""
+        return self.replay.seconds
+
+    @property
+    def overhead(self) -> float:
+        """Recomputation as a share of the regions' own time."""
+        return self.recomputed / self.seconds if self.seconds else 0.0
+
+    @property
+    def gap(self) -> float:
+        """How much of the step a better schedule could save at most: (found - bound) / found."""
+        found = self.seconds + self.recomputed
+        return max(0.0, self.recomputed - self.bound) / found if found else 0.0
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Regions that could not be captured, and why."""
+        return [f"{call.name or type(call.module).__name__}: {call.reason}" for call in self.calls
+                if call.captured is None]
+
+    def parts(self) -> tuple[str, dict[str, int]]:
+        """When the peak is, and its bytes by what they are.
+
+        What regions keep and recompute are activations; gradients are those that exist then; the rest, logits and
+        their gradients for example, are the loss and temporaries.
+        """
+        moments = [("start", self.frame.start), ("head", self.frame.head), ("end", self.frame.end),
+                   ("update", self.frame.update)]
+        moment, around = max(moments, key=lambda entry: entry[1])
+        position, kept = -1, 0
+        if self.replay.peak >= around:
+            moment, position, _ = max(self.replay.moments, key=lambda entry: entry[2])
+            held = {"forward": self.frame.before, "backward": self.frame.behind}.get(moment)
+            around = self.frame.head if held is None else held[position]
+            kept = self.replay.peak - around
+        came = self.frame.exchanged.get((moment, position if moment in ("forward", "backward") else -1))
+        came = {"gradients": self._gradients(moment, position)} if came is None else came
+        rest = self.peak - kept - self.frame.base - sum(came.values())
+        found = dict(self.frame.parts)
+        found |= {name: found.get(name, 0) + count for name, count in came.items()}
+        found |= {"activations": kept, "loss and temporaries": rest} if self.calls else {
+            "activations, loss and temporaries": rest}
+        names = {"start": "before the first block", "head": "loss", "end": "end of the backward", "update": "optimizer"}
+        return names.get(moment, f"{moment} of block {position}"), found
+
+    def _gradients(self, moment: str, position: int) -> int:
+        """Bytes of gradients that did not exist when the step began."""
+        after = {"backward": self.calls[position + 1:], "end": self.calls, "update": self.calls}.get(moment, [])
+        new = sum(parameter.numel() * parameter.element_size() for call in after for parameter in
+                  call.module.parameters() if parameter.requires_grad)
+        return 0 if self.frame.parts.get("gradients") or self.frame.drops else new
+
+    def blocks(self) -> list[dict[str, object]]:
+        """How every region runs: bytes kept beside its input, seconds recomputed, and the segment it is in."""
+        found = []
+        for item in self.schedule:
+            segment = None if isinstance(item, Block) else (item.first, item.last - 1)
+            for position, which in leaves(item):
+                option = self.links[position].options[which]
+                found.append({"name": self.calls[position].name, "mode": option.mode, "kept": option.kept,
+                              "seconds": option.seconds, "segment": segment})
+        return found
+
+    def curve(self) -> tuple[list[tuple[int, int]], tuple[tuple[str, int], ...]]:
+        """Planned bytes over the step as (position, bytes), operation by operation, and where its phases begin.
+
+        The largest is the predicted peak: what the count misses is added in proportion.
+        """
+        frame = self.frame
+        if not self.calls:
+            begin = frame.marks[0][1] if frame.marks else 0  # before it what is there has been counted, one by one
+            return list(enumerate([frame.base, *frame.timeline[begin:]])), tuple(
+                (name, position - begin) for name, position in frame.marks)
+        chosen = dict(leaf for item in self.schedule for leaf in leaves(item))
+        start, head, end, update = frame.around
+        values, marks = [frame.base, *start], {"forward": 0}
+        for name, position, count in self.replay.moments:
+            if name == "head":
+                if frame.loss is not None:
+                    marks["loss"] = len(values) + frame.loss
+                marks["backward"] = len(values) + frame.turn
+                values += [count - frame.head + value for value in head or (frame.head,)]
+            else:
+                values += self._operations(name, position, self.links[position].options[chosen[position]], count)
+        values += end
+        marks["update"] = len(values)
+        values += [*update, frame.base]
+        scale = (self.peak - frame.base) / max(1, max(values) - frame.base)
+        return [(at, round(frame.base + scale * (value - frame.base))) for at, value in enumerate(values)], tuple(
+            marks.items())
+
+    def _operations(self, phase: str, position: int, option: Option, most: int) -> list[int]:
+        """Bytes at every operation of a block's forward or backward, of which the largest is `most`."""
+        if self.resident is None or not option.order:
+            return [most]
+        forward, backward = self.resident(position, option)
+        own = forward if phase == "forward" else backward
+        return [most - max(own) + value for value in own] if own else [most]
+
+    def __str__(self) -> str:
+        moment, parts = self.parts()
+        limit = "no budget" if self.budget is None else f"budget {self.budget:,} bytes"
+        lines = [f"{limit}; predicted peak {self.peak:,} bytes ({moment}); recomputation {self.overhead:.1%} of the "
+                 f"blocks' time, at most {self.gap:.1%} more than any schedule needs"]
+        largest = sorted(parts.items(), key=lambda part: -part[1])
+        lines += [f"  {name:<22} {count:>16,}" for name, count in largest if count]
+        return "\n".join([*lines, *(f"  not planned: {text}" for text in self.fallbacks)])
+
+    def remove(self) -> None:
+        """Take the plan out of the model."""
+        if self.planned is not None:
+            self.planned.remove()

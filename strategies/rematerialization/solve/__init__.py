@@ -1,0 +1,1 @@
+"""Solve: which operations run again, and when, as plain data, with proven bounds."""

@@ -1,0 +1,150 @@
+"""Proven lower bounds on the cost of rematerialization, and on the least memory it can reach."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from strategies.rematerialization.solve.graph import Graph, simulate
+from strategies.rematerialization.solve.order import unroll
+from strategies.rematerialization.solve.relaxation import Program, program
+
+TOLERANCE = 1e-6  # of HiGHS's own, relative: what it proves is lowered by this much before it is believed
+COARSE = 12  # moments tried first, spread over where memory is short
+TRIES = 3  # single moments solved in integers
+
+
+class Bound:
+    """Lower bounds on the cost of orders that fit `budget`, better with every call.
+
+    They hold for orders whose first runs follow the graph's numbering (Checkmate's frontier-advancing stages).
+
+    Attributes:
+        value: the best bound proven so far, in the graph's unit; infinite if nothing can fit.
+        starts: orders made from the relaxations' solutions, good to start a search from; they may not fit.
+    """
+
+    def __init__(self, graph: Graph, budget: int):
+        self.graph, self.budget = graph, budget
+        self.value = float(np.sum(graph.seconds))
+        self.starts: list[tuple[int, ...]] = []
+        self.whole = bool(np.all(np.asarray(graph.seconds) == np.round(graph.seconds)))
+        self.singles: dict[int, float] = {}  # what each moment proves alone, by linear program
+        self.tight = simulate(graph, range(len(graph.seconds))).resident
+        if least_bytes(graph) > budget:
+            self.value = np.inf
+
+    def first(self, deadline: float) -> None:
+        """Bound by the moment at which most is resident: most often the best single one, and a good start."""
+        self.prove(program(self.graph, self.budget, [int(self.tight.argmax())]), deadline)
+
+    def single(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Bound by one moment: each is tried by linear program, in half of the time, and the best few in integers.
+
+        This and `several` end early when there is `enough`.
+        """
+        begin = time.perf_counter()
+        until = begin + 0.5 * (deadline - begin) if np.isfinite(deadline) else deadline
+        short = np.flatnonzero(self.tight > self.budget)
+        coarse = short[np.linspace(0, len(short) - 1, min(len(short), COARSE)).astype(int)]
+        for moment in dict.fromkeys([int(self.tight.argmax()), *coarse.tolist(), *short.tolist()]):
+            if self.singles and (time.perf_counter() > until or enough()):
+                break
+            self.singles[moment] = self.prove(program(self.graph, self.budget, [moment]), deadline, whole=False)
+        for moment in self.peaks()[:TRIES]:
+            if time.perf_counter() < deadline and not enough():
+                self.prove(program(self.graph, self.budget, [moment]), deadline)
+
+    def peaks(self) -> list[int]:
+        """Moments that alone prove at least as much as those beside them, best first."""
+        moments = sorted(self.singles)
+        bounds = [-np.inf, *(self.singles[moment] for moment in moments), -np.inf]
+        high = [moment for moment, before, here, after in zip(moments, bounds, bounds[1:], bounds[2:], strict=False)
+                if here >= before and here > after]
+        return sorted(high, key=lambda moment: -self.singles[moment])
+
+    def several(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Bound by more and more moments: those that prove most alone, then some spread over where memory is short."""
+        short = np.flatnonzero(self.tight > self.budget)
+        for count in (2, 3, 5, 8, 12, 18, 27):
+            if deadline - time.perf_counter() < 0.5 or not len(short) or enough():
+                return
+            spread = short[np.linspace(0, len(short) - 1, count).astype(int)] if count > 3 else []
+            moments = {*self.peaks()[:count], *map(int, spread)}
+            self.prove(program(self.graph, self.budget, sorted(moments)), deadline)
+
+    def prove(self, relaxation: Program, deadline: float, whole: bool = True) -> float:
+        """Solve a relaxation, keep what it proves and the order its solution suggests; returns the bound."""
+        answer = relaxation.solve(deadline - time.perf_counter(), whole)
+        if answer.status == 2:
+            self.value = np.inf
+            return np.inf
+        found = answer.mip_dual_bound if whole else (answer.fun if answer.status == 0 else None)
+        if found is None or not np.isfinite(found):  # stopped before it proved anything
+            return 0.0
+        proven = relaxation.constant + found - TOLERANCE * abs(found)
+        if self.whole:
+            proven = float(np.ceil(proven - 1e-3))
+        self.value = max(self.value, proven)
+        if whole and answer.x is not None:
+            self.starts.append(unroll(self.graph, relaxation.moments, relaxation.kept(answer.x)))
+        return proven
+
+
+def least_bytes(graph: Graph) -> int:
+    """Bytes no order can do without: of the operation that needs most, inputs, outputs, workspace, what is held.
+
+    Besides its own values, an operation's first run finds resident the held values made before it, and the values of
+    operations that run once that a later operation reads for the first time.
+    """
+    last = np.full(len(graph.maker), -1)
+    for operation, read in enumerate(graph.reads):
+        last[list(read)] = operation
+    once = np.isin(graph.maker, list(graph.once))
+    held = np.isin(np.arange(len(last)), list(graph.held))
+    last[held] = len(graph.seconds)
+    stays = np.flatnonzero(held | once)
+    most, makes = 0, graph.makes
+    for operation, read in enumerate(graph.reads):
+        resident = {*read, *makes[operation]}
+        resident.update(value for value in stays if graph.maker[value] < operation < last[value])
+        most = max(most, int(graph.workspace[operation]) + sum(int(graph.size[value]) for value in resident))
+    return most + int(graph.fixed)
+
+
+def least_sum(curves: Sequence[Sequence[tuple[int, float]]], room: int) -> float:
+    """Least sum of functions whose arguments sum to at most `room`, each bounded from below by points of it.
+
+    Args:
+        curves: for each function, which falls, values at increasing arguments. Between two points it is at least the
+            value at the right one.
+        room: what is shared out.
+    """
+    pieces: list[tuple[float, int]] = []
+    total = 0.0
+    for curve in curves:
+        corners = [(bytes_, following) for (bytes_, _), (_, following) in zip(curve, curve[1:], strict=False)]
+        hull = _lower_hull([*corners, curve[-1]])
+        total += hull[0][1]
+        room -= hull[0][0]
+        pieces += [((left[1] - right[1]) / (right[0] - left[0]), right[0] - left[0])
+                   for left, right in zip(hull, hull[1:], strict=False)]
+    for slope, width in sorted(pieces, reverse=True):
+        used = min(max(room, 0), width)
+        total -= slope * used
+        room -= used
+    return max(0.0, total)
+
+
+def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    hull: list[tuple[int, float]] = []
+    for point in sorted(set(points)):
+        if hull and point[0] == hull[-1][0]:
+            continue
+        while len(hull) >= 2 and ((hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0])
+                                  >= (point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0])):
+            hull.pop()
+        hull.append(point)
+    return hull

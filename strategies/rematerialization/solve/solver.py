@@ -1,0 +1,198 @@
+"""Which operations to run again, and when, so that a step fits its memory at the least cost, with a proven bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from strategies.rematerialization.solve.annealing_search import Searcher
+from strategies.rematerialization.solve.graph import Graph, simulate
+from strategies.rematerialization.solve.lower_bound import Bound, least_bytes
+
+THREADED = 2.0  # from this many seconds on the bound and a second search get a thread of their own
+SHARE = 0.3  # of the time, for the bound by single moments, whose solutions are good starts to search from
+QUICK = 0.04  # of the time, for improving the first such start before proving goes on
+CLOSE = 1.01  # after SHARE, a cost of at most this many times the bound lets the bound's thread search instead
+AS_GOOD_AS_PROVEN = 2e-6  # above the bound, which is lowered by what solvers round
+PROOF = 0.6  # of the time, up to where the thread of the bound goes on proving before it searches too
+ROUNDS = ((0.06, 0.03, 0.2, "best"), (0.12, 1.0, 0.2, "first"), (0.1, 0.3, 8.0, "first"), (0.16, 0.3, 0.2, "first"),
+          (0.2, 0.1, 0.2, "best"), (0.25, 0.3, 0.1, "first"), (0.33, 1.0, 0.2, "first"), (0.5, 0.1, 0.2, "first"),
+          (0.5, 0.1, 0.2, "best"), (1.0, 0.03, 0.2, "best"))
+"""Rounds of annealing: (share of the time left, first temperature, spread, from which order).
+
+A low spread finds the better orders, a high one finds orders that fit at all when memory is short everywhere.
+"""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An order that fits, checked by the simulator.
+
+    Attributes:
+        order: operations as they run, reruns included.
+        seconds: its cost in the graph's unit.
+        peak: its peak bytes.
+        bound: what every order with first runs in the graph's numbering that fits costs at least.
+        gap: (seconds - bound) / seconds, 0 for a proven optimum.
+    """
+
+    order: tuple[int, ...]
+    seconds: float
+    peak: int
+    bound: float
+    gap: float
+
+
+class Infeasible(Exception):
+    """No order was found that fits.
+
+    Attributes:
+        peak: the least peak an order was found for, in bytes.
+        bound: no order peaks below this many bytes.
+        order: the order with that least peak.
+    """
+
+    def __init__(self, budget: int, peak: int, bound: int, order: tuple[int, ...]):
+        self.peak, self.bound, self.order = peak, bound, order
+        super().__init__(f"no order found that fits {budget} bytes: the least peak found is {peak} bytes, "
+                         f"and none is below {bound} bytes")
+
+
+def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool = True,
+          start: Sequence[int] | None = None, iterations: int | None = None,
+          gap: float = AS_GOOD_AS_PROVEN) -> Solution:
+    """The cheapest order found in `seconds` of wall time whose peak is at most `budget` bytes.
+
+    Args:
+        seed: of the search. Calls with the same seed and `iterations` give the same order; with only a time limit
+            they need not.
+        bound: whether to spend time on the lower bound; without, it is the cost of running everything once.
+        start: an order to begin with.
+        iterations: moves of the search instead of a time limit; `seconds` then limits the bound alone.
+        gap: end as soon as no order can be cheaper by more than this share.
+
+    Raises:
+        Infeasible: no order was found that fits.
+        ValueError: `start` is not an order of the graph.
+    """
+    deadline = time.perf_counter() + seconds
+    search, prover = Searcher(graph, budget, seed), Bound(graph, budget)
+    starts = prover.starts  # the prover adds to them
+    starts += [tuple(range(len(graph.seconds))), *([] if start is None else [tuple(start)])]
+    for order in starts:
+        search.offer(order)
+    if np.isinf(prover.value):
+        raise infeasible(graph, budget, seconds, seed, iterations)
+
+    def proven() -> bool:
+        return search.cost <= (1 + gap) * prover.value
+
+    if iterations is not None:
+        rounds(search, starts, deadline, proven, iterations)
+        if bound and search.order is not None and not proven():
+            prover.first(deadline)
+            prover.single(deadline, proven)
+            prover.several(deadline, proven)
+    elif not proven() and bound and seconds >= THREADED:
+        beside(search, prover, starts, deadline, gap)
+    elif not proven() and bound:
+        in_turn(search, prover, starts, deadline, proven)
+    elif not proven():
+        rounds(search, starts, deadline, proven)
+    if search.order is None:
+        least = infeasible(graph, budget, seconds, seed, iterations)
+        search.offer(least.order)
+        if search.order is None:
+            raise least
+    outcome = simulate(graph, search.order)
+    assert outcome.peak <= budget, (outcome.peak, budget)
+    assert prover.value <= outcome.seconds * (1 + 1e-3), (prover.value, outcome.seconds)  # solvers round
+    proved = min(prover.value, outcome.seconds)
+    return Solution(search.order, outcome.seconds, outcome.peak, proved,
+                    (outcome.seconds - proved) / outcome.seconds if outcome.seconds else 0.0)
+
+
+def rounds(search: Searcher, starts: list[tuple[int, ...]], deadline: float, enough: Callable[[], bool],
+           iterations: int | None = None) -> None:
+    """Anneal in rounds (`ROUNDS`), from the best of `starts` or from the first; what they find is added to `starts`."""
+    left = iterations
+    for share, hot, spread, source in ROUNDS:
+        begin = starts[0] if source == "first" else min(list(starts), key=search.offer)
+        now = time.perf_counter()
+        moves = None if left is None else max(1, int(left * share))
+        if source == "first" and search.order is None and not search.least:
+            starts.append(least_peak(search.graph, share * (deadline - now), search.seed, moves).order)
+            begin = starts[-1]
+        search.round(begin, hot, spread, now + share * (deadline - now), moves, enough)
+        left = None if left is None else left - moves
+        if search.order is not None:
+            starts.append(search.order)
+
+
+def in_turn(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadline: float,
+            proven: Callable[[], bool]) -> None:
+    """First the bound, as its solution is a good start, then the search."""
+    now = time.perf_counter()
+    prover.first(now + SHARE * (deadline - now))
+    prover.single(now + SHARE * (deadline - now), proven)
+    rounds(search, starts, deadline, proven)
+
+
+def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadline: float, gap: float) -> None:
+    """The bound and then a second search in one thread, a search in another (all without Python's lock)."""
+    second = Searcher(search.graph, search.budget, seed=search.seed + 1)
+
+    def enough(times: float = 1.0) -> bool:
+        return min(search.cost, second.cost) <= times * (1 + gap) * prover.value
+
+    def prove() -> None:
+        begin = time.perf_counter()
+        prover.first(begin + SHARE * (deadline - begin))
+        now = time.perf_counter()
+        second.round(min(list(starts), key=second.offer), 0.03, 0.2, now + QUICK * (deadline - now), enough=enough)
+        starts.extend([] if second.order is None else [second.order])
+        prover.single(begin + SHARE * (deadline - begin), enough)
+        turn = begin + SHARE * (deadline - begin)
+        prover.several(begin + PROOF * (deadline - begin),
+                       lambda: enough(1.0 if time.perf_counter() < turn else CLOSE))
+        if not enough():
+            rounds(second, starts, deadline, enough)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(prove)
+        rounds(search, starts, deadline, enough)
+        other.result()
+    for order in starts:
+        search.offer(order)
+
+
+def infeasible(graph: Graph, budget: int, seconds: float, seed: int, iterations: int | None = None) -> Infeasible:
+    """The error that says what would fit, after a tenth of the time spent on finding out."""
+    least = least_peak(graph, 0.1 * seconds, seed, iterations)
+    return Infeasible(budget, least.peak, least.bound, least.order)
+
+
+@dataclass(frozen=True)
+class Least:
+    """The order with the least peak found, its cost and peak, and a proven bound on any order's peak, in bytes."""
+
+    order: tuple[int, ...]
+    seconds: float
+    peak: int
+    bound: int
+
+
+def least_peak(graph: Graph, seconds: float, seed: int = 0, iterations: int | None = None) -> Least:
+    """The order with the least peak found in `seconds` (or `iterations` moves), and what no order can do without."""
+    deadline = time.perf_counter() + seconds
+    bound = least_bytes(graph)
+    search = Searcher(graph, bound, seed, least=True)
+    first = tuple(range(len(graph.seconds)))
+    search.offer(first)
+    rounds(search, [first], deadline, lambda: search.figure <= bound, iterations)
+    outcome = simulate(graph, search.order)
+    return Least(search.order, outcome.seconds, outcome.peak, bound)

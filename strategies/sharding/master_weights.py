@@ -1,0 +1,84 @@
+"""What a model holds in fp32 before DeepSpeed rounds it: a rank's part of what is trained, and all that is not.
+
+DeepSpeed casts a model to half precision first, and makes the fp32 weights that it updates (the master weights of
+Micikevicius et al. 2018, section 3.1) from the result: training would begin up to half a bf16 step beside every weight.
+Parameters that are not trained it keeps in half precision only. So both are copied before, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from strategies.common.shards import Layout, Piece, local_of
+from strategies.sharding.zero_partitions import cuts
+
+
+class OwnPart:
+    """A rank's part of the weights that are trained, in fp32, copied where the model is.
+
+    Args:
+        groups: the optimizer's, of whole parameters.
+        names: of parameters, by id.
+        stage: of ZeRO, which decides how they are cut.
+        rank: this one.
+        ranks: number of them.
+    """
+
+    def __init__(self, groups: Iterable[Sequence[nn.Parameter]], names: Mapping[int, str], stage: int, rank: int,
+                 ranks: int) -> None:
+        self._parts: dict[str, tuple[int, torch.Tensor]] = {}
+        for group in groups:
+            for parameter, (start, stop) in zip(group, cuts(group, stage, rank, ranks), strict=True):
+                part = parameter.detach().reshape(-1)[start:stop].to(torch.float32, copy=True)
+                self._parts[names[id(parameter)]] = start, part
+
+    def put_back(self, tensor: torch.Tensor, layout: Layout) -> None:
+        """Write the part into an engine's tensor, and let go of it."""
+        flat = local_of(tensor)
+        for piece in layout.pieces:
+            start, part = self._parts.pop(piece.name)
+            assert piece.numel == part.numel() and (piece.start == start or not piece.numel), (
+                f"DeepSpeed holds {piece.start} to {piece.stop} of {piece.name}, and {start} on were kept")
+            piece.of(flat).copy_(part)
+
+
+def clear_padding(tensor: torch.Tensor, layout: Layout) -> None:
+    """Zero what an engine's tensor has besides its pieces: DeepSpeed leaves there what the memory happened to hold."""
+    flat, end = local_of(tensor), 0
+    for piece in sorted(layout.pieces, key=lambda piece: piece.offset):
+        if piece.numel:
+            flat[end:piece.offset].zero_()
+            end = piece.offset + piece.numel
+    flat[end:].zero_()
+
+
+class Frozen:
+    """The parameters that are not trained, in fp32, whole on every rank, where the model is.
+
+    Args:
+        model: whole.
+        rank: this one.
+    """
+
+    def __init__(self, model: nn.Module, rank: int) -> None:
+        self._rank = rank
+        self._kept = [(parameter, parameter.detach().to(torch.float32, copy=True),
+                       Layout((Piece(name, tuple(parameter.shape), 0, parameter.numel()),)))
+                      for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+    def tensors(self) -> list[tuple[torch.Tensor, Layout]]:
+        """See `Engine`."""
+        return [(kept, layout) for _, kept, layout in self._kept]
+
+    def refresh(self) -> None:
+        """Round them again into what forward runs on."""
+        for parameter, kept, _ in self._kept:
+            if not hasattr(parameter, "ds_tensor"):
+                parameter.data.copy_(kept)
+                continue
+            part, begin = parameter.ds_tensor, self._rank * parameter.partition_numel()
+            own = kept.reshape(-1)[begin:begin + part.numel()]
+            part.data.view(-1)[:own.numel()].copy_(own)

@@ -1,0 +1,400 @@
+"""Bytes that a rank holds and exchanges in a training step, from shapes alone, for every engine and number of ranks.
+
+Model state follows Rajbhandari et al. 2020 (section 3.1 and figure 1), with what the engines add to it: padding,
+buffers in which weights are gathered and gradients summed, copies that they keep. Numbers are those of the rank that
+holds the most. What an engine does in which order was read off its steps, operation by operation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from strategies.common.shards import Layout, Piece, lay_out
+from strategies.memory.ledger import parameter_bytes
+from strategies.memory.residency import Bucket, ModuleTraffic, Residency
+from strategies.sharding.gather_units import Units, units_of
+from strategies.sharding.zero_partitions import aligned, cuts, equal_part
+
+SHARDED = ("fsdp2", "zero")  # engines under which a rank holds parts of weights
+FP32, FP64 = 4, 8
+
+
+@dataclass(frozen=True)
+class ShardingSetup:
+    """How a student is shared out.
+
+    Attributes:
+        engine: none, ddp, fsdp2 or zero.
+        ranks: number of them.
+        stage: of ZeRO; 2 or 3 of FSDP2.
+        compute: dtype of forward and backward.
+        accumulates: whether gradients of several micro-batches are summed.
+        bucket: elements of ZeRO's communication bucket.
+        ahead: elements that ZeRO's stage 3 may gather ahead of their use.
+        offload_parameters, offload_optimizer: what is on the CPU, where the device is another.
+        gloo: whether ranks exchange by gloo, which sums in a copy.
+        in_backward: whether weights are updated as soon as their gradients are summed, which then go.
+    """
+
+    engine: str
+    ranks: int
+    stage: int = 3
+    compute: torch.dtype = torch.float32
+    accumulates: bool = False
+    bucket: int = 0
+    ahead: int = 0
+    offload_parameters: bool = False
+    offload_optimizer: bool = False
+    gloo: bool = True
+    in_backward: bool = False
+
+    @property
+    def half(self) -> bool:
+        """Whether weights are computed with in another dtype than they are updated in."""
+        return self.compute is not torch.float32
+
+
+def stand_ins(groups: Sequence[dict], setup: ShardingSetup, known: bool = True) -> list[list[torch.Tensor]]:
+    """For every group of an optimizer over a whole model, tensors like those the engine will put in its place.
+
+    They are made where and as the whole ones are (without data, under FakeTensorMode), and if `known` what they consist
+    of is said of them.
+    """
+    made = []
+    for group in groups:
+        whole = group["params"]
+        if setup.engine == "zero":
+            made.append([_flat_part(whole, setup)])
+        elif setup.engine == "fsdp2":
+            made.append([_rows(parameter, setup.ranks, known) for parameter in whole])
+        else:
+            made.append(list(whole))
+    return made
+
+
+def _flat_part(parameters: Sequence[torch.Tensor], setup: ShardingSetup) -> torch.Tensor:
+    pieces, offset = [], 0
+    if setup.stage == 3:
+        for parameter in parameters:
+            part = equal_part(parameter, setup.ranks)
+            pieces.append(Piece("", tuple(parameter.shape), 0, part, offset))
+            offset += part
+    else:
+        size = aligned(parameters, setup.ranks) // setup.ranks
+        for parameter in parameters:
+            part = min(parameter.numel(), size - offset)
+            pieces.append(Piece("", tuple(parameter.shape), 0, part, offset))
+            offset += part
+        offset = size
+    flat = nn.Parameter(torch.empty(offset, dtype=torch.float32, device=parameters[0].device))
+    lay_out(flat, Layout(tuple(pieces)))
+    return flat
+
+
+def _rows(parameter: torch.Tensor, ranks: int, known: bool) -> torch.Tensor:
+    """A first rank's rows of a parameter, as FSDP2 cuts it."""
+    shape = _row_shape(parameter, ranks)
+    part = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=parameter.device))
+    if known:
+        lay_out(part, Layout((Piece("", tuple(parameter.shape), 0, math.prod(shape)),)))
+    return part
+
+
+def residency(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, *, optimizer_state: int,
+              update: int, teacher: nn.Module | None = None, teacher_compute: torch.dtype | None = None) -> Residency:
+    """What the first rank holds of a training step.
+
+    Args:
+        model: whole; its shapes are looked at.
+        groups: the parameters of each of the optimizer's groups.
+        setup: how it is shared out.
+        optimizer_state: bytes of the optimizer's state for the rank's part.
+        update: most bytes that come and go while the optimizer steps on that part.
+        teacher: sharded with the student where it is; None without one.
+        teacher_compute: dtype in which a sharded teacher's weights are gathered, if another than theirs.
+    """
+    make = {"fsdp2": _fsdp2, "zero": _zero3 if setup.stage == 3 else _zero12}.get(setup.engine, _whole)
+    found = make(model, groups, setup, optimizer_state, update)
+    if teacher is None:
+        return found
+    held, gathered, asking, head = _teacher(teacher, setup, teacher_compute)
+    return replace(found, parts={**found.parts, "teacher": held}, teacher=gathered, asking=asking, head=head)
+
+
+# ---- whole on every rank
+
+def _whole(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, state: int, update: int
+           ) -> Residency:
+    """One process, or DDP, whose gradients lie in its buckets from the first step on."""
+    weights = parameter_bytes(model)
+    return Residency({"weights": weights, "buffers": _buffers(model), "gradients": parameter_bytes(model, trained=True),
+                      "optimizer state": state}, update=update, gradients=parameter_bytes(model, trained=True))
+
+
+# ---- FSDP2
+
+def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, state: int, update: int
+           ) -> Residency:
+    """Gathers into one buffer and copies out of it, so that for a while a unit is there twice; one unit ahead in
+    backward; sums one unit's gradients in a buffer that stays until the next one's."""
+    units, size = units_of(model), setup.compute.itemsize
+    sums = FP32 if setup.half else size
+    outside, order = _outside(model, units), _order(units)
+    own, trained = (_rows_of(model.parameters(), setup.ranks, only) // setup.ranks for only in (False, True))
+    counts, summed = ([_rows_of(_parameters(model, names), setup.ranks, only) for names in order]
+                      for only in (False, True))
+    root, root_summed = (_rows_of(outside, setup.ranks, only) for only in (False, True))
+    fetched = [0 if setup.stage == 2 or units.tail and index == len(order) - 1 else size * count
+               for index, count in enumerate(counts)]  # in backward, of each unit
+    turns = []
+    for index, (names, count) in enumerate(zip(order, counts, strict=True)):
+        following = summed[index + 1] if index + 1 < len(counts) else 0
+        stays, before = not fetched[index], fetched[index - 1] if index else 0
+        forward, most = size * count * (1 if stays else 2), size * count + max(size * count, _arriving(count, setup))
+        turns.append(ModuleTraffic(
+            tuple(names), forward=forward, stays=stays,
+            arriving=size * (counts[index - 1] if index else root) + most - forward,
+            backward=size * count + before, buffers=sums * following,
+            fetched=max(0, fetched[index] - before, _arriving(counts[index - 1], setup) if before else 0),
+            # before gradients are put into a buffer, the buffer before that is given back
+            reduced=max(0, _summing(model, names, setup, names[0] in units.ends) - sums * following),
+            kept=0 if setup.accumulates or setup.in_backward else FP32 * summed[index] // setup.ranks))
+    parts = {"weights": FP32 * own, "buffers": _buffers(model), "optimizer state": state}
+    trailing = sums * summed[0] if counts else 0
+    if setup.accumulates:  # the buffer of the last sum stays
+        last = sums * root_summed or trailing
+        parts |= {"gradients": FP32 * trained, "buckets": last}
+    if setup.accumulates and turns:
+        turns[-1] = replace(turns[-1], kept=-last, reduced=max(0, turns[-1].reduced - last))
+    stay = not setup.accumulates and not setup.in_backward
+    if setup.offload_parameters:  # weights, gradients and state are on the CPU; a gradient is copied there once summed
+        parts = {"buffers": parts["buffers"]}
+        turns = [replace(turn, kept=0) for turn in turns]
+        trained, stay, update = 0, False, 0
+    return Residency(parts, tuple(turns), units.blocks, forward=size * root, update=0 if setup.in_backward else update,
+                     gradients=FP32 * (max([root_summed, *summed]) // setup.ranks if setup.in_backward else trained
+                                       ) if trained else 0,
+                     rest=FP32 * root_summed // setup.ranks if stay else 0,
+                     landed=size * (counts[-1] if counts else root), trailing=trailing,
+                     end=max(0, _summing(model, (), setup)),
+                     turning=0 if units.tail or not counts else fetched[-1],
+                     turned=0 if units.tail or not counts else _arriving(counts[-1], setup))
+
+
+def _arriving(count: int, setup: ShardingSetup) -> int:
+    """Bytes that are there for a moment while a unit is gathered into its buffer: gloo's own, and the part, cast."""
+    size = setup.compute.itemsize
+    return size * count * setup.gloo + (size * count // setup.ranks if setup.half else 0)
+
+
+def _summing(model: nn.Module, names: Sequence[str], setup: ShardingSetup, held: bool = False) -> int:
+    """Most bytes that summing a unit's gradients adds to its weights and whole gradients, both of which go meanwhile.
+
+    First the weights; then the gradients are laid side by side in a buffer (the largest is copied on the way, where
+    that casts and no kernel of its own does it), and go, unless autograd still has them (`held`: those of an embedding
+    or a head); then comes the rank's part of the sum, and gloo's copy. Without names the unit is the root.
+    """
+    parameters = _parameters(model, names) if names else _outside(model, units_of(model))
+    whole, count = (_rows_of(parameters, setup.ranks, only) for only in (False, True))
+    size, sums = setup.compute.itemsize, FP32 if setup.half else setup.compute.itemsize
+    copied = size * max((parameter.numel() for parameter in parameters), default=0) if setup.half and setup.gloo else 0
+    summing = sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks
+    return max(sums * count + copied, summing - (0 if held else size * count)) - size * whole
+
+
+def _rows_of(parameters: Iterable[nn.Parameter], ranks: int, trained: bool = False) -> int:
+    """Elements of all parameters, or of those that are trained, as all ranks together lay them out."""
+    return ranks * sum(local_rows(parameter, ranks) for parameter in parameters
+                       if parameter.requires_grad or not trained)
+
+
+def local_rows(parameter: torch.Tensor, ranks: int) -> int:
+    """Elements of a parameter that the first rank holds, cut by rows as FSDP2 does."""
+    return math.prod(_row_shape(parameter, ranks))
+
+
+def _row_shape(parameter: torch.Tensor, ranks: int) -> tuple[int, ...]:
+    return (-(-parameter.shape[0] // ranks), *parameter.shape[1:]) if parameter.ndim else (1,)
+
+
+# ---- ZeRO
+
+def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, state: int, update: int
+            ) -> Residency:
+    """Weights whole and flat; fp32 weights, state and, in stage 2, gradients in parts; one bucket during backward."""
+    size = setup.compute.itemsize
+    whole = sum(aligned(group, setup.ranks) for group in groups)
+    part = whole // setup.ranks
+    frozen = _frozen(model)
+    parts = {"weights": size * (whole + _numel(frozen)), "buffers": _buffers(model),
+             "fp32 weights": FP32 * _numel(frozen) if setup.gloo else 0}  # else they are on the CPU
+    if not setup.offload_optimizer:
+        parts |= {"fp32 weights": parts["fp32 weights"] + (FP32 * part if setup.half else 0), "optimizer state": state}
+    compact = setup.half and setup.accumulates and setup.stage == 2  # summed in fp32, in a buffer of its own
+    grown = FP32 * part if compact else size * _most_overlapping(groups, setup)
+    if setup.offload_optimizer:  # gradients go to the CPU through a buffer of the largest one's size
+        parts["buckets"] = size * max(parameter.numel() for parameter in model.parameters())
+        grown = update = 0
+    if setup.accumulates:
+        parts |= {"gradients": grown if setup.stage == 2 else size * whole,
+                  "buckets": parts.get("buckets", 0) + size * setup.bucket}
+    largest = max((aligned(group, setup.ranks) // setup.ranks for group in groups), default=0)
+    update += 0 if compact or setup.offload_optimizer else (FP32 + size if setup.half else FP32) * largest
+    bucket = 0 if setup.accumulates else size * setup.bucket  # from the first gradient of a step on
+    if not setup.offload_optimizer:
+        update = max(update, *(_norm(groups, setup, rank) + (0 if compact else size * sum(
+            _overlapping(group, rank, setup.ranks) for group in groups) - grown) for rank in range(setup.ranks)))
+    if setup.stage == 1:  # when backward is done, gradients go through the bucket one after another
+        before = parts["gradients"] + parts["buckets"] if setup.accumulates else 0  # which go then
+        return Residency(parts, backward=bucket, rest=grown - before, at_once=setup.accumulates,
+                         end=grown - size * _first_filling(groups, setup.bucket), update=update,
+                         gradients=size * whole)
+    return Residency(parts, backward=bucket, at_once=True, bucket=setup.bucket, grown=0 if compact else grown,
+                     emptied=size if setup.gloo else 0, update=update, gradients=grown)
+
+
+def _norm(groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, rank: int) -> int:
+    """Bytes in which a rank takes the norm of its largest piece of a gradient: DeepSpeed's is in fp64."""
+    return FP64 * max((stop - start for group in groups
+                       for start, stop in cuts(group, setup.stage, rank, setup.ranks)), default=0)
+
+
+def _first_filling(groups: Sequence[Sequence[torch.Tensor]], size: int) -> int:
+    """Elements that lie in a bucket of a size when it is first emptied."""
+    bucket = Bucket(size)
+    for parameter in (parameter for group in groups for parameter in group):
+        summed = bucket.add(parameter.numel())
+        if summed:
+            return summed
+    return bucket.content
+
+
+def _most_overlapping(groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup) -> int:
+    """Elements of the parameters, whole ones, of which a rank holds any: their gradients have a buffer.
+
+    In stage 1 the first rank's peak is the highest, since its gradients come before others have been let go of. In
+    stage 2 it is that of the last, whose gradients are made while activations are there, or of one that holds more.
+    """
+    ranks = range(setup.ranks)
+    return max(sum(_overlapping(group, rank, setup.ranks) for group in groups)
+               for rank in (ranks if setup.stage == 2 else ranks[:1]))
+
+
+def _overlapping(group: Sequence[torch.Tensor], rank: int, ranks: int) -> int:
+    size = aligned(group, ranks) // ranks
+    begin, end, offset, total = rank * size, (rank + 1) * size, 0, 0
+    for parameter in group:
+        if offset < end and offset + parameter.numel() > begin:
+            total += parameter.numel()
+        offset += parameter.numel()
+    return total
+
+
+def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, state: int, update: int
+           ) -> Residency:
+    """Weights, gradients and state in parts, the bucket and a flat buffer of gradients always there; blocks gathered
+    as a whole, each other module by itself."""
+    units, size = units_of(model), setup.compute.itemsize
+    parts_of = [sum(equal_part(parameter, setup.ranks) for parameter in group) for group in groups]
+    part = sum(parts_of)
+    sums = FP32 if setup.half and setup.accumulates else size
+    frozen = _frozen(model)
+    parts = {"buckets": size * setup.bucket, "buffers": _buffers(model),
+             "fp32 weights": FP32 * _numel(frozen) if setup.gloo else 0}
+    if not setup.offload_parameters:
+        parts["weights"] = size * (part + sum(equal_part(parameter, setup.ranks) for parameter in frozen))
+    if not setup.offload_optimizer:
+        parts |= {"fp32 weights": parts["fp32 weights"] + (FP32 * part if setup.half else 0), "gradients": sums * part,
+                  "optimizer state": state}
+    turns, bucket, end = [], Bucket(setup.bucket), 0
+    for name in reversed((*units.ends[:1], *units.blocks, *units.ends[1:])):
+        own = _parameters(model, [name])
+        count = sum(equal_part(parameter, setup.ranks) * setup.ranks for parameter in own)
+        ahead, waits = min(setup.ahead, count), not units.tail and name in units.ends  # tied: complete in the end
+        bucket.begin()
+        for parameter in own:
+            if not (waits and parameter.ndim > 1):
+                bucket.add(parameter.numel())
+            elif setup.gloo and parameter.numel() > setup.bucket:  # summed by itself
+                end = size * parameter.numel()
+        staged = size * count if setup.gloo else 0  # gloo gathers into a copy
+        head = name in units.ends[-1:]
+        again = not waits or head  # a tied head's weights are still there for the embedding
+        alone = waits or any(not bucket.holds(parameter.numel()) for parameter in own)  # else they go with the bucket
+        turns.append(
+            ModuleTraffic(
+                (name,),
+                forward=size * (count + ahead),
+                arriving=staged,
+                fetched=staged if again else 0,
+                backward=size * (count + ahead) if again else 0,
+                lasts=head and alone,
+                reduced=max(0, size * (2 * bucket.largest - count)),
+                pending=size * bucket.content,
+                drops=not waits,
+            )
+        )
+    if not setup.offload_optimizer:
+        update = max(update + FP32 * max(parts_of, default=0), _norm(groups, setup, 0))
+    return Residency(parts, tuple(turns), units.blocks, gradients=parts.get("gradients", 0),
+                     end=end, update=0 if setup.offload_optimizer else update)
+
+
+# ---- teacher and helpers
+
+def _teacher(teacher: nn.Module, setup: ShardingSetup, compute: torch.dtype | None) -> tuple[int, int, int, int]:
+    """Bytes of a teacher on the first rank, the most that it gathers, what for a moment comes on top of that while a
+    unit arrives, and what it gathers for its head."""
+    if setup.engine not in SHARDED:
+        return parameter_bytes(teacher), 0, 0, 0
+    units, ranks = units_of(teacher), setup.ranks
+
+    def bytes_of(parameters: Iterable[nn.Parameter], times: int) -> int:
+        return sum(local_rows(parameter, ranks) * times * (
+            parameter.element_size() if compute is None or times == 1 else compute.itemsize)
+            for parameter in parameters)
+
+    def arriving(count: int) -> int:  # in a buffer, and out of it
+        return count + max(count, count * setup.gloo + (0 if compute is None else count // ranks))
+
+    root = bytes_of(_outside(teacher, units), ranks)
+    counts = [bytes_of(_parameters(teacher, names), ranks) for names in _order(units)]
+    most = max([arriving(root), *(root + before + arriving(count) for before, count in pairwise([root, *counts]))])
+    gathered = root + 2 * max(counts, default=0)
+    head = bytes_of(_parameters(teacher, units.tail[-1:]), ranks) if units.tail else root
+    return bytes_of(teacher.parameters(), 1), gathered, max(0, most - gathered), head
+
+
+def _order(units: Units) -> list[list[str]]:
+    """Units in the order in which they run."""
+    return [*([[units.first]] if units.first else []), *([name] for name in units.blocks),
+            *([list(units.tail)] if units.tail else [])]
+
+
+def _outside(model: nn.Module, units: Units) -> list[nn.Parameter]:
+    """Parameters of the root: in no block, nor first, nor tail."""
+    inside = {id(parameter) for names in _order(units) for parameter in _parameters(model, names)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in inside]
+
+
+def _parameters(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    """Parameters of some of a model's modules, in order."""
+    return [parameter for name in names for parameter in model.get_submodule(name).parameters()]
+
+
+def _frozen(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not parameter.requires_grad]
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _buffers(model: nn.Module) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())

@@ -1,0 +1,80 @@
+"""`--dry-run`: what would run, from shapes alone; and every shipped experiment."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT, TINY, launch, train_py
+from trainer.experiment.load import read_experiment
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_shipped_experiment_dry_runs_without_network_and_leaves_nothing(file, tmp_path):
+    done = train_py("--config", str(file), "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("effective batch", "learning rate", "student parameters", "Memory at the peak",
+                 "optimizer state", "activations", "peak"):
+        assert part in done.stdout
+    assert f"{file}:" in done.stdout and "default" in done.stdout, "every value says where it was written"
+    assert not list(tmp_path.iterdir())
+
+
+def test_readmes_launch_on_two_ranks_is_possible():
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("launch/two_cpu"))
+    script, *arguments = line.split()
+    assert script == "launch/two_cpu_ranks.sh"
+    done = launch(*arguments, "--dry-run", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "4 per micro-batch x 1 accumulated x 2 processes" in done.stdout
+
+
+def test_dry_run_sees_that_a_local_file_is_missing():
+    done = train_py("--config", "configs/quickstart.yaml", "--dry-run", "data.path=nope.jsonl")
+    assert done.returncode == 2 and "data.path = 'nope.jsonl': there is no such file or folder" in done.stderr
+
+
+def test_plan_is_exact(write_experiment):
+    file = write_experiment(training={"steps": 10, "batch_size": 12, "micro_batch": 3},
+                            student={"quantization": {"bits": 4, "group_size": 16}},
+                            teacher={"architecture": TINY, "train": {"steps": 1}})
+    done = train_py("--config", str(file), "--dry-run", "--json", "optimizer.lr=0.5")
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout)
+    plan = said["plan"]
+    assert said["origins"]["optimizer.lr"] == "override `optimizer.lr=0.5`"
+    assert (plan["accumulation"], plan["tokens_per_step"], plan["steps"]) == (4, 12 * 32, 10)
+    assert len(plan["learning_rates"]) == 10 and max(rate for _, rate in plan["learning_rates"]) <= 0.5
+    hidden, inner, vocabulary = 32, 64, 300
+    linear = hidden * hidden * 2 + hidden * (hidden // 2) * 2 + 3 * hidden * inner
+    parameters = vocabulary * hidden + 3 * (linear + 2 * hidden) + hidden
+    assert plan["parameters"] == {"student": parameters, "teacher": parameters}
+    assert plan["student_bytes"] == 4 * (parameters - 3 * linear) + 3 * (linear // 2 + 4 * linear // 16 + 7 * 16)
+    assert plan["ledger"]["weights"] == plan["ledger"]["gradients"] == plan["ledger"]["teacher"] == 4 * parameters
+    tensors = 3 * 9 + 2
+    assert plan["ledger"]["optimizer_state"] == 8 * parameters + 4 * tensors, "two moments, and the step of each tensor"
+    assert plan["ledger"]["total"] == sum(v for k, v in plan["ledger"].items() if k != "total")
+
+
+def test_published_sizes_of_hub_models():
+    """The dimensions beside the hub ids are those of the models: their published parameter counts follow from them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trainer.models.build import count_parameters, student_config, teacher_config
+
+    published = {"Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304, "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+                 "Qwen/Qwen2.5-0.5B": 494_032_768, "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+                 "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248}
+    seen = set()
+    for file in CONFIGS:
+        experiment = read_experiment(file).experiment
+        teacher = teacher_config(experiment, 2048, offline=True)
+        student = student_config(experiment, teacher, 2048, offline=True)
+        for model, config in ((experiment.teacher, teacher), (experiment.student, student)):
+            if model is not None and model.path in published:
+                with torch.device("meta"):
+                    assert count_parameters(AutoModelForCausalLM.from_config(config)) == published[model.path]
+                seen.add(model.path)
+    assert seen == set(published)

@@ -1,0 +1,110 @@
+"""A few records as they will be learned: what is learned of each, and where a row ends before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text as Line
+from transformers import PreTrainedTokenizerBase
+
+from trainer.data import sources
+from trainer.data.dataset import cache_folder, encoder_for, tokenizer_for
+from trainer.data.encoding import Document, Encoder
+from trainer.data.messages import notes_on_calls, read_conversation, thoughts_of
+from trainer.data.packing import cuts
+from trainer.experiment.experiment import Experiment
+
+SHOWN, COUNTED = 3, 200  # records that are shown, and whose shares are counted
+
+
+def show_data(experiment: Experiment, console: Console) -> None:
+    """Print records of an experiment's training data; what is learned is colored, or in [[brackets]] where no color is.
+
+    Raises:
+        UserError: as a run would, for its data and tokenizer; only the first records are read.
+    """
+    data, plain = experiment.data, not (experiment.data.messages or experiment.data.prompt)
+    corpus = sources.open_corpus(data, cache_folder(experiment))
+    tokenizer = tokenizer_for(experiment, corpus)
+    encoder = encoder_for(tokenizer, data, corpus.train)
+    read = list(islice(iter(corpus.train), COUNTED))
+    records = [encoder([record]) for record in read]
+    for number, documents in enumerate(records[:SHOWN], 1):
+        for part, document in enumerate(documents, 1):
+            of = f", sample {part} of {len(documents)}" if len(documents) > 1 else ""
+            console.print(
+                Line(
+                    f"record {number}{of}: {len(document):,} tokens, {int(document.loss_mask.sum()):,} learned",
+                    style="bold",
+                )
+            )
+            console.print(shown_document(tokenizer, document, data.sequence_length, plain, console.is_terminal),
+                          soft_wrap=True)
+    documents = [document for record in records for document in record]
+    thoughts = left_out_thoughts(tokenizer, encoder, zip(read, records, strict=True))
+    console.print(Line("\n".join([*summary(documents, len(records), data.sequence_length, plain), *thoughts,
+                                  *encoder.notes, *notes_on_calls(read, data)])), soft_wrap=True)
+
+
+def summary(documents: list[Document], records: int, capacity: int, plain: bool) -> list[str]:
+    """What is learned and what is left out of some documents, in words."""
+    pieces = [[document[cut] for cut in cuts(document.loss_mask, capacity, plain)] for document in documents]
+    tokens = sum(map(len, documents))
+    kept = [piece for found in pieces for piece in found]
+    learned = sum(int(piece.loss_mask[1:].sum()) for piece in kept)  # nothing comes before a row's first token
+    longer = sum(len(document) > capacity for document in documents)
+    lines = [f"of the first {records:,} records, {tokens:,} tokens: {learned / max(1, tokens):.0%} are learned"]
+    if longer:
+        cut = "cut into rows" if plain else "cut off there"
+        lines.append(f"{longer:,} of {len(documents):,} are longer than the {capacity:,} tokens of a row, and {cut}")
+    if nothing := sum(not found for found in pieces):
+        lines.append(f"{nothing:,} of {len(documents):,} have nothing to learn within a row, and are left out")
+    return lines
+
+
+def left_out_thoughts(tokenizer: PreTrainedTokenizerBase, encoder: Encoder,
+                      records: Iterable[tuple[dict[str, Any], list[Document]]]) -> list[str]:
+    """How many answers have thoughts of which nothing is learned, since the chat template leaves them out."""
+    if not encoder.data.messages:
+        return []
+    every = missing = 0
+    for record, documents in records:
+        messages, _ = read_conversation(record, encoder.data, encoder.as_written)
+        thoughts = [thought for message in messages if message["role"] == "assistant"
+                    if (thought := thoughts_of(message))]
+        loss_mask = "\n".join(tokenizer.decode(one.tokens[one.loss_mask].tolist(), clean_up_tokenization_spaces=False)
+                           for one in documents) if thoughts else ""
+        every += len(thoughts)
+        missing += sum(thought.splitlines()[-1].strip() not in loss_mask for thought in thoughts)
+    return [f"{missing:,} of {every:,} answers with thoughts are learned without them: the chat template leaves them "
+            "out"] if missing else []
+
+
+def shown_document(tokenizer: PreTrainedTokenizerBase, document: Document, capacity: int, plain: bool, color: bool
+                   ) -> Line:
+    """A document's text, what is learned of it and where rows end marked."""
+    line, kept = Line(), list(cuts(document.loss_mask, capacity, plain))
+    for begin, end, loss_mask in _runs(document, capacity):
+        if begin and begin % capacity == 0:
+            line.append(f"\n--- a row ends here{'' if plain else '; what follows is left out'} ---\n", style="red")
+        used = loss_mask and any(piece.start < end and begin < piece.stop for piece in kept)
+        text = tokenizer.decode(document.tokens[begin:end].tolist(), clean_up_tokenization_spaces=False)
+        text = text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")  # what is in data gives a terminal no orders
+        if color:
+            line.append(text, style="green" if used else "dim")
+        else:
+            line.append(f"[[{text}]]" if used else text)
+    return line
+
+
+def _runs(document: Document, capacity: int) -> Iterator[tuple[int, int, bool]]:
+    """(begin, end, learned) of stretches of tokens that are all learned or all not, within a row."""
+    loss_mask, begin = document.loss_mask.copy(), 0
+    loss_mask[::capacity] = False  # a row's first token has nothing before it to be predicted from
+    for at in range(1, len(loss_mask) + 1):
+        if at == len(loss_mask) or loss_mask[at] != loss_mask[begin] or at % capacity == 0:
+            yield begin, at, bool(loss_mask[begin])
+            begin = at

@@ -1,0 +1,171 @@
+"""What a chat template is like, found by having it write small conversations: what it wants, and how it ends a turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from trainer.data.messages import Message
+
+USER, ANSWER = {"role": "user", "content": "Jqwvx"}, "Zkqwv"
+WORD, PLACE = "Xjqzw", "Vqjzx"
+TOOL = {"type": "function", "function": {"name": WORD, "description": WORD, "parameters": {
+    "type": "object", "properties": {"place": {"type": "string", "description": "a place"}}}}}
+
+
+class TemplateShape:
+    """Answers about a template.
+
+    Args:
+        write: messages, tools and whether a generation prompt is wanted to text, or to None where it refuses.
+    """
+
+    def __init__(self, write: Callable[..., str | None]):
+        self._write = write
+        self._fields: dict[str, bool] = {}
+
+    def fit(self, messages: list[Message]) -> list[Message]:
+        """Messages with contents and arguments of the kind that the template writes."""
+        return [self._fitted(message) for message in messages]
+
+    def notes(self, marked: Callable[[list[Message]], tuple[str, str]] | None) -> list[str]:
+        """What a person should know; `marked` gives a text and what the template's own marks say is learned of it."""
+        if marked is not None:
+            return self._notes_of_marks(marked(self._answer)[1]) if self._answered is not None else []
+        if self._asked and self._answered and not self._answered.startswith(self._asked):
+            return [f"the chat template's prompt ends with {self.header!r}, and answers are written without it where "
+                    "they have none of their own: they are learned as they are written"]
+        return []
+
+    def _notes_of_marks(self, loss_mask: str) -> list[str]:
+        """What is unusual in what the template's own marks say is learned of an answer."""
+        notes, end, header = [], (self.closing or "").strip(), self.header.strip()
+        if end and end not in loss_mask:
+            notes.append(f"the chat template's {{% generation %}} marks leave out the end of a turn, {end!r}: the "
+                         "student does not learn to end an answer")
+        if header and loss_mask.lstrip().startswith(header):
+            notes.append(f"the chat template's {{% generation %}} marks hold {header!r}, which a prompt ends with: it "
+                         "is learned too")
+        return notes
+
+    @cached_property
+    def header(self) -> str:
+        """What a generation prompt adds."""
+        before = self._write(self.fit([USER]))
+        if before is None or self._asked is None or not self._asked.startswith(before):
+            return ""
+        return self._asked[len(before):]
+
+    @cached_property
+    def closing(self) -> str | None:
+        """What is written after the content of a last answer; None where that is not known."""
+        return None if self._answered is None or ANSWER not in self._answered else self._answered.rpartition(ANSWER)[2]
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether tools make a difference. A template that refuses these is left to the records."""
+        given = self._write(self.fit([USER]), [TOOL])
+        return given is None or WORD in given
+
+    def writes(self, key: str) -> bool:
+        """Whether a field of the assistant's message, beside its content, makes a difference.
+
+        A template that refuses every such message is left to the records.
+        """
+        if key not in self._fields:
+            self._fields[key] = self._tried(key)
+        return self._fields[key]
+
+    def _tried(self, key: str) -> bool:
+        def call(name: str) -> Message:
+            return {"type": "function", "id": "call00001", "function": {"name": name, "arguments": {"place": PLACE}}}
+
+        value: Any = {"tool_calls": [call(WORD)], "function_call": call(WORD)["function"]}.get(key, WORD)
+        tool = {**TOOL, "function": {**TOOL["function"], "name": PLACE, "description": PLACE}}
+        # Some show a thought only beside a call.
+        answers = [{"content": ANSWER}, {"content": ""}, {"content": "", "tool_calls": [call(PLACE)]}]
+        # Others only after a first answer.
+        found = [self._write(self.fit([*before, USER, {"role": "assistant", **answer, key: value}]), tools)
+                 for before in ([], self._answer) for answer in answers for tools in (None, [tool])]
+        return all(text is None for text in found) or any(WORD in text for text in found if text is not None)
+
+    @cached_property
+    def always_prompts(self) -> bool:
+        """Whether what begins an answer is written at every end, wanted or not, and so after the last answer too."""
+        before, text, closing = self._write(self.fit([USER])), self._answered, self.closing
+        if not before or before != self._asked or not closing or not text.startswith(before):
+            return False
+        followed = self._write(self.fit([*self._answer, USER]))
+        return followed is not None and ANSWER in followed and not followed.rpartition(ANSWER)[2].startswith(closing)
+
+    # ---- what is tried
+
+    @cached_property
+    def _answer(self) -> list[Message]:
+        return self.fit([USER, {"role": "assistant", "content": ANSWER}])
+
+    @cached_property
+    def _answered(self) -> str | None:
+        return self._write(self._answer)
+
+    @cached_property
+    def _asked(self) -> str | None:
+        return self._write(self.fit([USER]), prompt=True)
+
+    @cached_property
+    def _contents(self) -> str:
+        """Whether contents are written from `text` alone, from `parts` alone, or from `both`."""
+        text, parts = (self._write([{"role": "user", "content": content}])
+                       for content in (WORD, [{"type": "text", "text": WORD}]))
+        if text is not None and text == parts:
+            return "both"
+        return "parts" if parts is not None and WORD in parts and (text is None or WORD not in text) else "text"
+
+    @cached_property
+    def _arguments_as_text(self) -> bool:
+        """Whether a call's arguments have to be JSON: as an object they are refused, or printed as Python does."""
+        def called(arguments: Any) -> str | None:
+            call = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": arguments}}
+            answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return self._write([*self.fit_contents([USER]), *self.fit_contents([answer])], [TOOL])
+        given = called({"place": PLACE})
+        # A template may write calls as Python (`look(place='x')`) and wants an object for it.
+        return (given is None or str({"place": PLACE}) in given) and called(json.dumps({"place": PLACE})) is not None
+
+    def fit_contents(self, messages: list[Message]) -> list[Message]:
+        """Messages with contents of the kind that the template writes."""
+        return [{**message, "content": self._content(message["content"])} if "content" in message else message
+                for message in messages]
+
+    def _content(self, content: Any) -> Any:
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}] if self._contents == "parts" else content
+        return content if self._contents != "text" else "".join(part["text"] for part in content)
+
+    def _fitted(self, message: Message) -> Message:
+        message = self.fit_contents([message])[0]
+        calls = message.get("tool_calls")
+        if not isinstance(calls, list):
+            return message
+        return {**message, "tool_calls": [self._call(call) for call in calls]}
+
+    def _call(self, call: Any) -> Any:
+        function = call.get("function") if isinstance(call, dict) else None
+        own = function if isinstance(function, dict) else call
+        if not isinstance(own, dict) or "arguments" not in own:
+            return call
+        changed = {**own, "arguments": self._argument(own["arguments"])}
+        return changed if own is call else {**call, "function": changed}
+
+    def _argument(self, arguments: Any) -> Any:
+        if self._arguments_as_text:
+            return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        if not isinstance(arguments, str):
+            return arguments
+        try:
+            parsed = json.loads(arguments)
+        except ValueError:
+            return arguments
+        return parsed if isinstance(parsed, dict) else arguments

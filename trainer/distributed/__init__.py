@@ -1,0 +1,1 @@
+"""Processes: launched, joined, watched and stopped; what each of them holds."""

@@ -1,0 +1,230 @@
+"""The launched processes joined, and models handed to the engine that the experiment names."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import nn
+
+from strategies.sharding.engine import Engine
+from strategies.sharding.zero import EVEN, bucket_numel, deepspeed_config
+from trainer.distributed import rendezvous
+from trainer.distributed.rank_memory import accumulates, bucket_for, gathered_dtype, in_backward, is_sharded
+from trainer.errors import RunFailed, UserError
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.precision import DTYPES
+from trainer.run.folder import flatten, training_identity
+
+WAIT = timedelta(hours=1)  # the others wait while the first one tokenizes
+MIB = 2**20
+
+
+def start(experiment: Experiment) -> Accelerator:
+    """Join the launched processes, and make sure that they are what was asked for.
+
+    Raises:
+        UserError: a tracker or an engine that is not installed, an engine that does not fit the processes, or
+            processes that were launched with different experiments.
+        RunFailed: the launcher's own configuration asks for something that is the experiment's to say.
+    """
+    for tracker in experiment.run.trackers:
+        if find_spec(tracker) is None:  # Accelerate would go on without a word
+            raise UserError("run.trackers", f"{tracker} is not installed", value=list(experiment.run.trackers),
+                            way_out=f"pip install '{tracker}', or remove it here; metrics.jsonl is always written")
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if experiment.memory.processes not in (None, launched):
+        raise UserError("memory.processes", f"{launched} processes were launched", value=experiment.memory.processes,
+                        way_out="launch as many, leave it out, or add --dry-run to plan for them")
+    check_engine(experiment, launched)
+    engine = experiment.sharding.named(launched)
+    if engine == "zero" and find_spec("deepspeed") is None:  # a plan does without
+        raise UserError("sharding.engine", "DeepSpeed, which is the engine of ZeRO, is not installed", value="zero",
+                        way_out="pip install 'limbeck[zero]', or use fsdp2, which shards as ZeRO's stage 3 does")
+    _refuse_launcher(experiment)
+    if is_sharded(experiment, launched):
+        _be_a_rank()
+    settings: dict[str, Any] = {}
+    group: dict[str, Any] = {"timeout": max(WAIT, timedelta(seconds=2 * experiment.run.timeout))}
+    if rendezvous.launchers_store():
+        group["init_method"] = rendezvous.METHOD
+    if engine == "zero":
+        settings["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=zero_config(experiment, launched, None),
+                                                       zero3_init_flag=False)
+        # With ACCELERATE_USE_CPU Accelerate ends in DeepSpeed's CUDA code, and without gloo in one process each.
+        if os.environ.pop("ACCELERATE_USE_CPU", "") or not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            group["backend"] = "gloo"
+    accelerator = Accelerator(
+        mixed_precision="no",  # precision is ours, the same on every device
+        log_with=list(experiment.run.trackers) or None, project_dir=experiment.folder,
+        kwargs_handlers=[InitProcessGroupKwargs(**group),
+                         DistributedDataParallelKwargs(
+                             bucket_cap_mb=max(1, experiment.sharding.bucket_bytes // MIB),
+                             gradient_as_bucket_view=True)],
+        **settings,
+    )
+    if engine == "zero":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # else transformers would cut up every model that it makes, teacher and plan too
+    _check_joined(accelerator, experiment, launched)
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` sets one thread where it finds no GPU, which would leave the other cores idle.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
+        torch.set_num_threads(experiment.run.threads or max(1, _cores() // local))
+    return accelerator
+
+
+def check_engine(experiment: Experiment, processes: int) -> None:
+    """Raise `UserError` for an engine or optimizer that cannot carry out the experiment on so many processes."""
+    sharding, optimizer = experiment.sharding, experiment.optimizer
+    engine = sharding.named(processes)
+    if engine == "none" and processes > 1:
+        raise UserError("sharding.engine", f"{processes} processes were launched, and with `none` each would train "
+                        "alone", value="none", way_out="use ddp, fsdp2 or zero, or leave it out")
+    if engine == "zero" and optimizer.name == "muon":
+        raise UserError("optimizer.name", "Muon looks at whole matrices, and ZeRO hands out parts of them",
+                        value="muon", way_out="use sharding.engine fsdp2, or another optimizer: adamw, lamb, adafactor")
+    if optimizer.in_backward and engine not in ("none", "fsdp2"):
+        raise UserError("optimizer.in_backward", f"{engine} sums gradients over processes after they are made",
+                        value=True, way_out="use sharding.engine fsdp2, or leave it out")
+    if optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UserError("optimizer.name", "bitsandbytes, whose 8-bit AdamW this is, is not installed",
+                        value="adamw8bit", way_out="pip install 'limbeck[adamw8bit]', or use adamw or adafactor")
+
+
+def zero_config(experiment: Experiment, processes: int, student: nn.Module | None) -> dict[str, Any]:
+    """DeepSpeed's configuration for an experiment; buckets are sized by the student where it is known."""
+    training, precision, sharding = experiment.training, experiment.precision, experiment.sharding
+    fitting = EVEN if student is None else bucket_numel(student)
+    return deepspeed_config(
+        stage=sharding.zero_stage, precision=precision.dtype, micro_batch=training.micro_batch, clip=training.clip,
+        bucket=bucket_for(experiment, fitting), gathered=fitting if torch.cuda.is_available() else 0,
+        accumulates=accumulates(experiment, processes),
+        initial_scale=precision.loss_scale.initial, growth_interval=precision.loss_scale.growth_interval,
+        offload_parameters=sharding.offload.parameters, offload_optimizer=sharding.offload.optimizer)
+
+
+def engine_for(experiment: Experiment, accelerator: Accelerator, student: nn.Module,
+               without_gradient: Callable[[], set[str] | None] = set) -> Engine:
+    """The student in the hands of the experiment's engine.
+
+    Args:
+        without_gradient: tells names of parameters that the loss does not depend on, None where that is not known;
+            asked where an engine must know.
+    """
+    apart: set[str] = set()
+    if experiment.sharding.named(accelerator.num_processes) == "ddp" and accelerator.num_processes > 1:
+        # DDP waits for the gradient of every other one, and ends the run when a step does not bring it.
+        # Its own search would miss what is recomputed, which is nothing where it was not known either.
+        found = without_gradient()
+        accelerator.ddp_handler.find_unused_parameters, apart = found is None, found or set()
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, apart)
+    engine = _engine(experiment, accelerator, student)
+    engine.apart = [parameter for name, parameter in student.named_parameters()
+                    if name in apart and parameter.requires_grad]
+    stepping = in_backward(experiment)
+    engine.in_backward = None if stepping is None else stepping(engine.inner)
+    return engine
+
+
+def _engine(experiment: Experiment, accelerator: Accelerator, student: nn.Module) -> Engine:
+    sharding, compute = experiment.sharding, DTYPES[experiment.precision.dtype]
+    engine = sharding.named(accelerator.num_processes)
+    if engine == "fsdp2":
+        from strategies.sharding.fsdp2 import FSDP2
+
+        return FSDP2(student, experiment.optimizer.build, device=accelerator.device, reshard=sharding.reshards,
+                     compute=None if compute is torch.float32 else compute, offload=sharding.offload.parameters)
+    if engine == "zero":
+        from strategies.sharding.zero import Zero
+
+        config = zero_config(experiment, accelerator.num_processes, student)
+        accelerator.state.deepspeed_plugin.hf_ds_config.config.update(config)
+        return Zero(student, experiment.optimizer.build, accelerator.prepare, config)
+    wrapped, optimizer = accelerator.prepare(student.to(accelerator.device), experiment.optimizer.build(student))
+    if engine == "ddp":
+        assert accelerator.num_processes == 1 or isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    return Engine(wrapped, accelerator.unwrap_model(wrapped), optimizer, accelerator.no_sync)
+
+
+def place_teacher(experiment: Experiment, accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
+    """The teacher on its device, sharded where the student is: each rank holds its part, and gathers block by block."""
+    if not is_sharded(experiment, accelerator.num_processes):
+        return teacher.to(accelerator.device)
+    from strategies.sharding.fsdp2 import rank_mesh, shard
+
+    shard(teacher, rank_mesh(accelerator.device.type), frozen=True, compute=gathered_dtype(experiment, teacher))
+    return teacher.to(accelerator.device)
+
+
+def _be_a_rank() -> None:
+    """Engines that shard need a group of ranks, of one where a single process was started."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+
+
+def _refuse_launcher(experiment: Experiment) -> None:
+    """What is sharded, and how, is said in the experiment alone."""
+    for variable, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
+                           ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise RunFailed(f"the launcher's configuration asks for {what}, and the experiment says "
+                            f"sharding.engine {experiment.sharding.engine or 'nothing'}: one of them would be lost.\n"
+                            "  -> launch with a file that names processes and machines only, as those in launch/, and "
+                            "set `sharding` in the experiment")
+
+
+def _check_joined(accelerator: Accelerator, experiment: Experiment, launched: int) -> None:
+    """Every known way of launching that does nothing of what was asked for, silently, ends here."""
+    if accelerator.num_processes != launched:
+        raise RunFailed(f"the launcher started {launched} processes but they train as {accelerator.num_processes}: "
+                        "each would train alone.\n  -> on CPU set ACCELERATE_USE_CPU=true and pass --multi_gpu to "
+                        "accelerate launch, as launch/two_cpu_ranks.sh does")
+    engine = experiment.sharding.named(launched)
+    plain = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if plain == (engine == "zero") or accelerator.gradient_accumulation_steps != 1 or accelerator.scaler is not None:
+        raise RunFailed("accelerate's own configuration asks for something that the experiment file says "
+                        f"({accelerator.distributed_type.value}, gradient accumulation "
+                        f"{accelerator.gradient_accumulation_steps}).\n  -> launch with --config_file "
+                        "launch/one_process.yaml, or a file of your own that names processes and machines only")
+    if is_sharded(experiment, launched):
+        assert dist.is_initialized() and dist.get_world_size() == launched
+    if launched > 1:
+        _check_same(experiment, accelerator)
+
+
+def _check_same(experiment: Experiment, accelerator: Accelerator) -> None:
+    """All processes must have been launched with one experiment; else they would wait for each other, or diverge."""
+    every = flatten(experiment.model_dump(mode="json"))
+    known = {**training_identity(experiment), "run.folder": experiment.folder,
+             **{key: value for key, value in every.items() if key.startswith(("sharding.", "memory.", "training."))}}
+    everything: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(everything, known)
+    first = everything[0]
+    rank = next((number for number, theirs in enumerate(everything) if theirs != first), None)
+    if rank is None:
+        return
+    other = everything[rank]
+    key = min(key for key in {*first, *other} if first.get(key) != other.get(key))
+    raise UserError(key, f"process {rank} was launched with another experiment: there it is {other.get(key)!r}",
+                    value=first.get(key),
+                    way_out="start the same command on every machine, with the same file")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,167 @@
+"""The root of the experiment tree, and the experiments that follow from one: its teacher's and its control's."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from trainer.errors import UserError
+from trainer.experiment.data_nodes import Data
+from trainer.experiment.node import Node
+from trainer.experiment.nodes import (
+    Export,
+    Memory,
+    Optimizer,
+    Precision,
+    Report,
+    Run,
+    Schedule,
+    Sharding,
+    Student,
+    Teacher,
+    Training,
+)
+from trainer.experiment.objective_nodes import INSIDE, Divergence, Objective
+
+
+class Experiment(Node):
+    """One experiment: what is asked for. Everything that follows from it is in the plan."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "experiment"
+    """Name of the experiment and of its run folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Decides weights, dropout and the order of samples."""
+    teacher: Teacher | None = None
+    """The large model that is learned from; null fine-tunes the student alone."""
+    student: Student
+    """The small model that is trained and handed back."""
+    data: Data = Data()
+    """The text that is trained on."""
+    objective: Objective = Objective()
+    """What the student minimizes."""
+    optimizer: Optimizer = Optimizer()
+    """How weights follow gradients."""
+    schedule: Schedule = Schedule()
+    """How the learning rate moves."""
+    training: Training
+    """How long and in which batches."""
+    precision: Precision = Precision()
+    """Number format of forward and backward."""
+    sharding: Sharding = Sharding()
+    """How the student is shared out over processes."""
+    memory: Memory = Memory()
+    """How many bytes a step may take."""
+    export: Export = Export()
+    """The student's file."""
+    report: Report = Report()
+    """What the report compares."""
+    run: Run = Run()
+    """Where the run lives and what it tells."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Experiment:
+        if self.teacher is None and self.student.from_teacher is not None:
+            raise UserError("student.from_teacher", "there is no teacher to take layers from",
+                            value=list(self.student.from_teacher),
+                            way_out="add `teacher`, or give the student a `path`")
+        objective, weight = self.objective, self.objective.divergence.weight
+        if self.teacher is None and weight:
+            raise UserError("objective.divergence.weight", "there is no teacher to learn from", value=weight,
+                            way_out="add `teacher`, or remove `objective.divergence.weight`")
+        if not objective.cross_entropy and not objective.z_loss and (not self.teacher or weight == 0):
+            raise UserError("objective.cross_entropy", "every weight of the objective is zero",
+                            value=objective.cross_entropy, way_out="set it or `divergence.weight` above zero")
+        if self.teacher is not None and self.teacher.targets.source != "live":
+            self._cached()
+        if objective.has_intermediate:
+            self._looks_inside()
+        if objective.on_policy is not None:
+            self._on_policy()
+        if self.optimizer.in_backward:
+            self._steps_in_backward()
+        return self
+
+    def _on_policy(self) -> None:
+        """What learning from the student's own text needs."""
+        way_out = "or remove objective.on_policy"
+        if self.teacher is None or self.objective.divergence.weight == 0:
+            raise UserError("objective.on_policy", "nobody judges what the student writes",
+                            way_out=f"add `teacher` with a divergence, {way_out}")
+        if self.teacher.targets.source != "live":
+            raise UserError("teacher.targets.source", "what the student will write is in no cache",
+                            value=self.teacher.targets.source, way_out=f"use `live`, {way_out}")
+        if self.sharding.engine in ("fsdp2", "zero"):
+            raise UserError("sharding.engine", "the student writes with whole weights only", value=self.sharding.engine,
+                            way_out=f"use ddp, {way_out}")
+
+    def _looks_inside(self) -> None:
+        """What losses on hidden states and values need."""
+        name = next(name for name in INSIDE if getattr(self.objective, name) is not None)
+        if self.teacher is None:
+            raise UserError(f"objective.{name}", "there is no teacher to learn from",
+                            way_out="add `teacher`, or remove it")
+        if self.teacher.targets.source != "live":
+            raise UserError(f"objective.{name}", "a cache holds what the teacher says, not what is inside of it",
+                            way_out="use teacher.targets.source live, or remove it")
+        for name in ("values", "attention_maps"):
+            if getattr(self.objective, name) is not None and self.memory.budget is not None:
+                raise UserError(f"objective.{name}", "blocks that are recomputed by a plan do not show their attention",
+                                way_out="remove it, or memory.budget")
+
+    def _cached(self) -> None:
+        """What a cache cannot serve."""
+        source, name = self.teacher.targets.source, self.objective.divergence.name
+        if self.data.streaming:
+            raise UserError("teacher.targets.source", "a stream's rows are made anew each time, and have no cache",
+                            value=source, way_out="use `live`, or set data.streaming: false")
+        if source == "samples" and name != "forward_kl":
+            raise UserError("objective.divergence.name", "tokens drawn from the teacher serve forward_kl only",
+                            value=name, way_out="use teacher.targets.source hidden or top_k, or forward_kl")
+        if source != "hidden" and name == "uld":
+            raise UserError("objective.divergence.name", "uld needs whole distributions", value=name,
+                            way_out="use teacher.targets.source live")
+
+    def _steps_in_backward(self) -> None:
+        """Weights that are updated one by one: no other micro-batch's gradient, nor the norm of all, is waited for."""
+        training, way_out = self.training, "or leave optimizer.in_backward out"
+        if training.clip is not None:
+            raise UserError("training.clip", "the norm of all gradients is not known when the first weight is updated "
+                            "in backward", value=training.clip, way_out=f"set it to null, {way_out}")
+        if self.precision.dtype == "fp16":
+            raise UserError("precision.dtype", "fp16 must see all gradients before it knows whether its loss scale was "
+                            "too large", value="fp16", way_out=f"use bf16, {way_out}")
+
+    @property
+    def folder(self) -> str:
+        """The run folder."""
+        return self.run.folder or f"runs/{self.name}"
+
+    def as_teacher(self, folder: str) -> Experiment:
+        """The experiment that makes this one's teacher: same data, no teacher, full precision, all for itself."""
+        assert self.teacher is not None and self.teacher.train is not None
+        return self.model_copy(update={
+            "name": f"{self.name}-teacher",
+            "teacher": None,
+            "student": Student(architecture=self.teacher.architecture),
+            "objective": Objective(),
+            "optimizer": self.optimizer.model_copy(update={"lr": self.teacher.train.lr}),
+            "training": self.training.model_copy(update={"steps": self.teacher.train.steps, "epochs": None}),
+            "export": Export(),
+            "report": self.report.model_copy(update={"control": False}),
+            "run": self.run.model_copy(update={"folder": folder, "trackers": ()}),
+        })
+
+    def as_control(self, folder: str) -> Experiment:
+        """The same student on the same tokens without its teacher: cross-entropy alone, and balanced routers.
+
+        The teacher stays in the tree where the student starts from its layers; it is then not asked anything.
+        """
+        return self.model_copy(update={
+            "name": f"{self.name}-control",
+            "objective": Objective(divergence=Divergence(weight=0.0), balancing=self.objective.balancing),
+            "export": self.export.model_copy(update={"to": ()}),
+            "report": self.report.model_copy(update={"control": False}),
+            "run": self.run.model_copy(update={"folder": folder, "trackers": ()}),
+        })
+

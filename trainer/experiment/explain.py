@@ -1,0 +1,85 @@
+"""What is shown of an experiment: the help text, the JSON Schema for editors, the resolved YAML."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+from pydantic_core import PydanticUndefined
+
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.load import Source, all_keys, node_of
+
+USAGE = """\
+Train a student from one experiment file.
+
+  accelerate launch train.py --config FILE [key=value ...]
+  python train.py --config FILE [key=value ...] --dry-run
+
+  --config FILE   the experiment, a YAML file (start from one in configs/)
+  --dry-run       show what would run - values and where they come from, steps, parameters, bytes - and stop
+  --json          with --dry-run: print the plan as JSON instead
+  --help          this text
+  key=value       override a value of the file, for example optimizer.lr=1e-4 student.quantization.bits=8
+
+Exit codes: 0 done (or resumed and done), 1 the run could not go on, 2 a mistake in the experiment or the data,
+3 a memory.budget that no plan can keep.
+
+Keys of the file, with their defaults:
+"""
+
+
+def help_text() -> str:
+    """Every key with its one-line meaning and its default."""
+    lines = [USAGE]
+    for key, info in all_keys(Experiment).items():
+        depth, name = key.count("."), key.rsplit(".", 1)[-1]
+        head = "  " * (depth + 1) + name + (":" if node_of(info.annotation) else f": {_default(info)}")
+        lines.append(f"{head:<42} {info.description}")
+    return "\n".join(lines)
+
+
+def _default(info: Any) -> str:
+    if info.default is PydanticUndefined:
+        return "(required)"
+    default = list(info.default) if isinstance(info.default, tuple) else info.default
+    return json.dumps(default)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of an experiment file, for completion and checking in editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema()}
+
+
+def resolved_yaml(experiment: Experiment) -> str:
+    """The whole experiment, defaults included, as YAML that reads back to the same experiment."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def resolved_table(source: Source) -> list[tuple[str, str, str]]:
+    """Rows (key, value, where it was written) of every value, defaults included."""
+    rows = []
+    for key, info in all_keys(Experiment).items():
+        value: Any = source.experiment
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if node_of(info.annotation) and value is not None:
+            continue
+        if value is None and any(_get(source.experiment, above) is None for above in _above(key)):
+            continue  # the whole node is absent; its own row says so
+        shown = value.model_dump() if hasattr(value, "model_dump") else value
+        rows.append((key, json.dumps(shown), source.origins.get(tuple(key.split(".")), "default")))
+    return rows
+
+
+def _above(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _get(experiment: Experiment, key: str) -> Any:
+    value: Any = experiment
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value

@@ -1,0 +1,201 @@
+"""From a YAML file and dotted overrides to an `Experiment`, remembering where every value was written."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from trainer.errors import ExperimentErrors, UserError
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.node import Node
+from trainer.experiment.plain_yaml import Duplicate, Key, composed, constructed, problem_with, read_values
+
+
+@dataclass(frozen=True)
+class Source:
+    """An experiment with the place each of its values was written."""
+
+    experiment: Experiment
+    file: str
+    origins: dict[Key, str] = field(default_factory=dict)
+
+    def origin(self, key: str) -> str:
+        """`file:line`, `override` or `default` for a dotted key; a key nobody wrote answers for its nearest parent."""
+        return nearest_origin(self.origins, tuple(key.split(".")) if key else (), "default")
+
+
+def read_experiment(file: str | Path, overrides: list[str] = ()) -> Source:
+    """Read an experiment.
+
+    Args:
+        file: path of the YAML file.
+        overrides: `dotted.key=value` strings; values are read as YAML.
+
+    Raises:
+        ExperimentErrors: every mistake found, each naming key, `file:line` or override, value and way out.
+    """
+    values, origins = read_values(Path(file))
+    for override in overrides:
+        _apply(override, values, origins)
+    try:
+        experiment = Experiment.model_validate(values)
+    except ValidationError as error:
+        raise ExperimentErrors([_explain(entry) for entry in _distinct(error)], origins, str(file)) from error
+    return Source(experiment, str(file), origins)
+
+
+def describe(error: UserError, origins: dict[Key, str], fallback: str) -> str:
+    """One message for one mistake: place, key, value, what is wrong, what to do."""
+    key = tuple(error.key.split(".")) if error.key else ()
+    place = nearest_origin(origins, key, fallback)
+    head = f"{place}: {error.key}" if error.key else place
+    if error.has_value:
+        head += f" = {_show(error.value)}"
+    return f"{head}: {error.problem}" + (f"\n  -> {error.way_out}" if error.way_out else "")
+
+
+def nearest_origin(origins: dict[Key, str], key: Key, fallback: str) -> str:
+    """The place a key was written, or that of the nearest node around it."""
+    for length in range(len(key), 0, -1):
+        if key[:length] in origins:
+            return origins[key[:length]]
+    return fallback
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> None:
+    """Write one `dotted.key=value` into the values read from the file."""
+    name, equals, text = override.partition("=")
+    place = f"override `{override if len(override) <= 200 else override[:197] + '...'}`"
+    if not equals or not name:
+        raise ExperimentErrors([UserError("", "an override is written key=value",
+                                          way_out="for example optimizer.lr=1e-4")], {}, place)
+    key = tuple(name.split("."))
+    if not text.strip():
+        raise ExperimentErrors([UserError("", "the value is missing", way_out=f"for example {name}=1; {name}=null is "
+                                          "the value null")], {}, place)
+    try:
+        root = composed(text)
+        value = None if root is None else constructed(root, (), "", {})
+    except (yaml.YAMLError, Duplicate) as problem:
+        what = "a key stands twice" if isinstance(problem, Duplicate) else problem_with(problem, text)[0]
+        raise ExperimentErrors([UserError("", f"the value is not valid YAML: {what}", value=text,
+                                          way_out="quote it for the shell and for YAML")], {}, place) from problem
+    node = values
+    for depth, part in enumerate(key[:-1], 1):
+        if not isinstance(node.get(part), dict):  # a null or missing node becomes one that can be filled
+            node[part] = {}
+            origins[key[:depth]] = place
+        node = node[part]
+    node[key[-1]] = value
+    for older in [known for known in origins if known[:len(key)] == key]:
+        del origins[older]
+    origins |= {key: place} | {(*key, *inner): place for inner in _inner_keys(value)}
+
+
+def _inner_keys(value: Any) -> list[Key]:
+    if not isinstance(value, dict):
+        return []
+    return [(name, *inner) for name in value for inner in [(), *_inner_keys(value[name])]]
+
+
+# ---- pydantic's errors in a person's words
+
+def _distinct(error: ValidationError) -> list[dict[str, Any]]:
+    """Errors without the variants of one union, which pydantic lists one by one (`int | None`)."""
+    seen: dict[Key, dict[str, Any]] = {}
+    for entry in error.errors():
+        seen.setdefault(tuple(str(part) for part in entry["loc"]), entry)
+    return list(seen.values())
+
+
+def _explain(entry: dict[str, Any]) -> UserError:
+    key = ".".join(str(part) for part in entry["loc"])
+    cause = entry.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        own = ".".join(part for part in (key, cause.key) if part)
+        explained = UserError(own, cause.problem, way_out=cause.way_out)
+        explained.has_value, explained.value = cause.has_value, cause.value
+        return explained
+    if entry["type"] == "extra_forbidden":
+        return UserError(key, "no such key", value=entry["input"], way_out=_nearest_key(key))
+    if entry["type"] == "missing":
+        return UserError(key, "this key is required", way_out=f"it means: {_help(key)}")
+    if entry["type"] in ("model_type", "model_attributes_type"):
+        names = list(_node(key).model_fields) if _node(key) else []
+        path = "path" in names and isinstance(entry["input"], str)
+        return UserError(key, "expected keys of its own, not a single value", value=entry["input"],
+                         way_out=f"write {key.rpartition('.')[2]}: {{path: {entry['input']}}}" if path
+                         else f"its keys are {', '.join(names)}")
+    if entry["type"] == "string_pattern_mismatch":
+        return UserError(key, "only letters, digits, '.', '_' and '-' can be used, beginning with a letter or digit",
+                         value=entry["input"], way_out=f"it means: {_help(key)}")
+    if entry["type"] == "literal_error" and isinstance(entry["input"], str):
+        names = re.findall(r"'([^']*)'", entry["ctx"]["expected"])
+        if near := difflib.get_close_matches(entry["input"], names, 1, 0.5):
+            return UserError(key, f"must be {entry['ctx']['expected']}", value=entry["input"],
+                             way_out=f"did you mean `{near[0]}`?")
+    message = entry["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+    meaning = _help(key)
+    return UserError(key, message, value=entry["input"], way_out=f"it means: {meaning}" if meaning else "")
+
+
+def _nearest_key(key: str) -> str:
+    """Name the valid key that a person probably meant, here or elsewhere in the tree."""
+    parts = key.split(".")
+    siblings = _node(".".join(parts[:-1]))
+    names = list(siblings.model_fields) if siblings else []
+    near = difflib.get_close_matches(parts[-1], names, 1, 0.6) or \
+        [name for name in names if name in parts[-1] or parts[-1] in name]
+    if near:
+        return f"did you mean `{'.'.join([*parts[:-1], near[0]])}`?"
+    everywhere = {name.rsplit(".", 1)[-1]: name for name in all_keys(Experiment)}
+    near = difflib.get_close_matches(parts[-1], everywhere, 1, 0.75)
+    if near:
+        return f"did you mean `{everywhere[near[0]]}`?"
+    return f"the keys here are {', '.join(names)}" if names else "see train.py --help"
+
+
+def all_keys(node: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every dotted key below a node with its pydantic field, nodes before what they hold."""
+    keys: dict[str, Any] = {}
+    for name, info in node.model_fields.items():
+        keys[prefix + name] = info
+        inner = node_of(info.annotation)
+        if inner is not None:
+            keys |= all_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def node_of(annotation: Any) -> type[Node] | None:
+    """The `Node` class in an annotation such as `Teacher | None`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Node):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for part in get_args(annotation) if (found := node_of(part))), None)
+    return None
+
+
+def _node(key: str) -> type[Node] | None:
+    if not key:
+        return Experiment
+    info = all_keys(Experiment).get(key)
+    return node_of(info.annotation) if info else None
+
+
+def _help(key: str) -> str:
+    info = all_keys(Experiment).get(key)
+    if info is None:  # an item of a list: explain the list
+        info = all_keys(Experiment).get(key.rpartition(".")[0])
+    return (info.description or "") if info else ""

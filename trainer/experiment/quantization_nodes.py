@@ -1,0 +1,159 @@
+"""The nodes of how the student is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from strategies.memory.units import parse_bytes
+from trainer.errors import UserError, error_context
+from trainer.experiment.node import Bytes, Fraction, Node, Positive
+
+if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
+    import torch
+
+    from strategies.quantization.activations import ActivationQuantizer
+    from strategies.quantization.qat import Rules
+    from strategies.quantization.quantizer import WeightQuantizer
+
+Kind = Literal["int", "ternary", "binary", "fp8"]
+
+
+class QuantizedActivations(Node):
+    """What enters quantized layers is rounded to 8 bits as well, with a scale of its own for each token."""
+
+    kind: Literal["int", "fp8"] = "int"
+    """Whole numbers, or 8-bit floating point (e4m3)."""
+    dynamic: bool = True
+    """A scale for each token; false calibrates one for all of them, for what is quantized after training."""
+
+    def build(self) -> ActivationQuantizer:
+        from strategies.quantization.activations import ActivationQuantizer
+
+        return ActivationQuantizer(self.kind, self.dynamic)
+
+
+class QuantizedLayers(Node):
+    """Layers that are quantized otherwise than the others."""
+
+    match: Annotated[str, Field(min_length=1)]
+    """Name pattern (shell wildcards) of the layers."""
+    kind: Kind = "int"
+    """Their numbers, as in `kind` above."""
+    bits: Literal[8, 4, 3, 2, 1] | None = None
+    """Bits of a whole number; null: 4."""
+    group_size: Positive | None = None
+    """Neighboring input weights that share a scale; null gives one scale per output channel."""
+
+
+class Quantization(Node):
+    """Weights of few bits, with one scale per output channel or group of inputs; trained so, or rounded afterwards."""
+
+    method: Literal["qat", "rtn", "gptq"] = "qat"
+    """Train with quantized weights (qat), or round a trained student: to nearest (rtn), or as GPTQ does (gptq)."""
+    bits: Literal[8, 4, 3, 2, 1] | None = None
+    """Bits per weight; null: 4 for whole numbers, what the kind has for others."""
+    kind: Kind = "int"
+    """Whole numbers (int), -1 0 1 (ternary: BitNet b1.58), -1 1 (binary: XNOR-Net), or 8-bit floating point (fp8)."""
+    group_size: Positive | None = None
+    """Neighboring input weights that share a scale; null gives one scale per output channel."""
+    per_tensor: bool = False
+    """One scale for a whole layer."""
+    symmetric: bool = True
+    """Numbers around zero; false adds a zero point to each scale."""
+    scales: Literal["minmax", "absmean", "mse", "learned"] | None = None
+    """Largest weight, mean magnitude, least squared error, or learned (LSQ); null: minmax, or absmean where it is."""
+    activations: QuantizedActivations | None = None
+    """Quantize what enters these layers, too."""
+    embeddings: bool = False
+    """Quantize embeddings, and an output head that shares their weights, as well."""
+    ignore: tuple[str, ...] = ("lm_head",)
+    """Name patterns (shell wildcards) of layers that stay in full precision."""
+    layers: tuple[QuantizedLayers, ...] = ()
+    """Layers with numbers of their own; the first pattern that matches decides."""
+    bits_schedule: tuple[tuple[Fraction, Annotated[int, Field(ge=2, le=8)]], ...] = ()
+    """More bits at first: pairs [share of the training, bits from there on], the last of them `bits`."""
+
+    calibration_rows: Positive = 128
+    """Rows of the training text that what is quantized after training is calibrated on."""
+    smooth: Fraction | None = None
+    """SmoothQuant's alpha: moves outliers of activations into weights before these are rounded (rtn, gptq)."""
+    budget: Bytes = None
+    """Bytes of the student on disk, which bits are allotted to layers within (rtn, gptq); null: all have `bits`."""
+    choices: tuple[Literal[8, 4, 3, 2], ...] = (8, 4, 3, 2)
+    """Bits that a budget chooses from."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether training sees quantized weights."""
+        return self.method == "qat"
+
+    @property
+    def bytes(self) -> int | None:
+        """The budget in bytes."""
+        return None if self.budget is None else parse_bytes(self.budget)
+
+    @property
+    def parts(self) -> int:
+        """Tensors that a layer is written as beside its numbers: scale, shape, zero points, a scale of what enters."""
+        return 2 + (not self.symmetric) + (self.activations is not None and not self.activations.dynamic)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Quantization:
+        after = {"smooth": self.smooth is not None, "budget": self.budget is not None,
+                 "activations.dynamic": self.activations is not None and not self.activations.dynamic}
+        for name, asked in after.items():
+            if self.trained and asked:
+                raise UserError(name, "is for a student that is quantized after training",
+                                way_out="set `method` to rtn or gptq, or leave it out")
+        for name, asked in {"bits_schedule": bool(self.bits_schedule), "scales": self.scales == "learned"}.items():
+            if not self.trained and asked:
+                raise UserError(name, f"{self.method} quantizes after training, where nothing is learned",
+                                way_out="set `method` to qat, or leave it out")
+        if self.budget is not None and (self.kind != "int" or self.layers):
+            raise UserError("budget", "chooses the bits of all layers, of whole numbers", value=self.budget,
+                            way_out="leave `kind` and `layers` out")
+        return self
+
+    @model_validator(mode="after")
+    def _known(self) -> Quantization:
+        import torch
+
+        with error_context("scales" if self.scales else "bits", value=self.scales or self.bits,
+                   way_out="see `kind` and `scales` in --help"):
+            own = self.build(torch.float32)
+        with error_context(
+            "layers", value=[layers.model_dump() for layers in self.layers], way_out="see `kind` in --help"
+        ):
+            self.rules(torch.float32)
+        shares, bits = [share for share, _ in self.bits_schedule], [bits for _, bits in self.bits_schedule]
+        if bits and (self.kind != "int" or shares[0] != 0 or shares != sorted(set(shares)) or bits[-1] != own.bits):
+            raise UserError("bits_schedule", "a schedule begins at share 0, rises, and ends with the bits that are "
+                            f"exported ({own.bits})", value=[list(pair) for pair in self.bits_schedule],
+                            way_out=f"for example [[0, 8], [0.5, {own.bits}]], of whole numbers")
+        return self
+
+    def build(self, scale_dtype: torch.dtype) -> WeightQuantizer:
+        from strategies.quantization.quantizer import WeightQuantizer
+
+        return WeightQuantizer(self.bits, self.group_size, scale_dtype, self.kind, self.symmetric, self.scales,
+                               self.per_tensor)
+
+    def candidates(self, scale_dtype: torch.dtype) -> list[WeightQuantizer]:
+        """What a budget chooses from."""
+        return [replace(self.build(scale_dtype), bits=bits) for bits in self.choices]
+
+    def rules(self, scale_dtype: torch.dtype) -> Rules:
+        """Quantizers of the layers that have their own."""
+        from strategies.quantization.quantizer import RULES, WeightQuantizer
+
+        return [(layers.match, WeightQuantizer(
+            layers.bits, layers.group_size, scale_dtype, layers.kind, self.symmetric or layers.kind != "int",
+            self.scales if self.scales in RULES[layers.kind] else None)) for layers in self.layers]
+
+    def bits_at(self, step: int, steps: int) -> int | None:
+        """Bits of a step, where there is a schedule."""
+        begun = [bits for share, bits in self.bits_schedule if step >= share * steps]
+        return begun[-1] if begun else None

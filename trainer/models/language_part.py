@@ -1,0 +1,121 @@
+"""The language model of a multimodal model, used without the rest: whether it says of text what the whole says."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+)
+
+from trainer.errors import UserError
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.nodes import Model
+
+if TYPE_CHECKING:  # pragma: no cover - names for the reader; what it needs of models would be a circle
+    from trainer.data.dataset import PreparedData
+
+PLACES = re.compile(r"(image|video|audio)_token_(id|index)")  # tokens in whose place pictures or sound are put
+SPECIAL = re.compile(r".*_token_(id|index)")
+logger = logging.getLogger(__name__)
+
+TRIED = 24  # tokens that the two are compared on
+NEAR = {torch.float32: 1e-4}  # largest difference, as a share of the largest logit; of shorter numbers more
+NEAR_OTHERS = 2e-2
+
+
+@torch.no_grad()
+def check_alone(alone: nn.Module, origin: PretrainedConfig, key: str, value: str) -> bool:
+    """Compare a language model that was taken out of a multimodal one with the whole, on text; whether that could be.
+
+    The whole is made of shapes alone, and the language model's own modules are put where its own would be: neither
+    memory nor files are needed, and masks, positions, and what is done to embeddings and logits are the whole's.
+
+    Raises:
+        UserError: they differ.
+    """
+    ids = _text_tokens(alone.config.vocab_size, origin).to(alone.device)
+    try:
+        whole = _around(alone, origin)
+        theirs = None if whole is None else whole.eval()(input_ids=ids, use_cache=False).logits
+    except Exception as error:  # some cannot read text without a picture, each with an error of its own
+        theirs = None
+        logger.debug(error)
+    if theirs is None or theirs.is_meta:
+        logger.warning(f"{key}: whether its language model says of text what the whole says could not be tried")
+        return False
+    training = alone.training
+    ours = alone.eval()(input_ids=ids, use_cache=False).logits
+    alone.train(training)
+    share = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+    if not share <= NEAR.get(ours.dtype, NEAR_OTHERS):
+        raise UserError(f"{key}.path", "it is multimodal, and its language model alone says something else of text "
+                        f"than the whole model (logits differ by {share:.2g} of the largest)", value=value,
+                        way_out="name a model of text alone")
+    return True
+
+
+def check_places(experiment: Experiment, text: PreparedData) -> None:
+    """Raise `UserError` where text has tokens that pictures or sound are put in the place of."""
+    if not hasattr(text.train, "flat"):
+        return  # a stream is looked at as it comes
+    places = {token: key for key in ("teacher", "student") if (model := getattr(experiment, key)) is not None
+              and model.path is not None for token in _places(model)}
+    used = torch.from_numpy(text.train.flat["tokens"].astype("int64"))
+    for token, key in places.items():
+        if count := int((used == token).sum()):
+            name = text.tokenizer.convert_ids_to_tokens(token)
+            raise UserError(f"{key}.path", f"the text has the token {name!r} {count:,} times, in whose place this "
+                            "model is given pictures or sound, and its language model alone is used", value=getattr(
+                                experiment, key).path, way_out="take that token out of the data, or these records")
+
+
+def _places(model: Model) -> Iterator[int]:
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision or "main",
+                                        trust_remote_code=model.trust_remote_code)
+    if config.get_text_config(decoder=True) is not config:
+        for name, token in vars(config).items():
+            if PLACES.fullmatch(name) and isinstance(token, int):
+                yield token
+
+
+def _text_tokens(vocabulary: int, origin: PretrainedConfig) -> torch.Tensor:
+    """(1, tokens) from all over a vocabulary, none of which stands for something that is no text."""
+    special = set(_special(origin.to_dict()))
+    ids = torch.linspace(0, vocabulary - 1, min(vocabulary, 4 * TRIED)).long().tolist()
+    return torch.tensor([[one for one in ids if one not in special][::4] or [0]])
+
+
+def _special(values: dict[str, Any]) -> Iterator[int]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _special(value)
+        elif isinstance(name, str) and SPECIAL.fullmatch(name):
+            yield from (one for one in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(one, int))
+
+
+def _around(alone: nn.Module, origin: PretrainedConfig) -> nn.Module | None:
+    """The whole multimodal model with this language model in it, and no other weights; None where it has no place."""
+    config, dtype = copy.deepcopy(origin), next(alone.parameters()).dtype
+    config.__dict__.pop("quantization_config", None)
+    for auto in (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoModelForCausalLM):
+        if type(config) not in auto._model_mapping:
+            continue
+        with torch.device("meta"):
+            whole = auto.from_config(config, dtype=dtype)
+        places = [name for name, module in whole.named_modules() if type(module) is type(alone.base_model)]
+        if len(places) == 1 and type(whole) is not type(alone):
+            whole.set_submodule(places[0], alone.base_model)
+            whole.set_output_embeddings(alone.get_output_embeddings())
+            return whole
+    return None

@@ -1,0 +1,322 @@
+"""A run from beginning to end: text, teacher, student, control, receipt, report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PretrainedConfig
+
+from strategies.export.hf.transformers_folder import write_folder
+from strategies.quantization.freeze import freeze_quantized
+from trainer.checkpoints import check_space, planned_bytes
+from trainer.data.dataset import PreparedData, prepare_text
+from trainer.data.sources import check_path
+from trainer.data.tokenizers import known_size, vocabulary_size
+from trainer.distributed.launch import check_engine, start
+from trainer.errors import UserError
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.load import Source
+from trainer.models.build import (
+    DTYPES,
+    build_student,
+    build_teacher,
+    check_shapes,
+    export_skeleton,
+    quiet_libraries,
+    student_config,
+    teacher_config,
+)
+from trainer.models.language_part import check_places
+from trainer.models.model_trials import check_causal, check_early_causal, check_packing, check_padding, check_positions
+from trainer.models.router_balance import balancing_weight
+from trainer.models.teacher_layers import try_layers
+from trainer.planning.plan import check_batch, count_steps, make_plan, plan_json, show_plan
+from trainer.planning.step_memory import plan_memory
+from trainer.run.folder import RunFolder, fingerprint, flatten, training_identity, write_atomically
+from trainer.run.metrics import console, read_lines
+from trainer.run.report import write_report
+from trainer.student.export_student import (
+    check_runtimes,
+    check_tokenizer,
+    check_written,
+    compare,
+    drop_stale,
+    logits_of,
+    write_others,
+)
+from trainer.student.quantize_student import check_calibration, finalize_student
+from trainer.student.weight_digests import check_digests, digests_in_training, save_digests
+from trainer.teacher.intermediate_losses import attach_projections, check_intermediate
+from trainer.teacher.target_cache import cached_targets, uses_teacher
+from trainer.teacher.vocabularies import match_vocabularies
+from trainer.training.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training, on the main process.
+
+    Attributes:
+        logits: (rows, length, vocabulary) on held-out rows, of the model in training.
+        exported: the same in the dtype of its export.
+        failed: runtimes, beside transformers, that the student could not be written for, each with what went wrong.
+    """
+
+    logits: torch.Tensor
+    exported: torch.Tensor
+    failed: list[str]
+
+
+def dry_run(source: Source, as_json: bool) -> None:
+    """Show what would run, and leave nothing behind."""
+    quiet_libraries()
+    experiment = source.experiment
+    vocabulary = known_size(experiment)
+    check_path(experiment.data.path, "data.path")
+    teacher, student = _configs(experiment, vocabulary, offline=True)
+    device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processes = experiment.memory.processes or int(os.environ.get("WORLD_SIZE", 1))
+    check_engine(experiment, processes)
+    check_early_causal(experiment, teacher, student)
+    if experiment.student.from_teacher is not None and not experiment.teacher.trust_remote_code:
+        try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
+    with torch.device("meta"):
+        check_runtimes(experiment, export_skeleton(experiment, student))
+    plan = make_plan(experiment, teacher, student, processes=processes, device=device, rows=None,
+                     memory=plan_memory(experiment, teacher, student, processes))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(plan_json(source, plan)) if as_json else show_plan(source, plan)
+
+
+def run_experiment(source: Source) -> Path:
+    """Run an experiment, or go on with it, and return its folder.
+
+    Raises:
+        UserError: a mistake in the experiment or its data; nothing has been written then but the cache.
+        RunFailed: training or the comparison failed; checkpoints are kept.
+    """
+    quiet_libraries()
+    experiment, folder = source.experiment, RunFolder(source.experiment.folder)
+    folder.check(experiment)
+    accelerator = start(experiment)
+    say = console.print if accelerator.is_main_process else lambda *_: None
+    again = folder.afterwards(experiment) if folder.finished else []
+    if folder.finished and not again:
+        say(f"{folder.path} is finished: see {folder.report}. To run again, choose another run.folder or remove it.")
+        if changed := [key for key in folder.changed(experiment) if not key.startswith("run.")]:
+            say(f"not used, since it is finished: {', '.join(changed)}")
+        return folder.path
+    if again:
+        say(f"{folder.path} is trained; its student, receipts and report are made again, with other values of "
+            f"{', '.join(again)}")
+    check_batch(experiment, accelerator.num_processes)
+    if experiment.memory.bytes is not None:
+        say(f"{experiment.name}: planning memory")
+    check_early(experiment, accelerator.num_processes)
+    say(f"{experiment.name}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"{experiment.precision.dtype}")
+    say(f"{experiment.name}: reading and tokenizing {experiment.data.path}")
+    with accelerator.main_process_first():
+        text = prepare_text(experiment)
+    for note in text.notes:
+        say(f"{experiment.name}  {note}")
+    _, shape = _configs(experiment, vocabulary_size(text.tokenizer))
+    check_places(experiment, text)
+    check_calibration(experiment, shape, text)
+    for note in check_tokenizer(experiment, text, shape.vocab_size):
+        say(f"{experiment.name}  {note}")
+    experiment = _with_teacher(experiment, accelerator, text)
+    done = train_one(source.experiment, experiment, folder, folder.unverified, accelerator, text)
+    if uses_teacher(experiment) and experiment.report.control:
+        control = RunFolder(folder.control)
+        asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
+        train_one(asked, lone, control, control.student, accelerator, text)
+    if accelerator.is_main_process:
+        compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
+        if again:
+            folder.adopt(source.experiment)
+            drop_stale(folder, experiment)
+        check_written(folder, done.failed)
+        write_report(folder.path)
+        say(f"{experiment.name}: done, see {folder.report}")
+    accelerator.end_training()
+    return folder.path
+
+
+def check_early(experiment: Experiment, processes: int) -> None:
+    """Raise `UserError` for what can be known before anything is read, tokenized or trained."""
+    vocabulary = known_size(experiment)
+    teacher, student = _configs(experiment, vocabulary)
+    count_steps(experiment, None)
+    check_early_causal(experiment, teacher, student)
+    if experiment.student.from_teacher is not None and not experiment.teacher.trust_remote_code:
+        try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
+    if experiment.teacher is not None and experiment.teacher.train is not None:
+        count_steps(experiment.as_teacher(""), None)
+    with torch.device("meta"):
+        check_runtimes(experiment, export_skeleton(experiment, student))
+    if experiment.memory.device is not None and not torch.cuda.is_available():
+        raise UserError("memory.device", "a run is on the device that is there, which is no GPU",
+                        value=experiment.memory.device, way_out="leave it out, or add --dry-run to plan for it")
+    if experiment.memory.bytes is not None:
+        plan_memory(experiment, teacher, student, processes)
+        if experiment.teacher is not None and experiment.teacher.train is not None:
+            own = experiment.as_teacher("")
+            plan_memory(own, *_configs(own, vocabulary), processes)
+
+
+def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, accelerator: Accelerator,
+              text: PreparedData) -> Trained:
+    """Train one student to its last step, export it to the folder `student`, and give its memory back.
+
+    `asked` is the experiment as its run folder remembers it; in `experiment` the teacher has weights.
+    """
+    trainer = prepare(asked, experiment, folder, accelerator, text)
+    trainer.train()
+    trained, exported, failed = torch.empty(0), torch.empty(0), []
+    digests = digests_in_training(trainer.engine, accelerator.device)
+    if accelerator.is_main_process:
+        lines = [line for line in read_lines(folder.metrics) if "memory_peak" in line]
+        peak, kind = max(line["memory_peak"] for line in lines), lines[-1]["memory_kind"]
+        plan = json.loads(folder.plan.read_text())
+        write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
+        dtype = DTYPES[experiment.export.dtype]
+        whole = trainer.whole()
+        check_digests(digests, whole, "the student, put together after training,")
+        save_digests(folder.digests, digests)
+        model = finalize_student(experiment, whole, text, folder)
+        write_folder(student, model, text.tokenizer, dtype)
+        exported = trained = logits_of(model, text)
+        if dtype is not torch.float32:
+            exported = logits_of(freeze_quantized(copy.deepcopy(model), dtype), text)
+        failed = write_others(experiment, folder, model, text)
+    trainer.release()
+    accelerator.wait_for_everyone()
+    return Trained(trained, exported, failed)
+
+
+def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: PreparedData
+            ) -> Trainer:
+    """Plan a run, build its models, check them, claim its folder, and put it where its last checkpoint left it."""
+    folder.check(asked)
+    teacher_shape, student_shape = _configs(experiment, vocabulary_size(text.tokenizer))
+    rows = len(text.train) if hasattr(text.train, "__len__") else None
+    steps = count_steps(experiment, rows)
+    assert steps is not None, "the length of the data is known once it is tokenized"
+    plan = make_plan(experiment, teacher_shape, student_shape, processes=accelerator.num_processes,
+                     device=accelerator.device.type, rows=rows)
+    if accelerator.is_main_process:
+        for note in (plan.full_precision, plan.balancing):
+            if note is not None:
+                console.print(f"{experiment.name}  {note}")
+    check_space(folder.checkpoints, planned_bytes(experiment, student_shape, teacher_shape),
+                keep=experiment.training.keep_checkpoints, written=-(-steps // experiment.training.checkpoint_every))
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    teacher = None
+    if uses_teacher(experiment) or experiment.student.from_teacher is not None:
+        teacher = build_teacher(experiment, teacher_shape)
+    student = build_student(experiment, student_shape, teacher, text.tokenizer)
+    attach_projections(experiment, student, teacher_shape)
+    _try_out(experiment, teacher, student)
+    related = match_vocabularies(experiment, text, student_shape, teacher_shape if uses_teacher(experiment) else None)
+    if related[0] is not None and related[0].student is not None and experiment.teacher.targets.source in (
+            "samples", "top_k"):
+        raise UserError("teacher.targets.source", "student and teacher have their common tokens in other places",
+                        value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
+    if uses_teacher(experiment) and experiment.teacher.targets.source != "live":
+        teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
+    if accelerator.is_main_process:
+        folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
+    accelerator.wait_for_everyone()
+    trainer = Trainer(experiment, folder, accelerator, text, student, teacher, steps, teacher_shape, related)
+    if experiment.run.trackers:
+        _start_trackers(accelerator, asked, folder, trainer.step)
+    return trainer
+
+
+def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Module) -> None:
+    """Raise `UserError` for models that could not learn from these rows: they see later tokens, or other documents."""
+    length = experiment.data.sequence_length
+    for key, model in (("teacher", teacher), ("student", student)):
+        if model is None:
+            continue
+        if experiment.objective.attention_maps is not None:
+            model.set_attn_implementation("eager")  # as it is run for them
+        check_causal(model, key, length, getattr(experiment, key).path)
+        check_positions(model, key, getattr(experiment, key).path)
+        check_padding(model, key, length)
+        if experiment.data.packing:
+            check_packing(model, key, length)
+
+
+def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = False
+             ) -> tuple[PretrainedConfig | None, PretrainedConfig]:
+    """Shapes of teacher and student, checked against each other and the tokenizer."""
+    teacher = teacher_config(experiment, vocabulary, offline)
+    student = student_config(experiment, teacher, vocabulary, offline)
+    check_shapes(experiment, teacher, student, vocabulary)
+    check_intermediate(experiment, student, teacher)
+    balancing_weight(experiment.objective, student)
+    return teacher, student
+
+
+def _with_teacher(experiment: Experiment, accelerator: Accelerator, text: PreparedData) -> Experiment:
+    """The experiment with a teacher that has weights: one that is to be trained is trained once, and cached."""
+    if experiment.teacher is None or experiment.teacher.train is None:
+        return experiment
+    identity = [training_identity(experiment.as_teacher("")), text.identity]
+    folder = RunFolder(Path(experiment.run.cache) / "teachers" / fingerprint(identity))
+    if accelerator.is_main_process and not folder.student.exists():
+        folder.lock(wait=True)  # another run may be making this very teacher
+    accelerator.wait_for_everyone()
+    if not folder.student.exists():
+        own = experiment.as_teacher(str(folder.path))
+        train_one(own, own, folder, folder.student, accelerator, text)
+    elif accelerator.is_main_process:
+        console.print(f"{experiment.name}: teacher from the cache, {folder.path}")
+    teacher = experiment.teacher.model_copy(update={"path": str(folder.student), "train": None, "architecture": None})
+    return experiment.model_copy(update={"teacher": teacher})
+
+
+def _start_trackers(accelerator: Accelerator, experiment: Experiment, folder: RunFolder, step: int) -> None:
+    """Start trackers, or go on with those of the run's first start, from the step that it goes on from."""
+    identity = _tracker_id(folder) if accelerator.is_main_process else ""
+    known = {"wandb": {"id": identity, "resume": "allow"},
+             "trackio": {"name": f"{experiment.name}-{identity}", "resume": "allow"},
+             "tensorboard": {"purge_step": step + 1}}  # points of steps that are done again
+    values = {key: value if isinstance(value, (int, float, str, bool)) else str(value)
+              for key, value in flatten(experiment.model_dump(mode="json")).items()}
+    try:
+        accelerator.init_trackers("limbeck", config=values, init_kwargs=known)
+    except Exception as error:  # each tracker has errors of its own, a missing login for example
+        raise UserError("run.trackers", f"a tracker could not start: {error}", value=list(experiment.run.trackers),
+                        way_out="log in to it, or remove it; metrics.jsonl is always written") from error
+
+
+def _tracker_id(folder: RunFolder) -> str:
+    """What trackers know this run by, made at its first start."""
+    file = folder.path / "tracker.id"
+    known = file.read_text() if file.exists() else ""
+    if not re.fullmatch("[0-9a-f]{16}", known):
+        known = secrets.token_hex(8)
+        write_atomically(file, known)
+    return known
+
+
+def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> Experiment:
+    """The experiment with the hub's commit of each model, so that it loads the same when a branch has moved."""
+    for key, config in (("teacher", teacher), ("student", student)):
+        model, commit = getattr(experiment, key), getattr(config, "_commit_hash", None)
+        if model is not None and model.path is not None and commit:
+            experiment = experiment.model_copy(update={key: model.model_copy(update={"revision": commit})})
+    return experiment

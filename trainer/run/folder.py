@@ -1,0 +1,214 @@
+"""The run folder: `experiment.yaml`, `plan.json`, `metrics.jsonl`, `checkpoints/`, `student/`, `report.md`."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.explain import resolved_yaml
+from trainer.experiment.plain_yaml import read_values
+from trainer.experiment.renamed import with_new_names
+from trainer.plain_json import read_object
+
+# What a continued run may change: where it is kept, what it tells, how often it looks. None of it changes the weights.
+# A micro-batch splits the same sum otherwise; with dropout it draws otherwise, which is as good.
+# Another engine computes the same; in half precision it rounds elsewhere.
+FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
+        "training.keep_checkpoints", "training.background_saves", "training.micro_batch", "data.workers",
+        "export.tolerance", "export.to")
+
+# What only the student's files and the report are made with, where training sees no quantized weights.
+AFTERWARDS = ("student.quantization", "export", "report")
+
+LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; those of the largest runs have a hundredth of it
+_LOCKS: dict[Path, Any] = {}  # held by this process; the system releases them when it ends
+
+
+class RunFolder:
+    """The places in a run folder, and whose folder it is."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.experiment = self.path / "experiment.yaml"
+        self.plan = self.path / "plan.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.digests = self.path / "digests.json"
+        self.student = self.path / "student"
+        self.unverified = self.path / ".student.unverified"
+        self.receipt = self.student / "receipt.json"
+        self.allocation = self.path / "allocation.json"
+        self.comparison = self.path / "comparison.json"
+        self.control = self.path / "control"
+        self.report = self.path / "report.md"
+
+    def student_for(self, runtime: str) -> Path:
+        """The student as another runtime reads it, with a receipt of its own."""
+        return self.path / f"student-{runtime}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is done: its student is exported and reported on."""
+        return self.report.exists() and self.receipt.exists()
+
+    def check(self, experiment: Experiment) -> None:
+        """Raise `UserError` if the folder belongs to another experiment or is not a run folder."""
+        for place in (self.path, *self.path.parents):
+            if place.is_file():
+                raise UserError("run.folder", f"{place} is a file", value=str(self.path), way_out="name a folder")
+        if not self.path.exists() or all(entry.name.startswith(".") for entry in self.path.iterdir()):
+            return
+        way_out = "choose another `run.folder` or `name`, or move this folder away"
+        if not self.experiment.exists():
+            raise UserError("run.folder", "the folder exists and is not a run folder", value=str(self.path),
+                            way_out=way_out)
+        later = self.afterwards(experiment)
+        changed = [(key, *values) for key, values in self.changed(experiment).items()
+                   if not _free(key) and key not in later]
+        if changed:
+            shown = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed[:3])
+            more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError("run.folder", f"the folder belongs to another experiment: {shown}{more}",
+                            value=str(self.path), way_out=way_out)
+
+    def changed(self, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
+        """Keys that differ from the experiment that the folder was made by, each with its value then and now."""
+        then = flatten(self._values())
+        now = flatten(experiment.model_dump(mode="json"))
+        return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)
+                and not (key.endswith(".revision") and now.get(key) is None)}  # it was resolved when it began
+
+    def afterwards(self, experiment: Experiment) -> list[str]:
+        """Changed keys that act after training alone: what is made with them can be made again from a checkpoint.
+
+        Numbers and scales of a student that is trained quantized are part of its training, and so is going over to it.
+        """
+        then, now = self._values(), experiment.model_dump(mode="json")
+        methods = {(one["student"].get("quantization") or {}).get("method") for one in (then, now)}
+        places = AFTERWARDS if "qat" not in methods else ("report", "export.to", "export.tolerance")
+        return [key for key in self.changed(experiment) if _under(key, places)]
+
+    def _values(self) -> dict[str, Any]:
+        """Those of the experiment that the folder was made by, under the names of this version."""
+        return with_new_names(read_values(self.experiment)[0])
+
+    def adopt(self, experiment: Experiment) -> None:
+        """Remember the values that the student's files and the report were made with again."""
+        values = self._values()
+        for key in self.afterwards(experiment):
+            name = next(one for one in AFTERWARDS if _under(key, (one,)))
+            *above, last = name.split(".")
+            inner, new = values, experiment.model_dump(mode="json")
+            for part in above:
+                inner, new = inner[part], new[part]
+            inner[last] = new[last]
+        write_atomically(self.experiment, f"# Resolved by Limbeck: every value, defaults included.\n"
+                         f"{resolved_yaml(Experiment.model_validate(values))}")
+
+    def claim(self, experiment: Experiment, plan: dict[str, Any]) -> None:
+        """Make the folder, with the resolved experiment and the plan; on the main process.
+
+        Raises:
+            UserError: another process is using the folder.
+        """
+        self.lock(wait=False)
+        if not self.experiment.exists():
+            write_atomically(self.experiment, f"# Resolved by Limbeck: every value, defaults included.\n"
+                             f"{resolved_yaml(experiment)}")
+        write_atomically(self.plan, json.dumps(plan, indent=2) + "\n")
+
+    def lock(self, wait: bool) -> None:
+        """Keep other runs out of the folder until this process ends, however it ends."""
+        if self.path in _LOCKS:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = (self.path / ".lock").open("a")  # it may be a link: what it leads to keeps its content
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            handle.close()
+            raise UserError("run.folder", "another run is using this folder now", value=str(self.path),
+                            way_out="wait for it to end, or choose another `run.folder` or `name`") from error
+        _LOCKS[self.path] = handle
+
+
+def _let_go() -> None:
+    """A forked data worker must not keep its parent's folders locked when the parent is dead."""
+    while _LOCKS:
+        _LOCKS.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file that is either the old one or the new one, whenever the process dies or the disk is full.
+
+    Raises:
+        OSError: it could not be written; the old one is as it was.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.unlink(missing_ok=True)  # it may be a link
+        with open(partial, "x", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a run has written, which people may have edited since.
+
+    Raises:
+        UserError: it is no JSON object any more.
+    """
+    try:
+        return read_object(file, LARGEST_JSON)
+    except ValueError as error:
+        raise not_written(file, str(error)) from error
+
+
+def not_written(file: Path, why: str) -> UserError:
+    """A file of a run folder that is not as the run wrote it."""
+    return UserError("", f"{file} is not as a run writes it: {why}",
+                     way_out="put it back from a copy, or run the experiment again in another run.folder")
+
+
+def fingerprint(values: Any) -> str:
+    """Short hash of plain data, for the names of cached things."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def training_identity(experiment: Experiment) -> dict[str, Any]:
+    """The values of an experiment that decide its weights, by dotted key."""
+    values = flatten(experiment.model_dump(mode="json"))
+    return {key: value for key, value in values.items() if key != "name" and not _free(key)}
+
+
+def _free(key: str) -> bool:
+    return _under(key, FREE)
+
+
+def _under(key: str, places: tuple[str, ...]) -> bool:
+    return any(key == place or key.startswith(f"{place}.") for place in places)

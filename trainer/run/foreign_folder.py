@@ -1,0 +1,69 @@
+"""A run folder that somebody else may have sent: what it asks for is shown, and what runs code waits for consent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.experiment.experiment import Experiment
+from trainer.run.folder import RunFolder
+from trainer.run.metrics import console
+
+TRUST = "--trust-remote-code"
+# What is read, or written to, of an experiment that is not trained any more.
+READ = {"data.path": "text", "data.validation.path": "held-out text", "data.tokenizer.path": "the tokenizer",
+        "student.path": "the student's tokenizer", "teacher.path": "the teacher's tokenizer",
+        "run.cache": "what is cached (and written there)"}
+
+
+def only_if_trusted(experiment: Experiment, folder: RunFolder, trust: bool) -> Experiment:
+    """The experiment of a folder, in which no code of a model runs unless the command line said so.
+
+    Raises:
+        UserError: it asks for code to be run, and the command line does not.
+    """
+    if trust:
+        return experiment
+    student, teacher = experiment.student, experiment.teacher
+    if student.trust_remote_code or (student.from_teacher is not None and teacher.trust_remote_code):
+        code = sorted(path.name for path in folder.student.glob("*.py")) or ["the code beside its model"]
+        raise UserError(TRUST, f"{folder.experiment} asks to run Python code that comes with its model, and whoever "
+                        "made the folder may have written it", way_out=f"read {', '.join(code)} in {folder.student}; "
+                        f"if you trust it, add {TRUST}")
+    if teacher is not None:  # which is not made any more
+        teacher = teacher.model_copy(update={"trust_remote_code": False})
+    return experiment.model_copy(update={"teacher": teacher})
+
+
+def show_links(folder: RunFolder) -> None:
+    """Name the links in a run folder that lead out of it, before they are followed."""
+    for path in sorted(folder.path.rglob("*")):
+        if path.is_symlink() and not _inside(path, folder):
+            console.print(f"{folder.path}: {str(path.relative_to(folder.path))!r} leads to {str(path.resolve())!r}")
+
+
+def show_paths(folder: RunFolder, experiment: Experiment) -> None:
+    """Name what an experiment has read from elsewhere than its run folder, before it is read."""
+    for line in _paths(experiment, folder):
+        console.print(f"{folder.path}: {line}")
+
+
+def _paths(experiment: Experiment, folder: RunFolder) -> Iterator[str]:
+    values = experiment.model_dump(mode="json")
+    for key, what in READ.items():
+        section, _, rest = key.partition(".")
+        value = values.get(section)
+        for name in rest.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, str) and not _inside(Path(value), folder):
+            yield f"{what} is read from {_place(value)!r} ({key})"
+
+
+def _place(value: str) -> str:
+    """A path as it is on this machine; a name of a hub, or of data that comes with a library, as it is."""
+    return str(Path(value).resolve()) if Path(value).exists() or value.startswith((".", "/")) else value
+
+
+def _inside(path: Path, folder: RunFolder) -> bool:
+    return path.resolve().is_relative_to(folder.path.resolve())

@@ -1,0 +1,142 @@
+"""What a run tells while it runs: `metrics.jsonl` always, trackers when asked for, a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from trainer.run.folder import not_written, write_atomically
+
+NEWLINE = b"\n"
+WIDE = 130  # columns that the bar with all its figures takes
+
+# On a terminal rich wraps and colors; elsewhere lines stay whole, whatever width the pipe pretends to have.
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), markup=False)
+
+
+class Metrics:
+    """One JSON object per line, on the main process; a resumed run drops what it will write again.
+
+    Where the disk is full, lines wait in memory until there is room.
+    """
+
+    def __init__(self, file: Path, active: bool, step: int):
+        self._handle, self._waiting = None, b""
+        if not active:
+            return
+        kept = [line for line in read_lines(file) if line["step"] <= step] if file.exists() else []
+        write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._handle = file.open("ab", buffering=0)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; it is in the file when this returns, if there is room."""
+        if self._handle:
+            self._waiting += json.dumps(record).encode() + b"\n"
+            self._flush()
+
+    def close(self) -> None:
+        """Write what waits, as far as there is room, say what is lost, and close the file."""
+        if self._handle:
+            self._flush()
+            self._handle.close()
+            if self._waiting:  # the first of them may be there in half, which readers pass over
+                console.print(f"warning: {self._waiting.count(NEWLINE)} last lines of {self._handle.name} are lost: "
+                              "there is too little room to write them")
+
+    def _flush(self) -> None:
+        """A disk may take a part of a line; the next call goes on behind it."""
+        while self._waiting:
+            try:
+                taken = self._handle.write(self._waiting)
+            except OSError:
+                return
+            self._waiting = self._waiting[taken:]
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Records of a metrics file, of which a crash may have cut off the last line.
+
+    Raises:
+        UserError: another line is not as it was written.
+    """
+    records = []
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or type(record.get("step")) is not int:
+                    raise ValueError("it is no record of a step")
+                records.append(record)
+            except (ValueError, RecursionError) as error:
+                if handle.read(1):
+                    raise not_written(file, f"line {number}: {error}") from error
+    return records
+
+
+class ProgressReporter:
+    """A progress bar on a terminal, a line every `every` steps elsewhere; silent on other processes than the first."""
+
+    def __init__(self, name: str, steps: int, done: int, every: int, active: bool):
+        self.name, self.steps, self.every, self.active = name, steps, every, active
+        self._bar = None
+        if active and console.is_terminal:
+            whole = {"table_column": Column(no_wrap=True, overflow="crop", min_width=9)}
+            self._bar = Progress(TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                                 BarColumn(bar_width=20 if console.width >= WIDE else 8), MofNCompleteColumn(**whole),
+                                 TimeRemainingColumn(**whole), TextColumn("{task.fields[figures]}"), console=console)
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=steps, completed=done, figures="")
+
+    def step(self, number: int, record: dict[str, Any]) -> None:
+        """Show optimizer step `number`, counted from 1."""
+        if self._bar:
+            self._bar.update(self._task, completed=number, figures=_figures(record, console.width < WIDE))
+        elif self.active and (number % self.every == 0 or number == self.steps):
+            console.print(f"{self.name}  step {number}/{self.steps}  {_figures(record)}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.active:
+            console.print(f"{self.name}  {text}")
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar:
+            self._bar.stop()
+
+
+def _figures(record: dict[str, Any], short: bool = False) -> str:
+    if record["loss"] is None:
+        return "no target tokens"
+    parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
+    if short:  # metrics.jsonl has the rest
+        return "  ".join(parts)
+    parts.append(f"grad norm {record['gradient_norm']:.3g}")
+    if record["loss_scale"] != 1:
+        parts.append(f"scale {record['loss_scale']:g} ({record['skipped']} skipped)")
+    return "  ".join([*parts, f"{record['memory_kind']} peak {readable(record['memory_peak'])}"])
+
+
+def memory_peak(device: torch.device) -> tuple[int, str]:
+    """Largest memory so far, in bytes, and what it counts: CUDA's allocator, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "cuda"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "rss"
+
+
+def readable(count: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"

@@ -1,0 +1,313 @@
+"""The report: `report.md` and its pictures, made from a run's folder alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from strategies.memory.plot import Curve, draw_step
+from trainer.errors import ExperimentErrors, UserError
+from trainer.experiment.plain_yaml import read_values
+from trainer.run.folder import RunFolder, not_written, read_json, write_atomically
+from trainer.run.metrics import read_lines, readable
+from trainer.student.quantization_loss import rises
+
+COLORS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
+MEANING = {"teacher": "the large model", "student": "distilled from the teacher",
+           "control": "same start, same tokens, cross-entropy only"}
+
+
+def write_report(path: Path) -> Path:
+    """Write `report.md` and its PNG pictures into a run folder and return the report's path.
+
+    Raises:
+        UserError: the folder is no finished run, or one of its files is not as a run writes it.
+    """
+    folder = RunFolder(path)
+    for file in (folder.experiment, folder.plan, folder.metrics, folder.comparison, folder.receipt):
+        if not file.exists():
+            raise UserError("", f"not a finished run: {file.name} is missing",
+                            way_out="pass a run folder whose training has ended, for example runs/quickstart")
+    try:
+        _write(folder)
+    except ExperimentErrors as error:
+        raise UserError("", f"{error.place}: {error}", way_out=error.errors[0].way_out) from error
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        files = ", ".join(file.name for file in (folder.comparison, folder.receipt, folder.plan, folder.metrics))
+        raise not_written(folder.path, f"something in one of {files} ({what})") from error
+    return folder.report
+
+
+def _write(folder: RunFolder) -> None:
+    experiment = read_values(folder.experiment)[0]
+    found, receipt, plan = (read_json(file) for file in (folder.comparison, folder.receipt, folder.plan))
+    curves = {"student": read_lines(folder.metrics)}
+    control = RunFolder(folder.control)
+    if control.metrics.exists():
+        curves["control"] = read_lines(control.metrics)
+    meaning = MEANING if experiment["teacher"] else {"student": "fine-tuned without a teacher"}
+    _plot_loss(curves, folder.path / "loss.png")
+    _plot_held_out(curves, found, folder.path / "held_out.png")
+    _plot_size(found, folder.path / "size.png")
+    parts = [
+        f"# {_plain(experiment['name'])}\n",
+        _verdict(found, receipt), "",
+        "## Models\n", _models(found, meaning), "",
+        "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
+        "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
+        "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
+        "![size against bits per byte](size.png)\n",
+        "## Training\n", "![training loss](loss.png)\n", "![held-out bits per byte](held_out.png)\n",
+        _training(curves["student"]), *(f"Text: {_plain(note)}." for note in plan.get("text", [])), "",
+        "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
+        "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan), "",
+        "## Samples\n",
+        f"Each model continues {_code(experiment['report']['prompt'])} with its most probable tokens.\n",
+        *[f"**{name}**\n\n{_block(found[name]['sample'])}\n" for name in _ordered(found)],
+        "Run it again: `accelerate launch train.py --config experiment.yaml run.folder=...` with the "
+        "`experiment.yaml` in this folder.\n",
+    ]
+    write_atomically(folder.report, "\n".join(parts))
+
+
+def _plain(text: str) -> str:
+    """Text that stays text in Markdown, on one line."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: str) -> str:
+    """Text as code in a line, whatever is in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    room = " " if "`" in text else ""
+    return f"{fence}{room}{' '.join(text.split())}{room}{fence}"
+
+
+def _block(text: str) -> str:
+    """Text as a block of code, whatever is in it."""
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _ordered(found: dict[str, Any]) -> list[str]:
+    return [name for name in COLORS if name in found]
+
+
+def _verdict(found: dict[str, Any], receipt: dict[str, Any]) -> str:
+    student = found["student"]
+    lines = [f"The student takes {readable(receipt['bytes_on_disk'])} on disk and needs "
+             f"{student['bits_per_byte']:.4f} bits per byte of held-out text."]
+    if "teacher" in found:
+        ratio = found["teacher"]["bytes_on_disk"] / receipt["bytes_on_disk"]
+        lines.append(f"It is {ratio:.1f} times smaller than its teacher, which needs "
+                     f"{found['teacher']['bits_per_byte']:.4f}.")
+        if student["bits_per_byte"] < found["teacher"]["bits_per_byte"]:
+            lines.append("It went on learning from the text itself, and is better than its teacher here.")
+    if "control" in found:
+        gap = found["control"]["bits_per_byte"] - student["bits_per_byte"]
+        help_ = f"the teacher's help saved {gap:.4f} bits per byte" if gap > 0 else \
+            f"the teacher did not help, it cost {-gap:.4f} bits per byte"
+        lines.append(f"The same student, trained from the same start on the same tokens by cross-entropy alone, needs "
+                     f"{found['control']['bits_per_byte']:.4f}: {help_}, in this one run.")
+    return " ".join(lines)
+
+
+def _models(found: dict[str, Any], meaning: dict[str, str]) -> str:
+    rows = ["| model | | bits per byte | bytes | parameters | tokens/s |", "|---|---|---:|---:|---:|---:|"]
+    for name in _ordered(found):
+        entry = found[name]
+        rows.append(f"| {name} | {meaning[name]} | {entry['bits_per_byte']:.4f} | {entry['bytes_on_disk']:,} | "
+                    f"{entry['parameters']:,} | {entry['tokens_per_second']:,.0f} |")
+    return "\n".join(rows)
+
+
+def _training(lines: list[dict[str, Any]]) -> str:
+    steps = [line for line in lines if "loss" in line]
+    skipped = [line["step"] for line in steps if "nonfinite" in line]
+    seconds = sum(line["seconds"] for line in steps)
+    tokens = sum(line["tokens"] for line in steps)
+    text = f"{len(steps):,} steps, {tokens:,} target tokens, {seconds:.0f} s of training steps."
+    if steps and steps[-1]["loss_scale"] != 1:
+        text += (f" Loss scale {steps[-1]['loss_scale']:g} at the end; {steps[-1]['skipped']} steps skipped for "
+                 f"overflow, {steps[-1]['growths']} growths.")
+    if empty := sum("empty" in line for line in steps):
+        text += f" {empty:,} of the steps had no target token and taught nothing."
+    return text + (f" Steps skipped because loss or gradient was not finite: {skipped}." if skipped else "")
+
+
+def _receipt(receipt: dict[str, Any]) -> str:
+    rows = ["| | |", "|---|---:|"]
+    for name, value in receipt.items():
+        if name == "versions":
+            value = ", ".join(f"{library} {number}" for library, number in value.items())
+        if isinstance(value, float):
+            value = f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        rows.append(f"| {_plain(name.replace('_', ' '))} | {_plain(value)} |")
+    meaning = ("Largest and mean difference are between logits of the reloaded file and of the student in the dtype of "
+               "the export; the difference from training is from the fake-quantized student in fp32.")
+    return "\n".join([*rows, "", meaning])
+
+
+def _allotted(folder: RunFolder) -> list[str]:
+    """Bits of the layers, where they were chosen within a budget."""
+    if not folder.allocation.exists():
+        return []
+    found = read_json(folder.allocation)
+    layers: dict[str, list[str]] = {}
+    for name, quantizer in found["chosen"]["choice"].items():
+        layers.setdefault(f"{quantizer['bits']}", []).append(name)
+    rows = [f"| {bits} | {len(names)} | {_plain(', '.join(names[:4]))}{' ...' if len(names) > 4 else ''} |"
+            for bits, names in sorted(layers.items(), reverse=True)]
+    size = read_json(folder.receipt)["bytes_on_disk"]
+    beside = sum(file.stat().st_size for file in folder.student.iterdir() if file.is_file()
+                 and file.suffix != ".safetensors" and file != folder.receipt)
+    fits = (f"{size:,} bytes of weights on disk, {'within' if size <= found['budget'] else 'ABOVE'} the budget of "
+            f"{found['budget']:,}. {found['rest']:,} of them are not quantized, and at most {found.get('header', 0):,} "
+            f"name the tensors. Beside them, not counted: tokenizer and configuration, {beside:,} bytes.")
+    rise = [f"| {what} | {nats:.3g} | {bits:.3g} |" for what, nats, bits in rises(folder)]
+    return ["## Bits\n", "| bits | layers | |", "|---:|---:|---|", *rows, "", fits + "\n",
+            "Chosen for the least sum of what quantizing each layer alone does to the predictions on rows that "
+            f"calibrated them; no choice has less by more than {found['chosen']['gap']:.3g} nats a token. A sum of "
+            "rises says which choice is best, not how good it is.\n",
+            *(["| rise | nats a token | bits a byte |", "|---|---:|---:|", *rise, ""] if rise else []),
+            "Predictions are divergences from the student before it was quantized; measured is "
+            "how many more bits the text needs. A byte of held-out text has "
+            f"{found.get('tokens_per_byte', 0):.3g} tokens.\n",
+            "![bits and bytes](allocation.png)\n"]
+
+
+def _elsewhere(folder: RunFolder) -> list[str]:
+    """Receipts of the student as other runtimes read it, at the time of this report."""
+    rows = []
+    for file in sorted(folder.path.glob("student-*/receipt.json")):
+        found = read_json(file)
+        rows.append(f"| {_code(file.parent.name + '/')} | {found['bytes_on_disk']:,} | {found['bits_per_byte']:.4f} | "
+                    f"{found['largest_difference']:.2g} | {found['argmax_agreement']:.1%} | "
+                    f"{found['tokens_per_second']:,.0f} |")
+    if not rows:
+        return []
+    return ["In other runtimes, each loaded by it in a fresh process:\n",
+            "| | bytes | bits per byte | largest logit difference | same token | tokens/s |",
+            "|---|---:|---:|---:|---:|---:|", *rows, ""]
+
+
+def _ledger(plan: dict[str, Any]) -> str:
+    """What is kept, where nothing is known of the peak, and what was measured over the whole run."""
+    rows = []
+    if plan.get("memory") is None:
+        rows = ["| part | planned bytes per process |", "|---|---:|"]
+        rows += [f"| {_plain(name.replace('_', ' '))} | {count:,} |"
+                 for name, count in plan["ledger"].items() if count]
+    measured = plan.get("measured")
+    if measured:
+        what = {"rss": "resident set of the process at its largest: libraries and data included, not comparable with "
+                       "the plan on CPU", "cuda": "allocated by CUDA at its largest"}[measured["kind"]]
+        rows += ["", f"Over the whole run: {measured['memory_peak']:,} bytes ({what})."]
+    return "\n".join(rows)
+
+
+def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder) -> list[str]:
+    """Bytes at the peak of a training step, planned and measured, and their course over the step."""
+    memory = plan.get("memory")
+    measured = next((line for line in reversed(lines) if "memory" in line), None)
+    if memory is None or measured is None:
+        return []
+    found = measured["memory"]
+    rows = [f"| at the peak ({_plain(memory['moment'])}) | planned bytes per process |", "|---|---:|"]
+    rows += [f"| {_plain(name)} | {count:,} |"
+             for name, count in sorted(memory["parts"].items(), key=lambda part: -part[1]) if count]
+    rows += [f"| **planned peak** | {memory['peak']:,} |", f"| **measured peak**, step {measured['step']} | "
+                                                           f"{found['peak']:,} |"]
+    if found["reserved"] is not None:
+        rows.append(f"| reserved by the allocator | {found['reserved']:,} |")
+    if memory["budget"] is not None:
+        above = found["peak"] - memory["budget"]
+        rows.append(f"| **budget**{f', exceeded by {above:,} bytes' if above > 0 else ''} | {memory['budget']:,} |")
+        rows += ["", f"Keeping everything would have needed {memory['keep_all']:,} bytes. Recomputation takes "
+                     f"{memory['recomputed']:.1%} of the blocks' forward and backward time by prediction; a better "
+                     f"schedule of the blocks could save at most {memory['gap']:.1%} of it."]
+    rows += ["", "Planned for a micro-batch whose rows hold several documents each; rows of one document need no mask, "
+                 "and a little less."]
+    rows += [f"\nNot planned: {_plain(text)}." for text in memory["unplanned"]]
+    draw_step(Curve(numpy.array(memory["curve"]), tuple(map(tuple, memory["marks"]))),
+              Curve(numpy.array(found["curve"]), tuple(map(tuple, found["marks"]))), memory["budget"],
+              folder.path / "memory.png")
+    return [*rows, "", "![memory over one step](memory.png)"]
+
+
+# ---- pictures
+
+def _figure(title: str, x: str, y: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    if x == "optimizer step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, file: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _plot_loss(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Cross-entropy of each model while training; the term they share. A student of KL alone shows its KL."""
+    term = "cross_entropy" if any("cross_entropy" in line for line in curves["student"]) else "loss"
+    figure, axes = _figure("Training", "optimizer step", f"{term.replace('_', '-')} (nats per token)")
+    for name, lines in curves.items():
+        points = [(line["step"], line[term]) for line in lines if isinstance(line.get(term), float)]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLORS[name], alpha=0.2, linewidth=1)
+            axes.plot(*zip(*_smooth(points), strict=True), color=COLORS[name], label=name)
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def _plot_held_out(curves: dict[str, list[dict[str, Any]]], found: dict[str, Any], file: Path) -> None:
+    figure, axes = _figure("Held-out text", "optimizer step", "bits per byte")
+    for name, lines in curves.items():
+        points = [(line["step"], line["held_out"]["bits_per_byte"]) for line in lines if "held_out" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLORS[name], marker="o", markersize=3, label=name)
+    if "teacher" in found:
+        axes.axhline(found["teacher"]["bits_per_byte"], color=COLORS["teacher"], linestyle="--", label="teacher")
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def _plot_size(found: dict[str, Any], file: Path) -> None:
+    figure, axes = _figure("Exported models", "MiB on disk", "bits per byte on held-out text")
+    for name in _ordered(found):
+        entry = found[name]
+        axes.scatter(entry["bytes_on_disk"] / 2**20, entry["bits_per_byte"], s=60, color=COLORS[name], label=name,
+                     zorder=3)
+    axes.set_xlim(left=0)
+    axes.margins(y=0.25)
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Exponential moving average over about a thirtieth of the run."""
+    weight, value, smoothed = 1 / max(1, len(points) / 30), points[0][1], []
+    for step, raw in points:
+        value += weight * (raw - value)
+        smoothed.append((step, value))
+    return smoothed

@@ -1,0 +1,1 @@
+"""From the trained model to the student: quantized, exported, reloaded and compared."""

@@ -1,0 +1,151 @@
+"""Quantizing a student after its training: calibrated on its text, within a budget of bytes where there is one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from strategies.common.blockwise_calibration import token_mask
+from strategies.export.quantized_layers import quantized_layers
+from strategies.export.receipt import comparison_shape
+from strategies.export.sizes import exported_bytes, header_bound
+from strategies.quantization import post_training
+from strategies.quantization.allocation import Allocation, allocate, curve, draw_curve, rows, uniform
+from strategies.quantization.sensitivity import Sensitivity, measure
+from trainer.data.batches import Order, model_inputs
+from trainer.data.dataset import PreparedData
+from trainer.data.rows import StreamedRows
+from trainer.errors import UserError, error_context
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.quantization_nodes import Quantization
+from trainer.models.build import DTYPES, empty_student, export_skeleton
+from trainer.models.full_precision import ignored, without_place
+from trainer.run.folder import RunFolder, write_atomically
+from trainer.run.metrics import console, readable
+from trainer.student.quantization_loss import keep_together
+from trainer.student.weight_digests import check_digests, digests_of
+
+SENSED = 8  # rows that the sensitivity of layers is measured on
+
+
+def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedData, folder: RunFolder) -> nn.Module:
+    """The student as it is written: quantized now, where that was to wait for the end of training.
+
+    Args:
+        model: whole, on one process; the one that is returned where nothing is left to do.
+        text: whose training rows calibrate it.
+        folder: keeps which bits were allotted, and the curve they were chosen from.
+
+    Raises:
+        UserError: too few rows, or a budget that cannot be met.
+    """
+    asked = experiment.student.quantization
+    if asked is None or asked.trained:
+        return model
+    fresh = empty_student(experiment, model.config)  # without what training has made of its blocks
+    fresh.load_state_dict(model.state_dict())
+    check_digests(digests_of(model), fresh, "the student, made again to be quantized,")
+    fresh.generation_config = model.generation_config
+    fresh.to(next(model.parameters()).device).eval()
+    dtype = DTYPES[experiment.export.dtype]
+    console.print(f"{experiment.name}: quantizing ({asked.method})")
+    batches = calibration(experiment, text, asked.calibration_rows, next(fresh.parameters()).device)
+    ignore = ignored(asked, without_place(fresh, asked, dtype))
+    rules = asked.rules(dtype) if asked.budget is None else _allotted(
+        experiment, fresh, batches, folder, ignore).rules
+    moved = None if asked.budget is None else divergence_from(fresh, batches)
+    with error_context("student.quantization.calibration_rows", value=asked.calibration_rows, way_out="give more rows"):
+        post_training.quantize(
+            fresh, batches, asked.build(dtype), method=asked.method, ignore=ignore, rules=rules,
+            activations=asked.activations and asked.activations.build(), smooth=asked.smooth,
+            embeddings=asked.embeddings)
+    if moved is not None:
+        keep_together(folder, moved(fresh), text)
+    return fresh
+
+
+def check_calibration(experiment: Experiment, config: PretrainedConfig, text: PreparedData) -> None:
+    """Raise `UserError` where the rows are too few for what is quantized after training, before that begins."""
+    asked = experiment.student.quantization
+    if asked is None or asked.trained or asked.method != "gptq":
+        return
+    with torch.device("meta"):
+        widest, name = max((layer.matrix.shape[1], name) for name, layer in quantized_layers(
+            export_skeleton(experiment, config)) if not isinstance(layer, nn.Embedding))
+    batches = calibration(experiment, text, asked.calibration_rows, torch.device("cpu"))
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
+    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
+    if tokens < widest:
+        needed = -(-widest * rows // tokens)
+        enough = not hasattr(text.train, "__len__") or len(text.train) >= needed
+        raise UserError("student.quantization.calibration_rows", f"{rows} rows have {tokens:,} tokens, and {name} has "
+                        f"{widest:,} inputs: GPTQ needs as many tokens at least", value=asked.calibration_rows,
+                        way_out=f"give {needed} or more" if enough else "take `method: rtn`, or more text")
+
+
+def calibration(experiment: Experiment, text: PreparedData, count: int, device: torch.device) -> list[dict[str, Any]]:
+    """Inputs of the model for the first rows of the training text, in the order of the run's seed."""
+    if isinstance(text.train, StreamedRows):
+        chosen = list(islice(text.train.rows(), count))
+    else:
+        order = Order(len(text.train), experiment.seed)
+        chosen = [text.train[order[number]] for number in range(min(count, len(text.train)))]
+    stacked = {name: torch.stack([row[name] for row in chosen]).to(device) for name in ("input_ids", "position_ids")}
+    size = experiment.training.micro_batch
+    return [model_inputs({name: tensor[begin:begin + size] for name, tensor in stacked.items()})
+            for begin in range(0, len(chosen), size)]
+
+
+def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, Any]], folder: RunFolder,
+              ignore: tuple[str, ...]) -> Allocation:
+    """Bits for each layer, by what quantizing it alone does to the model's predictions."""
+    asked = experiment.student.quantization
+    assert asked is not None and asked.bytes is not None
+    console.print(f"{experiment.name}: measuring how sensitive layers are")
+    found = sensitivity(experiment, model, batches, asked.model_copy(update={"ignore": ignore}))
+    rest = exported_bytes(model, DTYPES[experiment.export.dtype]) - sum(
+        model.get_parameter(f"{names[0]}.weight").numel() for names in found.layers) * DTYPES[
+            experiment.export.dtype].itemsize
+    header = header_bound(model, asked.parts, [name for names in found.layers for name in names])
+    with error_context("student.quantization.budget", value=asked.budget, way_out="allow more bytes"):
+        chosen = allocate(found, asked.bytes - rest - header)
+    every, even = curve(found), uniform(found)
+    write_atomically(folder.allocation, json.dumps({
+        "budget": asked.bytes, "rest": rest, "header": header, "chosen": chosen.to_json(), "curve": rows(every),
+        "uniform": rows(even)}, indent=2) + "\n")
+    draw_curve(every, even, folder.allocation.with_suffix(".png"))
+    console.print(f"{experiment.name}: at most {readable(rest + header + chosen.bytes)} of {readable(asked.bytes)} on "
+                  "disk")
+    return chosen
+
+
+def sensitivity(experiment: Experiment, model: nn.Module, batches: list[dict[str, Any]], asked: Quantization
+                ) -> Sensitivity:
+    """How far predictions move, KL(before || after) in nats a token, where one layer alone is quantized."""
+    divergence = divergence_from(model, batches)
+    dtype = DTYPES[experiment.export.dtype]
+    return measure(model, asked.candidates(dtype), divergence, asked.ignore, asked.embeddings,
+                   asked.activations and asked.activations.build(), dtype)
+
+
+def divergence_from(model: nn.Module, batches: list[dict[str, Any]]) -> Callable[[nn.Module], float]:
+    """KL(before || after) in nats a token on the first rows: from a model as it is now to what is given later."""
+    count, length = comparison_shape(SENSED, batches[0]["input_ids"].shape[1], model.config.vocab_size)
+    part = {name: tensor[:count, :length] if isinstance(tensor, torch.Tensor) else tensor
+            for name, tensor in batches[0].items()}
+    with torch.no_grad():
+        before = model(**part).logits.float().log_softmax(-1)
+
+    @torch.no_grad()
+    def divergence(model: nn.Module) -> float:
+        after = model(**part).logits.float().log_softmax(-1)
+        return float((before.exp() * (before - after)).sum(-1).double().mean())
+
+    return divergence

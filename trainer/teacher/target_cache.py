@@ -1,0 +1,312 @@
+"""What a teacher has said, from a cache: written once by the main process, read by all, a micro-batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PretrainedConfig
+
+from strategies.distillation.losses.fused_head import LogitShape, hidden_states, output_head
+from strategies.distillation.losses.heads import Head
+from strategies.distillation.losses.response import IGNORED
+from strategies.distillation.losses.teacher_targets import (
+    HiddenTargets,
+    SampledTargets,
+    SharedVocabulary,
+    Targets,
+    TopTargets,
+)
+from strategies.distillation.teacher_cache.cache_reader import (
+    CacheDamaged,
+    CacheInUse,
+    CacheUnfinished,
+    Identity,
+    TargetCache,
+    TargetWriter,
+    bytes_per_token,
+    total_bytes,
+)
+from strategies.distillation.teacher_cache.sampling import draw_samples, sampled_targets, top_k
+from strategies.memory.ledger import parameter_bytes
+from strategies.memory.residency import Residency
+from trainer.data.batches import Batch, model_inputs
+from trainer.data.dataset import PreparedData
+from trainer.distributed.rank_memory import residency_for
+from trainer.errors import RunFailed, UserError, error_context
+from trainer.experiment.experiment import Experiment
+from trainer.models.build import DTYPES, shape_of
+from trainer.models.model_origin import skeleton
+from trainer.models.rope_by_document import by_document
+from trainer.run.folder import fingerprint
+from trainer.run.metrics import console, readable
+
+SAMPLED = 4096  # elements of each weight that a teacher is known by
+
+
+class TeacherHead(nn.Module):
+    """All that is left of a teacher whose hidden states are cached."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+
+@dataclass
+class CachedTargets:
+    """Reads what the teacher said about a micro-batch.
+
+    Attributes:
+        cache: finished.
+        identity: of the cache.
+        head: the teacher's, for hidden states.
+        shape: what it does to its logits.
+        device: where targets go.
+    """
+
+    cache: TargetCache
+    identity: Identity
+    head: TeacherHead | None
+    shape: LogitShape
+    device: torch.device
+
+    def __call__(self, batch: Batch) -> Targets:
+        """The targets of a batch, at all of its positions; nothing is there at those that are not learned.
+
+        Raises:
+            RunFailed: the cache is not what was written.
+        """
+        loss_mask, there = (batch["targets"] != IGNORED).cpu(), (batch["row"] >= 0).cpu()
+        try:
+            content = self.cache.read(batch["row"].cpu()[there].tolist() or [0])  # where there is none, none of it
+        except CacheDamaged as error:
+            raise RunFailed(f"the teacher's cache is damaged: {error}") from error
+        tokens = loss_mask[there].sum(-1).tolist()
+        assert not tokens or content["tokens"].tolist() == tokens, "the identity covers data and sequence length"
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            whole = values.new_zeros(*loss_mask.shape, *values.shape[1:])
+            whole[loss_mask] = values[:int(loss_mask.sum())]
+            return whole.to(self.device, non_blocking=True)
+
+        if self.identity.kind == "hidden":
+            return HiddenTargets(spread(content["hidden"]), self.shape.head(self.head.weight, self.head.bias))
+        temperature = self.identity.temperature
+        if self.identity.kind == "top_k":
+            return TopTargets(spread(content["ids"]), spread(content["log_p"].float()), spread(content["log_tail"]),
+                              temperature)
+        drawn = sampled_targets(content, self.identity.draws, temperature)
+        return SampledTargets(spread(drawn.ids), spread(drawn.shares), spread(drawn.log_p), temperature)
+
+
+def cached_targets(experiment: Experiment, accelerator: Accelerator, text: PreparedData, teacher: nn.Module,
+                   common: SharedVocabulary | None = None) -> CachedTargets:
+    """The cache of an experiment's teacher, written first where it is not there; the teacher is not needed afterwards.
+
+    Args:
+        common: the first columns of both heads, which tokens belong to; draws and the most probable ones are of these.
+
+    Raises:
+        UserError: another teacher, tokenizer, data or length made the cache that is named, or the disk is too small.
+        RunFailed: it is damaged.
+    """
+    asked, shape = experiment.teacher.targets, shape_of(teacher)
+    if shape is None:
+        raise UserError("teacher.targets.source", f"what {type(teacher).__name__} does to its logits is not known, so "
+                        "they cannot be made from a cache", value=asked.source, way_out="use `live`")
+    identity = identity_of(experiment, text, teacher, common)
+    folder = Path(asked.path or Path(experiment.run.cache) / "targets" / fingerprint(identity.__dict__))
+    with _told(experiment, folder):
+        if accelerator.is_main_process and not _is_finished(folder, identity):
+            _write(folder, identity, experiment, text, teacher.to(accelerator.device), shape)
+        accelerator.wait_for_everyone()
+        cache = TargetCache(folder, identity)
+    head = None
+    if identity.kind == "hidden":
+        own = output_head(teacher)
+        head = TeacherHead(own.weight.detach().clone(), None if own.bias is None else own.bias.detach().clone()).to(
+            accelerator.device)
+    return CachedTargets(cache, identity, head, shape, accelerator.device)
+
+
+def identity_of(
+    experiment: Experiment, text: PreparedData, teacher: nn.Module, common: SharedVocabulary | None = None
+) -> Identity:
+    """What a cache of this experiment is made from."""
+    asked, data = experiment.teacher.targets, experiment.data
+    vocabulary, width = output_head(teacher).weight.shape
+    vocabulary = vocabulary if common is None else common.size
+    temperature = experiment.objective.divergence.temperature
+    of_kind = {"hidden": {"width": width, "dtype": experiment.teacher.dtype},
+               "samples": {"vocabulary": vocabulary, "draws": asked.draws, "temperature": temperature},
+               "top_k": {"vocabulary": vocabulary, "k": asked.k, "temperature": temperature}}[asked.source]
+    return Identity(asked.source, rows=len(text.train), sequence_length=data.sequence_length,
+                    teacher=_weights(teacher),
+                    tokenizer=fingerprint(text.tokenizer.backend_tokenizer.to_str()),
+                    data=fingerprint([text.identity, data.packing]), **of_kind)
+
+
+def _weights(teacher: nn.Module) -> str:
+    """A hash of some of all weights."""
+    known = hashlib.sha256()
+    for name, weight in teacher.state_dict().items():
+        some = weight.flatten()[::max(1, weight.numel() // SAMPLED)].float().cpu().contiguous()
+        known.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())
+    return known.hexdigest()[:16]
+
+
+@contextmanager
+def _told(experiment: Experiment, folder: Path) -> Iterator[None]:
+    """Turns what a cache says into what a person is told, with the field that led to it."""
+    key = "teacher.targets.path" if experiment.teacher.targets.path else "run.cache"
+    try:
+        with error_context(key, value=str(folder),
+                   way_out="name another folder, which is then written, or what this one was made from"):
+            yield
+    except (CacheInUse, CacheDamaged) as error:
+        raise RunFailed(f"the teacher's cache in {folder}: {error}") from error
+
+
+def _is_finished(folder: Path, identity: Identity) -> bool:
+    """Whether every row is there already; a shard that is not whole is written again."""
+    try:
+        TargetCache(folder, identity)
+    except (CacheUnfinished, CacheDamaged):
+        return False
+    return True
+
+
+@torch.no_grad()
+def _write(
+    folder: Path, identity: Identity, experiment: Experiment, text: PreparedData, teacher: nn.Module, shape: LogitShape
+) -> None:
+    """Ask the teacher about every row that is not there yet."""
+    tokens = sum(int((row["targets"] != IGNORED).sum()) for row in (text.train[at] for at in range(len(text.train))))
+    stated = total_bytes(identity, tokens)
+    size, device = experiment.training.micro_batch, next(teacher.parameters()).device
+    with TargetWriter(folder, identity, stated=stated) as writer:
+        left = list(writer.rows_left())
+        console.print(f"{experiment.name}: writing what the teacher says about {tokens:,} tokens, at most "
+                      f"{bytes_per_token(identity):,.1f} bytes each, {readable(stated)} in all: {len(left):,} of "
+                      f"{len(text.train):,} rows")
+        for begin in range(0, len(left), size):
+            rows = left[begin:begin + size]
+            batch = {name: torch.stack([text.train[row][name] for row in rows]).to(device)
+                     for name in ("input_ids", "position_ids", "targets")}
+            writer.add(rows, _said(identity, teacher, shape, rows, batch))
+
+
+def _said(identity: Identity, teacher: nn.Module, shape: LogitShape, rows: list[int], batch: Batch
+          ) -> dict[str, torch.Tensor]:
+    """What the teacher says about some rows, at their learned positions."""
+    loss_mask = batch["targets"] != IGNORED
+    hidden = hidden_states(teacher, model_inputs(batch))[0][loss_mask]
+    content = {"tokens": loss_mask.sum(-1)}
+    if identity.kind == "hidden":
+        return {**content, "hidden": hidden}
+    own = output_head(teacher)
+    head: Head = shape.head(own.weight, own.bias)
+    numbers = (torch.tensor(rows, device=loss_mask.device)[:, None] * loss_mask.shape[-1]
+               + torch.arange(loss_mask.shape[-1], device=loss_mask.device))[loss_mask]
+    make: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]] = (
+        (lambda logits, at: top_k(logits, identity.k, identity.temperature)) if identity.kind == "top_k" else
+        (lambda logits, at: draw_samples(logits, identity.draws, identity.temperature, 0, at)))
+    found = []
+    for part in torch.arange(len(hidden), device=hidden.device).split(256):  # logits of so many positions at a time
+        logits = torch.empty(len(part), head.vocabulary, device=hidden.device)
+        found.append(make(head.shape(head.fill(logits, hidden[part]))[:, :identity.vocabulary], numbers[part]))
+    if not found:
+        found = [make(torch.zeros(0, head.vocabulary, device=hidden.device), numbers)]
+    return {**content, **{name: torch.cat([part[name] for part in found]) for name in found[0]}}
+
+
+def uses_teacher(experiment: Experiment) -> bool:
+    """Whether training asks the teacher anything."""
+    objective = experiment.objective
+    return experiment.teacher is not None and (objective.build(True).needs_teacher or objective.has_intermediate)
+
+
+# ---- the same for a plan, from shapes
+
+def resident_teacher(experiment: Experiment, config: PretrainedConfig | None) -> nn.Module | None:
+    """What is there of the teacher in a step: all of it, its head alone, or nothing; for a mode without data."""
+    if config is None or not uses_teacher(experiment):
+        return None
+    dtype = DTYPES[experiment.teacher.dtype]
+    if experiment.teacher.targets.source == "live":
+        trust = experiment.teacher.trust_remote_code
+        return by_document(skeleton(config, dtype, trust, "teacher")).eval().requires_grad_(False)
+    if experiment.teacher.targets.source == "hidden":
+        return TeacherHead(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
+    return None
+
+
+def example_targets(experiment: Experiment, config: PretrainedConfig | None, batch: Batch, head: nn.Module | None
+                    ) -> Targets | None:
+    """Targets like those of training from a cache, for a batch on any device; None where the teacher is live."""
+    if config is None or experiment.teacher.targets.source == "live":
+        return None
+    asked, positions = experiment.teacher.targets, batch["targets"]
+    temperature = experiment.objective.divergence.temperature
+    if asked.source == "hidden":
+        dtype = DTYPES[experiment.teacher.dtype]
+        return HiddenTargets(torch.zeros(*positions.shape, config.hidden_size, dtype=dtype, device=positions.device),
+                             Head(head.weight, head.bias))
+    many = min(asked.draws if asked.source == "samples" else asked.k, config.vocab_size)
+    ids = torch.zeros(*positions.shape, many, dtype=torch.long, device=positions.device)
+    if asked.source == "samples":
+        return SampledTargets(ids, torch.zeros_like(ids, dtype=torch.float32), torch.zeros_like(
+            ids, dtype=torch.float32), temperature)
+    return TopTargets(ids, torch.zeros_like(ids, dtype=torch.float32), torch.zeros_like(
+        positions, dtype=torch.float32), temperature)
+
+
+def live(teacher: nn.Module | None) -> nn.Module | None:
+    """The teacher, if it is there whole."""
+    return None if isinstance(teacher, TeacherHead) else teacher
+
+
+def rank_residency(experiment: Experiment, student: nn.Module, teacher: nn.Module | None, processes: int, on_gpu: bool
+            ) -> Residency:
+    """What the first process holds; a teacher's head is whole on each."""
+    held = residency_for(experiment, student, live(teacher), processes, on_gpu)
+    if not isinstance(teacher, TeacherHead):
+        return held
+    return replace(held, parts={**held.parts, "others": parameter_bytes(teacher)})
+
+
+def apart(ours: int, theirs: int, student: PretrainedConfig, teacher: PretrainedConfig) -> SharedVocabulary | None:
+    """The first columns of each head, where vocabularies have nothing in common; None where these are all."""
+    all_of_both = ours == student.vocab_size and theirs == teacher.vocab_size
+    return None if all_of_both else SharedVocabulary(ours, teacher_size=theirs)
+
+
+def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int | None = None,
+          theirs: int | None = None) -> SharedVocabulary | None:
+    """The common tokens as far as shapes tell; heads may be padded beyond the `tokens` of the tokenizer, if known.
+
+    Args:
+        theirs: tokens of the teacher's own tokenizer, where the two are compared without common ones.
+    """
+    if teacher is None:
+        return None
+    if theirs is not None:
+        return apart(min(student.vocab_size, tokens or student.vocab_size), min(teacher.vocab_size, theirs), student,
+                     teacher)
+    least = min(student.vocab_size, teacher.vocab_size, tokens or student.vocab_size)
+    return None if least == student.vocab_size == teacher.vocab_size else SharedVocabulary(least)
+
+
+def check_sizes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    """Raise `UserError` where tokens of the teacher are cached by number, and the student's vocabulary is another."""
+    by_number = uses_teacher(experiment) and experiment.teacher.targets.source in ("samples", "top_k")
+    if by_number and sizes(student, teacher) is not None:
+        raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",
+                        value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")

@@ -1,0 +1,123 @@
+"""How student and teacher understand each other: the tokens they have in common, and how the teacher reads the text."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from strategies.distillation.losses.teacher_targets import SharedVocabulary
+from strategies.distillation.tokenizers.input_adapters import (
+    SpanAlignedInputs,
+    TeacherInputAdapter,
+    TokenIdRemap,
+    identity_adapter,
+)
+from strategies.distillation.tokenizers.shared_vocabulary import align, same_roles
+from strategies.distillation.tokenizers.span_alignment import SpanAligner
+from trainer.data.dataset import PreparedData
+from trainer.data.tokenizers import own_tokenizer, vocabulary_size
+from trainer.errors import UserError, error_context
+from trainer.experiment.experiment import Experiment
+from trainer.teacher.target_cache import apart
+
+LONGER = 2  # times the student's sequence length that the teacher may need for the same text
+
+
+def match_vocabularies(
+    experiment: Experiment, text: PreparedData, student: PretrainedConfig, teacher: PretrainedConfig | None
+) -> tuple[SharedVocabulary | None, TeacherInputAdapter]:
+    """The common tokens, None where they are all, and how the teacher reads a batch of the student's.
+
+    That the tokenizers are one, or that nothing else is asked for, has been checked with the data.
+
+    Raises:
+        UserError: the two cannot be compared in the way that is asked for.
+    """
+    if teacher is None:
+        return None, identity_adapter
+    if experiment.teacher.path is None or experiment.student.from_teacher is not None:
+        return real_tokens(text.tokenizer, student, teacher), identity_adapter
+    other = own_tokenizer(experiment.teacher.path, experiment.teacher.revision)
+    if other is None:
+        return real_tokens(text.tokenizer, student, teacher), identity_adapter
+    if experiment.objective.divergence.name == "uld":
+        return _apart(text.tokenizer, student, other, teacher), _by_spans(experiment, text.tokenizer, other)
+    if text.tokenizer.get_vocab() == other.get_vocab():
+        return real_tokens(text.tokenizer, student, teacher), identity_adapter
+    with error_context(
+        "teacher.path", value=experiment.teacher.path, way_out="choose a teacher of the student's family"
+    ):
+        found = align(text.tokenizer.get_vocab(), other.get_vocab(), student.vocab_size, teacher.vocab_size,
+                      same_roles(text.tokenizer, other))
+    ids = torch.arange(len(found.to_teacher))
+    moved = (found.to_teacher >= 0) & (found.to_teacher != ids)
+    if not moved.any() and teacher.vocab_size >= vocabulary_size(text.tokenizer):
+        return found.common, identity_adapter
+    _check_cache(experiment, "other numbers for the same tokens")
+    _check_known(text, found.to_teacher)
+    return found.common, TokenIdRemap(found.to_teacher)
+
+
+def reads_alike(experiment: Experiment, text: PreparedData) -> bool:
+    """Whether the teacher can be given the student's tokens as they are, to be measured on the same rows."""
+    if experiment.teacher.path is None or experiment.student.from_teacher is not None:
+        return True
+    other = own_tokenizer(experiment.teacher.path, experiment.teacher.revision)
+    return other is None or other.get_vocab() == text.tokenizer.get_vocab()
+
+
+def real_tokens(tokenizer: PreTrainedTokenizerBase, student: PretrainedConfig, teacher: PretrainedConfig
+                ) -> SharedVocabulary | None:
+    """The columns that a token belongs to, where one tokenizer is both models'; None where these are all of both heads.
+
+    Columns beyond, which heads are padded with, are no tokens: nothing teaches them, and yet a softmax over all columns
+    gives them probability, each model its own.
+    """
+    sizes = student.vocab_size, teacher.vocab_size
+    numbers = _numbers(tokenizer, min(sizes))
+    if not torch.equal(numbers, torch.arange(len(numbers))):
+        return SharedVocabulary(len(numbers), numbers, numbers)
+    return None if len(numbers) == sizes[0] == sizes[1] else SharedVocabulary(len(numbers))
+
+
+def _apart(tokenizer: PreTrainedTokenizerBase, student: PretrainedConfig, other: PreTrainedTokenizerBase,
+           teacher: PretrainedConfig) -> SharedVocabulary | None:
+    """The columns of each that a token of its own tokenizer belongs to; None where these are all of both heads."""
+    ours, theirs = _numbers(tokenizer, student.vocab_size), _numbers(other, teacher.vocab_size)
+    if not all(torch.equal(numbers, torch.arange(len(numbers))) for numbers in (ours, theirs)):
+        return SharedVocabulary(len(ours), ours, theirs)
+    return apart(len(ours), len(theirs), student, teacher)
+
+
+def _numbers(tokenizer: PreTrainedTokenizerBase, rows: int) -> torch.Tensor:
+    """The ids of a tokenizer that a head of so many rows has, ascending."""
+    return torch.tensor(sorted({one for one in tokenizer.get_vocab().values() if one < rows}))
+
+
+def _by_spans(
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> TeacherInputAdapter:
+    if experiment.objective.has_intermediate:
+        raise UserError("objective.divergence.name", "with another tokenizer hidden states are of other positions, and "
+                        "cannot be compared", value="uld", way_out="remove objective.features, relations and values")
+    _check_cache(experiment, "another tokenizer")
+    with error_context("objective.divergence.name", value="uld", way_out="use a teacher of the student's family"):
+        return SpanAlignedInputs(SpanAligner(tokenizer, other, LONGER * experiment.data.sequence_length))
+
+
+def _check_cache(experiment: Experiment, what: str) -> None:
+    if experiment.teacher.targets.source != "live":
+        raise UserError("teacher.targets.source", f"a teacher with {what} is asked at every step",
+                        value=experiment.teacher.targets.source, way_out="use `live`")
+
+
+def _check_known(text: PreparedData, to_teacher: torch.Tensor) -> None:
+    """Every token of the text must be one of the teacher's."""
+    if not hasattr(text.train, "flat"):
+        return  # a stream is looked at as it comes
+    used = torch.bincount(torch.from_numpy(text.train.flat["tokens"].astype("int64")), minlength=len(to_teacher)) > 0
+    unknown = torch.argwhere(used[:len(to_teacher)] & (to_teacher < 0))
+    if len(unknown):
+        token = text.tokenizer.convert_ids_to_tokens(int(unknown[0, 0]))
+        raise UserError("teacher.path", f"the text has {len(unknown)} tokens that the teacher does not know, for "
+                        f"example {token!r}", way_out="use another teacher, or objective.divergence.name uld")
