@@ -110,14 +110,14 @@ def train_here(write_experiment):
 
         from trainer.data.dataset import prepare_text
         from trainer.experiment.load import read_experiment
-        from trainer.pipeline import prepare, start
+        from trainer.pipeline import Launched, prepare, start
         from trainer.run.folder import RunFolder
 
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         experiment = read_experiment(write_experiment(name, **changes), list(overrides)).experiment
-        accelerator = start(experiment)
-        trainer = prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, prepare_text(experiment))
+        how = Launched(*start(experiment))
+        trainer = prepare(experiment, experiment, RunFolder(experiment.folder), how, prepare_text(experiment))
         with _interrupted(trainer, until):
             trainer.train()
         return trainer
@@ -144,10 +144,10 @@ def run_experiment(write_experiment):
 def _interrupted(trainer: Any, until: int | None) -> Iterator[None]:
     plain = trainer.train_step
 
-    def step(batches):
-        if trainer.step == until:
+    def step(inputs):
+        if trainer.state.step == until:
             raise KeyboardInterrupt
-        return plain(batches)
+        return plain(inputs)
 
     trainer.train_step = step
     with suppress(KeyboardInterrupt):

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,13 @@ from transformers import PretrainedConfig
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.quantization.freeze import freeze_quantized
 from trainer.checkpoints import check_space, planned_bytes
+from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.data.sources import check_path
 from trainer.data.tokenizers import known_size, vocabulary_size
 from trainer.distributed.launch import check_engine, start
+from trainer.distributed.rank_memory import RankSetup
+from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
@@ -39,8 +42,9 @@ from trainer.models.language_part import check_places
 from trainer.models.model_trials import check_causal, check_early_causal, check_packing, check_padding, check_positions
 from trainer.models.router_balance import balancing_weight
 from trainer.models.teacher_layers import try_layers
-from trainer.planning.plan import check_batch, count_steps, make_plan, plan_json, show_plan
-from trainer.planning.step_memory import plan_memory
+from trainer.planning.plan import Plan, Plans, check_batch, count_steps
+from trainer.planning.show_plan import plan_json, show_plan
+from trainer.planning.step_memory import example_batch
 from trainer.run.folder import RunFolder, fingerprint, flatten, training_identity, write_atomically
 from trainer.run.metrics import console, read_lines
 from trainer.run.report import write_report
@@ -58,7 +62,9 @@ from trainer.student.weight_digests import check_digests, digests_in_training, s
 from trainer.teacher.intermediate_losses import attach_projections, check_intermediate
 from trainer.teacher.target_cache import cached_targets, uses_teacher
 from trainer.teacher.vocabularies import match_vocabularies
-from trainer.training.loop import Trainer
+from trainer.training.loop import TrainLoop
+
+ALONE = Topology()
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,12 @@ def dry_run(source: Source, as_json: bool) -> None:
     check_path(experiment.data.path, "data.path")
     teacher, student = _configs(experiment, vocabulary, offline=True)
     device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processes = experiment.memory.processes or int(os.environ.get("WORLD_SIZE", 1))
-    check_engine(experiment, processes)
-    check_early_causal(experiment, teacher, student)
-    if experiment.student.from_teacher is not None and not experiment.teacher.trust_remote_code:
-        try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
-    with torch.device("meta"):
-        check_runtimes(experiment, export_skeleton(experiment, student))
-    plan = make_plan(experiment, teacher, student, processes=processes, device=device, rows=None,
-                     memory=plan_memory(experiment, teacher, student, processes))
+    topology = Topology.launched(device)
+    if experiment.memory.processes is not None:
+        topology = replace(topology, data_parallel=experiment.memory.processes)
+    check_engine(experiment.sharding, experiment.optimizer, topology)
+    _check_shapes_early(experiment, teacher, student)
+    plan = Plans().resolve(experiment, topology, teacher, student)
     if int(os.environ.get("RANK", 0)) == 0:
         print(plan_json(source, plan)) if as_json else show_plan(source, plan)
 
@@ -107,7 +110,7 @@ def run_experiment(source: Source) -> Path:
     quiet_libraries()
     experiment, folder = source.experiment, RunFolder(source.experiment.folder)
     folder.check(experiment)
-    accelerator = start(experiment)
+    accelerator, topology = start(experiment)
     say = console.print if accelerator.is_main_process else lambda *_: None
     again = folder.afterwards(experiment) if folder.finished else []
     if folder.finished and not again:
@@ -118,10 +121,11 @@ def run_experiment(source: Source) -> Path:
     if again:
         say(f"{folder.path} is trained; its student, receipts and report are made again, with other values of "
             f"{', '.join(again)}")
-    check_batch(experiment, accelerator.num_processes)
+    check_batch(experiment.training, experiment.optimizer, topology)
     if experiment.memory.bytes is not None:
         say(f"{experiment.name}: planning memory")
-    check_early(experiment, accelerator.num_processes)
+    how = Launched(accelerator, topology)
+    check_early(experiment, topology, how.plans)
     say(f"{experiment.name}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"{experiment.precision.dtype}")
     say(f"{experiment.name}: reading and tokenizing {experiment.data.path}")
@@ -134,12 +138,12 @@ def run_experiment(source: Source) -> Path:
     check_calibration(experiment, shape, text)
     for note in check_tokenizer(experiment, text, shape.vocab_size):
         say(f"{experiment.name}  {note}")
-    experiment = _with_teacher(experiment, accelerator, text)
-    done = train_one(source.experiment, experiment, folder, folder.unverified, accelerator, text)
+    experiment = _with_teacher(experiment, how, text)
+    done = train_one(source.experiment, experiment, folder, folder.unverified, how, text)
     if uses_teacher(experiment) and experiment.report.control:
         control = RunFolder(folder.control)
         asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
-        train_one(asked, lone, control, control.student, accelerator, text)
+        train_one(asked, lone, control, control.student, how, text)
     if accelerator.is_main_process:
         compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
         if again:
@@ -152,45 +156,66 @@ def run_experiment(source: Source) -> Path:
     return folder.path
 
 
-def check_early(experiment: Experiment, processes: int) -> None:
+def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans | None = None) -> None:
     """Raise `UserError` for what can be known before anything is read, tokenized or trained."""
     vocabulary = known_size(experiment)
     teacher, student = _configs(experiment, vocabulary)
     count_steps(experiment, None)
-    check_early_causal(experiment, teacher, student)
-    if experiment.student.from_teacher is not None and not experiment.teacher.trust_remote_code:
-        try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
+    _check_shapes_early(experiment, teacher, student)
+    own = None
     if experiment.teacher is not None and experiment.teacher.train is not None:
-        count_steps(experiment.as_teacher(""), None)
-    with torch.device("meta"):
-        check_runtimes(experiment, export_skeleton(experiment, student))
+        own = experiment.as_teacher("")
+        count_steps(own, None)
     if experiment.memory.device is not None and not torch.cuda.is_available():
         raise UserError("memory.device", "a run is on the device that is there, which is no GPU",
                         value=experiment.memory.device, way_out="leave it out, or add --dry-run to plan for it")
+    plans = plans or Plans()
     if experiment.memory.bytes is not None:
-        plan_memory(experiment, teacher, student, processes)
-        if experiment.teacher is not None and experiment.teacher.train is not None:
-            own = experiment.as_teacher("")
-            plan_memory(own, *_configs(own, vocabulary), processes)
+        plans.step(experiment, topology, teacher, student)
+        if own is not None:
+            plans.step(own, topology, *_configs(own, vocabulary))
 
 
-def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, accelerator: Accelerator,
+def _check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> None:
+    """What shapes alone tell of a student that could not learn, or not be exported."""
+    check_early_causal(experiment, teacher, student)
+    if experiment.student.from_teacher is not None and not experiment.teacher.trust_remote_code:
+        try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
+    with torch.device("meta"):
+        check_runtimes(experiment, export_skeleton(experiment, student))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The processes of a run, and the plans that they make.
+
+    Attributes:
+        accelerator: that all joined.
+        topology: how they share the work.
+        plans: of all models of the run.
+    """
+
+    accelerator: Accelerator
+    topology: Topology
+    plans: Plans = field(default_factory=Plans)
+
+
+def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, how: Launched,
               text: PreparedData) -> Trained:
     """Train one student to its last step, export it to the folder `student`, and give its memory back.
 
     `asked` is the experiment as its run folder remembers it; in `experiment` the teacher has weights.
     """
-    trainer = prepare(asked, experiment, folder, accelerator, text)
-    trainer.train()
+    loop, accelerator = prepare(asked, experiment, folder, how, text), how.accelerator
+    loop.train()
     trained, exported, failed = torch.empty(0), torch.empty(0), []
-    digests = digests_in_training(trainer.engine, accelerator.device)
+    digests = digests_in_training(loop.engine, accelerator.device)
     if accelerator.is_main_process:
         lines = [line for line in read_lines(folder.metrics) if "memory_peak" in line]
         peak, kind = max(line["memory_peak"] for line in lines), lines[-1]["memory_kind"]
-        plan = json.loads(folder.plan.read_text())
-        write_atomically(folder.plan, json.dumps({**plan, "measured": {"memory_peak": peak, "kind": kind}}, indent=2))
+        write_atomically(folder.measured, json.dumps({"memory_peak": peak, "kind": kind}, indent=2) + "\n")
         dtype = DTYPES[experiment.export.dtype]
-        whole = trainer.whole()
+        whole = loop.whole()
         check_digests(digests, whole, "the student, put together after training,")
         save_digests(folder.digests, digests)
         model = finalize_student(experiment, whole, text, folder)
@@ -199,27 +224,26 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         if dtype is not torch.float32:
             exported = logits_of(freeze_quantized(copy.deepcopy(model), dtype), text)
         failed = write_others(experiment, folder, model, text)
-    trainer.release()
+    loop.release()
     accelerator.wait_for_everyone()
     return Trained(trained, exported, failed)
 
 
-def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accelerator: Accelerator, text: PreparedData
-            ) -> Trainer:
+def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: Launched, text: PreparedData
+            ) -> TrainLoop:
     """Plan a run, build its models, check them, claim its folder, and put it where its last checkpoint left it."""
     folder.check(asked)
-    teacher_shape, student_shape = _configs(experiment, vocabulary_size(text.tokenizer))
+    accelerator, name = how.accelerator, experiment.name
+    teacher_shape, student_shape = shapes = _configs(experiment, vocabulary_size(text.tokenizer))
     rows = len(text.train) if hasattr(text.train, "__len__") else None
-    steps = count_steps(experiment, rows)
-    assert steps is not None, "the length of the data is known once it is tokenized"
-    plan = make_plan(experiment, teacher_shape, student_shape, processes=accelerator.num_processes,
-                     device=accelerator.device.type, rows=rows)
+    plan = how.plans.resolve(experiment, how.topology, *shapes, rows)
+    assert plan.steps is not None, "the length of the data is known once it is tokenized"
     if accelerator.is_main_process:
-        for note in (plan.full_precision, plan.balancing):
-            if note is not None:
-                console.print(f"{experiment.name}  {note}")
+        for note in plan.notes:
+            console.print(f"{name}  {note}")
     check_space(folder.checkpoints, planned_bytes(experiment, student_shape, teacher_shape),
-                keep=experiment.training.keep_checkpoints, written=-(-steps // experiment.training.checkpoint_every))
+                keep=experiment.training.keep_checkpoints,
+                written=-(-plan.steps // experiment.training.checkpoint_every))
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     teacher = None
@@ -235,13 +259,35 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, accele
                         value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
     if uses_teacher(experiment) and experiment.teacher.targets.source != "live":
         teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
+    plan = _tried(plan, experiment, shapes, student, how)
     if accelerator.is_main_process:
         folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
     accelerator.wait_for_everyone()
-    trainer = Trainer(experiment, folder, accelerator, text, student, teacher, steps, teacher_shape, related)
+    loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related)
     if experiment.run.trackers:
-        _start_trackers(accelerator, asked, folder, trainer.step)
-    return trainer
+        _start_trackers(accelerator, asked, folder, loop.state.step)
+    return loop
+
+
+def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | None, PretrainedConfig],
+           student: nn.Module, how: Launched) -> Plan:
+    """The plan, with blocks as they are where the student's, with their weights, do something else than was captured.
+
+    Weights that are shared out have not been gathered yet, and are not tried.
+    """
+    if plan.step is None or RankSetup.of(experiment, plan.topology).is_sharded:
+        return plan
+    student.to(how.accelerator.device)
+    batch = example_batch(plan.micro_batch, experiment.data.sequence_length, experiment.data.packing,
+                          how.accelerator.device)
+    precision = experiment.precision.build(how.accelerator.device.type)
+
+    def run() -> None:
+        with precision.autocast():
+            student.train()(**model_inputs(batch))
+
+    found = plan.step.refuted(student, run)
+    return how.plans.without(plan, experiment, *shapes, found) if found else plan
 
 
 def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Module) -> None:
@@ -270,18 +316,19 @@ def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = Fal
     return teacher, student
 
 
-def _with_teacher(experiment: Experiment, accelerator: Accelerator, text: PreparedData) -> Experiment:
+def _with_teacher(experiment: Experiment, how: Launched, text: PreparedData) -> Experiment:
     """The experiment with a teacher that has weights: one that is to be trained is trained once, and cached."""
     if experiment.teacher is None or experiment.teacher.train is None:
         return experiment
     identity = [training_identity(experiment.as_teacher("")), text.identity]
     folder = RunFolder(Path(experiment.run.cache) / "teachers" / fingerprint(identity))
+    accelerator = how.accelerator
     if accelerator.is_main_process and not folder.student.exists():
         folder.lock(wait=True)  # another run may be making this very teacher
     accelerator.wait_for_everyone()
     if not folder.student.exists():
         own = experiment.as_teacher(str(folder.path))
-        train_one(own, own, folder, folder.student, accelerator, text)
+        train_one(own, own, folder, folder.student, how, text)
     elif accelerator.is_main_process:
         console.print(f"{experiment.name}: teacher from the cache, {folder.path}")
     teacher = experiment.teacher.model_copy(update={"path": str(folder.student), "train": None, "architecture": None})

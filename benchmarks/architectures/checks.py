@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,13 +27,12 @@ from trainer.experiment.experiment import Experiment
 from trainer.pipeline import check_early
 from trainer.planning import plan
 from trainer.planning.step_memory import example_batch
-from trainer.planning.step_plan import measured_step
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import console
 from trainer.student.export_student import logits_of, write_for
 from trainer.student.quantize_student import finalize_student
-from trainer.training import loop
-from trainer.training.loop import Trainer
+from trainer.training.loop import TrainLoop
+from trainer.training.step_input import StepInputs
 
 # Relative: of the loss; of the largest gradient, logit, byte. fp32 sums in another order lie below a tenth of them.
 LOSS, GRADIENT, LOGITS, BYTES = 2e-5, 5e-4, 2e-5, 0.03
@@ -40,14 +40,14 @@ APART = {"packing": False}  # what is not about packing is not to be refused for
 LEFT = 0.05  # share of a quantized student's block weights that may stay in full precision without a word
 
 
-def prepared(experiment: Experiment, text: PreparedData) -> Trainer:
+def prepared(experiment: Experiment, text: PreparedData) -> TrainLoop:
     """What `train.py` makes of an experiment before the first step, refusals included."""
     fresh()
-    accelerator = start(experiment)
-    check_early(experiment, accelerator.num_processes)
+    how = pipeline.Launched(*start(experiment))
+    check_early(experiment, how.topology, how.plans)
     # Sums for the ledger and for the disk that no check is about.
     with replaced(plan, "_activations", lambda *_: None), replaced(pipeline, "planned_bytes", lambda *_: 0):
-        return pipeline.prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, text)
+        return pipeline.prepare(experiment, experiment, RunFolder(experiment.folder), how, text)
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def replaced(module: Any, name: str, other: Any) -> Iterator[None]:
 
 def unplanned() -> AbstractContextManager[None]:
     """Memory is not planned in here, which would take most of the time of a check that is not about it."""
-    return replaced(loop, "plan_step", lambda trainer: None)
+    return replaced(plan, "plan_step", lambda *_: None)
 
 
 # ---- the loss, packed, padded and accumulated, and the memory of a step
@@ -97,18 +97,24 @@ class Steps:
                           in self.trainer.unwrapped.named_parameters() if parameter.grad is not None})
             return update(finite)
 
-        self.trainer._update, self.trainer.accumulation = keeping, micro_batches
+        self.trainer._update = keeping
         try:
-            record = self.trainer.train_step(batches(self.texts[how], rows))
+            record = one_step(self.trainer, batches(self.texts[how], rows), micro_batches)
         finally:
             self.trainer._update = update
         return (abs(record["loss"] / self.loss - 1) if record["loss"] is not None else float("inf"),
                 gradients_apart(taken, self.gradients))
 
 
+def one_step(trainer: TrainLoop, given: Iterator[Batch], micro_batches: int) -> dict[str, Any] | None:
+    """A step on the next micro-batches, and no look at those after them."""
+    trainer.plan = replace(trainer.plan, accumulation=micro_batches, steps=trainer.state.step + 1)
+    return trainer.train_step(StepInputs(given, trainer.plan, trainer.ranks))
+
+
 def batches(text: PreparedData, rows: int) -> Iterator[Batch]:
     """Micro-batches as the loop gets them."""
-    return training_batches(text.train, seed=0, micro_batch=rows, rank=0, processes=1, skip=0, workers=0, pin=False)
+    return training_batches(text.train, seed=0, micro_batch=rows, replica=0, replicas=1, skip=0, workers=0, pin=False)
 
 
 def filled(rows: int, packed: bool, documents: list[torch.Tensor]) -> Batch:
@@ -173,14 +179,14 @@ def check_packing(room: Room, steps: Steps) -> dict[str, Any]:
 
 def check_memory(room: Room, steps: Steps) -> dict[str, Any]:
     """The planned peak against that of a step in which optimizer state is there."""
-    if steps.trainer.memory is None:
+    if steps.trainer.plan.memory is None:
         return refused("the step of this architecture cannot be planned")
     packed = steps.refused is None
     rows = steps.asked["packed" if packed else "padded"].training.micro_batch
-    steps.trainer.accumulation = 1
     for _ in range(2):  # in the second one the optimizer's state is there
-        _, found = measured_step(steps.trainer, iter([filled(rows, packed, steps.documents)]))
-    planned = steps.trainer.memory.peak
+        _, found = steps.trainer.memory.measured(
+            lambda: one_step(steps.trainer, iter([filled(rows, packed, steps.documents)]), 1))
+    planned = steps.trainer.plan.memory.peak
     return judged(abs(planned / found.peak - 1) <= BYTES, planned=planned, measured=found.peak,
                   ratio=planned / found.peak)
 
@@ -246,7 +252,7 @@ class Quantized:
         for runtime in {"onnx"} & {*wanted}:
             asked = room.experiment("asked", student=student, export={"to": [runtime]}, data=APART)
             try:
-                check_early(asked, 1)
+                check_early(asked)
                 self.runtimes.append(runtime)
             except UserError as error:
                 if error.key != "export.to":

@@ -26,9 +26,9 @@ from trainer.distributed.launch import start
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import read_experiment
 from trainer.models.build import quiet_libraries
-from trainer.pipeline import prepare
+from trainer.pipeline import Launched, prepare
 from trainer.run.folder import RunFolder
-from trainer.training.loop import Trainer
+from trainer.training.loop import TrainLoop
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 NEVER, FIRST = 10**6, 10  # steps between the checkpoints of a run without; the step from whose end on time is taken
@@ -58,15 +58,15 @@ def seconds_of(experiment: Experiment, steps: int) -> float:
     """Seconds of a step, the mean over the steps after the first ones and before the last."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    accelerator = start(experiment)
-    trainer = prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, prepare_text(experiment))
+    how = Launched(*start(experiment))
+    trainer = prepare(experiment, experiment, RunFolder(experiment.folder), how, prepare_text(experiment))
     moments = ends_of_steps(trainer)
     trainer.train()
     trainer.release()
     return (moments[steps - 2] - moments[FIRST - 2]) / (steps - FIRST)
 
 
-def ends_of_steps(trainer: Trainer) -> list[float]:
+def ends_of_steps(trainer: TrainLoop) -> list[float]:
     """Filled, as training goes on, with the moment at which each step is logged, before what is saved after it."""
     moments: list[float] = []
     plain = trainer._log

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from trainer.cli import train  # noqa: E402
-from trainer.training.loop import Trainer  # noqa: E402
+from trainer.training.loop import TrainLoop  # noqa: E402
 
 
 class NaNGradient(torch.autograd.Function):
@@ -36,17 +36,18 @@ def poison(what: str) -> None:
     """Put the fault into the loop."""
     kind, *numbers = what.split(":")
     place = [int(number) for number in numbers]
-    plain = Trainer._loss
+    plain = TrainLoop._loss
 
-    def loss(self: Trainer, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self: TrainLoop, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         found, terms = plain(self, batch)
-        here = {"sample": lambda: place[0] in batch["row"].tolist(), "from": lambda: self.step + 1 >= place[0]}.get(
-            kind, lambda: place == [self.step + 1, self.accelerator.process_index])()
+        step = self.state.step + 1
+        here = {"sample": lambda: place[0] in batch["row"].tolist(), "from": lambda: step >= place[0]}.get(
+            kind, lambda: place == [step, self.accelerator.process_index])()
         if not here:
             return found, terms
         return (NaNGradient.apply(found) if kind == "gradient" else found * torch.nan), terms
 
-    Trainer._loss = loss
+    TrainLoop._loss = loss
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 
 from benchmarks.rematerialization.frontier import machine
 from benchmarks.sharding.launching import launched
+from trainer.distributed.topology import Topology
 from trainer.experiment.load import read_experiment
 from trainer.models.build import student_config
-from trainer.planning.plan import make_plan
-from trainer.planning.step_memory import choose, study_experiment
+from trainer.planning.plan import Plans
 
 LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 256,
@@ -106,9 +106,8 @@ def foretold(run: dict) -> tuple[int, int, int]:
     """What a dry run says of each of two ranks: the peak, what is there before a step, and model state."""
     asked = read_experiment(run["file"], run["overrides"]).experiment
     config = student_config(asked, None, None)
-    planner, plan, *_ = choose(asked, lambda changed, *how: study_experiment(changed, None, config, 2, *how))
-    ledger = make_plan(asked, None, config, processes=2, device="cpu", rows=None).ledger
-    return plan.peak, planner.frame.base, ledger.model_state
+    plan = Plans().resolve(asked, Topology(data_parallel=2), None, config)
+    return plan.memory.peak, plan.step.planner.frame.base, plan.ledger.model_state
 
 
 def table(rows: list[dict]) -> str:

@@ -62,7 +62,7 @@ def poison(trainer, kind: str, step: int) -> None:
 
     def loss(batch):
         found, terms = plain(batch)
-        if trainer.step + 1 != step:
+        if trainer.state.step + 1 != step:
             return found, terms
         return (found * float("nan"), terms) if kind == "nan" else (found + float("inf"), terms)
 
@@ -81,7 +81,7 @@ def remembered(trainer) -> list[dict]:
 
     def remembering(loss_finite):
         norm = update(loss_finite)
-        steps.append({"nonfinite": trainer.nonfinite, "skipped": trainer.precision.skipped,
+        steps.append({"nonfinite": trainer.state.nonfinite, "skipped": trainer.precision.skipped,
                       "scale": trainer.precision.loss_scale, "rows": list(rows)})
         rows.clear()
         return norm
@@ -95,7 +95,7 @@ def kill(trainer, step: int) -> None:
     update = trainer._update
 
     def killing(loss_finite):
-        if trainer.step + 1 == step:
+        if trainer.state.step + 1 == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return update(loss_finite)
 
@@ -104,14 +104,15 @@ def kill(trainer, step: int) -> None:
 
 def mask(trainer, number: int) -> None:
     """Take all targets from one micro-batch of every step."""
-    plain = trainer.train_step
+    plain = trainer._batches
 
-    def without_targets(batches):
-        own = [next(batches) for _ in range(trainer.accumulation)]
-        own[number] = {**own[number], "targets": torch.full_like(own[number]["targets"], -100)}
-        return plain(iter(own))
+    def without_targets():
+        for count, batch in enumerate(plain()):
+            if count % trainer.plan.accumulation == number:
+                batch = {**batch, "targets": torch.full_like(batch["targets"], -100)}
+            yield batch
 
-    trainer.train_step = without_targets
+    trainer._batches = without_targets
 
 
 def begins(trainer, file: Path) -> None:
@@ -130,19 +131,20 @@ def one(run: dict, folder: Path) -> None:
     from trainer.data.dataset import prepare_text
     from trainer.distributed.launch import start
     from trainer.models.build import quiet_libraries
-    from trainer.pipeline import check_early, prepare
+    from trainer.pipeline import Launched, check_early, prepare
     from trainer.run.folder import RunFolder
 
     fresh()
     quiet_libraries()
     experiment = read_experiment(run["file"], run["overrides"]).experiment
-    accelerator = start(experiment)
-    check_early(experiment, accelerator.num_processes)
+    how = Launched(*start(experiment))
+    accelerator = how.accelerator
+    check_early(experiment, how.topology, how.plans)
     if run.get("fp16"):
         allow_fp16()
     with accelerator.main_process_first():
         text = prepare_text(experiment)
-    trainer = prepare(experiment, experiment, RunFolder(experiment.folder), accelerator, text)
+    trainer = prepare(experiment, experiment, RunFolder(experiment.folder), how, text)
     if run.get("begins"):
         begins(trainer, folder / f"{run['name']}-begins-{accelerator.process_index}.safetensors")
     if run.get("until"):
@@ -185,19 +187,19 @@ def one(run: dict, folder: Path) -> None:
 def with_peer(run: dict, folder: Path) -> None:
     """Train with the optimizer of another library; what it does not survive is written down instead."""
     from trainer.experiment.nodes import Optimizer
-    from trainer.training import loop
+    from trainer.training.saving import Saver
 
     module, _, name = run["peer"].rpartition(".")
-    own, save, theirs = Optimizer.build, loop.save, getattr(import_module(module), name)
+    own, save, theirs = Optimizer.build, Saver.save, getattr(import_module(module), name)
     Optimizer.build = lambda self, model: theirs(model.parameters(), lr=PEERS_LR)
-    loop.save = lambda trainer: None  # checkpoints know ours
+    Saver.save = lambda self, state: None  # checkpoints know ours
     try:
         one(run, folder)
     except Exception as error:  # on every rank alike
         said = str(error).splitlines()[0].partition(". ")[0][:120]
         (folder / f"{run['name']}.json").write_text(json.dumps({"error": said}))
     finally:
-        Optimizer.build, loop.save = own, save
+        Optimizer.build, Saver.save = own, save
 
 
 def main(file: Path) -> None:

@@ -76,8 +76,8 @@ class Distillation:
         return judged
 
     def __call__(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor,
-                 teacher_targets: Targets | None = None, real: torch.Tensor | None = None
-                 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                 teacher_targets: Targets | None = None, real: torch.Tensor | None = None,
+                 learned: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted loss and its terms, summed over target tokens; see `ResponseObjective`.
 
         The balancing loss is a mean over the tokens of this call by its nature. It counts once for each target token,
@@ -90,9 +90,10 @@ class Distillation:
             targets: (batch, sequence) next tokens, or `IGNORED`.
             taught: what the teacher says, where it is not asked itself.
             real: (batch, sequence) which tokens are no padding, for the balancing loss; None for all.
+            learned: (n,) flat positions that have a target, where that is known; a GPU is waited for to find them.
         """
         with nullcontext() if self.intermediate is None else self.intermediate.recording():
-            return self._loss(called, inputs, targets, teacher_targets, real)
+            return self._loss(called, inputs, targets, teacher_targets, real, learned)
 
     def _loss(
         self,
@@ -101,6 +102,7 @@ class Distillation:
         targets: torch.Tensor,
         teacher_targets: Targets | None,
         real: torch.Tensor | None,
+        learned: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mine, theirs = self.shapes
         hidden = asked = judged = None
@@ -119,7 +121,8 @@ class Distillation:
 
         def take(student: torch.Tensor, head: Head | None, output: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             def loss(of: Targets | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                return self.objective(student, of, targets, head=head, common=self.common, asked=asked, tile=self.tile)
+                return self.objective(student, of, targets, head=head, common=self.common, asked=asked, tile=self.tile,
+                                      learned=learned)
 
             mark("loss")
             if hidden is None:

@@ -79,14 +79,17 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
 def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer | None = None, loss: Loss | None = None,
           autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
           device: str | None = None, reserved: Mapping[str, int] | None = None, residency: Residency | None = None,
-          in_backward: Hooks | None = None, regions: bool = True) -> Planner:
+          in_backward: Hooks | None = None, regions: bool = True, measure: bool | None = None,
+          unplanned: Mapping[str, str] | None = None) -> Planner:
     """Learn all about a step that plans for any budget need; see `rematerialize`.
 
     A model without data (parameters made under FakeTensorMode) is studied without computing anything, and priced for
     the `device` named. `reserved` are bytes by name that are held besides, by whom nothing here knows of. `residency`
     is what a rank holds of the model where it is shared out; the optimizer and the `others` are part of it then.
     `in_backward` puts hooks on an optimizer's parameters, which step and drop gradients, and can `remove` them again.
-    Without `regions` the model runs as it is, and only what that needs is found.
+    Without `regions` the model runs as it is, and only what that needs is found; so does each block whose name is in
+    `unplanned`, with a reason. `measure` is whether operations are timed on the device that is present; None for
+    models with data.
     """
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise ValueError(f"autocast is a dtype such as torch.bfloat16, not {autocast!r}")
@@ -111,17 +114,19 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
     standing = {name: module for name, module in model.named_modules() if stood_in(module)}
     with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # without an older plan
         return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions, residency,
-                      in_backward)
+                      in_backward, measure, unplanned or {})
 
 
 def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], torch.Tensor],
            optimizer: torch.optim.Optimizer | None, accumulate: bool, others: Sequence[object], device: str | None,
-           reserved: Mapping[str, int], regions: bool, residency: Residency | None,
-           in_backward: Hooks | None) -> Planner:
+           reserved: Mapping[str, int], regions: bool, residency: Residency | None, in_backward: Hooks | None,
+           measure: bool | None, unplanned: Mapping[str, str]) -> Planner:
     kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     pretended = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     blocks = None if residency is None else residency.blocks
     modules = _regions(model, blocks) if regions else {}
+    for name in unplanned.keys() & modules.keys():
+        _warn(name, modules.pop(name), "runs as it is", unplanned[name])
     named = device not in (None, "cpu")  # a GPU, which need not be there
     elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and named else nullcontext
     around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
@@ -142,7 +147,7 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
             accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward), mode)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
-    prices = Prices(known, measure=not pretended)
+    prices = Prices(known, measure=not pretended if measure is None else measure)
     return Planner(calls, frame, prices, lambda call: fallback[id(call)], blocks is not None)
 
 
@@ -194,8 +199,27 @@ def _plannable(calls: Sequence[RegionCall]) -> list[RegionCall]:
 def _warn_of(calls: Sequence[RegionCall], consequence: str) -> None:
     """One warning for each class of module that has no schedule of its own, with the first one's name."""
     for call in {type(call.module): call for call in reversed(calls)}.values():
-        name = f"{call.name} ({type(call.module).__name__})" if call.name else type(call.module).__name__
-        warnings.warn(f"{name} is not planned inside and {consequence}: {call.reason}", stacklevel=4)
+        _warn(call.name, call.module, consequence, call.reason)
+
+
+def _warn(name: str, module: nn.Module, consequence: str, reason: str) -> None:
+    told = f"{name} ({type(module).__name__})" if name else type(module).__name__
+    warnings.warn(f"{told} is not planned inside and {consequence}: {reason}", stacklevel=5)
+
+
+def refuted(planner: Planner, model: nn.Module, run: Callable[[], object]) -> dict[str, str]:
+    """Blocks of a model with data whose captured graphs do not compute what they do, each with the reason.
+
+    A plan that was made from shapes alone could not try them; this runs each of them once.
+
+    Args:
+        planner: whose blocks are looked at, by name.
+        model: of the same shapes, without a plan.
+        run: calls the model.
+    """
+    modules = {call.name: model.get_submodule(call.name) for call in planner.calls if call.captured is not None}
+    calls = record(modules, run, [model]) if modules else []
+    return {call.name: call.unfit or call.reason for call in calls if call.unfit or call.captured is None}
 
 
 def loss_of(model: nn.Module, batch: object) -> torch.Tensor:

@@ -97,13 +97,14 @@ class Engine:
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
         norm = self._norm(gradients)
-        finite = bool(norm.isfinite())
+        length = float(norm)  # the one wait for the device before the weights move
+        finite = math.isfinite(length)
         if finite and allowed:
             if clip is not None:
                 torch._foreach_mul_(gradients, torch.clamp(clip / (norm + CLIP_EPS), max=1.0))
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self._drops)
-        return Update(float(norm), finite and allowed, finite)
+        return Update(length, finite and allowed, finite)
 
     def _average_apart(self) -> None:
         """Average gradients that DDP does not, of parameters that some rank's loss depends on after all."""

@@ -21,7 +21,7 @@ def test_whole_run_on_the_gpu(write_experiment, tmp_path, precision):
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{precision}: 1 process(es) on cuda, {precision}" in done.stdout
     assert json.loads((tmp_path / precision / "student" / "receipt.json").read_text())["holds"]
-    assert json.loads((tmp_path / precision / "plan.json").read_text())["measured"]["kind"] == "cuda"
+    assert json.loads((tmp_path / precision / "measured.json").read_text())["kind"] == "cuda"
 
 
 def test_gpu_and_cpu_have_the_same_losses(train_here, monkeypatch):
@@ -54,7 +54,7 @@ def test_a_budget_holds_on_the_allocators_peak(train_here, precision):
     settings = {"student": {"architecture": {**TINY, "num_hidden_layers": 6, "attention_dropout": 0.1}},
                 "precision": {"dtype": precision}, "training": {"steps": 4, "batch_size": 32, "micro_batch": 32}}
     free = train_here("free", **settings)
-    budget = int(0.85 * free.memory.peak)
+    budget = int(0.85 * free.plan.memory.peak)
     fitted = train_here("fitted", memory={"budget": budget}, **settings)
     found = next(line["memory"] for line in read_lines(fitted.folder.metrics) if "memory" in line)
     assert found["peak"] <= budget and found["reserved"] >= found["peak"]

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from trainer.checkpoints.finding import latest, listed
-from trainer.distributed.rank_memory import optimizer_bytes, setup_for
+from trainer.distributed.rank_memory import RankSetup, optimizer_bytes
+from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.models.build import empty_student
@@ -28,7 +29,8 @@ def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: Pr
         weights = sum(parameter.numel() for parameter in model.parameters())
         if experiment.optimizer.name == "adamw8bit":
             return (4 + MOMENTS_8BIT) * weights
-        state, _ = optimizer_bytes(experiment.optimizer.build(model), setup_for(experiment, model, 1, on_gpu=False))
+        setup = RankSetup.of(experiment, Topology()).sharding_setup(model, on_gpu=False)
+        state, _ = optimizer_bytes(experiment.optimizer.build(model), setup)
     return 4 * weights + state
 
 

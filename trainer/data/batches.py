@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from strategies.distillation.losses.tiled_loss import IGNORED
 from trainer.data.rows import PackedRows, StreamedRows
 
 Batch = dict[str, torch.Tensor]
@@ -31,15 +32,15 @@ class Order:
 
 
 class _MicroBatches(Sampler):
-    """Row indices of one process's micro-batches from a global position on, for ever.
+    """Row indices of one replica's micro-batches from a global position on, for ever.
 
-    Micro-batch number m of the whole run holds positions m b to (m + 1) b; process r of W takes m = r modulo W. From
+    Micro-batch number m of the whole run holds positions m b to (m + 1) b; replica r of W takes m = r modulo W. From
     the end of the run on there is no row, -1, in a place.
     """
 
-    def __init__(self, order: Order, micro_batch: int, rank: int, processes: int, skip: int, end: int | None):
+    def __init__(self, order: Order, micro_batch: int, replica: int, replicas: int, skip: int, end: int | None):
         self.order, self.micro_batch, self.end = order, micro_batch, end
-        self.first, self.stride = skip // micro_batch + rank, processes
+        self.first, self.stride = skip // micro_batch + replica, replicas
 
     def __iter__(self) -> Iterator[list[int]]:
         number = self.first
@@ -50,7 +51,7 @@ class _MicroBatches(Sampler):
             number += self.stride
 
 
-def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch: int, rank: int, processes: int,
+def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch: int, replica: int, replicas: int,
                      skip: int, workers: int, pin: bool, end: int | None = None) -> Iterator[Batch]:
     """This process's micro-batches, after the first `skip` rows of the run.
 
@@ -64,9 +65,14 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
     options = {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0,
                "generator": torch.Generator()}
     if isinstance(rows, StreamedRows):
-        return iter(DataLoader(rows.share(micro_batch, rank, processes, skip), batch_size=None, **options))
-    sampler = _MicroBatches(Order(len(rows), seed), micro_batch, rank, processes, skip, end)
+        return iter(DataLoader(rows.share(micro_batch, replica, replicas, skip), batch_size=None, **options))
+    sampler = _MicroBatches(Order(len(rows), seed), micro_batch, replica, replicas, skip, end)
     return iter(DataLoader(rows, batch_sampler=sampler, **options))
+
+
+def with_learned(batch: Batch) -> Batch:
+    """A batch with `learned`, the flat positions that have a target: found where it lies, so that no device waits."""
+    return {**batch, "learned": torch.argwhere(batch["targets"].flatten() != IGNORED)[:, 0]}
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

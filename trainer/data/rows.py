@@ -163,12 +163,12 @@ class StreamedRows(IterableDataset):
                  plain: bool, padding: int, shuffle: tuple[int, int] | None):
         self.documents, self.encoder, self.capacity = documents, encoder, capacity
         self.packing, self.plain, self.padding, self.shuffle = packing, plain, padding, shuffle
-        self.micro_batch, self.rank, self.processes, self.skip = 1, 0, 1, 0
+        self.micro_batch, self.replica, self.replicas, self.skip = 1, 0, 1, 0
 
-    def share(self, micro_batch: int, rank: int, processes: int, skip: int) -> StreamedRows:
+    def share(self, micro_batch: int, replica: int, replicas: int, skip: int) -> StreamedRows:
         """The same stream, yielding one process's micro-batches after the first `skip` rows."""
         shared = copy.copy(self)
-        shared.micro_batch, shared.rank, shared.processes, shared.skip = micro_batch, rank, processes, skip
+        shared.micro_batch, shared.replica, shared.replicas, shared.skip = micro_batch, replica, replicas, skip
         return shared
 
     def rows(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -196,7 +196,7 @@ class StreamedRows(IterableDataset):
         batch: list[dict[str, torch.Tensor]] = []
         for number, row in enumerate(self.rows()):
             micro = number // self.micro_batch
-            if number < self.skip or micro % self.processes != self.rank:
+            if number < self.skip or micro % self.replicas != self.replica:
                 continue
             batch.append(row)
             if len(batch) == self.micro_batch:

@@ -18,17 +18,20 @@ from torch import nn
 from strategies.sharding.engine import Engine
 from strategies.sharding.zero import EVEN, bucket_numel, deepspeed_config
 from trainer.distributed import rendezvous
-from trainer.distributed.rank_memory import accumulates, bucket_for, gathered_dtype, in_backward, is_sharded
+from trainer.distributed.rank_memory import RankSetup
+from trainer.distributed.topology import Topology
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.experiment import Experiment
+from trainer.experiment.nodes import LossScale, Memory, Optimizer, Run, Sharding
 from trainer.experiment.precision import DTYPES
 from trainer.run.folder import flatten, training_identity
 
 WAIT = timedelta(hours=1)  # the others wait while the first one tokenizes
 MIB = 2**20
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def start(experiment: Experiment) -> Accelerator:
+def start(experiment: Experiment) -> tuple[Accelerator, Topology]:
     """Join the launched processes, and make sure that they are what was asked for.
 
     Raises:
@@ -36,61 +39,63 @@ def start(experiment: Experiment) -> Accelerator:
             processes that were launched with different experiments.
         RunFailed: the launcher's own configuration asks for something that is the experiment's to say.
     """
-    for tracker in experiment.run.trackers:
-        if find_spec(tracker) is None:  # Accelerate would go on without a word
-            raise UserError("run.trackers", f"{tracker} is not installed", value=list(experiment.run.trackers),
-                            way_out=f"pip install '{tracker}', or remove it here; metrics.jsonl is always written")
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if experiment.memory.processes not in (None, launched):
-        raise UserError("memory.processes", f"{launched} processes were launched", value=experiment.memory.processes,
-                        way_out="launch as many, leave it out, or add --dry-run to plan for them")
-    check_engine(experiment, launched)
-    engine = experiment.sharding.named(launched)
-    if engine == "zero" and find_spec("deepspeed") is None:  # a plan does without
+    run, sharding, topology = experiment.run, experiment.sharding, Topology.launched()
+    _check_launch(run, experiment.memory, topology)
+    check_engine(sharding, experiment.optimizer, topology)
+    setup = RankSetup.of(experiment, topology)
+    if setup.engine == "zero" and find_spec("deepspeed") is None:  # a plan does without
         raise UserError("sharding.engine", "DeepSpeed, which is the engine of ZeRO, is not installed", value="zero",
                         way_out="pip install 'limbeck[zero]', or use fsdp2, which shards as ZeRO's stage 3 does")
-    _refuse_launcher(experiment)
-    if is_sharded(experiment, launched):
+    _refuse_launcher(sharding)
+    if setup.is_sharded:
         _be_a_rank()
     settings: dict[str, Any] = {}
-    group: dict[str, Any] = {"timeout": max(WAIT, timedelta(seconds=2 * experiment.run.timeout))}
+    group: dict[str, Any] = {"timeout": max(WAIT, timedelta(seconds=2 * run.timeout))}
     if rendezvous.launchers_store():
         group["init_method"] = rendezvous.METHOD
-    if engine == "zero":
-        settings["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=zero_config(experiment, launched, None),
-                                                       zero3_init_flag=False)
+    if setup.engine == "zero":
+        config = zero_config(setup, experiment.precision.loss_scale, EVEN, 0)
+        settings["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
         # With ACCELERATE_USE_CPU Accelerate ends in DeepSpeed's CUDA code, and without gloo in one process each.
         if os.environ.pop("ACCELERATE_USE_CPU", "") or not torch.cuda.is_available():
             os.environ["DS_ACCELERATOR"] = "cpu"
             group["backend"] = "gloo"
     accelerator = Accelerator(
         mixed_precision="no",  # precision is ours, the same on every device
-        log_with=list(experiment.run.trackers) or None, project_dir=experiment.folder,
-        kwargs_handlers=[InitProcessGroupKwargs(**group),
-                         DistributedDataParallelKwargs(
-                             bucket_cap_mb=max(1, experiment.sharding.bucket_bytes // MIB),
-                             gradient_as_bucket_view=True)],
+        log_with=list(run.trackers) or None, project_dir=experiment.folder,
+        kwargs_handlers=[InitProcessGroupKwargs(**group), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         **settings,
     )
-    if engine == "zero":
+    if setup.engine == "zero":
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()  # else transformers would cut up every model that it makes, teacher and plan too
-    _check_joined(accelerator, experiment, launched)
+    _check_joined(accelerator, setup)
+    if topology.ranks > 1:
+        _check_same(experiment, accelerator)
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets one thread where it finds no GPU, which would leave the other cores idle.
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
-        torch.set_num_threads(experiment.run.threads or max(1, _cores() // local))
-    return accelerator
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", topology.ranks))
+        torch.set_num_threads(run.threads or max(1, _cores() // local))
+    return accelerator, Topology(topology.data_parallel, accelerator.device.type)
 
 
-def check_engine(experiment: Experiment, processes: int) -> None:
-    """Raise `UserError` for an engine or optimizer that cannot carry out the experiment on so many processes."""
-    sharding, optimizer = experiment.sharding, experiment.optimizer
-    engine = sharding.named(processes)
-    if engine == "none" and processes > 1:
-        raise UserError("sharding.engine", f"{processes} processes were launched, and with `none` each would train "
-                        "alone", value="none", way_out="use ddp, fsdp2 or zero, or leave it out")
+def _check_launch(run: Run, memory: Memory, topology: Topology) -> None:
+    for tracker in run.trackers:
+        if find_spec(tracker) is None:  # Accelerate would go on without a word
+            raise UserError("run.trackers", f"{tracker} is not installed", value=list(run.trackers),
+                            way_out=f"pip install '{tracker}', or remove it here; metrics.jsonl is always written")
+    if memory.processes not in (None, topology.ranks):
+        raise UserError("memory.processes", f"{topology.ranks} processes were launched", value=memory.processes,
+                        way_out="launch as many, leave it out, or add --dry-run to plan for them")
+
+
+def check_engine(sharding: Sharding, optimizer: Optimizer, topology: Topology) -> None:
+    """Raise `UserError` for an engine or optimizer that cannot train on such a topology."""
+    engine = sharding.named(topology.ranks)
+    if engine == "none" and topology.ranks > 1:
+        raise UserError("sharding.engine", f"{topology.ranks} processes were launched, and with `none` each would "
+                        "train alone", value="none", way_out="use ddp, fsdp2 or zero, or leave it out")
     if engine == "zero" and optimizer.name == "muon":
         raise UserError("optimizer.name", "Muon looks at whole matrices, and ZeRO hands out parts of them",
                         value="muon", way_out="use sharding.engine fsdp2, or another optimizer: adamw, lamb, adafactor")
@@ -102,68 +107,73 @@ def check_engine(experiment: Experiment, processes: int) -> None:
                         value="adamw8bit", way_out="pip install 'limbeck[adamw8bit]', or use adamw or adafactor")
 
 
-def zero_config(experiment: Experiment, processes: int, student: nn.Module | None) -> dict[str, Any]:
-    """DeepSpeed's configuration for an experiment; buckets are sized by the student where it is known."""
-    training, precision, sharding = experiment.training, experiment.precision, experiment.sharding
-    fitting = EVEN if student is None else bucket_numel(student)
+def zero_config(setup: RankSetup, loss_scale: LossScale, bucket: int, gathered: int) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Args:
+        bucket: elements of a communication bucket.
+        gathered: elements of weights that may be gathered ahead of their use.
+    """
+    sharding, training = setup.sharding, setup.training
     return deepspeed_config(
-        stage=sharding.zero_stage, precision=precision.dtype, micro_batch=training.micro_batch, clip=training.clip,
-        bucket=bucket_for(experiment, fitting), gathered=fitting if torch.cuda.is_available() else 0,
-        accumulates=accumulates(experiment, processes),
-        initial_scale=precision.loss_scale.initial, growth_interval=precision.loss_scale.growth_interval,
+        stage=sharding.zero_stage, precision=NAMES[setup.compute], micro_batch=training.micro_batch,
+        clip=training.clip, bucket=bucket, gathered=gathered, accumulates=setup.accumulates,
+        initial_scale=loss_scale.initial, growth_interval=loss_scale.growth_interval,
         offload_parameters=sharding.offload.parameters, offload_optimizer=sharding.offload.optimizer)
 
 
-def engine_for(experiment: Experiment, accelerator: Accelerator, student: nn.Module,
-               without_gradient: Callable[[], set[str] | None] = set) -> Engine:
+def engine_for(setup: RankSetup, loss_scale: LossScale, accelerator: Accelerator, student: nn.Module,
+               bucket: int | None, without_gradient: Callable[[], set[str] | None] = set) -> Engine:
     """The student in the hands of the experiment's engine.
 
     Args:
+        bucket: of communication, as planned: bytes for DDP, elements for ZeRO.
         without_gradient: tells names of parameters that the loss does not depend on, None where that is not known;
             asked where an engine must know.
     """
     apart: set[str] = set()
-    if experiment.sharding.named(accelerator.num_processes) == "ddp" and accelerator.num_processes > 1:
+    if setup.engine == "ddp" and setup.topology.ranks > 1:
         # DDP waits for the gradient of every other one, and ends the run when a step does not bring it.
         # Its own search would miss what is recomputed, which is nothing where it was not known either.
         found = without_gradient()
+        accelerator.ddp_handler.bucket_cap_mb = max(1, bucket // MIB)
         accelerator.ddp_handler.find_unused_parameters, apart = found is None, found or set()
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, apart)
-    engine = _engine(experiment, accelerator, student)
+    engine = _engine(setup, loss_scale, accelerator, student, bucket)
     engine.apart = [parameter for name, parameter in student.named_parameters()
                     if name in apart and parameter.requires_grad]
-    stepping = in_backward(experiment)
-    engine.in_backward = None if stepping is None else stepping(engine.inner)
+    engine.in_backward = None if setup.in_backward is None else setup.in_backward(engine.inner)
     return engine
 
 
-def _engine(experiment: Experiment, accelerator: Accelerator, student: nn.Module) -> Engine:
-    sharding, compute = experiment.sharding, DTYPES[experiment.precision.dtype]
-    engine = sharding.named(accelerator.num_processes)
-    if engine == "fsdp2":
+def _engine(setup: RankSetup, loss_scale: LossScale, accelerator: Accelerator, student: nn.Module, bucket: int | None
+            ) -> Engine:
+    sharding, build = setup.sharding, setup.optimizer.build
+    if setup.engine == "fsdp2":
         from strategies.sharding.fsdp2 import FSDP2
 
-        return FSDP2(student, experiment.optimizer.build, device=accelerator.device, reshard=sharding.reshards,
-                     compute=None if compute is torch.float32 else compute, offload=sharding.offload.parameters)
-    if engine == "zero":
+        return FSDP2(student, build, device=accelerator.device, reshard=sharding.reshards,
+                     compute=None if setup.compute is torch.float32 else setup.compute,
+                     offload=sharding.offload.parameters)
+    if setup.engine == "zero":
         from strategies.sharding.zero import Zero
 
-        config = zero_config(experiment, accelerator.num_processes, student)
+        config = zero_config(setup, loss_scale, bucket, bucket_numel(student) if torch.cuda.is_available() else 0)
         accelerator.state.deepspeed_plugin.hf_ds_config.config.update(config)
-        return Zero(student, experiment.optimizer.build, accelerator.prepare, config)
-    wrapped, optimizer = accelerator.prepare(student.to(accelerator.device), experiment.optimizer.build(student))
-    if engine == "ddp":
-        assert accelerator.num_processes == 1 or isinstance(wrapped, nn.parallel.DistributedDataParallel)
+        return Zero(student, build, accelerator.prepare, config)
+    wrapped, optimizer = accelerator.prepare(student.to(accelerator.device), build(student))
+    if setup.engine == "ddp":
+        assert setup.topology.ranks == 1 or isinstance(wrapped, nn.parallel.DistributedDataParallel)
     return Engine(wrapped, accelerator.unwrap_model(wrapped), optimizer, accelerator.no_sync)
 
 
-def place_teacher(experiment: Experiment, accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
+def place_teacher(setup: RankSetup, accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
     """The teacher on its device, sharded where the student is: each rank holds its part, and gathers block by block."""
-    if not is_sharded(experiment, accelerator.num_processes):
+    if not setup.is_sharded:
         return teacher.to(accelerator.device)
     from strategies.sharding.fsdp2 import rank_mesh, shard
 
-    shard(teacher, rank_mesh(accelerator.device.type), frozen=True, compute=gathered_dtype(experiment, teacher))
+    shard(teacher, rank_mesh(accelerator.device.type), frozen=True, compute=setup.gathered_dtype(teacher))
     return teacher.to(accelerator.device)
 
 
@@ -178,34 +188,33 @@ def _be_a_rank() -> None:
                       MASTER_PORT=str(port))
 
 
-def _refuse_launcher(experiment: Experiment) -> None:
+def _refuse_launcher(sharding: Sharding) -> None:
     """What is sharded, and how, is said in the experiment alone."""
     for variable, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
                            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if os.environ.get(variable, "false").lower() == "true":
             raise RunFailed(f"the launcher's configuration asks for {what}, and the experiment says "
-                            f"sharding.engine {experiment.sharding.engine or 'nothing'}: one of them would be lost.\n"
+                            f"sharding.engine {sharding.engine or 'nothing'}: one of them would be lost.\n"
                             "  -> launch with a file that names processes and machines only, as those in launch/, and "
                             "set `sharding` in the experiment")
 
 
-def _check_joined(accelerator: Accelerator, experiment: Experiment, launched: int) -> None:
+def _check_joined(accelerator: Accelerator, setup: RankSetup) -> None:
     """Every known way of launching that does nothing of what was asked for, silently, ends here."""
+    launched = setup.topology.ranks
     if accelerator.num_processes != launched:
         raise RunFailed(f"the launcher started {launched} processes but they train as {accelerator.num_processes}: "
                         "each would train alone.\n  -> on CPU set ACCELERATE_USE_CPU=true and pass --multi_gpu to "
                         "accelerate launch, as launch/two_cpu_ranks.sh does")
-    engine = experiment.sharding.named(launched)
+    unasked = accelerator.gradient_accumulation_steps != 1 or accelerator.scaler is not None
     plain = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if plain == (engine == "zero") or accelerator.gradient_accumulation_steps != 1 or accelerator.scaler is not None:
+    if plain == (setup.engine == "zero") or unasked:
         raise RunFailed("accelerate's own configuration asks for something that the experiment file says "
                         f"({accelerator.distributed_type.value}, gradient accumulation "
                         f"{accelerator.gradient_accumulation_steps}).\n  -> launch with --config_file "
                         "launch/one_process.yaml, or a file of your own that names processes and machines only")
-    if is_sharded(experiment, launched):
+    if setup.is_sharded:
         assert dist.is_initialized() and dist.get_world_size() == launched
-    if launched > 1:
-        _check_same(experiment, accelerator)
 
 
 def _check_same(experiment: Experiment, accelerator: Accelerator) -> None:

@@ -1,8 +1,9 @@
-"""What each process holds of an experiment's models: the experiment's own words turned into bytes by rank."""
+"""What each rank holds of an experiment's models: the experiment's own words turned into bytes by rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,79 +15,100 @@ from strategies.rematerialization.capture.fake_tensors import FakeItemMode
 from strategies.sharding.gather_units import sharing_blocks
 from strategies.sharding.rank_residency import SHARDED, ShardingSetup, residency, stand_ins
 from strategies.sharding.zero import EVEN, bucket_numel
+from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
+from trainer.experiment.nodes import Optimizer, Sharding, Training
 from trainer.experiment.precision import DTYPES
 
 BYTES_8BIT_ON_CPU = 20  # that bitsandbytes 0.50 takes for each element of a tensor in its step there, for a moment
 
 
-def accumulates(experiment: Experiment, processes: int) -> bool:
-    """Whether a micro-batch begins with the gradients of another one."""
-    return experiment.training.batch_size > experiment.training.micro_batch * processes
+@dataclass(frozen=True)
+class RankSetup:
+    """What decides how a model is shared out over the ranks of a topology, and when its gradients exist.
 
+    Attributes:
+        compute: dtype of forward and backward.
+    """
 
-def gradients_stay(experiment: Experiment, processes: int) -> bool:
-    """Whether gradients exist when a micro-batch begins: of an earlier one, or because they lie in DDP's buckets."""
-    return accumulates(experiment, processes) or experiment.sharding.named(processes) == "ddp"
+    sharding: Sharding
+    training: Training
+    optimizer: Optimizer
+    compute: torch.dtype
+    topology: Topology
 
+    @classmethod
+    def of(cls, experiment: Experiment, topology: Topology) -> RankSetup:
+        """Of an experiment."""
+        return cls(experiment.sharding, experiment.training, experiment.optimizer, DTYPES[experiment.precision.dtype],
+                   topology)
 
-def in_backward(experiment: Experiment) -> Callable[[torch.optim.Optimizer], Any] | None:
-    """What makes an optimizer step during backward, where that is asked for."""
-    if not experiment.optimizer.in_backward:
-        return None
-    from strategies.optimizers.in_backward import StepInBackward
+    @property
+    def engine(self) -> str:
+        """The engine, where none is named the usual one."""
+        return self.sharding.named(self.topology.ranks)
 
-    return StepInBackward
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds parts of weights, so that planning needs to know of the others."""
+        return self.engine in SHARDED
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a micro-batch begins with the gradients of another one."""
+        return self.training.batch_size > self.training.micro_batch * self.topology.data_parallel
 
-def is_sharded(experiment: Experiment, processes: int) -> bool:
-    """Whether a process holds parts of weights, so that planning needs to know of the others."""
-    return experiment.sharding.named(processes) in SHARDED
+    @property
+    def gradients_stay(self) -> bool:
+        """Whether gradients exist when a micro-batch begins: of an earlier one, or as they lie in DDP's buckets."""
+        return self.accumulates or self.engine == "ddp"
 
+    @property
+    def in_backward(self) -> Callable[[torch.optim.Optimizer], Any] | None:
+        """What makes an optimizer step during backward, where that is asked for."""
+        if not self.optimizer.in_backward:
+            return None
+        from strategies.optimizers.in_backward import StepInBackward
 
-def check_blocks(experiment: Experiment, **models: nn.Module | None) -> None:
-    """Raise `UserError` where blocks that are gathered one after another have weights in common (Zamba's do)."""
-    for key, model in models.items():
-        if model is not None and (pair := sharing_blocks(model)) is not None:
-            raise UserError("sharding.engine", f"{pair[0]} and {pair[1]} of the {key} have weights in common, and "
-                            f"{experiment.sharding.engine} gathers block by block", value=experiment.sharding.engine,
-                            way_out="leave it out: each process then holds the whole model")
+        return StepInBackward
 
+    def check_blocks(self, **models: nn.Module | None) -> None:
+        """Raise `UserError` where blocks that are gathered one after another have weights in common (Zamba's do)."""
+        for key, model in models.items():
+            if model is not None and (pair := sharing_blocks(model)) is not None:
+                raise UserError("sharding.engine", f"{pair[0]} and {pair[1]} of the {key} have weights in common, and "
+                                f"{self.sharding.engine} gathers block by block", value=self.sharding.engine,
+                                way_out="leave it out: each process then holds the whole model")
 
-def bucket_for(experiment: Experiment, fitting: int) -> int:
-    """Elements of ZeRO's communication bucket: as many as are asked for, or else those of a `fitting` one."""
-    if experiment.sharding.bucket is None:
-        return fitting
-    return experiment.sharding.bucket_bytes // DTYPES[experiment.precision.dtype].itemsize // EVEN * EVEN
+    def bucket(self, fitting: int) -> int:
+        """Elements of ZeRO's communication bucket: as many as are asked for, or else those of a `fitting` one."""
+        if self.sharding.bucket is None:
+            return fitting
+        return self.sharding.bucket_bytes // self.compute.itemsize // EVEN * EVEN
 
+    def gathered_dtype(self, teacher: nn.Module) -> torch.dtype | None:
+        """Dtype in which a sharded teacher's weights are gathered, if another than their own."""
+        return None if self.compute in (torch.float32, next(teacher.parameters()).dtype) else self.compute
 
-def gathered_dtype(experiment: Experiment, teacher: nn.Module) -> torch.dtype | None:
-    """Dtype in which a sharded teacher's weights are gathered, if another than their own."""
-    compute = DTYPES[experiment.precision.dtype]
-    return None if compute in (torch.float32, next(teacher.parameters()).dtype) else compute
+    def sharding_setup(self, student: nn.Module, on_gpu: bool) -> ShardingSetup:
+        """How the student is shared out; `on_gpu` if the device is another than the CPU that is offloaded to."""
+        sharding, fitting = self.sharding, bucket_numel(student)
+        return ShardingSetup(
+            engine=self.engine, ranks=self.topology.data_parallel, stage=sharding.zero_stage, compute=self.compute,
+            bucket=self.bucket(fitting), accumulates=self.accumulates, ahead=fitting if on_gpu else 0,
+            offload_parameters=sharding.offload.parameters and on_gpu,
+            offload_optimizer=sharding.offload.optimizer and on_gpu, gloo=not on_gpu,
+            in_backward=self.optimizer.in_backward)
 
-
-def setup_for(experiment: Experiment, student: nn.Module, processes: int, on_gpu: bool) -> ShardingSetup:
-    """How the student is shared out; `on_gpu` if the device is another than the CPU that things are offloaded to."""
-    sharding, fitting = experiment.sharding, bucket_numel(student)
-    return ShardingSetup(engine=sharding.named(processes), ranks=processes, stage=sharding.zero_stage,
-                 compute=DTYPES[experiment.precision.dtype], bucket=bucket_for(experiment, fitting),
-                 accumulates=accumulates(experiment, processes), ahead=fitting if on_gpu else 0,
-                 offload_parameters=sharding.offload.parameters and on_gpu,
-                 offload_optimizer=sharding.offload.optimizer and on_gpu, gloo=not on_gpu,
-                 in_backward=experiment.optimizer.in_backward)
-
-
-def residency_for(experiment: Experiment, student: nn.Module, teacher: nn.Module | None, processes: int,
-                  on_gpu: bool) -> Residency:
-    """What the first process holds; both models are tensors without data, in a mode for such, which is entered."""
-    setup = setup_for(experiment, student, processes, on_gpu)
-    optimizer = experiment.optimizer.build(student)
-    groups = [list(group["params"]) for group in optimizer.param_groups]
-    state, update = optimizer_bytes(optimizer, setup)
-    return residency(student, groups, setup, optimizer_state=state, update=update, teacher=teacher,
-                     teacher_compute=None if teacher is None else gathered_dtype(experiment, teacher))
+    def residency(self, student: nn.Module, teacher: nn.Module | None, on_gpu: bool) -> Residency:
+        """What the first rank holds; both models are tensors without data, in a mode for such, which is entered."""
+        setup = self.sharding_setup(student, on_gpu)
+        optimizer = self.optimizer.build(student)
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        state, update = optimizer_bytes(optimizer, setup)
+        return residency(student, groups, setup, optimizer_state=state, update=update, teacher=teacher,
+                         teacher_compute=None if teacher is None else self.gathered_dtype(teacher))
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: ShardingSetup) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from strategies.rematerialization.recompute_plan import BudgetError
 from trainer.distributed.launch import check_engine
+from trainer.distributed.topology import Topology
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.experiment import Experiment
 from trainer.run.metrics import readable
@@ -58,14 +59,13 @@ class BudgetUnmet(UserError):
 
 
 def refuse(experiment: Experiment, error: BudgetError, moment: str, parts: dict[str, int],
-           attempt: Callable[[Experiment], Trial], processes: int) -> BudgetUnmet:
+           attempt: Callable[[Experiment], Trial], topology: Topology) -> BudgetUnmet:
     """The message for a budget that cannot be met: what is possible, where it goes, and changes that would fit.
 
     Args:
         moment: when the peak of the plan with the least peak is.
         parts: its bytes by what they are.
         attempt: holds a changed experiment against its budget.
-        processes: that train together.
     """
     lines = [f"a training step cannot be made to fit: the least that any plan found needs is {readable(error.least)} "
              f"({error.least:,} bytes), and none can need less than {readable(error.bound)}"]
@@ -76,7 +76,7 @@ def refuse(experiment: Experiment, error: BudgetError, moment: str, parts: dict[
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{experiment.name}: {readable(memory.bytes)} are too little, looking for what would fit",
               file=sys.stderr, flush=True)
-    ways = [_said(overrides, fit) for overrides, fit in _fitting(experiment, attempt, processes)]
+    ways = [_said(overrides, fit) for overrides, fit in _fitting(experiment, attempt, topology)]
     if not ways:
         ways.append("a smaller model")
     ways.append(f"memory.budget={error.least}" if not named else "a larger memory.device")
@@ -85,15 +85,15 @@ def refuse(experiment: Experiment, error: BudgetError, moment: str, parts: dict[
                        way_out="; or ".join(ways))
 
 
-def _fitting(experiment: Experiment, attempt: Callable[[Experiment], Trial], processes: int
+def _fitting(experiment: Experiment, attempt: Callable[[Experiment], Trial], topology: Topology
              ) -> list[tuple[Overrides, Fit]]:
     """Changes that fit, each by itself; where none does, several of them at once.
 
     Cheap tests come first: what fits as it is needs no search. Of what does not, as much is searched as `SEARCHED` says
     at most, whatever the clock says, so that the same is offered each time.
     """
-    ways = [_Way(overrides, attempt(other)) for overrides in _changes(experiment, processes)
-            if (other := changed(experiment, overrides, processes)) is not None]
+    ways = [_Way(overrides, attempt(other)) for overrides in _changes(experiment, topology)
+            if (other := changed(experiment, overrides, topology)) is not None]
     found: dict[str, tuple[_Way, Fit]] = {}
     for way in ways:
         if way.key not in found and len(found) < OFFERED and (fit := way.trial.as_it_is()):
@@ -108,16 +108,16 @@ def _fitting(experiment: Experiment, attempt: Callable[[Experiment], Trial], pro
             found[way.key] = way, fit
     in_order = [way.key for way in ways]
     offered = [(way.overrides, fit) for way, fit in sorted(found.values(), key=lambda one: in_order.index(one[0].key))]
-    return offered or _together(experiment, list(strongest.values()), attempt, processes)
+    return offered or _together(experiment, list(strongest.values()), attempt, topology)
 
 
-def _together(experiment: Experiment, ways: Sequence[_Way], attempt: Callable[[Experiment], Trial], processes: int
+def _together(experiment: Experiment, ways: Sequence[_Way], attempt: Callable[[Experiment], Trial], topology: Topology
               ) -> list[tuple[Overrides, Fit]]:
     """The fewest of the first changes that fit together as they are; else all of them, if a plan is found for that."""
     together: Overrides = {}
     trial: Trial | None = None
     for way in ways:
-        other = changed(experiment, {**together, **way.overrides}, processes)
+        other = changed(experiment, {**together, **way.overrides}, topology)
         if other is None:  # they do not belong together
             continue
         tried = attempt(other)
@@ -136,7 +136,7 @@ def _said(overrides: Overrides, plan: Fit) -> str:
     return f"{text} (then {readable(plan[0])}, {plan[1]:.0%} recomputed)"
 
 
-def changed(experiment: Experiment, overrides: Overrides, processes: int) -> Experiment | None:
+def changed(experiment: Experiment, overrides: Overrides, topology: Topology) -> Experiment | None:
     """An experiment with other values; None where they do not belong together."""
     values = experiment.model_dump()
     for key, value in overrides.items():
@@ -147,13 +147,13 @@ def changed(experiment: Experiment, overrides: Overrides, processes: int) -> Exp
         node[name] = value
     try:
         found = Experiment.model_validate(values)
-        check_engine(found, processes)
+        check_engine(found.sharding, found.optimizer, topology)
     except (ValidationError, ExperimentErrors, UserError):
         return None
     return found
 
 
-def _changes(experiment: Experiment, processes: int) -> Iterator[Overrides]:
+def _changes(experiment: Experiment, topology: Topology) -> Iterator[Overrides]:
     """Changes that need fewer bytes: what is learned stays the same, or nearly, or sequences are shorter."""
     training, teacher = experiment.training, experiment.teacher
     for smaller in range(training.micro_batch - 1, 0, -1):
@@ -161,7 +161,7 @@ def _changes(experiment: Experiment, processes: int) -> Iterator[Overrides]:
             yield {"training.micro_batch": smaller}
     if teacher is not None and teacher.targets.source == "live" and _teachers_own_tokens(experiment):
         yield {"teacher.targets.source": "hidden"}
-    if not experiment.optimizer.in_backward and training.batch_size == training.micro_batch * processes:
+    if not experiment.optimizer.in_backward and training.batch_size == training.micro_batch * topology.data_parallel:
         yield {"optimizer.in_backward": True} | ({"training.clip": None} if training.clip is not None else {})
     if teacher is not None and teacher.dtype == "float32":
         yield {"teacher.dtype": "bfloat16"}

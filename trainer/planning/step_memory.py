@@ -1,12 +1,11 @@
-"""The budget of bytes: what a training step of an experiment needs, and the plan that makes it fit."""
+"""What a training step of an experiment needs, learned from shapes alone, and its memory as plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,29 +13,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from strategies.distillation.step import Distillation
+from strategies.memory.external import held_besides
 from strategies.memory.plot import curve, thinned
 from strategies.memory.residency import Residency
 from strategies.memory.units import parse_bytes
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price.step_trace import off_the_path
-from strategies.rematerialization.recompute_plan import BudgetError
-from strategies.rematerialization.recompute_plan import RecomputePlan as Schedule
+from strategies.rematerialization.recompute_plan import RecomputePlan
 from strategies.rematerialization.rematerialize import study
 from trainer.data.batches import Batch
 from trainer.data.tokenizers import apart_size, known_size
-from trainer.distributed.rank_memory import gradients_stay, in_backward, is_sharded
-from trainer.errors import UserError
+from trainer.distributed.rank_memory import RankSetup
+from trainer.distributed.topology import Topology
 from trainer.experiment.experiment import Experiment
-from trainer.experiment.precision import DTYPES as COMPUTE
 from trainer.models.build import empty_student
 from trainer.models.router_balance import balancing_weight
-from trainer.planning.refusal import Fit, refuse
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate
 from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.target_cache import check_sizes, example_targets, live, rank_residency, resident_teacher, sizes
 
 POINTS = 600  # of a curve that is kept for the picture
-LEAST_TILE = 2**20  # bytes of logits at a time in the loss, where bytes are short
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -78,178 +75,40 @@ def example_batch(rows: int, length: int, packed: bool, device: torch.device | s
     if packed and length > 1:
         positions = torch.where(positions < length // 2, positions, positions - length // 2)
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
-    return {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "targets": ids.clone()}
-
-
-def plan_memory(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                processes: int) -> MemoryPlan | None:
-    """Plan a step's memory from shapes alone; None where the architecture cannot run without data.
-
-    Raises:
-        BudgetUnmet: no plan fits the budget.
-    """
-    def again(changed: Experiment, regions: bool, tile: int | None) -> Planner:
-        return study_experiment(changed, teacher, student, processes, regions, tile)
-
-    try:
-        return describe(*choose(experiment, again, processes=processes))
-    except (RuntimeError, NotImplementedError):  # some mixtures of experts look at their data
-        return None
-
-
-Again = Callable[[Experiment, bool, int | None], Planner]
-
-
-class Chosen(NamedTuple):
-    """How an experiment's step is to run.
-
-    Attributes:
-        planner: what was learned of the step.
-        schedule: of its blocks.
-        tile: bytes of logits at a time in the loss; None for the device's usual.
-        keep_all: bytes at the peak without a budget.
-    """
-
-    planner: Planner
-    schedule: Schedule
-    tile: int | None
-    keep_all: int
-
-
-class _Unmet(Exception):
-    """No schedule fits.
-
-    Attributes:
-        error: what is possible.
-        least: the plan with the least peak.
-    """
-
-    def __init__(self, error: BudgetError, least: Schedule) -> None:
-        self.error, self.least = error, least
-
-
-def choose(experiment: Experiment, again: Again, first: Callable[[bool, int | None], Planner] | None = None,
-           processes: int = 1) -> Chosen:
-    """What was learned of the experiment's step, its schedule, and the loss's tile.
-
-    Args:
-        again: studies an experiment, with or without a schedule for its blocks in view, at a tile of so many bytes.
-        first: the same for this experiment, if it can be done better.
-        processes: that train together.
-
-    Raises:
-        BudgetUnmet: no plan fits.
-    """
-    def attempt(changed: Experiment) -> _Trial:
-        return _Trial(changed.memory.bytes, lambda regions, tile: again(changed, regions, tile))
-
-    try:
-        return _choose(experiment.memory.bytes, first or (lambda regions, tile: again(experiment, regions, tile)))
-    except _Unmet as unmet:
-        raise refuse(experiment, unmet.error, *named_parts(unmet.least), attempt, processes) from unmet.error
-
-
-def _choose(budget: int | None, study: Callable[[bool, int | None], Planner]) -> Chosen:
-    """See `choose`.
-
-    Where the model fits as it is, nothing is planned, with as large a tile as fits. Else the tile is the usual or the
-    least one, whichever has less recomputed.
-    """
-    planner, tile = study(False, None), None
-    usual = planner.keep_all().peak
-    if budget is not None and not planner.fits_as_it_is(budget):
-        planner, tile = study(False, LEAST_TILE), LEAST_TILE
-        spare = budget - planner.keep_all().peak
-        if spare > 0:  # what is made of a tile takes up to some fifteen times its bytes where it is small
-            tile = LEAST_TILE + spare // 16
-            planner = study(False, tile)
-    if budget is None or planner.fits_as_it_is(budget):
-        schedule = planner.keep_all()
-        schedule.budget = budget
-        return Chosen(planner, schedule, tile, usual)
-    return _planned(budget, study, usual)
-
-
-def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: int, hopeless: bool = False) -> Chosen:
-    """A schedule for the blocks, at the usual or the least tile, whichever has less recomputed; see `_choose`.
-
-    `hopeless` where what cannot fit is to be found out quickly.
-    """
-    planner = study(True, LEAST_TILE)
-    if hopeless and planner.least_bound > budget:
-        raise _Unmet(BudgetError(budget, planner.least_bound, planner.least_bound, {}), planner.keep_all())
-    try:
-        least = Chosen(planner, planner.plan(budget), LEAST_TILE, usual)
-    except BudgetError as error:
-        raise _Unmet(error, planner.least) from error
-    if not least.schedule.overhead:
-        return least
-    try:
-        planner = study(True, None)
-        return min(Chosen(planner, planner.plan(budget), None, usual), least, key=lambda one: one.schedule.overhead)
-    except BudgetError:
-        return least
-
-
-class _Trial:
-    """See `trainer.planning.refusal.Trial`."""
-
-    def __init__(self, budget: int, study: Callable[[bool, int | None], Planner]) -> None:
-        self._budget, self._study = budget, cache(study)
-
-    @cached_property
-    def _least(self) -> Planner | None:
-        try:
-            return self._study(False, LEAST_TILE)
-        except (UserError, RuntimeError, NotImplementedError):
-            return None
-
-    @property
-    def peak(self) -> int | None:
-        return None if self._least is None else self._least.keep_all().peak
-
-    @property
-    def possible(self) -> bool:
-        frame = None if self._least is None else self._least.frame
-        return frame is not None and max(frame.base, frame.end, frame.update) <= self._budget
-
-    def as_it_is(self) -> Fit | None:
-        fits = self._least is not None and self._least.fits_as_it_is(self._budget)
-        return self._fit(lambda: _choose(self._budget, self._study)) if fits else None
-
-    def searched(self) -> Fit | None:
-        return self._fit(lambda: _planned(self._budget, self._study, 0, hopeless=True))
-
-    @staticmethod
-    def _fit(find: Callable[[], Chosen]) -> Fit | None:
-        try:
-            found = find().schedule
-        except (_Unmet, UserError, RuntimeError, NotImplementedError):
-            return None
-        return found.peak, found.overhead
+    return {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "targets": ids.clone(),
+            "learned": torch.arange(rows * length, device=device)}
 
 
 def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                     processes: int, regions: bool, tile: int | None = None) -> Planner:
+                     topology: Topology, regions: bool, tile: int | None = None, unplanned: Mapping[str, str] = NONE
+                     ) -> Planner:
     """Learn what a step needs from shapes alone: models, batch and optimizer are made without data.
 
-    Without `regions` the model is to run as it is. `tile` is of the loss.
+    Args:
+        regions: whether blocks are planned inside; without, the model is to run as it is.
+        tile: bytes of logits at a time in the loss.
+        unplanned: names of blocks that are not to be captured, each with the reason.
 
     Raises:
         UserError: a layer cannot be quantized, or what is cached of the teacher cannot serve the student.
         RuntimeError, NotImplementedError: the architecture cannot run without data.
     """
-    sharded = is_sharded(experiment, processes)
+    setup = RankSetup.of(experiment, topology)
     place = "cuda" if torch.cuda.is_available() else "cpu"
+    held = reserved(experiment, topology, place)
+    if place == "cuda" and experiment.memory.device is None:
+        held["held besides"] = held_besides(torch.device(place), [])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
-        made = _Made.of(experiment, teacher, student, sharded, place, tile)
+        made = _Made.of(experiment, teacher, student, setup.is_sharded, place, tile)
         small, large = made.model, made.teacher
-        how: dict[str, Any] = {"residency": _shared(experiment, small, large, processes, place)} if sharded else {
-            "optimizer": experiment.optimizer.build(small), "in_backward": in_backward(experiment),
-            "accumulate": gradients_stay(experiment, processes)}
+        how: dict[str, Any] = {
+            "optimizer": experiment.optimizer.build(small), "in_backward": setup.in_backward,
+            "accumulate": setup.gradients_stay}
+        if setup.is_sharded:
+            how = {"residency": _shared(setup, small, large, place == "cuda" or experiment.memory.device is not None)}
     return study(small.train(), made.batch, loss=made.loss_of, others=[large] if large is not None else [],
-                 device=experiment.memory.device, reserved=reserved(experiment, processes, place), regions=regions,
-                 **how)
+                 device=experiment.memory.device, reserved=held, regions=regions,
+                 measure=experiment.memory.device is None and topology.ranks == 1, unplanned=unplanned, **how)
 
 
 def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig
@@ -303,30 +162,28 @@ class _Made:
         return self.loss_of(self.model, batch)
 
 
-def _shared(experiment: Experiment, student: nn.Module, teacher: nn.Module | None, processes: int, place: str
-            ) -> Residency:
+def _shared(setup: RankSetup, student: nn.Module, teacher: nn.Module | None, on_gpu: bool) -> Residency:
     """What a rank holds of models whose weights are gathered when they are used, which then get the dtype of that."""
-    held = rank_residency(
-        experiment, student, teacher, processes, place == "cuda" or experiment.memory.device is not None
-    )
+    held = rank_residency(setup, student, teacher, on_gpu)
     for parameter in (*student.parameters(), *(() if teacher is None else teacher.parameters())):
-        parameter.data = parameter.data.to(COMPUTE[experiment.precision.dtype])
+        parameter.data = parameter.data.to(setup.compute)
     return held
 
 
-def reserved(experiment: Experiment, processes: int, device: str) -> dict[str, int]:
+def reserved(experiment: Experiment, topology: Topology, device: str) -> dict[str, int]:
     """Bytes held outside of what one micro-batch shows.
 
     Where batches are made on the device itself, the other micro-batches of a step; and what is to be left free.
     """
     free = {} if experiment.memory.reserve is None else {"reserve": parse_bytes(experiment.memory.reserve)}
-    more = experiment.training.batch_size // (experiment.training.micro_batch * processes) - 1
+    more = experiment.training.batch_size // (experiment.training.micro_batch * topology.data_parallel) - 1
     one = example_batch(experiment.training.micro_batch, experiment.data.sequence_length, experiment.data.packing)
-    bytes_ = sum(tensor.nbytes for tensor in one.values()) + 24 * experiment.training.micro_batch  # three more
+    rows = 24 * experiment.training.micro_batch  # their numbers, lengths and bytes
+    bytes_ = sum(tensor.nbytes for name, tensor in one.items() if name != "learned") + rows
     return free | ({"batch": more * bytes_} if more > 0 and device == "cpu" else {})
 
 
-def describe(planner: Planner, chosen: Schedule, tile: int | None, keep_all: int) -> MemoryPlan:
+def describe(planner: Planner, chosen: RecomputePlan, tile: int | None, keep_all: int) -> MemoryPlan:
     """A schedule as plain data."""
     moment, parts = named_parts(chosen)
     points, marks = chosen.curve()
@@ -338,7 +195,7 @@ def describe(planner: Planner, chosen: Schedule, tile: int | None, keep_all: int
         marks=[(name, int(position)) for name, position in drawn.marks], tile=tile)
 
 
-def named_parts(chosen: Schedule) -> tuple[str, dict[str, int]]:
+def named_parts(chosen: RecomputePlan) -> tuple[str, dict[str, int]]:
     """When the peak of a schedule is, and its bytes by what they are."""
     moment, parts = chosen.parts()
     return moment, {"teacher" if name == "others" else name: count for name, count in parts.items()}

@@ -1,107 +1,209 @@
-"""The memory of the loop's step: planned before it runs, measured while it does, and told beside each other."""
+"""How a training step runs within a budget: the schedule of its blocks and the tile of its loss, from shapes alone."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import NamedTuple
 
-import torch
+from torch import nn
+from transformers import PretrainedConfig
 
-from strategies.memory.meter import Measured, measure
-from strategies.memory.plot import curve, thinned
 from strategies.rematerialization.planner import Planner
-from strategies.rematerialization.price.step_trace import CannotPlan
-from strategies.rematerialization.rematerialize import study
-from trainer.data.batches import Batch
-from trainer.distributed.rank_memory import gradients_stay, in_backward, is_sharded
+from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
+from strategies.rematerialization.rematerialize import refuted
+from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
-from trainer.planning.step_memory import POINTS, MemoryPlan, choose, describe, example_batch, reserved, study_experiment
-from trainer.run.folder import write_atomically
-from trainer.run.metrics import Metrics, ProgressReporter, readable
-from trainer.teacher.loss import loss_of_batch
-from trainer.teacher.target_cache import example_targets
+from trainer.planning.refusal import Fit, refuse
+from trainer.planning.step_memory import NONE, MemoryPlan, describe, named_parts, study_experiment
 
-if TYPE_CHECKING:  # pragma: no cover - the loop imports this module
-    from trainer.training.loop import Trainer
+LEAST_TILE = 2**20  # bytes of logits at a time in the loss, where bytes are short
 
 
-def plan_step(trainer: Trainer) -> MemoryPlan | None:
-    """Plan a step for the budget, with the models at hand, and make the student run by the plan.
+@dataclass(frozen=True)
+class StepPlan:
+    """A step that is planned, and what carries it out.
 
-    Where the student is shared out it is planned from its shapes: no process has it whole. None where the
-    architecture cannot be planned, and no budget was asked for.
+    Attributes:
+        memory: the same as plain data.
+        schedule: of the student's blocks.
+        planner: what was learned of the step, which installs schedules.
+    """
+
+    memory: MemoryPlan
+    schedule: RecomputePlan = field(repr=False)
+    planner: Planner = field(repr=False)
+
+    @property
+    def tile(self) -> int | None:
+        """Bytes of logits at a time in the loss; None for the device's usual."""
+        return self.memory.tile
+
+    def install(self, student: nn.Module, inductor: bool = False) -> None:
+        """Make a student of the planned shapes run by the schedule."""
+        self.planner.install(self.schedule, inductor=inductor, model=student)
+
+    def refuted(self, student: nn.Module, run: Callable[[], object]) -> dict[str, str]:
+        """Blocks of a student with data that do not compute what their captured graphs do, each with the reason.
+
+        Shapes alone could not tell.
+
+        Args:
+            run: calls the student with a micro-batch.
+        """
+        return refuted(self.planner, student, run)
+
+
+def plan_step(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
+              unplanned: Mapping[str, str] = NONE) -> StepPlan | None:
+    """Plan a step for the budget; None where the architecture cannot run without data and no budget is to be kept.
+
+    Args:
+        unplanned: names of blocks that run as they are, each with the reason.
 
     Raises:
-        UserError: a budget that cannot be promised or met.
+        BudgetUnmet: no plan fits the budget.
+        UserError: the budget cannot be promised for this architecture.
     """
-    experiment, training, data = trainer.experiment, trainer.experiment.training, trainer.experiment.data
-    processes, student = trainer.accelerator.num_processes, trainer.unwrapped
-    batch = example_batch(training.micro_batch, data.sequence_length, data.packing, trainer.accelerator.device)
-    shapes = trainer.teacher_config, student.config
-
     def again(changed: Experiment, regions: bool, tile: int | None) -> Planner:
-        return study_experiment(changed, *shapes, processes, regions, tile)
+        return study_experiment(changed, teacher, student, topology, regions, tile, unplanned)
 
     try:
-        planner, chosen, tile, keep_all = choose(
-            experiment, again, None if is_sharded(experiment, processes) else
-            lambda regions, tile: _study(trainer, batch, regions, tile), processes)
-    except CannotPlan as error:
+        planner, schedule, tile, keep_all = choose(experiment, again, topology)
+    except (RuntimeError, NotImplementedError) as error:  # some mixtures of experts look at their data
         if experiment.memory.bytes is None:
             return None
         raise UserError("memory.budget", f"cannot be promised for this architecture: {error}",
                         value=experiment.memory.budget, way_out="leave memory.budget out") from error
-    planner.install(chosen, inductor=experiment.memory.compile, model=student)
-    trainer.distillation.tile = tile
-    memory = describe(planner, chosen, tile, keep_all)
-    if trainer.accelerator.is_main_process and trainer.folder.plan.exists():
-        plan = json.loads(trainer.folder.plan.read_text())
-        write_atomically(trainer.folder.plan, json.dumps({**plan, "memory": asdict(memory)}, indent=2))
-    return memory
+    return StepPlan(describe(planner, schedule, tile, keep_all), schedule, planner)
 
 
-def _study(trainer: Trainer, batch: Batch, regions: bool, tile: int | None) -> Planner:
-    experiment, processes = trainer.experiment, trainer.accelerator.num_processes
-    trainer.distillation.tile = tile
-    planned = trainer.distillation.planned()
-    return study(
-        trainer.unwrapped, batch, optimizer=trainer.optimizer, in_backward=in_backward(experiment),
-        accumulate=gradients_stay(experiment, processes),
-        loss=lambda model, batch: loss_of_batch(
-            planned, trainer.precision, model, batch,
-            teacher_targets=example_targets(experiment, trainer.teacher_config, batch, trainer.asked))[0],
-        others=[] if trainer.asked is None else [trainer.asked],
-        reserved=reserved(experiment, processes, trainer.accelerator.device.type), regions=regions)
+Again = Callable[[Experiment, bool, int | None], Planner]
 
 
-def measured_step(trainer: Trainer, batches: Iterator[Batch]) -> tuple[dict[str, Any], Measured]:
-    """A training step whose memory is measured."""
-    records: list[dict[str, Any]] = []
-    resident = [*trainer.engine.resident(), *([] if trainer.asked is None else [trainer.asked])]
-    found = measure(lambda: records.append(trainer.train_step(batches)), trainer.accelerator.device, resident)
-    return records[0], found
+class Chosen(NamedTuple):
+    """How an experiment's step is to run.
 
-
-def report_memory(trainer: Trainer, found: Measured, metrics: Metrics, progress: ProgressReporter) -> int:
-    """Write what was measured, of the process with the highest peak, and say it beside what was planned.
-
-    Returns:
-        Bytes at that peak.
+    Attributes:
+        planner: what was learned of the step.
+        schedule: of its blocks.
+        tile: bytes of logits at a time in the loss; None for the device's usual.
+        keep_all: bytes at the peak without a budget.
     """
-    own = torch.tensor([found.peak, found.base], device=trainer.accelerator.device)
-    every = trainer.accelerator.gather(own).view(-1, 2).tolist()
-    found = replace(found, peak=max(peak for peak, _ in every), base=max(base for _, base in every))
-    drawn = curve(found)
-    metrics.write({"step": trainer.step, "memory": {
-        "peak": found.peak, "base": found.base, "peaks": [peak for peak, _ in every], "reserved": found.reserved,
-        "marks": drawn.marks,
-        "curve": [[float(at), int(count)] for at, count in thinned(drawn, POINTS)]}})
-    reserved_ = "" if found.reserved is None else f", {readable(found.reserved)} reserved"
-    planned = "" if trainer.memory is None else f", {readable(trainer.memory.peak)} planned"
-    budget = trainer.experiment.memory.bytes
-    progress.say(f"step {trainer.step}: memory peak {readable(found.peak)} measured{reserved_}{planned}"
-               + ("" if budget is None else f", budget {readable(budget)}"))
-    return found.peak
+
+    planner: Planner
+    schedule: RecomputePlan
+    tile: int | None
+    keep_all: int
+
+
+class _Unmet(Exception):
+    """No schedule fits.
+
+    Attributes:
+        error: what is possible.
+        least: the plan with the least peak.
+    """
+
+    def __init__(self, error: BudgetError, least: RecomputePlan) -> None:
+        self.error, self.least = error, least
+
+
+def choose(experiment: Experiment, again: Again, topology: Topology) -> Chosen:
+    """What was learned of the experiment's step, its schedule, and the loss's tile.
+
+    Args:
+        again: studies an experiment, with or without a schedule for its blocks in view, at a tile of so many bytes.
+
+    Raises:
+        BudgetUnmet: no plan fits.
+    """
+    def attempt(changed: Experiment) -> _Trial:
+        return _Trial(changed.memory.bytes, lambda regions, tile: again(changed, regions, tile))
+
+    try:
+        return _choose(experiment.memory.bytes, lambda regions, tile: again(experiment, regions, tile))
+    except _Unmet as unmet:
+        raise refuse(experiment, unmet.error, *named_parts(unmet.least), attempt, topology) from unmet.error
+
+
+def _choose(budget: int | None, study: Callable[[bool, int | None], Planner]) -> Chosen:
+    """See `choose`.
+
+    Where the model fits as it is, nothing is planned, with as large a tile as fits. Else the tile is the usual or the
+    least one, whichever has less recomputed.
+    """
+    planner, tile = study(False, None), None
+    usual = planner.keep_all().peak
+    if budget is not None and not planner.fits_as_it_is(budget):
+        planner, tile = study(False, LEAST_TILE), LEAST_TILE
+        spare = budget - planner.keep_all().peak
+        if spare > 0:  # what is made of a tile takes up to some fifteen times its bytes where it is small
+            tile = LEAST_TILE + spare // 16
+            planner = study(False, tile)
+    if budget is None or planner.fits_as_it_is(budget):
+        schedule = planner.keep_all()
+        schedule.budget = budget
+        return Chosen(planner, schedule, tile, usual)
+    return _planned(budget, study, usual)
+
+
+def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: int, hopeless: bool = False) -> Chosen:
+    """A schedule for the blocks, at the usual or the least tile, whichever has less recomputed; see `_choose`.
+
+    `hopeless` where what cannot fit is to be found out quickly.
+    """
+    planner = study(True, LEAST_TILE)
+    if hopeless and planner.least_bound > budget:
+        raise _Unmet(BudgetError(budget, planner.least_bound, planner.least_bound, {}), planner.keep_all())
+    try:
+        least = Chosen(planner, planner.plan(budget), LEAST_TILE, usual)
+    except BudgetError as error:
+        raise _Unmet(error, planner.least) from error
+    if not least.schedule.overhead:
+        return least
+    try:
+        planner = study(True, None)
+        return min(Chosen(planner, planner.plan(budget), None, usual), least, key=lambda one: one.schedule.overhead)
+    except BudgetError:
+        return least
+
+
+class _Trial:
+    """See `trainer.planning.refusal.Trial`."""
+
+    def __init__(self, budget: int, study: Callable[[bool, int | None], Planner]) -> None:
+        self._budget, self._study = budget, cache(study)
+
+    @cached_property
+    def _least(self) -> Planner | None:
+        try:
+            return self._study(False, LEAST_TILE)
+        except (UserError, RuntimeError, NotImplementedError):
+            return None
+
+    @property
+    def peak(self) -> int | None:
+        return None if self._least is None else self._least.keep_all().peak
+
+    @property
+    def possible(self) -> bool:
+        frame = None if self._least is None else self._least.frame
+        return frame is not None and max(frame.base, frame.end, frame.update) <= self._budget
+
+    def as_it_is(self) -> Fit | None:
+        fits = self._least is not None and self._least.fits_as_it_is(self._budget)
+        return self._fit(lambda: _choose(self._budget, self._study)) if fits else None
+
+    def searched(self) -> Fit | None:
+        return self._fit(lambda: _planned(self._budget, self._study, 0, hopeless=True))
+
+    @staticmethod
+    def _fit(find: Callable[[], Chosen]) -> Fit | None:
+        try:
+            found = find().schedule
+        except (_Unmet, UserError, RuntimeError, NotImplementedError):
+            return None
+        return found.peak, found.overhead

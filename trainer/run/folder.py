@@ -37,6 +37,7 @@ class RunFolder:
         self.path = Path(path)
         self.experiment = self.path / "experiment.yaml"
         self.plan = self.path / "plan.json"
+        self.measured = self.path / "measured.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.digests = self.path / "digests.json"

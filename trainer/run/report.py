@@ -66,7 +66,7 @@ def _write(folder: RunFolder) -> None:
         "## Training\n", "![training loss](loss.png)\n", "![held-out bits per byte](held_out.png)\n",
         _training(curves["student"]), *(f"Text: {_plain(note)}." for note in plan.get("text", [])), "",
         "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
-        "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan), "",
+        "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan, folder), "",
         "## Samples\n",
         f"Each model continues {_code(experiment['report']['prompt'])} with its most probable tokens.\n",
         *[f"**{name}**\n\n{_block(found[name]['sample'])}\n" for name in _ordered(found)],
@@ -198,14 +198,14 @@ def _elsewhere(folder: RunFolder) -> list[str]:
             "|---|---:|---:|---:|---:|---:|", *rows, ""]
 
 
-def _ledger(plan: dict[str, Any]) -> str:
+def _ledger(plan: dict[str, Any], folder: RunFolder) -> str:
     """What is kept, where nothing is known of the peak, and what was measured over the whole run."""
     rows = []
     if plan.get("memory") is None:
         rows = ["| part | planned bytes per process |", "|---|---:|"]
         rows += [f"| {_plain(name.replace('_', ' '))} | {count:,} |"
                  for name, count in plan["ledger"].items() if count]
-    measured = plan.get("measured")
+    measured = read_json(folder.measured) if folder.measured.exists() else plan.get("measured")  # as it was once
     if measured:
         what = {"rss": "resident set of the process at its largest: libraries and data included, not comparable with "
                        "the plan on CPU", "cuda": "allocated by CUDA at its largest"}[measured["kind"]]

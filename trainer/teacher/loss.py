@@ -16,4 +16,5 @@ def loss_of_batch(distillation: Distillation, precision: MixedPrecision, student
                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted loss and its terms for a micro-batch, summed over target tokens; the plan of memory runs this too."""
     with precision.autocast(engine_casts):
-        return distillation(student, model_inputs(batch), batch["targets"], teacher_targets, real_tokens(batch))
+        return distillation(student, model_inputs(batch), batch["targets"], teacher_targets, real_tokens(batch),
+                            batch.get("learned"))

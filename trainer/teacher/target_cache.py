@@ -38,7 +38,7 @@ from strategies.memory.ledger import parameter_bytes
 from strategies.memory.residency import Residency
 from trainer.data.batches import Batch, model_inputs
 from trainer.data.dataset import PreparedData
-from trainer.distributed.rank_memory import residency_for
+from trainer.distributed.rank_memory import RankSetup
 from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment
 from trainer.models.build import DTYPES, shape_of
@@ -273,10 +273,9 @@ def live(teacher: nn.Module | None) -> nn.Module | None:
     return None if isinstance(teacher, TeacherHead) else teacher
 
 
-def rank_residency(experiment: Experiment, student: nn.Module, teacher: nn.Module | None, processes: int, on_gpu: bool
-            ) -> Residency:
-    """What the first process holds; a teacher's head is whole on each."""
-    held = residency_for(experiment, student, live(teacher), processes, on_gpu)
+def rank_residency(setup: RankSetup, student: nn.Module, teacher: nn.Module | None, on_gpu: bool) -> Residency:
+    """What the first rank holds; a teacher's head is whole on each."""
+    held = setup.residency(student, live(teacher), on_gpu)
     if not isinstance(teacher, TeacherHead):
         return held
     return replace(held, parts={**held.parts, "others": parameter_bytes(teacher)})

@@ -3,55 +3,90 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
+from strategies.distillation.losses.fused_head import LogitShape
 from strategies.distillation.losses.response import IGNORED, ResponseObjective
 from strategies.distillation.step import Distillation
 from trainer.data.batches import model_inputs
-from trainer.data.dataset import PreparedData
-from trainer.distributed import signals
+from trainer.distributed.rank_group import RankGroup
 from trainer.errors import UserError
 
-if TYPE_CHECKING:  # pragma: no cover - the loop imports this module
-    from trainer.training.loop import Trainer
+Rows = Mapping[str, torch.Tensor]
 
 
-def check_held_out(text: PreparedData) -> None:
+def check_held_out(rows: Rows) -> None:
     """Raise `UserError` for held-out rows in which nothing is to be predicted: their loss of 0.0 would be none."""
-    if not (text.held_out["targets"] != IGNORED).any():
+    if not (rows["targets"] != IGNORED).any():
         raise UserError("data.validation", "no held-out row has a target token: all of them are prompt or padding",
                         way_out="hold out more rows (data.validation.rows), or raise data.sequence_length, so that "
                         "responses are not cut off")
 
 
-@torch.no_grad()
-def evaluate(trainer: Trainer) -> dict[str, float] | None:
-    """Bits per byte and cross-entropy per token (nats) on held-out rows, the same on any number of processes.
+class Evaluator:
+    """Evaluates a student on held-out rows, the same on any number of processes.
 
-    None where a process was asked to stop, on which all agree before each micro-batch.
+    Args:
+        student: without wrappers.
+        shape: what it does to its logits; None if that is not known.
+        rows: `input_ids`, `position_ids`, `targets` (rows, sequence), and `bytes` (rows,).
+        micro_batch: rows of a forward pass on each process.
+        ranks: that share the rows.
+        autocast: makes the context of a forward pass.
     """
-    rows, size, device = trainer.text.held_out, trainer.experiment.training.micro_batch, trainer.accelerator.device
-    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    wide = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
-    sums = torch.zeros(2, dtype=wide, device=device)
-    text = Distillation(ResponseObjective(divergences=()), trainer.unwrapped, shapes=trainer.distillation.shapes)
-    trainer.student.eval()
-    for begin in range(0, len(rows["input_ids"]), size * processes):
-        trainer.watch.at(f"held-out rows from {begin} on, after step {trainer.step}")
-        if trainer.total(torch.tensor(int(signals.asked() is not None), device=device)):
-            trainer.student.train()
+
+    def __init__(self, student: nn.Module, shape: LogitShape | None, rows: Rows, micro_batch: int, ranks: RankGroup,
+                 autocast: Callable[[], AbstractContextManager]) -> None:
+        check_held_out(rows)
+        self.rows, self.micro_batch, self.ranks = rows, micro_batch, ranks
+        self._autocast = autocast
+        self._loss = Distillation(ResponseObjective(divergences=()), student, shapes=(shape, None))
+
+    @torch.no_grad()
+    def __call__(self, called: nn.Module, step: int) -> dict[str, float] | None:
+        """Bits per byte and cross-entropy per token (nats).
+
+        None where a process was asked to stop, on which all agree before each micro-batch.
+
+        Args:
+            called: the student as training calls it, wrapped or not.
+            step: after which this is, for what is said of a process that does not come.
+        """
+        called.eval()
+        try:
+            sums = self._sums(called, step)
+        finally:
+            called.train()
+        if sums is None:
             return None
-        part = slice(begin + rank * size, begin + (rank + 1) * size)
-        batch = trainer.to_device({name: tensor[part] for name, tensor in rows.items()})
-        if not len(batch["input_ids"]):  # every process takes part in every forward; this one's rows are used up
-            batch = trainer.to_device({name: tensor[:1] for name, tensor in rows.items()})
-            batch["targets"] = torch.full_like(batch["targets"], IGNORED)
-        with trainer.precision.autocast(trainer.engine.casts):
-            sums[0] += text(trainer.student, model_inputs(batch), batch["targets"])[0].to(wide)
-        sums[1] += (batch["targets"] != IGNORED).sum()
-    trainer.student.train()
-    trainer.watch.at(f"the held-out loss after step {trainer.step}")
-    nats, tokens = (float(value) for value in trainer.total(sums))
-    return {"bits_per_byte": nats / math.log(2) / max(1, int(rows["bytes"].sum())), "cross_entropy": nats / tokens}
+        self.ranks.at(f"the held-out loss after step {step}")
+        nats, tokens = self.ranks.read_totals(*sums)
+        return {"bits_per_byte": nats / math.log(2) / max(1, int(self.rows["bytes"].sum())),
+                "cross_entropy": nats / tokens}
+
+    def _sums(self, called: nn.Module, step: int) -> torch.Tensor | None:
+        """(2,) nats and target tokens of this process's rows; None where a process was asked to stop."""
+        size, replicas, ranks = self.micro_batch, self.ranks.topology.data_parallel, self.ranks
+        sums = torch.zeros(2, dtype=ranks.wide, device=ranks.device)
+        for begin in range(0, len(self.rows["input_ids"]), size * replicas):
+            ranks.at(f"held-out rows from {begin} on, after step {step}")
+            if ranks.asked_to_stop():
+                return None
+            own = begin + ranks.replica * size
+            batch = self._batch(slice(own, own + size))
+            with self._autocast():
+                sums[0] += self._loss(called, model_inputs(batch), batch["targets"])[0].to(ranks.wide)
+            sums[1] += (batch["targets"] != IGNORED).sum()
+        return sums
+
+    def _batch(self, part: slice) -> dict[str, torch.Tensor]:
+        """Rows on the device. Every process takes part in every forward, also one whose rows are used up."""
+        batch = {name: tensor[part] for name, tensor in self.rows.items()}
+        if len(batch["input_ids"]):
+            return self.ranks.place(batch)
+        batch = self.ranks.place({name: tensor[:1] for name, tensor in self.rows.items()})
+        return {**batch, "targets": torch.full_like(batch["targets"], IGNORED)}

@@ -1,126 +1,84 @@
-"""A measured step above the budget: how much, and what of that which was tried keeps it."""
+"""The memory of a step, measured while it runs, told beside what was planned, and held against the budget."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
-from transformers import PretrainedConfig
 
-from strategies.memory.units import parse_bytes
-from strategies.rematerialization.price.step_trace import CannotPlan
-from trainer.errors import UserError
-from trainer.experiment.experiment import Experiment
-from trainer.planning.refusal import BudgetUnmet
-from trainer.planning.step_memory import MemoryPlan, choose, study_experiment
+from strategies.memory.meter import Measured, measure
+from strategies.memory.plot import curve, thinned
+from trainer.distributed.rank_group import RankGroup
+from trainer.experiment.nodes import Memory
+from trainer.planning.exceeded import Exceeded, above_budget, unmet
+from trainer.planning.step_memory import POINTS, MemoryPlan
 from trainer.run.metrics import Metrics, ProgressReporter, readable
-from trainer.training.saving import save
-
-if TYPE_CHECKING:  # pragma: no cover - the loop imports this module
-    from trainer.training.loop import Trainer
-
-MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Exceeded:
-    """A step that took more than the budget.
-
-    Attributes:
-        step: which.
-        measured: bytes at its peak, of the process with the highest.
-        planned: bytes that were planned; None where the architecture cannot be planned.
-        budget: bytes allowed.
-    """
-
-    step: int
-    measured: int
-    planned: int | None
-    budget: int
-
-    @property
-    def above(self) -> int:
-        """Bytes above the budget."""
-        return self.measured - self.budget
-
-    @property
-    def problem(self) -> str:
-        """What is wrong."""
-        planned = "" if self.planned is None else f"; {readable(self.planned)} were planned"
-        return (f"step {self.step} took {readable(self.measured)} ({self.measured:,} bytes), {self.above:,} bytes or "
-                f"{self.above / self.budget:.1%} more than the budget{planned}")
-
-
-def above_budget(experiment: Experiment, planned: MemoryPlan | None, step: int, measured: int) -> Exceeded | None:
-    """The excess of a measured step, if there is any."""
-    budget = experiment.memory.bytes
-    if budget is None or measured <= budget:
-        return None
-    return Exceeded(step, measured, None if planned is None else planned.peak, budget)
-
-
-def ways_out(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, processes: int,
-             excess: Exceeded) -> str:
-    """Changes that keep the budget, planned with what this step took beyond its plan left free; and a larger budget.
-
-    Planned from shapes, which takes about as long as a dry run.
-    """
-    before = experiment.memory.reserve
-    unknown = excess.measured - (excess.planned or 0) + (0 if before is None else parse_bytes(before))
-    reserve = -(-unknown // MIB) * MIB
-    larger = f"memory.budget={excess.measured + MIB}"
-    if excess.planned is None:
-        return f"{larger}; or a smaller training.micro_batch, with which the loss stays the same"
-    memory = experiment.memory.model_copy(update={"reserve": str(reserve)})
-    with_reserve = f"memory.reserve={reserve}"
-
-    def again(changed: Experiment, regions: bool, tile: int | None):  # noqa: ANN202 - a Planner
-        return study_experiment(changed, teacher, student, processes, regions, tile)
-
-    try:
-        found = choose(experiment.model_copy(update={"memory": memory}), again, processes=processes)
-    except BudgetUnmet as unmet:
-        return f"{larger} {with_reserve}; or {with_reserve} with one of these: {unmet.way_out}"
-    except (CannotPlan, UserError, RuntimeError, NotImplementedError):
-        return f"{larger} {with_reserve}"
-    way = (f"{with_reserve}, left for what no plan knows of (then {readable(found.schedule.peak)} with it, "
-           f"{found.schedule.overhead:.0%} recomputed)")
-    return f"{way}; or {larger} {with_reserve}"
-
-
-def keep_budget(trainer: Trainer, measured: int, metrics: Metrics, progress: ProgressReporter) -> None:
-    """Say of a step that has just been measured that it was above the budget, if it was; and stop if that is asked for.
+class MemoryCheck:
+    """Measures one step of a process and says whether it kept the budget.
 
     Args:
-        measured: bytes at the peak of the process with the highest; all processes know it.
-
-    Raises:
-        BudgetUnmet: with `memory.exceeded: stop`, once a checkpoint of this moment is written.
+        settings: the budget, and what follows where it is exceeded.
+        planned: bytes that were foretold; None where the architecture cannot be planned.
+        ranks: of which the one with the highest peak counts.
+        resident: modules, optimizers and tensors that hold memory between steps.
+        ways_out: finds changes that keep the budget; on the first process.
     """
-    experiment = trainer.experiment
-    excess = above_budget(experiment, trainer.memory, trainer.step, measured)
-    if excess is None:
-        return
-    trainer.watch.at(f"the plan that step {trainer.step} did not keep")
-    ways = [""]
-    if trainer.accelerator.is_main_process:
-        ways = [ways_out(experiment, trainer.teacher_config, trainer.unwrapped.config,
-                         trainer.accelerator.num_processes, excess)]
-    broadcast_object_list(ways)
-    metrics.write({"step": trainer.step, "exceeded": {**asdict(excess), "above": excess.above, "way_out": ways[0]}})
-    if experiment.memory.exceeded == "warn":
-        progress.say(f"warning: {excess.problem}\n  -> {ways[0]}")
-        return
-    save(trainer)
-    trainer.finish_saving()
-    newest = trainer.checkpoints.last
-    kept = "no checkpoint could be written" if newest is None else f"{newest.name} is saved"
-    raise _unmet(experiment, excess, ways[0], f"{kept}; the run goes on from there with one of these")
 
+    def __init__(self, settings: Memory, planned: MemoryPlan | None, ranks: RankGroup,
+                 resident: Callable[[], list[object]], ways_out: Callable[[Exceeded], str]) -> None:
+        self.settings, self.planned, self.ranks = settings, planned, ranks
+        self._resident, self._ways_out = resident, ways_out
 
-def _unmet(experiment: Experiment, excess: Exceeded, ways: str, saved: str) -> BudgetUnmet:
-    named = experiment.memory.budget is None
-    return BudgetUnmet("memory.device" if named else "memory.budget", f"{excess.problem}.\n  {saved}",
-                       value=experiment.memory.device if named else experiment.memory.budget,
-                       way_out=f"{ways}; or memory.exceeded=warn, to go on above it")
+    def measured(self, run: Callable[[], Any]) -> tuple[Any, Measured]:
+        """What a step gives, and what it took."""
+        given: list[Any] = []
+        found = measure(lambda: given.append(run()), self.ranks.device, self._resident())
+        return given[0], found
+
+    def report(self, step: int, found: Measured, metrics: Metrics, progress: ProgressReporter) -> int:
+        """Write what was measured, of the process with the highest peak, and say it beside what was planned.
+
+        Returns:
+            Bytes at that peak.
+        """
+        own = torch.tensor([found.peak, found.base], device=self.ranks.device)
+        every = self.ranks.gather(own).view(-1, 2).tolist()
+        found = replace(found, peak=max(peak for peak, _ in every), base=max(base for _, base in every))
+        drawn = curve(found)
+        metrics.write({"step": step, "memory": {
+            "peak": found.peak, "base": found.base, "peaks": [peak for peak, _ in every], "reserved": found.reserved,
+            "marks": drawn.marks,
+            "curve": [[float(at), int(count)] for at, count in thinned(drawn, POINTS)]}})
+        held = "" if found.reserved is None else f", {readable(found.reserved)} reserved"
+        planned = "" if self.planned is None else f", {readable(self.planned.peak)} planned"
+        budget = "" if self.settings.bytes is None else f", budget {readable(self.settings.bytes)}"
+        progress.say(f"step {step}: memory peak {readable(found.peak)} measured{held}{planned}{budget}")
+        return found.peak
+
+    def keep_budget(self, step: int, measured: int, metrics: Metrics, progress: ProgressReporter,
+                    save: Callable[[], str]) -> None:
+        """Say of a step that has just been measured that it was above the budget, if it was; stop if that is asked for.
+
+        Args:
+            measured: bytes at the peak of the process with the highest; all processes know it.
+            save: writes a checkpoint of this moment, and says what is safe.
+
+        Raises:
+            BudgetUnmet: with `memory.exceeded: stop`, once a checkpoint of this moment is written.
+        """
+        excess = above_budget(self.settings, self.planned, step, measured)
+        if excess is None:
+            return
+        self.ranks.at(f"the plan that step {step} did not keep")
+        ways = [self._ways_out(excess) if self.ranks.main else ""]
+        broadcast_object_list(ways)
+        metrics.write({"step": step, "exceeded": {**asdict(excess), "above": excess.above, "way_out": ways[0]}})
+        if self.settings.exceeded == "warn":
+            progress.say(f"warning: {excess.problem}\n  -> {ways[0]}")
+            return
+        raise unmet(self.settings, excess, ways[0], f"{save()}; the run goes on from there with one of these")

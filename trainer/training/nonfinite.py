@@ -11,7 +11,6 @@ from torch import nn
 
 from strategies.common.shards import local_of
 from strategies.sharding.engine import Engine
-from trainer.data.batches import Batch
 
 TOLD = 4  # micro-batches named in a diagnosis
 
@@ -44,18 +43,17 @@ class Backward:
         return loss.detach().isfinite() if found is None else loss.detach().isfinite() & found
 
 
-def locate_nonfinite(
-    accelerator: Accelerator, micro_batches: list[Batch], finite: list[torch.Tensor]
-) -> list[dict[str, Any]]:
+def locate_nonfinite(accelerator: Accelerator, rows: list[torch.Tensor], finite: list[torch.Tensor]
+                     ) -> list[dict[str, Any]]:
     """Process, micro-batch and rows of all processes' micro-batches that were not finite; a collective.
 
     Args:
-        micro_batches: of this process in a step.
+        rows: numbers of the rows of each of this process's micro-batches in a step.
         finite: for each, whether its loss and gradient were.
     """
     own = torch.stack([flag.long() for flag in finite])
-    rows = torch.stack([batch["row"] for batch in micro_batches]).to(own.device)
-    flags, every = accelerator.gather(own[None]), accelerator.gather(rows[None])
+    numbers = torch.stack(rows).to(own.device)
+    flags, every = accelerator.gather(own[None]), accelerator.gather(numbers[None])
     return [{"process": process, "micro_batch": number, "rows": every[process, number].tolist()}
             for process, number in torch.argwhere(flags == 0).tolist()]
 

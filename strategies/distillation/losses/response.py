@@ -71,7 +71,7 @@ class ResponseObjective:
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor | Targets | None, targets: torch.Tensor, *,
                  head: Head | None = None, common: SharedVocabulary | None = None, asked: torch.Tensor | None = None,
-                 tile: int | None = None, accumulate: torch.dtype = torch.float32
+                 tile: int | None = None, accumulate: torch.dtype = torch.float32, learned: torch.Tensor | None = None
                  ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Weighted loss, and each term unweighted and detached, in `accumulate`, summed over target tokens.
 
@@ -89,6 +89,8 @@ class ResponseObjective:
             tile: bytes of logits that may exist at a time; by default what a device works on without loss of speed.
             accumulate: dtype of what is made on the way. float64 for a student so near, or logits so large, that fp32
                 products of hidden states and head say too little.
+            learned: (n,) flat positions that have a target, where that is known; else they are looked for, which a GPU
+                is waited for.
 
         Raises:
             ValueError: shapes, vocabularies or temperatures that do not fit each other.
@@ -105,7 +107,7 @@ class ResponseObjective:
         flat = student.flatten(0, -2)
         call = HeadCall(self.terms, None if head is None else head.detached(), targets.flatten(),
                     _flat(teacher_targets, targets.ndim) if self.needs_teacher else None, common,
-                    None if asked is None else asked.flatten(), tile, accumulate)
+                    None if asked is None else asked.flatten(), tile, learned, accumulate)
         if head is None:
             loss, values = LogitLoss.apply(flat, call)
         else:

@@ -44,6 +44,7 @@ class HeadCall:
         common: columns that are compared.
         asked: (positions,) whether the teacher says something; None for all.
         tile: bytes of logits at a time; None for the device's usual.
+        learned: (n,) positions that have a target, where that is known.
         accumulate: dtype of logits, sums and gradients while they are made.
     """
 
@@ -54,6 +55,7 @@ class HeadCall:
     common: SharedVocabulary | None
     asked: torch.Tensor | None
     tile: int | None
+    learned: torch.Tensor | None = None
     accumulate: torch.dtype = torch.float32
 
 
@@ -141,7 +143,8 @@ class LogitLoss(torch.autograd.Function):
 
 
 def _weighted(terms: Terms, values: torch.Tensor) -> torch.Tensor:
-    return (values * values.new_tensor([terms.weights[name] for name in terms.names])).sum()
+    weights = torch.tensor([terms.weights[name] for name in terms.names], dtype=values.dtype)
+    return (values * weights.to(values.device, non_blocking=True)).sum()
 
 
 def _tiles(call: HeadCall, head: Head, given: torch.Tensor, compute: torch.dtype, wide: torch.dtype
@@ -157,7 +160,7 @@ def _tiles(call: HeadCall, head: Head, given: torch.Tensor, compute: torch.dtype
         said = HiddenTargets(said.hidden.to(compute), _computed(said.head, compute))
     theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
         said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
-    kept = loss_mask(call.targets)
+    kept = loss_mask(call.targets) if call.learned is None else call.learned
     size = tile_rows(len(kept), vocabulary + theirs, given.device.type, call.tile, wide.itemsize)
     mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
     other = torch.empty(size, theirs, dtype=wide, device=given.device)

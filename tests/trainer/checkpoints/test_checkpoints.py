@@ -168,7 +168,7 @@ def test_rows_come_in_one_order_on_any_number_of_processes(train_here):
     text = train_here("order", until=0, **SETTINGS).text
 
     def rows(processes: int, micro_batch: int, step: int) -> list[int]:
-        streams = [training_batches(text.train, seed=3, micro_batch=micro_batch, rank=rank, processes=processes,
+        streams = [training_batches(text.train, seed=3, micro_batch=micro_batch, replica=rank, replicas=processes,
                                     skip=8 * step, workers=0, pin=False) for rank in range(processes)]
         return [row for _ in range(8 * (12 - step) // (micro_batch * processes)) for stream in streams
                 for row in next(stream)["row"].tolist()]
@@ -496,31 +496,31 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_fills_keeps_the_run_alive(train_here, small_disk, capsys):
     """It is full for two checkpoints, and has room for the last; no metrics are lost."""
-    from trainer.training.loop import Trainer
+    from trainer.training.loop import TrainLoop
 
-    plain = Trainer.train_step
+    plain = TrainLoop.train_step
 
-    def step(trainer, batches):
+    def step(trainer, inputs):
         filler = small_disk / "filler"
-        if trainer.step == 2:
-            trainer.finish_saving()  # a checkpoint that is being committed may still need room
+        if trainer.state.step == 2:
+            trainer.saver.finish()  # a checkpoint that is being committed may still need room
             with filler.open("wb", buffering=0) as handle:
                 try:
                     while True:
                         handle.write(b"x" * 4096)
                 except OSError:
                     pass
-        if trainer.step == 9:
+        if trainer.state.step == 9:
             filler.unlink()
-        return plain(trainer, batches)
+        return plain(trainer, inputs)
 
-    Trainer.train_step = step
+    TrainLoop.train_step = step
     try:
         changes = {**SETTINGS, "training": {**SETTINGS["training"], "steps": 10},
                    "run": {"trackers": ["tensorboard"]}}
         trainer = train_here("full", overrides=(f"run.folder={small_disk / 'run'}",), **changes)
     finally:
-        Trainer.train_step = plain
+        TrainLoop.train_step = plain
     out = capsys.readouterr().out
     for lost, last in ((4, 2), (6, 2), (8, 2)):
         assert f"the checkpoint step-0000000{lost} was not written: there is too little room" in out

@@ -48,7 +48,7 @@ def test_every_row_is_seen_once_whoever_reads(ten, write_experiment, processes, 
     rows = prepare_text(read_experiment(write_experiment(data=ten)).experiment).train
     seen, empty = [], 0
     for rank in range(processes):
-        batches = training_batches(rows, seed=3, micro_batch=micro, rank=rank, processes=processes, skip=skip,
+        batches = training_batches(rows, seed=3, micro_batch=micro, replica=rank, replicas=processes, skip=skip,
                                    workers=workers, pin=False, end=10)
         for _ in range((12 - skip) // (micro * processes)):
             batch = next(batches)
@@ -68,7 +68,7 @@ def test_the_last_step_is_the_mean_over_its_own_tokens(train_here, ten, micro_ba
                          training={**LENGTHS, "epochs": 1, "micro_batch": micro_batch})
     lines = [line for line in read_lines(trainer.folder.metrics) if "loss" in line]
     rows, order, model = trainer.text.train, Order(10, seed=0), trainer.unwrapped.double().eval()
-    assert len(lines) == 3 and not trainer.empty_steps
+    assert len(lines) == 3 and not trainer.state.empty_steps
     for step, line in enumerate(lines):
         nats, tokens = 0.0, 0
         for place in range(4 * step, min(4 * step + 4, 10)):

@@ -14,7 +14,7 @@ def text_of(write_experiment, **data):
 
 def stream(rows, count, *, processes=1, micro_batch=1, workers=0, skip=0, seed=0):
     """The first `count` rows in global order, as `processes` processes would read them together."""
-    readers = [training_batches(rows, seed=seed, micro_batch=micro_batch, rank=rank, processes=processes, skip=skip,
+    readers = [training_batches(rows, seed=seed, micro_batch=micro_batch, replica=rank, replicas=processes, skip=skip,
                                 workers=workers, pin=False) for rank in range(processes)]
     seen = []
     while len(seen) < count:

@@ -10,6 +10,7 @@ import yaml
 from benchmarks.sharding.launching import environment, launched
 from tests.conftest import ROOT, _train, fork, launch, on_two_ranks, train_py, two_ranks
 from trainer.distributed.launch import check_engine, start
+from trainer.distributed.topology import Topology
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.load import describe, read_experiment
 from trainer.planning.plan import check_batch
@@ -62,8 +63,9 @@ def test_what_no_engine_can_do(write_experiment, changes, parts):
 def test_what_so_many_processes_cannot_do(write_experiment, processes, changes, parts):
     source = read_experiment(write_experiment(), changes)
     with pytest.raises(UserError) as caught:
-        check_engine(source.experiment, processes)
-        check_batch(source.experiment, processes)
+        asked, topology = source.experiment, Topology(data_parallel=processes)
+        check_engine(asked.sharding, asked.optimizer, topology)
+        check_batch(asked.training, asked.optimizer, topology)
     said = describe(caught.value, source.origins, source.file)
     assert said.startswith("override ") and "\n  -> " in said, said
     assert all(part in said for part in parts), said

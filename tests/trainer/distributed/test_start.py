@@ -3,7 +3,8 @@
 import pytest
 
 from tests.conftest import ROOT, train_py
-from trainer.errors import RunFailed
+from trainer.distributed.topology import Topology
+from trainer.errors import RunFailed, UserError
 from trainer.experiment.load import read_experiment
 from trainer.pipeline import start
 
@@ -31,8 +32,9 @@ def test_accelerates_own_accumulation_is_refused(experiment, monkeypatch):
 
 def test_accelerates_own_precision_is_not_used(experiment, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    accelerator = start(experiment)
+    accelerator, topology = start(experiment)
     assert accelerator.mixed_precision == "no" and accelerator.scaler is None
+    assert topology == Topology(data_parallel=1, device=accelerator.device.type)
 
 
 def test_interrupted_by_hand_says_how_to_go_on(write_experiment, tmp_path):
@@ -54,3 +56,13 @@ def test_interrupted_by_hand_says_how_to_go_on(write_experiment, tmp_path):
     assert process.returncode == 75 and "start the same command again to go on" in said and "Traceback" not in said
     done = train_py("--config", str(file), "training.steps=5001")
     assert done.returncode == 2 and "training.steps was 5000 and is 5001" in done.stderr
+
+
+def test_degrees_of_parallelism_are_apart_and_what_is_not_there_is_refused():
+    topology = Topology(data_parallel=4, device="cuda")
+    assert (topology.ranks, topology.devices, topology.data_rank(3), topology.on_gpu) == (4, 4, 3, True)
+    assert topology.to_dict()["tensor"] == topology.to_dict()["pipeline"] == topology.to_dict()["context"] == 1
+    for name in ("tensor", "pipeline", "context"):
+        with pytest.raises(UserError, match=f"{name} parallelism is not supported: its degree is 1") as caught:
+            Topology(data_parallel=2, **{name: 2})
+        assert caught.value.value == 2 and "fsdp2" in caught.value.way_out

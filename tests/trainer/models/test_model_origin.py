@@ -29,12 +29,13 @@ from strategies.quantization.quantizer import WeightQuantizer
 from tests.trainer.teacher.test_distilling import END, bpe
 from tests.trainer.test_bad_input import refused
 from trainer.data.dataset import prepare_text
+from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.load import read_experiment
 from trainer.experiment.nodes import Model
 from trainer.models.build import _config, _load, build_student, empty_student
 from trainer.models.model_origin import skeleton
-from trainer.planning.plan import make_plan
+from trainer.planning.plan import Plans
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -307,5 +308,5 @@ def test_a_teacher_is_as_large_as_its_files_in_the_plan_too(tmp_path, llama, wri
     experiment = read_experiment(write_experiment(teacher={"path": str(tmp_path / "teacher"), "dtype": "bfloat16"},
                                                   student={"from_teacher": [0], "architecture": None})).experiment
     config = _config(experiment.teacher, "teacher", None, offline=True)
-    plan = make_plan(experiment, config, config, processes=1, device="cpu", rows=None)
+    plan = Plans().resolve(experiment, Topology(), config, config)
     assert plan.teacher_bytes == (tmp_path / "teacher" / "model.safetensors").stat().st_size

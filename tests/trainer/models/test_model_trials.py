@@ -79,12 +79,12 @@ def test_causal_models_are_found_causal(kind):
 def test_a_model_that_is_not_causal_is_refused_before_anything_is_read(write_experiment, tmp_path):
     given = read_experiment(write_experiment(), [f"student.architecture={json.dumps(BERT)}"])
     with pytest.raises(UserError, match="BertLMHeadModel is not causal") as caught:
-        check_early(given.experiment, 1)
+        check_early(given.experiment)
     assert caught.value.key == "student.architecture" and "is_decoder: true" in caught.value.way_out
     build(BERT, vocab_size=300).save_pretrained(tmp_path / "bert")
     given = read_experiment(write_experiment(teacher={"path": str(tmp_path / "bert")}), [])
     with pytest.raises(UserError, match="is not causal") as caught:
-        check_early(given.experiment, 1)
+        check_early(given.experiment)
     assert caught.value.key == "teacher.path" and '"is_decoder": true into its config.json' in caught.value.way_out
 
 
@@ -136,7 +136,7 @@ def test_a_model_that_counts_positions_otherwise_is_refused(kind, write_experime
     assert caught.value.key == "student.architecture" and "llama" in caught.value.way_out
     given = read_experiment(write_experiment(), [f"student.architecture={json.dumps(dimensions)}"])
     with pytest.raises(UserError, match="counts positions otherwise"):
-        check_early(given.experiment, 1)
+        check_early(given.experiment)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "mamba", "opt"])

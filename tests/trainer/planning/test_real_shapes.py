@@ -11,10 +11,11 @@ from strategies.memory.plot import Curve, progress, shared_phases
 from tests.conftest import sentences
 from tests.trainer.teacher.test_distilling import END, bpe
 from trainer.data.tokenizers import known_size
+from trainer.distributed.topology import Topology
 from trainer.experiment.load import read_experiment
 from trainer.pipeline import _configs
 from trainer.planning.refusal import BudgetUnmet
-from trainer.planning.step_memory import plan_memory
+from trainer.planning.step_plan import plan_step
 from trainer.run.metrics import read_lines, readable
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1,
@@ -41,7 +42,8 @@ def given(tmp_path_factory):
 def planned(file, *overrides):
     """What a dry run plans."""
     experiment = read_experiment(file, list(overrides)).experiment
-    return plan_memory(experiment, *_configs(experiment, known_size(experiment), offline=True), 1)
+    step = plan_step(experiment, Topology(), *_configs(experiment, known_size(experiment), offline=True))
+    return step and step.memory
 
 
 @pytest.mark.parametrize(("overrides", "smaller"), [
@@ -55,7 +57,7 @@ def test_the_dry_run_is_the_run_and_both_are_within_3_percent_of_the_profiler(tr
                                                                               smaller):
     trainer = train_here(overrides=overrides, **{**given, **smaller})
     dry = planned(tmp_path / "tiny.yaml", *overrides)
-    assert dry == trainer.memory
+    assert dry == trainer.plan.memory
     found = next(line for line in read_lines(trainer.folder.metrics) if "memory" in line)["memory"]
     assert found["peak"] <= dry.peak * 1.005 and found["peak"] >= dry.peak / 1.03
     names = ["forward", "loss", "backward", "update"]

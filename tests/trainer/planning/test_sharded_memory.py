@@ -11,9 +11,10 @@ from strategies.rematerialization.recompute_plan import BudgetError
 from strategies.rematerialization.rematerialize import study
 from tests.conftest import train_py
 from tests.trainer.distributed.test_sharding import ENGINES, on_ranks, relative, weights_apart
+from trainer.distributed.topology import Topology
 from trainer.experiment.load import read_experiment
 from trainer.models.build import student_config
-from trainer.planning.step_memory import choose, study_experiment
+from trainer.planning.step_plan import plan_step
 from trainer.run.metrics import read_lines
 
 SMALL = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
@@ -31,8 +32,8 @@ def foretold(run):
     """Predicted bytes of the first rank: its peak, and what is there before a step."""
     experiment = read_experiment(run["file"], run["overrides"]).experiment
     config = student_config(experiment, None, None)
-    planner, chosen, *_ = choose(experiment, lambda changed, *how: study_experiment(changed, None, config, 2, *how))
-    return chosen.peak, planner.frame.base, chosen
+    step = plan_step(experiment, Topology(data_parallel=2), None, config)
+    return step.memory.peak, step.planner.frame.base, step.schedule
 
 
 def measured(found):
@@ -169,7 +170,7 @@ def test_stepping_in_backward_on_one_process(train_here, tmp_path):
     peaks = {name: next(line["memory"]["peak"] for line in found if "memory" in line) for name, found in lines.items()}
     assert peaks["stepped"] < peaks["plain"]
     for name, trainer in (("plain", plain), ("stepped", stepped)):
-        assert trainer.memory.peak == pytest.approx(peaks[name], rel=0.03), name
+        assert trainer.plan.memory.peak == pytest.approx(peaks[name], rel=0.03), name
 
 
 def test_ranks_of_a_machine_that_is_not_there(write_experiment):

@@ -40,7 +40,7 @@ def test_learned_scales_are_trained_and_saved(train_here):
     start = found["model.layers.0.mlp.up_proj"].quantizer.first_ratio(found["model.layers.0.mlp.up_proj"].weight)
     kept = found["model.layers.0.mlp.up_proj"]._ratio()
     assert (kept - start).abs().max() > 1e-4
-    decays = {name: group["weight_decay"] for group in trainer.optimizer.param_groups for name in group["names"]}
+    decays = {name: group["weight_decay"] for group in trainer.engine.optimizer.param_groups for name in group["names"]}
     assert all(not decay for name, decay in decays.items() if name.endswith("log_ratio"))
 
 
@@ -70,7 +70,7 @@ def test_bits_fall_by_their_schedule_and_a_run_goes_on_in_the_middle_of_it(train
 
 def test_a_plan_of_memory_changes_no_loss(train_here):
     free = train_here("free", **SCHEDULE)
-    peak = free.memory.peak if free.memory else None
+    peak = free.plan.memory and free.plan.memory.peak
     tight = train_here("tight", **{**SCHEDULE, "memory": {"budget": 1_400_000 if peak is None else int(0.9 * peak)}})
     assert losses(tight) == pytest.approx(losses(free), rel=1e-5)
 

@@ -136,7 +136,7 @@ def another_buffer(experiment, like):
     (tied_again, r"trained: (lm_head|model.embed_tokens).weight has other values"),
     (another_buffer, r"model.rotary_emb.inv_freq has other values")])
 def test_a_student_put_together_otherwise_ends_the_run(run_experiment, tmp_path, monkeypatch, made, said):
-    whole = loop.Trainer.whole
+    whole = loop.TrainLoop.whole
 
     def otherwise(trainer):
         model = made(trainer.experiment, trainer.unwrapped)
@@ -144,7 +144,7 @@ def test_a_student_put_together_otherwise_ends_the_run(run_experiment, tmp_path,
         model.generation_config = trainer.unwrapped.generation_config
         return model
 
-    monkeypatch.setattr(loop.Trainer, "whole", otherwise)
+    monkeypatch.setattr(loop.TrainLoop, "whole", otherwise)
     with pytest.raises(RunFailed, match=said):
         run_experiment(student={"architecture": {"tie_word_embeddings": False}}, report={"control": False})
     folder = RunFolder(tmp_path / "tiny")

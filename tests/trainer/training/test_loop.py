@@ -12,7 +12,7 @@ from tests.trainer.checkpoints.test_sharded_checkpoints import SETTINGS, same_te
 from tests.trainer.distributed.test_sharding import ENGINES
 from trainer.errors import RunFailed, UserError
 from trainer.run.metrics import read_lines
-from trainer.training.loop import Trainer
+from trainer.training.loop import TrainLoop
 
 UNEVEN = {"packing": False, "sequence_length": 64}  # rows of different length: only true token counts are right
 
@@ -30,7 +30,7 @@ def test_accumulation_does_not_change_the_loss_curve(train_here):
     curves, weights = {}, {}
     for micro_batch in (8, 4, 2, 1):
         trainer = train_here(f"micro{micro_batch}", data=UNEVEN, training={"micro_batch": micro_batch, "steps": 12})
-        assert trainer.accumulation == 8 // micro_batch
+        assert trainer.plan.accumulation == 8 // micro_batch
         curves[micro_batch] = losses(trainer)
         weights[micro_batch] = torch.cat([p.detach().flatten() for p in trainer.unwrapped.parameters()])
     assert curves[8][-1] < curves[8][0]
@@ -58,7 +58,7 @@ def test_two_processes_train_as_one(write_experiment, tmp_path):
     assert relative(held_out["one"], held_out["two"]) < 1e-6
     assert rates["one"] == rates["two"]
     plan = json.loads((tmp_path / "two" / "plan.json").read_text())
-    assert plan["processes"] == 2 and plan["accumulation"] == 2
+    assert plan["topology"]["data_parallel"] == 2 and plan["accumulation"] == 2
 
 
 GOLDEN = {  # changes to the experiment, and the tolerance
@@ -99,7 +99,8 @@ def test_precision_is_what_it_says(train_here, precision):
     trainer.train()
     assert seen == {{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
     assert {parameter.dtype for parameter in trainer.unwrapped.parameters()} == {torch.float32}
-    assert {value.dtype for entry in trainer.optimizer.state.values() for value in entry.values()} == {torch.float32}
+    state = trainer.engine.optimizer.state
+    assert {value.dtype for entry in state.values() for value in entry.values()} == {torch.float32}
     assert all(math.isfinite(loss) for loss in losses(trainer))
 
 
@@ -154,7 +155,7 @@ def test_a_non_finite_loss_never_reaches_the_weights(train_here, precision):
 def _next_rows(trainer):
     """Rows of the micro-batches of the trainer's next step."""
     batches = trainer._batches()
-    return [next(batches)["row"].tolist() for _ in range(trainer.accumulation)]
+    return [next(batches)["row"].tolist() for _ in range(trainer.plan.accumulation)]
 
 
 def test_too_many_non_finite_steps_stop_the_run_with_good_weights(train_here):
@@ -192,7 +193,7 @@ def poison_gradient(trainer, kind: str, step: int) -> None:
 
     def loss(batch):
         total, terms = plain(batch)
-        return (NaNBehind.apply(total) if trainer.step + 1 == step else total), terms
+        return (NaNBehind.apply(total) if trainer.state.step + 1 == step else total), terms
 
     trainer._loss = loss
 
@@ -202,9 +203,9 @@ def mask(trainer, steps: set[int]) -> None:
     plain = trainer._batches
 
     def masked():
-        begin = trainer.step * trainer.accumulation
+        begin = trainer.state.step * trainer.plan.accumulation
         for number, batch in enumerate(plain(), begin):
-            if number // trainer.accumulation + 1 in steps:
+            if number // trainer.plan.accumulation + 1 in steps:
                 batch = {**batch, "targets": torch.full_like(batch["targets"], IGNORED)}
             yield batch
 
@@ -212,7 +213,7 @@ def mask(trainer, steps: set[int]) -> None:
 
 
 def state_of(trainer) -> list[torch.Tensor]:
-    moments = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+    moments = [value for entry in trainer.engine.optimizer.state.values() for value in entry.values()]
     return [tensor.detach().clone() for tensor in (*trainer.unwrapped.parameters(), *moments)]
 
 
@@ -222,13 +223,13 @@ def test_a_step_without_targets_is_counted_and_changes_nothing(train_here, capsy
     settings = {"training": {"steps": 2, "micro_batch": 4, "evaluate_every": 100, "checkpoint_every": 100},
                 "precision": {"dtype": precision, "loss_scale": {"growth_interval": 3}}}
     trainer = train_here("empty", **settings)
-    trainer.nonfinite = 1
+    trainer.state.nonfinite = 1
     before, scale = state_of(trainer), trainer.precision.state_dict()
     mask(trainer, {3, 4, 6})
     trainer.steps = 4
     trainer.train()
     assert all(torch.equal(one, other) for one, other in zip(before, state_of(trainer), strict=True))
-    assert trainer.precision.state_dict() == scale and trainer.nonfinite == 1 and trainer.empty_steps == 2
+    assert trainer.precision.state_dict() == scale and trainer.state.nonfinite == 1 and trainer.state.empty_steps == 2
     trainer.steps = 6
     trainer.train()
     assert any(not torch.equal(one, other) for one, other in zip(before, state_of(trainer), strict=True))
@@ -249,7 +250,8 @@ def test_held_out_text_without_targets_is_refused(train_here):
     trainer = train_here("refused", training={"steps": 1})
     trainer.text.held_out["targets"].fill_(IGNORED)
     with pytest.raises(UserError, match="no held-out row has a target token") as caught:
-        Trainer(trainer.experiment, trainer.folder, trainer.accelerator, trainer.text, trainer.unwrapped, None, 1)
+        TrainLoop(trainer.experiment, trainer.plan, trainer.folder, trainer.accelerator, trainer.text,
+                  trainer.unwrapped)
     assert caught.value.key == "data.validation" and "data.sequence_length" in caught.value.way_out
 
 
@@ -259,7 +261,7 @@ def test_empty_steps_are_remembered_by_a_resumed_run(train_here):
     del trainer.train_step  # which would interrupt it again
     mask(trainer, {2})
     trainer.train()
-    assert train_here("resumed", **settings).empty_steps == 1
+    assert train_here("resumed", **settings).state.empty_steps == 1
 
 
 def test_a_gradient_that_is_not_finite_is_traced_to_its_micro_batch(train_here):
@@ -337,7 +339,7 @@ def test_clipping_bounds_the_update(train_here):
     trainer = train_here("clip", training={"steps": 1, "clip": 1e-3})
     lines = read_lines(trainer.folder.metrics)
     assert lines[0]["gradient_norm"] > 1e-3, "the norm is logged before clipping"
-    total = torch.cat([entry["exp_avg"].flatten() for entry in trainer.optimizer.state.values()]).norm()
+    total = torch.cat([entry["exp_avg"].flatten() for entry in trainer.engine.optimizer.state.values()]).norm()
     assert float(total) == pytest.approx(0.1 * 1e-3, rel=1e-3)  # (1 - beta1) times the clipped gradient
 
 
