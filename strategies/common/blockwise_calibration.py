@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.quantization.stored import multiplies
+from strategies.common.stored_weights import multiplies
 
 Batch = Mapping[str, Any]  # what the model is called with: `input_ids` (rows, tokens), `position_ids`, ...
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, Seen, collect, token_mask, watch
+from strategies.common.stored_weights import Experts, as_matrix, multiplies
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.gptq import Factor, factorize, round_to_nearest, round_weights
 from strategies.quantization.outliers import keep_whole, outlier_columns
@@ -18,7 +19,6 @@ from strategies.quantization.qat import Quantized, Rules, become_quantized, choo
 from strategies.quantization.quantizer import WeightQuantizer
 from strategies.quantization.smoothing import shared_weights
 from strategies.quantization.smoothing import smooth as smooth_norms
-from strategies.quantization.stored import Experts, as_matrix, multiplies
 
 RATIOS = 40  # of the largest magnitude that are tried for a static scale
 SMALLEST = 0.1  # of them

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from strategies.common.stored_weights import PARTS, Experts, all_layers, as_matrix, as_weight, plain, seeing
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.quantizer import Grid, WeightQuantizer
-from strategies.quantization.stored import PARTS, Experts, all_layers, as_matrix, as_weight, plain, seeing
 
 # A ratio r is kept as r_0, which nothing trains and half precision holds exactly, and a = log(r / r_0) + OFFSET. A step
 # of any optimizer then changes r by a share of itself, also of one whose steps are in proportion to what it moves; and

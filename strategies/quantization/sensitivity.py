@@ -12,11 +12,11 @@ import numpy
 import torch
 from torch import nn
 
+from strategies.common.stored_weights import as_matrix, as_weight
 from strategies.memory.packed import packed_bytes
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.qat import choose
 from strategies.quantization.quantizer import WeightQuantizer
-from strategies.quantization.stored import as_matrix, as_weight
 
 Candidate = WeightQuantizer | None
 

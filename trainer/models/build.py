@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from strategies.common.stored_weights import Experts, all_layers, as_matrix, multiplies
 from strategies.distillation.losses.fused_head import LogitShape, logit_shape
 from strategies.export.hf.transformers_folder import check_folder, must_be_alike
 from strategies.export.sizes import exported_bytes, header_bound
 from strategies.quantization.qat import prepare
-from strategies.quantization.stored import Experts, all_layers, as_matrix, multiplies
 from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Model

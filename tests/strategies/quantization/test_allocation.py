@@ -64,7 +64,7 @@ def every(sensitivity: Sensitivity) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 # ---- sensitivity
 
-def test_measured_rises_are_those_of_layers_quantised_by_hand():
+def test_measured_rises_are_those_of_layers_quantized_by_hand():
     model = Model().eval().double()
     loss = divergence(model(IDS).detach())
     found = measure(model, candidates(8), loss, ignore=())

@@ -172,7 +172,7 @@ def test_experts_may_have_other_numbers_than_the_rest(tmp_path):
 
 
 @torch.no_grad()
-def test_experts_that_are_left_out_reload_beside_quantised_layers(tmp_path):
+def test_experts_that_are_left_out_reload_beside_quantized_layers(tmp_path):
     model = mixture("mixtral")
     prepare(model, WeightQuantizer(bits=4, group_size=16), ignore=("lm_head", "*.gate_up_proj"))
     write_folder(tmp_path / "student", model, Tokenizer())

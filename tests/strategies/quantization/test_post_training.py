@@ -113,7 +113,7 @@ def test_the_model_is_left_in_its_mode_and_without_hooks():
 # ---- rounding
 
 @pytest.mark.parametrize("act_order", [True, False])
-def test_blocks_are_calibrated_on_what_the_quantised_blocks_before_them_give(act_order):
+def test_blocks_are_calibrated_on_what_the_quantized_blocks_before_them_give(act_order):
     model, batches, quantizer = build(), rows(), WeightQuantizer(3, 32)
     before = copy.deepcopy(model)
     names = quantize(model, batches, quantizer, method="gptq", act_order=act_order)
@@ -158,7 +158,7 @@ def test_layers_compute_with_the_numbers_that_are_exported(quantizer, how, metho
     assert any(".1." in name for name in names) != ("rules" in how)
 
 
-def test_encoders_and_heads_are_quantised_too():
+def test_encoders_and_heads_are_quantized_too():
     encoder, model = build("bert"), build(tie_word_embeddings=False)
     whole, batches = copy.deepcopy(encoder), padded()
     found = {}

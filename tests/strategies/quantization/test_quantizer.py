@@ -142,7 +142,7 @@ def test_learned_scales_have_the_gradient_of_lsq(which):
     assert torch.allclose(ratio.grad.double(), r.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_step_uses_quantised_values_and_moves_the_full_precision_ones():
+def test_step_uses_quantized_values_and_moves_the_full_precision_ones():
     layer = nn.Sequential(nn.Linear(8, 4))
     prepare(layer, WeightQuantizer(4, 4))
     before = layer[0].weight.detach().clone()
@@ -175,7 +175,7 @@ def test_head_and_tied_weights_stay_in_full_precision():
     assert prepare(Model(False), WeightQuantizer(), ignore=("d*",)) == ["up", "lm_head"]
 
 
-def test_embeddings_are_quantised_when_asked_for_and_tied_heads_with_them():
+def test_embeddings_are_quantized_when_asked_for_and_tied_heads_with_them():
     model = Model(tied=True)
     assert prepare(model, WeightQuantizer(4, 4, rule="learned"), embeddings=True) == ["embed", "up", "down", "lm_head"]
     assert model.lm_head.log_ratio is model.embed.log_ratio

@@ -65,7 +65,7 @@ def test_what_enters_the_layers_is_divided_by_the_factors():
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_activations_with_outliers_are_quantised_better(dynamic):
+def test_activations_with_outliers_are_quantized_better(dynamic):
     other, found = rows(2, seed=9), {}
     whole = plant_outliers(build())
     for alpha in (None, 0.5):

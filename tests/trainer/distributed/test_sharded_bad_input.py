@@ -183,13 +183,13 @@ def in_two_processes(file, on_the_second):
     return launched(script, capture_output=True, timeout=SOON)
 
 
-@pytest.mark.parametrize("name, asks", [
+@pytest.mark.parametrize("name, asked", [
     ("DeepSpeed", {"deepspeed_config": {"zero_stage": 3, "zero3_init_flag": False}}),
     ("FSDP", {"fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True}})])
-def test_a_launcher_that_asks_for_an_engine_itself(write_experiment, tmp_path, monkeypatch, name, uses_teacher):
+def test_a_launcher_that_asks_for_an_engine_itself(write_experiment, tmp_path, monkeypatch, name, asked):
     """One thing is never said in two files."""
     file = tmp_path / "launcher.yaml"
-    file.write_text(yaml.safe_dump({**yaml.safe_load((ROOT / "launch" / "one_node.yaml").read_text()), **uses_teacher,
+    file.write_text(yaml.safe_dump({**yaml.safe_load((ROOT / "launch" / "one_node.yaml").read_text()), **asked,
                                     "distributed_type": name.upper(), "num_processes": 1}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), str(ROOT / "train.py"),
                "--config", str(write_experiment()), "sharding.engine=fsdp2"]

@@ -172,5 +172,5 @@ def test_schema_accepts_and_refuses_what_the_reader_does(tmp_path):
 
     for file in sorted((ROOT / "configs").glob("*.yaml")):
         assert not list(validator.iter_errors(yaml.safe_load(file.read_text()))), file
-    wrong = yaml.safe_load(GOOD) | {"optimizer": {}}
+    wrong = yaml.safe_load(GOOD) | {"optimiser": {}}
     assert list(validator.iter_errors(wrong))

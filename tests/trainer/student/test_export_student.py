@@ -76,7 +76,7 @@ def test_a_file_for_another_runtime_names_it_too(run_experiment, monkeypatch, tm
     {"method": "rtn", "bits": 4, "scales": "mse", "activations": {"dynamic": False}},
     {"method": "gptq", "bits": 3, "group_size": 16, "symmetric": False, "smooth": 0.5},
 ])
-def test_what_is_quantised_after_training_is_what_reloads(run_experiment, asked):
+def test_what_is_quantized_after_training_is_what_reloads(run_experiment, asked):
     experiment, folder = run_experiment(student={"quantization": asked}, report={"control": False})
     receipt = json.loads(folder.receipt.read_text())
     assert receipt["holds"] and receipt["largest_difference"] == 0

@@ -81,5 +81,5 @@ def test_a_plan_of_memory_changes_no_loss(train_here):
     ({"symmetric": False, "activations": {}}, ["student.quantization", "zero points", "activations"]),
     ({"method": "rtn", "budget": 30_000}, ["student.quantization.budget = 30000", "2 bits in every layer", "bytes on"]),
 ])
-def test_what_cannot_be_quantised_is_said_before_anything_starts(write_experiment, tmp_path, asked, parts):
+def test_what_cannot_be_quantized_is_said_before_anything_starts(write_experiment, tmp_path, asked, parts):
     refused(write_experiment(student={"quantization": asked}), tmp_path, parts=parts)

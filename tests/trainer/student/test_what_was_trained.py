@@ -151,7 +151,7 @@ def test_a_student_put_together_otherwise_ends_the_run(run_experiment, tmp_path,
     assert not folder.student.exists() and not folder.finished
 
 
-def test_a_student_quantised_after_training_is_the_one_that_was_trained(run_experiment, monkeypatch):
+def test_a_student_quantized_after_training_is_the_one_that_was_trained(run_experiment, monkeypatch):
     from trainer.student import quantize_student
 
     monkeypatch.setattr(quantize_student, "student_of", lambda experiment, config: tied_again(

@@ -222,7 +222,7 @@ def test_rules_ties_and_tensors_that_are_left_alone(tmp_path):
 @pytest.mark.parametrize("name", ["8 bits, tensor, affine", "4 bits, 32", "3 bits, None, affine", "2 bits, 32, affine",
                                   "ternary, learned", "binary, absmean", "fp8, mse", "ternary, tensor", "embedding",
                                   "tied", "mixed", "head"])
-def test_quantised_layers_keep_their_own_numbers(tmp_path, name):
+def test_quantized_layers_keep_their_own_numbers(tmp_path, name):
     model = prepared(name, schemes()[name], torch.float32)
     write_archive(tmp_path / "model.lmb", model, 8)
     found = read_archive(tmp_path / "model.lmb")

@@ -22,7 +22,7 @@ from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import Grid, WeightQuantizer
 from tests.conftest import ROOT, sentences
 
-EXPORT = str(ROOT / "strategies" / "export")
+EXPORT = str(ROOT / "strategies" / "export" / "clients")
 END, SIZE = "<|endoftext|>", 320
 MORE = 5  # tokens of the model that the tokenizer does not have
 TEXTS = ("The cat sees the milk.", "don't  I'LL\n\n 12345 x=3;\t", "naïve 日本語 🙂 Ünïcode", f"a{END}b <tool>c", "")
@@ -167,7 +167,7 @@ def test_numbers_and_scales_are_those_of_training(tmp_path, tokenizer, name):
         assert numpy.array_equal(values / scales.astype(numpy.float64).repeat(size, 1), numbers.numpy())
 
 
-def test_logits_are_those_of_the_fake_quantised_model(tmp_path, tokenizer):
+def test_logits_are_those_of_the_fake_quantized_model(tmp_path, tokenizer):
     """Silent error 11, in the forward: not a bit is another one where the rest is in float32."""
     ours, models = {}, {"none": build(), "tied": quantized(SCHEMES["Q4_0"][0], embeddings=True)}
     models |= {name: quantized(SCHEMES[name][0]) for name in ("Q4_0", "Q8_0", "Q5_0, affine", "TQ2_0", "Q3_K", "Q4_K")}
@@ -187,7 +187,7 @@ def test_logits_are_those_of_the_fake_quantised_model(tmp_path, tokenizer):
     assert found["Q4_0"]["bits_per_byte"] == pytest.approx(float(nats) / numpy.log(2) / 90, rel=1e-5)
 
 
-def test_what_is_not_quantised_has_the_dtype_of_the_export(tmp_path, tokenizer, opened):
+def test_what_is_not_quantized_has_the_dtype_of_the_export(tmp_path, tokenizer, opened):
     whole, model = build(), quantized(SCHEMES["Q4_0"][0])
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16}
     for name, dtype in dtypes.items():

@@ -226,7 +226,7 @@ def test_packed_documents_stay_apart(answers, name):
 def test_the_client_measures_what_the_client_of_transformers_measures(answers, tmp_path):
     model = STUDENTS["gpt_neox"][0]
     write_folder(tmp_path / "gpt_neox", model, tokenizer())
-    found, theirs = ask(tmp_path, ["gpt_neox"], "client.py")
+    found, theirs = ask(tmp_path, ["gpt_neox"], "transformers_client.py")
     ours = answers[1]["gpt_neox"]
     assert ours["sample"] == found["gpt_neox"]["sample"] and len(ours["sample"]) > len("w1 w2 w3")
     assert ours["bits_per_byte"] == pytest.approx(found["gpt_neox"]["bits_per_byte"], rel=1e-6)

@@ -415,7 +415,7 @@ def test_cache_is_dropped_where_a_gradient_comes_back():
         model.train()
 
 
-def test_tied_weights_and_quantised_layers():
+def test_tied_weights_and_quantized_layers():
     model, batch = language_model("qwen2"), text_batch(use_cache=False)
     model.config.tie_word_embeddings = True
     model.tie_weights()
