@@ -28,6 +28,7 @@ from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
+from trainer.files import fingerprint, flatten, write_atomically
 from trainer.models.build import (
     DTYPES,
     build_student,
@@ -45,7 +46,7 @@ from trainer.models.teacher_layers import try_layers
 from trainer.planning.plan import Plan, Plans, check_batch, count_steps
 from trainer.planning.show_plan import plan_json, show_plan
 from trainer.planning.step_memory import example_batch
-from trainer.run.folder import RunFolder, fingerprint, flatten, training_identity, write_atomically
+from trainer.run.folder import RunFolder, training_identity
 from trainer.run.metrics import console, read_lines
 from trainer.run.report import write_report
 from trainer.student.export_student import (

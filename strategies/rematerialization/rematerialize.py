@@ -23,7 +23,7 @@ from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price.costs import DEVICES, Prices, this_device
 from strategies.rematerialization.price.gpu_attention import attention_as_on_gpus
 from strategies.rematerialization.price.step_trace import Hooks, Step, gradients_kept, trace_step, without
-from strategies.rematerialization.price.uncaptured import fallback_options
+from strategies.rematerialization.price.uncaptured_options import fallback_options
 from strategies.rematerialization.recompute_plan import RecomputePlan
 
 Loss = Callable[[nn.Module, object], torch.Tensor]

@@ -15,7 +15,7 @@ from trainer.checkpoints.finding import Gather, listed, newest_good, remove
 from trainer.checkpoints.manifest import MANIFEST, NAME, Entry, Unreadable, read_manifest, sealed, settled, sync
 from trainer.checkpoints.space import free_bytes
 from trainer.checkpoints.writing import Draft, drafts, shapes_of, write
-from trainer.run.folder import write_atomically
+from trainer.files import write_atomically
 from trainer.run.metrics import readable
 
 MARK = "rank-{}.json"

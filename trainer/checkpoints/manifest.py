@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from trainer.plain_json import read_object
+from trainer.files import read_object
 
 NAME = "step-{:08d}"
 MANIFEST = "state.json"

@@ -21,7 +21,7 @@ from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Training
-from trainer.run.folder import fingerprint
+from trainer.files import fingerprint
 
 VERSION = 3  # of what is cached; raised when encoding changes
 LOOKED_AT = 100  # records in which calls are looked for

@@ -14,7 +14,7 @@ from trainer.data.sources import Documents, fields
 from trainer.errors import UserError, error_context
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.experiment import Experiment
-from trainer.models.build import check_files
+from trainer.model_files import check_files
 
 END = "<|endoftext|>"
 # Any of them makes a folder one with a tokenizer.

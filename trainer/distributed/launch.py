@@ -24,7 +24,8 @@ from trainer.errors import RunFailed, UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import LossScale, Memory, Optimizer, Run, Sharding
 from trainer.experiment.precision import DTYPES
-from trainer.run.folder import flatten, training_identity
+from trainer.files import flatten
+from trainer.run.folder import training_identity
 
 WAIT = timedelta(hours=1)  # the others wait while the first one tokenizes
 MIB = 2**20

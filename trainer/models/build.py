@@ -26,11 +26,11 @@ from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Model
 from trainer.experiment.quantization_nodes import Quantization
+from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, stored_dtypes, too_deep
 from trainer.models.architecture_keys import OF_A_FILE, check_arrived, model_values, set_token, without_foreign_ids
 from trainer.models.full_precision import check_share, ignored, without_place
 from trainer.models.language_part import check_alone
 from trainer.models.layer_settings import with_layers
-from trainer.models.model_files import MOST_LAYERS, check_files, first_line, last_line, stored_dtypes, too_deep
 from trainer.models.model_origin import dense, language_model, learn_padding, loading, method_of, note, skeleton
 from trainer.models.rope_by_document import by_document
 from trainer.models.teacher_layers import fill_from_layers, needed, paired_lists, refused

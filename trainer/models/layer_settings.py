@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from trainer.models.model_files import last_line
+from trainer.model_files import last_line
 
 COUNTED = re.compile("period|interval|offset|every|step|freq|pattern|first|replace|window_layers|start|end_|dense|"
                      "shared|cross|_layers$|skip")  # numbers among settings that may count layers

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from trainer.errors import UserError
 from trainer.experiment.nodes import Model
-from trainer.models.model_files import first_line
+from trainer.model_files import first_line
 
 # Where the language model lies in a multimodal file, in transformers 4 and in 5, and its name without the others.
 WITHIN = {r"^(?:model\.)?language_model\.model\.": "model.", r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",

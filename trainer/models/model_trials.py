@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from strategies.distillation.losses.fused_head import hidden_states
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
-from trainer.models.model_files import first_line
+from trainer.model_files import first_line
 from trainer.models.reload_trial import check_reload
 
 SHORT = 12  # tokens that every model is tried on

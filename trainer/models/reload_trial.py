@@ -10,8 +10,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from strategies.export.hf.saved_names import as_saved
 from trainer.errors import UserError
+from trainer.model_files import first_line
 from trainer.models.architecture_keys import set_token
-from trainer.models.model_files import first_line
 
 
 def check_reload(model: nn.Module, key: str, path: str | None = None) -> None:

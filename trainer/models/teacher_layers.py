@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from trainer.errors import UserError
+from trainer.model_files import last_line
 from trainer.models.layer_settings import block_lists, other_layers, with_layers
-from trainer.models.model_files import last_line
 from trainer.models.model_trials import SHORT, SMALL, trial_states, tried_lengths
 from trainer.models.rope_by_document import by_document
 

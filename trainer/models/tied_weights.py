@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from trainer.experiment.nodes import Model
-from trainer.models.model_files import indexed
+from trainer.model_files import indexed
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROWS = 4096  # of two matrices that are in memory while they are compared

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,7 +13,7 @@ from trainer.experiment.experiment import Experiment
 from trainer.experiment.explain import resolved_yaml
 from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.renamed import with_new_names
-from trainer.plain_json import read_object
+from trainer.files import flatten, read_object, write_atomically
 
 # What a continued run may change: where it is kept, what it tells, how often it looks. None of it changes the weights.
 # A micro-batch splits the same sum otherwise; with dropout it draws otherwise, which is as good.
@@ -148,25 +147,6 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process dies or the disk is full.
-
-    Raises:
-        OSError: it could not be written; the old one is as it was.
-    """
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.unlink(missing_ok=True)  # it may be a link
-        with open(partial, "x", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """What a run has written, which people may have edited since.
 
@@ -183,22 +163,6 @@ def not_written(file: Path, why: str) -> UserError:
     """A file of a run folder that is not as the run wrote it."""
     return UserError("", f"{file} is not as a run writes it: {why}",
                      way_out="put it back from a copy, or run the experiment again in another run.folder")
-
-
-def fingerprint(values: Any) -> str:
-    """Short hash of plain data, for the names of cached things."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def training_identity(experiment: Experiment) -> dict[str, Any]:

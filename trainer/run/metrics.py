@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from trainer.run.folder import not_written, write_atomically
+from trainer.files import write_atomically
+from trainer.run.folder import not_written
 
 NEWLINE = b"\n"
 WIDE = 130  # columns that the bar with all its figures takes

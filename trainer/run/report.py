@@ -11,9 +11,10 @@ import numpy
 from strategies.memory.plot import Curve, draw_step
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.plain_yaml import read_values
-from trainer.run.folder import RunFolder, not_written, read_json, write_atomically
+from trainer.files import write_atomically
+from trainer.run.folder import RunFolder, not_written, read_json
 from trainer.run.metrics import read_lines, readable
-from trainer.student.quantization_loss import rises
+from trainer.run.quantization_loss import rises
 
 COLORS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
 MEANING = {"teacher": "the large model", "student": "distilled from the teacher",

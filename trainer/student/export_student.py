@@ -31,13 +31,14 @@ from trainer.data.rows import StreamedRows
 from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import read_experiment
+from trainer.files import write_atomically
+from trainer.model_files import first_line
 from trainer.models.build import DTYPES, check_files, empty_student, from_config, quiet_libraries, trusts
-from trainer.models.model_files import first_line
-from trainer.run.folder import RunFolder, read_json, write_atomically
+from trainer.run.folder import RunFolder, read_json
 from trainer.run.foreign_folder import only_if_trusted, show_links, show_paths
 from trainer.run.metrics import console, readable
+from trainer.run.quantization_loss import say_rise
 from trainer.run.report import write_report
-from trainer.student.quantization_loss import say_rise
 from trainer.student.quantize_student import finalize_student
 from trainer.student.weight_digests import check_digests, check_names, read_digests
 from trainer.teacher.vocabularies import reads_alike

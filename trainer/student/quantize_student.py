@@ -24,11 +24,12 @@ from trainer.data.rows import StreamedRows
 from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.quantization_nodes import Quantization
+from trainer.files import write_atomically
 from trainer.models.build import DTYPES, empty_student, export_skeleton
 from trainer.models.full_precision import ignored, without_place
-from trainer.run.folder import RunFolder, write_atomically
+from trainer.run.folder import RunFolder
 from trainer.run.metrics import console, readable
-from trainer.student.quantization_loss import keep_together
+from trainer.run.quantization_loss import keep_together
 from trainer.student.weight_digests import check_digests, digests_of
 
 SENSED = 8  # rows that the sensitivity of layers is measured on

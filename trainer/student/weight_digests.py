@@ -20,7 +20,8 @@ from strategies.common.shards import Layout, local_of
 from strategies.distillation.losses.features import NAME
 from strategies.sharding.engine import Engine
 from trainer.errors import RunFailed
-from trainer.run.folder import not_written, read_json, write_atomically
+from trainer.files import write_atomically
+from trainer.run.folder import not_written, read_json
 
 Digests = dict[str, str]
 SENT = 2**24  # elements that one rank sends another at a time

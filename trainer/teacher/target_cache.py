@@ -41,10 +41,10 @@ from trainer.data.dataset import PreparedData
 from trainer.distributed.rank_memory import RankSetup
 from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment
+from trainer.files import fingerprint
 from trainer.models.build import DTYPES, shape_of
 from trainer.models.model_origin import skeleton
 from trainer.models.rope_by_document import by_document
-from trainer.run.folder import fingerprint
 from trainer.run.metrics import console, readable
 
 SAMPLED = 4096  # elements of each weight that a teacher is known by

@@ -31,7 +31,7 @@ from strategies.rematerialization.capture.trial_run import (
     turned_back,
     undisturbed,
 )
-from strategies.rematerialization.price.uncaptured import MeasuredCall, measured_call
+from strategies.rematerialization.capture.uncaptured import MeasuredCall, measured_call
 
 
 @dataclass(frozen=True)

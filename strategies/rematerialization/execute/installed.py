@@ -27,8 +27,15 @@ from strategies.rematerialization.capture.joint_graph import Captured
 from strategies.rematerialization.capture.partition import fits
 from strategies.rematerialization.capture.regions import first_line, takes_part, without_cache
 from strategies.rematerialization.execute.segments import Recorder
-from strategies.rematerialization.price.uncaptured import CHECKPOINT, KEEP
-from strategies.rematerialization.solve.chain_program import Block, ChainSchedule, Option, Segment, leaves
+from strategies.rematerialization.solve.chain_program import (
+    CHECKPOINT,
+    KEEP,
+    Block,
+    ChainSchedule,
+    Option,
+    Segment,
+    leaves,
+)
 
 SHAPES = 32  # most sets of shapes for which one option is captured; each takes a second or so
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import flop_registry
 from strategies.memory.workspace import with_values, workspace
 from strategies.rematerialization.capture.compile_region import gpus_in_use
 from strategies.rematerialization.capture.joint_graph import Captured, tensors
+from strategies.rematerialization.capture.uncaptured import HALF
 
-HALF = (torch.float16, torch.bfloat16)
 TRIES = 5
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import numba
 import numpy as np
 
+KEEP, CHECKPOINT = "keep", "checkpoint"  # modes of a block without a graph: as it is, or only its input
+
 
 @dataclass(frozen=True, eq=False)
 class Option:
@@ -25,6 +27,7 @@ class Option:
         backward_peak: the same for the backward: what is kept, gradients that arrive and leave, temporaries.
         seconds: time of recomputation.
         order: the operations in the order they run.
+        mode: "planned" by its order, `KEEP` or `CHECKPOINT`.
     """
 
     kept: int

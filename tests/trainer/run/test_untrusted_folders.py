@@ -374,7 +374,8 @@ def test_what_a_run_folder_has_read_from_elsewhere_is_shown_before(finished, cor
 
 
 def test_what_a_link_leads_to_keeps_its_content(tmp_path):
-    from trainer.run.folder import RunFolder, write_atomically
+    from trainer.files import write_atomically
+    from trainer.run.folder import RunFolder
 
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / "run").mkdir()

@@ -17,8 +17,8 @@ from trainer.data.dataset import prepare_text
 from trainer.errors import RunFailed, UserError
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import read_lines
+from trainer.run.quantization_loss import rises
 from trainer.student import export_student
-from trainer.student.quantization_loss import rises
 
 ASKED = {"student": {"quantization": {"bits": 4, "group_size": 16, "scales": "learned",
                                       "layers": [{"match": "*.down_proj", "bits": 8, "group_size": 16}]}},

@@ -7,7 +7,8 @@ import math
 
 from strategies.distillation.losses.response import IGNORED
 from trainer.data.dataset import PreparedData
-from trainer.run.folder import RunFolder, read_json, write_atomically
+from trainer.files import write_atomically
+from trainer.run.folder import RunFolder, read_json
 from trainer.run.metrics import console, read_lines
 
 

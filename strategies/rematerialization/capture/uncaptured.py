@@ -1,4 +1,4 @@
-"""Regions that cannot be captured whole: they keep what autograd keeps, or only their input."""
+"""Regions that cannot be captured whole: what one forward and backward of them needs as they are."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from strategies.memory.meter import resident_tensors
 from strategies.memory.tracker import LiveBytes
 from strategies.rematerialization.capture.compile_region import own_forward
-from strategies.rematerialization.price.costs import HALF, Device
-from strategies.rematerialization.solve.chain_program import Option
 
-KEEP, CHECKPOINT = "keep", "checkpoint"
-STATE = 16_384  # bytes of generator states and arguments that a checkpoint keeps
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -57,16 +54,3 @@ def measured_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[object,
         backward = max(kept, tracker.peak - handed)
     half = bool({leaf.dtype for leaf in handed_out} & set(HALF))
     return out, MeasuredCall(kept, forward, backward, handed, flops.get_total_flops(), half)
-
-
-def fallback_options(measured: MeasuredCall, device: Device) -> tuple[tuple[Option, ...], float]:
-    """Both ways to run a region as it is, and the seconds of its forward by its matrix products.
-
-    A region keeps what autograd keeps; or it keeps its input only, and what it hands out is there again, beside the
-    gradients that arrive, when it has been recomputed.
-    """
-    seconds = device.overhead + measured.operations / (device.half if measured.half else device.single)
-    again = max(measured.forward, measured.kept + measured.handed) + measured.handed
-    return (Option(measured.kept, measured.forward, measured.backward, 0.0, mode=KEEP),
-            Option(STATE, measured.forward, max(again, measured.backward + measured.handed), seconds,
-                   mode=CHECKPOINT)), seconds

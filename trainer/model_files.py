@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.errors import UserError
-from trainer.plain_json import read_object
+from trainer.files import read_object
 
 LARGEST_JSON = 128 * 2**20  # bytes of a file beside weights; the tokenizers of a million tokens take half of it
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
