@@ -61,7 +61,7 @@ from trainer.student.export_student import (
 from trainer.student.quantize_student import check_calibration, finalize_student
 from trainer.student.weight_digests import check_digests, digests_in_training, save_digests
 from trainer.teacher.intermediate_losses import attach_projections, check_intermediate
-from trainer.teacher.target_cache import cached_targets, uses_teacher
+from trainer.teacher.target_cache import cached_targets
 from trainer.teacher.vocabularies import match_vocabularies
 from trainer.training.loop import TrainLoop
 
@@ -87,7 +87,7 @@ def dry_run(source: Source, as_json: bool) -> None:
     """Show what would run, and leave nothing behind."""
     quiet_libraries()
     experiment = source.experiment
-    vocabulary = known_size(experiment)
+    vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
     check_path(experiment.data.path, "data.path")
     teacher, student = _configs(experiment, vocabulary, offline=True)
     device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,13 +135,13 @@ def run_experiment(source: Source) -> Path:
     for note in text.notes:
         say(f"{experiment.name}  {note}")
     _, shape = _configs(experiment, vocabulary_size(text.tokenizer))
-    check_places(experiment, text)
+    check_places({"teacher": experiment.teacher, "student": experiment.student}, text)
     check_calibration(experiment, shape, text)
-    for note in check_tokenizer(experiment, text, shape.vocab_size):
+    for note in check_tokenizer(experiment.export, text, shape.vocab_size):
         say(f"{experiment.name}  {note}")
     experiment = _with_teacher(experiment, how, text)
     done = train_one(source.experiment, experiment, folder, folder.unverified, how, text)
-    if uses_teacher(experiment) and experiment.report.control:
+    if experiment.uses_teacher and experiment.report.control:
         control = RunFolder(folder.control)
         asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
         train_one(asked, lone, control, control.student, how, text)
@@ -159,7 +159,7 @@ def run_experiment(source: Source) -> Path:
 
 def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans | None = None) -> None:
     """Raise `UserError` for what can be known before anything is read, tokenized or trained."""
-    vocabulary = known_size(experiment)
+    vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
     teacher, student = _configs(experiment, vocabulary)
     count_steps(experiment, None)
     _check_shapes_early(experiment, teacher, student)
@@ -179,11 +179,14 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
 
 def _check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> None:
     """What shapes alone tell of a student that could not learn, or not be exported."""
-    check_early_causal(experiment, teacher, student)
+    if teacher is not None:
+        check_early_causal(experiment.teacher, "teacher", teacher)
+    if experiment.student.from_teacher is None:
+        check_early_causal(experiment.student, "student", student)
     if experiment.student.from_teacher is not None and not experiment.teacher.trust_remote_code:
         try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
     with torch.device("meta"):
-        check_runtimes(experiment, export_skeleton(experiment, student))
+        check_runtimes(experiment.export, experiment.form, export_skeleton(experiment.form, student))
 
 
 @dataclass(frozen=True)
@@ -248,17 +251,17 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     teacher = None
-    if uses_teacher(experiment) or experiment.student.from_teacher is not None:
-        teacher = build_teacher(experiment, teacher_shape)
+    if experiment.uses_teacher or experiment.student.from_teacher is not None:
+        teacher = build_teacher(experiment.teacher, teacher_shape)
     student = build_student(experiment, student_shape, teacher, text.tokenizer)
-    attach_projections(experiment, student, teacher_shape)
+    attach_projections(experiment.objective, experiment.seed, student, teacher_shape)
     _try_out(experiment, teacher, student)
-    related = match_vocabularies(experiment, text, student_shape, teacher_shape if uses_teacher(experiment) else None)
+    related = match_vocabularies(experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
     if related[0] is not None and related[0].student is not None and experiment.teacher.targets.source in (
             "samples", "top_k"):
         raise UserError("teacher.targets.source", "student and teacher have their common tokens in other places",
                         value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
-    if uses_teacher(experiment) and experiment.teacher.targets.source != "live":
+    if experiment.uses_teacher and experiment.teacher.targets.source != "live":
         teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
     plan = _tried(plan, experiment, shapes, student, how)
     if accelerator.is_main_process:
@@ -309,10 +312,10 @@ def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Modu
 def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = False
              ) -> tuple[PretrainedConfig | None, PretrainedConfig]:
     """Shapes of teacher and student, checked against each other and the tokenizer."""
-    teacher = teacher_config(experiment, vocabulary, offline)
-    student = student_config(experiment, teacher, vocabulary, offline)
+    teacher = teacher_config(experiment.teacher, vocabulary, offline)
+    student = student_config(experiment.student, teacher, vocabulary, offline)
     check_shapes(experiment, teacher, student, vocabulary)
-    check_intermediate(experiment, student, teacher)
+    check_intermediate(experiment.objective, student, teacher)
     balancing_weight(experiment.objective, student)
     return teacher, student
 

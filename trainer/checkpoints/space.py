@@ -24,8 +24,8 @@ MOMENTS_8BIT = 8  # bytes of an element's moments, which are saved as the fp32 n
 def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> int:
     """Bytes of a checkpoint's tensors: fp32 weights and what the optimizer remembers, of all processes together."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        model = empty_student(experiment, student)
-        attach_projections(experiment, model, teacher)
+        model = empty_student(experiment.form, student)
+        attach_projections(experiment.objective, experiment.seed, model, teacher)
         weights = sum(parameter.numel() for parameter in model.parameters())
         if experiment.optimizer.name == "adamw8bit":
             return (4 + MOMENTS_8BIT) * weights

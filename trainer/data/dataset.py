@@ -20,7 +20,7 @@ from trainer.data.rows import PackedRows, StreamedRows, encode_to, keep_one
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.experiment import Experiment
-from trainer.experiment.nodes import Training
+from trainer.experiment.nodes import Run, Training
 from trainer.files import fingerprint
 
 VERSION = 3  # of what is cached; raised when encoding changes
@@ -52,7 +52,7 @@ def prepare_text(experiment: Experiment) -> PreparedData:
 
     Call on one process first, then on the others: they find everything in the cache.
     """
-    data, cache = experiment.data, cache_folder(experiment)
+    data, cache = experiment.data, cache_folder(experiment.run)
     corpus = sources.open_corpus(data, cache)
     tokenizer = tokenizer_for(experiment, corpus)
     encoder, held = encoder_for(tokenizer, data, corpus.train), encoder_for(tokenizer, data, corpus.validation)
@@ -78,13 +78,13 @@ def prepare_text(experiment: Experiment) -> PreparedData:
     return PreparedData(tokenizer, train, train.folder.name, _stack(held_out), notes)
 
 
-def cache_folder(experiment: Experiment) -> Path:
+def cache_folder(run: Run) -> Path:
     """The folder that `run.cache` names, made if need be.
 
     Raises:
         UserError: it cannot be.
     """
-    cache = Path(experiment.run.cache)
+    cache = Path(run.cache)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,7 +96,7 @@ def cache_folder(experiment: Experiment) -> Path:
 def tokenizer_for(experiment: Experiment, corpus: sources.Corpus) -> PreTrainedTokenizerBase:
     """The tokenizer of an experiment: loaded, or trained on its training text and cached."""
     data, cache = experiment.data, Path(experiment.run.cache)
-    origin = tokenizers.tokenizer_origin(experiment)
+    origin = tokenizers.tokenizer_origin(data.tokenizer, experiment.with_weights)
     if origin is None:
         identity = data.model_dump(mode="json", include={"path", "name", "split", "revision", "text", *CHAT,
                                                          "prompt", "response", "max_documents", "validation",
@@ -108,7 +108,8 @@ def tokenizer_for(experiment: Experiment, corpus: sources.Corpus) -> PreTrainedT
             keep_one(partial, folder)
         origin = ("data.tokenizer", str(folder), None)
     tokenizer = tokenizers.load_tokenizer(*origin)
-    tokenizers.check_models(experiment, tokenizer)
+    tokenizers.check_models(experiment.with_weights, tokenizer, experiment.objective.divergence.name,
+                            experiment.student.from_teacher is not None)
     return tokenizer
 
 

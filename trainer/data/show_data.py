@@ -27,7 +27,7 @@ def show_data(experiment: Experiment, console: Console) -> None:
         UserError: as a run would, for its data and tokenizer; only the first records are read.
     """
     data, plain = experiment.data, not (experiment.data.messages or experiment.data.prompt)
-    corpus = sources.open_corpus(data, cache_folder(experiment))
+    corpus = sources.open_corpus(data, cache_folder(experiment.run))
     tokenizer = tokenizer_for(experiment, corpus)
     encoder = encoder_for(tokenizer, data, corpus.train)
     read = list(islice(iter(corpus.train), COUNTED))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from trainer.data.messages import texts_of
 from trainer.data.sources import Documents, fields
 from trainer.errors import UserError, error_context
 from trainer.experiment.data_nodes import Data
-from trainer.experiment.experiment import Experiment
+from trainer.experiment.data_nodes import Tokenizer as TokenizerSettings
+from trainer.experiment.nodes import Student, Teacher
 from trainer.model_files import check_files
+
+Origin = tuple[str, str, str | None]  # key, path, revision
 
 END = "<|endoftext|>"
 # Any of them makes a folder one with a tokenizer.
@@ -23,10 +26,13 @@ OF_A_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", 
 TRAINING_DOCUMENTS = 2000  # enough text for a vocabulary; the rest would only take time
 
 
-def tokenizer_origin(experiment: Experiment) -> tuple[str, str, str | None] | None:
-    """(key, path, revision) of the tokenizer to load, or None where one is to be trained."""
-    own = experiment.data.tokenizer
-    loaded = _loaded(experiment)
+def tokenizer_origin(own: TokenizerSettings, loaded: Sequence[Origin]) -> Origin | None:
+    """(key, path, revision) of the tokenizer to load, or None where one is to be trained.
+
+    Args:
+        own: what is said of it.
+        loaded: the same of models that come with weights.
+    """
     if own.path:
         return "data.tokenizer.path", own.path, own.revision
     if own.train_vocabulary:
@@ -45,22 +51,14 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
-def _loaded(experiment: Experiment) -> list[tuple[str, str, str | None]]:
-    """(key, path, revision) of the models that come with weights, and so with a vocabulary of their own."""
-    return [(f"{key}.path", model.path, model.revision)
-            for key, model in (("student", experiment.student), ("teacher", experiment.teacher))
-            if model is not None and model.path]
-
-
-def known_size(experiment: Experiment) -> int | None:
+def known_size(own: TokenizerSettings, loaded: Sequence[Origin]) -> int | None:
     """Rows for the tokenizer that a run will have, if that is known without the data and without a network.
 
     One that is trained may end with fewer, where the text has no more.
     """
-    own = experiment.data.tokenizer
     if own.train_vocabulary:
         return own.train_vocabulary
-    for path, revision in [(own.path, own.revision)] if own.path else [one[1:] for one in _loaded(experiment)]:
+    for path, revision in [(own.path, own.revision)] if own.path else [one[1:] for one in loaded]:
         try:
             return vocabulary_size(_loaded_tokenizer("data.tokenizer", path, revision, local_files_only=True))
         except UserError:  # what is wrong with it is said when it is needed
@@ -68,11 +66,9 @@ def known_size(experiment: Experiment) -> int | None:
     return None
 
 
-def apart_size(experiment: Experiment) -> int | None:
+def apart_size(teacher: Teacher | None, student: Student, divergence: str) -> int | None:
     """Rows for a teacher's own tokenizer, where it is compared with a student of another (uld), as far as known."""
-    teacher = experiment.teacher
-    if teacher is None or teacher.path is None or experiment.student.from_teacher is not None \
-            or experiment.objective.divergence.name != "uld":
+    if teacher is None or teacher.path is None or student.from_teacher is not None or divergence != "uld":
         return None
     try:
         return vocabulary_size(_loaded_tokenizer("data.tokenizer", teacher.path, teacher.revision,
@@ -81,21 +77,25 @@ def apart_size(experiment: Experiment) -> int | None:
         return None
 
 
-def check_models(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_models(loaded: Sequence[Origin], tokenizer: PreTrainedTokenizerBase, divergence: str, layers: bool) -> None:
     """Raise `UserError` if a model with weights knows other tokens by the same numbers, and nothing makes up for it.
 
     Vocabularies of one size can be of different families, and training on them would go on without a word. A teacher
     may have other numbers for the tokens of the same tokenizer, and another tokenizer where the divergence is `uld`.
+
+    Args:
+        loaded: (key, path, revision) of models with weights.
+        layers: whether the student starts from layers of its teacher, and so with its vocabulary.
     """
     ours = {number: token for token, number in tokenizer.get_vocab().items()}
-    for key, path, revision in _loaded(experiment):
+    for key, path, revision in loaded:
         other = own_tokenizer(path, revision)
         if other is None:
             continue
         theirs = {number: token for token, number in other.get_vocab().items()}
         different = [number for number in sorted(ours) if theirs.get(number, ours[number]) != ours[number]]
-        if key == "teacher.path" and experiment.student.from_teacher is None:
-            _check_teacher(experiment, tokenizer, other)
+        if key == "teacher.path" and not layers:
+            _check_teacher(path, divergence, tokenizer, other)
         elif different:
             raise UserError(key, "this model has another vocabulary than the tokenizer in use; for example token "
                             f"{different[0]} is {theirs[different[0]]!r} to it and {ours[different[0]]!r} here",
@@ -119,13 +119,12 @@ def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase | 
         return None
 
 
-def _check_teacher(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+def _check_teacher(path: str, name: str, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
     from strategies.distillation.tokenizers.shared_vocabulary import same_tokenizer
 
-    name = experiment.objective.divergence.name
     if name == "uld" or other.get_vocab() == tokenizer.get_vocab():
         return
-    with error_context("teacher.path", value=experiment.teacher.path, way_out="name a folder with tokenizer.json"):
+    with error_context("teacher.path", value=path, way_out="name a folder with tokenizer.json"):
         same, why = same_tokenizer(tokenizer, other)
     if not same:
         raise UserError("objective.divergence.name", f"the teacher has another tokenizer than the student: {why}",

@@ -217,47 +217,53 @@ os.register_at_fork(before=_forking, after_in_parent=_forked, after_in_child=_fo
 
 # ---- what a run leaves behind of its end
 
-def begin_again(experiment: Experiment) -> None:
-    """Forget how the run ended before."""
-    if int(os.environ.get("RANK", 0)) == 0 and _is_of(experiment):
-        with suppress(OSError):
-            (Path(experiment.folder) / ENDED).unlink(missing_ok=True)
+class EndNote:
+    """What a run leaves in its folder of how it ended, for whoever looks later.
 
-
-def note(experiment: Experiment, said: str, code: int, **more: Any) -> bool:
-    """Write in a run's folder how the run ended; False where another process was first, which then tells it.
-
-    A folder that is not there yet is made for a stop alone, which is to be known of, and by the first process: a
-    launcher signals the others also where that one has refused the experiment, which is to leave nothing.
+    Args:
+        experiment: whose folder it is; another experiment's is left alone.
     """
-    folder = Path(experiment.folder)
-    makes = code == AGAIN_LATER and int(os.environ.get("RANK", 0)) == 0
-    if not _is_of(experiment) or not (makes or folder.exists()):
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment, self.folder = experiment, Path(experiment.folder)
+
+    def begin_again(self) -> None:
+        """Forget how the run ended before."""
+        if int(os.environ.get("RANK", 0)) == 0 and self._is_own():
+            with suppress(OSError):
+                (self.folder / ENDED).unlink(missing_ok=True)
+
+    def leave(self, said: str, code: int, **more: Any) -> bool:
+        """Write how the run ended; False where another process was first, which then tells it.
+
+        A folder that is not there yet is made for a stop alone, which is to be known of, and by the first process: a
+        launcher signals the others also where that one has refused the experiment, which is to leave nothing.
+        """
+        makes = code == AGAIN_LATER and int(os.environ.get("RANK", 0)) == 0
+        if not self._is_own() or not (makes or self.folder.exists()):
+            return True
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / ENDED).open("x", encoding="utf-8") as handle:
+                json.dump({"code": code, **more, "said": said}, handle)
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk: it is said all the same
+            return True
         return True
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ENDED).open("x", encoding="utf-8") as handle:
-            json.dump({"code": code, **more, "said": said}, handle)
-    except FileExistsError:
-        return False
-    except OSError:  # a full disk: it is said all the same
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the first process has left its note, and no longer: launchers end it when another ends."""
+        deadline = time.monotonic() + seconds
+        while not (self.folder / ENDED).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _is_own(self) -> bool:
+        try:
+            RunFolder(self.folder).check(self.experiment)
+        except (UserError, OSError):
+            return False
         return True
-    return True
-
-
-def noted(experiment: Experiment, seconds: float) -> None:
-    """Wait until the first process has noted the end, and no longer than that: launchers end it when another ends."""
-    deadline = time.monotonic() + seconds
-    while not (Path(experiment.folder) / ENDED).exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def _is_of(experiment: Experiment) -> bool:
-    try:
-        RunFolder(experiment.folder).check(experiment)
-    except (UserError, OSError):
-        return False
-    return True
 
 
 def status(path: Path) -> tuple[str, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
-from trainer.experiment.node import Node
+from trainer.experiment.node import Dtype, Node
 from trainer.experiment.nodes import (
     Export,
     Memory,
@@ -23,6 +24,22 @@ from trainer.experiment.nodes import (
     Training,
 )
 from trainer.experiment.objective_nodes import INSIDE, Divergence, Objective
+from trainer.experiment.quantization_nodes import Quantization
+
+
+@dataclass(frozen=True)
+class StudentForm:
+    """What decides the modules of a student, beside its configuration.
+
+    Attributes:
+        quantization: of its layers; None for full precision.
+        dtype: of its file, what is not quantized and scales.
+        trust: whether code that its model brings, or its teacher's, may run.
+    """
+
+    quantization: Quantization | None
+    dtype: Dtype
+    trust: bool
 
 
 class Experiment(Node):
@@ -136,6 +153,26 @@ class Experiment(Node):
     def folder(self) -> str:
         """The run folder."""
         return self.run.folder or f"runs/{self.name}"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether training asks the teacher anything."""
+        return self.teacher is not None and (self.objective.build(True).needs_teacher or self.objective.has_intermediate)
+
+    @property
+    def form(self) -> StudentForm:
+        """What decides the modules of the student, beside its configuration."""
+        teacher, student = self.teacher, self.student
+        trust = student.trust_remote_code or (student.from_teacher is not None and teacher is not None
+                                              and teacher.trust_remote_code)
+        return StudentForm(student.quantization, self.export.dtype, trust)
+
+    @property
+    def with_weights(self) -> list[tuple[str, str, str | None]]:
+        """(key, path, revision) of the models that come with weights, and so with a vocabulary of their own."""
+        return [(f"{key}.path", model.path, model.revision)
+                for key, model in (("student", self.student), ("teacher", self.teacher))
+                if model is not None and model.path]
 
     def as_teacher(self, folder: str) -> Experiment:
         """The experiment that makes this one's teacher: same data, no teacher, full precision, all for itself."""

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from strategies.export.hf.transformers_folder import check_folder, must_be_alike
 from strategies.export.sizes import exported_bytes, header_bound
 from strategies.quantization.qat import prepare
 from trainer.errors import UserError, error_context
-from trainer.experiment.experiment import Experiment
-from trainer.experiment.nodes import Model
+from trainer.experiment.experiment import Experiment, StudentForm
+from trainer.experiment.nodes import Model, Student, Teacher
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, stored_dtypes, too_deep
 from trainer.models.architecture_keys import OF_A_FILE, check_arrived, model_values, set_token, without_foreign_ids
@@ -41,16 +42,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # ---- configurations: shapes without weights
 
-def teacher_config(experiment: Experiment, vocabulary: int | None, offline: bool = False) -> PretrainedConfig | None:
+def teacher_config(teacher: Teacher | None, vocabulary: int | None, offline: bool = False) -> PretrainedConfig | None:
     """The teacher's configuration, or None without a teacher."""
-    return _config(experiment.teacher, "teacher", vocabulary, offline) if experiment.teacher else None
+    return None if teacher is None else _config(teacher, "teacher", vocabulary, offline)
 
 
 def student_config(
-    experiment: Experiment, teacher: PretrainedConfig | None, vocabulary: int | None, offline: bool = False
+    student: Student, teacher: PretrainedConfig | None, vocabulary: int | None, offline: bool = False
 ) -> PretrainedConfig:
     """The student's configuration: its own, or its teacher's with fewer layers."""
-    student = experiment.student
     if student.from_teacher is None:  # without a tokenizer at hand, it has most likely as many tokens as its teacher
         return _config(student, "student", vocabulary or getattr(teacher, "vocab_size", None), offline)
     assert teacher is not None, "the experiment checks that layers come from a teacher"
@@ -186,10 +186,9 @@ def _load_hint(folder: Path, error: Exception) -> str:
 
 # ---- models with weights
 
-def build_teacher(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
+def build_teacher(teacher: Teacher, config: PretrainedConfig) -> nn.Module:
     """The teacher, frozen and in evaluation mode."""
-    teacher = experiment.teacher
-    assert teacher is not None and teacher.path is not None, "an untrained teacher is made first"
+    assert teacher.path is not None, "an untrained teacher is made first"
     model = by_document(_load(teacher, "teacher", config, DTYPES[teacher.dtype]))
     return model.eval().requires_grad_(False)
 
@@ -201,28 +200,27 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
     torch.manual_seed(experiment.seed)  # every process makes the same weights
     if student.path is not None:
         model = _load(student, "student", config, torch.float32)
-        _freeze_again(model, trusts(experiment))
+        _freeze_again(model, experiment.form.trust)
     else:
         config.eos_token_id = tokenizer.eos_token_id
         set_token(config, "bos_token_id", tokenizer.bos_token_id, tokenizer.eos_token_id)
         # A padding token gets no gradient as input; where it is also the end of a sequence, that must not be.
         same = tokenizer.pad_token_id == tokenizer.eos_token_id
         set_token(config, "pad_token_id", None if same else tokenizer.pad_token_id, tokenizer.pad_token_id)
-        model = from_config(experiment, config)
+        model = from_config(config, experiment.form.trust)
         if student.from_teacher is not None:
             assert teacher is not None
-            weights = _precise(experiment, teacher, model)
+            weights = _precise(experiment.teacher, student.from_teacher, teacher, model)
             fill_from_layers(model, weights, teacher.config, student.from_teacher, experiment.data.sequence_length)
     by_document(learn_padding(model))
     if student.quantization is not None and student.quantization.trained:
-        quantize(experiment, model)
+        quantize(experiment.form, model)
     return model.train()
 
 
-def _precise(experiment: Experiment, teacher: nn.Module, student: nn.Module) -> dict[str, torch.Tensor]:
+def _precise(asked: Teacher, layers: Sequence[int], teacher: nn.Module, student: nn.Module) -> dict[str, torch.Tensor]:
     """The teacher's weights in fp32 as far as its student takes them, not rounded to what the teacher is held in."""
-    asked, layers = experiment.teacher, experiment.student.from_teacher
-    assert asked is not None and asked.path is not None and layers is not None
+    assert asked.path is not None
     with error_context(
         "student.from_teacher", value=list(layers), way_out="give the student a `path` or an `architecture`"
     ):
@@ -233,56 +231,48 @@ def _precise(experiment: Experiment, teacher: nn.Module, student: nn.Module) -> 
     return needed(_load(asked, "teacher", teacher.config, torch.float32).state_dict(), lists, layers)
 
 
-def whole_student(experiment: Experiment, like: nn.Module) -> nn.Module:
+def whole_student(form: StudentForm, like: nn.Module) -> nn.Module:
     """An unsharded student of the same shape on the CPU, its weights still to be filled in."""
-    model = empty_student(experiment, like.config)
+    model = empty_student(form, like.config)
     model.generation_config = like.generation_config
     return model.train()
 
 
-def empty_student(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
+def empty_student(form: StudentForm, config: PretrainedConfig) -> nn.Module:
     """A student of this shape, prepared for quantization-aware training where asked for; its weights say nothing.
 
     Raises:
         UserError: a layer cannot be quantized.
     """
-    model = from_config(experiment, config)
-    asked = experiment.student.quantization
-    if asked is not None and asked.trained:
-        quantize(experiment, model)
+    model = from_config(config, form.trust)
+    if form.quantization is not None and form.quantization.trained:
+        quantize(form, model)
     return model
 
 
-def from_config(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
+def from_config(config: PretrainedConfig, trust: bool = False) -> nn.Module:
     """A model of this shape in fp32, with random weights.
 
     Raises:
         UserError: it cannot be made, or not from shapes alone, as a plan makes it.
     """
-    return by_document(learn_padding(skeleton(config, torch.float32, trusts(experiment))))
+    return by_document(learn_padding(skeleton(config, torch.float32, trust)))
 
 
-def trusts(experiment: Experiment) -> bool:
-    """Whether code that the student's model brings, or its teacher's, may run."""
-    teacher, student = experiment.teacher, experiment.student
-    return student.trust_remote_code or (student.from_teacher is not None and teacher is not None
-                                         and teacher.trust_remote_code)
-
-
-def export_skeleton(experiment: Experiment, config: PretrainedConfig) -> nn.Module:
+def export_skeleton(form: StudentForm, config: PretrainedConfig) -> nn.Module:
     """A student of this shape as it will be written, also where it is quantized after training.
 
     Of one that bits are allotted to, all layers have the fewest; see `empty_student` for what is raised.
     """
-    model, asked = empty_student(experiment, config), experiment.student.quantization
+    model, asked = empty_student(form, config), form.quantization
     if asked is not None and not asked.trained:
         fewest = {"bits": min(asked.choices)} if asked.budget is not None else {}
-        quantize(experiment, model, asked.model_copy(update=fewest))
+        quantize(form, model, asked.model_copy(update=fewest))
         if asked.budget is not None and len(set(asked.choices)) > 1 and (alike := must_be_alike(model)):
             raise UserError("student.quantization.budget", f"bits are chosen layer by layer, and transformers reads "
                             f"{alike} only with the same numbers as others", value=asked.budget,
                             way_out="give `bits` in place of a budget")
-        if asked.budget is not None and (least := exported_bytes(model, DTYPES[experiment.export.dtype])
+        if asked.budget is not None and (least := exported_bytes(model, DTYPES[form.dtype])
                                          + header_bound(model, asked.parts)) > asked.bytes:
             raise UserError("student.quantization.budget", f"with {min(asked.choices)} bits in every layer the student "
                             f"still takes {least:,} bytes on disk", value=asked.budget,
@@ -291,11 +281,11 @@ def export_skeleton(experiment: Experiment, config: PretrainedConfig) -> nn.Modu
     return model
 
 
-def quantize(experiment: Experiment, model: nn.Module, asked: Quantization | None = None) -> None:
+def quantize(form: StudentForm, model: nn.Module, asked: Quantization | None = None) -> None:
     """Prepare the student's layers for quantization-aware training; what does not fit is named with its way out."""
-    asked = asked or experiment.student.quantization
+    asked = asked or form.quantization
     assert asked is not None
-    dtype = DTYPES[experiment.export.dtype]
+    dtype = DTYPES[form.dtype]
     inputs = math.gcd(*(as_matrix(layer).shape[1] for _, layer in all_layers(model)
                         if multiplies(layer) or isinstance(layer, Experts)))
     fitting = ", ".join(str(size) for size in range(8, inputs + 1) if inputs % size == 0) or "null"

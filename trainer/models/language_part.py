@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from trainer.errors import UserError
-from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Model
 
 if TYPE_CHECKING:  # pragma: no cover - names for the reader; what it needs of models would be a circle
@@ -65,19 +64,19 @@ def check_alone(alone: nn.Module, origin: PretrainedConfig, key: str, value: str
     return True
 
 
-def check_places(experiment: Experiment, text: PreparedData) -> None:
+def check_places(models: Mapping[str, Model | None], text: PreparedData) -> None:
     """Raise `UserError` where text has tokens that pictures or sound are put in the place of."""
     if not hasattr(text.train, "flat"):
         return  # a stream is looked at as it comes
-    places = {token: key for key in ("teacher", "student") if (model := getattr(experiment, key)) is not None
-              and model.path is not None for token in _places(model)}
+    places = {token: key for key, model in models.items() if model is not None and model.path is not None
+              for token in _places(model)}
     used = torch.from_numpy(text.train.flat["tokens"].astype("int64"))
     for token, key in places.items():
         if count := int((used == token).sum()):
             name = text.tokenizer.convert_ids_to_tokens(token)
             raise UserError(f"{key}.path", f"the text has the token {name!r} {count:,} times, in whose place this "
-                            "model is given pictures or sound, and its language model alone is used", value=getattr(
-                                experiment, key).path, way_out="take that token out of the data, or these records")
+                            "model is given pictures or sound, and its language model alone is used",
+                            value=models[key].path, way_out="take that token out of the data, or these records")
 
 
 def _places(model: Model) -> Iterator[int]:

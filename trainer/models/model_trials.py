@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from strategies.distillation.losses.fused_head import hidden_states
 from trainer.errors import UserError
-from trainer.experiment.experiment import Experiment
+from trainer.experiment.nodes import Model
 from trainer.model_files import first_line
 from trainer.models.reload_trial import check_reload
 
@@ -112,24 +112,22 @@ def _same_in_longer_rows(model: nn.Module, size: int) -> bool:
     return bool((alone - longer).abs().max() <= 2e-2 * alone.abs().max())
 
 
-def check_early_causal(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> None:
-    """The same from configurations alone, for models that are small enough to be made for it."""
-    for key, config in (("teacher", teacher), ("student", student)):
-        asked = getattr(experiment, key)
-        if config is None or (key == "student" and asked.from_teacher is not None) or asked.trust_remote_code:
-            continue
-        try:
-            small = _small(config)
-            model = _random(small) if _weights(small) <= AFFORDED_EARLY else None
-        except Exception as error:  # other people's code again
-            raise UserError(f"{key}.path" if asked.path else f"{key}.architecture",
-                            f"a {config.model_type} model of these dimensions cannot be made: {first_line(error)}",
-                            value=asked.path or config.model_type, way_out="check its dimensions") from error
-        if model is not None:
-            check_causal(model, key, SHORT, asked.path)
-            check_positions(model, key, asked.path)
-            if key == "student" and _weights(small) <= SMALL:
-                check_reload(model, key, asked.path)
+def check_early_causal(asked: Model, key: str, config: PretrainedConfig) -> None:
+    """The same from a configuration alone, for a model that is small enough to be made for it."""
+    if asked.trust_remote_code:
+        return
+    try:
+        small = _small(config)
+        model = _random(small) if _weights(small) <= AFFORDED_EARLY else None
+    except Exception as error:  # other people's code again
+        raise UserError(f"{key}.path" if asked.path else f"{key}.architecture",
+                        f"a {config.model_type} model of these dimensions cannot be made: {first_line(error)}",
+                        value=asked.path or config.model_type, way_out="check its dimensions") from error
+    if model is not None:
+        check_causal(model, key, SHORT, asked.path)
+        check_positions(model, key, asked.path)
+        if key == "student" and _weights(small) <= SMALL:
+            check_reload(model, key, asked.path)
 
 
 @torch.no_grad()

@@ -146,7 +146,8 @@ def _studied(experiment: Experiment, topology: Topology, *configs: PretrainedCon
     shapes = [None if config is None else {
         key: value for key, value in config.to_dict().items() if key not in LATER} for config in configs]
     return json.dumps([experiment.model_dump(mode="json", include=STUDIED), topology.to_dict(), shapes,
-                       known_size(experiment), apart_size(experiment)], sort_keys=True, default=str)
+                       known_size(experiment.data.tokenizer, experiment.with_weights),
+                       apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name)], sort_keys=True, default=str)
 
 
 def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
@@ -157,13 +158,13 @@ def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfi
     check_batch(training, experiment.optimizer, topology)
     steps = count_steps(experiment, rows)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        small = empty_student(experiment, student)
-        exported, asked_bits = export_skeleton(experiment, student), experiment.student.quantization
+        small = empty_student(experiment.form, student)
+        exported, asked_bits = export_skeleton(experiment.form, student), experiment.student.quantization
         student_bytes = exported_bytes(exported, DTYPES[experiment.export.dtype])
         whole = asked_bits and tell_share(exported, asked_bits, DTYPES[experiment.export.dtype])
         parameters = count_parameters(small)
-        attach_projections(experiment, small, teacher)
-        large = asked = resident_teacher(experiment, teacher)
+        attach_projections(experiment.objective, experiment.seed, small, teacher)
+        large = asked = resident_teacher(experiment.teacher if experiment.uses_teacher else None, teacher)
         if teacher is not None and live(asked) is None:
             large = skeleton(teacher, DTYPES[experiment.teacher.dtype], experiment.teacher.trust_remote_code, "teacher")
         if setup.is_sharded:
@@ -235,7 +236,7 @@ def _activations(experiment: Experiment, config: PretrainedConfig, compute: torc
     """
     try:
         return saved_activation_bytes(
-            lambda: empty_student(experiment, config), experiment.training.micro_batch, experiment.data.sequence_length,
+            lambda: empty_student(experiment.form, config), experiment.training.micro_batch, experiment.data.sequence_length,
             None if compute is torch.float32 else compute)
     except (RuntimeError, NotImplementedError):
         return None

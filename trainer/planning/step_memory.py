@@ -141,20 +141,23 @@ class _Made:
     @classmethod
     def of(cls, experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, sharded: bool,
            place: str, tile: int | None) -> _Made:
-        check_sizes(experiment, student, teacher)
-        small, large = empty_student(experiment, student), resident_teacher(experiment, teacher)
-        attach_projections(experiment, small, teacher)
+        settings = experiment.teacher if experiment.uses_teacher else None
+        check_sizes(settings, student, teacher)
+        small, large = empty_student(experiment.form, student), resident_teacher(settings, teacher)
+        attach_projections(experiment.objective, experiment.seed, small, teacher)
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
         objective, precision = experiment.objective.build(teacher is not None), experiment.precision.build(place)
-        common = sizes(student, teacher, known_size(experiment), apart_size(experiment))
+        common = sizes(student, teacher, known_size(experiment.data.tokenizer, experiment.with_weights),
+                       apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
 
         def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
             distillation = Distillation(objective, model, live(large), tile=tile, common=common,
-                                        intermediate=build_intermediate(experiment, model, live(large)),
+                                        intermediate=build_intermediate(experiment.objective, model, live(large)),
                                         balancing=balancing_weight(experiment.objective, student))
             return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
-                                 teacher_targets=example_targets(experiment, teacher, batch, large))[0]
+                                 teacher_targets=example_targets(
+                                     experiment.teacher, experiment.objective.divergence.temperature, teacher, batch, large))[0]
 
         return cls(small, large, batch, loss)
 

@@ -29,11 +29,12 @@ from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.data.rows import StreamedRows
 from trainer.errors import RunFailed, UserError, error_context
-from trainer.experiment.experiment import Experiment
+from trainer.experiment.experiment import Experiment, StudentForm
 from trainer.experiment.load import read_experiment
+from trainer.experiment.nodes import Export, Report
 from trainer.files import write_atomically
 from trainer.model_files import first_line
-from trainer.models.build import DTYPES, check_files, empty_student, from_config, quiet_libraries, trusts
+from trainer.models.build import DTYPES, check_files, empty_student, from_config, quiet_libraries
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.foreign_folder import only_if_trusted, show_links, show_paths
 from trainer.run.metrics import console, readable
@@ -76,28 +77,28 @@ RUNTIMES = {
 }
 
 
-def check_runtimes(experiment: Experiment, model: nn.Module) -> None:
+def check_runtimes(settings: Export, form: StudentForm, model: nn.Module) -> None:
     """Raise `UserError` where the student, of which shapes are enough, is what an asked-for runtime cannot hold."""
-    for name in experiment.export.to:
+    for name in settings.to:
         _check(name, model)
         if name == "onnx" and model.config.model_type not in TRIED:
-            _try_onnx(experiment, model.config)
+            _try_onnx(form, model.config)
 
 
-def _try_onnx(experiment: Experiment, config: PretrainedConfig) -> None:
+def _try_onnx(form: StudentForm, config: PretrainedConfig) -> None:
     """Have a graph made of a student with few layers and random weights, where those are soon made."""
     small = copy.deepcopy(config)
     if (layers := getattr(small, "num_hidden_layers", None)) is not None:
         small.num_hidden_layers = min(2, layers)
     with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in from_config(experiment, small).parameters())
+        weights = sum(parameter.numel() for parameter in from_config(small, form.trust).parameters())
     if weights <= TRIAL:
         with (error_context("export.to", value="onnx", way_out="leave it out"), torch.random.fork_rng(devices=[]),
               torch.device("cpu")):
-            try_onnx(from_config(experiment, small))
+            try_onnx(from_config(small, form.trust))
 
 
-def check_tokenizer(experiment: Experiment, text: PreparedData, size: int) -> list[str]:
+def check_tokenizer(settings: Export, text: PreparedData, size: int) -> list[str]:
     """What is to be said of how a runtime reads text otherwise than transformers does, where that is not much.
 
     Args:
@@ -106,7 +107,7 @@ def check_tokenizer(experiment: Experiment, text: PreparedData, size: int) -> li
     Raises:
         UserError: a runtime that was asked for cannot hold the tokenizer, or would read the data otherwise.
     """
-    return [note for name in experiment.export.to for note in _reads(name, text, size)]
+    return [note for name in settings.to for note in _reads(name, text, size)]
 
 
 def write_others(experiment: Experiment, folder: RunFolder, model: nn.Module, text: PreparedData) -> list[str]:
@@ -167,7 +168,8 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
         else freeze_quantized(copy.deepcopy(model), dtype).float()
     )
     trained, exported = logits_of(model, text), logits_of(reference, text)
-    found, logits = _asked({"student": {"path": str(path), "compare": True}}, experiment, text, exported, "cpu",
+    found, logits = _asked({"student": {"path": str(path), "compare": True}}, experiment.training.micro_batch,
+                           experiment.report, text, exported, "cpu",
                            tokenizer=str(folder.student if folder.student.exists() else folder.unverified),
                            client=runtime.client)
     files = [file for file in sorted(partial.rglob("*")) if file.suffix in (".onnx", ".data", ".gguf")]
@@ -176,11 +178,11 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
                            ROUNDED if rounds else runtime.tolerance, runtime.libraries, notes)
     receipt.write(partial / "receipt.json")
     if not receipt.holds:
-        where = first_difference(str(path), reference, experiment, text, receipt.tolerance, runtime.client)
+        where = first_difference(str(path), reference, text, receipt.tolerance, runtime.client)
         raise RunFailed(_differs(receipt, partial, f"the tolerance of {name},", where))
     shutil.rmtree(final, ignore_errors=True)
     os.rename(partial, final)
-    _tell(experiment, receipt, final)
+    _tell(experiment.name, receipt, final)
     return receipt
 
 
@@ -216,10 +218,10 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Prepare
     """The student as it was in training, from a run's last checkpoint and the configuration of its exported folder."""
     check_files(str(like), "student")
     with error_context("student", value=str(like), way_out="put the folder back from a copy"):
-        config = AutoConfig.from_pretrained(like, trust_remote_code=trusts(experiment))
+        config = AutoConfig.from_pretrained(like, trust_remote_code=experiment.form.trust)
     if hasattr(config, "quantization_config"):  # its numbers are the checkpoint's own
         del config.quantization_config
-    model = empty_student(experiment, config)
+    model = empty_student(experiment.form, config)
     model.generation_config = GenerationConfig.from_pretrained(like)
     newest = checkpoints.latest(folder.checkpoints)
     if newest is None:
@@ -255,17 +257,18 @@ def compare(
     Raises:
         RunFailed: the reloaded student is not the trained one; it stays in `.student.unverified`.
     """
-    trust = trusts(experiment)
+    trust = experiment.form.trust
     models: dict[str, dict[str, Any]] = {
         "student": {"path": str(folder.unverified), "compare": True, "trust_remote_code": trust}}
-    if experiment.teacher is not None and reads_alike(experiment, text):
+    if experiment.teacher is not None and reads_alike(experiment.teacher, experiment.student, text):
         models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
                              "dtype": experiment.teacher.dtype,
                              "trust_remote_code": experiment.teacher.trust_remote_code}
     if RunFolder(folder.control).student.exists():
         models["control"] = {"path": str(RunFolder(folder.control).student), "trust_remote_code": trust}
     console.print(f"{experiment.name}: reloading in a fresh process and comparing")
-    found, logits = _asked(models, experiment, text, exported, device.type, tokenizer=str(folder.unverified))
+    found, logits = _asked(models, experiment.training.micro_batch, experiment.report, text, exported, device.type,
+                           tokenizer=str(folder.unverified))
     for name, entry in found.items():
         path = Path(models[name]["path"])
         files = weight_files(path)
@@ -278,13 +281,13 @@ def compare(
         reference = freeze_quantized(
             rebuilt(experiment, folder, folder.unverified, text), DTYPES[experiment.export.dtype]
         )
-        where = first_difference(str(folder.unverified), reference, experiment, text, receipt.tolerance)
+        where = first_difference(str(folder.unverified), reference, text, receipt.tolerance)
         raise RunFailed(_differs(receipt, folder.unverified, "export.tolerance", where))
     write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")
     if folder.student.exists():
         shutil.rmtree(folder.student)
     os.rename(folder.unverified, folder.student)
-    _tell(experiment, receipt, folder.student)
+    _tell(experiment.name, receipt, folder.student)
     if experiment.student.quantization is not None and experiment.student.quantization.budget is not None:
         say_rise(experiment.name, folder)
 
@@ -307,7 +310,7 @@ def logits_of(model: nn.Module, text: PreparedData) -> torch.Tensor:
     return model(**model_inputs(part)).logits.float().cpu()
 
 
-def first_difference(path: str, model: nn.Module, experiment: Experiment, text: PreparedData, tolerance: float,
+def first_difference(path: str, model: nn.Module, text: PreparedData, tolerance: float,
                      client: str = "transformers_client.py") -> tuple[str, float] | None:
     """The first layer whose outputs on a held-out row differ from the reloaded file's, and by which share of them.
 
@@ -316,7 +319,7 @@ def first_difference(path: str, model: nn.Module, experiment: Experiment, text: 
     """
     file = Path(path).parent / ".layers.safetensors"
     try:
-        _asked({"student": {"path": path, "layers": str(file)}}, experiment, text, None, "cpu", client=client,
+        _asked({"student": {"path": path, "layers": str(file)}}, 1, Report(), text, None, "cpu", client=client,
                tokenizer=path)
         theirs = load_file(file)
     except (RunFailed, OSError):
@@ -353,14 +356,14 @@ def _of(name: str, what: str) -> Callable:
     return getattr(import_module(f"strategies.export.{RUNTIMES[name].module}"), f"{what}_{name}")
 
 
-def _asked(models: dict[str, dict[str, Any]], experiment: Experiment, text: PreparedData, exported: torch.Tensor | None,
-           device: str, **more: Any) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+def _asked(models: dict[str, dict[str, Any]], micro_batch: int, sample: Report, text: PreparedData,
+           exported: torch.Tensor | None, device: str, **more: Any) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
     rows, length = (1, 1) if exported is None else exported.shape[:2]
     try:
         return ask_client(
             models, text.held_out, device=device, threads=torch.get_num_threads(),
-            micro_batch=experiment.training.micro_batch, logit_rows=rows, logit_length=length,
-            prompt=experiment.report.prompt, sample_tokens=experiment.report.sample_tokens, **more)
+            micro_batch=micro_batch, logit_rows=rows, logit_length=length,
+            prompt=sample.prompt, sample_tokens=sample.sample_tokens, **more)
     except RuntimeError as error:
         raise RunFailed(str(error)) from error
 
@@ -373,6 +376,6 @@ def _differs(receipt: Receipt, kept: Path, tolerance: str, where: tuple[str, flo
             f"  -> the training checkpoint is safe{hint}")
 
 
-def _tell(experiment: Experiment, receipt: Receipt, folder: Path) -> None:
-    console.print(f"{experiment.name}: receipt of {folder.name}: {readable(receipt.bytes_on_disk)} on disk, "
+def _tell(name: str, receipt: Receipt, folder: Path) -> None:
+    console.print(f"{name}: receipt of {folder.name}: {readable(receipt.bytes_on_disk)} on disk, "
                   f"{receipt.bits_per_byte:.4f} bits per byte, largest logit difference {receipt.largest_difference:g}")

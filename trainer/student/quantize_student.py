@@ -49,14 +49,14 @@ def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedDat
     asked = experiment.student.quantization
     if asked is None or asked.trained:
         return model
-    fresh = empty_student(experiment, model.config)  # without what training has made of its blocks
+    fresh = empty_student(experiment.form, model.config)  # without what training has made of its blocks
     fresh.load_state_dict(model.state_dict())
     check_digests(digests_of(model), fresh, "the student, made again to be quantized,")
     fresh.generation_config = model.generation_config
     fresh.to(next(model.parameters()).device).eval()
     dtype = DTYPES[experiment.export.dtype]
     console.print(f"{experiment.name}: quantizing ({asked.method})")
-    batches = calibration(experiment, text, asked.calibration_rows, next(fresh.parameters()).device)
+    batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch, next(fresh.parameters()).device)
     ignore = ignored(asked, without_place(fresh, asked, dtype))
     rules = asked.rules(dtype) if asked.budget is None else _allotted(
         experiment, fresh, batches, folder, ignore).rules
@@ -78,8 +78,8 @@ def check_calibration(experiment: Experiment, config: PretrainedConfig, text: Pr
         return
     with torch.device("meta"):
         widest, name = max((layer.matrix.shape[1], name) for name, layer in quantized_layers(
-            export_skeleton(experiment, config)) if not isinstance(layer, nn.Embedding))
-    batches = calibration(experiment, text, asked.calibration_rows, torch.device("cpu"))
+            export_skeleton(experiment.form, config)) if not isinstance(layer, nn.Embedding))
+    batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch, torch.device("cpu"))
     rows = sum(len(batch["input_ids"]) for batch in batches)
     masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
     tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
@@ -91,17 +91,17 @@ def check_calibration(experiment: Experiment, config: PretrainedConfig, text: Pr
                         way_out=f"give {needed} or more" if enough else "take `method: rtn`, or more text")
 
 
-def calibration(experiment: Experiment, text: PreparedData, count: int, device: torch.device) -> list[dict[str, Any]]:
+def calibration(text: PreparedData, count: int, seed: int, micro_batch: int, device: torch.device
+                ) -> list[dict[str, Any]]:
     """Inputs of the model for the first rows of the training text, in the order of the run's seed."""
     if isinstance(text.train, StreamedRows):
         chosen = list(islice(text.train.rows(), count))
     else:
-        order = Order(len(text.train), experiment.seed)
+        order = Order(len(text.train), seed)
         chosen = [text.train[order[number]] for number in range(min(count, len(text.train)))]
     stacked = {name: torch.stack([row[name] for row in chosen]).to(device) for name in ("input_ids", "position_ids")}
-    size = experiment.training.micro_batch
-    return [model_inputs({name: tensor[begin:begin + size] for name, tensor in stacked.items()})
-            for begin in range(0, len(chosen), size)]
+    return [model_inputs({name: tensor[begin:begin + micro_batch] for name, tensor in stacked.items()})
+            for begin in range(0, len(chosen), micro_batch)]
 
 
 def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, Any]], folder: RunFolder,
@@ -110,7 +110,7 @@ def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, 
     asked = experiment.student.quantization
     assert asked is not None and asked.bytes is not None
     console.print(f"{experiment.name}: measuring how sensitive layers are")
-    found = sensitivity(experiment, model, batches, asked.model_copy(update={"ignore": ignore}))
+    found = sensitivity(DTYPES[experiment.export.dtype], model, batches, asked.model_copy(update={"ignore": ignore}))
     rest = exported_bytes(model, DTYPES[experiment.export.dtype]) - sum(
         model.get_parameter(f"{names[0]}.weight").numel() for names in found.layers) * DTYPES[
             experiment.export.dtype].itemsize
@@ -127,11 +127,10 @@ def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, 
     return chosen
 
 
-def sensitivity(experiment: Experiment, model: nn.Module, batches: list[dict[str, Any]], asked: Quantization
+def sensitivity(dtype: torch.dtype, model: nn.Module, batches: list[dict[str, Any]], asked: Quantization
                 ) -> Sensitivity:
     """How far predictions move, KL(before || after) in nats a token, where one layer alone is quantized."""
     divergence = divergence_from(model, batches)
-    dtype = DTYPES[experiment.export.dtype]
     return measure(model, asked.candidates(dtype), divergence, asked.ignore, asked.embeddings,
                    asked.activations and asked.activations.build(), dtype)
 

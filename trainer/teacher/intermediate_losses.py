@@ -14,40 +14,39 @@ from strategies.distillation.losses.intermediate import (
     ValueRelations,
 )
 from trainer.errors import error_context
-from trainer.experiment.experiment import Experiment
-from trainer.experiment.objective_nodes import INSIDE
+from trainer.experiment.objective_nodes import INSIDE, Objective
 
 
-def attach_projections(experiment: Experiment, student: nn.Module, teacher: PretrainedConfig | None) -> None:
+def attach_projections(objective: Objective, seed: int, student: nn.Module, teacher: PretrainedConfig | None) -> None:
     """Give the student what its hidden states are projected by, where they are compared and widths differ."""
-    if experiment.objective.features is None or teacher is None or teacher.hidden_size == student.config.hidden_size:
+    if objective.features is None or teacher is None or teacher.hidden_size == student.config.hidden_size:
         return
-    pairs = _pairs(experiment, "features", student.config, teacher)
-    Projections(pairs, student.config.hidden_size, teacher.hidden_size, experiment.seed).attach(student)
+    pairs = _pairs(objective, "features", student.config, teacher)
+    Projections(pairs, student.config.hidden_size, teacher.hidden_size, seed).attach(student)
 
 
 def build_intermediate(
-    experiment: Experiment, student: nn.Module, teacher: nn.Module | None
+    objective: Objective, student: nn.Module, teacher: nn.Module | None
 ) -> IntermediateTerms | None:
     """The losses; None where none is asked for.
 
     Raises:
         UserError: a layer that one of the models does not have, or heads that do not divide its values.
     """
-    asked = experiment.objective
+    asked = objective
     if teacher is None or not asked.has_intermediate:
         return None
     configs = student.config, teacher.config
     features = relations = values = maps = None
     if asked.features is not None:
-        features = Features(asked.features.weight, _pairs(experiment, "features", *configs), asked.features.loss)
+        features = Features(asked.features.weight, _pairs(objective, "features", *configs), asked.features.loss)
     if asked.relations is not None:
         relations = Relations(asked.relations.distance, asked.relations.angle,
-                              _pairs(experiment, "relations", *configs), asked.relations.tokens)
+                              _pairs(objective, "relations", *configs), asked.relations.tokens)
     if asked.values is not None:
-        values = ValueRelations(asked.values.weight, _pairs(experiment, "values", *configs), asked.values.heads)
+        values = ValueRelations(asked.values.weight, _pairs(objective, "values", *configs), asked.values.heads)
     if asked.attention_maps is not None:
-        maps = AttentionMaps(asked.attention_maps.weight, _pairs(experiment, "attention_maps", *configs))
+        maps = AttentionMaps(asked.attention_maps.weight, _pairs(objective, "attention_maps", *configs))
         for model in (student, teacher):
             model.set_attn_implementation("eager")  # the only one that makes them
     with error_context("objective.values" if values else "objective.features"):
@@ -61,13 +60,13 @@ def without_projections(student: nn.Module) -> nn.Module:
     return student
 
 
-def check_intermediate(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+def check_intermediate(objective: Objective, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
     """Raise `UserError` where a layer is asked for that one of the models does not have."""
     for name in INSIDE:
-        if teacher is not None and getattr(experiment.objective, name) is not None:
-            _pairs(experiment, name, student, teacher)
+        if teacher is not None and getattr(objective, name) is not None:
+            _pairs(objective, name, student, teacher)
 
 
-def _pairs(experiment: Experiment, name: str, student: PretrainedConfig, teacher: PretrainedConfig
+def _pairs(objective: Objective, name: str, student: PretrainedConfig, teacher: PretrainedConfig
            ) -> tuple[tuple[int, int], ...]:
-    return experiment.objective.pairs(name, student.num_hidden_layers, teacher.num_hidden_layers)
+    return objective.pairs(name, student.num_hidden_layers, teacher.num_hidden_layers)

@@ -40,7 +40,10 @@ from trainer.data.batches import Batch, model_inputs
 from trainer.data.dataset import PreparedData
 from trainer.distributed.rank_memory import RankSetup
 from trainer.errors import RunFailed, UserError, error_context
+from trainer.experiment.data_nodes import Data
 from trainer.experiment.experiment import Experiment
+from trainer.experiment.nodes import Targets as TargetSettings
+from trainer.experiment.nodes import Teacher
 from trainer.files import fingerprint
 from trainer.models.build import DTYPES, shape_of
 from trainer.models.model_origin import skeleton
@@ -121,11 +124,13 @@ def cached_targets(experiment: Experiment, accelerator: Accelerator, text: Prepa
     if shape is None:
         raise UserError("teacher.targets.source", f"what {type(teacher).__name__} does to its logits is not known, so "
                         "they cannot be made from a cache", value=asked.source, way_out="use `live`")
-    identity = identity_of(experiment, text, teacher, common)
+    identity = identity_of(experiment.teacher, experiment.objective.divergence.temperature, experiment.data, text,
+                           teacher, common)
     folder = Path(asked.path or Path(experiment.run.cache) / "targets" / fingerprint(identity.__dict__))
-    with _told(experiment, folder):
+    with _told(asked, folder):
         if accelerator.is_main_process and not _is_finished(folder, identity):
-            _write(folder, identity, experiment, text, teacher.to(accelerator.device), shape)
+            _write(folder, identity, experiment.name, experiment.training.micro_batch, text,
+                   teacher.to(accelerator.device), shape)
         accelerator.wait_for_everyone()
         cache = TargetCache(folder, identity)
     head = None
@@ -137,14 +142,14 @@ def cached_targets(experiment: Experiment, accelerator: Accelerator, text: Prepa
 
 
 def identity_of(
-    experiment: Experiment, text: PreparedData, teacher: nn.Module, common: SharedVocabulary | None = None
+    settings: Teacher, temperature: float, data: Data, text: PreparedData, teacher: nn.Module,
+    common: SharedVocabulary | None = None,
 ) -> Identity:
     """What a cache of this experiment is made from."""
-    asked, data = experiment.teacher.targets, experiment.data
+    asked = settings.targets
     vocabulary, width = output_head(teacher).weight.shape
     vocabulary = vocabulary if common is None else common.size
-    temperature = experiment.objective.divergence.temperature
-    of_kind = {"hidden": {"width": width, "dtype": experiment.teacher.dtype},
+    of_kind = {"hidden": {"width": width, "dtype": settings.dtype},
                "samples": {"vocabulary": vocabulary, "draws": asked.draws, "temperature": temperature},
                "top_k": {"vocabulary": vocabulary, "k": asked.k, "temperature": temperature}}[asked.source]
     return Identity(asked.source, rows=len(text.train), sequence_length=data.sequence_length,
@@ -163,9 +168,9 @@ def _weights(teacher: nn.Module) -> str:
 
 
 @contextmanager
-def _told(experiment: Experiment, folder: Path) -> Iterator[None]:
+def _told(targets: TargetSettings, folder: Path) -> Iterator[None]:
     """Turns what a cache says into what a person is told, with the field that led to it."""
-    key = "teacher.targets.path" if experiment.teacher.targets.path else "run.cache"
+    key = "teacher.targets.path" if targets.path else "run.cache"
     try:
         with error_context(key, value=str(folder),
                    way_out="name another folder, which is then written, or what this one was made from"):
@@ -185,15 +190,16 @@ def _is_finished(folder: Path, identity: Identity) -> bool:
 
 @torch.no_grad()
 def _write(
-    folder: Path, identity: Identity, experiment: Experiment, text: PreparedData, teacher: nn.Module, shape: LogitShape
+    folder: Path, identity: Identity, name: str, micro_batch: int, text: PreparedData, teacher: nn.Module,
+    shape: LogitShape,
 ) -> None:
     """Ask the teacher about every row that is not there yet."""
     tokens = sum(int((row["targets"] != IGNORED).sum()) for row in (text.train[at] for at in range(len(text.train))))
     stated = total_bytes(identity, tokens)
-    size, device = experiment.training.micro_batch, next(teacher.parameters()).device
+    size, device = micro_batch, next(teacher.parameters()).device
     with TargetWriter(folder, identity, stated=stated) as writer:
         left = list(writer.rows_left())
-        console.print(f"{experiment.name}: writing what the teacher says about {tokens:,} tokens, at most "
+        console.print(f"{name}: writing what the teacher says about {tokens:,} tokens, at most "
                       f"{bytes_per_token(identity):,.1f} bytes each, {readable(stated)} in all: {len(left):,} of "
                       f"{len(text.train):,} rows")
         for begin in range(0, len(left), size):
@@ -227,36 +233,33 @@ def _said(identity: Identity, teacher: nn.Module, shape: LogitShape, rows: list[
     return {**content, **{name: torch.cat([part[name] for part in found]) for name in found[0]}}
 
 
-def uses_teacher(experiment: Experiment) -> bool:
-    """Whether training asks the teacher anything."""
-    objective = experiment.objective
-    return experiment.teacher is not None and (objective.build(True).needs_teacher or objective.has_intermediate)
-
-
 # ---- the same for a plan, from shapes
 
-def resident_teacher(experiment: Experiment, config: PretrainedConfig | None) -> nn.Module | None:
-    """What is there of the teacher in a step: all of it, its head alone, or nothing; for a mode without data."""
-    if config is None or not uses_teacher(experiment):
+def resident_teacher(teacher: Teacher | None, config: PretrainedConfig | None) -> nn.Module | None:
+    """What is there of a teacher in a step: all of it, its head alone, or nothing; for a mode without data.
+
+    Args:
+        teacher: None where nothing is asked of it.
+    """
+    if config is None or teacher is None:
         return None
-    dtype = DTYPES[experiment.teacher.dtype]
-    if experiment.teacher.targets.source == "live":
-        trust = experiment.teacher.trust_remote_code
+    dtype = DTYPES[teacher.dtype]
+    if teacher.targets.source == "live":
+        trust = teacher.trust_remote_code
         return by_document(skeleton(config, dtype, trust, "teacher")).eval().requires_grad_(False)
-    if experiment.teacher.targets.source == "hidden":
+    if teacher.targets.source == "hidden":
         return TeacherHead(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
     return None
 
 
-def example_targets(experiment: Experiment, config: PretrainedConfig | None, batch: Batch, head: nn.Module | None
-                    ) -> Targets | None:
+def example_targets(teacher: Teacher | None, temperature: float, config: PretrainedConfig | None, batch: Batch,
+                    head: nn.Module | None) -> Targets | None:
     """Targets like those of training from a cache, for a batch on any device; None where the teacher is live."""
-    if config is None or experiment.teacher.targets.source == "live":
+    if config is None or teacher.targets.source == "live":
         return None
-    asked, positions = experiment.teacher.targets, batch["targets"]
-    temperature = experiment.objective.divergence.temperature
+    asked, positions = teacher.targets, batch["targets"]
     if asked.source == "hidden":
-        dtype = DTYPES[experiment.teacher.dtype]
+        dtype = DTYPES[teacher.dtype]
         return HiddenTargets(torch.zeros(*positions.shape, config.hidden_size, dtype=dtype, device=positions.device),
                              Head(head.weight, head.bias))
     many = min(asked.draws if asked.source == "samples" else asked.k, config.vocab_size)
@@ -303,9 +306,9 @@ def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: i
     return None if least == student.vocab_size == teacher.vocab_size else SharedVocabulary(least)
 
 
-def check_sizes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+def check_sizes(settings: Teacher | None, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
     """Raise `UserError` where tokens of the teacher are cached by number, and the student's vocabulary is another."""
-    by_number = uses_teacher(experiment) and experiment.teacher.targets.source in ("samples", "top_k")
+    by_number = settings is not None and settings.targets.source in ("samples", "top_k")
     if by_number and sizes(student, teacher) is not None:
         raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",
-                        value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
+                        value=settings.targets.source, way_out="use `live` or `hidden`")

@@ -18,6 +18,8 @@ from trainer.data.dataset import PreparedData
 from trainer.data.tokenizers import own_tokenizer, vocabulary_size
 from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
+from trainer.experiment.nodes import Student, Teacher
+from trainer.experiment.objective_nodes import Objective
 from trainer.teacher.target_cache import apart
 
 LONGER = 2  # times the student's sequence length that the teacher may need for the same text
@@ -41,7 +43,7 @@ def match_vocabularies(
     if other is None:
         return real_tokens(text.tokenizer, student, teacher), identity_adapter
     if experiment.objective.divergence.name == "uld":
-        return _apart(text.tokenizer, student, other, teacher), _by_spans(experiment, text.tokenizer, other)
+        return _apart(text.tokenizer, student, other, teacher), _by_spans(experiment.objective, experiment.teacher, experiment.data.sequence_length, text.tokenizer, other)
     if text.tokenizer.get_vocab() == other.get_vocab():
         return real_tokens(text.tokenizer, student, teacher), identity_adapter
     with error_context(
@@ -53,16 +55,16 @@ def match_vocabularies(
     moved = (found.to_teacher >= 0) & (found.to_teacher != ids)
     if not moved.any() and teacher.vocab_size >= vocabulary_size(text.tokenizer):
         return found.common, identity_adapter
-    _check_cache(experiment, "other numbers for the same tokens")
+    _check_cache(experiment.teacher, "other numbers for the same tokens")
     _check_known(text, found.to_teacher)
     return found.common, TokenIdRemap(found.to_teacher)
 
 
-def reads_alike(experiment: Experiment, text: PreparedData) -> bool:
+def reads_alike(teacher: Teacher, student: Student, text: PreparedData) -> bool:
     """Whether the teacher can be given the student's tokens as they are, to be measured on the same rows."""
-    if experiment.teacher.path is None or experiment.student.from_teacher is not None:
+    if teacher.path is None or student.from_teacher is not None:
         return True
-    other = own_tokenizer(experiment.teacher.path, experiment.teacher.revision)
+    other = own_tokenizer(teacher.path, teacher.revision)
     return other is None or other.get_vocab() == text.tokenizer.get_vocab()
 
 
@@ -95,20 +97,21 @@ def _numbers(tokenizer: PreTrainedTokenizerBase, rows: int) -> torch.Tensor:
 
 
 def _by_spans(
-    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+    objective: Objective, teacher: Teacher, length: int, tokenizer: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
 ) -> TeacherInputAdapter:
-    if experiment.objective.has_intermediate:
+    if objective.has_intermediate:
         raise UserError("objective.divergence.name", "with another tokenizer hidden states are of other positions, and "
                         "cannot be compared", value="uld", way_out="remove objective.features, relations and values")
-    _check_cache(experiment, "another tokenizer")
+    _check_cache(teacher, "another tokenizer")
     with error_context("objective.divergence.name", value="uld", way_out="use a teacher of the student's family"):
-        return SpanAlignedInputs(SpanAligner(tokenizer, other, LONGER * experiment.data.sequence_length))
+        return SpanAlignedInputs(SpanAligner(tokenizer, other, LONGER * length))
 
 
-def _check_cache(experiment: Experiment, what: str) -> None:
-    if experiment.teacher.targets.source != "live":
+def _check_cache(teacher: Teacher, what: str) -> None:
+    if teacher.targets.source != "live":
         raise UserError("teacher.targets.source", f"a teacher with {what} is asked at every step",
-                        value=experiment.teacher.targets.source, way_out="use `live`")
+                        value=teacher.targets.source, way_out="use `live`")
 
 
 def _check_known(text: PreparedData, to_teacher: torch.Tensor) -> None:

@@ -37,7 +37,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak, read_lines
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate, without_projections
 from trainer.teacher.loss import loss_of_batch
-from trainer.teacher.target_cache import CachedTargets, uses_teacher
+from trainer.teacher.target_cache import CachedTargets
 from trainer.training.evaluation import Evaluator
 from trainer.training.memory_check import MemoryCheck
 from trainer.training.nonfinite import Backward, diagnosis, locate_nonfinite
@@ -82,7 +82,7 @@ class TrainLoop:
         self.teacher_config = teacher_config
         setup = RankSetup.of(experiment, plan.topology)
         self.cached = teacher if isinstance(teacher, CachedTargets) else None
-        live = teacher if self.cached is None and uses_teacher(experiment) else None
+        live = teacher if self.cached is None and experiment.uses_teacher else None
         shapes = shape_of(student), None if live is None else shape_of(live)  # while they are whole
         self.precision = experiment.precision.build(accelerator.device.type)
         self.state, self.steps = TrainState(self.precision), plan.steps
@@ -95,7 +95,7 @@ class TrainLoop:
         self.distillation = Distillation(
             experiment.objective.build(teacher is not None), self.unwrapped, self.teacher, shapes=shapes,
             common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
-            intermediate=build_intermediate(experiment, self.unwrapped, self.teacher),
+            intermediate=build_intermediate(experiment.objective, self.unwrapped, self.teacher),
             balancing=balancing_weight(experiment.objective, self.unwrapped.config))
         if plan.step is not None:
             plan.step.install(self.unwrapped, inductor=experiment.memory.compile)
@@ -293,8 +293,8 @@ class TrainLoop:
                             f"which could not be written to {self.folder.checkpoints}.\n  -> make room there and start "
                             "the same command again: the run goes on from "
                             + ("its beginning" if newest is None else newest.name))
-        model = whole_student(self.experiment, self.unwrapped)
-        attach_projections(self.experiment, model, self.teacher_config)
+        model = whole_student(self.experiment.form, self.unwrapped)
+        attach_projections(self.experiment.objective, self.experiment.seed, model, self.teacher_config)
         checkpoints.load_whole(newest, model)
         return without_projections(model)
 
