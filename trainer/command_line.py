@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         self.siblings: dict[str, Parser] = {}  # parsers of the other verbs
         self.typed: list[str] = []
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.typed = list(args or ())
         options, rest = super().parse_known_args(args, namespace)
         words = [*(getattr(options, "overrides", None) or ()), *rest]
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             self._check_options(self.typed)
             what = {"VERB": "verb", "RUNTIME": "runtime"}[str(action.metavar)]
-            raise UserError("", f"no such {what}: {value}", way_out=_nearest(value, action.choices) or
+            raise UserError("", f"no such {what}: {value}", way_out=_nearest(value, [*action.choices]) or
                             f"one of {', '.join(action.choices)}; see {self.prog} --help")
 
     def _check_options(self, words: Sequence[str]) -> None:

@@ -111,6 +111,7 @@ class Experiment(Node):
 
     def _cached(self) -> None:
         """What a cache cannot serve."""
+        assert self.teacher is not None, "nothing else is cached"
         source, name = self.teacher.targets.source, self.objective.divergence.name
         if self.data.streaming:
             raise UserError("teacher.targets.source", "a stream's rows are made anew each time, and have no cache",
