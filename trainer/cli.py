@@ -70,7 +70,7 @@ def _run_experiment(source: Source) -> int:
             signals.noted(experiment, OTHERS_WAIT)
         return signals.AGAIN_LATER
     except UserError as error:  # where it is another process's alone, a launcher signals this one: that is no stop
-        if error.key != "pipeline.folder":  # else it is another run's
+        if error.key != "run.folder":  # else it is another run's
             signals.note(experiment, messages(error, source), exit_code(error), process=process)
         raise
     except (RunFailed, OSError, RuntimeError) as error:
