@@ -107,8 +107,11 @@ def limbeck(arguments: list[str]) -> int:
     except (UserError, ExperimentErrors) as error:
         tell(messages(error, place=getattr(options, "run", "command line")))
         return USER_ERROR
-    except RunFailed as error:
-        tell(f"error: {error}")
+    except (RunFailed, OSError, RuntimeError) as error:
+        said = failure(error)
+        if said is None:
+            raise
+        tell(said)
         return FAILURE
 
 

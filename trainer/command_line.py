@@ -107,7 +107,8 @@ def train_parser() -> Parser:
     parser.add_argument("--dry-run", action="store_true", help="show what would run - values and where they come from, "
                         "steps, parameters, bytes - and stop")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON instead")
-    parser.add_argument("--version", action="version", version=f"limbeck {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
+                        help="show the version and exit")
     return parser
 
 
@@ -130,7 +131,8 @@ def limbeck_parser() -> Parser:
     parser = Parser(prog="limbeck", usage="limbeck VERB ...", description="What is done beside training.", epilog=
                     "Each verb has its own: limbeck VERB --help.\n"
                     "Training is launched: accelerate launch train.py --config FILE (see train.py --help).")
-    parser.add_argument("--version", action="version", version=f"limbeck {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
+                        help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="limbeck")
     for add in (_init, _schema, _show_data, _status, _report, _export):
         add(verbs)

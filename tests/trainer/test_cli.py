@@ -105,7 +105,7 @@ def test_overrides_reach_the_experiment(write_experiment, capsys):
     ("show-data", ["no experiment given", "limbeck show-data --config FILE [key=value ...]"]),
     ("status", ["name one run", "limbeck status RUN, or limbeck status --config FILE"]),
     ("status a b", ["name one run"]),
-    ("status nowhere", ["this is not a run folder"]),
+    ("status nowhere", ["error: command line: 'nowhere': this is not a run folder"]),
 ])
 def test_mistakes_after_limbeck(arguments, parts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

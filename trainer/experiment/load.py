@@ -58,7 +58,7 @@ def describe(error: UserError, origins: dict[Key, str], fallback: str) -> str:
     place = nearest_origin(origins, key, fallback)
     head = f"{place}: {error.key}" if error.key else place
     if error.has_value:
-        head += f" = {_show(error.value)}"
+        head += f"{' =' if error.key else ':'} {_show(error.value)}"
     return f"{head}: {error.problem}" + (f"\n  -> {error.way_out}" if error.way_out else "")
 
 
