@@ -6,21 +6,24 @@ BIN := $(VENV)/bin
 # Without an NVIDIA GPU, torch is pinned to a version that has a CPU build; with one, pip chooses (see README).
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: quickstart test faults setup lint schema clean
+.PHONY: quickstart test typecheck faults setup schema clean
 
 quickstart: setup
 	$(BIN)/accelerate launch --quiet --config_file launch/one_process.yaml train.py --config configs/quickstart.yaml
 
-test: setup
+test: setup typecheck
 	$(BIN)/ruff check .
 	$(BIN)/pytest
+
+typecheck: setup
+	$(BIN)/mypy
 
 faults: setup
 	$(BIN)/python -m benchmarks.faults $(FAULTS)
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints-cpu.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)

@@ -13,12 +13,12 @@ from benchmarks.distillation.losses import errors_table, side_by_side
 from benchmarks.distillation.students import table as students_table
 from benchmarks.faults.cost import table as cost_table
 from benchmarks.faults.judging import table as faults_table
-from benchmarks.quantization.allocation import table as allocation_table
-from benchmarks.quantization.qat import table as qat_table
+from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
+from benchmarks.quantization.trained_quantized import table as qat_table
 from benchmarks.quickstart import table as quickstart_table
+from benchmarks.sharding.bytes_by_engine import table as ledger_table
 from benchmarks.sharding.engines import table as engines_table
-from benchmarks.sharding.ledger import table as ledger_table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/architectures.md")  # that hold tables

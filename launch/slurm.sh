@@ -41,7 +41,7 @@ srun --kill-on-bad-exit=1 bash -c '
 ' limbeck "$root" "$gpus" "$nodes" "$address" "$@" || echo "the launchers ended with code $?" >&2
 # Launchers make 1 of every code, so the run folder is asked: 75 is a run that was stopped and is to go on.
 code=0
-python "$root/limbeck.py" status "$@" || code=$?
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" python -m limbeck status "$@" || code=$?
 if [ "$code" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -12,7 +12,8 @@ from tests.conftest import ROOT
 # From the bottom up: a room imports those before it, and `trainer`'s own modules, which are of everybody.
 TRAINER = ("experiment", "data", "run", "models", "distributed", "teacher", "checkpoints", "planning", "training",
            "student")
-BELOW_ALL, ABOVE_ALL = ("errors", "files", "model_files"), ("pipeline", "cli")
+BELOW_ALL = ("errors", "files", "model_files")
+ABOVE_ALL = ("pipeline", "script", "command_line", "failures", "starter", "cli")
 REMATERIALIZATION = ("solve", "capture", "price", "execute")
 MOST_WITH_EXPERIMENT = 30  # functions outside of experiment/, planning/ and the pipeline
 

@@ -2,3 +2,5 @@
 
 Importing this package imports nothing heavy, so that `train.py --help` and configuration errors answer at once.
 """
+
+__version__ = "0.1.0"

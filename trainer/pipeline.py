@@ -113,33 +113,18 @@ def run_experiment(source: Source) -> Path:
     folder.check(experiment)
     accelerator, topology = start(experiment)
     say = console.print if accelerator.is_main_process else lambda *_: None
-    again = folder.afterwards(experiment) if folder.finished else []
+    values = experiment.model_dump(mode="json")
+    again = folder.afterwards(values) if folder.finished else []
     if folder.finished and not again:
         say(f"{folder.path} is finished: see {folder.report}. To run again, choose another run.folder or remove it.")
-        if changed := [key for key in folder.changed(experiment) if not key.startswith("run.")]:
+        if changed := [key for key in folder.changed(values) if not key.startswith("run.")]:
             say(f"not used, since it is finished: {', '.join(changed)}")
         return folder.path
     if again:
         say(f"{folder.path} is trained; its student, receipts and report are made again, with other values of "
             f"{', '.join(again)}")
-    check_batch(experiment.training, experiment.optimizer, topology)
-    if experiment.memory.bytes is not None:
-        say(f"{experiment.name}: planning memory")
-    how = Launched(accelerator, topology)
-    check_early(experiment, topology, how.plans)
-    say(f"{experiment.name}: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"{experiment.precision.dtype}")
-    say(f"{experiment.name}: reading and tokenizing {experiment.data.path}")
-    with accelerator.main_process_first():
-        text = prepare_text(experiment)
-    for note in text.notes:
-        say(f"{experiment.name}  {note}")
-    _, shape = _configs(experiment, vocabulary_size(text.tokenizer))
-    check_places({"teacher": experiment.teacher, "student": experiment.student}, text)
-    check_calibration(experiment, shape, text)
-    for note in check_tokenizer(experiment.export, text, shape.vocab_size):
-        say(f"{experiment.name}  {note}")
-    experiment = _with_teacher(experiment, how, text)
+    begun = begin(experiment, Launched(accelerator, topology))
+    experiment, how, text = begun.experiment, begun.how, begun.text
     done = train_one(source.experiment, experiment, folder, folder.unverified, how, text)
     if experiment.uses_teacher and experiment.report.control:
         control = RunFolder(folder.control)
@@ -155,6 +140,57 @@ def run_experiment(source: Source) -> Path:
         say(f"{experiment.name}: done, see {folder.report}")
     accelerator.end_training()
     return folder.path
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The processes of a run, and the plans that they make.
+
+    Attributes:
+        accelerator: that all joined.
+        topology: how they share the work.
+        plans: of all models of the run.
+    """
+
+    accelerator: Accelerator
+    topology: Topology
+    plans: Plans = field(default_factory=Plans)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An experiment whose data is read and whose teacher, if it has one, has weights."""
+
+    experiment: Experiment
+    how: Launched
+    text: PreparedData
+
+
+def begin(experiment: Experiment, how: Launched) -> Begun:
+    """Check an experiment, read and tokenize its data, and train a teacher that has no weights yet.
+
+    Raises:
+        UserError: a mistake in the experiment or its data; nothing has been written then but the cache.
+        RunFailed: the training of the teacher failed.
+    """
+    accelerator, name = how.accelerator, experiment.name
+    say = console.print if accelerator.is_main_process else lambda *_: None
+    check_batch(experiment.training, experiment.optimizer, how.topology)
+    if experiment.memory.bytes is not None:
+        say(f"{name}: planning memory")
+    check_early(experiment, how.topology, how.plans)
+    say(f"{name}: {how.topology.ranks} process(es) on {accelerator.device.type}, {experiment.precision.dtype}")
+    say(f"{name}: reading and tokenizing {experiment.data.path}")
+    with accelerator.main_process_first():
+        text = prepare_text(experiment)
+    for note in text.notes:
+        say(f"{name}  {note}")
+    _, shape = _configs(experiment, vocabulary_size(text.tokenizer))
+    check_places({"teacher": experiment.teacher, "student": experiment.student}, text)
+    check_calibration(experiment, shape, text)
+    for note in check_tokenizer(experiment.export, text, shape.vocab_size):
+        say(f"{name}  {note}")
+    return Begun(_with_teacher(experiment, how, text), how, text)
 
 
 def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans | None = None) -> None:
@@ -187,21 +223,6 @@ def _check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None
         try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
     with torch.device("meta"):
         check_runtimes(experiment.export, experiment.form, export_skeleton(experiment.form, student))
-
-
-@dataclass(frozen=True)
-class Launched:
-    """The processes of a run, and the plans that they make.
-
-    Attributes:
-        accelerator: that all joined.
-        topology: how they share the work.
-        plans: of all models of the run.
-    """
-
-    accelerator: Accelerator
-    topology: Topology
-    plans: Plans = field(default_factory=Plans)
 
 
 def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, how: Launched,

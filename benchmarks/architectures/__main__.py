@@ -38,7 +38,8 @@ from benchmarks.rematerialization.frontier import machine  # noqa: E402
 
 SECONDS = 300
 # What a fork would import else, time and again; what is optional may be missing.
-NEEDED = {"": ["trainer.pipeline", "trainer.cli", "benchmarks.architectures.checks", "benchmarks.architectures.ranks",
+NEEDED = {"": ["trainer.pipeline", "trainer.cli", "benchmarks.architectures.checks",
+               "benchmarks.architectures.trained_on_ranks",
                "transformers.integrations.compressed_tensors", "transformers.quantizers.auto"],
           "onnx": ["onnx", "onnx_ir", "onnxscript", "onnxruntime", "torch.onnx", "strategies.export.onnx.onnx_folder",
                    "torch.onnx._internal.exporter._core", "torch.onnx._internal.exporter._registration"],
@@ -101,7 +102,7 @@ def _be_one(base: Path, model_type: str, checks: list[str], file: Path) -> None:
     import resource
 
     from benchmarks.architectures.checks import examine
-    from benchmarks.architectures.material import Room
+    from benchmarks.architectures.tiny_models import Room
 
     code = 1
     try:
@@ -157,7 +158,7 @@ def run(left: list[tuple[str, list[str]]], found: dict[str, Any], options: argpa
     """Examine what is left, several at a time where asked for, and write the file after each."""
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    from benchmarks.architectures.material import share
+    from benchmarks.architectures.tiny_models import share
 
     get_ready(options.checks)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.architectures.material import ROW, Room
+from benchmarks.architectures.tiny_models import ROW, Room
 from benchmarks.architectures.verdicts import apart, judged, message, refused, right, verdict_of, wrong
-from benchmarks.sharding.ranks import fresh
+from benchmarks.sharding.sharded_runs import fresh
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.quantization.qat import quantized_layers
 from trainer import pipeline
@@ -339,7 +339,7 @@ LONE: dict[str, Callable[[Room], dict[str, Any]]] = {
 
 def examine(room: Room, wanted: list[str], tell: Callable[[str, dict[str, Any]], None]) -> None:
     """Carry checks out on the model of a room, and tell of each as it is done."""
-    from benchmarks.architectures.ranks import ENGINES, check_engines
+    from benchmarks.architectures.trained_on_ranks import ENGINES, check_engines
 
     for checks, make in ((STEPS, Steps), (QUANTIZED, Quantized)):
         names = [name for name in wanted if name in checks]

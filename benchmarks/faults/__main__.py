@@ -24,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.faults import damage, disk, kills, nans, ranks, signals
+from benchmarks.faults import damage, disk, kills, nans, rank_faults, signal_faults
 from benchmarks.faults.contenders import AccelerateScript, Contender, HFTrainer, Limbeck
+from benchmarks.faults.fault_material import Material, make
 from benchmarks.faults.judging import Row, table
-from benchmarks.faults.material import Material, make
 from benchmarks.faults.processes import FORKED, NEEDED, Started
 from benchmarks.rematerialization.frontier import machine
 
@@ -50,15 +50,15 @@ def works(material: Material, options: argparse.Namespace) -> dict[str, list[Wor
                    for one, more in ((alone, damage.OURS), *((peer, damage.PEERS) for peer in peers[::2]))],
         "shards": [lambda room: damage.damage_rows(replace(alone, options=(*damage.OURS, *FSDP2)), room, ", FSDP2",
                                                    ("model-00001",) if short else None, processes=2)],
-        "signal": [lambda room: [signals.signal_row(full, room, ("step", "export") if short else signals.PHASES,
+        "signal": [lambda room: [signal_faults.signal_row(full, room, ("step", "export") if short else signal_faults.PHASES,
                                                     how=how)]],
         "disk": [lambda room: [disk.disk_row(ours, room)]],
         "nan": [lambda room, one=one: [nans.sample_row(one, room)] for one in (ours, *peers[::2])]
         + [lambda room: [*nans.rank_rows(ours, room), nans.stopped_row(ours, room)]],
-        "death": [lambda room: [ranks.lost_rank_row(ours, room, signal.SIGKILL, how, hit)]],
-        "stall": [lambda room: [ranks.lost_rank_row(ours, room, signal.SIGSTOP, how, hit)]],
-        "world": [lambda room: [ranks.world_row(ours, room)]],
-        "workers": [lambda room: [ranks.workers_row(ours, room)]],
+        "death": [lambda room: [rank_faults.lost_rank_row(ours, room, signal.SIGKILL, how, hit)]],
+        "stall": [lambda room: [rank_faults.lost_rank_row(ours, room, signal.SIGSTOP, how, hit)]],
+        "world": [lambda room: [rank_faults.world_row(ours, room)]],
+        "workers": [lambda room: [rank_faults.workers_row(ours, room)]],
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.faults.material import Material
+from benchmarks.faults.fault_material import Material
 from benchmarks.faults.processes import ROOT, Forked, Launched, Started
 
 PEERS = Path(__file__).with_name("peers")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.contenders import Contender, Limbeck, lines_of
+from benchmarks.faults.fault_material import POISONED
 from benchmarks.faults.judging import PATIENCE, Row, gone_on, judge_end
-from benchmarks.faults.material import POISONED
 
 POISON = Path(__file__).with_name("poisoned.py")
 SHORT = ("training.steps=12", "training.checkpoint_every=4", "training.evaluate_every=12")

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.quantization.qat import train
+from benchmarks.quantization.trained_quantized import train
 from benchmarks.quickstart import machine
 from strategies.export.gguf.gguf_file import dequantized_reference, write_gguf
 from strategies.quantization.qat import prepare, quantized_layers

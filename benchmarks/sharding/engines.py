@@ -79,7 +79,7 @@ def carried_out(runs: list[dict], folder: Path, processes: int) -> None:
     """Train them one after another, in one process or two, through the launcher."""
     file = folder / f"runs-{processes}.json"
     file.write_text(json.dumps(runs))
-    launched(Path(__file__).with_name("ranks.py"), file, processes=processes, check=True)
+    launched(Path(__file__).with_name("sharded_runs.py"), file, processes=processes, check=True)
 
 
 def row(run: dict, folder: Path, alone: str) -> dict:
@@ -105,7 +105,7 @@ def row(run: dict, folder: Path, alone: str) -> dict:
 def foretold(run: dict) -> tuple[int, int, int]:
     """What a dry run says of each of two ranks: the peak, what is there before a step, and model state."""
     asked = read_experiment(run["file"], run["overrides"]).experiment
-    config = student_config(asked, None, None)
+    config = student_config(asked.student, None, None)
     plan = Plans().resolve(asked, Topology(data_parallel=2), None, config)
     return plan.memory.peak, plan.step.planner.frame.base, plan.ledger.model_state
 

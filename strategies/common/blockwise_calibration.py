@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +81,7 @@ class BlockwiseCalibrator:
         """Whether the present part is a block."""
         return 0 <= self._place < len(self._blocks)
 
-    def parts(self) -> Iterator[dict[str, nn.Module]]:
+    def parts(self) -> Generator[dict[str, nn.Module], None, None]:
         """Modules by name, of one part at a time; those outside the blocks come twice, before them and after them."""
         outside = {name: module for name, module in self.model.named_modules()
                    if not name.startswith(f"{self._name}.")}

@@ -128,6 +128,7 @@ class Distillation:
             if hidden is None:
                 total, terms = loss(teacher_targets)
             else:
+                assert self.teacher is not None and theirs is not None, "whose hidden states these are"
                 total, terms = with_head(self.teacher, theirs, lambda its: loss(HiddenTargets(hidden, its)))
             if self.intermediate is not None:
                 for name, weight, value in self.intermediate.sums(

@@ -45,6 +45,7 @@ class Quantized(Protocol):
     bias: torch.Tensor | None
     quantizer: Quantizer
     activations: Activations | None
+    input_scale: torch.Tensor  # where activations are not dynamic
 
     @property
     def matrix(self) -> torch.Tensor: ...

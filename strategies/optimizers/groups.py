@@ -19,7 +19,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         `param_groups` for any torch optimizer: "params", "weight_decay", and "names" of the parameters in the model.
     """
     embeddings = embedding_weights(model)
-    decayed, others = [], []
+    decayed: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():  # names a tied parameter once
         if parameter.requires_grad:
             (decayed if dimensions(parameter) >= 2 and id(parameter) not in embeddings else others).append(

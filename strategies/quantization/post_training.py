@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -123,7 +123,7 @@ def _check(how: _How, batches: list[Batch], chosen: dict[str, tuple[nn.Module, W
     inputs = {name: as_matrix(module).shape[1] for name, (module, _) in chosen.items() if multiplies(module)}
     if how.method != "gptq" or not inputs or not all("input_ids" in batch for batch in batches):
         return
-    widest = max(inputs, key=inputs.get)
+    widest = max(inputs, key=lambda name: inputs[name])
     masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
     tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
     if tokens < inputs[widest]:
@@ -156,9 +156,10 @@ class _Rounding:
         scales = self._input_scales(walk, {name: layers[name] for name in whole}, seen, whole)
         of, factor = None, None
         for name in whole:
-            if seen[name] is not of and seen[name].moment is not None:
+            moment = seen[name].moment
+            if seen[name] is not of and moment is not None:
                 of = seen[name]
-                factor = factorize(of.moment, self._how.damping, self._how.act_order, whole[name])
+                factor = factorize(moment, self._how.damping, self._how.act_order, whole[name])
             self._round(name, factor if seen[name] is of else None, whole[name], scales.get(name))
 
     def rest(self) -> None:
@@ -179,17 +180,18 @@ class _Rounding:
 
     def _input_scales(self, walk: BlockwiseCalibrator, layers: dict[str, nn.Module], seen: dict[str, Seen],
                       whole: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        if not self._how.static:
+        activations = self._how.activations
+        if activations is None or not self._how.static:
             return {}
-        largest = {name: (seen[name].largest if whole[name] is None else
-                          seen[name].largest.index_fill(0, whole[name], 0.0)).amax(0, keepdim=True) for name in layers}
+        largest = {name: _without(seen[name].largest, whole[name], 0).amax(0, keepdim=True) for name in layers}
         if self._how.activation_range == "mse":
-            largest = _least_error(walk, layers, largest, whole, self._how.activations)
-        return {name: self._how.activations.scale(largest[name].to(self._left[name][1].scale_dtype)) for name in layers}
+            largest = _least_error(walk, layers, largest, whole, activations)
+        return {name: activations.scale(largest[name].to(self._left[name][1].scale_dtype)) for name in layers}
 
     @torch.no_grad()
     def _round(self, name: str, factor: Factor | None = None, whole: torch.Tensor | None = None,
                input_scale: torch.Tensor | None = None) -> None:
+        module: Any
         module, own = self._left.pop(name)
         first = self._first.setdefault(id(module.weight), module)
         if first is module:
@@ -212,6 +214,11 @@ class _Rounding:
         self._tell(name)
 
 
+def _without(inputs: torch.Tensor, whole: torch.Tensor | None, dim: int) -> torch.Tensor:
+    """Inputs of a layer without those of the columns (columns,) that stay in full precision: zeros in their place."""
+    return inputs if whole is None else inputs.index_fill(dim, whole, 0.0)
+
+
 def _least_error(walk: BlockwiseCalibrator, layers: dict[str, nn.Module], largest: dict[str, torch.Tensor],
                  whole: dict[str, torch.Tensor | None], activations: ActivationQuantizer) -> dict[str, torch.Tensor]:
     """The magnitude (1,) to take for the largest of each layer's inputs, such that their squared error is least."""
@@ -219,7 +226,7 @@ def _least_error(walk: BlockwiseCalibrator, layers: dict[str, nn.Module], larges
     errors = {name: torch.zeros(RATIOS, dtype=torch.float64) for name in layers}
 
     def see(name: str, rows: torch.Tensor) -> None:
-        rows = rows.float() if whole[name] is None else rows.float().index_fill(1, whole[name], 0.0)
+        rows = _without(rows.float(), whole[name], 1)
         for number, ratio in enumerate(ratios):
             rounded = activations.fake_quantize(rows, activations.scale(ratio * largest[name]))
             errors[name][number] += float((rounded - rows).square_().sum())

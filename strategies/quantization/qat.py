@@ -34,6 +34,7 @@ class Quantized:
     weight: nn.Parameter
     quantizer: WeightQuantizer
     activations: ActivationQuantizer | None = None
+    input_scale: nn.Parameter
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -92,7 +93,7 @@ class Quantized:
         return self.activations.fake_quantize(values, getattr(self, "input_scale", None))
 
 
-class QATLinear(Quantized, nn.Linear):
+class QATLinear(Quantized, nn.Linear):  # type: ignore[misc]  # torch calls a weight a Tensor, here and below
     """A linear layer that sees its quantized weights."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ class QATLinear(Quantized, nn.Linear):
         return nn.functional.linear(self.as_seen(input), self.effective_weight, self.bias)
 
 
-class QATEmbedding(Quantized, nn.Embedding):
+class QATEmbedding(Quantized, nn.Embedding):  # type: ignore[misc]
     """An embedding that gives quantized vectors."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -109,7 +110,7 @@ class QATEmbedding(Quantized, nn.Embedding):
                                        self.scale_grad_by_freq, self.sparse)
 
 
-class QATConv1d(Quantized, nn.Conv1d):
+class QATConv1d(Quantized, nn.Conv1d):  # type: ignore[misc]
     """A convolution over a sequence that sees its quantized kernels."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -117,7 +118,7 @@ class QATConv1d(Quantized, nn.Conv1d):
         return self._conv_forward(self.as_seen(input), self.effective_weight, self.bias)
 
 
-class QATConv2d(Quantized, nn.Conv2d):
+class QATConv2d(Quantized, nn.Conv2d):  # type: ignore[misc]
     """A convolution over an image that sees its quantized kernels."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,7 @@ class QATConv1D(Quantized, Conv1D):
         return torch.addmm(self.bias, rows, self.effective_weight).view(*x.shape[:-1], self.nf)
 
 
-class QATExperts(Quantized, Experts):
+class QATExperts(Quantized, Experts):  # type: ignore[misc]
     """One weight of all experts of a block, quantized."""
 
 
@@ -168,7 +169,7 @@ def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] 
     chosen = choose(model, quantizer, ignore, rules, embeddings)
     for name, (module, own) in chosen.items():
         own.check(as_matrix(module), name)
-    kept: dict[int, QATLinear] = {}  # by weight: layers that share it share its scales
+    kept: dict[int, Any] = {}  # by weight: layers that share it share its scales
     for module, own in chosen.values():
         become_quantized(module, own, activations)
         twin = kept.setdefault(id(module.weight), module)
@@ -185,9 +186,9 @@ def become_quantized(layer: Any, quantizer: WeightQuantizer, activations: Activa
     layer.__class__ = QUANTIZED[type(layer)]
     layer.quantizer = quantizer
     if isinstance(layer, Experts):
-        holder = layer.holder
+        holder: Any = layer.holder
         if not hasattr(holder, "quantized_experts"):
-            holder.__class__, holder.quantized_experts = seeing(type(holder)), {}
+            holder.__class__, holder.quantized_experts = seeing(type(holder)), {}  # type: ignore[arg-type]
         holder.quantized_experts[layer.key] = layer
     elif activations is not None and not isinstance(layer, nn.Embedding):
         layer.activations = activations
@@ -232,7 +233,7 @@ def choose(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str], 
     return chosen
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
     """Every fake-quantized layer with its name."""
     return ((name, layer) for name, layer in all_layers(model) if isinstance(layer, Quantized))
 
@@ -246,6 +247,7 @@ def set_bits(model: nn.Module, bits: int) -> None:
     changed: dict[tuple[WeightQuantizer, int], WeightQuantizer] = {}
     for _, layer in quantized_layers(model):
         before = layer.quantizer
-        wanted = max(bits, layer.__dict__.setdefault("own_bits", before.bits))
+        own: int = layer.__dict__.setdefault("own_bits", before.bits or 0)
+        wanted = max(bits, own)
         if before.kind == "int" and before.bits != wanted:
             layer.quantizer = changed.setdefault((before, wanted), replace(before, bits=wanted))

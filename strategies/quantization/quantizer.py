@@ -90,11 +90,13 @@ class WeightQuantizer:
     @property
     def lowest(self) -> int:
         """The smallest number."""
+        assert self.bits is not None, "settled when it was made"
         return {"int": -2 ** (self.bits - 1), "ternary": -1, "binary": -1, "fp8": -448}[self.kind]
 
     @property
     def highest(self) -> int:
         """The largest number."""
+        assert self.bits is not None, "settled when it was made"
         return {"int": 2 ** (self.bits - 1) - 1, "ternary": 1, "binary": 1, "fp8": 448}[self.kind]
 
     @property

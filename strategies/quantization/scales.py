@@ -13,8 +13,11 @@ SMALLEST, LARGEST = 0.2, 1.06  # of them: 2 bits of 4,096 normal weights are bes
 class Range(Protocol):
     """What is asked of a quantizer here."""
 
-    kind: str
-    symmetric: bool
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def symmetric(self) -> bool: ...
 
     @property
     def lowest(self) -> int: ...

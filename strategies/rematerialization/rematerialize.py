@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,8 +66,8 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
         CannotPlan: the model does not run on tensors without data, as some mixtures of experts do not.
     """
     budget = parse_bytes(budget)
-    settings = {"optimizer": optimizer, "loss": loss, "autocast": autocast, "accumulate": accumulate,
-                "others": others, "reserved": _buckets(model)}
+    settings: dict[str, Any] = {"optimizer": optimizer, "loss": loss, "autocast": autocast, "accumulate": accumulate,
+                                "others": others, "reserved": _buckets(model)}
     planner = study(model, example_batch, regions=False, **settings)
     if not planner.fits_as_it_is(budget):
         planner = study(model, example_batch, **settings)
@@ -132,7 +133,7 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
     with without_data(*around) if pretended else nullcontext((None, None)) as (mode, _), mode or nullcontext(), \
             elsewhere():
-        calls = record(modules, lambda: step(model, fake_batch(mode, batch) if pretended else batch), around) \
+        calls = record(modules, lambda: step(model, batch if mode is None else fake_batch(mode, batch)), around) \
             if modules else []
     calls = _plannable(calls)
     _warn_of([call for call in calls if call.captured is None], "keeps all or only its input")
@@ -146,7 +147,8 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
         calls, frame = trace_step(calls, Step(
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
             accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward), mode)
-        fallback = {id(call): fallback_options(call.measured, known) for call in calls if call.captured is None}
+        fallback = {id(call): fallback_options(call.measured, known) for call in calls  # type: ignore[arg-type]  # it ran
+                    if call.captured is None}
     prices = Prices(known, measure=not pretended if measure is None else measure)
     return Planner(calls, frame, prices, lambda call: fallback[id(call)], blocks is not None)
 
@@ -222,12 +224,13 @@ def refuted(planner: Planner, model: nn.Module, run: Callable[[], object]) -> di
     return {call.name: call.unfit or call.reason for call in calls if call.unfit or call.captured is None}
 
 
-def loss_of(model: nn.Module, batch: object) -> torch.Tensor:
+def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
     """The loss that a model returns for a batch: `.loss`, "loss", or the first thing."""
     if isinstance(batch, Mapping):
         out = model(**batch)
     else:
         out = model(batch) if isinstance(batch, torch.Tensor) else model(*batch)
     if isinstance(out, Mapping):
-        return out.get("loss")
+        loss: Any = out.get("loss")
+        return loss
     return out if isinstance(out, torch.Tensor) else out[0]

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.faults import __main__ as faults
-from benchmarks.faults import damage, disk, kills, nans, ranks
+from benchmarks.faults import damage, disk, kills, nans, rank_faults
 from benchmarks.faults.contenders import AccelerateScript, HFTrainer, Limbeck
+from benchmarks.faults.fault_material import make
 from benchmarks.faults.judging import Row, table
-from benchmarks.faults.material import make
 from tests.conftest import ROOT
 
 
@@ -69,7 +69,7 @@ def test_a_nan_sample(material, tmp_path):
 
 
 def test_a_stalled_rank(limbeck, tmp_path):
-    row = ranks.lost_rank_row(limbeck, tmp_path, signal.SIGSTOP, "forked", (1,))
+    row = rank_faults.lost_rank_row(limbeck, tmp_path, signal.SIGSTOP, "forked", (1,))
     nothing_lost(row)
     assert "1 of 1 named it" in row.remarks[0]
 

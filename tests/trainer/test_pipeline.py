@@ -71,7 +71,8 @@ def test_report_compares_the_three_models_and_shows_pictures(finished):
     assert found["student"]["bytes_on_disk"] * 1.5 < found["teacher"]["bytes_on_disk"]
     before = (run / "report.md").read_bytes()
     (run / "report.md").unlink()
-    done = subprocess.run([sys.executable, ROOT / "limbeck.py", "report", run], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "limbeck", "report", run], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and (run / "report.md").read_bytes() == before
 
 

@@ -128,6 +128,7 @@ class Experiment(Node):
 
     def _cached(self) -> None:
         """What a cache cannot serve."""
+        assert self.teacher is not None, "nothing else is cached"
         source, name = self.teacher.targets.source, self.objective.divergence.name
         if self.data.streaming:
             raise UserError("teacher.targets.source", "a stream's rows are made anew each time, and have no cache",
@@ -157,7 +158,8 @@ class Experiment(Node):
     @property
     def uses_teacher(self) -> bool:
         """Whether training asks the teacher anything."""
-        return self.teacher is not None and (self.objective.build(True).needs_teacher or self.objective.has_intermediate)
+        objective = self.objective
+        return self.teacher is not None and (objective.build(True).needs_teacher or objective.has_intermediate)
 
     @property
     def form(self) -> StudentForm:

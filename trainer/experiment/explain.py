@@ -11,28 +11,10 @@ from pydantic_core import PydanticUndefined
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source, all_keys, node_of
 
-USAGE = """\
-Train a student from one experiment file.
-
-  accelerate launch train.py --config FILE [key=value ...]
-  python train.py --config FILE [key=value ...] --dry-run
-
-  --config FILE   the experiment, a YAML file (start from one in configs/)
-  --dry-run       show what would run - values and where they come from, steps, parameters, bytes - and stop
-  --json          with --dry-run: print the plan as JSON instead
-  --help          this text
-  key=value       override a value of the file, for example optimizer.lr=1e-4 student.quantization.bits=8
-
-Exit codes: 0 done (or resumed and done), 1 the run could not go on, 2 a mistake in the experiment or the data,
-3 a memory.budget that no plan can keep.
-
-Keys of the file, with their defaults:
-"""
-
 
 def help_text() -> str:
     """Every key with its one-line meaning and its default."""
-    lines = [USAGE]
+    lines = ["Keys of the file, with their defaults:", ""]
     for key, info in all_keys(Experiment).items():
         depth, name = key.count("."), key.rsplit(".", 1)[-1]
         head = "  " * (depth + 1) + name + (":" if node_of(info.annotation) else f": {_default(info)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -31,7 +32,7 @@ class Source:
         return nearest_origin(self.origins, tuple(key.split(".")) if key else (), "default")
 
 
-def read_experiment(file: str | Path, overrides: list[str] = ()) -> Source:
+def read_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Source:
     """Read an experiment.
 
     Args:
@@ -57,7 +58,7 @@ def describe(error: UserError, origins: dict[Key, str], fallback: str) -> str:
     place = nearest_origin(origins, key, fallback)
     head = f"{place}: {error.key}" if error.key else place
     if error.has_value:
-        head += f" = {_show(error.value)}"
+        head += f"{' =' if error.key else ':'} {_show(error.value)}"
     return f"{head}: {error.problem}" + (f"\n  -> {error.way_out}" if error.way_out else "")
 
 
@@ -116,7 +117,7 @@ def _distinct(error: ValidationError) -> list[dict[str, Any]]:
     """Errors without the variants of one union, which pydantic lists one by one (`int | None`)."""
     seen: dict[Key, dict[str, Any]] = {}
     for entry in error.errors():
-        seen.setdefault(tuple(str(part) for part in entry["loc"]), entry)
+        seen.setdefault(tuple(str(part) for part in entry["loc"]), dict(entry))
     return list(seen.values())
 
 
@@ -133,7 +134,8 @@ def _explain(entry: dict[str, Any]) -> UserError:
     if entry["type"] == "missing":
         return UserError(key, "this key is required", way_out=f"it means: {_help(key)}")
     if entry["type"] in ("model_type", "model_attributes_type"):
-        names = list(_node(key).model_fields) if _node(key) else []
+        node = _node(key)
+        names = list(node.model_fields) if node else []
         path = "path" in names and isinstance(entry["input"], str)
         return UserError(key, "expected keys of its own, not a single value", value=entry["input"],
                          way_out=f"write {key.rpartition('.')[2]}: {{path: {entry['input']}}}" if path

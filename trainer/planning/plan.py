@@ -145,9 +145,10 @@ def _studied(experiment: Experiment, topology: Topology, *configs: PretrainedCon
     """All that a step's memory depends on."""
     shapes = [None if config is None else {
         key: value for key, value in config.to_dict().items() if key not in LATER} for config in configs]
-    return json.dumps([experiment.model_dump(mode="json", include=STUDIED), topology.to_dict(), shapes,
-                       known_size(experiment.data.tokenizer, experiment.with_weights),
-                       apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name)], sort_keys=True, default=str)
+    sizes = (known_size(experiment.data.tokenizer, experiment.with_weights),
+             apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
+    return json.dumps([experiment.model_dump(mode="json", include=STUDIED), topology.to_dict(), shapes, sizes],
+                      sort_keys=True, default=str)
 
 
 def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
@@ -236,8 +237,8 @@ def _activations(experiment: Experiment, config: PretrainedConfig, compute: torc
     """
     try:
         return saved_activation_bytes(
-            lambda: empty_student(experiment.form, config), experiment.training.micro_batch, experiment.data.sequence_length,
-            None if compute is torch.float32 else compute)
+            lambda: empty_student(experiment.form, config), experiment.training.micro_batch,
+            experiment.data.sequence_length, None if compute is torch.float32 else compute)
     except (RuntimeError, NotImplementedError):
         return None
 

@@ -151,13 +151,15 @@ class _Made:
         common = sizes(student, teacher, known_size(experiment.data.tokenizer, experiment.with_weights),
                        apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
 
+        temperature = experiment.objective.divergence.temperature
+
         def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
             distillation = Distillation(objective, model, live(large), tile=tile, common=common,
                                         intermediate=build_intermediate(experiment.objective, model, live(large)),
                                         balancing=balancing_weight(experiment.objective, student))
             return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
-                                 teacher_targets=example_targets(
-                                     experiment.teacher, experiment.objective.divergence.temperature, teacher, batch, large))[0]
+                                 teacher_targets=example_targets(experiment.teacher, temperature, teacher, batch,
+                                                                 large))[0]
 
         return cls(small, large, batch, loss)
 

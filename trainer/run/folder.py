@@ -68,8 +68,9 @@ class RunFolder:
         if not self.experiment.exists():
             raise UserError("run.folder", "the folder exists and is not a run folder", value=str(self.path),
                             way_out=way_out)
-        later = self.afterwards(experiment)
-        changed = [(key, *values) for key, values in self.changed(experiment).items()
+        asked = experiment.model_dump(mode="json")
+        later = self.afterwards(asked)
+        changed = [(key, *values) for key, values in self.changed(asked).items()
                    if not _free(key) and key not in later]
         if changed:
             shown = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed[:3])
@@ -77,22 +78,25 @@ class RunFolder:
             raise UserError("run.folder", f"the folder belongs to another experiment: {shown}{more}",
                             value=str(self.path), way_out=way_out)
 
-    def changed(self, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
-        """Keys that differ from the experiment that the folder was made by, each with its value then and now."""
+    def changed(self, asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Keys that differ from the experiment that the folder was made by, each with its value then and now.
+
+        Args:
+            asked: the values of an experiment, as plain data.
+        """
         then = flatten(self._values())
-        now = flatten(experiment.model_dump(mode="json"))
+        now = flatten(asked)
         return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)
                 and not (key.endswith(".revision") and now.get(key) is None)}  # it was resolved when it began
 
-    def afterwards(self, experiment: Experiment) -> list[str]:
+    def afterwards(self, asked: dict[str, Any]) -> list[str]:
         """Changed keys that act after training alone: what is made with them can be made again from a checkpoint.
 
         Numbers and scales of a student that is trained quantized are part of its training, and so is going over to it.
         """
-        then, now = self._values(), experiment.model_dump(mode="json")
-        methods = {(one["student"].get("quantization") or {}).get("method") for one in (then, now)}
+        methods = {(one["student"].get("quantization") or {}).get("method") for one in (self._values(), asked)}
         places = AFTERWARDS if "qat" not in methods else ("report", "export.to", "export.tolerance")
-        return [key for key in self.changed(experiment) if _under(key, places)]
+        return [key for key in self.changed(asked) if _under(key, places)]
 
     def _values(self) -> dict[str, Any]:
         """Those of the experiment that the folder was made by, under the names of this version."""
@@ -100,11 +104,11 @@ class RunFolder:
 
     def adopt(self, experiment: Experiment) -> None:
         """Remember the values that the student's files and the report were made with again."""
-        values = self._values()
-        for key in self.afterwards(experiment):
+        values, asked = self._values(), experiment.model_dump(mode="json")
+        for key in self.afterwards(asked):
             name = next(one for one in AFTERWARDS if _under(key, (one,)))
             *above, last = name.split(".")
-            inner, new = values, experiment.model_dump(mode="json")
+            inner, new = values, asked
             for part in above:
                 inner, new = inner[part], new[part]
             inner[last] = new[last]

@@ -245,7 +245,7 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
 
 # ---- pictures
 
-def _figure(title: str, x: str, y: str):
+def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -261,7 +261,7 @@ def _figure(title: str, x: str, y: str):
     return figure, axes
 
 
-def _save(figure, file: Path) -> None:
+def _save(figure: Any, file: Path) -> None:
     from matplotlib import pyplot
 
     figure.savefig(file, dpi=120)

@@ -357,7 +357,8 @@ def _of(name: str, what: str) -> Callable:
 
 
 def _asked(models: dict[str, dict[str, Any]], micro_batch: int, sample: Report, text: PreparedData,
-           exported: torch.Tensor | None, device: str, **more: Any) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+           exported: torch.Tensor | None, device: str, **more: Any
+           ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
     rows, length = (1, 1) if exported is None else exported.shape[:2]
     try:
         return ask_client(

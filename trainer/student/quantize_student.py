@@ -56,7 +56,8 @@ def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedDat
     fresh.to(next(model.parameters()).device).eval()
     dtype = DTYPES[experiment.export.dtype]
     console.print(f"{experiment.name}: quantizing ({asked.method})")
-    batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch, next(fresh.parameters()).device)
+    batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch,
+                          next(fresh.parameters()).device)
     ignore = ignored(asked, without_place(fresh, asked, dtype))
     rules = asked.rules(dtype) if asked.budget is None else _allotted(
         experiment, fresh, batches, folder, ignore).rules
@@ -79,7 +80,8 @@ def check_calibration(experiment: Experiment, config: PretrainedConfig, text: Pr
     with torch.device("meta"):
         widest, name = max((layer.matrix.shape[1], name) for name, layer in quantized_layers(
             export_skeleton(experiment.form, config)) if not isinstance(layer, nn.Embedding))
-    batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch, torch.device("cpu"))
+    batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch,
+                          torch.device("cpu"))
     rows = sum(len(batch["input_ids"]) for batch in batches)
     masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
     tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)

@@ -43,7 +43,9 @@ def match_vocabularies(
     if other is None:
         return real_tokens(text.tokenizer, student, teacher), identity_adapter
     if experiment.objective.divergence.name == "uld":
-        return _apart(text.tokenizer, student, other, teacher), _by_spans(experiment.objective, experiment.teacher, experiment.data.sequence_length, text.tokenizer, other)
+        length = experiment.data.sequence_length
+        reads = _by_spans(experiment.objective, experiment.teacher, length, text.tokenizer, other)
+        return _apart(text.tokenizer, student, other, teacher), reads
     if text.tokenizer.get_vocab() == other.get_vocab():
         return real_tokens(text.tokenizer, student, teacher), identity_adapter
     with error_context(

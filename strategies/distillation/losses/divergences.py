@@ -75,7 +75,9 @@ class Divergence:
             first, by_first = _skewed(pair, share, gradient)
             second, by_second = _skewed_reverse(pair, 1 - share, gradient)
             value = first.mul_(share).add_(second, alpha=1 - share)
-            return value, by_first.mul_(share).add_(by_second, alpha=1 - share) if gradient else None
+            if by_first is None or by_second is None:
+                return value, None
+            return value, by_first.mul_(share).add_(by_second, alpha=1 - share)
         return _ROWS[self.name](pair, share, gradient)
 
 

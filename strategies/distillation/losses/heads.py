@@ -86,7 +86,7 @@ def products_of(compute: torch.dtype, device: torch.device) -> Iterator[None]:
     A CPU gives products of bf16 tensors in bf16 only, which loses what two near models differ by; but it can be told to
     round operands to bf16 as it reads them. Numbers that are bf16 already lose nothing by it, and nothing is copied.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     if device.type != "cpu" or compute is not torch.bfloat16:
         with torch.autocast(device.type, enabled=False):
             yield

@@ -104,9 +104,10 @@ class ResponseObjective:
             self._check_teacher(
                 teacher_targets, student.shape[-1] if head is None else head.vocabulary, targets, common
             )
-        flat = student.flatten(0, -2)
-        call = HeadCall(self.terms, None if head is None else head.detached(), targets.flatten(),
-                    _flat(teacher_targets, targets.ndim) if self.needs_teacher else None, common,
+        flat, said = student.flatten(0, -2), None
+        if self.needs_teacher and teacher_targets is not None:
+            said = _flat(teacher_targets, targets.ndim)
+        call = HeadCall(self.terms, None if head is None else head.detached(), targets.flatten(), said, common,
                     None if asked is None else asked.flatten(), tile, learned, accumulate)
         if head is None:
             loss, values = LogitLoss.apply(flat, call)

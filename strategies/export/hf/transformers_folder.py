@@ -61,7 +61,8 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     write_config(_config(model, dtype, quantized), partial, model)
-    model.generation_config.save_pretrained(partial)
+    settings: Any = model.generation_config
+    settings.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     _remove(folder)
     os.rename(partial, folder)
@@ -159,7 +160,7 @@ def _cannot_hold(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, st
         elif not quantizer.symmetric or quantizer.per_tensor or (quantizer.kind == "fp8" and quantizer.group_size):
             found[name] = ("belongs to experts, which transformers unpacks only with symmetric numbers and a scale for "
                            "each output or group, of fp8 for each output: take those, or leave experts out")
-        elif quantizer != first.quantizer:
+        elif first is not None and quantizer != first.quantizer:
             found[name] = "has other numbers than other experts, which transformers takes for the same"
     return found
 
@@ -207,7 +208,8 @@ def _packed(layer: Quantized, saved: dict[str, torch.Tensor | None]) -> Iterator
     quantizer, grid, every = layer.quantizer, layer.grid(), layer.numbers().cpu()
     scales, zeros = grid.scale.cpu(), None if grid.zero_point is None else grid.zero_point.to(torch.int8).cpu()
     for name, rows in saved.items():
-        numbers, scale, zero = (part if rows is None or part is None else part[rows] for part in (every, scales, zeros))
+        numbers, scale = (part if rows is None else part[rows] for part in (every, scales))
+        zero = zeros if zeros is None or rows is None else zeros[rows]
         if is_turned(layer):
             numbers, scale = numbers.T.contiguous(), scale.T
         tensors = {"weight_scale": scale.flatten() if quantizer.per_tensor else scale.contiguous()}

@@ -289,7 +289,7 @@ def test_rows_and_picture(tmp_path):
 
 
 def test_the_benchmark_prints_a_table_and_json(tmp_path, capsys):
-    from benchmarks.quantization import allocation as benchmark
+    from benchmarks.quantization import bit_allocation as benchmark
 
     (tmp_path / "text").write_text(sentences(0, 160))
     benchmark.main(["--text", str(tmp_path / "text"), "--steps", "2", "--blocks", "1", "--json",

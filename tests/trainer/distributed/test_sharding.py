@@ -34,9 +34,9 @@ def on_ranks(runs: list[dict], folder: Path, timeout: int = 550, processes: int 
 
 
 def _ranks(file: Path) -> None:
-    from benchmarks.sharding import ranks
+    from benchmarks.sharding import sharded_runs
 
-    ranks.main(file)
+    sharded_runs.main(file)
 
 
 def relative(one, other) -> float:

@@ -2,11 +2,11 @@
 
 import pytest
 
-from trainer.cli import _messages
 from trainer.errors import ExperimentErrors
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.explain import help_text, resolved_yaml, schema
 from trainer.experiment.load import all_keys, read_experiment
+from trainer.failures import messages
 
 GOOD = """\
 name: good
@@ -23,7 +23,7 @@ def message(tmp_path, text: str, *overrides: str) -> str:
     file.write_text(text)
     with pytest.raises(ExperimentErrors) as caught:
         read_experiment(file, list(overrides))
-    return _messages(caught.value, None)
+    return messages(caught.value)
 
 
 def read(tmp_path, text: str, *overrides: str):
@@ -119,7 +119,7 @@ def test_message(tmp_path, text, overrides, parts):
 def test_missing_file_names_the_nearest():
     with pytest.raises(ExperimentErrors) as caught:
         read_experiment("configs/quikstart.yaml")
-    said = _messages(caught.value, None)
+    said = messages(caught.value)
     assert "configs/quikstart.yaml: cannot read this file" in said
     assert "did you mean configs/quickstart.yaml?" in said
 

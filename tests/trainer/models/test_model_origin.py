@@ -229,7 +229,7 @@ def test_a_model_with_code_of_its_own_is_made_again_and_exported_with_its_code(l
                                                            "trust_remote_code": True})).experiment
     config = _config(experiment.student, "student", None, offline=False)
     student = _load(experiment.student, "student", config, torch.float32)
-    assert type(empty_student(experiment, config)).__name__ == type(student).__name__ == "OwnForCausalLM"
+    assert type(empty_student(experiment.form, config)).__name__ == type(student).__name__ == "OwnForCausalLM"
     write_folder(tmp_path / "exported", student, Nothing())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     assert torch.equal(logits(again), logits(llama))
@@ -287,8 +287,8 @@ def test_a_token_that_ends_and_pads_learns_as_input(tmp_path, llama, write_exper
         student = build_student(experiment, config, None, None)
         student(input_ids=ids, labels=ids).loss.backward()
         found[name] = student.get_input_embeddings().weight.grad[2]
-        assert student.config.pad_token_id == empty_student(experiment, config).config.pad_token_id == 2
-        assert empty_student(experiment, config).get_input_embeddings().padding_idx is None
+        assert student.config.pad_token_id == empty_student(experiment.form, config).config.pad_token_id == 2
+        assert empty_student(experiment.form, config).get_input_embeddings().padding_idx is None
     assert torch.allclose(found["loaded"], llama.model.embed_tokens.weight.grad[2], atol=1e-7)
     assert found["quantized"].abs().max() > 1e-4
 

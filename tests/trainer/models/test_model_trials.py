@@ -151,7 +151,7 @@ def test_models_that_count_from_0_are_taken(kind):
 def test_a_model_with_several_widths_is_refused(write_experiment):
     given = read_experiment(write_experiment(), ['student.architecture={"model_type": "blt"}']).experiment
     with pytest.raises(UserError, match="its configuration has no `hidden_size`"):
-        student_config(given, None, 300)
+        student_config(given.student, None, 300)
 
 
 @pytest.mark.parametrize("kind", ["modernbert-decoder", "deepseek_v4", "qwen2"])
@@ -164,10 +164,10 @@ def test_a_plan_makes_every_model_without_numbers(kind, write_experiment):
     known = {"model_type", *AutoConfig.for_model(kind).to_dict(), *AutoConfig.for_model(kind).attribute_map}
     given = read_experiment(write_experiment(), ["student.architecture=" + json.dumps({
         name: value for name, value in dimensions.items() if name in known})]).experiment
-    config = student_config(given, None, 300)
+    config = student_config(given.student, None, 300)
     with FakeTensorMode() as mode:
-        fake = from_config(given, config)
-    real = from_config(given, config)
+        fake = from_config(config, given.form.trust)
+    real = from_config(config, given.form.trust)
 
     def shapes(model):
         return {name: (tensor.shape, tensor.dtype, tensor.stride(), tensor.device, tensor.requires_grad)

@@ -70,8 +70,8 @@ def test_published_sizes_of_hub_models():
     seen = set()
     for file in CONFIGS:
         experiment = read_experiment(file).experiment
-        teacher = teacher_config(experiment, 2048, offline=True)
-        student = student_config(experiment, teacher, 2048, offline=True)
+        teacher = teacher_config(experiment.teacher, 2048, offline=True)
+        student = student_config(experiment.student, teacher, 2048, offline=True)
         for model, config in ((experiment.teacher, teacher), (experiment.student, student)):
             if model is not None and model.path in published:
                 with torch.device("meta"):

@@ -42,7 +42,8 @@ def given(tmp_path_factory):
 def planned(file, *overrides):
     """What a dry run plans."""
     experiment = read_experiment(file, list(overrides)).experiment
-    step = plan_step(experiment, Topology(), *_configs(experiment, known_size(experiment), offline=True))
+    tokens = known_size(experiment.data.tokenizer, experiment.with_weights)
+    step = plan_step(experiment, Topology(), *_configs(experiment, tokens, offline=True))
     return step and step.memory
 
 

@@ -31,7 +31,7 @@ SETTINGS = {"student": {"architecture": SMALL}, "data": {"sequence_length": 128,
 def foretold(run):
     """Predicted bytes of the first rank: its peak, and what is there before a step."""
     experiment = read_experiment(run["file"], run["overrides"]).experiment
-    config = student_config(experiment, None, None)
+    config = student_config(experiment.student, None, None)
     step = plan_step(experiment, Topology(data_parallel=2), None, config)
     return step.memory.peak, step.planner.frame.base, step.schedule
 

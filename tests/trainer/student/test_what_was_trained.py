@@ -104,7 +104,7 @@ def test_what_files_hold_decides_whether_head_and_embeddings_are_one(write_exper
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "published")
     assert config.tie_word_embeddings is says
     assert says == (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight)
-    assert sum(parameter.numel() for parameter in from_config(experiment, config).parameters()) == sum(
+    assert sum(parameter.numel() for parameter in from_config(config, experiment.form.trust).parameters()) == sum(
         parameter.numel() for parameter in loaded.parameters())
 
 
@@ -119,15 +119,15 @@ def test_equal_matrices_in_a_file_are_one(write_experiment, tmp_path):
     assert pipeline._configs(experiment, 300)[1].tie_word_embeddings is True
 
 
-def tied_again(experiment, like):
+def tied_again(form, like):
     """A student put together as one whose head is its embeddings, which was not so in training."""
     config = type(like.config)(**{**like.config.to_dict(), "tie_word_embeddings": True})
-    return from_config(experiment, config)
+    return from_config(config, form.trust)
 
 
-def another_buffer(experiment, like):
+def another_buffer(form, like):
     """A student put together with rotary frequencies that were not those of training."""
-    model = from_config(experiment, like.config)
+    model = from_config(like.config, form.trust)
     model.model.rotary_emb.inv_freq.mul_(1.001)
     return model
 
@@ -139,7 +139,7 @@ def test_a_student_put_together_otherwise_ends_the_run(run_experiment, tmp_path,
     whole = loop.TrainLoop.whole
 
     def otherwise(trainer):
-        model = made(trainer.experiment, trainer.unwrapped)
+        model = made(trainer.experiment.form, trainer.unwrapped)
         model.load_state_dict(whole(trainer).state_dict())
         model.generation_config = trainer.unwrapped.generation_config
         return model
@@ -154,8 +154,8 @@ def test_a_student_put_together_otherwise_ends_the_run(run_experiment, tmp_path,
 def test_a_student_quantized_after_training_is_the_one_that_was_trained(run_experiment, monkeypatch):
     from trainer.student import quantize_student
 
-    monkeypatch.setattr(quantize_student, "student_of", lambda experiment, config: tied_again(
-        experiment, AutoModelForCausalLM.from_config(config)))
+    monkeypatch.setattr(quantize_student, "empty_student", lambda form, config: tied_again(
+        form, AutoModelForCausalLM.from_config(config)))
     with pytest.raises(RunFailed, match=r"to be quantized, is not .*trained: (lm_head|model.embed_tokens).weight has"):
         run_experiment(student={"architecture": {"tie_word_embeddings": False},
                            "quantization": {"method": "rtn", "bits": 8}}, report={"control": False})

@@ -42,7 +42,7 @@ def test_ids_with_a_gap_have_rows_up_to_the_last(train_here, write_experiment, g
     trainer = train_here("gap", **changes, training={"steps": 1})
     assert trainer.unwrapped.config.vocab_size == vocabulary_size(tokenizer) == len(tokenizer) + 11
     experiment = read_experiment(write_experiment("early", **changes)).experiment
-    assert known_size(experiment) == len(tokenizer) + 11
+    assert known_size(experiment.data.tokenizer, experiment.with_weights) == len(tokenizer) + 11
 
 
 def test_a_grown_tokenizer_is_refused_early_with_both_sizes_and_a_way_out(train_here, write_experiment, tmp_path,

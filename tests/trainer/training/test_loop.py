@@ -322,17 +322,17 @@ def test_on_ranks_no_target_and_no_finite_gradient_is_no_step(write_experiment, 
 
 
 def _rank(runs: list[dict], folder) -> None:
-    from benchmarks.sharding import ranks
+    from benchmarks.sharding import sharded_runs
 
-    plain = ranks.remembered
+    plain = sharded_runs.remembered
 
     def remembered(trainer):
         mask(trainer, {2})
         return plain(trainer)
 
-    ranks.remembered, ranks.poison = remembered, poison_gradient
+    sharded_runs.remembered, sharded_runs.poison = remembered, poison_gradient
     for run in runs:
-        ranks.one(run, folder)
+        sharded_runs.one(run, folder)
 
 
 def test_clipping_bounds_the_update(train_here):

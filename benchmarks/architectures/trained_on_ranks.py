@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.architectures.material import Room
+from benchmarks.architectures.tiny_models import Room
 from benchmarks.architectures.verdicts import apart, judged, verdict_of
-from benchmarks.sharding import ranks as launched
+from benchmarks.sharding import sharded_runs as launched
 from trainer.data.dataset import prepare_text
 from trainer.run.metrics import console
 

@@ -1,6 +1,6 @@
 """Model state of each rank for large models that are not there, beside the formulas of the ZeRO paper.
 
-    python -m benchmarks.sharding.ledger --json FILE [--ranks 8 64]
+    python -m benchmarks.sharding.bytes_by_engine --json FILE [--ranks 8 64]
 
 Rajbhandari et al. 2020 (section 3.1, section 5, figure 1): training with Adam in mixed precision takes 16 bytes for
 each of PSI parameters: 2 of weights, 2 of gradients, and K = 12 of fp32 weights and moments. On N ranks, stage 1 takes

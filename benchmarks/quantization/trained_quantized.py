@@ -1,6 +1,6 @@
 """Held-out loss of quantized students, and what quantization-aware training costs, beside torchao's.
 
-    python -m benchmarks.quantization.qat [--seeds 3] [--json FILE]
+    python -m benchmarks.quantization.trained_quantized [--seeds 3] [--json FILE]
 
 For each seed a small Llama is trained on the source of the Python library that runs this. Then, at each scheme, with a
 scale for 32 weights:

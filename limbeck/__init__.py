@@ -13,15 +13,44 @@ serve alone, in anybody's training loop; `Lamb` and `Adafactor` are right on par
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from trainer import __version__
+
+__all__ = [
+    "ActivationQuantizer", "Adafactor", "Distillation", "Divergence", "Experiment", "Head", "HiddenTargets", "Lamb",
+    "ResponseObjective", "RunFailed", "Trainer", "UserError", "WeightQuantizer", "parameter_groups", "prepare_qat",
+    "quantize", "read_experiment", "rematerialize", "run", "write_report", "write_student", "__version__",
+]
+
+if TYPE_CHECKING:  # what type checkers and editors see of the names below
+    from strategies.distillation.losses.divergences import Divergence
+    from strategies.distillation.losses.heads import Head
+    from strategies.distillation.losses.response import ResponseObjective
+    from strategies.distillation.losses.teacher_targets import HiddenTargets
+    from strategies.distillation.step import Distillation
+    from strategies.export.hf.transformers_folder import write_folder as write_student
+    from strategies.optimizers.adafactor import Adafactor
+    from strategies.optimizers.groups import parameter_groups
+    from strategies.optimizers.lamb import Lamb
+    from strategies.quantization.activations import ActivationQuantizer
+    from strategies.quantization.post_training import quantize
+    from strategies.quantization.qat import prepare as prepare_qat
+    from strategies.quantization.quantizer import WeightQuantizer
+    from strategies.rematerialization.rematerialize import rematerialize
+    from trainer.errors import RunFailed, UserError
+    from trainer.experiment.experiment import Experiment
+    from trainer.experiment.load import read_experiment
+    from trainer.pipeline import run_experiment as run
+    from trainer.run.report import write_report
+    from trainer.script import Trainer
 
 _PUBLIC = {  # name -> where it lives; imported when first used, so that `import limbeck` costs nothing
     "Experiment": ("trainer.experiment.experiment", "Experiment"),
     "read_experiment": ("trainer.experiment.load", "read_experiment"),
     "run": ("trainer.pipeline", "run_experiment"),
-    "Trainer": ("trainer.training.loop", "Trainer"),
+    "Trainer": ("trainer.script", "Trainer"),
     "ResponseObjective": ("strategies.distillation.losses.response", "ResponseObjective"),
     "Divergence": ("strategies.distillation.losses.divergences", "Divergence"),
     "Distillation": ("strategies.distillation.step", "Distillation"),
@@ -40,26 +69,15 @@ _PUBLIC = {  # name -> where it lives; imported when first used, so that `import
     "UserError": ("trainer.errors", "UserError"),
     "RunFailed": ("trainer.errors", "RunFailed"),
 }
-__all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
-    module, attribute = _PUBLIC[name]
-    return getattr(import_module(module), attribute)
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+        module, attribute = _PUBLIC[name]
+        return getattr(import_module(module), attribute)
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-def main() -> int:
-    """The `limbeck` console command."""
-    from trainer.cli import limbeck
-
-    return limbeck(sys.argv[1:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

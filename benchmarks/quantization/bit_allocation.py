@@ -1,6 +1,7 @@
 """Bits allocated by sensitivity against the same bits everywhere, at equal bytes: what was foretold and what is.
 
-    python -m benchmarks.quantization.allocation [--json FILE] [--picture FILE] [--text FILE] [--steps 300] [--blocks 4]
+    python -m benchmarks.quantization.bit_allocation [--json FILE] [--picture FILE] [--text FILE] [--steps 300]
+                                                   [--blocks 4]
 
 A small language model of bytes is trained here on the text. Its layers' sensitivities are measured on a calibration
 part (the divergence from full precision with that layer alone quantized), and estimated from squared gradients. For the
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     model, parts, trained_loss = train(options.text, options.steps, options.blocks)
     result = compare(model, parts, options.group_size, options.picture)
-    result |= {"command": " ".join(["python -m benchmarks.quantization.allocation", *sys.argv[1:]]),
+    result |= {"command": " ".join(["python -m benchmarks.quantization.bit_allocation", *sys.argv[1:]]),
                "machine": machine("cpu"), "training_loss": trained_loss}
     print(table(result["rows"]))
     print(f"\nDivergence in nats per byte of text. Measuring took {result['seconds_measuring']:.1f} s, estimating "

@@ -1,6 +1,6 @@
 """Trains several experiments one after another in the same processes, and writes what came of each.
 
-    accelerate launch ... benchmarks/sharding/ranks.py RUNS.json
+    accelerate launch ... benchmarks/sharding/sharded_runs.py RUNS.json
 
 RUNS.json: [{"name": .., "file": experiment, "overrides": [..]}], and where it is wanted "until": step to end at,
 "fp16": true, which DeepSpeed has on no CPU by itself, "poison": [kind, step] on process 1, "kill": [step, processes],

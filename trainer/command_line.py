@@ -1,0 +1,194 @@
+"""What can be typed after `train.py` and after `limbeck`; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
+
+from trainer import __version__
+from trainer.errors import UserError
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.explain import help_text
+from trainer.experiment.load import all_keys
+
+EXAMPLE = "configs/quickstart.yaml"
+RUNTIMES = ("onnx", "gguf")
+OVERRIDES = "override a value of the file, for example optimizer.lr=1e-4 student.quantization.bits=8"
+
+EXIT_CODES = """\
+Exit codes:
+  0    done (or resumed and done)
+  1    the run could not go on
+  2    a mistake in the experiment, its data or the command line
+  3    a memory.budget that no plan can keep
+  75   stopped by a signal and saved: start the same command again to go on
+  130  stopped at once by a second Ctrl-C
+"""
+STATUS_CODES = "Exit codes: 0 finished, 75 stopped by a signal and to be started again, 1 anything else, 2 no such run."
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose mistakes are `UserError`s that name the nearest right word.
+
+    `key=value` may stand anywhere among the options: what argparse leaves over of it joins the attribute `overrides`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.siblings: dict[str, Parser] = {}  # parsers of the other verbs
+        self.typed: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.typed = list(args or ())
+        options, rest = super().parse_known_args(args, namespace)
+        words = [*(getattr(options, "overrides", None) or ()), *rest]
+        self._check_options(words)
+        if rest and not hasattr(options, "overrides"):
+            self.error(f"one word too many: {rest[0]}")
+        if hasattr(options, "overrides"):
+            options.overrides = words
+        return options, []
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` with the usage for its way out; a wrong option is told first."""
+        self._check_options(self.typed)
+        raise UserError("", message.removeprefix("argument "), way_out=self.format_usage().strip())
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            self._check_options(self.typed)
+            what = {"VERB": "verb", "RUNTIME": "runtime"}[str(action.metavar)]
+            raise UserError("", f"no such {what}: {value}", way_out=_nearest(value, [*action.choices]) or
+                            f"one of {', '.join(action.choices)}; see {self.prog} --help")
+
+    def _check_options(self, words: Sequence[str]) -> None:
+        known = self._option_string_actions
+        for word in words:
+            if word == "--":
+                return
+            if word.startswith("-") and word.partition("=")[0] not in known:
+                raise self._no_such_option(word)
+
+    def _no_such_option(self, word: str) -> UserError:
+        name, equals, _ = word.partition("=")
+        bare = word.lstrip("-")
+        if owners := [verb for verb, parser in self.siblings.items() if name in parser._option_string_actions]:
+            return UserError("", f"{name} goes with {' and '.join(owners)}", way_out=self.format_usage().strip())
+        if bare.partition("=")[0] in all_keys(Experiment):
+            way_out = f"write it without dashes: {bare}" + ("" if equals else "=VALUE")
+        else:
+            way_out = _nearest(name, self._option_string_actions) or (
+                f"write it without dashes: {bare}" if equals else f"see {self.prog} --help")
+        return UserError("", f"no such option: {word}", way_out=way_out)
+
+
+def _nearest(word: str, words: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, words, 1, 0.7)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise UserError("", f"{option_string} is given twice", way_out="give one experiment; key=value changes it")
+        setattr(namespace, self.dest, values)
+
+
+def train_parser() -> Parser:
+    """Of `train.py`: attributes `config`, `overrides`, `dry_run`, `json`."""
+    parser = Parser(
+        prog="train.py", description="Train a student from one experiment file.",
+        usage="accelerate launch train.py --config FILE [key=value ...]\n"
+              "       python train.py --config FILE [key=value ...] --dry-run [--json]",
+        epilog=f"{EXIT_CODES}\n{help_text()}")
+    _experiment(parser)
+    parser.add_argument("--dry-run", action="store_true", help="show what would run - values and where they come from, "
+                        "steps, parameters, bytes - and stop")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON instead")
+    parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
+                        help="show the version and exit")
+    return parser
+
+
+def parse_train(arguments: Sequence[str]) -> argparse.Namespace:
+    """What was typed after `train.py`.
+
+    Raises:
+        UserError: it is none of what can be typed.
+    """
+    options = train_parser().parse_args(arguments)
+    if options.json and not options.dry_run:
+        raise UserError("", "--json goes with --dry-run", way_out="add --dry-run to print the plan as JSON")
+    if options.config is None:
+        raise UserError("", "no experiment given", way_out=f"pass one, for example --config {EXAMPLE}")
+    return options
+
+
+def limbeck_parser() -> Parser:
+    """Of `limbeck`: `verb` is None where there is none; each verb has its own other attributes."""
+    parser = Parser(prog="limbeck", usage="limbeck VERB ...", description="What is done beside training.", epilog=
+                    "Each verb has its own: limbeck VERB --help.\n"
+                    "Training is launched: accelerate launch train.py --config FILE (see train.py --help).")
+    parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
+                        help="show the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="limbeck")
+    for add in (_init, _schema, _show_data, _status, _report, _export):
+        add(verbs)
+    for name, verb in verbs.choices.items():
+        verb.siblings = {other: one for other, one in verbs.choices.items() if other != name}
+    parser.siblings = dict(verbs.choices)
+    return parser
+
+
+def _experiment(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE", action=_Once,
+                        help="the experiment, a YAML file (start from one in configs/, or from limbeck init FOLDER)")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDES)
+
+
+def _init(verbs: Any) -> None:
+    says = "write a starting experiment into a folder"
+    parser = verbs.add_parser(
+        "init", help=says, usage="limbeck init FOLDER", description=f"{says.capitalize()}: experiment.yaml with its "
+        "schema for editors,\ntrain.py, and launch/ with topologies for accelerate and Slurm. No file is overwritten.")
+    parser.add_argument("folder", metavar="FOLDER", help="a new one, or one that has none of these files")
+
+
+def _schema(verbs: Any) -> None:
+    says = "write the JSON Schema of experiment files, for editors"
+    parser = verbs.add_parser("schema", help=says, usage="limbeck schema [FILE]", description=says.capitalize() + ".")
+    parser.add_argument("file", metavar="FILE", nargs="?", help="where to (default: standard output)")
+
+
+def _show_data(verbs: Any) -> None:
+    says = "show a few records of the training data as they will be learned"
+    parser = verbs.add_parser("show-data", help=says, usage="limbeck show-data --config FILE [key=value ...]",
+                              description=f"{says.capitalize()},\nand where rows cut them off.")
+    _experiment(parser)
+
+
+def _status(verbs: Any) -> None:
+    says = "tell how a run is doing or how it ended"
+    parser = verbs.add_parser("status", help=says, description=says.capitalize() + ".", epilog=STATUS_CODES,
+                              usage="limbeck status RUN\n       limbeck status --config FILE [key=value ...]")
+    parser.add_argument("--config", metavar="FILE", action=_Once, help="the experiment whose run is meant")
+    parser.add_argument("overrides", metavar="RUN | key=value", nargs="*", default=[],
+                        help="the run's folder; with --config, what train.py was given besides")
+
+
+def _report(verbs: Any) -> None:
+    says = "write report.md and its pictures of a run folder again"
+    parser = verbs.add_parser("report", help=says, usage="limbeck report RUN", description=says.capitalize() + ".")
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+
+
+def _export(verbs: Any) -> None:
+    says = "write a finished run's student for another runtime"
+    parser = verbs.add_parser("export", help=says, description=f"{says.capitalize()}, and check it there.",
+                              usage=f"limbeck export RUN --to {'|'.join(RUNTIMES)} [--trust-remote-code]")
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--to", metavar="RUNTIME", choices=RUNTIMES, required=True, help=" or ".join(RUNTIMES))
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with its model: "
+                        "only if you say so here, whatever the folder says")
