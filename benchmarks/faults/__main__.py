@@ -50,7 +50,8 @@ def works(material: Material, options: argparse.Namespace) -> dict[str, list[Wor
                    for one, more in ((alone, damage.OURS), *((peer, damage.PEERS) for peer in peers[::2]))],
         "shards": [lambda room: damage.damage_rows(replace(alone, options=(*damage.OURS, *FSDP2)), room, ", FSDP2",
                                                    ("model-00001",) if short else None, processes=2)],
-        "signal": [lambda room: [signal_faults.signal_row(full, room, ("step", "export") if short else signal_faults.PHASES,
+        "signal": [lambda room: [signal_faults.signal_row(full, room,
+                                                          ("step", "export") if short else signal_faults.PHASES,
                                                     how=how)]],
         "disk": [lambda room: [disk.disk_row(ours, room)]],
         "nan": [lambda room, one=one: [nans.sample_row(one, room)] for one in (ours, *peers[::2])]

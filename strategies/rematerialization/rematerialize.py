@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,20 @@ from strategies.rematerialization.price.gpu_attention import attention_as_on_gpu
 from strategies.rematerialization.price.step_trace import Hooks, Step, gradients_kept, trace_step, without
 from strategies.rematerialization.price.uncaptured_options import fallback_options
 from strategies.rematerialization.recompute_plan import RecomputePlan
+
+
+@dataclass(frozen=True)
+class Refuted:
+    """Why a block is not what its captured graph says.
+
+    Attributes:
+        reason: in words.
+        unfit: whether it cannot run twice either, so that it runs as it is.
+    """
+
+    reason: str
+    unfit: bool
+
 
 Loss = Callable[[nn.Module, object], torch.Tensor]
 
@@ -81,15 +96,15 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
           autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
           device: str | None = None, reserved: Mapping[str, int] | None = None, residency: Residency | None = None,
           in_backward: Hooks | None = None, regions: bool = True, measure: bool | None = None,
-          unplanned: Mapping[str, str] | None = None) -> Planner:
+          refuted: Mapping[str, Refuted] | None = None) -> Planner:
     """Learn all about a step that plans for any budget need; see `rematerialize`.
 
     A model without data (parameters made under FakeTensorMode) is studied without computing anything, and priced for
     the `device` named. `reserved` are bytes by name that are held besides, by whom nothing here knows of. `residency`
     is what a rank holds of the model where it is shared out; the optimizer and the `others` are part of it then.
     `in_backward` puts hooks on an optimizer's parameters, which step and drop gradients, and can `remove` them again.
-    Without `regions` the model runs as it is, and only what that needs is found; so does each block whose name is in
-    `unplanned`, with a reason. `measure` is whether operations are timed on the device that is present; None for
+    Without `regions` the model runs as it is, and only what that needs is found. Blocks whose names are in `refuted`
+    are not captured, or run as they are. `measure` is whether operations are timed on the device that is present; None for
     models with data.
     """
     if autocast is not None and not isinstance(autocast, torch.dtype):
@@ -115,26 +130,27 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
     standing = {name: module for name, module in model.named_modules() if stood_in(module)}
     with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # without an older plan
         return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions, residency,
-                      in_backward, measure, unplanned or {})
+                      in_backward, measure, refuted or {})
 
 
 def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], torch.Tensor],
            optimizer: torch.optim.Optimizer | None, accumulate: bool, others: Sequence[object], device: str | None,
            reserved: Mapping[str, int], regions: bool, residency: Residency | None, in_backward: Hooks | None,
-           measure: bool | None, unplanned: Mapping[str, str]) -> Planner:
+           measure: bool | None, refuted: Mapping[str, Refuted]) -> Planner:
     kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     pretended = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     blocks = None if residency is None else residency.blocks
     modules = _regions(model, blocks) if regions else {}
-    for name in unplanned.keys() & modules.keys():
-        _warn(name, modules.pop(name), "runs as it is", unplanned[name])
+    for name, why in refuted.items():
+        if why.unfit and name in modules:
+            _warn(name, modules.pop(name), "runs as it is", why.reason)
     named = device not in (None, "cpu")  # a GPU, which need not be there
     elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and named else nullcontext
     around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
     with without_data(*around) if pretended else nullcontext((None, None)) as (mode, _), mode or nullcontext(), \
             elsewhere():
-        calls = record(modules, lambda: step(model, batch if mode is None else fake_batch(mode, batch)), around) \
-            if modules else []
+        calls = record(modules, lambda: step(model, batch if mode is None else fake_batch(mode, batch)), around,
+                       {name: why.reason for name, why in refuted.items()}) if modules else []
     calls = _plannable(calls)
     _warn_of([call for call in calls if call.captured is None], "keeps all or only its input")
     known = DEVICES[device] if device else this_device(kind)
@@ -209,8 +225,8 @@ def _warn(name: str, module: nn.Module, consequence: str, reason: str) -> None:
     warnings.warn(f"{told} is not planned inside and {consequence}: {reason}", stacklevel=5)
 
 
-def refuted(planner: Planner, model: nn.Module, run: Callable[[], object]) -> dict[str, str]:
-    """Blocks of a model with data whose captured graphs do not compute what they do, each with the reason.
+def try_blocks(planner: Planner, model: nn.Module, run: Callable[[], object]) -> dict[str, Refuted]:
+    """Blocks of a model with data whose captured graphs do not compute what they do, by name.
 
     A plan that was made from shapes alone could not try them; this runs each of them once.
 
@@ -221,7 +237,8 @@ def refuted(planner: Planner, model: nn.Module, run: Callable[[], object]) -> di
     """
     modules = {call.name: model.get_submodule(call.name) for call in planner.calls if call.captured is not None}
     calls = record(modules, run, [model]) if modules else []
-    return {call.name: call.unfit or call.reason for call in calls if call.unfit or call.captured is None}
+    return {call.name: Refuted(call.unfit or call.reason, bool(call.unfit)) for call in calls
+            if call.unfit or call.captured is None}
 
 
 def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -17,6 +17,7 @@ from strategies.distillation.losses.tiled_loss import tile_rows
 from strategies.export.hf.transformers_folder import weight_files
 from strategies.export.sizes import exported_bytes
 from strategies.memory.ledger import Ledger, loss_bytes, saved_activation_bytes
+from strategies.rematerialization.rematerialize import Refuted
 from strategies.sharding.zero import bucket_numel
 from trainer.data.tokenizers import apart_size, known_size
 from trainer.distributed.rank_memory import RankSetup
@@ -128,10 +129,10 @@ class Plans:
         return self._steps[key]
 
     def without(self, plan: Plan, experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                unplanned: Mapping[str, str]) -> Plan:
-        """The plan with blocks that run as they are, which were found to be no others than planned for."""
+                refuted: Mapping[str, Refuted]) -> Plan:
+        """The plan without the captured graphs of blocks that were found to compute something else."""
         key = _studied(experiment, plan.topology, teacher, student)
-        self._steps[key] = plan_step(experiment, plan.topology, teacher, student, unplanned)
+        self._steps[key] = plan_step(experiment, plan.topology, teacher, student, refuted)
         return replace(plan, step=self._steps[key])
 
 

@@ -20,7 +20,7 @@ from strategies.memory.units import parse_bytes
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price.step_trace import off_the_path
 from strategies.rematerialization.recompute_plan import RecomputePlan
-from strategies.rematerialization.rematerialize import study
+from strategies.rematerialization.rematerialize import Refuted, study
 from trainer.data.batches import Batch
 from trainer.data.tokenizers import apart_size, known_size
 from trainer.distributed.rank_memory import RankSetup
@@ -33,7 +33,7 @@ from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.target_cache import check_sizes, example_targets, live, rank_residency, resident_teacher, sizes
 
 POINTS = 600  # of a curve that is kept for the picture
-NONE: Mapping[str, str] = MappingProxyType({})
+NONE: Mapping[str, Refuted] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ def example_batch(rows: int, length: int, packed: bool, device: torch.device | s
 
 
 def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                     topology: Topology, regions: bool, tile: int | None = None, unplanned: Mapping[str, str] = NONE
+                     topology: Topology, regions: bool, tile: int | None = None, refuted: Mapping[str, Refuted] = NONE
                      ) -> Planner:
     """Learn what a step needs from shapes alone: models, batch and optimizer are made without data.
 
     Args:
         regions: whether blocks are planned inside; without, the model is to run as it is.
         tile: bytes of logits at a time in the loss.
-        unplanned: names of blocks that are not to be captured, each with the reason.
+        refuted: blocks that are not what their captured graphs say, by name.
 
     Raises:
         UserError: a layer cannot be quantized, or what is cached of the teacher cannot serve the student.
@@ -108,7 +108,7 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
             how = {"residency": _shared(setup, small, large, place == "cuda" or experiment.memory.device is not None)}
     return study(small.train(), made.batch, loss=made.loss_of, others=[large] if large is not None else [],
                  device=experiment.memory.device, reserved=held, regions=regions,
-                 measure=experiment.memory.device is None and topology.ranks == 1, unplanned=unplanned, **how)
+                 measure=experiment.memory.device is None and topology.ranks == 1, refuted=refuted, **how)
 
 
 def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
-from strategies.rematerialization.rematerialize import refuted
+from strategies.rematerialization.rematerialize import Refuted, try_blocks
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
@@ -45,30 +45,30 @@ class StepPlan:
         """Make a student of the planned shapes run by the schedule."""
         self.planner.install(self.schedule, inductor=inductor, model=student)
 
-    def refuted(self, student: nn.Module, run: Callable[[], object]) -> dict[str, str]:
-        """Blocks of a student with data that do not compute what their captured graphs do, each with the reason.
+    def refuted(self, student: nn.Module, run: Callable[[], object]) -> dict[str, Refuted]:
+        """Blocks of a student with data that do not compute what their captured graphs do, by name.
 
         Shapes alone could not tell.
 
         Args:
             run: calls the student with a micro-batch.
         """
-        return refuted(self.planner, student, run)
+        return try_blocks(self.planner, student, run)
 
 
 def plan_step(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
-              unplanned: Mapping[str, str] = NONE) -> StepPlan | None:
+              refuted: Mapping[str, Refuted] = NONE) -> StepPlan | None:
     """Plan a step for the budget; None where the architecture cannot run without data and no budget is to be kept.
 
     Args:
-        unplanned: names of blocks that run as they are, each with the reason.
+        refuted: blocks that are not what their captured graphs say, by name.
 
     Raises:
         BudgetUnmet: no plan fits the budget.
         UserError: the budget cannot be promised for this architecture.
     """
     def again(changed: Experiment, regions: bool, tile: int | None) -> Planner:
-        return study_experiment(changed, teacher, student, topology, regions, tile, unplanned)
+        return study_experiment(changed, teacher, student, topology, regions, tile, refuted)
 
     try:
         planner, schedule, tile, keep_all = choose(experiment, again, topology)

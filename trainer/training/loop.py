@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -380,4 +381,4 @@ def _plain(value: Any) -> Any:
 
 def _mean(total: float, tokens: int) -> float:
     """A mean in fp32, as the terms of a loss are."""
-    return float(torch.tensor(total, dtype=torch.float32) / tokens)
+    return float(np.float32(total) / np.float32(tokens))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from weakref import WeakSet
 
 import torch
@@ -56,6 +57,7 @@ class Meta:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
+NONE: Mapping[str, str] = MappingProxyType({})
 LEAVING: WeakSet[nn.Module] = WeakSet()
 """Regions that leave tensors on their parts as plain attributes."""
 
@@ -146,7 +148,8 @@ def calling(modules: dict[str, nn.Module], instead: Callable[[str, nn.Module], C
 
 
 def record(
-    modules: dict[str, nn.Module], run: Callable[[], object], around: Sequence[nn.Module] = ()
+    modules: dict[str, nn.Module], run: Callable[[], object], around: Sequence[nn.Module] = (),
+    uncaptured: Mapping[str, str] = NONE,
 ) -> list[RegionCall]:
     """Run a model forward once and capture each of its regions with what it is given.
 
@@ -157,6 +160,7 @@ def record(
         modules: regions by name.
         run: calls the model.
         around: modules that run besides: the model itself, a teacher.
+        uncaptured: names of regions that are not to be captured, each with the reason.
     """
     capturing = _Capturing()
     calls: list[RegionCall] = []
@@ -172,7 +176,7 @@ def record(
             given = tree_flatten((args, kwargs))[0]
             _note_input(call, given, last)
             versions, left = [version(leaf) for leaf in given], tensor_attributes(module)
-            out = capturing.call(call, args, kwargs)
+            out = capturing.call(call, args, kwargs, uncaptured.get(name, ""))
             leaves, spec = tree_flatten(out)
             call.outputs = _kinds(out)
             if versions != [version(leaf) for leaf in given]:
@@ -214,12 +218,17 @@ class _Capturing:
         return compiled(_as_traced, notice=lambda captured, inputs: self.seen.append(
             (captured, [_storage(value) if isinstance(value, torch.Tensor) else None for value in inputs])))
 
-    def call(self, call: RegionCall, args: tuple, kwargs: dict) -> object:
+    def call(self, call: RegionCall, args: tuple, kwargs: dict, unfit: str = "") -> object:
         """Call a region and note its graph, or why there is none and what it needs as it is.
+
+        `unfit` is why it is not to be captured.
 
         What torch.compile makes of a module is tried against the module itself, once for each kind: it has lost the
         gradients of autograd functions before (torch 2.11), without a word.
         """
+        if unfit:
+            call.reason = unfit
+            return self._as_it_is(call, args, kwargs)
         self.seen.clear()
         leaves = tree_flatten((args, kwargs))[0]
         kind = (type(call.module), call.module.training, str(_kinds((args, kwargs))[0]),
@@ -243,6 +252,10 @@ class _Capturing:
                 return out
             call.reason = ("its gradients are others when torch.compile has captured it" if self.seen
                            else "torch.compile made no graph of it")
+        return self._as_it_is(call, args, kwargs)
+
+    def _as_it_is(self, call: RegionCall, args: tuple, kwargs: dict) -> object:
+        """Call a region that is not captured, and note what it needs."""
         again = once_more(call.module, args, kwargs)
         torch.clear_autocast_cache()  # so that 16-bit copies of its weights are counted
         out, call.measured = measured_call(call.module, args, kwargs)

@@ -187,3 +187,54 @@ def test_a_step_above_its_budget_is_said_at_once_or_ends_the_run(write_experimen
     one, other = ([line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
                   for name in ("warned", "stopped"))
     assert one == pytest.approx(other, rel=1e-5) and len(other) == 5
+
+
+def test_each_model_of_a_run_is_studied_once_and_its_plan_is_written_once(run_experiment, monkeypatch):
+    """Teacher, student and control; the plan that is there after training is the one from before, to the bit."""
+    from trainer.planning import step_plan
+    from trainer.training.loop import TrainLoop
+
+    studied, written, study, train = [], [], step_plan.study_experiment, TrainLoop.train
+
+    def counting(experiment, *arguments):
+        studied.append(experiment.name)
+        return study(experiment, *arguments)
+
+    def watching(loop):
+        written.append((loop.folder.plan, loop.folder.plan.read_bytes()))
+        assert json.loads(written[-1][1])["memory"]["peak"] == loop.plan.memory.peak
+        assert not loop.folder.measured.exists() and loop.distillation.tile == loop.plan.memory.tile
+        train(loop)
+
+    monkeypatch.setattr(step_plan, "study_experiment", counting)
+    monkeypatch.setattr(TrainLoop, "train", watching)
+    _, folder = run_experiment(teacher=TEACHER, memory={"budget": "1GiB"})
+    assert sorted(studied) == ["tiny", "tiny-control", "tiny-teacher"]
+    assert len(written) == 3 and all(file.read_bytes() == before for file, before in written)
+    assert json.loads(folder.measured.read_text())["kind"] == "rss"
+    plan = json.loads(folder.plan.read_text())
+    assert plan["topology"] == {"data_parallel": 1, "device": "cpu", "tensor": 1, "pipeline": 1, "context": 1,
+                                "ranks": 1, "devices": 1}
+    assert f"{json.loads(folder.measured.read_text())['memory_peak']:,} bytes" in folder.report.read_text()
+
+
+def test_blocks_that_compute_something_else_when_captured_are_planned_without_their_graphs(train_here, monkeypatch):
+    """Shapes do not show it: weights do, before training. As of autograd functions in torch 2.11 (lost gradients)."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    own = LlamaDecoderLayer.forward
+
+    def forward(self, *args, **kwargs):
+        out = own(self, *args, **kwargs)
+        return out.detach() + 0 * out if torch.compiler.is_compiling() else out
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    settings = {"student": {"architecture": DEEP}, "training": {"steps": 3, "micro_batch": 4}}
+    free = train_here("free", **settings)
+    budget = int(0.85 * free.plan.memory.peak)
+    with pytest.warns(UserWarning, match="its gradients are others when torch.compile has captured it"):
+        fitted = train_here("fitted", memory={"budget": budget}, **settings)
+    assert fitted.plan.memory.peak <= budget and len(fitted.plan.memory.unplanned) == DEEP["num_hidden_layers"]
+    losses = [[line["loss"] for line in read_lines(trainer.folder.metrics) if "loss" in line]
+              for trainer in (free, fitted)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
