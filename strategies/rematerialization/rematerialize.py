@@ -104,8 +104,8 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
     is what a rank holds of the model where it is shared out; the optimizer and the `others` are part of it then.
     `in_backward` puts hooks on an optimizer's parameters, which step and drop gradients, and can `remove` them again.
     Without `regions` the model runs as it is, and only what that needs is found. Blocks whose names are in `refuted`
-    are not captured, or run as they are. `measure` is whether operations are timed on the device that is present; None for
-    models with data.
+    are not captured, or run as they are. `measure` is whether operations are timed on the device that is present; None
+    for models with data.
     """
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise ValueError(f"autocast is a dtype such as torch.bfloat16, not {autocast!r}")

@@ -139,7 +139,9 @@ class Plans:
 STUDIED = {"data": {"sequence_length", "packing"}, "student": {"quantization"}, "teacher": {"dtype", "targets"},
            "training": {"batch_size", "micro_batch", "clip"}, "optimizer": True, "precision": True, "sharding": True,
            "memory": True, "objective": True}
-LATER = {"_name_or_path", "architectures", "transformers_version", "dtype"}  # what saving adds to a configuration
+# What saving adds to a configuration, and tokens by number: no byte of a step depends on them.
+LATER = {"_name_or_path", "architectures", "transformers_version", "dtype", "bos_token_id", "eos_token_id",
+         "pad_token_id"}
 
 
 def _studied(experiment: Experiment, topology: Topology, *configs: PretrainedConfig | None) -> str:
