@@ -63,14 +63,14 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
     found = [all_kept, lowest]
     for level in LEVELS:
         kept = int(level * all_kept.kept)
-        order = _cheapest(captured, seconds, workspace, kept, most)
+        cost, order = _cheapest(captured, seconds, workspace, kept, most)
         for peak in (most, *np.geomspace(max(least.peak, 1), all_kept.backward_peak, 4)[2::-1].astype(int)):
-            order = _solved(captured, seconds, workspace, kept, int(peak), moves, order)
+            order = _solved(captured, seconds, workspace, kept, int(peak), moves, order, cost)
             if order is None:
                 break
             found.append(option_of(captured, free, order))
         if kept >= lowest.kept:  # as low as it gets, and cheaper for what may be kept
-            order = _solved(captured, seconds, workspace, kept, int(1.01 * least.peak), moves, least.order)
+            order = _solved(captured, seconds, workspace, kept, int(1.01 * least.peak), moves, least.order, cost)
             found += [option_of(captured, free, order)] if order is not None else []
     return frontier(found)
 
@@ -78,23 +78,29 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
 def cheapest_within(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int,
                     moves: int = MOVES) -> tuple[int, ...] | None:
     """The order found that recomputes least while it keeps at most `kept` bytes and needs at most `peak`, or None."""
-    return _solved(captured, seconds, workspace, kept, peak, moves, _cheapest(captured, seconds, workspace, kept, peak))
+    cost, order = _cheapest(captured, seconds, workspace, kept, peak)
+    return _solved(captured, seconds, workspace, kept, peak, moves, order, cost)
 
 
 def _cheapest(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, most: int
-              ) -> Sequence[int] | None:
-    """The order that recomputes least for the bytes kept, whatever its peak: an integer program for one moment."""
+              ) -> tuple[float, Sequence[int] | None]:
+    """The order that recomputes least for the bytes kept, whatever its peak: an integer program for one moment.
+
+    Returns:
+        What every order costs at least that keeps no more, infinite where there is none; and the program's order.
+    """
     graph = problem(captured, seconds, workspace, kept, most)
     bound = Bound(graph, most)
     bound.prove(program(graph, most, [graph.forward]), time.perf_counter() + 0.5)
-    return bound.starts[-1] if bound.starts else None
+    return bound.value, bound.starts[-1] if bound.starts else None
 
 
 def _solved(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int, moves: int,
-            start: Sequence[int] | None) -> tuple[int, ...] | None:
+            start: Sequence[int] | None, least: float) -> tuple[int, ...] | None:
+    """The cheapest order found, from `start`; the search ends where it costs no more than `least`, which is proven."""
     graph = problem(captured, seconds, workspace, kept, peak)
     try:
-        return solve(graph, peak, 0.5, bound=False, start=start, iterations=moves).order
+        return solve(graph, peak, 0.5, bound=False, start=start, iterations=moves, least=least).order
     except Infeasible:
         return None
 
