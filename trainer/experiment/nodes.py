@@ -299,6 +299,8 @@ class Memory(Node):
     """A device to plan a dry run for; null plans for the one that is present."""
     processes: Positive | None = None
     """Processes to plan a dry run for, one a device, all nodes together; a run must be launched with as many."""
+    solver: Literal["auto", "exact"] = "auto"
+    """auto: searches, with a proven gap; exact: Checkmate's integer program, for blocks of at most 28 operations."""
     compile: bool = False
     """Run planned blocks by Inductor instead of by eager kernels; needs a C++ compiler, and warms up for a while."""
     reserve: Bytes = None

@@ -17,6 +17,7 @@ from strategies.distillation.losses.tiled_loss import tile_rows
 from strategies.export.hf.transformers_folder import weight_files
 from strategies.export.sizes import exported_bytes
 from strategies.memory.ledger import Ledger, loss_bytes, saved_activation_bytes
+from strategies.rematerialization.recompute_plan import PROVEN
 from trainer.distributed.rank_memory import check_blocks, is_sharded
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
@@ -247,6 +248,8 @@ def _memory_rows(memory: MemoryPlan) -> list[tuple[str, ...]]:
         return [*rows, ("recomputed", f"{'nothing':>15}", "the model fits as it is")]
     rows.append(("recomputed", f"{memory.recomputed:>15.1%}", "of the blocks' forward and backward time; a better "
                  f"schedule could save at most {memory.gap:.1%}"))
+    if memory.solver == "exact":
+        rows.append(("solver", f"{memory.solver:>15}", PROVEN))
     if memory.blocks:
         rows.append(("blocks", f"{'bytes kept':>15}", "by each between forward and backward, beside its input"))
     rows += [(" ".join(names), f"{kept:>15,}", what) for names, kept, what in _block_rows(memory)]

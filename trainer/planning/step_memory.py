@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from strategies.rematerialization.price.step_trace import off_the_path
 from strategies.rematerialization.recompute_plan import BudgetError
 from strategies.rematerialization.recompute_plan import RecomputePlan as Schedule
 from strategies.rematerialization.rematerialize import study
+from strategies.rematerialization.solve.checkmate import NotExact
 from trainer.data.batches import Batch
 from trainer.data.tokenizers import apart_size, known_size
 from trainer.distributed.rank_memory import gradients_stay, in_backward, is_sharded
@@ -56,6 +58,7 @@ class MemoryPlan:
         curve: planned bytes over one micro-batch's step, as (position, bytes).
         marks: (phase, position) where phases begin.
         tile: bytes of logits at a time in the loss; None for the device's usual.
+        solver: what found the blocks' schedules; "exact" where each is a proven optimum for its bytes and its peak.
     """
 
     budget: int | None
@@ -70,6 +73,7 @@ class MemoryPlan:
     curve: list[tuple[int, int]]
     marks: list[tuple[str, int]]
     tile: int | None = None
+    solver: str = "auto"
 
 
 def example_batch(rows: int, length: int, packed: bool, device: torch.device | str = "cpu") -> Batch:
@@ -145,6 +149,10 @@ def choose(experiment: Experiment, again: Again, first: Callable[[bool, int | No
 
     try:
         return _choose(experiment.memory.bytes, first or (lambda regions, tile: again(experiment, regions, tile)))
+    except NotExact as error:
+        raise UserError("memory.solver", str(error), value=experiment.memory.solver,
+                        way_out="use `auto`, which says how much a better schedule could save at most (the gap, "
+                                "in the plan), or a model of smaller blocks") from error
     except _Unmet as unmet:
         raise refuse(experiment, unmet.error, *named_parts(unmet.least), attempt, processes) from unmet.error
 
@@ -249,7 +257,12 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
             "accumulate": gradients_stay(experiment, processes)}
     return study(small.train(), made.batch, loss=made.loss_of, others=[large] if large is not None else [],
                  device=experiment.memory.device, reserved=reserved(experiment, processes, place), regions=regions,
-                 **how)
+                 solver=experiment.memory.solver, cache=plans_cache(experiment), **how)
+
+
+def plans_cache(experiment: Experiment) -> Path:
+    """Where what is found for a block is kept, once there is the folder of the cache: a dry run makes none."""
+    return Path(experiment.run.cache) / "plans"
 
 
 def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig
@@ -335,7 +348,8 @@ def describe(planner: Planner, chosen: Schedule, tile: int | None, keep_all: int
         budget=chosen.budget, peak=chosen.peak, keep_all=keep_all, moment=moment, parts=parts,
         recomputed=chosen.overhead, gap=chosen.gap, blocks=chosen.blocks(), unplanned=chosen.fallbacks,
         curve=[(int(at), int(count)) for at, count in thinned(drawn, POINTS)],
-        marks=[(name, int(position)) for name, position in drawn.marks], tile=tile)
+        marks=[(name, int(position)) for name, position in drawn.marks], tile=tile,
+        solver=chosen.solver)
 
 
 def named_parts(chosen: Schedule) -> tuple[str, dict[str, int]]:

@@ -18,7 +18,16 @@ from trainer.data.batches import Batch
 from trainer.distributed.rank_memory import gradients_stay, in_backward, is_sharded
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
-from trainer.planning.step_memory import POINTS, MemoryPlan, choose, describe, example_batch, reserved, study_experiment
+from trainer.planning.step_memory import (
+    POINTS,
+    MemoryPlan,
+    choose,
+    describe,
+    example_batch,
+    plans_cache,
+    reserved,
+    study_experiment,
+)
 from trainer.run.folder import write_atomically
 from trainer.run.metrics import Metrics, ProgressReporter, readable
 from trainer.teacher.loss import loss_of_batch
@@ -74,7 +83,8 @@ def _study(trainer: Trainer, batch: Batch, regions: bool, tile: int | None) -> P
             planned, trainer.precision, model, batch,
             teacher_targets=example_targets(experiment, trainer.teacher_config, batch, trainer.asked))[0],
         others=[] if trainer.asked is None else [trainer.asked],
-        reserved=reserved(experiment, processes, trainer.accelerator.device.type), regions=regions)
+        reserved=reserved(experiment, processes, trainer.accelerator.device.type), regions=regions,
+        solver=experiment.memory.solver, cache=plans_cache(experiment))
 
 
 def measured_step(trainer: Trainer, batches: Iterator[Batch]) -> tuple[dict[str, Any], Measured]:
