@@ -358,7 +358,7 @@ class Run(Node):
     folder: PathName | None = None
     """Run folder; null is `runs/<name>`. Started again on the same folder, a run resumes."""
     cache: PathName = "runs/cache"
-    """Folder for what runs share: tokenized data, trained tokenizers and teachers."""
+    """Folder for what runs share: tokenized data, trained tokenizers and teachers, schedules found for blocks."""
     log_every: Positive = 10
     """Optimizer steps between log lines (metrics.jsonl has every step)."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
