@@ -128,7 +128,7 @@ def rounds(search: Searcher, starts: list[tuple[int, ...]], deadline: float, eno
         now = time.perf_counter()
         moves = None if left is None else max(1, int(left * share))
         if source == "first" and search.order is None and not search.least:
-            starts.append(least_peak(search.graph, share * (deadline - now), search.seed, moves, search.budget).order)
+            starts.append(least_peak(search.graph, share * (deadline - now), search.seed, moves).order)
             begin = starts[-1]
         search.round(begin, hot, spread, now + share * (deadline - now), moves, enough)
         left = None if left is None else left - moves
@@ -189,16 +189,13 @@ class Least:
     bound: int
 
 
-def least_peak(graph: Graph, seconds: float, seed: int = 0, iterations: int | None = None, enough: int = 0) -> Least:
-    """The order with the least peak found in `seconds` (or `iterations` moves), and what no order can do without.
-
-    The search ends at a peak of `enough` bytes.
-    """
+def least_peak(graph: Graph, seconds: float, seed: int = 0, iterations: int | None = None) -> Least:
+    """The order with the least peak found in `seconds` (or `iterations` moves), and what no order can do without."""
     deadline = time.perf_counter() + seconds
     bound = least_bytes(graph)
     search = Searcher(graph, bound, seed, least=True)
     first = tuple(range(len(graph.seconds)))
     search.offer(first)
-    rounds(search, [first], deadline, lambda: search.figure <= max(bound, enough), iterations)
+    rounds(search, [first], deadline, lambda: search.figure <= bound, iterations)
     outcome = simulate(graph, search.order)
     return Least(search.order, outcome.seconds, outcome.peak, bound)
