@@ -11,6 +11,7 @@ import torch
 from strategies.common.shards import Layout, Piece, add_over, layout_of, local, local_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
 from strategies.optimizers.rectangles import Rectangle, blocks_of, stack_of
+from strategies.optimizers.transient import Sharing, traced
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -65,6 +66,12 @@ class Adafactor(torch.optim.Optimizer):
         if len(pieces) == 1:
             return state | {name: state[name].view(shape) for name, shape in _shapes(pieces[0]).items()}
         return state
+
+    gathers_updates = False
+
+    def transient_bytes(self, sharing: Sharing) -> int:
+        """One update at a time, and sums of its squares: no kernel here takes bytes of its own."""
+        return traced(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

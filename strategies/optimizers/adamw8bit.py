@@ -25,8 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from strategies.common.shards import local
 from strategies.optimizers.norms import check, evaluated, flat_gradient, with_gradient
+from strategies.optimizers.transient import Sharing, traced
 
 BLOCK = 256
+BYTES_ON_CPU = 20  # that bitsandbytes 0.50 takes for each element of a tensor in its step there, for a moment
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -57,6 +59,13 @@ class AdamW8bit(torch.optim.Optimizer):
         with unset_fake_temporarily():  # its tables hold numbers, also where a plan makes the rest without
             self._theirs = Theirs([nn.Parameter(torch.zeros(1, device="cpu"))], lr=lr, betas=betas, eps=eps,
                                   min_8bit_size=min_8bit_size)
+
+    gathers_updates = False
+
+    def transient_bytes(self, sharing: Sharing) -> int:
+        """On CPU, where bitsandbytes computes a tensor's step out of torch's operations, of the largest part."""
+        parts = [part for group in self.param_groups for part in group["params"]]
+        return BYTES_ON_CPU * max(part.numel() for part in parts) if sharing.on_cpu else traced(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from strategies.common.shards import add_over, layout_of, local, local_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
+from strategies.optimizers.transient import Sharing, traced
 
 
 @dataclass
@@ -71,6 +72,12 @@ class Lamb(torch.optim.Optimizer):
         own = local(tensor)
         return {"step": torch.zeros((), device=own.device), "exp_avg": torch.zeros_like(own),
                 "exp_avg_sq": torch.zeros_like(own)}
+
+    gathers_updates = False
+
+    def transient_bytes(self, sharing: Sharing) -> int:
+        """One update at a time, and what its norms take: no kernel here takes bytes of its own."""
+        return traced(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

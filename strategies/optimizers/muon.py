@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from strategies.common.shards import layout_of, local
 from strategies.optimizers.groups import embedding_weights, group_of, parameter_groups
 from strategies.optimizers.norms import check, evaluated
+from strategies.optimizers.transient import Sharing, traced
 
 RATE = "match_rms_adamw"
 """Updates as large as AdamW's, so that one rate fits: 0.2 sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982)."""
@@ -77,6 +78,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["muon"] and any(parameter.ndim != 2 for parameter in group["params"]):
                 raise ValueError("a group marked for Muon has a parameter that is not a matrix")
+
+    gathers_updates = True
+
+    def transient_bytes(self, sharing: Sharing) -> int:
+        """The products of one matrix at a time; where ranks share it, beside its gathered fp32 update."""
+        return traced(self) + (4 * sharing.largest if sharing.ranks > 1 else 0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -22,17 +22,17 @@ from strategies.rematerialization.price.block_options import (
 )
 from strategies.rematerialization.price.costs import Prices
 from strategies.rematerialization.price.non_region_memory import NonRegionMemory
+from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
 from strategies.rematerialization.solve.chain_program import (
     ChainSchedule,
     Link,
     Option,
-    leaves,
     replay,
     segments_in,
     solve_chain,
-    with_option,
 )
+from strategies.rematerialization.solve.checkmate import check_size, optimal
 from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.lower_bound import least_bytes, least_sum
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
@@ -54,12 +54,22 @@ class Planner:
         prices: of operations.
         fallback: options of a region that could not be captured.
         apart: whether no segment may reach over several regions, because each has its weights only while it is called.
+        solver: of the schedules of each region: "auto" searches and bounds what is left to gain; "exact" solves
+            Checkmate's program to its proven optimum.
+        store: where what is found is kept from one process to the next.
+
+    Raises:
+        NotExact: a region is too large for the exact program.
     """
 
     def __init__(self, calls: Sequence[RegionCall], frame: NonRegionMemory, prices: Prices,
-                 fallback: Callable[[RegionCall], tuple[tuple[Option, ...], float]], apart: bool = False) -> None:
+                 fallback: Callable[[RegionCall], tuple[tuple[Option, ...], float]], apart: bool = False,
+                 solver: str = "auto", store: OptionStore | None = None) -> None:
         self.calls, self.frame, self.prices = calls, frame, prices
-        self.fallback, self.apart = fallback, apart
+        self.fallback, self.apart, self.solver, self.store = fallback, apart, solver, store
+        for call in calls if solver == "exact" else ():
+            if call.captured is not None:
+                check_size(name_of(call), len(call.captured.operations) + 1)
         self._options: dict[str, tuple[Option, ...]] = {}
         self._curves: dict[str, list[tuple[int, float]]] = {}
         self._problems: dict[str, Graph] = {}
@@ -148,7 +158,8 @@ class Planner:
             found = least_peak(self._in_place(0, self.prices.roofline(captured)), 60.0, iterations=LEAST_MOVES)
             found = solve(self._in_place(0), found.peak, 10.0, bound=False, start=found.order)  # at less recomputation
             option = self._own(captured, option_of(captured, self._problem(captured), found.order))
-            return self._plan(None, whole(1), [self._link(0, (option,), self._forward(self.calls[0]))], 0.0)
+            return replace(self._plan(None, whole(1), [self._link(0, (option,), self._forward(self.calls[0]))], 0.0),
+                           solver="auto")
         steady = [self._link(index, *self._steady_ways(call)) for index, call in enumerate(self.calls)]
         low, high = self.least_bound, self.keep_all().peak
         best = whole(len(self.calls))
@@ -160,10 +171,9 @@ class Planner:
             else:
                 best = found
                 high = max(self._around, replay(steady, found, self.frame.head).peak)
-        for position, which in [leaf for item in best for leaf in leaves(item)]:
-            option = self._priced(self.calls[position], steady[position].options)[which]
-            best = with_option(best, position, self.links[position].options.index(option))
-        return self._plan(None, best, self.links, 0.0)
+        priced = [self._link(index, self._priced(call, link.options), self._forward(call))
+                  for index, (call, link) in enumerate(zip(self.calls, steady, strict=True))]
+        return replace(self._plan(None, best, priced, 0.0), solver="auto")
 
     @cached_property
     def least_bound(self) -> int:
@@ -180,7 +190,7 @@ class Planner:
         states = STATES * segments_in(schedule)
         peak = self._with_margin(max(found.peak + states, self._around))
         return RecomputePlan(budget, peak, schedule, found, self.frame, links, self.calls, self.seconds, bound,
-                    resident=self._resident)
+                    resident=self._resident, solver=self.solver)
 
     def _resident(self, position: int, option: Option) -> tuple[list[int], list[int]]:
         graph = self._problem(self.calls[position].captured)
@@ -206,14 +216,16 @@ class Planner:
         try:
             if self._around > fitting:
                 raise self._refusal(budget)
-            found = solve(graph, fitting, seconds, gap=CLOSE_ENOUGH)
+            best = optimal(graph, fitting, name_of(call)).order if self.solver == "exact" else None
+            found = solve(graph, fitting, seconds, gap=CLOSE_ENOUGH, start=best)
         except Infeasible:
             if self.least.peak <= budget:
                 return replace(self.least, budget=budget)
             raise self._refusal(budget) from None
         option = self._own(call.captured, option_of(call.captured, self._problem(call.captured), found.order))
         bound = 0.0 if self.frame.spare else max(0.0, found.bound - float(graph.seconds.sum()))
-        return self._plan(budget, whole(1), [self._link(0, (option,), self._forward(call))], bound)
+        plan = self._plan(budget, whole(1), [self._link(0, (option,), self._forward(call))], bound)
+        return replace(plan, solver="auto" if best is None else "exact")
 
     def _in_place(self, index: int, seconds: np.ndarray | None = None) -> Graph:
         """A region's problem with what others hold beside it in each of its phases; seconds by the prices at hand.
@@ -256,7 +268,9 @@ class Planner:
         if self.single:
             return (self._kept_whole(call),)
         steady = self._priced(call, self._steady_ways(call)[0])
-        found = options(captured, *self.prices.price(captured)) if self.prices.measure else ()
+        found = self._searched(captured, self.prices.price(captured)[0]) if self.prices.measure else ()
+        if self.solver == "exact" and found:  # proven by these prices; what others found is not
+            return tuple(self._own(captured, option) for option in found)
         more = [self._own(captured, option) for option in frontier([*steady, *found]) if option not in steady]
         return tuple(sorted([*steady, *more], key=lambda way: (way.seconds, way.kept, way.backward_peak)))
 
@@ -266,8 +280,11 @@ class Planner:
             return self.fallback(call)
         seconds, signature = self.prices.roofline(call.captured), call.captured.signature
         if signature not in self._steady:
-            self._steady[signature] = options(call.captured, seconds, self.prices.price(call.captured)[1])
+            self._steady[signature] = self._searched(call.captured, seconds)
         return self._steady[signature], float(seconds[:call.captured.forward].sum())
+
+    def _searched(self, captured: Captured, seconds: np.ndarray) -> tuple[Option, ...]:
+        return options(captured, seconds, self.prices.price(captured)[1], solver=self.solver, store=self.store)
 
     def _priced(self, call: RegionCall, ways: Sequence[Option]) -> tuple[Option, ...]:
         """The same ways, in the same order, with seconds by the prices at hand."""
@@ -307,7 +324,8 @@ class Planner:
             if call.captured is None:
                 return 0.0
             if call.captured.signature not in self._curves:
-                self._curves[call.captured.signature] = bound_curve(call.captured, *self.prices.price(call.captured))
+                self._curves[call.captured.signature] = bound_curve(
+                    call.captured, *self.prices.price(call.captured), store=self.store)
             curves.append(self._curves[call.captured.signature])
         return least_sum(curves, budget - self.frame.head + self.frame.spare)
 
@@ -327,3 +345,8 @@ class Planner:
         modules = [call.module if model is None else model.get_submodule(call.name) for call in self.calls]
         plan.planned = Planned(modules, plan.schedule, [link.options for link in plan.links], self.orders, inductor)
         plan.planned.install()
+
+
+def name_of(call: RegionCall) -> str:
+    """What a region is called in the model, or its class where it is the model."""
+    return call.name or type(call.module).__name__

@@ -10,6 +10,8 @@ from strategies.rematerialization.execute.installed import Planned
 from strategies.rematerialization.price.non_region_memory import NonRegionMemory
 from strategies.rematerialization.solve.chain_program import Block, ChainSchedule, Link, Option, Replay, leaves
 
+PROVEN = "each block's schedule is proven optimal by Checkmate's exact program, for the bytes it keeps and its peak"
+
 
 class BudgetError(ValueError):
     """A budget that cannot be met.
@@ -46,6 +48,8 @@ class RecomputePlan:
         bound: seconds of recomputation below which no schedule of the regions fits, proven.
         planned: the model that it is installed in.
         resident: bytes at every operation of a region's forward, and of its backward, by an option.
+        solver: what found the regions' schedules: "auto", or "exact" where Checkmate's program proves of each that no
+            schedule of its kind recomputes less with the bytes that it keeps and its peak.
     """
 
     budget: int | None
@@ -59,6 +63,7 @@ class RecomputePlan:
     bound: float
     planned: Planned | None = field(default=None, repr=False)
     resident: Callable[[int, Option], tuple[list[int], list[int]]] | None = field(default=None, repr=False)
+    solver: str = "auto"
 
     @property
     def recomputed(self) -> float:
@@ -166,6 +171,8 @@ class RecomputePlan:
         limit = "no budget" if self.budget is None else f"budget {self.budget:,} bytes"
         lines = [f"{limit}; predicted peak {self.peak:,} bytes ({moment}); recomputation {self.overhead:.1%} of the "
                  f"blocks' time, at most {self.gap:.1%} more than any schedule needs"]
+        if self.solver == "exact":
+            lines.append(f"  {PROVEN}")
         largest = sorted(parts.items(), key=lambda part: -part[1])
         lines += [f"  {name:<22} {count:>16,}" for name, count in largest if count]
         return "\n".join([*lines, *(f"  not planned: {text}" for text in self.fallbacks)])

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from strategies.rematerialization.execute.installed import uninstall
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price.costs import DEVICES, Prices, this_device
 from strategies.rematerialization.price.gpu_attention import attention_as_on_gpus
+from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.price.step_trace import Hooks, Step, gradients_kept, trace_step, without
 from strategies.rematerialization.price.uncaptured_options import fallback_options
 from strategies.rematerialization.recompute_plan import RecomputePlan
@@ -48,7 +50,7 @@ Loss = Callable[[nn.Module, object], torch.Tensor]
 def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
                   optimizer: torch.optim.Optimizer | None = None, loss: Loss | None = None,
                   autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
-                  compile: bool = False) -> RecomputePlan:
+                  compile: bool = False, solver: str = "auto", cache: str | Path | None = None) -> RecomputePlan:
     """Make a model train within a budget of bytes, at the least recomputation found, and say how much that is.
 
         plan = limbeck.rematerialize(model, batch, budget="8GiB", optimizer=optimizer)
@@ -71,18 +73,24 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
         others: modules and tensors that stay beside the model, a teacher for example.
         compile: run the schedules by Inductor instead of by eager kernels. What it fuses needs no memory, so that the
             prediction is an upper estimate.
+        solver: "auto" searches and says how much is left to gain at most; "exact" solves Checkmate's program (Jain et
+            al. 2020) for each block to its proven optimum, for blocks of few operations.
+        cache: an existing folder, in which what was found for each block is kept for the next process; None keeps
+            nothing.
 
     Returns:
         the plan, which is then installed in the model.
 
     Raises:
         BudgetError: no plan fits; it says what the least is.
+        NotExact: `solver` is "exact", and a block has too many operations, or its optimum was not proven in time.
         ValueError: the budget is not a number of bytes, the loss not one number, or nothing trains.
         CannotPlan: the model does not run on tensors without data, as some mixtures of experts do not.
     """
     budget = parse_bytes(budget)
     settings: dict[str, Any] = {"optimizer": optimizer, "loss": loss, "autocast": autocast, "accumulate": accumulate,
-                                "others": others, "reserved": _buckets(model)}
+                                "others": others, "reserved": _buckets(model), "solver": solver,
+                                "cache": None if cache is None else Path(cache) / "plans"}
     planner = study(model, example_batch, regions=False, **settings)
     if not planner.fits_as_it_is(budget):
         planner = study(model, example_batch, **settings)
@@ -96,7 +104,7 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
           autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
           device: str | None = None, reserved: Mapping[str, int] | None = None, residency: Residency | None = None,
           in_backward: Hooks | None = None, regions: bool = True, measure: bool | None = None,
-          refuted: Mapping[str, Refuted] | None = None) -> Planner:
+          refuted: Mapping[str, Refuted] | None = None, solver: str = "auto", cache: Path | None = None) -> Planner:
     """Learn all about a step that plans for any budget need; see `rematerialize`.
 
     A model without data (parameters made under FakeTensorMode) is studied without computing anything, and priced for
@@ -106,6 +114,7 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
     Without `regions` the model runs as it is, and only what that needs is found. Blocks whose names are in `refuted`
     are not captured, or run as they are. `measure` is whether operations are timed on the device that is present; None
     for models with data.
+    `cache` is the folder where what is found for each block is kept, made where the folder above it exists.
     """
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise ValueError(f"autocast is a dtype such as torch.bfloat16, not {autocast!r}")
@@ -130,13 +139,13 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
     standing = {name: module for name, module in model.named_modules() if stood_in(module)}
     with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # without an older plan
         return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions, residency,
-                      in_backward, measure, refuted or {})
+                      in_backward, measure, refuted or {}, solver, None if cache is None else OptionStore(cache))
 
 
 def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], torch.Tensor],
            optimizer: torch.optim.Optimizer | None, accumulate: bool, others: Sequence[object], device: str | None,
            reserved: Mapping[str, int], regions: bool, residency: Residency | None, in_backward: Hooks | None,
-           measure: bool | None, refuted: Mapping[str, Refuted]) -> Planner:
+           measure: bool | None, refuted: Mapping[str, Refuted], solver: str, store: OptionStore | None) -> Planner:
     kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     pretended = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     blocks = None if residency is None else residency.blocks
@@ -165,8 +174,8 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
             accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward), mode)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls  # type: ignore[arg-type]  # it ran
                     if call.captured is None}
-    prices = Prices(known, measure=not pretended if measure is None else measure)
-    return Planner(calls, frame, prices, lambda call: fallback[id(call)], blocks is not None)
+    prices = Prices(known, measure=not pretended if measure is None else measure, store=store)
+    return Planner(calls, frame, prices, lambda call: fallback[id(call)], blocks is not None, solver, store)
 
 
 def _regions(model: nn.Module, blocks: Sequence[str] | None) -> dict[str, nn.Module]:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from strategies.memory.residency import Residency
-from strategies.memory.tracker import LiveBytes, tensors_of
+from strategies.memory.tracker import tensors_of
+from strategies.optimizers.transient import Sharing, gathers_updates, transient_bytes
 from strategies.rematerialization.capture.fake_tensors import FakeItemMode
 from strategies.sharding.gather_units import sharing_blocks
 from strategies.sharding.rank_residency import SHARDED, ShardingSetup, residency, stand_ins
@@ -20,8 +21,6 @@ from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Optimizer, Sharding, Training
 from trainer.experiment.precision import DTYPES
-
-BYTES_8BIT_ON_CPU = 20  # that bitsandbytes 0.50 takes for each element of a tensor in its step there, for a moment
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,9 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: ShardingSetup) -> t
 
     The optimizer's parameters are replaced by the rank's.
     """
-    gathers = type(optimizer).__name__ == "Muon"  # one whole update at a time, whatever part of it a rank holds
     largest = max(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-    for group, parts in zip(optimizer.param_groups, stand_ins(optimizer.param_groups, setup, not gathers), strict=True):
+    for group, parts in zip(optimizer.param_groups, stand_ins(
+            optimizer.param_groups, setup, known=not gathers_updates(optimizer)), strict=True):
         group["params"] = parts
     parts = [part for group in optimizer.param_groups for part in group["params"]]
     for part in parts:
@@ -126,8 +125,4 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: ShardingSetup) -> t
     with FakeItemMode():
         optimizer.step()
         state = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(optimizer.state))
-        with LiveBytes() as tracker:
-            optimizer.step()
-    if type(optimizer).__name__ == "AdamW8bit" and setup.gloo:
-        return state, BYTES_8BIT_ON_CPU * max(part.numel() for part in parts)
-    return state, tracker.peak + (4 * largest if gathers and setup.ranks > 1 else 0)
+        return state, transient_bytes(optimizer, Sharing(setup.ranks, largest, on_cpu=setup.gloo))

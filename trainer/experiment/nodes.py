@@ -299,6 +299,8 @@ class Memory(Node):
     """A device to plan a dry run for; null plans for the one that is present."""
     processes: Positive | None = None
     """Processes to plan a dry run for, one a device, all nodes together; a run must be launched with as many."""
+    solver: Literal["auto", "exact"] = "auto"
+    """auto: searches, with a proven gap; exact: Checkmate's integer program, for blocks of at most 28 operations."""
     compile: bool = False
     """Run planned blocks by Inductor instead of by eager kernels; needs a C++ compiler, and warms up for a while."""
     reserve: Bytes = None
@@ -356,7 +358,7 @@ class Run(Node):
     folder: PathName | None = None
     """Run folder; null is `runs/<name>`. Started again on the same folder, a run resumes."""
     cache: PathName = "runs/cache"
-    """Folder for what runs share: tokenized data, trained tokenizers and teachers."""
+    """Folder for what runs share: tokenized data, trained tokenizers and teachers, schedules found for blocks."""
     log_every: Positive = 10
     """Optimizer steps between log lines (metrics.jsonl has every step)."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from strategies.rematerialization.recompute_plan import PROVEN
 from trainer.experiment.explain import resolved_table
 from trainer.experiment.load import Source
 from trainer.planning.plan import NOMINAL_STEPS, Plan
@@ -72,6 +73,8 @@ def _memory_rows(memory: MemoryPlan) -> list[tuple[str, ...]]:
         return [*rows, ("recomputed", f"{'nothing':>15}", "the model fits as it is")]
     rows.append(("recomputed", f"{memory.recomputed:>15.1%}", "of the blocks' forward and backward time; a better "
                  f"schedule could save at most {memory.gap:.1%}"))
+    if memory.solver == "exact":
+        rows.append(("solver", f"{memory.solver:>15}", PROVEN))
     if memory.blocks:
         rows.append(("blocks", f"{'bytes kept':>15}", "by each between forward and backward, beside its input"))
     rows += [(" ".join(names), f"{kept:>15,}", what) for names, kept, what in _block_rows(memory)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from trainer.data.tokenizers import apart_size, known_size
 from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
 from trainer.experiment.experiment import Experiment
+from trainer.experiment.nodes import Run
 from trainer.models.build import empty_student
 from trainer.models.router_balance import balancing_weight
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate
@@ -53,6 +55,7 @@ class MemoryPlan:
         curve: planned bytes over one micro-batch's step, as (position, bytes).
         marks: (phase, position) where phases begin.
         tile: bytes of logits at a time in the loss; None for the device's usual.
+        solver: what found the blocks' schedules; "exact" where each is a proven optimum for its bytes and its peak.
     """
 
     budget: int | None
@@ -67,6 +70,7 @@ class MemoryPlan:
     curve: list[tuple[int, int]]
     marks: list[tuple[str, int]]
     tile: int | None = None
+    solver: str = "auto"
 
 
 def example_batch(rows: int, length: int, packed: bool, device: torch.device | str = "cpu") -> Batch:
@@ -108,7 +112,13 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
             how = {"residency": _shared(setup, small, large, place == "cuda" or experiment.memory.device is not None)}
     return study(small.train(), made.batch, loss=made.loss_of, others=[large] if large is not None else [],
                  device=experiment.memory.device, reserved=held, regions=regions,
-                 measure=experiment.memory.device is None and topology.ranks == 1, refuted=refuted, **how)
+                 measure=experiment.memory.device is None and topology.ranks == 1, refuted=refuted,
+                 solver=experiment.memory.solver, cache=plans_cache(experiment.run), **how)
+
+
+def plans_cache(run: Run) -> Path:
+    """Where what is found for a block is kept, once there is the folder of the cache: a dry run makes none."""
+    return Path(run.cache) / "plans"
 
 
 def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig
@@ -197,7 +207,8 @@ def describe(planner: Planner, chosen: RecomputePlan, tile: int | None, keep_all
         budget=chosen.budget, peak=chosen.peak, keep_all=keep_all, moment=moment, parts=parts,
         recomputed=chosen.overhead, gap=chosen.gap, blocks=chosen.blocks(), unplanned=chosen.fallbacks,
         curve=[(int(at), int(count)) for at, count in thinned(drawn, POINTS)],
-        marks=[(name, int(position)) for name, position in drawn.marks], tile=tile)
+        marks=[(name, int(position)) for name, position in drawn.marks], tile=tile,
+        solver=chosen.solver)
 
 
 def named_parts(chosen: RecomputePlan) -> tuple[str, dict[str, int]]:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
 from strategies.rematerialization.rematerialize import Refuted, try_blocks
+from strategies.rematerialization.solve.checkmate import NotExact
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
@@ -125,6 +126,10 @@ def choose(experiment: Experiment, again: Again, topology: Topology) -> Chosen:
 
     try:
         return _choose(experiment.memory.bytes, lambda regions, tile: again(experiment, regions, tile))
+    except NotExact as error:
+        raise UserError("memory.solver", str(error), value=experiment.memory.solver,
+                        way_out="use `auto`, which says how much a better schedule could save at most (the gap, "
+                                "in the plan), or a model of smaller blocks") from error
     except _Unmet as unmet:
         raise refuse(experiment, unmet.error, *named_parts(unmet.least), attempt, topology) from unmet.error
 

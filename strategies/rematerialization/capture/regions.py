@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from strategies.memory.meter import resident_tensors
@@ -206,17 +207,38 @@ def record(
     return calls
 
 
+class _Tracer:
+    """Runs modules by torch.compile, whose guards tell which call needs a graph of its own, and notes what ran.
+
+    A process has one, since a run plans the same blocks several times: with another tile of the loss, with its model.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Captured, list[object]]] = []  # graphs that ran, and the storages of their inputs
+        self.function = compiled(_as_traced, notice=lambda captured, inputs: self.seen.append(
+            (captured, [_storage(value) if isinstance(value, torch.Tensor) else None for value in inputs])))
+
+    def __call__(self, module: nn.Module, *args, **kwargs) -> object:
+        with quiet("torch._dynamo.convert_frame"):
+            return self.function(module, *args, **kwargs)
+
+
+TRACERS: dict[object, _Tracer] = {}
+"""By the attention that stands in `torch.nn.functional`: planning for a GPU replaces it, of which no guard knows."""
+
+
 class _Capturing:
     """Captures calls of regions; equal ones once."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Captured, list[object]]] = []  # graphs that ran, and the storages of their inputs
         self.tried: dict[tuple, bool] = {}  # kinds of modules: whether what is captured has their gradients
-        self.function = self._new()
+        self.inherited = F.scaled_dot_product_attention in TRACERS
+        self.tracer = TRACERS.setdefault(F.scaled_dot_product_attention, _Tracer())
 
-    def _new(self) -> Callable:
-        return compiled(_as_traced, notice=lambda captured, inputs: self.seen.append(
-            (captured, [_storage(value) if isinstance(value, torch.Tensor) else None for value in inputs])))
+    @property
+    def seen(self) -> list[tuple[Captured, list[object]]]:
+        """Graphs that have run in the present call."""
+        return self.tracer.seen
 
     def call(self, call: RegionCall, args: tuple, kwargs: dict, unfit: str = "") -> object:
         """Call a region and note its graph, or why there is none and what it needs as it is.
@@ -265,11 +287,16 @@ class _Capturing:
 
     def _captured(self, module: nn.Module, args: tuple, kwargs: dict) -> object:
         try:
-            with quiet("torch._dynamo.convert_frame"):
-                return self.function(module, *args, **kwargs)
+            return self.tracer(module, *args, **kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit:  # torch.compile keeps a few graphs for each function
-            self.function = self._new()
-            return self.function(module, *args, **kwargs)
+            again = _Tracer()
+        except Exception:  # unless it is the graphs of an earlier study that do not serve this one
+            if not self.inherited:
+                raise
+            again, self.inherited = _Tracer(), False
+        out = again(module, *args, **kwargs)
+        self.tracer = TRACERS[F.scaled_dot_product_attention] = again
+        return out
 
 
 class _Cut(torch.autograd.Function):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from strategies.rematerialization.capture.joint_graph import Captured, is_random, problem
 from strategies.rematerialization.capture.partition import state_like
+from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.solve.chain_program import Option
+from strategies.rematerialization.solve.checkmate import check_size, optimal
 from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.lower_bound import Bound
 from strategies.rematerialization.solve.relaxation import program
@@ -24,27 +25,37 @@ MOVES = 8_000
 REMEMBERED = 256  # regions with their prices, in a process
 
 
-def _remembered(find: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a region and its prices that finds again what it found for an equal one.
+Found = TypeVar("Found")
+_known: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+
+def _remembered(key: tuple[Any, ...], store: OptionStore | None, find: Callable[[], Found],
+                write: Callable[[Found], list[Any]], read: Callable[[list[Any]], Found]) -> Found:
+    """What `find` finds, found once in a process, and once for all where there is a `store`.
 
     A run plans the same blocks several times: before it begins and with its model, at one tile of the loss and another.
     """
-    found: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+    if key not in _known:
+        kept = None if store is None else store.find(key)
+        try:
+            _known[key] = find() if kept is None else read(kept)
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError):  # written by something else
+            if kept is None:
+                raise
+            _known[key] = find()
+        if len(_known) > REMEMBERED:
+            _known.popitem(last=False)
+    if store is not None:
+        store.keep(key, write(_known[key]))
+    return _known[key]
 
-    @wraps(find)
-    def again(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, *effort: Any, **named: Any) -> Any:
-        key = (captured.signature, seconds.tobytes(), workspace.tobytes(), effort, tuple(sorted(named.items())))
-        if key not in found:
-            found[key] = find(captured, seconds, workspace, *effort, **named)
-            if len(found) > REMEMBERED:
-                found.popitem(last=False)
-        return found[key]
 
-    return again
+def _key(what: str, captured: Captured, seconds: np.ndarray, workspace: np.ndarray, *more: object) -> tuple[Any, ...]:
+    return what, captured.signature, seconds.tobytes(), workspace.tobytes(), LEVELS, *more
 
 
-@_remembered
-def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int = MOVES) -> tuple[Option, ...]:
+def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int = MOVES, solver: str = "auto",
+            store: OptionStore | None = None) -> tuple[Option, ...]:
     """Ways to run a region that no other way beats in bytes kept, both peaks and seconds, cheapest first.
 
     For each amount of bytes kept an integer program says what to keep at the least cost; a search then lowers the peak
@@ -54,7 +65,39 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
         captured: the region.
         seconds, workspace: prices of its operations.
         moves: effort of each search.
+        solver: "auto", or "exact" for Checkmate's program after the searches.
+        store: where what was found is kept from one process to the next.
+
+    Raises:
+        NotExact: the exact program is too large, or was not solved to its end.
     """
+    def read(orders: list[Any]) -> tuple[Option, ...]:
+        free = problem(captured, seconds, workspace)
+        return tuple(option_of(captured, free, tuple(map(int, order))) for order in orders)
+
+    find = {"auto": _options, "exact": _exact_options}[solver]
+    return _remembered(_key("options", captured, seconds, workspace, moves, solver), store,
+                       lambda: find(captured, seconds, workspace, moves),
+                       lambda found: [list(option.order) for option in found], read)
+
+
+def _exact_options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int) -> tuple[Option, ...]:
+    """The options that searches find, and what the exact program finds for the bytes and the peak of each.
+
+    Of two that need the same the cheaper one stays: an order outside of the program can be cheaper than its optimum.
+    """
+    free = problem(captured, seconds, workspace)
+    check_size("a block", len(free.seconds))
+    found = list(_options(captured, seconds, workspace, moves))
+    for option in tuple(found[1:]):  # the first one keeps all
+        peak, states = max(option.forward_peak, option.backward_peak), _state_bytes(captured, option.order)
+        best = optimal(problem(captured, seconds, workspace, option.kept - states, peak - states), peak - states,
+                       "a block")
+        found += [option_of(captured, free, best.order)] if best.order is not None else []
+    return frontier(found)
+
+
+def _options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int) -> tuple[Option, ...]:
     free = problem(captured, seconds, workspace)
     all_kept = option_of(captured, free, tuple(range(len(free.seconds))))
     most = 2 * (max(all_kept.backward_peak, all_kept.forward_peak) + all_kept.kept)
@@ -63,14 +106,14 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
     found = [all_kept, lowest]
     for level in LEVELS:
         kept = int(level * all_kept.kept)
-        order = _cheapest(captured, seconds, workspace, kept, most)
+        cost, order = _cheapest(captured, seconds, workspace, kept, most)
         for peak in (most, *np.geomspace(max(least.peak, 1), all_kept.backward_peak, 4)[2::-1].astype(int)):
-            order = _solved(captured, seconds, workspace, kept, int(peak), moves, order)
+            order = _solved(captured, seconds, workspace, kept, int(peak), moves, order, cost)
             if order is None:
                 break
             found.append(option_of(captured, free, order))
         if kept >= lowest.kept:  # as low as it gets, and cheaper for what may be kept
-            order = _solved(captured, seconds, workspace, kept, int(1.01 * least.peak), moves, least.order)
+            order = _solved(captured, seconds, workspace, kept, int(1.01 * least.peak), moves, least.order, cost)
             found += [option_of(captured, free, order)] if order is not None else []
     return frontier(found)
 
@@ -78,23 +121,29 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
 def cheapest_within(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int,
                     moves: int = MOVES) -> tuple[int, ...] | None:
     """The order found that recomputes least while it keeps at most `kept` bytes and needs at most `peak`, or None."""
-    return _solved(captured, seconds, workspace, kept, peak, moves, _cheapest(captured, seconds, workspace, kept, peak))
+    cost, order = _cheapest(captured, seconds, workspace, kept, peak)
+    return _solved(captured, seconds, workspace, kept, peak, moves, order, cost)
 
 
 def _cheapest(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, most: int
-              ) -> Sequence[int] | None:
-    """The order that recomputes least for the bytes kept, whatever its peak: an integer program for one moment."""
+              ) -> tuple[float, Sequence[int] | None]:
+    """The order that recomputes least for the bytes kept, whatever its peak: an integer program for one moment.
+
+    Returns:
+        What every order costs at least that keeps no more, infinite where there is none; and the program's order.
+    """
     graph = problem(captured, seconds, workspace, kept, most)
     bound = Bound(graph, most)
     bound.prove(program(graph, most, [graph.forward]), time.perf_counter() + 0.5)
-    return bound.starts[-1] if bound.starts else None
+    return bound.value, bound.starts[-1] if bound.starts else None
 
 
 def _solved(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int, moves: int,
-            start: Sequence[int] | None) -> tuple[int, ...] | None:
+            start: Sequence[int] | None, least: float) -> tuple[int, ...] | None:
+    """The cheapest order found, from `start`; the search ends where it costs no more than `least`, which is proven."""
     graph = problem(captured, seconds, workspace, kept, peak)
     try:
-        return solve(graph, peak, 0.5, bound=False, start=start, iterations=moves).order
+        return solve(graph, peak, 0.5, bound=False, start=start, iterations=moves, least=least).order
     except Infeasible:
         return None
 
@@ -144,9 +193,8 @@ def frontier(found: Sequence[Option]) -> tuple[Option, ...]:
     return tuple(kept)
 
 
-@_remembered
-def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float = 0.3
-                ) -> list[tuple[int, float]]:
+def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float = 0.3,
+                store: OptionStore | None = None) -> list[tuple[int, float]]:
     """Least seconds of recomputation of a region for bytes kept, proven: (bytes, seconds), fewer bytes first.
 
     Bytes are those between forward and backward: of what the region keeps, its own output (the next region's input)
@@ -156,7 +204,16 @@ def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, 
     Args:
         captured, seconds, workspace: the region and its prices.
         limit: seconds for each point.
+        store: where what was found is kept from one process to the next.
     """
+    return _remembered(_key("bounds", captured, seconds, workspace, limit), store,
+                       lambda: _bound_curve(captured, seconds, workspace, limit),
+                       lambda found: [[count, least] for count, least in found],
+                       lambda kept: [(int(count), float(least)) for count, least in kept])
+
+
+def _bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float
+                 ) -> list[tuple[int, float]]:
     free = problem(captured, seconds, workspace, again=True)
     most = option_of(captured, free, tuple(range(len(free.seconds)))).kept
     curve: list[tuple[int, float]] = []

@@ -16,6 +16,7 @@ from strategies.memory.workspace import with_values, workspace
 from strategies.rematerialization.capture.compile_region import gpus_in_use
 from strategies.rematerialization.capture.joint_graph import Captured, tensors
 from strategies.rematerialization.capture.uncaptured import HALF
+from strategies.rematerialization.price.option_store import OptionStore
 
 TRIES = 5
 
@@ -107,19 +108,26 @@ class Prices:
         device: what the roofline knows.
         measure: time each operation on the device that is present, with tensors of its shapes, instead.
         largest: bytes of an operation's tensors above which it is not tried.
+        store: where what was measured is kept from one process to the next, for the device and its threads, so that
+            the same model is planned the same again.
     """
 
-    def __init__(self, device: Device, measure: bool = False, largest: int = 2 * GIB) -> None:
+    def __init__(self, device: Device, measure: bool = False, largest: int = 2 * GIB,
+                 store: OptionStore | None = None) -> None:
         self.device = device
         self.measure = measure
         self.largest = largest
+        self.store = store if measure else None
         self._known: dict[tuple, tuple[float, int]] = {}
         self._regions: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def price(self, captured: Captured) -> tuple[np.ndarray, np.ndarray]:
         """(operations,) seconds, and (operations,) bytes of temporaries."""
         if captured.signature not in self._regions:
-            found = [self._price(node) for node in captured.operations]
+            key = "prices", captured.signature, self.device.name, torch.get_num_threads(), self.largest
+            found = self._kept(key, len(captured.operations)) or [self._price(node) for node in captured.operations]
+            if self.store is not None:
+                self.store.keep(key, [[float(seconds), int(count)] for seconds, count in found])
             self._regions[captured.signature] = (np.array([seconds for seconds, _ in found]),
                                                  np.array([count for _, count in found], dtype=np.int64))
         return self._regions[captured.signature]
@@ -127,6 +135,16 @@ class Prices:
     def roofline(self, captured: Captured) -> np.ndarray:
         """(operations,) seconds by the roofline, the same each time."""
         return np.array([roofline(node, self.device) for node in captured.operations])
+
+    def _kept(self, key: tuple, operations: int) -> list[tuple[float, int]] | None:
+        """What was measured in another process, if it is a price for each operation."""
+        try:
+            kept = [] if self.store is None else self.store.find(key) or []
+            found = [(float(seconds), int(count)) for seconds, count in kept]
+        except (ValueError, TypeError, OverflowError):
+            return None
+        sound = len(found) == operations and all(0 <= seconds < np.inf and count >= 0 for seconds, count in found)
+        return found if sound else None
 
     def _price(self, node: fx.Node) -> tuple[float, int]:
         key = _key(node)

@@ -14,6 +14,7 @@ import numpy as np
 from strategies.rematerialization.solve.annealing_moves import (
     STRIDE,
     compiled,
+    copy,
     draw,
     ending,
     known_behind,
@@ -29,14 +30,14 @@ def look(g, order, begin, end, budget, known):
 
     Returns (cost of reruns, peak, summed excess).
     """
-    operations, values = g.cost.size, g.size.size
+    operations = g.cost.size
     slot = end // STRIDE
     if end >= order.size:
         slot = order.size // STRIDE + 1
         known.now[slot] = ending(g, known.live[slot])
         known.peak[slot], known.over[slot], known.extra[slot] = 0, 0.0, 0.0
     live = known.live[0]  # in use only while looking: no order begins at position 0
-    live[:] = known.live[slot]
+    copy(known.live[slot], live)
     now, peak, over, extra = known.now[slot], known.peak[slot], known.over[slot], known.extra[slot]
     highest = 0
     for position in range(min(end, order.size) - 1, begin - 1, -1):
@@ -54,7 +55,7 @@ def look(g, order, begin, end, budget, known):
             slot = position // STRIDE
             known.highest[slot], highest = highest, 0
             if position % STRIDE == 0:
-                known.live[slot, :values] = live
+                copy(live, known.live[slot])
                 known.now[slot], known.peak[slot] = now, peak
                 known.over[slot], known.extra[slot] = over, extra
     highest = 0
@@ -104,7 +105,7 @@ def judge(g, order, begin, known, total, mark, low, high, depth, budget, price, 
     """
     operations = g.cost.size
     slot, end = known_behind(order, high)
-    live[:] = known.live[slot]
+    copy(known.live[slot], live)
     now, peak, over, extra = known.now[slot], known.peak[slot], known.over[slot], known.extra[slot]
     write = window.size
     for position in range(end - 1, begin - 1, -1):
@@ -177,7 +178,8 @@ def remember(order, begin, total, budget, least, best, best_begin, best_figure):
     figure = float(total[1]) if least else (total[0] if total[1] <= budget else np.inf)
     if figure >= best_figure:
         return best_begin, best_figure
-    best[begin:] = order[begin:]
+    for position in range(begin, order.size):
+        best[position] = order[position]
     return begin, figure
 
 
@@ -204,10 +206,10 @@ def anneal(g, order, begin, known, best, best_begin, best_figure, budget, least,
             score, feasible = total[0] + price * excess, 0
             temperature = hot * (cold / hot) ** (iteration / iterations)
         depth = propose(g, order, begin, known, live, mark, places, state)
-        high, low = places.max(), order.size
+        high, low = places[0], order.size
         for place in places:
             if place >= 0:
-                low = min(low, place)
+                low, high = min(low, place), max(high, place)
         if high < 0:
             continue
         limit = score - temperature * np.log(1.0 - draw(state))

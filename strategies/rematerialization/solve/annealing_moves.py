@@ -80,6 +80,13 @@ def ending(g, live):
     return now
 
 
+@inlined
+def copy(source, into):
+    """Copy an array into another, item by item: a slice would bring numba's text of an error, seconds to compile."""
+    for k in range(source.size):
+        into[k] = source[k]
+
+
 @compiled
 def known_behind(order, position):
     """The slot that knows what is resident when all positions after `position`, or some more, have been seen.
@@ -141,7 +148,7 @@ def put_in(g, order, position, known, live, mark, state):
     """Mark a rerun of a random value resident across `position`, before its next read; returns where, -1 if nowhere."""
     operations = g.cost.size
     slot, end = known_behind(order, position)
-    live[:] = known.live[slot]
+    copy(known.live[slot], live)
     for p in range(end - 1, position, -1):
         step_back(g, order[p] % operations, order[p] >= operations, live)
     count = 0
@@ -207,7 +214,8 @@ def slide(g, order, begin, p, mark, state):
 def propose(g, order, begin, known, live, mark, places, state):
     """Mark a random move in up to four `places`, -1 where there is none; returns the depth of its chains."""
     operations = g.cost.size
-    places[:] = -1
+    for k in range(places.size):
+        places[k] = -1
     kind = draw(state)
     if kind < 0.75:
         places[0] = put_in(g, order, begin + int(draw(state) * (order.size - begin)), known, live, mark, state)

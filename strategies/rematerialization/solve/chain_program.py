@@ -202,17 +202,20 @@ def _program(n, slots, kept, ahead, back, back_again, seconds, extra, pass_ahead
     cost[n, n + 1, min(head, slots + 1):] = 0.0
     for length in range(1, n + 1):
         for s in range(0, n - length + 1):
-            _fill(s, s + length, False, n, slots, kept, extra[:, s + length], back_again, seconds,
-                  pass_behind[:, s + length], inputs, forward, cut, cost, choice)
+            _fill(s, s + length, n, slots, kept, extra[:, s + length].copy(), back_again, seconds,
+                  pass_behind[:, s + length].copy(), inputs, forward, cut, cost, choice)
     for s in range(n - 1, -1, -1):
-        _fill(s, n + 1, True, n, slots, kept, ahead, back, seconds, pass_ahead, inputs, forward, cut, cost, choice)
+        _fill(s, n + 1, n, slots, kept, ahead, back, seconds, pass_ahead, inputs, forward, cut, cost, choice)
     return cost, choice
 
 
 @numba.njit(cache=True)
-def _fill(s, t, first, n, slots, kept, ahead, back, seconds, passing, inputs, forward, cut, cost, choice):
-    """Fill in cost[s, t] and its choice; `ahead` and `passing` are what forwards need then, `back` what backwards."""
-    end = min(t, n)
+def _fill(s, t, n, slots, kept, ahead, back, seconds, passing, inputs, forward, cut, cost, choice):
+    """Fill in cost[s, t] and its choice; `ahead` and `passing` are what forwards need then, `back` what backwards.
+
+    All arrays are contiguous, whoever calls: others would be compiled for once more.
+    """
+    first, end = t > n, min(t, n)
     handed = inputs[s + 1] if s + 1 < end else 0
     for which in range(kept.shape[1]):
         need, taken = max(ahead[s, which], back[s, which]), kept[s, which] + handed

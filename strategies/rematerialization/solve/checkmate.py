@@ -1,4 +1,5 @@
-"""Checkmate's mixed-integer program (Jain et al. 2020, eq. 1-9) on HiGHS: the reference for the fast solver.
+"""Checkmate's mixed-integer program (Jain et al. 2020, eq. 1-9) on HiGHS: the reference for the fast solver, and a
+choice beside it for graphs that it can manage.
 
 One stage per operation; stage t runs operation t for the first time, after rerunning what it needs in the graph's
 order, each at most once. It has O(operations x reads) variables, so it is for small graphs. Orders outside of it, such
@@ -15,6 +16,9 @@ from scipy.optimize import Bounds, LinearConstraint
 
 from strategies.common.highs import mixed_integer
 from strategies.rematerialization.solve.graph import Graph
+
+MOST_OPERATIONS = 28  # of blocks measured, one of 25 took up to 5 s for a program, one of 41 more than 60
+PROOF = 120.0  # seconds for one program
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,39 @@ def exact(graph: Graph, budget: int, seconds: float = 60.0) -> Exact:
     ran = answer.x[program.run] > 0.5
     order = tuple(int(operation) for stage in ran for operation in np.flatnonzero(stage))
     return Exact(status, order, float(answer.fun), bound)
+
+
+class NotExact(ValueError):
+    """A graph that the exact program cannot be solved for.
+
+    Attributes:
+        operations: how many the graph has.
+        reason: why, in words, without its name.
+    """
+
+    def __init__(self, name: str, operations: int, reason: str) -> None:
+        self.operations, self.reason = operations, reason
+        super().__init__(f"{name} with its {operations} operations {reason}")
+
+
+def check_size(name: str, operations: int) -> None:
+    """Raise `NotExact` for a graph that has more operations than HiGHS can be expected to prove an optimum for."""
+    if operations > MOST_OPERATIONS:
+        raise NotExact(name, operations, f"is too large for the exact program, which takes {MOST_OPERATIONS} at most")
+
+
+def optimal(graph: Graph, budget: int, name: str = "the graph") -> Exact:
+    """The program's proven optimum; an order of None where none of its kind fits.
+
+    Raises:
+        NotExact: the graph is too large, or nothing was proven within `PROOF` seconds.
+    """
+    check_size(name, len(graph.seconds))
+    found = exact(graph, budget, PROOF)
+    if found.status not in ("optimal", "infeasible"):
+        raise NotExact(name, len(graph.seconds), f"was not solved to a proven optimum within {PROOF:.0f} s "
+                                                 f"({found.status})")
+    return found
 
 
 def linear_bound(graph: Graph, budget: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class Graph:
     forward: int = 0
     fixed: int = 0
 
-    @property
+    @cached_property
     def makes(self) -> tuple[tuple[int, ...], ...]:
         """For every operation, the values it makes."""
         made: list[list[int]] = [[] for _ in self.seconds]

@@ -105,12 +105,13 @@ def least_bytes(graph: Graph) -> int:
     once = np.isin(graph.maker, list(graph.once))
     held = np.isin(np.arange(len(last)), list(graph.held))
     last[held] = len(graph.seconds)
-    stays = np.flatnonzero(held | once)
+    stays = held | once
+    until, size = np.where(stays, last, -1), np.asarray(graph.size)
     most, makes = 0, graph.makes
     for operation, read in enumerate(graph.reads):
-        resident = {*read, *makes[operation]}
-        resident.update(value for value in stays if graph.maker[value] < operation < last[value])
-        most = max(most, int(graph.workspace[operation]) + sum(int(graph.size[value]) for value in resident))
+        there = (graph.maker < operation) & (operation < until)
+        there[[*read, *makes[operation]]] = True
+        most = max(most, int(graph.workspace[operation]) + int(size[there].sum()))
     return most + int(graph.fixed)
 
 

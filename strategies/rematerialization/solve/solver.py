@@ -64,7 +64,7 @@ class Infeasible(Exception):
 
 def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool = True,
           start: Sequence[int] | None = None, iterations: int | None = None,
-          gap: float = AS_GOOD_AS_PROVEN) -> Solution:
+          gap: float = AS_GOOD_AS_PROVEN, least: float = 0.0) -> Solution:
     """The cheapest order found in `seconds` of wall time whose peak is at most `budget` bytes.
 
     Args:
@@ -74,6 +74,7 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
         start: an order to begin with.
         iterations: moves of the search instead of a time limit; `seconds` then limits the bound alone.
         gap: end as soon as no order can be cheaper by more than this share.
+        least: a cost that has been proven for this graph before: no order that fits costs less.
 
     Raises:
         Infeasible: no order was found that fits.
@@ -81,6 +82,7 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
     """
     deadline = time.perf_counter() + seconds
     search, prover = Searcher(graph, budget, seed), Bound(graph, budget)
+    prover.value = max(prover.value, least)
     starts = prover.starts  # the prover adds to them
     starts += [tuple(range(len(graph.seconds))), *([] if start is None else [tuple(start)])]
     for order in starts:
@@ -92,7 +94,8 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
         return search.cost <= (1 + gap) * prover.value
 
     if iterations is not None:
-        rounds(search, starts, deadline, proven, iterations)
+        if not proven():
+            rounds(search, starts, deadline, proven, iterations)
         if bound and search.order is not None and not proven():
             prover.first(deadline)
             prover.single(deadline, proven)
@@ -104,10 +107,10 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
     elif not proven():
         rounds(search, starts, deadline, proven)
     if search.order is None:
-        least = infeasible(graph, budget, seconds, seed, iterations)
-        search.offer(least.order)
+        lowest = infeasible(graph, budget, seconds, seed, iterations)
+        search.offer(lowest.order)
         if search.order is None:
-            raise least
+            raise lowest
     outcome = simulate(graph, search.order)
     assert outcome.peak <= budget, (outcome.peak, budget)
     assert prover.value <= outcome.seconds * (1 + 1e-3), (prover.value, outcome.seconds)  # solvers round

@@ -79,6 +79,19 @@ def test_mistakes(write_experiment, override, said):
     assert done.returncode == 2 and said in done.stderr, done.stderr
 
 
+def test_an_exact_solver_is_refused_for_large_blocks_before_anything_starts(write_experiment):
+    file = write_experiment(memory={"budget": "1700KB", "solver": "exact"})
+    for more in (["--dry-run"], []):
+        done = train_py("--config", str(file), *more)
+        assert done.returncode == 2, done.stdout + done.stderr[-3000:]
+        line = file.read_text().splitlines().index("  solver: exact") + 1
+        assert f"{file}:{line}: memory.solver = 'exact': model.layers.0 with its" in done.stderr
+        assert "operations is too large for the exact program, which takes 28 at most" in done.stderr
+        assert "use `auto`, which says how much a better schedule could save" in done.stderr
+        assert not (file.parent / "tiny").exists(), "nothing was begun"
+    assert plan_of("--config", str(file), "memory.solver=auto")["solver"] == "auto"
+
+
 def test_a_run_is_not_for_a_device_that_is_not_there(write_experiment):
     done = train_py("--config", str(write_experiment()), "memory.device=h100")
     assert done.returncode == 2 and "add --dry-run to plan for it" in done.stderr

@@ -15,8 +15,8 @@ from scipy.optimize import OptimizeResult
 from benchmarks.rematerialization import instances
 from benchmarks.rematerialization.checking import check
 from strategies.common import highs
-from strategies.rematerialization.solve import baselines
-from strategies.rematerialization.solve.checkmate import exact, linear_bound
+from strategies.rematerialization.solve import baselines, checkmate
+from strategies.rematerialization.solve.checkmate import MOST_OPERATIONS, NotExact, exact, linear_bound, optimal
 from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.lower_bound import Bound
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
@@ -24,26 +24,30 @@ from strategies.rematerialization.solve.solver import Infeasible, least_peak, so
 MOVES = 6000  # of annealing: a few hundredths of a second on these graphs
 
 
-def brute_force(graph: Graph, budget: int) -> float:
-    """Least cost over all orders with first runs in the graph's numbering, by Dijkstra over (runs, resident)."""
+def brute_force(graph: Graph, budget: int, stages: bool = False) -> float:
+    """Least cost over all orders with first runs in the graph's numbering, by Dijkstra over (runs, resident).
+
+    With `stages` only over those of Checkmate's kind: between two first runs, reruns are in the graph's numbering.
+    """
     makes, operations = graph.makes, len(graph.seconds)
     size = [int(bytes_) for bytes_ in graph.size]
-    best, heap = {(0, frozenset()): 0.0}, [(0.0, 0, 0, frozenset())]
+    best, heap = {((0, -1), frozenset()): 0.0}, [(0.0, 0, (0, -1), frozenset())]
     tie = itertools.count(1)
     while heap:
-        cost, _, ran, there = heapq.heappop(heap)
+        cost, _, (ran, latest), there = heapq.heappop(heap)
         if ran == operations:
             return cost
-        if cost > best[ran, there]:
+        if cost > best[(ran, latest), there]:
             continue
-        for operation in range(ran + 1):
+        for operation in range(latest + 1, ran + 1):
             if not there.issuperset(graph.reads[operation]) or (operation < ran and operation in graph.once):
                 continue
             made = set(makes[operation])
             beside = sum(size[value] for value in made & graph.held & there)
             after = there | made
             if graph.fixed + int(graph.workspace[operation]) + beside + sum(size[v] for v in after) <= budget:
-                reach = (cost + graph.seconds[operation], max(ran, operation + 1))
+                reach = (cost + graph.seconds[operation],
+                         (max(ran, operation + 1), operation if stages and operation < ran else -1))
                 free = sorted(after - graph.held)
                 for count in range(len(free) + 1):
                     for dropped in itertools.combinations(free, count):
@@ -51,7 +55,7 @@ def brute_force(graph: Graph, budget: int) -> float:
     return np.inf
 
 
-def push(heap, best, tie, cost: float, ran: int, there: frozenset[int]) -> None:
+def push(heap, best, tie, cost: float, ran: tuple[int, int], there: frozenset[int]) -> None:
     if cost < best.get((ran, there), np.inf):
         best[ran, there] = cost
         heapq.heappush(heap, (cost, next(tie), ran, there))
@@ -115,6 +119,25 @@ def test_brute_force_agrees(seed):
         assert found.bound <= optimum
         assert check(graph, found.order) == (found.seconds, found.peak)
         assert found.peak <= budget
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_exact_program_is_brute_force_over_its_kind_of_orders(seed):
+    graph = random_graph(seed)
+    for budget in budgets(graph):
+        found = optimal(graph, budget)
+        assert (np.inf if found.seconds is None else found.seconds) == pytest.approx(brute_force(graph, budget, True))
+        assert found.order is None or check(graph, found.order)[1] <= budget
+
+
+def test_the_exact_program_refuses_what_it_cannot_manage(monkeypatch):
+    large = chain(1 + MOST_OPERATIONS // 2)
+    with pytest.raises(NotExact, match=f"the graph with its {len(large.seconds)} operations is too large .* at most"):
+        optimal(large, 100)
+    monkeypatch.setattr(checkmate, "PROOF", 1e-4)
+    graph = chain(MOST_OPERATIONS // 2, 0)
+    with pytest.raises(NotExact, match="was not solved to a proven optimum within 0 s"):
+        optimal(graph, least_peak(graph, 10, iterations=MOVES).peak)
 
 
 def test_the_second_simulator_refuses_what_cannot_run():

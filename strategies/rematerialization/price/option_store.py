@@ -1,0 +1,85 @@
+"""What was found for a block, on disk: plain JSON under a key of all that it follows from, so that it is found once.
+
+Nothing in a file is executed or believed: orders are run by the simulator again, and a file that is damaged, or of
+other code, is as good as none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MOST_FILES = 1024
+MOST_BYTES = 2**22  # of one file
+HERE = Path(__file__).parents[1]
+CODE = ("solve/*.py", "price/block_options.py", "price/costs.py", "capture/joint_graph.py")
+"""Files whose change makes what was found with them worthless."""
+
+
+class OptionStore:
+    """A folder of JSON files, each a list that was found for a key; it is used only if the folder above it exists.
+
+    Args:
+        folder: where; made when something is first kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, key: tuple[Any, ...]) -> list[Any] | None:
+        """What was kept under a key, or None."""
+        file = self._file(key)
+        try:
+            if file.stat().st_size > MOST_BYTES:
+                return None
+            values = json.loads(file.read_bytes())
+            found = values["found"]
+            whole = isinstance(found, list) and values["sha256"] == _digest(json.dumps(found))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return found if whole else None
+
+    def keep(self, key: tuple[Any, ...], found: list[Any]) -> None:
+        """Keep a list under a key, unless it is there; a disk that is full or read-only keeps nothing."""
+        file = self._file(key)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        if not self.folder.parent.is_dir() or self.find(key) == found:
+            return
+        try:
+            self.folder.mkdir(exist_ok=True)
+            partial.unlink(missing_ok=True)  # it may be a link
+            with open(partial, "x", encoding="utf-8") as handle:
+                json.dump({"found": found, "sha256": _digest(json.dumps(found))}, handle)
+            os.replace(partial, file)
+            self._bound()
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    def _bound(self) -> None:
+        files = sorted(self.folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        for file in files[:-MOST_FILES]:
+            file.unlink(missing_ok=True)
+
+    def _file(self, key: tuple[Any, ...]) -> Path:
+        return self.folder / f"{_digest(repr((_version(), *key)))}.json"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _version() -> str:
+    """Of the code that finds what is kept, and of torch, whose operations are priced."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for file in sorted(file for pattern in CODE for file in HERE.glob(pattern)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
