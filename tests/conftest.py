@@ -24,6 +24,7 @@ from tests.clients import CLIENTS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+PYTHONPATH = os.environ.get("PYTHONPATH")  # as whoever runs the tests has set it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes, and are small
@@ -173,7 +174,7 @@ def train_py(*arguments: str, cwd: Path = ROOT, timeout: int = 300) -> subproces
 
     An interpreter that is to look elsewhere for packages is started anew.
     """
-    if "PYTHONPATH" in os.environ:
+    if os.environ.get("PYTHONPATH") != PYTHONPATH:
         return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], cwd=cwd, timeout=timeout,
                               capture_output=True, text=True)
     return forked(_train, arguments, cwd=cwd, timeout=timeout)
