@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import searches
 from tests.clients import CLIENTS
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +38,22 @@ TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True}
 
 
+def pytest_configure(config) -> None:
+    """All processes of a session look into one folder for what the planner has searched."""
+    if not hasattr(config, "workerinput"):
+        os.environ[searches.FOLDER] = tempfile.mkdtemp(prefix="limbeck-searches-")
+
+
+def pytest_unconfigure(config) -> None:
+    """It goes with the session."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(searches.FOLDER), ignore_errors=True)
+
+
 def pytest_collection_finish() -> None:
     """What all tests have imported is looked through at no collection of garbage any more."""
+    if "strategies.rematerialization.planner" in sys.modules:
+        searches.share()
     gc.collect()
     gc.freeze()
 
@@ -114,6 +130,7 @@ def train_here(write_experiment):
         from trainer.pipeline import prepare, start
         from trainer.run.folder import RunFolder
 
+        searches.share()
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         experiment = read_experiment(write_experiment(name, **changes), list(overrides)).experiment
@@ -134,6 +151,7 @@ def run_experiment(write_experiment):
         import limbeck
         from trainer.run.folder import RunFolder
 
+        searches.share()
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         source = limbeck.read_experiment(write_experiment(name, **changes))
