@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import searches
+from tests import durations, searches
 from tests.clients import CLIENTS
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +38,15 @@ TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True}
 
 
+def pytest_addoption(parser) -> None:
+    """See tests/durations.py."""
+    parser.addoption(durations.OPTION, action="store_true", help="write tests/durations.json anew")
+
+
 def pytest_configure(config) -> None:
     """All processes of a session look into one folder for what the planner has searched."""
+    if config.getoption(durations.OPTION):
+        config.pluginmanager.register(durations.Recorder(config, lambda: forked(print, ())))
     if not hasattr(config, "workerinput"):
         os.environ[searches.FOLDER] = tempfile.mkdtemp(prefix="limbeck-searches-")
 
@@ -48,6 +55,11 @@ def pytest_unconfigure(config) -> None:
     """It goes with the session."""
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ.pop(searches.FOLDER), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Slow ones are marked, and long files begin early."""
+    durations.arrange(config, items)
 
 
 def pytest_collection_finish() -> None:
