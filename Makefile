@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Without an NVIDIA GPU, torch is pinned to a version that has a CPU build; with one, pip chooses (see README).
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: quickstart test typecheck faults setup schema clean
+.PHONY: quickstart test test-fast typecheck faults setup schema clean
 
 quickstart: setup
 	$(BIN)/accelerate launch --quiet --config_file launch/one_process.yaml train.py --config configs/quickstart.yaml
@@ -17,6 +17,11 @@ test: setup typecheck
 
 typecheck: setup
 	$(BIN)/mypy
+
+# For daily work: without the tests that take long by tests/durations.json (`pytest --record-durations` writes it anew).
+test-fast: setup
+	$(BIN)/ruff check .
+	$(BIN)/pytest -m "not slow"
 
 faults: setup
 	$(BIN)/python -m benchmarks.faults $(FAULTS)

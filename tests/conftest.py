@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +21,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import durations, searches
 from tests.clients import CLIENTS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+PYTHONPATH = os.environ.get("PYTHONPATH")  # as whoever runs the tests has set it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes, and are small
@@ -35,8 +38,34 @@ TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True}
 
 
+def pytest_addoption(parser) -> None:
+    """See tests/durations.py."""
+    parser.addoption(durations.OPTION, action="store_true", help="write tests/durations.json anew")
+
+
+def pytest_configure(config) -> None:
+    """All processes of a session look into one folder for what the planner has searched."""
+    if config.getoption(durations.OPTION):
+        config.pluginmanager.register(durations.Recorder(config, lambda: forked(print, ())))
+    if not hasattr(config, "workerinput"):
+        os.environ[searches.FOLDER] = tempfile.mkdtemp(prefix="limbeck-searches-")
+
+
+def pytest_unconfigure(config) -> None:
+    """It goes with the session."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(searches.FOLDER), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Slow ones are marked, and long files begin early."""
+    durations.arrange(config, items)
+
+
 def pytest_collection_finish() -> None:
     """What all tests have imported is looked through at no collection of garbage any more."""
+    if "strategies.rematerialization.planner" in sys.modules:
+        searches.share()
     gc.collect()
     gc.freeze()
 
@@ -113,6 +142,7 @@ def train_here(write_experiment):
         from trainer.pipeline import Launched, prepare, start
         from trainer.run.folder import RunFolder
 
+        searches.share()
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         experiment = read_experiment(write_experiment(name, **changes), list(overrides)).experiment
@@ -133,6 +163,7 @@ def run_experiment(write_experiment):
         import limbeck
         from trainer.run.folder import RunFolder
 
+        searches.share()
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         source = limbeck.read_experiment(write_experiment(name, **changes))
@@ -173,7 +204,7 @@ def train_py(*arguments: str, cwd: Path = ROOT, timeout: int = 300) -> subproces
 
     An interpreter that is to look elsewhere for packages is started anew.
     """
-    if "PYTHONPATH" in os.environ:
+    if os.environ.get("PYTHONPATH") != PYTHONPATH:
         return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], cwd=cwd, timeout=timeout,
                               capture_output=True, text=True)
     return forked(_train, arguments, cwd=cwd, timeout=timeout)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import ROOT, TINY, launch, train_py
+from tests.conftest import ROOT, TINY, _train, fork, launch, train_py
 from trainer.run.metrics import read_lines
 
 DISTIL = {
@@ -179,14 +179,13 @@ def test_killed_run_resumes_to_the_same_weights(write_experiment, tmp_path):
                "student": {"architecture": {**TINY, "attention_dropout": 0.1}}}
     whole, cut = write_experiment("whole", **changes), write_experiment("cut", **changes)
     assert train_py("--config", str(whole)).returncode == 0
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--config", str(cut)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = fork({}, [tmp_path / "stdout", tmp_path / "stderr"], _train, ("--config", str(cut)))
     saved = tmp_path / "cut" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(saved.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(saved.glob("step-*")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     steps = sorted(path.name for path in saved.glob("step-*"))
     assert steps and steps[-1] != "step-00000060", "the kill came too late to show anything"
     done = train_py("--config", str(cut))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from copy import deepcopy
 from itertools import pairwise
 
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import distribute_tensor
-from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from strategies.common.shards import Layout, Piece, lay_out, layout_of, local_of
@@ -29,6 +29,7 @@ from strategies.optimizers.lamb import Lamb
 from strategies.optimizers.muon import Muon, muon_groups
 from strategies.optimizers.norms import squared_norm
 from strategies.optimizers.optimizer_state import PieceState, read_state, write_state
+from tests.conftest import forked
 
 SHAPES = {"vector": (11,), "matrix": (7, 5), "cube": (3, 4, 5), "big": (129, 70), "long": (700, 3), "tail": (2,)}
 TOTAL = sum(math.prod(shape) for shape in SHAPES.values())
@@ -186,8 +187,9 @@ def test_partial_sums_of_any_cut_add_up_to_the_whole(shape, cuts):
 
 # ---- sharded
 
-def one_rank(rank: int, ranks: int, folder: str) -> None:
+def one_rank(ranks: int, folder: str) -> None:
     """Everything that needs ranks; what came of it goes into a file."""
+    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
     found = {"flat": {name: flat_run(make, rank, ranks) for name, make in MAKE.items()},
@@ -276,7 +278,8 @@ def backward_run(in_backward: bool, sharded: bool):
 def shared(request, tmp_path_factory):
     """What each rank found, of 2 and of 3 real ones."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    spawn(one_rank, (request.param, str(folder)), request.param)
+    done = forked(one_rank, (request.param, str(folder)), [{"RANK": str(rank)} for rank in range(request.param)])
+    assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 

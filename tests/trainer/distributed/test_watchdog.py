@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from multiprocessing import connection
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, train_py
+from tests.conftest import _train, fork, train_py
 from tests.trainer.distributed.test_signals import QUICK, nobody_stays, start, steps_of, until  # noqa: F401
 from trainer.cli import limbeck
 from trainer.distributed.watchdog import Place, Watch, diagnosis, missed
@@ -84,35 +83,45 @@ def test_a_process_that_stalls_is_named_within_the_stated_time(write_experiment,
     assert "run.timeout is 8 s" in ranks[0].err and "set run.timeout higher" in ranks[0].err
 
 
+def _torchrun(folder: Path, *arguments: str) -> int:
+    """`torchrun`, whose workers are forked from this process, which has imported what they need."""
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+
+    config, _, _ = run.config_from_args(run.parse_args(
+        ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "limbeck", "--nproc-per-node", "2",
+         "--max-restarts", "1", "train.py"]))
+    config.start_method = "fork"
+    elastic_launch(config, _worker)(folder, arguments)
+    return 0
+
+
+def _worker(folder: Path, arguments: tuple[str, ...]) -> None:
+    (folder / f"pid-{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}").write_text(str(os.getpid()))
+    code = _train(*arguments)
+    if code:
+        sys.exit(code)
+
+
 def test_torchrun_restarts_go_on(write_experiment, tmp_path):
     """One process is killed once: the other ends, torchrun starts both again, and the run ends as if nothing was."""
-    settings = {**QUICK, "training": {**QUICK["training"], "steps": 80, "checkpoint_every": 5}, "data": {"workers": 1}}
+    settings = {**QUICK, "training": {**QUICK["training"], "steps": 40, "checkpoint_every": 5}, "data": {"workers": 1}}
     whole, cut = (str(write_experiment(name, **settings)) for name in ("whole", "cut"))
     assert train_py("--config", whole).returncode == 0
-    torchrun = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-         str(ROOT / "train.py"), "--config", cut], env={**os.environ, "ACCELERATE_USE_CPU": "true"}, cwd=ROOT,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = [tmp_path / "stdout", tmp_path / "stderr"]
+    torchrun = fork({"ACCELERATE_USE_CPU": "true"}, said, _torchrun, (tmp_path, "--config", cut))
     deadline = time.monotonic() + 200
-    while len(steps_of(tmp_path / "cut")) < 20 and time.monotonic() < deadline:
+    while len(steps_of(tmp_path / "cut")) < 10 and torchrun.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(child_with(torchrun.pid, b"RANK=0"), signal.SIGKILL)
-    said, _ = torchrun.communicate(timeout=300)
-    assert torchrun.returncode == 0, said
-    assert "resumed at step" in said and "cut: done" in said
+    os.kill(int((tmp_path / "pid-0-0").read_text()), signal.SIGKILL)
+    torchrun.join(300)
+    out = said[0].read_text() + said[1].read_text()
+    assert torchrun.exitcode == 0, out
+    assert "resumed at step" in out and "cut: done" in out and (tmp_path / "pid-1-1").exists()
     one, two = ([line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "loss" in line]
                 for name in ("whole", "cut"))
-    assert len(one) == len(two) == 80
+    assert len(one) == len(two) == 40
     assert max(abs(a - b) / a for a, b in zip(one, two, strict=True)) < 1e-5
-
-
-def child_with(parent: int, variable: bytes) -> int:
-    """Number of the child process whose environment has a variable."""
-    for task in Path(f"/proc/{parent}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            if variable in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                return int(child)
-    raise AssertionError(f"no such child of {parent}")
 
 
 def test_a_data_worker_that_dies_is_said(write_experiment, tmp_path):

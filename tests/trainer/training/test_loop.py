@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from strategies.distillation.losses.response import IGNORED
-from tests.conftest import ROOT, TINY, forked, launch, two_ranks
+from tests.conftest import ROOT, TINY, forked, on_two_ranks, train_py, two_ranks
 from tests.trainer.checkpoints.test_sharded_checkpoints import SETTINGS, same_tensors, tensors_of
 from tests.trainer.distributed.test_sharding import ENGINES
 from trainer.errors import RunFailed, UserError
@@ -40,13 +40,13 @@ def test_accumulation_does_not_change_the_loss_curve(train_here):
 
 
 def test_two_processes_train_as_one(write_experiment, tmp_path):
-    """Silent errors 4, 5 and 8: real processes through `accelerate launch`, the same losses, schedule and weights."""
+    """Silent errors 4, 5 and 8: real processes, the same losses, schedule and weights."""
     curves, rates, held_out = {}, {}, {}
-    for name, processes in (("one", 1), ("two", 2)):
+    for name, processes, run in (("one", 1, train_py), ("two", 2, on_two_ranks)):
         file = write_experiment(
             name, data=UNEVEN, training={"steps": 10, "micro_batch": 2, "evaluate_every": 5},
             teacher={"architecture": TINY, "train": {"steps": 3}}, report={"control": False})
-        done = launch("--config", str(file), processes=processes)
+        done = run("--config", str(file))
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"{name}: {processes} process(es) on cpu" in done.stdout
         lines = read_lines(tmp_path / name / "metrics.jsonl")

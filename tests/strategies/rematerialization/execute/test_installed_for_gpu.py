@@ -1,20 +1,25 @@
 """Planned models in other people's loops: Accelerate, a Trainer, two ranks, Inductor."""
 
-import os
 import shutil
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from strategies.memory.meter import measure
+from strategies.rematerialization.execute import segments
 from strategies.rematerialization.price import block_options as ways
 from strategies.rematerialization.rematerialize import rematerialize, study
-from tests.conftest import ROOT
-from tests.strategies.rematerialization.planning_cases import language_model, results, text_batch, tokens
+from tests.conftest import forked, two_ranks
+from tests.strategies.rematerialization.planning_cases import (
+    assert_equal,
+    by_hand,
+    language_model,
+    results,
+    schedules,
+    text_batch,
+    tokens,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,51 +32,40 @@ def quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
-RANKS = """
-import sys
-sys.path.insert(0, {root!r})
-import torch
-from accelerate import Accelerator
-from strategies.rematerialization.price import block_options
-from strategies.rematerialization.capture.compile_region import segments
-from strategies.rematerialization.solve.chain_program import Block, Segment
-from strategies.rematerialization.rematerialize import study
-from tests.strategies.rematerialization.planning_cases import (
-    assert_equal, by_hand, language_model, results, schedules, tokens)
+def _rank() -> None:
+    """What each of two processes does, as in a script that somebody launches with Accelerate."""
+    from accelerate import Accelerator
 
-torch.set_num_threads(1)
-block_options.LEVELS, segments.SMALL = (0.0,), 0
-accelerator = Accelerator()
-assert accelerator.num_processes == 2
-model = accelerator.prepare(language_model("gpt2"))
-batch = {{"input_ids": tokens().roll(accelerator.process_index), "labels": tokens().roll(accelerator.process_index)}}
-planner = study(model, batch)
-with_hooks = lambda: results(model, batch, backward=accelerator.backward)
-first = by_hand(planner, planner.keep_all().schedule)
-expected = with_hooks()
-first.remove()
-mine = expected["gradient of module.transformer.wte.weight"]
-assert torch.equal(accelerator.gather(mine[None])[0], accelerator.gather(mine[None])[1]), "gradients not averaged"
-for schedule in [planner.least.schedule, *schedules(planner)]:
-    planned = by_hand(planner, schedule)
-    assert_equal(with_hooks(), expected, schedule)
-    planned.remove()
-plain = with_hooks()
-for name, value in plain.items():
-    torch.testing.assert_close(expected[name], value, rtol=1e-5, atol=1e-6)
-print("same on rank " + str(accelerator.process_index), flush=True)
-accelerator.end_training()
-"""
+    torch.set_num_threads(1)
+    ways.LEVELS, segments.SMALL = (0.0,), 0
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2
+    model = accelerator.prepare(language_model("gpt2"))
+    own = tokens().roll(accelerator.process_index)
+    batch = {"input_ids": own, "labels": own}
+    planner = study(model, batch)
+
+    def with_hooks():
+        return results(model, batch, backward=accelerator.backward)
+
+    first = by_hand(planner, planner.keep_all().schedule)
+    expected = with_hooks()
+    first.remove()
+    mine = expected["gradient of module.transformer.wte.weight"]
+    assert torch.equal(accelerator.gather(mine[None])[0], accelerator.gather(mine[None])[1]), "gradients not averaged"
+    for schedule in [planner.least.schedule, *schedules(planner)]:
+        planned = by_hand(planner, schedule)
+        assert_equal(with_hooks(), expected, schedule)
+        planned.remove()
+    plain = with_hooks()
+    for name, value in plain.items():
+        torch.testing.assert_close(expected[name], value, rtol=1e-5, atol=1e-6)
+    print(f"same on rank {accelerator.process_index}", flush=True)
+    accelerator.end_training()
 
 
-def test_two_ranks(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(root=str(ROOT)))
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2",
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--num_cpu_threads_per_process", "1", "--main_process_port", "0", str(script)]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=200,
-                          capture_output=True, text=True)
+def test_two_ranks():
+    done = forked(_rank, (), two_ranks(), timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "same on rank 0" in done.stdout and "same on rank 1" in done.stdout
 

@@ -1,0 +1,60 @@
+"""What the planner tries and searches is found once in a session of tests, by the process that needs it first.
+
+A run times the operations of its blocks and searches for ways to run them, which takes longer than all else of a small
+one, and most of the tests' blocks are alike. Here an operation is timed once for each rank, so that equal blocks have
+equal prices, and what was searched for with them lies in a folder of the session's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+FOLDER = "LIMBECK_TESTS_SEARCHES"  # the environment's variable that holds the folder
+
+
+def share() -> None:
+    """Have the planner of this process look there first. To be called once what tests import is there."""
+    from strategies.rematerialization import planner
+    from strategies.rematerialization.price import block_options, costs
+
+    if hasattr(planner.options, "kept"):
+        return
+
+    def timed(node: Any, args: Any, kwargs: Any) -> Any:
+        return "seconds", os.environ.get("RANK", "0"), costs._key(node)  # ranks differ in their prices, as elsewhere
+
+    def searched(captured: Any, seconds: Any, workspace: Any, *effort: Any, **named: Any) -> Any:
+        return (captured.signature, seconds.tobytes(), workspace.tobytes(), effort, sorted(named.items()),
+                block_options.LEVELS, block_options.MOVES)
+
+    costs._timed = _kept(costs._timed, timed)
+    for name in ("options", "bound_curve"):
+        setattr(planner, name, _kept(getattr(planner, name), lambda *args, name=name, **named: (
+            name, *searched(*args, **named))))
+
+
+def _kept(find: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose results are read from the session's folder where they are there."""
+    @wraps(find)
+    def again(*args: Any, **named: Any) -> Any:
+        if not os.environ.get(FOLDER):
+            return find(*args, **named)
+        file = Path(os.environ[FOLDER]) / hashlib.sha256(repr(key(*args, **named)).encode()).hexdigest()
+        with suppress(FileNotFoundError):
+            return pickle.loads(file.read_bytes())
+        found = find(*args, **named)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as whole:
+            pickle.dump(found, whole)
+        os.replace(whole.name, file)
+        return found
+
+    again.kept = True
+    return again
