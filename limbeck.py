@@ -20,7 +20,7 @@ from typing import Any
 _PUBLIC = {  # name -> where it lives; imported when first used, so that `import limbeck` costs nothing
     "Experiment": ("trainer.experiment.experiment", "Experiment"),
     "read_experiment": ("trainer.experiment.load", "read_experiment"),
-    "run": ("trainer.pipeline", "carry_out"),
+    "run": ("trainer.pipeline", "run_experiment"),
     "Trainer": ("trainer.training.loop", "Trainer"),
     "ResponseObjective": ("strategies.distillation.losses.response", "ResponseObjective"),
     "Divergence": ("strategies.distillation.losses.divergences", "Divergence"),
