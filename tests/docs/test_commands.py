@@ -57,14 +57,14 @@ def whole(block):
 
 @pytest.fixture(scope="module")
 def reader_folder(tmp_path_factory):
-    """A folder as a reader has it who has done the quickstart and saved the pages' experiments."""
+    """A folder as a reader has it who has distilled a student and saved the pages' experiments."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("configs", "launch", "docs", "train.py"):
         (folder / name).symlink_to(ROOT / name)
     for _, block in YAMLS:
         if named := re.match(r"# (\S+\.yaml)\n", block):
             (folder / named[1]).write_text(block)
-    student = folder / "runs" / "quickstart" / "student"
+    student = folder / "runs" / "my-distill" / "student"
     student.mkdir(parents=True)
     (student / "config.json").write_text(json.dumps({**TINY, "architectures": ["LlamaForCausalLM"]}))
     (folder / "my-chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}) + "\n")
