@@ -1,4 +1,5 @@
 # Two commands: `make quickstart` and `make test`. Each sets up what it needs in .venv first.
+# `make docs` builds the documents as a site, and fails where a link leads nowhere.
 # `make faults` kills, stops and starves real runs and prints what became of them; FAULTS="--short" does a few of each.
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 # Without an NVIDIA GPU, torch is pinned to a version that has a CPU build; with one, pip chooses (see README).
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: quickstart test test-fast typecheck faults setup schema clean
+.PHONY: quickstart test test-fast typecheck faults docs setup schema clean
 
 quickstart: setup
 	$(BIN)/accelerate launch --quiet --config_file launch/one_process.yaml train.py --config configs/quickstart.yaml
@@ -34,6 +35,12 @@ $(VENV)/.ready: pyproject.toml setup.py constraints-cpu.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[test]'
 	touch $@
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m docs.generate
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs docs/_build/html
+	@echo "the site is docs/_build/html/index.html"
 
 schema: setup
 	$(BIN)/limbeck schema configs/experiment.schema.json

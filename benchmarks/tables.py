@@ -13,6 +13,8 @@ from benchmarks.distillation.losses import errors_table, side_by_side
 from benchmarks.distillation.students import table as students_table
 from benchmarks.faults.cost import table as cost_table
 from benchmarks.faults.judging import table as faults_table
+from benchmarks.figures import FILES as FIGURES
+from benchmarks.figures import table as figures_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
 from benchmarks.quantization.trained_quantized import table as qat_table
@@ -21,7 +23,7 @@ from benchmarks.sharding.bytes_by_engine import table as ledger_table
 from benchmarks.sharding.engines import table as engines_table
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/architectures.md")  # that hold tables
+MARKED = re.compile(r"(<!-- python -m benchmarks\.tables (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def frontier_table(rows: list[dict]) -> str:
@@ -77,7 +79,8 @@ def optimizers_table(found: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, tuple[str, Callable]] = {
+TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
+    "figures": (FIGURES, figures_table),
     "quickstart": ("quickstart-cpu.json", quickstart_table),
     "frontier": ("rematerialization-frontier-cpu.json", frontier_table),
     "instances": ("rematerialization-instances-cpu.json", instances_table),
@@ -99,15 +102,15 @@ TABLES: dict[str, tuple[str, Callable]] = {
 
 def with_tables(document: str) -> str:
     """A document with its tables made from the result files."""
-    for name, (file, make) in TABLES.items():
-        begin, end = f"<!-- python -m benchmarks.tables {name} -->\n", "<!-- end -->"
-        made = make(json.loads((ROOT / "benchmarks" / "results" / file).read_text()))
-        document = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, text=f"{begin}{made}\n{end}": text,
-                          document, flags=re.DOTALL)
-    return document
+    def made(found: re.Match) -> str:
+        files, make = TABLES[found["name"]]
+        results = [json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+                   for file in ([files] if isinstance(files, str) else files)]
+        return f"{found[1]}{make(*results)}\n{found[3]}"
+
+    return MARKED.sub(made, document)
 
 
 if __name__ == "__main__":
-    for document in DOCUMENTS:
-        file = ROOT / document
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         file.write_text(with_tables(file.read_text()))

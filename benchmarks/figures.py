@@ -1,0 +1,79 @@
+"""Five figures for the README, each from the committed results of the command beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FILES = ("quickstart-cpu.json", "rematerialization-frontier-cpu.json", "distillation-losses-cpu.json",
+         "quantization-runtimes-cpu.json", "faults-cpu.json")
+
+
+def table(quickstart: dict, frontier: list, losses: dict, runtimes: dict, faults: dict) -> str:
+    """What was measured, and the command that measures it again."""
+    rows = [
+        ("quickstart --seeds 3", _quickstart(quickstart)),
+        ("rematerialization.frontier --model all", _frontier(frontier)),
+        ("distillation.losses --rounds 2", _losses(losses)),
+        ("quantization.runtimes", _runtimes(runtimes)),
+        ("faults", _faults(faults)),
+    ]
+    lines = ["| what was measured | measure it again |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {said} | `python -m benchmarks.{command}` |" for command, said in rows)])
+
+
+def _quickstart(found: dict) -> str:
+    summary = found["summary"]
+    gain, share = summary["control_minus_student"], summary["times_smaller"]
+    student, teacher = (summary[name]["mean"] for name in ("student", "teacher"))
+    return (f"**Size.** The quickstart's 4-bit student is {share:.1f} times smaller than its teacher, at "
+            f"{student:.3f} against {teacher:.3f} bits per byte of held-out text. "
+            f"Learning from the teacher saves {gain['mean']:.4f} (sd {gain['sd']:.4f}, {len(found['rows'])} seeds).")
+
+
+def _frontier(rows: list[dict]) -> str:
+    plans = [row for row in rows if row["method"] == "limbeck"]
+    over = sum(row["measured_peak"] > row["budget_bytes"] for row in plans)
+    worst = max(abs(row["predicted_peak"] / row["measured_peak"] - 1) for row in plans)
+    return (f"**Budgets.** Of {len(plans)} memory plans for {len({row['model'] for row in plans})} models, {over} "
+            f"measured above their budget. Predicted peaks are within {worst:.2%} of measured ones.")
+
+
+def _losses(found: dict) -> str:
+    case = {"loss": "forward_kl", "dtype": "float32", "tokens": 8192}
+    rows = {row["implementation"]: row for row in found["rows"] if all(row[key] == case[key] for key in case)}
+    ours, liger, trl = rows["limbeck"], rows["liger"], rows["trl"]
+    cases, slower = _slower(found["rows"])
+    return (f"**Loss.** Forward KL in fp32 over {ours['vocabulary']:,} tokens of vocabulary and 8,192 positions peaks "
+            f"at {_megabytes(ours)} MB, Liger's at {_megabytes(liger)} MB, TRL's at {_megabytes(trl)} MB. A peer was "
+            f"faster in {slower} of {cases} cases.")
+
+
+def _slower(rows: list[dict]) -> tuple[int, int]:
+    """Cases, and those in which another implementation took less time than ours."""
+    cases: dict[tuple, list[dict]] = {}
+    for row in rows:
+        cases.setdefault((row["loss"], row["dtype"], row["tokens"]), []).append(row)
+    ours = {case: next(row for row in each if row["implementation"] == "limbeck") for case, each in cases.items()}
+    return len(cases), sum(any(row["seconds"] < ours[case]["seconds"] for row in each if row.get("seconds"))
+                           for case, each in cases.items())
+
+
+def _megabytes(row: dict) -> str:
+    return f"{row['peak_bytes'] / 1e6:,.0f}"
+
+
+def _runtimes(found: dict) -> str:
+    rows = {row["runtime"]: row for row in found["rows"] if row["scheme"] == "4 bits, 32 a scale"}
+    shown = ", ".join(f"{rows[name]['difference'] / rows[name]['largest_logit']:.1g} in {words}" for name, words in
+                      (("transformers", "transformers"), ("onnx", "ONNX Runtime"), ("gguf", "GGUF")))
+    return (f"**Export.** A 4-bit student's logits, reloaded in a fresh process, differ from training by {shown}, as a "
+            "share of the largest logit.")
+
+
+def _faults(found: dict[str, Any]) -> str:
+    rows = {row["system"].split(",")[0] + (" 1" if "total_limit=1" in row["system"] else ""): row
+            for row in found["rows"] if row["fault"] == "SIGKILL around saves"}
+    ours = rows["Limbeck"]
+    return (f"**Crashes.** Of {ours['tries']} kills around a checkpoint, {ours['resumed']} runs resumed by the same "
+            f"command, {ours['bitwise']} of them to the last bit; plain Accelerate scripts resumed "
+            f"{rows['Accelerate']['resumed']}, the HF Trainer {rows['HF Trainer']['resumed']}.")
