@@ -35,22 +35,23 @@ class OptionStore:
 
     def find(self, key: tuple[Any, ...]) -> list[Any] | None:
         """What was kept under a key, or None."""
-        file = self._file(key)
-        try:
-            if file.stat().st_size > MOST_BYTES:
-                return None
-            values = json.loads(file.read_bytes())
-            found = values["found"]
-            whole = isinstance(found, list) and values["sha256"] == _digest(json.dumps(found))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None
-        return found if whole else None
+        return _read(self._file(key))
 
     def keep(self, key: tuple[Any, ...], found: list[Any]) -> None:
-        """Keep a list under a key, unless it is there; a disk that is full or read-only keeps nothing."""
-        file = self._file(key)
+        """Keep a list under a key, unless it is there; a disk that is full or read-only keeps nothing.
+
+        What is found before the folder above exists, as when a run plans before it reads its data, is kept with the
+        next after that.
+        """
+        _waiting[self._file(key)] = found
+        if not self.folder.parent.is_dir():
+            return
+        for file in [file for file in _waiting if file.parent == self.folder]:
+            self._write(file, _waiting.pop(file))
+
+    def _write(self, file: Path, found: list[Any]) -> None:
         partial = file.with_name(f".{file.name}.{os.getpid()}")
-        if not self.folder.parent.is_dir() or self.find(key) == found:
+        if _read(file) == found:
             return
         try:
             self.folder.mkdir(exist_ok=True)
@@ -70,6 +71,21 @@ class OptionStore:
 
     def _file(self, key: tuple[Any, ...]) -> Path:
         return self.folder / f"{_digest(repr((_version(), *key)))}.json"
+
+
+_waiting: dict[Path, list[Any]] = {}
+
+
+def _read(file: Path) -> list[Any] | None:
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            return None
+        values = json.loads(file.read_bytes())
+        found = values["found"]
+        whole = isinstance(found, list) and values["sha256"] == _digest(json.dumps(found))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if whole else None
 
 
 def _digest(text: str) -> str:

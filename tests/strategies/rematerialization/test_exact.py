@@ -10,6 +10,7 @@ from torch import nn
 from strategies.rematerialization import rematerialize as entry
 from strategies.rematerialization.price import block_options
 from strategies.rematerialization.price.costs import Prices
+from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.rematerialize import rematerialize, study
 from strategies.rematerialization.solve.checkmate import MOST_OPERATIONS, NotExact
 from tests.strategies.rematerialization.planning_cases import assert_equal, batch_for, language_model, results
@@ -91,8 +92,12 @@ def test_what_was_found_for_a_block_is_found_once(tmp_path, monkeypatch):
         found = rematerialize(model, BATCH, budget, cache=cache)
         return found.schedule, found.recomputed, found.bound, found.peak
 
-    rematerialize(model, BATCH, budget, cache=tmp_path / "not there")
+    later = tmp_path / "made later"
+    rematerialize(model, BATCH, budget, cache=later)
     assert not list(tmp_path.iterdir()), "a folder that nobody made is not made"
+    later.mkdir()
+    OptionStore(later / "plans").keep(("another",), [])
+    assert len(list((later / "plans").iterdir())) > 3, "what was found before is kept now"
     first = plan()
     files = list((tmp_path / "plans").iterdir())
     assert len(files) >= 3 and not [file for file in files if file.suffix != ".json"]
