@@ -1,6 +1,8 @@
 """The same promises on a GPU; skipped where there is none. `benchmarks/on_gpu.sh` runs these and every benchmark."""
 
 import json
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +36,26 @@ def test_gpu_and_cpu_have_the_same_losses(train_here, monkeypatch):
     assert curves["cpu"] == pytest.approx(curves["cuda"], rel=1e-3)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_waits_for_the_gpu_twice(train_here, accumulation):
+    """As `tests/trainer/training/test_waits.py` counts it without one; what transformers asks in a forward is apart."""
+    trainer = train_here("waits", training={"steps": 4, "batch_size": 8, "micro_batch": 8 // accumulation})
+    trainer.plan = replace(trainer.plan, steps=10)
+    inputs = trainer.inputs()
+    trainer.train_step(inputs)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            trainer.train_step(inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    ours = [str(one.filename) for one in waits if "called a synchronizing" in str(one.message)
+            and "/transformers/" not in one.filename]
+    assert len(ours) <= 2, ours
+
+
 def test_resume_on_the_gpu(train_here):
     changes = {"training": {"steps": 8, "checkpoint_every": 4}, "student": {"architecture": {"attention_dropout": 0.1}}}
     whole = train_here("whole", **changes)
@@ -44,7 +66,7 @@ def test_resume_on_the_gpu(train_here):
 
     shutil.rmtree(cut.folder.checkpoints / "step-00000008")
     again = train_here("cut", **changes)
-    assert again.step == 8
+    assert again.state.step == 8
     for one, two in zip(whole.unwrapped.parameters(), again.unwrapped.parameters(), strict=True):
         assert torch.allclose(one, two, atol=1e-6)
 
