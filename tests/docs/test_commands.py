@@ -16,7 +16,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig
 
 from docs.generate import pages
 from tests.conftest import ROOT, merge
@@ -77,7 +79,13 @@ def test_every_yaml_is_an_experiment(page, block, tmp_path):
 
     file = tmp_path / "block.yaml"
     file.write_text(yaml.safe_dump(whole(block), sort_keys=False))
-    read_experiment(file)
+    experiment = read_experiment(file).experiment
+    if experiment.export.to:  # what it is exported for can hold it, here of a small Llama
+        from trainer.models.build import export_skeleton
+        from trainer.student.export_student import check_runtimes
+
+        with torch.device("meta"):
+            check_runtimes(experiment, export_skeleton(experiment, LlamaConfig(**TINY)))
 
 
 def test_saved_experiments_have_names_of_their_own():
