@@ -16,14 +16,14 @@ from trainer.run.folder import RunFolder
 class Trainer:
     """Trains the student of an experiment from a script.
 
+        from pathlib import Path
         import limbeck
-
         trainer = limbeck.Trainer(limbeck.read_experiment("experiment.yaml", ["training.steps=100"]))
         print(trainer.plan.memory.peak, "bytes at the peak of a step, planned")
         trainer.train()                            # from its last checkpoint, if its folder has one
         print(trainer.evaluate()["bits_per_byte"])
         student = trainer.student()                # a model of transformers, in fp32
-        limbeck.write_student("student", student, trainer.tokenizer)
+        limbeck.write_student(Path("student"), student, trainer.tokenizer)
 
     Making one reads and tokenizes the data, plans the memory of a step, trains the teacher first where it has no
     weights, builds the models, and resumes. Nothing is exported or reported by itself: `limbeck.run` does all of that.

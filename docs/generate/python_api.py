@@ -10,6 +10,7 @@ from typing import Any
 import limbeck
 
 NO_SIGNATURE = ("Experiment", "RunFailed")  # a tree that has a page of its own; a plain exception
+METHODS = {"Trainer": ("train", "evaluate", "student")}  # that are shown beside the class
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")
 ENTRY = re.compile(r"^    (\*{0,2}[A-Za-z_]\w*(?:, \*{0,2}\w+)*): (.*)$")
 
@@ -18,14 +19,15 @@ def python_api() -> str:
     """A section for each public name: how it is called, and its docstring."""
     lines: list[str] = []
     for name, (module, attribute) in limbeck._PUBLIC.items():
-        if name == "Trainer":  # it takes what only a run can give; `limbeck.run` is the way in
-            continue
         shown = getattr(limbeck, name)
         lines += [f"## {name}\n", f"`limbeck.{name}` is `{module}.{attribute}`.\n", *_signature(name, shown),
                   *_docstring(shown)]
         if inspect.isclass(shown) and inspect.isfunction(call := vars(shown).get("__call__")) and call.__doc__:
             lines += [f"### Calling {name}\n", *_signature(re.findall("[A-Z][a-z]+", name)[-1].lower(), call),
                       *_docstring(call)]
+        for method in METHODS.get(name, ()):
+            lines += [f"### {name}.{method}\n", *_signature(method, getattr(shown, method)),
+                      *_docstring(getattr(shown, method))]
     return "\n".join(lines).rstrip()
 
 

@@ -85,7 +85,8 @@ def test_every_yaml_is_an_experiment(page, block, tmp_path):
         from trainer.student.export_student import check_runtimes
 
         with torch.device("meta"):
-            check_runtimes(experiment, export_skeleton(experiment, LlamaConfig(**TINY)))
+            form = experiment.form
+            check_runtimes(experiment.export, form, export_skeleton(form, LlamaConfig(**TINY)))
 
 
 def test_saved_experiments_have_names_of_their_own():
