@@ -202,7 +202,7 @@ def test_a_step_above_its_budget_is_said_at_once_or_ends_the_run(write_experimen
     assert one == pytest.approx(other, rel=1e-5) and len(other) == 5
 
 
-def test_each_model_of_a_run_is_studied_once_and_its_plan_is_written_once(run_experiment, monkeypatch):
+def test_each_model_of_a_run_is_studied_once_and_its_plan_is_written_once(run_experiment, monkeypatch, tmp_path):
     """Teacher, student and control; the plan that is there after training is the one from before, to the bit."""
     from trainer.planning import step_plan
     from trainer.training.loop import TrainLoop
@@ -221,7 +221,7 @@ def test_each_model_of_a_run_is_studied_once_and_its_plan_is_written_once(run_ex
 
     monkeypatch.setattr(step_plan, "study_experiment", counting)
     monkeypatch.setattr(TrainLoop, "train", watching)
-    _, folder = run_experiment(teacher=TEACHER, memory={"budget": "1GiB"})
+    _, folder = run_experiment(teacher=TEACHER, memory={"budget": "1GiB"}, run={"cache": str(tmp_path / "cache")})
     assert sorted(studied) == ["tiny", "tiny-control", "tiny-teacher"]
     assert len(written) == 3 and all(file.read_bytes() == before for file, before in written)
     assert json.loads(folder.measured.read_text())["kind"] == "rss"
