@@ -1,26 +1,27 @@
-"""Checkpoints of a run: weights, optimizer, loss scale, random state and step, in safetensors and JSON.
+"""Crash-safe sharded checkpoints: weights, optimizer state, loss scale, random state and step, in safetensors and JSON.
 
-Every process writes what it holds; any number of processes, under any engine, reads what it needs of that, in parts and
-without ever holding more than a parameter.
+Every process writes what it holds. Any number of processes, under any engine, can read the parts that they need,
+without ever holding more than one parameter at a time.
 
-    model.safetensors       weights, fp32, by name; of a sharded student model-00000-of-00002.safetensors and so on,
-                            with what each process holds of a weight, flat, as `name@start`
-    optimizer.safetensors   its state: `name/exp_avg` like the weights, `name/=step` and the like the same everywhere
+    model.safetensors       fp32 weights by name; for a sharded student model-00000-of-00002.safetensors and so on, each
+                            with the parts of weights that one process holds, flat, as `name@start`
+    optimizer.safetensors   optimizer state: `name/exp_avg`, in parts like the weights; `name/=step` and other values
+                            that are the same on all ranks
     random-0.safetensors    random state of process 0
-    state.json              the manifest: step, loss scale, shapes, the bytes and SHA-256 of every file beside it, and
-                            the SHA-256 of itself
+    state.json              the manifest: step, loss scale, shapes, size in bytes and SHA-256 of every other file, and
+                            the SHA-256 of the manifest itself
 
-What makes a folder `step-00000100` a checkpoint is its name, which it gets last:
+A folder becomes a checkpoint when it gets the name `step-00000100`, which happens last:
 
-1. Every process writes its files into `.step-00000100-1.partial`. From here on training may go on: what is saved is in
-   those files, and no copy of it in memory.
-2. Every process syncs its files, takes them out of the page cache, hashes what comes back from the disk, and says so in
-   `rank-1.json`.
-3. The first one writes the manifest, syncs the folder, renames it, and syncs the folder around it.
-4. Only then, and when the manifest reads back, older checkpoints than the `keep` newest are removed.
+1. Every process writes its files into `.step-00000100-1.partial`. After this step training may continue: the files hold
+   everything, and no copy is kept in memory.
+2. Every process syncs its files, drops them from the page cache, hashes what reads back from the disk, and reports the
+   result in `rank-1.json`.
+3. The first process writes the manifest, syncs the folder, renames it, and syncs its parent folder.
+4. Only then, and after the manifest has been read back, checkpoints older than the `keep` newest are removed.
 
-Killed at any moment, a run finds the checkpoint that it had before, or the new one. A start takes the newest one that
-verifies; those that do not are kept as `damaged-step-00000100`.
+A run killed at any moment finds either its previous checkpoint or the new one. On start it takes the newest checkpoint
+that verifies; newer ones that do not are kept as `damaged-step-00000100`.
 """
 
 from strategies.common.shards import Piece

@@ -1,4 +1,4 @@
-"""Writing checkpoints so that none is ever lost: in the foreground what is saved, in the background that it is safe."""
+"""Writes and commits checkpoints: files are written in the foreground, then synced and committed in the background."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from trainer.files import write_atomically
 from trainer.run.metrics import readable
 
 MARK = "rank-{}.json"
-AROUND = 2**16  # bytes that the manifest and the blocks of a file system take besides, and more
-POLL = 0.02  # seconds between looks at what other processes have done
+AROUND = 2**16  # generous bound on the bytes of the manifest and of file system overhead
+POLL = 0.02  # seconds between checks of what other processes have done
 
 
 class Checkpoints:
-    """The checkpoints of a run, on each of its processes.
+    """The checkpoints of a run, with one instance on each process.
 
-    Processes wait for each other in `newest_good` and `save`; what goes on behind training meets in files alone, and is
-    in no one's way. A checkpoint that cannot be written is given up with a warning, and the one before it stays.
+    `newest_good` and `save` are collective calls. The background threads communicate through files only, so they do not
+    interfere with training. If a checkpoint cannot be written it is abandoned with a warning, and the previous one
+    stays.
 
     Args:
-        folder: the run's `checkpoints`.
-        keep: checkpoints to leave, a new one included.
-        rank: number of this process.
+        folder: the run's `checkpoints` folder.
+        keep: number of checkpoints to keep, including a new one.
+        rank: index of this process.
         ranks: number of processes.
-        gather: gets a list of one object on every process, and returns those of all of them.
-        background: whether `save` returns as soon as all is written, and leaves the rest to a thread.
-        say: shows a line; on the first process.
-        beside: files that are brought to the disk with every checkpoint, where they exist.
+        gather: takes a list of one object on every process, and returns the objects of all processes.
+        background: whether `save` returns once all files are written, and commits them in a thread.
+        say: prints a line on the first process.
+        beside: other files to sync to disk with every checkpoint, if they exist.
 
     Attributes:
-        last: the checkpoint to go on from, as far as the first process knows: it was verified, or committed.
+        last: the newest verified or committed checkpoint, from which a run would resume, as far as the first process
+            knows.
     """
 
     def __init__(self, folder: Path, keep: int, *, rank: int, ranks: int, gather: Gather, background: bool,
@@ -50,20 +52,20 @@ class Checkpoints:
         self._gather, self._background, self._say, self._beside = gather, background, say, beside
         self._thread: Thread | None = None
         self._error: BaseException | None = None
-        self._attempts = 0  # the same on every process: an attempt's folder is never that of another one
+        self._attempts = 0  # the same on every process; gives each attempt a folder of its own
 
     def newest_good(self) -> Path | None:
-        """The checkpoint to go on from; see `finding.newest_good`. All processes take part."""
+        """The checkpoint to resume from; see `finding.newest_good`. A collective call."""
         self.last = newest_good(self.folder, rank=self.rank, ranks=self.ranks, gather=self._gather, say=self._say)
         return self.last
 
     def save(self, step: int, engine: Engine, state: dict[str, Any]) -> None:
-        """Write a checkpoint, from all processes.
+        """Write a checkpoint. A collective call.
 
         Args:
             step: optimizer steps done.
-            engine: what holds the student and its optimizer.
-            state: what else the first process must remember, as plain data.
+            engine: holds the student and its optimizer.
+            state: other state to store, as plain data; the first process writes its own.
         """
         self.finish()
         self._attempts += 1
@@ -71,7 +73,7 @@ class Checkpoints:
         partial = self.folder / f".{final.name}-{self._attempts}.partial"
         files = drafts(engine, self.rank, self.ranks)
         begun = self._gather([self._begun(final, partial, files)])
-        if begun[0]["there"]:  # this step is saved; writing it again would only put it at risk
+        if begun[0]["there"]:  # this step is saved already; rewriting it would only put it at risk
             return
         needed = AROUND + sum(process["bytes"] for process in begun)
         wrong = begun[0]["wrong"] or ("there is too little room" if needed > begun[0]["free"] else None)
@@ -88,9 +90,9 @@ class Checkpoints:
             self.finish()
 
     def finish(self, seconds: float | None = None) -> None:
-        """Wait, at most so long, until the last checkpoint is committed or given up.
+        """Wait, for at most `seconds`, until the last checkpoint is committed or abandoned.
 
-        No process waits in here for what another one's training does, only for its thread.
+        This waits for the background threads of other processes, but never for their training.
         """
         if self._thread is None:
             return
@@ -104,7 +106,7 @@ class Checkpoints:
     # ---- in the foreground
 
     def _begun(self, final: Path, partial: Path, files: dict[str, Draft]) -> dict[str, Any]:
-        """What this process is to write and, on the first one, whether there is a place for it."""
+        """The bytes that this process will write; the first process also creates the folder and checks free space."""
         own = {"bytes": sum(draft.bytes for draft in files.values()), "there": False, "wrong": None, "free": 0}
         if self.rank:
             return own
@@ -123,16 +125,16 @@ class Checkpoints:
             return self._blamed(_words(error))
         return None
 
-    # ---- behind training
+    # ---- in the background
 
     def _behind(self, *arguments: Any) -> None:
         try:
             self._settle(*arguments)
-        except BaseException as error:  # to be raised where somebody can see it
+        except BaseException as error:  # raised later, by `finish`
             self._error = error
 
     def _settle(self, partial: Path, final: Path, names: list[str], values: dict[str, Any], needed: int) -> None:
-        """Bring this process's files to the disk; the first one then waits for the others, and commits."""
+        """Sync this process's files to disk. The first process then waits for the others, and commits."""
         mark: dict[str, Any] = {}
         try:
             mark["files"] = {name: settled(partial / name) for name in names}
@@ -140,7 +142,7 @@ class Checkpoints:
             mark["wrong"] = self._blamed(_words(error))
         if self.rank:
             self._tell(partial, names, mark)
-            while partial.exists():  # committed, or given up
+            while partial.exists():  # until it is committed or abandoned
                 time.sleep(POLL)
             return
         marks = [mark, *(_awaited(partial / MARK.format(rank)) for rank in range(1, self.ranks))]
@@ -155,7 +157,7 @@ class Checkpoints:
         self._give_up(partial, final, needed, wrong)
 
     def _tell(self, partial: Path, names: list[str], mark: dict[str, Any]) -> None:
-        """Leave a mark for the first process, whatever it takes: on a full disk there is room without our files."""
+        """Write this process's result for the first process; on a full disk, remove our own files to make room."""
         while partial.exists():
             try:
                 write_atomically(partial / MARK.format(self.rank), json.dumps(mark))
@@ -183,7 +185,7 @@ class Checkpoints:
                 self._say(f"the old checkpoint {old.name} could not be removed: {_words(error)}")
 
     def _give_up(self, partial: Path, final: Path, needed: int, wrong: str) -> None:
-        """Take back what was written, and say so; training goes on."""
+        """Remove what was written, and print a warning; training continues."""
         if self.rank:
             return
         try:

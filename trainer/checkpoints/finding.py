@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: the newest that is as it was written."""
+"""Finds the checkpoint to resume from, which is the newest intact one, and removes or sets aside the others."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from trainer.errors import RunFailed
 _NAME = re.compile(r"step-\d{8,}")
 
 Gather = Callable[[list[Any]], list[Any]]
-"""From a list of one object, the objects of all processes in their order."""
+"""Takes a list of one object on every process, and returns the objects of all processes in rank order."""
 
 
 def listed(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Committed checkpoints, oldest first."""
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)),
                   key=lambda path: int(path.name.partition("-")[2]))
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest finished checkpoint, whether it is still as it was written or not."""
+    """The newest committed checkpoint, without checking whether it is intact."""
     return max(listed(folder), default=None, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def newest_good(folder: Path, *, rank: int = 0, ranks: int = 1, gather: Gather = list,
                 say: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest checkpoint that verifies, None where there is none at all. All processes take part.
+    """The newest checkpoint that verifies; None if there is no checkpoint at all. A collective call.
 
-    Newer ones are said, and kept under another name, so that their step can be saved again. What a killed run left
+    Newer ones that fail are reported and renamed, so that their steps can be saved again. What a killed run left
     half-written is removed.
 
     Raises:
-        RunFailed: no checkpoint verifies, though there are some; or processes see different ones.
+        RunFailed: there are checkpoints but none verifies, or the processes see different ones.
     """
     if rank == 0:
         remove_leftovers(folder)
@@ -65,7 +65,7 @@ def newest_good(folder: Path, *, rank: int = 0, ranks: int = 1, gather: Gather =
 
 
 def set_aside(checkpoint: Path) -> str:
-    """Keep a damaged checkpoint under a name that nothing looks at, and return that name."""
+    """Rename a damaged checkpoint so that nothing takes it for one, and return the new name."""
     name = first = f"damaged-{checkpoint.name}"
     number = 1
     while os.path.lexists(checkpoint.with_name(name)):
@@ -76,13 +76,15 @@ def set_aside(checkpoint: Path) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what was being written, or removed, when a run was killed."""
+    """Remove checkpoints that were being written or deleted when a run was killed."""
     for path in folder.glob(".step-*"):
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a folder of ours; of a link only the link. Under its name there is never a half of it.
+    """Remove a checkpoint folder; if it is a link, only the link.
+
+    The folder is renamed first, so that a half-deleted one never has the name of a checkpoint.
 
     Raises:
         OSError: it cannot be removed.

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it says, and whether its files are what it says."""
+"""Reads, writes and verifies the manifest of a checkpoint, which lists its files with sizes and hashes."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from trainer.files import read_object
 
 NAME = "step-{:08d}"
 MANIFEST = "state.json"
-LARGEST = 64 * 2**20  # bytes of a manifest that is read: a model of 100,000 tensors has 10 MB
+LARGEST = 64 * 2**20  # most bytes of a manifest; that of a model with 100,000 tensors has 10 MB
 _FILE = re.compile(r"(model|optimizer|random)(-\d+(-of-\d+)?)?\.safetensors")
 _WITHOUT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 class Unreadable(ValueError):
-    """A checkpoint that is damaged, or of another model."""
+    """A checkpoint is damaged, or belongs to another model."""
 
 
 class Entry(NamedTuple):
-    """What a manifest says of a file: its bytes, and its SHA-256 in hexadecimal; None in those of an older version."""
+    """A file in a manifest: its size in bytes, and its SHA-256 in hexadecimal, or None if an older version wrote it."""
 
     bytes: int
     sha256: str | None
 
 
 def sealed(values: dict[str, Any]) -> str:
-    """The text of a manifest that says `values`, and the hash of them."""
+    """The text of a manifest with these values and their hash."""
     return json.dumps({**values, "sha256": _digest(values)}, indent=1)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's manifest says, with `files` by name as `Entry`; each is there and as large as it says.
+    """Read a checkpoint's manifest, with `files` as `Entry` by name, and check that every file has the size it lists.
 
     Raises:
-        Unreadable: it is missing, cut off, not as it was written, or names files that no checkpoint has.
+        Unreadable: the manifest is missing, truncated or altered, or lists files that no checkpoint has; or a file is
+            missing or has another size.
     """
     state = _parsed(checkpoint / MANIFEST)
     own, files = state.pop("sha256", None), state.get("files")
@@ -63,7 +64,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def wrong_with(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint, if anything; of `ranks` processes each hashes its own share of the files."""
+    """What is wrong with a checkpoint, in words, or None; each of `ranks` processes hashes a share of the files."""
     try:
         files = read_manifest(checkpoint)["files"]
         for name in sorted(files)[rank::ranks]:
@@ -86,10 +87,10 @@ def digest_of(file: Path) -> str:
 
 
 def settled(file: Path) -> Entry:
-    """Bring a file to the disk, and tell what is there: it is hashed again after the page cache has let go of it.
+    """Sync a file to disk and verify it: drop it from the page cache where possible, read it back and compare hashes.
 
     Raises:
-        OSError: it cannot be written out, or reads back otherwise.
+        OSError: the file cannot be synced, or reads back differently.
     """
     with file.open("rb") as handle:
         written = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -105,12 +106,12 @@ def settled(file: Path) -> Entry:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or what a folder lists, to the disk."""
+    """Sync a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if not (path.is_dir() and error.errno in _WITHOUT_SYNC):  # some network file systems have no such thing
+        if not (path.is_dir() and error.errno in _WITHOUT_SYNC):  # some network file systems cannot sync folders
             raise
     finally:
         os.close(handle)
@@ -131,7 +132,7 @@ def _parsed(file: Path) -> dict[str, Any]:
 
 
 def _entry(name: str, value: Any) -> Entry:
-    """An entry of a manifest, checked: a name may not lead out of the folder."""
+    """Parse and validate an entry of a manifest; its name must not lead out of the folder."""
     entry = Entry(value.get("bytes"), value.get("sha256")) if isinstance(value, dict) else Entry(value, None)
     if not _FILE.fullmatch(name) or type(entry.bytes) is not int or not (
             entry.sha256 is None or isinstance(entry.sha256, str)):
@@ -140,7 +141,7 @@ def _entry(name: str, value: Any) -> Entry:
 
 
 def _bytes_of(file: Path) -> int:
-    """Size of a file that is there itself: a link could lead anywhere, and a pipe would be read for ever."""
+    """Size of a regular file. Others are refused: a link could lead anywhere, and reading a pipe might never end."""
     try:
         found = file.lstat()
     except OSError as error:

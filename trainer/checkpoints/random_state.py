@@ -1,4 +1,4 @@
-"""Random state of a process, as tensors: torch's on CPU and GPU, Python's and numpy's."""
+"""Saves and restores the random state of a process as tensors: torch on CPU and GPU, Python and NumPy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import random
 import numpy as np
 import torch
 
-VERSION = 3  # of Python's own format: 624 words of the Mersenne Twister, where it stands in them, a normal left over
+# Version of Python's state format: 624 words of the Mersenne Twister, the position in them, and a cached normal number.
+VERSION = 3
 
 
 def seed_everything(seed: int) -> None:
@@ -20,7 +21,7 @@ def seed_everything(seed: int) -> None:
 def random_state() -> dict[str, torch.Tensor]:
     """The state of every generator, by name.
 
-    A normal number that a generator has drawn in advance is a tensor of one element; of none where there is none.
+    The normal number that a generator may have cached is a tensor of one element, or an empty one if there is none.
     """
     version, words, normal = random.getstate()
     assert version == VERSION
@@ -37,10 +38,10 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Put every generator back that `state` knows of, and this process has.
+    """Restore every generator that `state` contains and this process has.
 
     Raises:
-        ValueError, RuntimeError, TypeError: it is no such state.
+        ValueError, RuntimeError, TypeError: the state is invalid.
     """
     torch.set_rng_state(state["cpu"])
     if "python" in state:

@@ -1,4 +1,4 @@
-"""Checkpoints read back, by any number of processes under any engine."""
+"""Loads checkpoints on any number of processes and under any engine, whatever wrote them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from trainer.checkpoints.writing import RANDOM, buffers_of
 
 
 def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
-    """Put a checkpoint's weights, optimizer state and random state back, and return its plain state.
+    """Restore weights, optimizer state and random state from a checkpoint, and return its plain state.
 
-    Nobody waits for another process in here, so that one which fails can say so; `engine.refresh` is to follow.
-    A process that the checkpoint did not know keeps its fresh random state.
+    Not a collective call, so that a process which fails can report it. Call `engine.refresh` afterwards. A process for
+    which the checkpoint has no random state keeps its fresh one.
 
     Raises:
-        Unreadable: the checkpoint is damaged, or of another model.
+        Unreadable: the checkpoint is damaged, or belongs to another model.
     """
     with torch.no_grad(), _reading():
         state, saved = _opened(checkpoint)
@@ -46,10 +46,10 @@ def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
 
 
 def load_whole(checkpoint: Path, model: nn.Module) -> None:
-    """Fill a whole model with a checkpoint's weights, whatever engine wrote it.
+    """Load a checkpoint's weights into an unsharded model, whichever engine wrote them.
 
     Raises:
-        Unreadable: the checkpoint is damaged, or of another model.
+        Unreadable: the checkpoint is damaged, or belongs to another model.
     """
     with torch.no_grad(), _reading():
         _, saved = _opened(checkpoint)
@@ -60,7 +60,7 @@ def load_whole(checkpoint: Path, model: nn.Module) -> None:
 
 
 def names(checkpoint: Path) -> list[str]:
-    """Names of all weights of a checkpoint, shared ones once.
+    """Names of all weights of a checkpoint; tied weights have one name.
 
     Raises:
         Unreadable: the checkpoint is damaged.
@@ -70,12 +70,12 @@ def names(checkpoint: Path) -> list[str]:
 
 
 class Saved:
-    """The tensors of a checkpoint, read in parts.
+    """The tensors of a checkpoint, from which parts can be read.
 
     Args:
-        checkpoint: its folder.
-        shapes: of whole parameters, by name.
-        files: names of its files; by default all that are there.
+        checkpoint: the checkpoint's folder.
+        shapes: shapes of the unsharded parameters, by name.
+        files: names of the files to read; by default all in the folder.
     """
 
     def __init__(self, checkpoint: Path, shapes: dict[str, list[int]], files: Iterable[str] | None = None) -> None:
@@ -99,14 +99,14 @@ class Saved:
                 self._states[parameter].add(what)
 
     def has(self, kind: str, name: str) -> bool:
-        """Whether there is such a tensor."""
+        """Whether there is such a tensor. `kind` is `model` or `optimizer`."""
         return (kind, name) in self._parts
 
     def read(self, kind: str, name: str, piece: Piece) -> torch.Tensor:
-        """Elements of a piece, flat.
+        """The elements of a piece of a tensor, flat.
 
         Raises:
-            Unreadable: the checkpoint has no such tensor, another shape of it, or not all of its elements.
+            Unreadable: the checkpoint lacks the tensor or some of its elements, or has it in another shape.
         """
         if self.shapes.get(piece.name, piece.shape) != piece.shape or not self.has(kind, name):
             raise Unreadable(f"it is of another model: {piece.name} has shape {piece.shape}, and there it has "
@@ -119,12 +119,12 @@ class Saved:
         return torch.cat(parts)
 
     def whole(self, kind: str, name: str) -> torch.Tensor:
-        """A tensor that was written whole, in its own shape."""
+        """A tensor that was written in one part, in its own shape."""
         (_, _, handle, key), *_ = self._parts[kind, name]
         return handle.get_tensor(key)
 
     def moments(self, piece: Piece) -> PieceState:
-        """Optimizer state of a piece; empty where there is none."""
+        """The optimizer state of a piece of a parameter; empty if there is none."""
         elementwise, whole = {}, {}
         for what in sorted(self._states.get(piece.name, ())):
             if what.startswith("="):  # the same on all ranks
@@ -137,14 +137,14 @@ class Saved:
 # ---- helpers
 
 def _opened(checkpoint: Path) -> tuple[dict[str, Any], Saved]:
-    """Plain state and tensors of a checkpoint of which no file is missing or cut off."""
+    """Plain state and tensors of a checkpoint, after checking that no file is missing or truncated."""
     state = read_manifest(checkpoint)
     return state, Saved(checkpoint, state.pop("shapes"), state["files"])
 
 
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Whatever files that are no longer as they were written lead to is one thing to say."""
+    """Convert any error that damaged files may cause into `Unreadable`."""
     try:
         yield
     except Unreadable:
@@ -154,7 +154,7 @@ def _reading() -> Iterator[None]:
 
 
 def _elements(handle: Any, key: str, begin: int, end: int) -> torch.Tensor:
-    """Elements `begin` to `end` of a saved tensor, flat; no more rows are read than they are in."""
+    """Elements `begin` to `end` of a saved tensor, flat; reads only the rows that contain them."""
     part = handle.get_slice(key)
     shape = part.get_shape()
     if not shape:

@@ -1,4 +1,4 @@
-"""Room for checkpoints: what they take, and what is free."""
+"""Disk space for checkpoints: how much they need and how much is free."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from trainer.models.build import empty_student
 from trainer.run.metrics import readable
 from trainer.teacher.intermediate_losses import attach_projections
 
-MOMENTS_8BIT = 8  # bytes of an element's moments, which are saved as the fp32 numbers that they stand for
+MOMENTS_8BIT = 8  # bytes saved per element for its two 8-bit moments, which are dequantized to fp32
 
 
 def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> int:
-    """Bytes of a checkpoint's tensors: fp32 weights and what the optimizer remembers, of all processes together."""
+    """Bytes of a checkpoint's tensors over all processes: fp32 weights and optimizer state."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model = empty_student(experiment.form, student)
         attach_projections(experiment.objective, experiment.seed, model, teacher)
@@ -35,16 +35,16 @@ def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: Pr
 
 
 def check_space(folder: Path, planned: int, *, keep: int, written: int) -> None:
-    """Make sure, before anything is trained, that a run's checkpoints fit where they will be.
+    """Check, before training, that a run's checkpoints will fit on their disk.
 
     Args:
-        folder: the run's `checkpoints`, which need not exist.
-        planned: bytes of one; of one that is there already they are counted.
-        keep: checkpoints that are kept; while a new one is written there is one more.
-        written: checkpoints that the whole run writes.
+        folder: the run's `checkpoints` folder, which need not exist.
+        planned: predicted bytes of a checkpoint; if there is one already, its actual size counts instead.
+        keep: number of checkpoints that are kept; while a new one is written there is one more.
+        written: number of checkpoints that the whole run writes.
 
     Raises:
-        UserError: they do not fit.
+        UserError: the checkpoints do not fit.
     """
     there = listed(folder)
     newest = latest(folder)
@@ -60,7 +60,7 @@ def check_space(folder: Path, planned: int, *, keep: int, written: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that are free where a folder is, or will be."""
+    """Free bytes on the disk where a folder is or will be."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""What a process writes of a checkpoint, tensor by tensor."""
+"""Writes a process's files of a checkpoint, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", tor
 
 
 class Draft:
-    """A safetensors file (format 0.x: eight bytes, a JSON header, the data) of which all is known but the data.
+    """The layout of a safetensors file (format 0.x: eight bytes, a JSON header, the data) whose data is still to come.
 
-    With the library's own `save_file` a copy of all moments would have to be there at once.
+    The library's own `save_file` would need all tensors at once, and so a copy of the whole optimizer state.
 
     Attributes:
-        name: of the file.
-        bytes: of all of it.
-        header: its beginning.
-        begins: where in the file each tensor does.
+        name: name of the file.
+        bytes: size of the whole file.
+        header: the bytes before the data.
+        begins: offset of each tensor in the file.
     """
 
     def __init__(self, name: str, tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> None:
         self.name, offset = name, 0
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets = {}
-        # Wide elements first: then each tensor begins where memory that is mapped may be read as its elements.
+        # Wide elements first, so that every tensor is aligned to its element size when the file is memory-mapped.
         for key, (dtype, shape) in sorted(tensors.items(), key=lambda one: -one[1][0].itemsize):
             offsets[key], size = offset, shape.numel() * dtype.itemsize
             header[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
@@ -52,7 +52,7 @@ class Draft:
 
 
 def drafts(engine: Engine, rank: int, ranks: int) -> dict[str, Draft]:
-    """The files that this process is to write: its random state, and what it holds of the model and the optimizer."""
+    """Lay out the files that this process will write: random state, and its part of model and optimizer state."""
     tensors: dict[str, dict[str, tuple[torch.dtype, torch.Size]]] = defaultdict(dict)
     for kind, key, tensor in _contents(engine, rank):
         assert key not in tensors[kind], f"{key} would be written twice"
@@ -63,10 +63,10 @@ def drafts(engine: Engine, rank: int, ranks: int) -> dict[str, Draft]:
 
 
 def write(folder: Path, files: dict[str, Draft], engine: Engine, rank: int) -> None:
-    """Fill the files of `drafts` into a folder; nothing is synced.
+    """Write the files laid out by `drafts` into a folder, without syncing them.
 
     Raises:
-        OSError: they cannot be written, for want of room perhaps.
+        OSError: they cannot be written, for example because the disk is full.
     """
     with ExitStack() as stack:
         handles = {kind: stack.enter_context((folder / draft.name).open("wb")) for kind, draft in files.items()}
@@ -78,18 +78,18 @@ def write(folder: Path, files: dict[str, Draft], engine: Engine, rank: int) -> N
 
 
 def shapes_of(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Shapes of whole parameters, by name."""
+    """Shapes of the unsharded parameters, by name."""
     return {piece.name: piece.shape for _, layout in engine.tensors() for piece in layout.pieces}
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers that belong to a model's state."""
+    """The persistent buffers of a model, by name."""
     names = set(model.state_dict(keep_vars=True)) if any(True for _ in model.buffers()) else set()
     return {name: buffer for name, buffer in model.named_buffers() if name in names}
 
 
 def _contents(engine: Engine, rank: int) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Kind of file, key and tensor of all that this process writes. What all hold alike is written by the first."""
+    """File kind, key and tensor of everything that this process writes; the first one writes what is replicated."""
     yield from (("random", name, tensor) for name, tensor in random_state().items())
     for tensor, layout in engine.tensors():
         whole = layout.group is None

@@ -1,1 +1,1 @@
-"""Teacher and student as models: where they come from, how they are built, and trials of them before training."""
+"""Teacher and student models: how they are loaded or built, and the trial runs that check them before training."""

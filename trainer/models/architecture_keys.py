@@ -1,9 +1,9 @@
-"""Which keys of an `architecture` mean something to a model of transformers, and whether they had their effect.
+"""Validates the keys of an `architecture`: whether its transformers configuration knows them and they took effect.
 
-A configuration takes every key that it is given, so a misspelled one is kept and does nothing. Known is what the class
-declares (fields, signature, `attribute_map`), documents, or reads: in its own code, or in the code of its models, as
-`getattr(config, "head_dim", None)` does. Keys of earlier versions, as published files have them, are mapped there
-(`rope_theta` and `rope_scaling` to `rope_parameters`).
+A configuration class accepts any key, so a misspelled one would be stored and ignored. A key counts as known if the
+class declares it (fields, signature, `attribute_map`), documents it, or reads it, either in its own code or in the code
+of its models, for example by `getattr(config, "head_dim", None)`. Keys of earlier transformers versions, which
+published files still have, are known too if the class maps them (`rope_theta` and `rope_scaling` to `rope_parameters`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from trainer.errors import UserError
 
-# What a published config.json says about the file or its use, and nothing about the model's shape.
+# Keys of a published config.json that describe the file or its use, not the shape of the model.
 OF_A_FILE = {"architectures", "transformers_version", "_name_or_path", "name_or_path", "auto_map", "torch_dtype",
              "dtype", "torchscript", "task_specific_params", "_attn_implementation_autoset", "quantization_config"}
 PASTED = {"architectures", "transformers_version", "_name_or_path", "auto_map", "torch_dtype"}
@@ -34,16 +34,16 @@ _POPPED = re.compile(r"""kwargs(?:\.\w+\(|\[)\s*["'](\w+)|\bself\.(\w+)""")
 
 
 def model_values(values: dict[str, Any], config_class: type[PretrainedConfig], key: str) -> dict[str, Any]:
-    """The values of an `architecture` that shape a model, a copy; what a published file says beside them is left out.
+    """A copy of the values of an `architecture` that shape the model, without the keys in `OF_A_FILE`.
 
     Args:
-        values: without `model_type`.
-        config_class: of the model type.
-        key: of the architecture in the YAML.
+        values: the `architecture` without `model_type`.
+        config_class: the configuration class of the model type.
+        key: where the architecture is in the YAML.
 
     Raises:
-        UserError: a key that the class neither declares, documents nor reads. Of a whole published file, which may
-            have such keys, they are named in the log, unless one is nearly a key that the class has.
+        UserError: the class neither declares, documents nor reads a key. If a whole published config.json was pasted,
+            which may have such keys, they are logged instead, unless one closely resembles a key of the class.
     """
     _check(values, config_class, key, any(name in values for name in PASTED))
     if values.get("quantization_config"):
@@ -53,7 +53,7 @@ def model_values(values: dict[str, Any], config_class: type[PretrainedConfig], k
 
 
 def check_arrived(config: PretrainedConfig, values: dict[str, Any], key: str) -> None:
-    """Raise `UserError` where a rotary base that was given is not the one that the model will use."""
+    """Raise `UserError` if the given `rope_theta` is not the rotary base that the model will use."""
     given, parameters = values.get("rope_theta"), getattr(config, "rope_parameters", None) or {}
     if given is None or not parameters:
         return
@@ -65,7 +65,7 @@ def check_arrived(config: PretrainedConfig, values: dict[str, Any], key: str) ->
 
 
 def set_token(config: PretrainedConfig, name: str, token: int | list[int] | None, otherwise: int) -> None:
-    """Set a special token; `otherwise` in its place where it is None and the class has to have one (ModernBERT's)."""
+    """Set a special token; if the class rejects the value, as ModernBERT's rejects None, set `otherwise` instead."""
     try:
         setattr(config, name, token)
     except StrictDataclassFieldValidationError:
@@ -73,10 +73,11 @@ def set_token(config: PretrainedConfig, name: str, token: int | list[int] | None
 
 
 def without_foreign_ids(config: PretrainedConfig) -> PretrainedConfig:
-    """The same configuration; special tokens that are not in its vocabulary are none, or the first where one must be.
+    """Remove special token ids outside the vocabulary: they become None, or 0 where the class requires an id.
 
-    An architecture's defaults are those of the model it was published with. Of a model that is made anew the tokenizer
-    decides; -1, which some files have for none, would stop the last token's row from learning.
+    Returns the same configuration. An architecture's default ids belong to the model it was published with; for a new
+    model the tokenizer decides. Some files have -1 for no padding token, which would exclude the last row of the
+    embeddings from training.
     """
     for part in {id(one): one for one in (config, config.get_text_config(decoder=True))}.values():
         size = getattr(part, "vocab_size", None)
@@ -91,7 +92,7 @@ def without_foreign_ids(config: PretrainedConfig) -> PretrainedConfig:
 
 @cache
 def known_keys(config_class: type[PretrainedConfig]) -> frozenset[str]:
-    """The keys that a configuration class declares, documents, reads or maps."""
+    """The keys that a configuration class declares, documents, reads or maps; see the module docstring."""
     classes = [one for one in config_class.__mro__ if issubclass(one, PretrainedConfig)]
     known = {field.name for field in dataclasses.fields(config_class)}
     for one in classes:
@@ -99,7 +100,7 @@ def known_keys(config_class: type[PretrainedConfig]) -> frozenset[str]:
         known |= {*inspect.signature(one.__init__).parameters}
         known |= set(re.findall(r"^\s*`?(\w+)`? ?\(`", one.__doc__ or "", re.MULTILINE))
     own = "".join(_source(one) for one in classes[:classes.index(PretrainedConfig)])
-    models = "" if "text_config" in config_class.sub_configs else "".join(  # there `config` is a section's mostly
+    models = "" if "text_config" in config_class.sub_configs else "".join(  # else `config` is mostly that of a section
         file.read_text() for file in Path(inspect.getfile(config_class)).parent.glob("modeling_*.py"))
     known |= {name for pair in _POPPED.findall(own) + _READ.findall(models) for name in pair if name}
     if "rope_parameters" in known:
@@ -108,7 +109,7 @@ def known_keys(config_class: type[PretrainedConfig]) -> frozenset[str]:
 
 
 def _check(values: dict[str, Any], config_class: type[PretrainedConfig], key: str, pasted: bool) -> None:
-    """The same for sections of a configuration, which have classes of their own."""
+    """Check the keys of a configuration and, recursively, of its sections, which have classes of their own."""
     known, unread = known_keys(config_class), []
     for name, value in values.items():
         section = config_class.sub_configs.get(name)
@@ -130,13 +131,13 @@ def _check(values: dict[str, Any], config_class: type[PretrainedConfig], key: st
 
 @cache
 def _note(text: str) -> None:
-    """Said once, however often the configuration is made."""
+    """Log a warning once, however often the configuration is built."""
     logging.getLogger(__name__).warning(text)
 
 
 @cache
 def _generation() -> frozenset[str]:
-    """What older files say of generation."""
+    """Generation settings, which older config.json files contain."""
     return frozenset(GenerationConfig().to_dict())
 
 

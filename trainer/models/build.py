@@ -1,4 +1,4 @@
-"""Teacher and student: from a hub id or local folder, from dimensions in the YAML, or from a teacher's layers."""
+"""Builds teacher and student: from a hub id or folder, from dimensions in the YAML, or from a teacher's layers."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def student_config(
     student: Student, teacher: PretrainedConfig | None, vocabulary: int | None, offline: bool = False
 ) -> PretrainedConfig:
     """The student's configuration: its own, or its teacher's with fewer layers."""
-    if student.from_teacher is None:  # without a tokenizer at hand, it has most likely as many tokens as its teacher
+    if student.from_teacher is None:  # without a tokenizer, assume as many tokens as the teacher has
         return _config(student, "student", vocabulary or getattr(teacher, "vocab_size", None), offline)
     assert teacher is not None, "the experiment checks that layers come from a teacher"
     layers = getattr(teacher, "num_hidden_layers", None)
-    if layers is None:  # a byte latent transformer has several stacks
+    if layers is None:  # such as a byte latent transformer, which has several stacks
         raise UserError("student.from_teacher", f"a {teacher.model_type} model has several stacks of layers, and no "
                         "one number of them", value=list(student.from_teacher),
                         way_out="give the student a `path` or an `architecture`")
@@ -70,7 +70,7 @@ def student_config(
 
 def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
                  tokens: int | None) -> None:
-    """Raise `UserError` where models, tokenizer and sequence length do not fit each other."""
+    """Raise `UserError` if the models, the tokenizer and the sequence length do not fit together."""
     brings = teacher is not None and experiment.teacher.path is not None and experiment.teacher.train is None
     if teacher is not None and teacher.vocab_size != student.vocab_size and not brings:
         raise UserError("student", f"the student has a vocabulary of {student.vocab_size:,} tokens and the teacher of "
@@ -84,7 +84,7 @@ def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, stude
             raise UserError(f"{key}.architecture.num_key_value_heads", f"{heads} attention heads cannot share {shared} "
                             "evenly", value=shared, way_out=f"use a divisor of {heads}")
         positions = getattr(config, "max_position_embeddings", None)
-        if positions and 0 < positions < experiment.data.sequence_length:  # XLNet says -1 for any number
+        if positions and 0 < positions < experiment.data.sequence_length:  # XLNet has -1 for no limit
             raise UserError("data.sequence_length", f"the {key} knows {positions} positions",
                             value=experiment.data.sequence_length, way_out=f"use at most {positions}")
         if tokens and tokens > config.vocab_size and not (key == "teacher" and brings):
@@ -92,7 +92,7 @@ def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, stude
 
 
 def _too_many_tokens(experiment: Experiment, key: str, rows: int, tokens: int) -> UserError:
-    """A tokenizer with ids that a model has no rows for, by the key that names the one or the other."""
+    """The error for a tokenizer with more ids than the model has embedding rows, at the key that names either."""
     model, own = getattr(experiment, key), experiment.data.tokenizer
     if key == "student" and model.from_teacher is not None:
         key, model = "teacher", experiment.teacher
@@ -113,7 +113,7 @@ def _too_many_tokens(experiment: Experiment, key: str, rows: int, tokens: int) -
 
 
 def _config(model: Model, key: str, vocabulary: int | None, offline: bool) -> PretrainedConfig:
-    """From the weights' folder when it can be reached, else from the dimensions in the YAML; both must agree."""
+    """A model's configuration: from its folder or the hub if reachable, else from the YAML; the two must agree."""
     written = _architecture(model, key, vocabulary) if model.architecture else None
     if model.path is None or (offline and written is not None and not Path(model.path).is_dir()):
         assert written is not None, "the experiment checks that a model has an origin"
@@ -155,12 +155,12 @@ def _architecture(model: Model, key: str, vocabulary: int | None) -> PretrainedC
             return config
         except UserError:
             raise
-        except Exception as error:  # every class checks in its own way
+        except Exception as error:  # each configuration class validates in its own way
             raise ValueError(f"not a valid {model_type} architecture: {last_line(error)}") from error
 
 
 def _reach(auto: Any, model: Model, key: str, **options: Any) -> Any:
-    """`from_pretrained` of an auto class, with one clear message when it cannot."""
+    """Call `from_pretrained` of an auto class, and turn any failure into one clear `UserError`."""
     folder = Path(model.path)
     if (folder.is_absolute() or model.path.startswith(".")) and not folder.is_dir():
         raise UserError(f"{key}.path", "there is no such folder", value=model.path,
@@ -169,7 +169,7 @@ def _reach(auto: Any, model: Model, key: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(model.path, revision=model.revision or "main",
                                     trust_remote_code=model.trust_remote_code, **options)
-    except Exception as error:  # files of other people lead to every kind of it in transformers
+    except Exception as error:  # foreign files can make transformers raise anything
         raise UserError(f"{key}.path", f"cannot load this model: {first_line(error)}", value=model.path,
                         way_out=_load_hint(folder, error)) from error
 
@@ -195,16 +195,16 @@ def build_teacher(teacher: Teacher, config: PretrainedConfig) -> nn.Module:
 
 def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.Module | None,
                   tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    """The student with fp32 weights, prepared for quantization-aware training where asked for."""
+    """The student with fp32 weights, with fake quantization if it is trained that way."""
     student = experiment.student
-    torch.manual_seed(experiment.seed)  # every process makes the same weights
+    torch.manual_seed(experiment.seed)  # so that every process draws the same weights
     if student.path is not None:
         model = _load(student, "student", config, torch.float32)
         _freeze_again(model, experiment.form.trust)
     else:
         config.eos_token_id = tokenizer.eos_token_id
         set_token(config, "bos_token_id", tokenizer.bos_token_id, tokenizer.eos_token_id)
-        # A padding token gets no gradient as input; where it is also the end of a sequence, that must not be.
+        # The embedding of `pad_token_id` gets no gradient. A padding token that also ends sequences has to be trained.
         same = tokenizer.pad_token_id == tokenizer.eos_token_id
         set_token(config, "pad_token_id", None if same else tokenizer.pad_token_id, tokenizer.pad_token_id)
         model = from_config(config, experiment.form.trust)
@@ -219,7 +219,10 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
 
 
 def _precise(asked: Teacher, layers: Sequence[int], teacher: nn.Module, student: nn.Module) -> dict[str, torch.Tensor]:
-    """The teacher's weights in fp32 as far as its student takes them, not rounded to what the teacher is held in."""
+    """The teacher weights that the student takes over, in fp32.
+
+    If the stored weights are wider than `teacher.dtype`, they are loaded again, so that they are not rounded to it.
+    """
     assert asked.path is not None
     with error_context(
         "student.from_teacher", value=list(layers), way_out="give the student a `path` or an `architecture`"
@@ -232,14 +235,14 @@ def _precise(asked: Teacher, layers: Sequence[int], teacher: nn.Module, student:
 
 
 def whole_student(form: StudentForm, like: nn.Module) -> nn.Module:
-    """An unsharded student of the same shape on the CPU, its weights still to be filled in."""
+    """An unsharded student on the CPU, of the same shape as `like`; its weights are still to be loaded."""
     model = empty_student(form, like.config)
     model.generation_config = like.generation_config
     return model.train()
 
 
 def empty_student(form: StudentForm, config: PretrainedConfig) -> nn.Module:
-    """A student of this shape, prepared for quantization-aware training where asked for; its weights say nothing.
+    """A student of this shape with arbitrary weights, with fake quantization if it is trained that way.
 
     Raises:
         UserError: a layer cannot be quantized.
@@ -254,15 +257,19 @@ def from_config(config: PretrainedConfig, trust: bool = False) -> nn.Module:
     """A model of this shape in fp32, with random weights.
 
     Raises:
-        UserError: it cannot be made, or not from shapes alone, as a plan makes it.
+        UserError: the model cannot be built, or, under `FakeTensorMode`, not from shapes alone.
     """
     return by_document(learn_padding(skeleton(config, torch.float32, trust)))
 
 
 def export_skeleton(form: StudentForm, config: PretrainedConfig) -> nn.Module:
-    """A student of this shape as it will be written, also where it is quantized after training.
+    """A student of this shape as it will be exported, even if it is quantized only after training.
 
-    Of one that bits are allotted to, all layers have the fewest; see `empty_student` for what is raised.
+    If bits are chosen per layer within a budget, every layer has the fewest.
+
+    Raises:
+        UserError: as in `empty_student`; or the byte budget is too small, or layers that must share one bit width
+            rule out a choice per layer.
     """
     model, asked = empty_student(form, config), form.quantization
     if asked is not None and not asked.trained:
@@ -282,7 +289,11 @@ def export_skeleton(form: StudentForm, config: PretrainedConfig) -> nn.Module:
 
 
 def quantize(form: StudentForm, model: nn.Module, asked: Quantization | None = None) -> None:
-    """Prepare the student's layers for quantization-aware training; what does not fit is named with its way out."""
+    """Prepare the student's layers for quantization-aware training, in place.
+
+    Raises:
+        UserError: a layer cannot be quantized as asked, with a way out; or too much would stay in full precision.
+    """
     asked = asked or form.quantization
     assert asked is not None
     dtype = DTYPES[form.dtype]
@@ -306,17 +317,18 @@ def quantize(form: StudentForm, model: nn.Module, asked: Quantization | None = N
 
 def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     origin = _reach(AutoConfig, model, key)
-    with redirect_stderr(io.StringIO()) if method_of(origin) else nullcontext():  # their libraries draw bars
+    with redirect_stderr(io.StringIO()) if method_of(origin) else nullcontext():  # hides their progress bars
         loaded, info = _reach(AutoModelForCausalLM, model, key, dtype=dtype, use_safetensors=True,
                               output_loading_info=True, **loading(origin, config))
-    if info["missing_keys"]:  # transformers fills them with random numbers
+    if info["missing_keys"]:  # transformers would initialize them randomly
         raise UserError(f"{key}.path", f"the weights lack {len(info['missing_keys'])} tensors, for example "
                         f"{sorted(info['missing_keys'])[0]}", value=model.path,
                         way_out="name a complete causal language model")
-    if info["unexpected_keys"] and type(config) is type(origin) and method_of(origin) is None:  # else on purpose
+    # Of a multimodal or quantized model, some tensors are left out on purpose.
+    if info["unexpected_keys"] and type(config) is type(origin) and method_of(origin) is None:
         note(f"{key}: {len(info['unexpected_keys'])} tensors of its files belong to no part of the model that its "
              f"config.json describes, and are left out, for example {sorted(info['unexpected_keys'])[0]}")
-    if (apart := kept_apart(loaded)) is not None:  # as it was not when its configuration was read
+    if (apart := kept_apart(loaded)) is not None:  # not noticed when the configuration was read
         raise UserError(f"{key}.path", f"its files keep a {apart} of its own, and its config.json says that there is "
                         "none", value=model.path, way_out="write `tie_word_embeddings: false` in its config.json")
     if method_of(origin) is None:
@@ -329,7 +341,10 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
 
 
 def _freeze_again(loaded: nn.Module, trust: bool) -> None:
-    """Freeze what the architecture does not train (sinusoidal positions, Pegasus): transformers forgets it, loading."""
+    """Freeze parameters that the architecture does not train, such as Pegasus' sinusoidal positions.
+
+    transformers loses their `requires_grad=False` when it loads a model.
+    """
     with torch.device("meta"):
         fresh = skeleton(loaded.config, torch.float32, trust)
     frozen = {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
@@ -339,12 +354,12 @@ def _freeze_again(loaded: nn.Module, trust: bool) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
+    """Number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def shape_of(model: nn.Module) -> LogitShape | None:
-    """What a model does to its logits; None where it is not known, and the logits themselves have to be made."""
+    """How a model scales and caps its logits; None if unknown, so that full logits have to be computed."""
     try:
         return logit_shape(model)
     except ValueError as error:
@@ -353,7 +368,7 @@ def shape_of(model: nn.Module) -> LogitShape | None:
 
 
 def quiet_libraries() -> None:
-    """Keep the base libraries' chatter out of the run's output; warnings of substance still come through ours."""
+    """Silence progress bars and log messages of the libraries below; warnings that matter go through our own logger."""
     import datasets
     import transformers
 
@@ -364,8 +379,8 @@ def quiet_libraries() -> None:
     logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():  # else it wonders aloud, wherever Accelerate looks whether it is there
+    if not torch.cuda.is_available():  # otherwise DeepSpeed logs its guess whenever Accelerate looks for it
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed calls torch.distributed by names that torch 2.13 has newer ones for, at every step.
+    # At every step DeepSpeed uses names of torch.distributed that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
 

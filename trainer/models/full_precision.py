@@ -1,4 +1,4 @@
-"""What of a quantized student stays in full precision, and whether that was asked for."""
+"""Finds the weights of a quantized student that stay in full precision, and checks that it was intended."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from trainer.errors import UserError
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.run.metrics import readable
 
-LARGEST_SHARE = 0.1  # of all weights, that may stay in full precision although nobody named them
+LARGEST_SHARE = 0.1  # of all weights: how many may stay in full precision without being named in `ignore`
 KINDS = {"embeddings": "embeddings", "ignored": "named in `ignore`", "passed over": "nothing quantizes them",
          "vectors": "norms and biases"}
 
 
 def without_place(model: nn.Module, asked: Quantization, dtype: torch.dtype) -> dict[str, str]:
-    """Layers that would be quantized, but that a transformers folder has no place for, each with the reason.
+    """Layers selected for quantization that an exported transformers folder cannot hold quantized, with the reason.
 
     Raises:
         ValueError: there is nothing to quantize.
@@ -34,14 +34,15 @@ def without_place(model: nn.Module, asked: Quantization, dtype: torch.dtype) -> 
 
 
 def ignored(asked: Quantization, more: Mapping[str, str]) -> tuple[str, ...]:
-    """Patterns of what is left in full precision: those of the experiment, and these names."""
+    """Patterns of the layers left in full precision: those of the experiment, and the names in `more`."""
     return *asked.ignore, *map(glob.escape, more)
 
 
 def whole_weights(model: nn.Module, asked: Quantization) -> dict[str, dict[str, int]]:
-    """Weights that stay in full precision, by why (see `KINDS`) and name; a parameter of one dimension is a vector.
+    """Element counts of the weights that stay in full precision, by reason (see `KINDS`) and name.
 
-    Found from parameters, not from classes of layers: whatever a scheme does not reach is here.
+    A one-dimensional parameter counts as a vector. The search goes over parameters and not over layer classes, so it
+    finds everything that the quantization scheme does not cover.
     """
     rounded = {id(getattr(layer, part, None)) for _, layer in quantized_layers(model) for part in PARTS}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -58,11 +59,11 @@ def whole_weights(model: nn.Module, asked: Quantization) -> dict[str, dict[str, 
 
 
 def check_share(model: nn.Module, asked: Quantization, dtype: torch.dtype, why: Mapping[str, str]) -> None:
-    """Raise `UserError` where much of a student stays in full precision that nobody said should.
+    """Raise `UserError` if more than `LARGEST_SHARE` of the weights stay in full precision unasked.
 
     Args:
-        model: quantized, of which shapes are enough.
-        why: reasons by name, as from `without_place`.
+        model: the quantized student; shapes are enough.
+        why: reasons by layer name, from `without_place`.
     """
     every = sum(parameter.numel() for parameter in model.parameters())
     left = whole_weights(model, asked)["passed over"]
@@ -81,7 +82,7 @@ def check_share(model: nn.Module, asked: Quantization, dtype: torch.dtype, why: 
 
 
 def tell_share(model: nn.Module, asked: Quantization, dtype: torch.dtype) -> str:
-    """How much of a quantized student stays in full precision and why, in words."""
+    """Describe how much of a quantized student stays in full precision, and why."""
     every = sum(parameter.numel() for parameter in model.parameters())
     found = {kind: weights for kind, weights in whole_weights(model, asked).items() if weights}
     count = sum(sum(weights.values()) for weights in found.values())
@@ -98,5 +99,5 @@ def _examples(kind: str, weights: Mapping[str, int]) -> str:
 
 
 def _pattern(name: str) -> str:
-    """The name with a star for each number, as of a block."""
+    """The name with each number, such as that of a block, replaced by a star."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

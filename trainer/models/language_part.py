@@ -1,4 +1,4 @@
-"""The language model of a multimodal model, used without the rest: whether it says of text what the whole says."""
+"""Checks that the language model taken from a multimodal model computes on text what the whole model does."""
 
 from __future__ import annotations
 
@@ -21,33 +21,36 @@ from transformers import (
 from trainer.errors import UserError
 from trainer.experiment.nodes import Model
 
-if TYPE_CHECKING:  # pragma: no cover - names for the reader; what it needs of models would be a circle
+if TYPE_CHECKING:  # pragma: no cover - importing it at run time would be circular
     from trainer.data.dataset import PreparedData
 
-PLACES = re.compile(r"(image|video|audio)_token_(id|index)")  # tokens in whose place pictures or sound are put
+PLACES = re.compile(r"(image|video|audio)_token_(id|index)")  # placeholder tokens, replaced by images, video or sound
 SPECIAL = re.compile(r".*_token_(id|index)")
 logger = logging.getLogger(__name__)
 
-TRIED = 24  # tokens that the two are compared on
-NEAR = {torch.float32: 1e-4}  # largest difference, as a share of the largest logit; of shorter numbers more
-NEAR_OTHERS = 2e-2
+TRIED = 24  # most tokens to compare the two models on
+NEAR = {torch.float32: 1e-4}  # largest allowed logit difference, relative to the largest logit, by dtype
+NEAR_OTHERS = 2e-2  # the same for narrower dtypes
 
 
 @torch.no_grad()
 def check_alone(alone: nn.Module, origin: PretrainedConfig, key: str, value: str) -> bool:
-    """Compare a language model that was taken out of a multimodal one with the whole, on text; whether that could be.
+    """Compare a language model extracted from a multimodal model with the whole model, on text.
 
-    The whole is made of shapes alone, and the language model's own modules are put where its own would be: neither
-    memory nor files are needed, and masks, positions, and what is done to embeddings and logits are the whole's.
+    The whole model is built on the meta device, with the extracted language model's modules in place of its own. So no
+    more memory or files are needed, and masks, positions and the handling of embeddings and logits are the whole's.
+
+    Returns:
+        Whether the comparison was possible.
 
     Raises:
-        UserError: they differ.
+        UserError: the logits differ.
     """
     ids = _text_tokens(alone.config.vocab_size, origin).to(alone.device)
     try:
         whole = _around(alone, origin)
         theirs = None if whole is None else whole.eval()(input_ids=ids, use_cache=False).logits
-    except Exception as error:  # some cannot read text without a picture, each with an error of its own
+    except Exception as error:  # some models cannot run on text without an image, and fail in various ways
         theirs = None
         logger.debug(error)
     if theirs is None or theirs.is_meta:
@@ -65,9 +68,9 @@ def check_alone(alone: nn.Module, origin: PretrainedConfig, key: str, value: str
 
 
 def check_places(models: Mapping[str, Model | None], text: PreparedData) -> None:
-    """Raise `UserError` where text has tokens that pictures or sound are put in the place of."""
+    """Raise `UserError` if the text contains placeholder tokens for images, video or sound."""
     if not hasattr(text.train, "flat"):
-        return  # a stream is looked at as it comes
+        return  # a stream cannot be searched in advance
     places = {token: key for key, model in models.items() if model is not None and model.path is not None
               for token in _places(model)}
     used = torch.from_numpy(text.train.flat["tokens"].astype("int64"))
@@ -89,7 +92,7 @@ def _places(model: Model) -> Iterator[int]:
 
 
 def _text_tokens(vocabulary: int, origin: PretrainedConfig) -> torch.Tensor:
-    """(1, tokens) from all over a vocabulary, none of which stands for something that is no text."""
+    """(1, tokens) ids spread over the vocabulary, without special tokens."""
     special = set(_special(origin.to_dict()))
     ids = torch.linspace(0, vocabulary - 1, min(vocabulary, 4 * TRIED)).long().tolist()
     return torch.tensor([[one for one in ids if one not in special][::4] or [0]])
@@ -104,7 +107,7 @@ def _special(values: dict[str, Any]) -> Iterator[int]:
 
 
 def _around(alone: nn.Module, origin: PretrainedConfig) -> nn.Module | None:
-    """The whole multimodal model with this language model in it, and no other weights; None where it has no place."""
+    """The multimodal model on meta with this language model inserted; None if there is no unique place for it."""
     config, dtype = copy.deepcopy(origin), next(alone.parameters()).dtype
     config.__dict__.pop("quantization_config", None)
     for auto in (AutoModelForMultimodalLM, AutoModelForSeq2SeqLM, AutoModelForCausalLM):

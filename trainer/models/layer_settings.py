@@ -1,9 +1,9 @@
-"""The configuration of a student that takes some layers of its teacher, with every setting by layer following them.
+"""Derives the configuration of a student made of some of its teacher's layers, adjusting all per-layer settings.
 
-Which settings go by layer is not written down anywhere: lists with one entry for each layer, lists of layer numbers,
-counts from either end, periods with offsets. So they are tried: a configuration is right where its model's blocks,
-made without memory, are those of the teacher in class, shapes and settings. Whether the model then computes the same is
-shown by running it; see `trainer.models.teacher_layers`.
+No configuration declares which of its settings are per layer. They take many forms: lists with one entry per layer,
+lists of layer numbers, counts from either end, periods with offsets. So candidates are tried: a configuration is right
+if the blocks of its model, built on the meta device, match the teacher's in class, shapes and plain settings. Whether
+the model also computes the same is tested by running it; see `trainer.models.teacher_layers`.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from trainer.model_files import last_line
 
 COUNTED = re.compile("period|interval|offset|every|step|freq|pattern|first|replace|window_layers|start|end_|dense|"
-                     "shared|cross|_layers$|skip")  # numbers among settings that may count layers
-NUMBERED = re.compile("(layers?|idxs?|indices|ids)$")  # lists among settings that may hold numbers of layers
+                     "shared|cross|_layers$|skip")  # integer settings that may count layers
+NUMBERED = re.compile("(layers?|idxs?|indices|ids)$")  # list settings that may hold layer numbers
 PERIODS = re.compile("period|interval|every|step|freq")
 FOREIGN = re.compile("token|label|architectures|time_step")
 SIZES = re.compile("(experts|heads|size|dim|rank|per_tok)$")
-WRONG, FAILED = 1000, 10**9  # what another class or shape counts among differences, and a model that cannot be made
-MOST_TRIED = 300  # configurations
+WRONG, FAILED = 1000, 10**9  # penalties: for another class or shape, and for a model that cannot be built
+MOST_TRIED = 300  # limit on the configurations tried
 
 
 def layer_count_name(config: PretrainedConfig) -> str:
-    """What the configuration itself calls `num_hidden_layers`."""
+    """The configuration's own name for `num_hidden_layers`."""
     return config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
 
 
 def with_layers(teacher: PretrainedConfig, layers: tuple[int, ...]) -> tuple[PretrainedConfig, list[str]]:
-    """The teacher's configuration with these of its layers, and what of their settings could not be said in it.
+    """The teacher's configuration reduced to some of its layers.
 
     Returns:
-        the configuration, and a line for each block whose plain settings differ from the teacher's.
+        The configuration, and a line for each block whose plain settings it could not make equal to the teacher's.
 
     Raises:
-        ValueError: no configuration gives these layers the modules and shapes that they have in the teacher.
+        ValueError: no configuration found gives these layers the modules and shapes that they have in the teacher.
     """
     try:
         values, least, lines = _found(type(teacher), _Frozen(teacher.to_dict()), layers)
-    except Exception as error:  # a configuration of others that cannot be read from what it says of itself
+    except Exception as error:  # a foreign configuration class that cannot be rebuilt from its own values
         raise ValueError(last_line(error)) from error
     if least >= WRONG:
         raise ValueError(lines[0])
@@ -56,7 +56,7 @@ def with_layers(teacher: PretrainedConfig, layers: tuple[int, ...]) -> tuple[Pre
 
 
 def other_layers(count: int, layers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """As many layers of `count`, at first near to those asked for, and the first ones last."""
+    """Alternative choices of as many layers out of `count`: those near the requested ones first, `0, 1, ...` last."""
     for other in ((0, *layers[1:]), (*layers[:-1], count - 1), (0, *layers[1:-1], count - 1), (0, 1, *layers[2:]),
                   tuple(range(len(layers)))):
         if len(set(other)) == len(other) == len(layers) and other != layers:
@@ -64,7 +64,7 @@ def other_layers(count: int, layers: tuple[int, ...]) -> Iterator[tuple[int, ...
 
 
 class _Frozen(dict):
-    """A configuration's values, to be known again by what they print as."""
+    """A configuration's values, hashable by their `repr` for use as a cache key."""
 
     def __hash__(self) -> int:
         return hash(repr(self))
@@ -81,10 +81,10 @@ def _found(kind: type, values: _Frozen, layers: tuple[int, ...]) -> tuple[dict[s
 
 
 class _Search:
-    """Looks for the values with which a model's blocks are those of the teacher.
+    """Searches for configuration values that make a model's blocks match the chosen blocks of the teacher.
 
     Attributes:
-        best: values with the least differences found.
+        best: the values with the fewest differences so far.
     """
 
     def __init__(self, kind: type, values: dict[str, Any], layers: tuple[int, ...]) -> None:
@@ -93,7 +93,7 @@ class _Search:
         self.count = kind(**copy.deepcopy(values)).num_hidden_layers
         try:
             self.teacher = blocks_of(kind(**copy.deepcopy(values)))
-        except Exception:  # not without memory, or not by its configuration alone: nothing to compare with
+        except Exception:  # cannot be built on meta, or from a configuration alone: nothing to compare with
             self.teacher = None
         options = {name: found for name, value in values.items() if (found := list(self._options(name, value)))}
         self.best = {**values, self.count_name: len(layers), **{name: found[0] for name, found in options.items()}}
@@ -102,17 +102,18 @@ class _Search:
             self._descend({name: [*found, values[name]] for name, found in options.items()})
             self._descend({name: self._counts(value) for name, value in values.items() if self._counts_layers(name)})
             share = len(layers) / self.count
-            self._descend({name: [value * share ** power for power in (0.5, -0.5, 1, -1)]  # of the model's depth
+            # Floats may be scaled by the depth of the model.
+            self._descend({name: [value * share ** power for power in (0.5, -0.5, 1, -1)]
                            for name, value in values.items() if isinstance(value, float) and value})
             self._together()
 
     def differences(self, values: dict[str, Any]) -> tuple[int, list[str]]:
-        """How far the blocks of a model with these values are from the teacher's, and one line for each such block."""
+        """Count the differences between a model with these values and the teacher, with a line per differing block."""
         if not self.teacher:
             return 0, []
         try:
             student = blocks_of(self.kind(**copy.deepcopy(values)))
-        except Exception as error:  # values that the architecture refuses, in whatever way it does
+        except Exception as error:  # the architecture rejects the values, with an error of any kind
             return FAILED, [f"no such model can be made: {last_line(error)}"]
         paired = [name for name in self.teacher if name in student]
         if not paired:
@@ -130,13 +131,13 @@ class _Search:
         return total, lines
 
     def _alike(self, theirs: Any, ours: Any, layer: int, own: int) -> bool:
-        """Equal, or a layer's own number, or the number of all."""
+        """Whether two settings agree: equal, or each its model's layer number or number of layers."""
         if isinstance(theirs, float) and isinstance(ours, float):
             return math.isclose(theirs, ours, rel_tol=1e-12)
         return theirs == ours or (theirs, ours) in ((layer, own), (layer + 1, own + 1), (self.count, len(self.layers)))
 
     def _options(self, name: str, value: Any) -> Iterator[Any]:
-        """What a setting could be for the chosen layers; nothing where it does not look like one by layer."""
+        """Candidate values of a setting for the chosen layers; none if it does not look like a per-layer setting."""
         if FOREIGN.search(name):
             return
         if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
@@ -156,7 +157,7 @@ class _Search:
             each = [kind for pattern, times in value for _ in range(times) for kind in pattern]
             if len(each) == self.count:
                 yield [[[each[layer]], 1] for layer in self.layers]
-        if 1 < len(value) < self.count and all(isinstance(one, str) for one in value):  # one after the other, again
+        if 1 < len(value) < self.count and all(isinstance(one, str) for one in value):  # a pattern repeated cyclically
             yield value
             yield [value[layer % len(value)] for layer in self.layers]
 
@@ -166,19 +167,19 @@ class _Search:
                 and bool(COUNTED.search(name)) and not FOREIGN.search(name) and not SIZES.search(name))
 
     def _counts(self, value: int) -> list[int]:
-        """Numbers that a count or period could become: of layers before or after the same one first."""
+        """Candidate values of a count or period, first how many chosen layers it counts from the start or the end."""
         before = sum(layer < value for layer in self.layers)
         after = sum(layer >= self.count - value for layer in self.layers)
         return list(dict.fromkeys([before, after, *range(len(self.layers) + 2)]))
 
     def _descend(self, options: dict[str, Sequence[Any]]) -> None:
-        """Try other values of one setting after the other, and keep what makes blocks more alike."""
+        """Coordinate descent: try other values of each setting in turn, and keep those that reduce the differences."""
         for name, found in options.items():
             for value in found:
                 self._try({name: value})
 
     def _together(self) -> None:
-        """Try two settings at once: a period with its offset, or with a list of exceptions from it."""
+        """Try pairs of settings: a period with its offset, or with a list of exceptions to it."""
         counts = [name for name in self.values if self._counts_layers(name)]
         lists = [name for name, value in self.values.items() if NUMBERED.search(name) and (
             value is None or isinstance(value, (list, tuple))) and not FOREIGN.search(name)]
@@ -192,7 +193,7 @@ class _Search:
                     self._try({**base, one: values[0], other: values[1]})
 
     def _try_toggled(self, changed: dict[str, Any], listed: str) -> None:
-        """Take the layers that differ with these changes into a list of exceptions, or out of it."""
+        """Try these changes, with the layers that then still differ added to or removed from a list of exceptions."""
         lines = self.differences({**self.best, **changed})[1]
         other = {int(line.rsplit(" as layer ", 1)[1].split()[0]) for line in lines if " as layer " in line}
         self._try({**changed, listed: sorted(set(self.best.get(listed) or ()) ^ other)})
@@ -208,9 +209,9 @@ class _Search:
 
 
 def blocks_of(config: PretrainedConfig) -> dict[str, list[dict[str, Any]]]:
-    """What each block of a model is like: its modules' classes, weights' shapes and plain settings, by name.
+    """Describe each block of a model: classes of modules, shapes of tensors and plain settings, by name.
 
-    By the list that it is in.
+    The result has one list of blocks for each list of modules in the model, by its name.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -218,7 +219,7 @@ def blocks_of(config: PretrainedConfig) -> dict[str, list[dict[str, Any]]]:
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Names of all lists of so many modules that are not in one another."""
+    """Names of the outermost module lists that have one module per layer."""
     count, found = model.config.num_hidden_layers, []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and not any(

@@ -1,4 +1,4 @@
-"""Causal language models out of what people publish: multimodal, quantized already, or with code of their own."""
+"""Gets a dense causal language model from a published model that is multimodal, quantized, or brings its own code."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from trainer.errors import UserError
 from trainer.experiment.nodes import Model
 from trainer.model_files import first_line
 
-# Where the language model lies in a multimodal file, in transformers 4 and in 5, and its name without the others.
+# Prefixes of the language model's weights in multimodal files of transformers 4 and 5, and in a text-only model.
 WITHIN = {r"^(?:model\.)?language_model\.model\.": "model.", r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
           r"^model\.language_model\.": "model.", r"^(?:model\.)?text_model\.": "model."}
-# What to ask transformers for, so that it gives numbers in full precision; None: it does so by itself, or at the first
-# forward.
+# The quantization config that makes transformers dequantize while loading. None where that is done afterwards: by
+# `dequantize()`, or by the first forward pass.
 READABLE: dict[str, Any] = {"compressed-tensors": lambda: None, "bitsandbytes": lambda: None,
                             "fp8": lambda: FineGrainedFP8Config(dequantize=True),
                             "mxfp4": lambda: Mxfp4Config(dequantize=True)}
 
 
 def language_model(config: PretrainedConfig, model: Model, key: str) -> PretrainedConfig:
-    """The configuration of the causal language model that a configuration has or is, its weights in full precision.
+    """The configuration of the causal language model that a configuration is or contains, without quantization.
 
     Raises:
-        UserError: there is none, or its weights are quantized in a way that cannot be undone here.
+        UserError: there is no such model, or its weights are quantized by a method that cannot be undone here.
     """
     value = model.path or config.model_type
     if not _own_code(config, model):
@@ -57,36 +57,37 @@ def language_model(config: PretrainedConfig, model: Model, key: str) -> Pretrain
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust: bool = False, key: str = "student") -> nn.Module:
-    """A causal language model of this shape; on the current device, its weights say nothing.
+    """A causal language model of this shape with arbitrary weights, on the current default device.
 
     Args:
-        trust: whether code that the model brings may run.
+        trust: whether code that comes with the model may run.
+        key: `student` or `teacher`, for the error message.
 
     Raises:
-        UserError: the shape is none.
+        UserError: no model can be built with these dimensions.
     """
     try:
         if detect_fake_mode() is not None:
             return _without_numbers(config, dtype, trust)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
-    except Exception as error:  # every architecture checks its numbers in its own way, or not at all
+    except Exception as error:  # architectures validate their dimensions in different ways, or not at all
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{key}.architecture", f"a {config.model_type} model of these dimensions cannot be made: "
                         f"{said}", way_out="check its dimensions; see the transformers page of this model") from error
 
 
 def _without_numbers(config: PretrainedConfig, dtype: torch.dtype, trust: bool) -> nn.Module:
-    """The same under `FakeTensorMode`, on the current device: made on `meta`, as transformers makes all that it loads.
+    """`skeleton` under `FakeTensorMode`: built on `meta`, as transformers builds models that it loads, then made fake.
 
-    Made under the mode, some ask numbers of what has none (ModernBERT draws until all lie within bounds), others change
-    a parameter's dtype, which torch refuses there (DeepSeek-V4).
+    Some models cannot be built under the mode itself: ModernBERT redraws weights until all lie within bounds, which
+    reads data that fake tensors lack, and DeepSeek-V4 changes a parameter's dtype, which torch refuses there.
     """
     device, made = torch.get_default_device(), {}
     with unset_fake_temporarily(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
 
     def without(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:  # one that is shared stays so
+        if id(tensor) not in made:  # tied tensors stay tied
             fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         return made[id(tensor)]
@@ -98,10 +99,10 @@ def _without_numbers(config: PretrainedConfig, dtype: torch.dtype, trust: bool) 
 
 
 def learn_padding(model: nn.Module) -> nn.Module:
-    """The same model; the row of its padding token learns as any other, where that token is read as text too.
+    """Let the embedding of the padding token be trained like any other row; returns the same model.
 
-    `nn.Embedding(padding_idx=...)` gives that row no gradient, and the token is the end of a text in many models. What
-    only pads is read by no token that is learned, and gets none anyway. What the model computes stays as it is.
+    `nn.Embedding(padding_idx=...)` gives that row no gradient, but in many models the token also ends a text. Where the
+    token only pads, no target depends on it, and the row gets no gradient anyway. The forward pass is unchanged.
     """
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and not _reads_padding(type(module)):
@@ -110,12 +111,12 @@ def learn_padding(model: nn.Module) -> nn.Module:
 
 
 def _reads_padding(kind: type[nn.Embedding]) -> bool:
-    """Whether positions are counted from the padding on, as some do in an embedding of their own."""
+    """Whether an embedding class uses `padding_idx` in its own forward, as some that count positions from it do."""
     return kind.forward is not nn.Embedding.forward and "padding_idx" in kind.forward.__code__.co_names
 
 
 def loading(origin: PretrainedConfig, config: PretrainedConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained`, beside the path, that load the model of `config` from files of `origin`."""
+    """Keyword arguments of `from_pretrained` that load the model of `config` from the files of `origin`."""
     method, options = method_of(origin), {}
     if type(config) is not type(origin) and not _swapped(origin):
         options["key_mapping"] = WITHIN
@@ -129,10 +130,13 @@ def loading(origin: PretrainedConfig, config: PretrainedConfig) -> dict[str, Any
 
 @torch.no_grad()
 def dense(loaded: nn.Module, config: PretrainedConfig, dtype: torch.dtype, trust: bool, key: str) -> nn.Module:
-    """A model of plain weights with the numbers that a quantized one computes with.
+    """A dense model with the dequantized weights of a quantized one.
 
-    Packed weights of compressed-tensors are taken after a first forward, which unpacks them as it does for any client;
-    asked to dequantize while it loads, it takes all layers for one kind.
+    Packed weights of compressed-tensors are read after a first forward pass, which unpacks them as in ordinary use. Its
+    option to dequantize while loading treats all layers as one kind.
+
+    Raises:
+        UserError: a weight is missing from the loaded model, or has another shape.
     """
     if getattr(loaded, "is_loaded_in_4bit", False) or getattr(loaded, "is_loaded_in_8bit", False):
         loaded = loaded.dequantize()
@@ -150,7 +154,7 @@ def dense(loaded: nn.Module, config: PretrainedConfig, dtype: torch.dtype, trust
 
 
 def method_of(config: PretrainedConfig) -> str | None:
-    """How the weights of a published model are quantized, in transformers' word for it."""
+    """The quantization method of a published model, by transformers' name for it; None if it is not quantized."""
     found = getattr(config, "quantization_config", None)
     found = found if found is None or isinstance(found, dict) else found.to_dict()
     if not found:
@@ -164,7 +168,11 @@ def _own_code(config: PretrainedConfig, model: Model) -> bool:
 
 
 def _text_part(config: PretrainedConfig, key: str, value: str) -> PretrainedConfig:
-    """The configuration itself, or its section for text where it is of several modalities."""
+    """The configuration itself, or the text section of a multimodal one.
+
+    Raises:
+        UserError: it has no causal language model that can be used here.
+    """
     text = config.get_text_config(decoder=True)
     other = type(text) is not type(config)
     if other and not config.is_encoder_decoder and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -189,7 +197,7 @@ def _text_part(config: PretrainedConfig, key: str, value: str) -> PretrainedConf
 
 
 def _swapped(config: PretrainedConfig) -> bool:
-    """Whether transformers' own automatic class takes the section for text of such a configuration."""
+    """Whether transformers' own auto class replaces such a configuration by its text section."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return False
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -198,5 +206,5 @@ def _swapped(config: PretrainedConfig) -> bool:
 
 @cache
 def note(text: str) -> None:
-    """Said once, however often the configuration is looked at."""
+    """Log a warning once, however often the configuration is read."""
     logging.getLogger(__name__).warning(text)

@@ -1,4 +1,7 @@
-"""Trials of a model before it is trained: that it is causal, counts positions as rows do, and keeps documents apart."""
+"""Trial runs of a model before training: it must be causal, count positions from 0, and keep documents separate.
+
+The trials run the model on synthetic rows, so they work for any architecture.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +19,29 @@ from trainer.experiment.nodes import Model
 from trainer.model_files import first_line
 from trainer.models.reload_trial import check_reload
 
-SHORT = 12  # tokens that every model is tried on
-AFFORDED, AFFORDED_SETTING = 1e11, 1e12  # weights times tokens of a call: for whole rows, for rows past a setting
-SMALL, AFFORDED_EARLY = 3e7, 1e8  # weights of a model that is made whole, and of one that is made at all, to be tried
-REPEATED = 7  # different tokens of a document in which tokens come again
-LEAST_LONG = 64  # tokens that a model is tried on where whole rows are too dear
-# What makes a model of each of these configurations causal, where it is not by itself.
+SHORT = 12  # tokens of the short trial row
+AFFORDED, AFFORDED_SETTING = 1e11, 1e12  # limits on weights x tokens: for full rows, for rows just past a setting
+SMALL, AFFORDED_EARLY = 3e7, 1e8  # most weights of a trial model with all its layers, and of any trial model
+REPEATED = 7  # distinct tokens in a document of repeated tokens
+LEAST_LONG = 64  # tokens of the long trial row, at least, where full rows are too expensive
+# Settings that make a model of some architecture causal.
 FLAGS = ({"is_decoder": True}, {"is_causal": True}, {"causal": True}, {"use_bidirectional_attention": False},
          {"bidirectional": False}, {"attn_type": "uni"})
 
 
 def check_causal(model: nn.Module, key: str, length: int, path: str | None = None) -> None:
-    """Raise `UserError` where the model's logits depend on later tokens, which are those that it is to predict.
+    """Raise `UserError` if the model's logits depend on later tokens, which it is to predict.
 
     Args:
-        model: with or without trained weights.
+        model: the model, with or without trained weights.
         key: `student` or `teacher`.
         length: tokens of the longest row.
-        path: where its configuration comes from; None for dimensions in the experiment.
+        path: where the configuration comes from; None for dimensions in the experiment.
     """
     try:
         if is_causal(model, length):
             return
-    except Exception as error:  # other people's code, on dimensions of a person: every kind of it
+    except Exception as error:  # foreign model code on user-given dimensions can raise anything
         raise UserError(key, f"{type(model).__name__} cannot run: {first_line(error)}",
                         way_out="check the dimensions of its architecture") from error
     flag = _causal_with(model.config)
@@ -59,10 +62,10 @@ def check_causal(model: nn.Module, key: str, length: int, path: str | None = Non
 
 @torch.no_grad()
 def check_positions(model: nn.Module, key: str, path: str | None = None) -> None:
-    """Raise `UserError` where a model counts positions otherwise than rows do, from 0 on.
+    """Raise `UserError` if a model does not count positions from 0, as training rows do.
 
-    RoBERTa's begin behind the number of its padding token: with those of a row it reads other embeddings than it was
-    trained with, and than it takes by itself.
+    RoBERTa, for example, counts from its padding token's id plus one. With the `position_ids` of a row it would read
+    other position embeddings than it was trained with, and than it uses by default.
     """
     tokens, padding = _tokens(model, SHORT), getattr(model.config, "pad_token_id", None)
     tokens = torch.where(tokens == padding, SHORT % model.config.vocab_size, tokens) if padding is not None else tokens
@@ -78,7 +81,7 @@ def check_positions(model: nn.Module, key: str, path: str | None = None) -> None
 
 
 def check_packing(model: nn.Module, key: str, length: int) -> None:
-    """Raise `UserError` where documents packed into one row of so many tokens would see each other."""
+    """Raise `UserError` if documents packed into one row of `length` tokens would see each other."""
     if not documents_stay_apart(model, length):
         raise UserError("data.packing", f"documents packed into one sequence would see each other in the {key} "
                         f"({type(model).__name__}): it does not keep them apart by position", value=True,
@@ -87,10 +90,10 @@ def check_packing(model: nn.Module, key: str, length: int) -> None:
 
 @torch.no_grad()
 def check_padding(model: nn.Module, key: str, length: int) -> None:
-    """Raise `UserError` where what a model says of a document depends on what stands behind it in its row.
+    """Raise `UserError` if a model's output for a document depends on what follows it in its row.
 
-    One that attends to the best so many of all earlier keys takes others among equal ones in a longer row, and keys of
-    tokens that come again are equal in Doge's first layer.
+    A model that attends to the top k of all earlier keys may break ties differently in a longer row. Keys do tie:
+    repeated tokens have equal keys in Doge's first layer.
     """
     with _tried(model):
         *_, size = tried_lengths(model, length)
@@ -105,7 +108,7 @@ def check_padding(model: nn.Module, key: str, length: int) -> None:
 
 
 def _same_in_longer_rows(model: nn.Module, size: int) -> bool:
-    """Whether a document of few different tokens has the states in a row of so many that it has alone."""
+    """Whether a document of few distinct tokens has the same hidden states alone as in a row of `size` tokens."""
     at, own = torch.arange(size, device=_device(model)), size - min(5, size // 2)
     tokens, positions = at % REPEATED, torch.where(at < own, at, at - own)
     alone, longer = (_states(model, tokens[:end], positions[:end])[:own] for end in (own, size))
@@ -113,13 +116,18 @@ def _same_in_longer_rows(model: nn.Module, size: int) -> bool:
 
 
 def check_early_causal(asked: Model, key: str, config: PretrainedConfig) -> None:
-    """The same from a configuration alone, for a model that is small enough to be made for it."""
+    """Try a model with random weights, made from its configuration alone, if it is small enough for that.
+
+    Raises:
+        UserError: the model cannot be built, is not causal, or counts positions otherwise; or a student's files would
+            not reload as they were saved.
+    """
     if asked.trust_remote_code:
         return
     try:
         small = _small(config)
         model = _random(small) if _weights(small) <= AFFORDED_EARLY else None
-    except Exception as error:  # other people's code again
+    except Exception as error:  # foreign model code can raise anything
         raise UserError(f"{key}.path" if asked.path else f"{key}.architecture",
                         f"a {config.model_type} model of these dimensions cannot be made: {first_line(error)}",
                         value=asked.path or config.model_type, way_out="check its dimensions") from error
@@ -132,9 +140,9 @@ def check_early_causal(asked: Model, key: str, config: PretrainedConfig) -> None
 
 @torch.no_grad()
 def is_causal(model: nn.Module, length: int = SHORT) -> bool:
-    """Whether other tokens from some position on leave the logits before it as they are.
+    """Whether changing the tokens from some position on leaves the outputs before it unchanged.
 
-    Shown by running the model, at several positions, on a short row and on one as long as the longest.
+    The model is run on a short row, with several such positions, and on a row of about `length` tokens.
     """
     with _tried(model):
         for size in tried_lengths(model, length):
@@ -151,11 +159,11 @@ def is_causal(model: nn.Module, length: int = SHORT) -> bool:
 
 @torch.no_grad()
 def documents_stay_apart(model: nn.Module, length: int = SHORT) -> bool:
-    """Whether a packed document's logits are those it has alone, and do not move when the document before it changes.
+    """Whether the outputs of a packed document are those it has alone, and do not depend on the document before it.
 
-    Shown by running the model, whatever its architecture, on a short row and on one as long as the longest. What does
-    not reach a position has weight zero there, so a change must leave its logits equal; being alone is another shape,
-    and may round otherwise.
+    The model is run on a short row and on one of about `length` tokens. Masked positions have weight zero, so changing
+    the other document must leave the outputs equal. Running a document alone has another shape, which may round
+    differently, so that comparison has a looser tolerance.
     """
     with _tried(model):
         return all(_stay_apart(model, size) for size in tried_lengths(model, length))
@@ -191,14 +199,15 @@ def _tokens(model: nn.Module, size: int) -> torch.Tensor:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where a model runs, also one of which some weights are nowhere."""
+    """The device that a model runs on; some of its weights may be on meta."""
     return next(one.device for one in model.parameters() if one.device.type != "meta")
 
 
 def _states(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    """(sequence, width) what enters the head, as training calls the model; logits where it has no known head.
+    """(sequence, width) the input of the model's head, called as in training; logits if its head is unknown.
 
-    Without positions, as anybody calls it with a document.
+    Args:
+        positions: None to let the model count positions itself, as in ordinary use.
     """
     inputs = {"input_ids": tokens[None], "use_cache": False}
     if positions is not None:
@@ -211,13 +220,17 @@ def _states(model: nn.Module, tokens: torch.Tensor, positions: torch.Tensor | No
 
 
 def trial_states(model: nn.Module, size: int) -> torch.Tensor:
-    """(size, width) what enters the model's head on a row of tokens that is always the same."""
+    """(size, width) the input of the model's head on a fixed row of tokens."""
     tokens = _tokens(model, size)
     return _states(model, tokens, torch.arange(size, device=tokens.device))
 
 
 def tried_lengths(model: nn.Module, length: int) -> list[int]:
-    """Rows that a model is tried on: a short one, and the longest, or one past all lengths that its settings name."""
+    """Lengths of the rows to try a model on: a short one and `length`.
+
+    If the model is too large for `length`, the second is just past the largest affordable length in its settings, such
+    as an attention window, and at least `LEAST_LONG`.
+    """
     if length <= SHORT:
         return [SHORT]
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -238,12 +251,12 @@ def _numbers(values: object) -> Iterator[int]:
 
 
 def _tolerance(model: nn.Module) -> float:
-    """What equal sums may differ by, as a share of the largest: mixtures of experts add in another order."""
+    """Relative tolerance for outputs that should be equal: mixtures of experts may add in another order."""
     return 1e-5 if next(model.parameters()).dtype == torch.float32 else 2e-2
 
 
 def _causal_with(config: PretrainedConfig) -> dict[str, object] | None:
-    """The first setting with which a small model of this configuration is causal; one that it knows, if possible."""
+    """A setting that makes a small model of this configuration causal, those that it knows first; None if none does."""
     known = {*config.to_dict(), *type(config)().to_dict()}
     for flag in sorted(FLAGS, key=lambda flag: not known >= set(flag)):
         changed = _small(config)
@@ -252,13 +265,13 @@ def _causal_with(config: PretrainedConfig) -> dict[str, object] | None:
                 setattr(changed, name, value)
             if is_causal(_random(type(changed)(**changed.to_dict()))):
                 return flag
-        except Exception:  # a setting of others, with which this one may do anything
+        except Exception:  # a setting of other architectures, which may break this one in any way
             continue
     return None
 
 
 def _random(config: PretrainedConfig) -> nn.Module:
-    """A model with random weights, always the same ones."""
+    """A model with random weights, from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
@@ -270,7 +283,7 @@ def _weights(config: PretrainedConfig) -> int:
 
 
 def _small(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration, with two layers where all of them would take long to make."""
+    """The configuration, cut to two layers if the whole model has more than `SMALL` weights."""
     changed = copy.deepcopy(config)
     if _weights(config) > SMALL:
         changed.num_hidden_layers = min(2, changed.num_hidden_layers)

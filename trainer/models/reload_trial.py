@@ -1,4 +1,4 @@
-"""A trial of transformers' own way to and from its files: that a model comes back as it was saved."""
+"""Tests that transformers loads a model with the weights that it saved."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from trainer.models.architecture_keys import set_token
 
 
 def check_reload(model: nn.Module, key: str, path: str | None = None) -> None:
-    """Raise `UserError` where transformers does not load what it saves of such a model, whose student would be another.
+    """Raise `UserError` if a model does not survive saving and loading, so that an exported student would differ.
 
-    Youtu's code sets the padding token's row to zero whenever a model is loaded; where that row is in the head as well
-    it is trained, and the student that is served has others than the one in training.
+    Youtu's code, for example, zeroes the padding token's row whenever a model is loaded. If embeddings and head are
+    tied, that row is trained, and the deployed student would differ from the trained one.
 
     Args:
-        model: a small one, made for trials; its weights are moved.
+        model: a small trial model; its weights are changed.
         key: `student`.
-        path: where its configuration comes from; None for dimensions in the experiment.
+        path: where the configuration comes from; None for dimensions in the experiment.
     """
     where = f"{key}.path" if path else f"{key}.architecture"
     try:
         name = _changed_by_loading(model)
-    except Exception as error:  # of every kind: code of each model's own
+    except Exception as error:  # model code can raise anything
         raise UserError(where, f"transformers cannot load what it saves of {type(model).__name__}, so that nobody "
                         f"could use a student: {first_line(error)}", value=path or model.config.model_type,
                         way_out="name another architecture") from error
@@ -46,11 +46,14 @@ def check_reload(model: nn.Module, key: str, path: str | None = None) -> None:
 
 @torch.no_grad()
 def _changed_by_loading(model: nn.Module) -> str | None:
-    """The name of a weight that comes back otherwise; none of them is then as it was begun."""
+    """The name of a weight that changes when it is saved and loaded, or None.
+
+    Adds noise to all weights first, so that none is left at its initial value.
+    """
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) / 8)
-    # Without a folder: a full disk says nothing about a model.
+    # In memory and not in a folder, so that a full disk is not taken for a fault of the model.
     tensors = {name: tensor.clone().contiguous() for name, tensor in as_saved(model, model.state_dict()).items()}
     written = model.config.to_dict()
     config = AutoConfig.for_model(written.pop("model_type"), **written)

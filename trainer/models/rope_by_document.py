@@ -1,9 +1,9 @@
-"""Rotary frequencies that depend on the length of a text, for each document of a batch as it would have them alone.
+"""Makes length-dependent rotary frequencies (RoPE) depend on each document's own length instead of the whole batch.
 
-Two schemes of transformers look at the largest position of the whole batch. LongRoPE (Ding et al. 2024, arXiv
-2402.13753) has one set of factors up to the length of its first training and another beyond; dynamic NTK scaling has
-the plain frequencies up to `max_position_embeddings` and others beyond. One long document, or padding that is counted
-on, would change how all others are read.
+Two schemes in transformers look at the largest position in the batch. LongRoPE (Ding et al. 2024, arXiv 2402.13753) has
+one set of factors up to the length of its original training and another beyond. Dynamic NTK scaling has the plain
+frequencies up to `max_position_embeddings` and others beyond. So one long document, or padding with ascending
+positions, would change the frequencies of all other documents.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def by_document(model: nn.Module) -> nn.Module:
-    """Give the model's rotary embeddings frequencies by document; models without such ones stay as they are.
+    """Patch the model's length-dependent rotary embeddings to work per document; returns the same model.
 
-    Documents are told apart by positions that begin at 0. The names of weights do not change.
+    Models without them stay unchanged. A document begins where positions restart at 0. Names of weights do not change.
     """
     for module in model.modules():
         schemes = getattr(module, "rope_type", None)
@@ -39,24 +39,24 @@ def long_documents(position_ids: torch.Tensor, most: int) -> torch.Tensor:
     """(..., sequence) whether each position belongs to a document of more than `most` tokens.
 
     Args:
-        position_ids: (..., sequence) rising by one within a document. One that goes on from a cache is as long as
-            its position says.
-        most: tokens.
+        position_ids: (..., sequence) positions, ascending by one within a document. A document continued from a KV
+            cache counts as long as its largest position says.
+        most: a number of tokens.
     """
     length = position_ids.shape[-1]
-    # Where a document of more than `most` tokens has the one with that number.
+    # For each position, the index in the row at which its document would have position `most`.
     at = torch.arange(length, device=position_ids.device) - position_ids + most
     there = position_ids.gather(-1, at.clamp(0, length - 1)) == most
     return (position_ids >= most) | (there & (at < length))
 
 
 class _ByDocument:
-    """In front of a rotary embedding's own class."""
+    """Mixin placed in front of a rotary embedding's own class in the method resolution order."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         layer_type = kwargs.get("layer_type", args[0] if args else None)
         scheme = self.rope_type if layer_type is None else self.rope_type[layer_type]
-        if scheme != "longrope":  # dynamic: within `max_position_embeddings` nothing moves
+        if scheme != "longrope":  # dynamic: skip the update, since positions stay within `max_position_embeddings`
             with torch.no_grad():
                 return inspect.unwrap(_own(self).forward)(self, x, position_ids, *args, **kwargs)
         parameters = self.config.rope_parameters if layer_type is None else self.config.rope_parameters[layer_type]
@@ -75,7 +75,10 @@ def _depends(scheme: str) -> bool:
 
 
 def _prepare_long(module: nn.Module, layer_type: str | None) -> None:
-    """The long frequencies as a buffer: made lazily in a forward without data, they would have none ever after."""
+    """Register LongRoPE's long frequencies as a buffer.
+
+    transformers computes them lazily in a forward pass; if the first one ran on fake tensors, they would stay fake.
+    """
     name = "long_inv_freq" if layer_type is None else f"{layer_type}_long_inv_freq"
     parameters = module.config.rope_parameters if layer_type is None else module.config.rope_parameters[layer_type]
     inv_freq = module.inv_freq if layer_type is None else getattr(module, f"{layer_type}_inv_freq")

@@ -1,4 +1,7 @@
-"""Whether a student's routers are balanced, and with which weight: as its configuration asks, or as a person does."""
+"""Decides whether a load-balancing loss for the student's mixture-of-experts routers is added, and with which weight.
+
+The experiment decides, or else the model's configuration.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ KEY = "objective.balancing"
 
 
 def balancing_weight(objective: Objective, config: PretrainedConfig) -> float | None:
-    """The weight of the balancing loss; None for a student that has none, or that is not asked for it.
+    """The weight of the balancing loss; None if it is not requested, or is 0 for an architecture that has none.
 
     Raises:
-        UserError: it is asked for, and the architecture has none.
+        UserError: the loss is requested, and none is known for the architecture.
     """
     wanted = objective.balancing
     if wanted is None and getattr(config, "output_router_logits", False):
@@ -33,7 +36,7 @@ def balancing_weight(objective: Objective, config: PretrainedConfig) -> float | 
 
 
 def balancing_note(objective: Objective, config: PretrainedConfig) -> str | None:
-    """What is to be said of a mixture of experts, in words."""
+    """A message about the balancing loss of a mixture of experts; None if there is nothing to say."""
     own, weight = _coefficient(config), balancing_weight(objective, config)
     if weight:
         return (f"the routers' balancing loss is a term of the objective, with weight {weight:g}: the mean over "
@@ -45,7 +48,7 @@ def balancing_note(objective: Objective, config: PretrainedConfig) -> str | None
 
 
 def _coefficient(config: PretrainedConfig) -> float | None:
-    """The weight that a configuration has for it, whatever it calls it."""
+    """The weight of the balancing loss in a configuration, under any of the names it may have there."""
     places: list[tuple[Any, str]] = [(config, "router_aux_loss_coef"), (config, "aux_loss_coef"),
                                      (getattr(config, "ffn_config", None), "moe_loss_weight")]
     return next((float(value) for holder, name in places if (value := getattr(holder, name, None)) is not None), None)

@@ -1,5 +1,4 @@
-"""A student made of some layers of its teacher: their weights, and the proof that it is the teacher without the others.
-"""
+"""Fills a student with some of its teacher's layers, and verifies that it computes the teacher without the others."""
 
 from __future__ import annotations
 
@@ -19,23 +18,23 @@ from trainer.models.layer_settings import block_lists, other_layers, with_layers
 from trainer.models.model_trials import SHORT, SMALL, trial_states, tried_lengths
 from trainer.models.rope_by_document import by_document
 
-EQUAL, ROUNDED = 1e-6, 1e-4  # of the largest hidden state: the same sums, and sums of weights that were rewritten
+EQUAL, ROUNDED = 1e-6, 1e-4  # tolerances, relative to the largest hidden state: for equal and for rescaled weights
 KEY = "student.from_teacher"
 
 
 def fill_from_layers(student: nn.Module, weights: Mapping[str, torch.Tensor], teacher: PretrainedConfig,
                      layers: tuple[int, ...], length: int) -> None:
-    """Fill a student of `len(layers)` blocks with its teacher's weights, and show that it computes what is left of it.
+    """Load a student with the weights of some of its teacher's layers, and verify it by running both models.
 
     Args:
-        student: of `len(layers)` blocks, fp32.
-        weights: fp32 weights of the teacher by their names there; those of other blocks need not be among them.
-        teacher: its configuration.
-        layers: which of its layers, in rising order.
+        student: an fp32 model with `len(layers)` blocks.
+        weights: fp32 weights of the teacher, by the teacher's names; weights of the other blocks may be missing.
+        teacher: the teacher's configuration.
+        layers: the teacher's layers to take, in ascending order.
         length: tokens of the longest row.
 
     Raises:
-        UserError: the student would not be the teacher with its other blocks left out.
+        UserError: the student does not compute what the teacher computes with its other blocks skipped.
     """
     try:
         _fill(student, weights, teacher, layers, length)
@@ -44,7 +43,7 @@ def fill_from_layers(student: nn.Module, weights: Mapping[str, torch.Tensor], te
 
 
 def try_layers(teacher: PretrainedConfig, layers: tuple[int, ...], length: int) -> None:
-    """The same before there are weights, for a teacher that is small enough to be made for it; see there."""
+    """Verify a choice of layers with random weights, if the teacher is small enough; raises like `fill_from_layers`."""
     try:
         _try(teacher, layers, length)
     except ValueError as error:
@@ -52,7 +51,7 @@ def try_layers(teacher: PretrainedConfig, layers: tuple[int, ...], length: int) 
 
 
 def refused(teacher: PretrainedConfig, layers: tuple[int, ...], problem: str) -> UserError:
-    """What is said of layers that do not make a student, with others that were found to, if there are some."""
+    """The error for layers that do not make a student; it suggests similar layers that were tried and do, if any."""
     way_out = "give the student a `path` or an `architecture`"
     for other in other_layers(teacher.num_hidden_layers, layers):
         try:
@@ -66,10 +65,10 @@ def refused(teacher: PretrainedConfig, layers: tuple[int, ...], problem: str) ->
 
 
 def _try(teacher: PretrainedConfig, layers: tuple[int, ...], length: int) -> bool:
-    """Whether the teacher is small enough for these layers to be tried with random weights, which they have passed.
+    """Try these layers with random weights; False if the teacher is too large for that, True if they pass.
 
     Raises:
-        ValueError: they have not.
+        ValueError: they fail.
     """
     config, _ = with_layers(teacher, layers)
     with torch.device("meta"):
@@ -80,7 +79,7 @@ def _try(teacher: PretrainedConfig, layers: tuple[int, ...], length: int) -> boo
         torch.manual_seed(0)
         whole = AutoModelForCausalLM.from_config(copy.deepcopy(teacher), dtype=torch.float32)
         for weight in whole.parameters():
-            if weight.ndim > 1:  # as if trained: what is near 0 tells nothing apart
+            if weight.ndim > 1:  # as large as trained weights: with values near 0 differences would not show
                 weight.normal_(std=min(1.0, 2 / weight.shape[-1] ** 0.5))
         student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _fill(student, whole.state_dict(), teacher, layers, length)
@@ -89,8 +88,8 @@ def _try(teacher: PretrainedConfig, layers: tuple[int, ...], length: int) -> boo
 
 def _fill(student: nn.Module, weights: Mapping[str, torch.Tensor], teacher: PretrainedConfig, layers: tuple[int, ...],
           length: int) -> None:
-    """`fill_from_layers`, whose mistakes are plain ones."""
-    with init_empty_weights(include_buffers=False):  # of the student's class, which may come with the model
+    """`fill_from_layers` with a plain `ValueError` for its errors."""
+    with init_empty_weights(include_buffers=False):  # the student's class, which may be code that comes with the model
         whole = type(student)._from_config(copy.deepcopy(teacher), dtype=torch.float32)
     lists = paired_lists(whole, student)
     try:
@@ -112,7 +111,7 @@ def _fill(student: nn.Module, weights: Mapping[str, torch.Tensor], teacher: Pret
 
 
 def paired_lists(teacher: nn.Module, student: nn.Module) -> list[str]:
-    """Names of the lists of modules that have one for each layer, in both models.
+    """Names of the module lists with one module per layer that both models have.
 
     Raises:
         ValueError: there is none.
@@ -126,7 +125,7 @@ def paired_lists(teacher: nn.Module, student: nn.Module) -> list[str]:
 
 
 def needed(weights: Mapping[str, torch.Tensor], lists: list[str], layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Weights of these layers, and all outside of layers."""
+    """The weights of these layers, and all weights outside the layers."""
     def number(name: str) -> int | None:
         prefix = next((f"{one}." for one in lists if name.startswith(f"{one}.")), None)
         return None if prefix is None else int(name[len(prefix):].partition(".")[0])
@@ -136,7 +135,7 @@ def needed(weights: Mapping[str, torch.Tensor], lists: list[str], layers: tuple[
 
 def _renamed(weights: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], lists: list[str],
              layers: tuple[int, ...], count: int) -> dict[str, torch.Tensor]:
-    """Weights under the student's names; of those outside of blocks that have a part for each layer, its parts."""
+    """The weights under the student's names; tensors outside the blocks that stack a part per layer are sliced."""
     taken: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         prefix = next((f"{one}." for one in lists if name.startswith(f"{one}.")), None)
@@ -150,7 +149,7 @@ def _renamed(weights: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Ten
 
 
 def _parts(tensor: torch.Tensor, shape: torch.Size, layers: tuple[int, ...], count: int) -> torch.Tensor:
-    """The parts of some layers along the dimension in which a tensor has one for each."""
+    """Slice a tensor that stacks one part per layer along some dimension down to the given layers."""
     for dim, (theirs, ours) in enumerate(zip(tensor.shape, shape, strict=True)):
         if theirs != ours and theirs * len(layers) == ours * count:
             each = tensor.unflatten(dim, (count, theirs // count))
@@ -159,9 +158,9 @@ def _parts(tensor: torch.Tensor, shape: torch.Size, layers: tuple[int, ...], cou
 
 
 def _fold(student: nn.Module, name: str, layers: tuple[int, ...]) -> bool:
-    """Move constants that depend on a layer's number into weights; whether there were any.
+    """Fold constants that depend on a layer's number into its weights; returns whether there were any.
 
-    GPT-2 with `scale_attn_by_inverse_layer_idx` divides scores by the number of the layer, counted from 1.
+    GPT-2 with `scale_attn_by_inverse_layer_idx` divides attention scores by the layer's number, counted from 1.
     """
     if not getattr(student.config, "scale_attn_by_inverse_layer_idx", False):
         return False
@@ -175,7 +174,7 @@ def _fold(student: nn.Module, name: str, layers: tuple[int, ...]) -> bool:
 
 @torch.no_grad()
 def _difference(whole: nn.Module, student: nn.Module, name: str, layers: tuple[int, ...], length: int) -> float:
-    """How far hidden states are from those of the whole model without its other blocks, as a share of the largest."""
+    """Largest difference from the hidden states of the whole model with its other blocks skipped, over the maximum."""
     mode, largest = student.training, 0.0
     student.eval()
     containers: dict[int, Any] = {}
@@ -189,7 +188,7 @@ def _difference(whole: nn.Module, student: nn.Module, name: str, layers: tuple[i
                     block.forward = MethodType(_skipping(containers[0]), block)
             theirs = trial_states(whole, size)
             largest = max(largest, float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30)))
-    except Exception as error:  # other people's code with some of its blocks left out
+    except Exception as error:  # foreign model code with some of its blocks skipped can fail in any way
         raise ValueError(f"the teacher does not run without its other layers ({type(error).__name__}: "
                          f"{last_line(error)})") from error
     finally:
@@ -200,7 +199,7 @@ def _difference(whole: nn.Module, student: nn.Module, name: str, layers: tuple[i
 
 
 def _skipping(output: Any) -> Any:
-    """A block's forward that hands its hidden states on, in a container as a block's output is one."""
+    """A forward for a skipped block: returns its hidden states unchanged, in the container type of `output`."""
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         if not isinstance(output, (tuple, list)):

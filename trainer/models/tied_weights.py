@@ -1,4 +1,4 @@
-"""Matrices that a configuration calls one and a file may keep apart: head and embeddings, mostly."""
+"""Tied weights, usually head and embeddings, that a configuration declares but the weight files may keep separate."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from trainer.experiment.nodes import Model
 from trainer.model_files import indexed
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ROWS = 4096  # of two matrices that are in memory while they are compared
+ROWS = 4096  # rows of two matrices that are read at a time to compare them
 
 
 def settle_tying(config: PretrainedConfig, model: Model) -> None:
-    """Where files keep two different matrices of what their configuration calls one, say so in the configuration.
+    """Untie a configuration that declares tied weights if the files hold two different matrices for them.
 
-    transformers 5 keeps the two apart when it loads such files, and goes on calling them one: whatever is made from the
-    configuration again, a plan or the student that is exported, would have one of them only.
+    When transformers 5 loads such files it keeps the matrices separate, but leaves the configuration tied. Everything
+    that is later built from the configuration, such as a plan or the exported student, would have only one of them.
     """
     if not any(True for _ in _tying(config)) or (held := _held(model)) is None:
         return
     size = getattr(config.get_text_config(), "vocab_size", None)
     shapes = [shape for _, shape in held.values() if size is None or size in shape]
-    if len(set(shapes)) == len(shapes):  # no two of one shape, the common case
+    if len(set(shapes)) == len(shapes):  # no two tensors of one shape, the common case
         return
     try:
         with torch.device("meta"):
             shaped = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         keys = {name: key for key, name in _renamed(shaped, held)}
-    except Exception:  # an architecture or code that cannot be used: said where the model is made
+    except Exception:  # an unusable architecture or code is reported where the model is built
         return
     for one, other in shaped.get_expanded_tied_weights_keys(all_submodels=True).items():
         if one in keys and other in keys and not _same(model, *((held[keys[name]][0], keys[name])
@@ -46,13 +46,13 @@ def settle_tying(config: PretrainedConfig, model: Model) -> None:
 
 
 def untie(config: PretrainedConfig) -> None:
-    """Have a configuration, and those inside of it, say that head and embeddings are two."""
+    """Set `tie_word_embeddings` to False in a configuration and those nested in it."""
     for one in list(_tying(config)):
         one.tie_word_embeddings = False
 
 
 def kept_apart(model: nn.Module) -> str | None:
-    """A weight that is its own although the model's configuration says that it is another's."""
+    """A weight that the configuration declares tied but the model holds separately, by name; None if there is none."""
     for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(other):
             return name
@@ -60,7 +60,7 @@ def kept_apart(model: nn.Module) -> str | None:
 
 
 def _tying(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    """A configuration and those inside of it, as far as they say that head and embeddings are one."""
+    """The configuration and those nested in it, of which each that ties head and embeddings."""
     if getattr(config, "tie_word_embeddings", False):
         yield config
     for name in getattr(config, "sub_configs", None) or ():
@@ -69,7 +69,7 @@ def _tying(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def _held(model: Model) -> dict[str, tuple[str, tuple[int, ...]]] | None:
-    """File and shape of each tensor that a model's files hold; None where they are not to be had."""
+    """File and shape of each tensor in a model's files; None if they cannot be read."""
     held = {}
     try:
         index = _file(model, INDEX)
@@ -79,37 +79,41 @@ def _held(model: Model) -> dict[str, tuple[str, tuple[int, ...]]] | None:
                 return _on_hub(model)
             with safe_open(file, framework="pt") as handle:
                 held |= {key: (name, tuple(handle.get_slice(key).get_shape())) for key in handle.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError):  # whatever is wrong with them is said where they are loaded
+    except (OSError, ValueError, SafetensorError):  # reported where the files are loaded
         return None
     return held
 
 
 def _on_hub(model: Model) -> dict[str, tuple[str, tuple[int, ...]]] | None:
-    """The same of a repository, whose headers alone are fetched."""
+    """`_held` for a hub repository; fetches only the headers of its files."""
     assert model.path is not None
     if Path(model.path).is_dir():
         return None
     try:
         found = get_safetensors_metadata(model.path, revision=model.revision or "main").files_metadata
-    except Exception:  # no network, no such repository: said where it is loaded
+    except Exception:  # no network or no such repository: reported where it is loaded
         return None
     return {key: (name, tuple(one.shape)) for name, file in found.items() for key, one in file.tensors.items()}
 
 
 def _file(model: Model, name: str, fetched: bool = False) -> Path | None:
-    """A file of a folder, or of a repository as far as it is here, or is to be `fetched`; None where there is none."""
+    """A file of a folder, or of a hub repository; None if there is none.
+
+    Args:
+        fetched: whether to download a hub file; if not, only the local cache is searched.
+    """
     assert model.path is not None
     if Path(model.path).is_dir():
         file = Path(model.path) / name
         return file if file.is_file() else None
     try:
         return Path(hf_hub_download(model.path, name, revision=model.revision or "main", local_files_only=not fetched))
-    except (OSError, ValueError):  # huggingface_hub's own are of these kinds
+    except (OSError, ValueError):  # the errors of huggingface_hub derive from these
         return None
 
 
 def _renamed(model: nn.Module, held: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each tensor's name in the files, and its name in the model, as transformers takes it."""
+    """Each tensor's name in the files and its name in the model, by transformers' own renaming."""
     known, prefix, state = get_model_conversion_mapping(model), model.base_model_prefix, model.state_dict()
     renamings = [one for one in known if isinstance(one, WeightRenaming)]
     converters = [one for one in known if isinstance(one, WeightConverter)]
@@ -121,10 +125,10 @@ def _renamed(model: nn.Module, held: dict[str, Any]) -> Iterator[tuple[str, str]
 
 
 def _same(model: Model, one: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether two tensors, by file and key, are equal; they are read in parts."""
+    """Whether two tensors, each given by file and key, are equal; they are compared `ROWS` rows at a time."""
     files = [_file(model, name, fetched=True) for name, _ in (one, other)]
     if None in files:
-        return True  # the files cannot be fetched, which is said where they are loaded
+        return True  # the files cannot be fetched, which is reported where they are loaded
     with safe_open(files[0], framework="pt") as first, safe_open(files[1], framework="pt") as second:
         ours, theirs = first.get_slice(one[1]), second.get_slice(other[1])
         if ours.get_shape() != theirs.get_shape():

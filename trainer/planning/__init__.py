@@ -1,1 +1,1 @@
-"""From an experiment to a plan: batches, bytes and schedules, and what is said where none fits."""
+"""Turns an experiment into a plan: batch layout, memory, schedules, and the error message when nothing fits."""

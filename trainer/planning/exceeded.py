@@ -1,4 +1,4 @@
-"""A measured step above the budget: how much, and what of that which was tried keeps it."""
+"""Reports a measured step that exceeded the budget: by how much, and which changes would keep it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Exceeded:
-    """A step that took more than the budget.
+    """A step whose measured peak exceeded the budget.
 
     Attributes:
-        step: which.
-        measured: bytes at its peak, of the process with the highest.
-        planned: bytes that were planned; None where the architecture cannot be planned.
+        step: number of the step.
+        measured: the highest peak over processes, in bytes.
+        planned: the predicted peak, in bytes; None where the architecture cannot be planned.
         budget: bytes allowed.
     """
 
@@ -43,14 +43,14 @@ class Exceeded:
 
     @property
     def problem(self) -> str:
-        """What is wrong."""
+        """The problem, in words."""
         planned = "" if self.planned is None else f"; {readable(self.planned)} were planned"
         return (f"step {self.step} took {readable(self.measured)} ({self.measured:,} bytes), {self.above:,} bytes or "
                 f"{self.above / self.budget:.1%} more than the budget{planned}")
 
 
 def above_budget(memory: Memory, planned: MemoryPlan | None, step: int, measured: int) -> Exceeded | None:
-    """The excess of a measured step, if there is any."""
+    """The excess of a measured step; None if it kept the budget or there is none."""
     budget = memory.bytes
     if budget is None or measured <= budget:
         return None
@@ -59,9 +59,10 @@ def above_budget(memory: Memory, planned: MemoryPlan | None, step: int, measured
 
 def ways_out(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, topology: Topology,
              excess: Exceeded) -> str:
-    """Changes that keep the budget, planned with what this step took beyond its plan left free; and a larger budget.
+    """Suggest changes that would keep the budget, and a larger budget, in words.
 
-    Planned from shapes, which takes about as long as a dry run.
+    The step is planned again with `memory.reserve` raised by what it took beyond its plan. Planning works from shapes
+    and takes about as long as a dry run.
     """
     before = experiment.memory.reserve
     unknown = excess.measured - (excess.planned or 0) + (0 if before is None else parse_bytes(before))
@@ -87,7 +88,7 @@ def ways_out(experiment: Experiment, teacher: PretrainedConfig | None, student: 
 
 
 def unmet(memory: Memory, excess: Exceeded, ways: str, saved: str) -> BudgetUnmet:
-    """What ends a run that is to stop above its budget."""
+    """The error that ends a run with `memory.exceeded: stop`."""
     named = memory.budget is None
     return BudgetUnmet("memory.device" if named else "memory.budget", f"{excess.problem}.\n  {saved}",
                        value=memory.device if named else memory.budget,

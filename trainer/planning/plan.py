@@ -1,4 +1,4 @@
-"""The plan: every decision that follows from an experiment, as plain data, made from shapes alone, without weights."""
+"""The plan of a run: all decisions that follow from an experiment, made from shapes alone, without weights."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ from trainer.planning.step_plan import StepPlan, plan_step
 from trainer.teacher.intermediate_losses import attach_projections
 from trainer.teacher.target_cache import live, rank_residency, resident_teacher
 
-NOMINAL_STEPS = 1000  # to draw a learning-rate curve before the length of the data is known
+NOMINAL_STEPS = 1000  # run length assumed for the learning-rate curve while the length of the data is unknown
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen: every decision, made once, and handed to whatever carries it out.
+    """All decisions for a run, made once and passed to the code that carries them out.
 
     Attributes:
-        topology: how ranks share the work.
+        topology: the ranks of the run and how they share the work.
         batch_size: sequences per optimizer step over all ranks.
         micro_batch: sequences per forward pass on one rank.
         accumulation: forward passes per optimizer step on each rank.
         tokens_per_step: positions per optimizer step, padding included.
-        steps: optimizer steps; None while the data's length is not known.
-        learning_rates: (step, learning rate) at evenly spaced steps; of `NOMINAL_STEPS` while `steps` is None.
+        steps: optimizer steps; None while the length of the data is unknown.
+        learning_rates: (step, learning rate) at evenly spaced steps; over `NOMINAL_STEPS` while `steps` is None.
         precision: number format of forward and backward.
-        parameters: by model.
-        student_bytes: bytes of the student's weight file: integers, scales, and what stays in full precision.
-        teacher_bytes: bytes of the teacher's weight files, which a student's are compared with, here and in the report.
-        ledger: bytes per rank that training keeps, part by part.
-        sharding: how the student is shared out, in words.
-        bucket: of communication: bytes for DDP, elements for ZeRO; None where nothing is exchanged in buckets.
-        full_precision: what of a quantized student stays so, in words.
-        balancing: whether the routers of a mixture of experts are balanced, in words.
-        step: how a micro-batch's step runs, and the bytes per rank at its peak; None where the architecture cannot run
-            without data.
+        parameters: parameter count by model, `student` and `teacher`.
+        student_bytes: bytes of the student's weight file: integers, scales, and weights left in full precision.
+        teacher_bytes: bytes of the teacher's weight files, for comparison with the student's, here and in the report.
+        ledger: resident bytes per rank, by part.
+        sharding: how the student is sharded, in words.
+        bucket: size of a communication bucket: bytes for DDP, elements for ZeRO; None where there are no buckets.
+        full_precision: which weights of a quantized student stay in full precision, in words; else None.
+        balancing: whether the routers of a mixture of experts are balanced, in words; None if there is nothing to say.
+        step: how the step of a micro-batch runs, and the bytes per rank at its peak; None where the architecture cannot
+            run without data.
     """
 
     topology: Topology
@@ -82,16 +82,16 @@ class Plan:
 
     @property
     def memory(self) -> MemoryPlan | None:
-        """Bytes of a step as plain data."""
+        """The memory plan of a step, as plain data."""
         return None if self.step is None else self.step.memory
 
     @property
     def notes(self) -> list[str]:
-        """What a person should hear before training."""
+        """Messages to show to the user before training."""
         return [note for note in (self.full_precision, self.balancing) if note is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data for `plan.json`."""
+        """The plan as plain data, for `plan.json`."""
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "step"}
         return {**own, "topology": self.topology.to_dict(),
                 "ledger": {**asdict(self.ledger), "total": self.ledger.total},
@@ -100,10 +100,10 @@ class Plan:
 
 
 class Plans:
-    """Makes plans. The step of one model is studied once, however often its plan is asked for.
+    """Makes plans, and caches the expensive part: the study of a training step.
 
-    Before data is read its length is not known, and a teacher that is to be trained has no weights: the same step is
-    asked for again when they are.
+    A run is planned more than once: first before the data is read, when its length is unknown and a teacher that is
+    still to be trained has no weights, and again afterwards. Both plans have the same step.
     """
 
     def __init__(self) -> None:
@@ -111,18 +111,21 @@ class Plans:
 
     def resolve(self, experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None,
                 student: PretrainedConfig, rows: int | None = None) -> Plan:
-        """The plan of an experiment, from configurations; `rows` is the length of the data, where it is known.
+        """Plan an experiment from its models' configurations.
+
+        Args:
+            rows: the number of training rows, if known.
 
         Raises:
             BudgetUnmet: no plan fits the budget.
-            UserError: the batch cannot be shared among the ranks, or a layer cannot be quantized.
+            UserError: the batch cannot be divided among the ranks, or a layer cannot be quantized.
         """
         return replace(_around(experiment, topology, teacher, student, rows),
                        step=self.step(experiment, topology, teacher, student))
 
     def step(self, experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None,
              student: PretrainedConfig) -> StepPlan | None:
-        """How a step of an experiment runs; see `plan_step` for what it raises."""
+        """The planned step of an experiment, from the cache if possible; raises what `plan_step` raises."""
         key = _studied(experiment, topology, teacher, student)
         if key not in self._steps:
             self._steps[key] = plan_step(experiment, topology, teacher, student)
@@ -130,7 +133,11 @@ class Plans:
 
     def without(self, plan: Plan, experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
                 refuted: Mapping[str, Refuted]) -> Plan:
-        """The plan without the captured graphs of blocks that were found to compute something else."""
+        """Plan the step again without the captured graphs that were found not to compute what their blocks do.
+
+        Args:
+            refuted: those blocks, by name, each with the reason.
+        """
         key = _studied(experiment, plan.topology, teacher, student)
         self._steps[key] = plan_step(experiment, plan.topology, teacher, student, refuted)
         return replace(plan, step=self._steps[key])
@@ -139,13 +146,13 @@ class Plans:
 STUDIED = {"data": {"sequence_length", "packing"}, "student": {"quantization"}, "teacher": {"dtype", "targets"},
            "training": {"batch_size", "micro_batch", "clip"}, "optimizer": True, "precision": True, "sharding": True,
            "memory": True, "objective": True}
-# What saving adds to a configuration, and tokens by number: no byte of a step depends on them.
+# Keys that saving adds to a configuration, and special token ids: the memory of a step does not depend on them.
 LATER = {"_name_or_path", "architectures", "transformers_version", "dtype", "bos_token_id", "eos_token_id",
          "pad_token_id"}
 
 
 def _studied(experiment: Experiment, topology: Topology, *configs: PretrainedConfig | None) -> str:
-    """All that a step's memory depends on."""
+    """The cache key of a step: everything that its memory depends on, as JSON."""
     shapes = [None if config is None else {
         key: value for key, value in config.to_dict().items() if key not in LATER} for config in configs]
     sizes = (known_size(experiment.data.tokenizer, experiment.with_weights),
@@ -156,7 +163,7 @@ def _studied(experiment: Experiment, topology: Topology, *configs: PretrainedCon
 
 def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
             rows: int | None) -> Plan:
-    """All of a plan but its step."""
+    """A plan without its step."""
     training, sequence = experiment.training, experiment.data.sequence_length
     setup = RankSetup.of(experiment, topology)
     check_batch(training, experiment.optimizer, topology)
@@ -193,7 +200,7 @@ def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfi
 
 
 def _file_bytes(experiment: Experiment, config: PretrainedConfig, model: nn.Module) -> int:
-    """Bytes of a teacher's weight files; of one that is not here, of its tensors in the dtype that they are kept in."""
+    """Bytes of a teacher's weight files, estimated from its parameters and their stored dtype if it is not local."""
     assert experiment.teacher is not None
     path, dtype = experiment.teacher.path, getattr(config, "dtype", None) or torch.float32
     if path is not None and (files := weight_files(Path(path))):
@@ -204,7 +211,10 @@ def _file_bytes(experiment: Experiment, config: PretrainedConfig, model: nn.Modu
 
 
 def check_batch(training: Training, optimizer: Optimizer, topology: Topology) -> None:
-    """Raise `UserError` if the batch cannot be shared evenly among the data-parallel ranks."""
+    """Raise `UserError` if the batch cannot be divided evenly among the data-parallel ranks.
+
+    Also if `optimizer.in_backward` is set and a step has several micro-batches.
+    """
     replicas = topology.data_parallel
     if training.batch_size % (training.micro_batch * replicas):
         share = training.batch_size // replicas
@@ -219,7 +229,11 @@ def check_batch(training: Training, optimizer: Optimizer, topology: Topology) ->
 
 
 def count_steps(experiment: Experiment, rows: int | None) -> int | None:
-    """Optimizer steps of a run; None while the number of rows is not known."""
+    """Optimizer steps of a run; None while the number of rows is unknown.
+
+    Raises:
+        UserError: a stream is to be trained on for a number of epochs, or the warm-up is as long as the run.
+    """
     training = experiment.training
     if not training.steps and experiment.data.streaming:
         raise UserError("training.epochs", "a stream has no known length", value=training.epochs,
@@ -234,9 +248,9 @@ def count_steps(experiment: Experiment, rows: int | None) -> int | None:
 
 
 def _activations(experiment: Experiment, config: PretrainedConfig, compute: torch.dtype) -> int | None:
-    """Saved for backward, counted on fake tensors; the fake-quantized weights that products keep are in it.
+    """Bytes that autograd saves for backward, counted on fake tensors, including saved fake-quantized weights.
 
-    None where the model cannot run without data (some mixtures of experts): that is no reason not to train it.
+    None where the model cannot run without data, as some mixtures of experts cannot: it can still be trained.
     """
     try:
         return saved_activation_bytes(

@@ -1,4 +1,7 @@
-"""What is said of a budget that no plan meets: where the least goes, and changes that fit, each of them planned."""
+"""The error for a budget that no plan meets: the largest parts of the lowest peak, and changes that do fit.
+
+Every suggested change has been planned.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,30 @@ from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.experiment import Experiment
 from trainer.run.metrics import readable
 
-OFFERED = 6  # ways out at most, besides a larger budget
-ENOUGH = 4  # of them: for more no plan is searched
-SEARCHED = 4  # changes at most whose blocks are planned inside, which takes seconds each
+OFFERED = 6  # most suggestions, besides a larger budget
+ENOUGH = 4  # suggestions after which no further schedule is searched
+SEARCHED = 4  # most changes for which schedules are searched, which takes seconds each
 Overrides = dict[str, Any]
 Fit = tuple[int, float]
-"""Of a plan that fits: bytes at the peak, and the share of time recomputed."""
+"""A plan that fits: peak memory in bytes, and recomputation as a share of time."""
 
 
 class Trial(Protocol):
-    """A changed experiment that is held against its budget, no further than it is asked.
+    """A changed experiment to test against its budget. Each test runs only when asked for.
 
     Attributes:
-        peak: bytes where nothing is recomputed, at the least tile of the loss; None where it cannot be trained.
-        possible: whether weights, their gradients, and what the optimizer does with them fit.
+        peak: peak bytes without recomputation, at the smallest loss tile; None if the experiment cannot be planned.
+        possible: whether the weights, gradients and the optimizer's update fit by themselves.
     """
 
     peak: int | None
     possible: bool
 
     def as_it_is(self) -> Fit | None:
-        """The plan that recomputes nothing, if it fits."""
+        """The plan without recomputation, if it fits."""
 
     def searched(self) -> Fit | None:
-        """The plan with the least recomputation found; None at once where no plan can fit, or where none was found."""
+        """The plan with the least recomputation found; None if none was found, at once if provably none can fit."""
 
 
 class _Way(NamedTuple):
@@ -49,23 +52,23 @@ class _Way(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What is changed; optimizers differ in more than bytes, so that each is a change of its own."""
+        """What is changed. Each optimizer counts as a change of its own: they differ in more than memory."""
         key = next(iter(self.overrides))
         return str(self.overrides[key]) if key == "optimizer.name" else key
 
 
 class BudgetUnmet(UserError):
-    """A budget that no plan meets; the command ends with exit code 3."""
+    """A budget that no plan meets. The command exits with code 3."""
 
 
 def refuse(experiment: Experiment, error: BudgetError, moment: str, parts: dict[str, int],
            attempt: Callable[[Experiment], Trial], topology: Topology) -> BudgetUnmet:
-    """The message for a budget that cannot be met: what is possible, where it goes, and changes that would fit.
+    """The error for a budget that cannot be met: the lowest possible peak, its largest parts, and changes that fit.
 
     Args:
-        moment: when the peak of the plan with the least peak is.
-        parts: its bytes by what they are.
-        attempt: holds a changed experiment against its budget.
+        moment: when the peak of the plan with the lowest peak occurs.
+        parts: the bytes at that peak, by kind.
+        attempt: returns a changed experiment as a `Trial` against its budget.
     """
     lines = [f"a training step cannot be made to fit: the least that any plan found needs is {readable(error.least)} "
              f"({error.least:,} bytes), and none can need less than {readable(error.bound)}"]
@@ -87,17 +90,17 @@ def refuse(experiment: Experiment, error: BudgetError, moment: str, parts: dict[
 
 def _fitting(experiment: Experiment, attempt: Callable[[Experiment], Trial], topology: Topology
              ) -> list[tuple[Overrides, Fit]]:
-    """Changes that fit, each by itself; where none does, several of them at once.
+    """Changes that each fit alone; if there are none, several changes combined.
 
-    Cheap tests come first: what fits as it is needs no search. Of what does not, as much is searched as `SEARCHED` says
-    at most, whatever the clock says, so that the same is offered each time.
+    Cheap tests come first: a change that fits without recomputation needs no search. Of the rest, at most `SEARCHED`
+    are searched. The limit is a count and not a time, so that the suggestions are reproducible.
     """
     ways = [_Way(overrides, attempt(other)) for overrides in _changes(experiment, topology)
             if (other := changed(experiment, overrides, topology)) is not None]
     found: dict[str, tuple[_Way, Fit]] = {}
     for way in ways:
         if way.key not in found and len(found) < OFFERED and (fit := way.trial.as_it_is()):
-            found[way.key] = way, fit  # the first of a key that fits changes the least
+            found[way.key] = way, fit  # the first value of a key that fits is the smallest change
     strongest: dict[str, _Way] = {}
     for way in [one for one in ways if one.trial.peak is not None]:
         if way.key not in strongest or way.trial.peak < strongest[way.key].trial.peak:
@@ -113,16 +116,16 @@ def _fitting(experiment: Experiment, attempt: Callable[[Experiment], Trial], top
 
 def _together(experiment: Experiment, ways: Sequence[_Way], attempt: Callable[[Experiment], Trial], topology: Topology
               ) -> list[tuple[Overrides, Fit]]:
-    """The fewest of the first changes that fit together as they are; else all of them, if a plan is found for that."""
+    """Combine changes, in order, until they fit without recomputation; else try all of them with a schedule search."""
     together: Overrides = {}
     trial: Trial | None = None
     for way in ways:
         other = changed(experiment, {**together, **way.overrides}, topology)
-        if other is None:  # they do not belong together
+        if other is None:  # the changes are incompatible
             continue
         tried = attempt(other)
         if tried.peak is None or (trial is not None and trial.peak <= tried.peak):
-            continue  # one optimizer in place of another, for example
+            continue  # it does not help: one optimizer in place of another, for example
         together, trial = {**together, **way.overrides}, tried
         if fit := trial.as_it_is():
             return [(together, fit)]
@@ -137,7 +140,7 @@ def _said(overrides: Overrides, plan: Fit) -> str:
 
 
 def changed(experiment: Experiment, overrides: Overrides, topology: Topology) -> Experiment | None:
-    """An experiment with other values; None where they do not belong together."""
+    """The experiment with some values overridden; None if it is not valid with them."""
     values = experiment.model_dump()
     for key, value in overrides.items():
         *parents, name = key.split(".")
@@ -154,7 +157,7 @@ def changed(experiment: Experiment, overrides: Overrides, topology: Topology) ->
 
 
 def _changes(experiment: Experiment, topology: Topology) -> Iterator[Overrides]:
-    """Changes that need fewer bytes: what is learned stays the same, or nearly, or sequences are shorter."""
+    """Changes that need less memory and affect training little or not at all, then shorter sequences."""
     training, teacher = experiment.training, experiment.teacher
     for smaller in range(training.micro_batch - 1, 0, -1):
         if training.micro_batch % smaller == 0:
@@ -179,7 +182,7 @@ def _changes(experiment: Experiment, topology: Topology) -> Iterator[Overrides]:
 
 
 def _teachers_own_tokens(experiment: Experiment) -> bool:
-    """Whether the student certainly has its teacher's tokenizer and vocabulary, so that a cache can serve it."""
+    """Whether the student is certain to share its teacher's tokenizer and vocabulary, as cached targets require."""
     own, name = experiment.data.tokenizer, experiment.objective.divergence.name
     return name != "uld" and not own.path and (experiment.student.from_teacher is not None or
                                                not experiment.student.path)

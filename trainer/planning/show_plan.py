@@ -1,4 +1,4 @@
-"""A plan shown: the resolved experiment with the origin of each value, decisions, bytes; for people or as JSON."""
+"""Shows a plan as text or JSON: the resolved experiment with the origin of each value, the decisions, and the bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def show_plan(source: Source, plan: Plan) -> None:
-    """Print the resolved experiment with the origin of each value, and the plan."""
+    """Print the plan, and the resolved experiment with the origin of each value."""
     _print_columns(f"Experiment {source.experiment.name}: key, value, where it was written", resolved_table(source))
     _print_columns("Plan", _plan_rows(plan))
     _print_columns("Ledger: bytes per process, each part at its largest", [
@@ -28,7 +28,7 @@ def show_plan(source: Source, plan: Plan) -> None:
 
 
 def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
-    """Aligned columns that a pipe does not cut off and `grep` finds whole."""
+    """Print aligned columns without truncation or wrapping, so that the output can be piped to `grep`."""
     console.print(f"\n{title}")
     widths = [min(44, max(len(row[column]) for row in rows)) for column in range(len(rows[0]) - 1)]
     for row in rows:
@@ -82,7 +82,7 @@ def _memory_rows(memory: MemoryPlan) -> list[tuple[str, ...]]:
 
 
 def _block_rows(memory: MemoryPlan) -> list[tuple[list[str], int, str]]:
-    """Blocks that run alike, together: names of the first and last, bytes each keeps, and how it runs."""
+    """Group consecutive blocks that run alike: names of the first and last, bytes each keeps, and how each runs."""
     rows: list[tuple[list[str], int, str]] = []
     for block in memory.blocks:
         what = "keeps all" if not block["seconds"] else f"recomputes {1000 * block['seconds']:.2f} ms"

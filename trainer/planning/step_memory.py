@@ -1,4 +1,4 @@
-"""What a training step of an experiment needs, learned from shapes alone, and its memory as plain data."""
+"""Studies the memory of an experiment's training step from shapes alone, and describes it as plain data."""
 
 from __future__ import annotations
 
@@ -34,28 +34,29 @@ from trainer.teacher.intermediate_losses import attach_projections, build_interm
 from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.target_cache import check_sizes, example_targets, live, rank_residency, resident_teacher, sizes
 
-POINTS = 600  # of a curve that is kept for the picture
+POINTS = 600  # at most, of a memory curve stored for plotting
 NONE: Mapping[str, Refuted] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of a training step in each process, and what is recomputed so that they fit.
+    """The memory of a training step in each process, and what is recomputed to make it fit.
 
     Attributes:
         budget: bytes allowed; None where there is no limit.
-        peak: predicted bytes at the peak.
-        keep_all: predicted bytes at the peak without a budget: nothing recomputed, the loss in its usual tiles.
-        moment: when the peak is.
-        parts: bytes at the peak by what they are; their sum is the peak.
-        recomputed: recomputation as a share of the time of the blocks' forward and backward, predicted.
-        gap: share of that time which a better schedule could save at most, proven.
-        blocks: for every block, how it runs: bytes kept, seconds recomputed, and the segment it is in.
-        unplanned: blocks that run as they are because they could not be captured, and why.
-        curve: planned bytes over one micro-batch's step, as (position, bytes).
-        marks: (phase, position) where phases begin.
-        tile: bytes of logits at a time in the loss; None for the device's usual.
-        solver: what found the blocks' schedules; "exact" where each is a proven optimum for its bytes and its peak.
+        peak: predicted peak memory, in bytes.
+        keep_all: predicted peak without a budget, in bytes: nothing recomputed, the loss in tiles of default size.
+        moment: when the peak occurs.
+        parts: bytes at the peak by kind; they sum to the peak.
+        recomputed: predicted recomputation time as a share of the blocks' forward and backward time.
+        gap: proven upper bound on the share of that time that a better schedule could save.
+        blocks: how each block runs: bytes kept, seconds recomputed, and the segment it belongs to.
+        unplanned: blocks that could not be captured as a graph and run unchanged, with the reason.
+        curve: planned bytes over the step of one micro-batch, as (position, bytes).
+        marks: (phase, position) where each phase begins.
+        tile: bytes of a tile of logits in the loss; None for the device's default.
+        solver: which solver found the blocks' schedules; "exact" if each is a proven optimum for its bytes and its
+            peak.
     """
 
     budget: int | None
@@ -74,7 +75,7 @@ class MemoryPlan:
 
 
 def example_batch(rows: int, length: int, packed: bool, device: torch.device | str = "cpu") -> Batch:
-    """A micro-batch like those of training, every position learned; packed rows hold two documents."""
+    """A micro-batch shaped like those of training, with a target at every position; packed rows hold two documents."""
     positions = torch.arange(length, device=device)
     if packed and length > 1:
         positions = torch.where(positions < length // 2, positions, positions - length // 2)
@@ -86,15 +87,16 @@ def example_batch(rows: int, length: int, packed: bool, device: torch.device | s
 def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
                      topology: Topology, regions: bool, tile: int | None = None, refuted: Mapping[str, Refuted] = NONE
                      ) -> Planner:
-    """Learn what a step needs from shapes alone: models, batch and optimizer are made without data.
+    """Study the memory of a step from shapes alone: models, batch and optimizer are created on fake tensors.
 
     Args:
-        regions: whether blocks are planned inside; without, the model is to run as it is.
-        tile: bytes of logits at a time in the loss.
-        refuted: blocks that are not what their captured graphs say, by name.
+        regions: whether to capture the blocks as regions whose schedules can be planned; if not, the model runs
+            unchanged.
+        tile: bytes of a tile of logits in the loss; None for the device's default.
+        refuted: blocks that do not compute what their captured graphs compute, by name.
 
     Raises:
-        UserError: a layer cannot be quantized, or what is cached of the teacher cannot serve the student.
+        UserError: a layer cannot be quantized, or cached teacher targets do not fit the student's vocabulary.
         RuntimeError, NotImplementedError: the architecture cannot run without data.
     """
     setup = RankSetup.of(experiment, topology)
@@ -117,7 +119,7 @@ def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, s
 
 
 def plans_cache(run: Run) -> Path:
-    """Where what is found for a block is kept, once there is the folder of the cache: a dry run makes none."""
+    """The folder that caches what is found for each block. A dry run does not create the cache folder above it."""
     return Path(run.cache) / "plans"
 
 
@@ -125,7 +127,7 @@ def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, s
                      ) -> set[str] | None:
     """Names of the student's parameters that its loss does not depend on, found from shapes alone.
 
-    None where the architecture cannot run without data, of which nothing is planned either.
+    None where the architecture cannot run without data; then no step is planned either.
     """
     place = "cuda" if torch.cuda.is_available() else "cpu"
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -134,14 +136,14 @@ def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, s
     made.model.train()
     try:
         idle = off_the_path(made, mode)
-    except Exception:  # of every kind: code of each model's own
+    except Exception:  # model code can raise anything
         return None
     return {name for name, parameter in made.model.named_parameters() if id(parameter) in idle}
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A step's models and batch, made in a mode without data."""
+    """The models and the batch of a step, created under `FakeTensorMode`."""
 
     model: nn.Module
     teacher: nn.Module | None
@@ -178,7 +180,10 @@ class _Made:
 
 
 def _shared(setup: RankSetup, student: nn.Module, teacher: nn.Module | None, on_gpu: bool) -> Residency:
-    """What a rank holds of models whose weights are gathered when they are used, which then get the dtype of that."""
+    """The residency of a rank of sharded models: what it holds, and what it gathers for use.
+
+    Casts the models' parameters to the compute dtype, in which they are gathered.
+    """
     held = rank_residency(setup, student, teacher, on_gpu)
     for parameter in (*student.parameters(), *(() if teacher is None else teacher.parameters())):
         parameter.data = parameter.data.to(setup.compute)
@@ -186,20 +191,25 @@ def _shared(setup: RankSetup, student: nn.Module, teacher: nn.Module | None, on_
 
 
 def reserved(experiment: Experiment, topology: Topology, device: str) -> dict[str, int]:
-    """Bytes held outside of what one micro-batch shows.
+    """Bytes that the study of a single micro-batch does not see, by name.
 
-    Where batches are made on the device itself, the other micro-batches of a step; and what is to be left free.
+    These are `memory.reserve`, and on the CPU, where batches are in the same memory, the step's other micro-batches.
     """
     free = {} if experiment.memory.reserve is None else {"reserve": parse_bytes(experiment.memory.reserve)}
     more = experiment.training.batch_size // (experiment.training.micro_batch * topology.data_parallel) - 1
     one = example_batch(experiment.training.micro_batch, experiment.data.sequence_length, experiment.data.packing)
-    rows = 24 * experiment.training.micro_batch  # their numbers, lengths and bytes
+    rows = 24 * experiment.training.micro_batch  # row numbers, lengths and byte counts: three int64 per row
     bytes_ = sum(tensor.nbytes for name, tensor in one.items() if name != "learned") + rows
     return free | ({"batch": more * bytes_} if more > 0 and device == "cpu" else {})
 
 
 def describe(planner: Planner, chosen: RecomputePlan, tile: int | None, keep_all: int) -> MemoryPlan:
-    """A schedule as plain data."""
+    """Describe a schedule as plain data.
+
+    Args:
+        tile: bytes of a tile of logits in the loss; None for the device's default.
+        keep_all: peak memory without a budget, in bytes.
+    """
     moment, parts = named_parts(chosen)
     points, marks = chosen.curve()
     drawn = curve(SimpleNamespace(timeline=[count for _, count in points], marks=marks))
@@ -212,6 +222,6 @@ def describe(planner: Planner, chosen: RecomputePlan, tile: int | None, keep_all
 
 
 def named_parts(chosen: RecomputePlan) -> tuple[str, dict[str, int]]:
-    """When the peak of a schedule is, and its bytes by what they are."""
+    """When the peak of a schedule occurs, and the bytes at the peak by kind."""
     moment, parts = chosen.parts()
     return moment, {"teacher" if name == "others" else name: count for name, count in parts.items()}

@@ -1,4 +1,7 @@
-"""How a training step runs within a budget: the schedule of its blocks and the tile of its loss, from shapes alone."""
+"""Plans a training step within a memory budget: the schedules of its blocks and the tile size of its loss.
+
+Works from shapes alone. A schedule says which activations a block keeps and which it recomputes.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ from trainer.experiment.experiment import Experiment
 from trainer.planning.refusal import Fit, refuse
 from trainer.planning.step_memory import NONE, MemoryPlan, describe, named_parts, study_experiment
 
-LEAST_TILE = 2**20  # bytes of logits at a time in the loss, where bytes are short
+LEAST_TILE = 2**20  # bytes of a tile of logits in the loss when memory is short
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step that is planned, and what carries it out.
+    """A planned step, with the objects that carry it out.
 
     Attributes:
-        memory: the same as plain data.
-        schedule: of the student's blocks.
-        planner: what was learned of the step, which installs schedules.
+        memory: the plan as plain data.
+        schedule: the schedule of the student's blocks.
+        planner: the study of the step; installs schedules in a model.
     """
 
     memory: MemoryPlan
@@ -39,41 +42,50 @@ class StepPlan:
 
     @property
     def tile(self) -> int | None:
-        """Bytes of logits at a time in the loss; None for the device's usual."""
+        """Bytes of a tile of logits in the loss; None for the device's default."""
         return self.memory.tile
 
     def install(self, student: nn.Module, inductor: bool = False) -> None:
-        """Make a student of the planned shapes run by the schedule."""
+        """Install the schedule in a student of the planned shapes.
+
+        Args:
+            inductor: run the schedule through Inductor instead of eager kernels.
+        """
         self.planner.install(self.schedule, inductor=inductor, model=student)
 
     def refuted(self, student: nn.Module, run: Callable[[], object]) -> dict[str, Refuted]:
-        """Blocks of a student with data that do not compute what their captured graphs do, by name.
+        """Run a student on real data, and find the blocks that do not compute what their captured graphs compute.
 
-        Shapes alone could not tell.
+        A plan made from shapes alone cannot tell.
 
         Args:
             run: calls the student with a micro-batch.
+
+        Returns:
+            Those blocks, by name, each with the reason.
         """
         return try_blocks(self.planner, student, run)
 
 
 def plan_step(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
               refuted: Mapping[str, Refuted] = NONE) -> StepPlan | None:
-    """Plan a step for the budget; None where the architecture cannot run without data and no budget is to be kept.
+    """Plan a step for the budget.
+
+    Returns None where the architecture cannot run without data, if there is no budget to keep.
 
     Args:
-        refuted: blocks that are not what their captured graphs say, by name.
+        refuted: blocks that do not compute what their captured graphs compute, by name.
 
     Raises:
         BudgetUnmet: no plan fits the budget.
-        UserError: the budget cannot be promised for this architecture.
+        UserError: the budget cannot be promised for this architecture, because it cannot run without data.
     """
     def again(changed: Experiment, regions: bool, tile: int | None) -> Planner:
         return study_experiment(changed, teacher, student, topology, regions, tile, refuted)
 
     try:
         planner, schedule, tile, keep_all = choose(experiment, again, topology)
-    except (RuntimeError, NotImplementedError) as error:  # some mixtures of experts look at their data
+    except (RuntimeError, NotImplementedError) as error:  # some mixtures of experts branch on their data
         if experiment.memory.bytes is None:
             return None
         raise UserError("memory.budget", f"cannot be promised for this architecture: {error}",
@@ -85,13 +97,13 @@ Again = Callable[[Experiment, bool, int | None], Planner]
 
 
 class Chosen(NamedTuple):
-    """How an experiment's step is to run.
+    """The chosen schedule and loss tile of a step.
 
     Attributes:
-        planner: what was learned of the step.
-        schedule: of its blocks.
-        tile: bytes of logits at a time in the loss; None for the device's usual.
-        keep_all: bytes at the peak without a budget.
+        planner: the study of the step.
+        schedule: the schedule of its blocks.
+        tile: bytes of a tile of logits in the loss; None for the device's default.
+        keep_all: peak memory without a budget, in bytes.
     """
 
     planner: Planner
@@ -101,11 +113,11 @@ class Chosen(NamedTuple):
 
 
 class _Unmet(Exception):
-    """No schedule fits.
+    """No schedule fits the budget.
 
     Attributes:
-        error: what is possible.
-        least: the plan with the least peak.
+        error: gives the lowest peak found and the lower bound.
+        least: the plan with the lowest peak.
     """
 
     def __init__(self, error: BudgetError, least: RecomputePlan) -> None:
@@ -113,13 +125,15 @@ class _Unmet(Exception):
 
 
 def choose(experiment: Experiment, again: Again, topology: Topology) -> Chosen:
-    """What was learned of the experiment's step, its schedule, and the loss's tile.
+    """Study an experiment's step, and choose its schedule and the tile size of its loss.
 
     Args:
-        again: studies an experiment, with or without a schedule for its blocks in view, at a tile of so many bytes.
+        again: studies an experiment, given whether to capture its blocks for scheduling, and the bytes of a tile.
 
     Raises:
         BudgetUnmet: no plan fits.
+        UserError: with `memory.solver: exact`, a block has too many operations for the exact program, or its optimum
+            was not proven in time.
     """
     def attempt(changed: Experiment) -> _Trial:
         return _Trial(changed.memory.bytes, lambda regions, tile: again(changed, regions, tile))
@@ -137,15 +151,15 @@ def choose(experiment: Experiment, again: Again, topology: Topology) -> Chosen:
 def _choose(budget: int | None, study: Callable[[bool, int | None], Planner]) -> Chosen:
     """See `choose`.
 
-    Where the model fits as it is, nothing is planned, with as large a tile as fits. Else the tile is the usual or the
-    least one, whichever has less recomputed.
+    If the model fits without recomputation, no schedule is searched, and the tile is as large as fits. Otherwise the
+    tile is the default or the smallest one, whichever needs less recomputation.
     """
     planner, tile = study(False, None), None
     usual = planner.keep_all().peak
     if budget is not None and not planner.fits_as_it_is(budget):
         planner, tile = study(False, LEAST_TILE), LEAST_TILE
         spare = budget - planner.keep_all().peak
-        if spare > 0:  # what is made of a tile takes up to some fifteen times its bytes where it is small
+        if spare > 0:  # the temporaries of a small tile take up to about fifteen times its bytes
             tile = LEAST_TILE + spare // 16
             planner = study(False, tile)
     if budget is None or planner.fits_as_it_is(budget):
@@ -156,9 +170,10 @@ def _choose(budget: int | None, study: Callable[[bool, int | None], Planner]) ->
 
 
 def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: int, hopeless: bool = False) -> Chosen:
-    """A schedule for the blocks, at the usual or the least tile, whichever has less recomputed; see `_choose`.
+    """A schedule for the blocks, at the default or the smallest tile, whichever recomputes less; see `_choose`.
 
-    `hopeless` where what cannot fit is to be found out quickly.
+    Args:
+        hopeless: give up at once, without a search, if the lower bound on the peak is above the budget.
     """
     planner = study(True, LEAST_TILE)
     if hopeless and planner.least_bound > budget:
@@ -177,7 +192,7 @@ def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: i
 
 
 class _Trial:
-    """See `trainer.planning.refusal.Trial`."""
+    """Implements `trainer.planning.refusal.Trial`."""
 
     def __init__(self, budget: int, study: Callable[[bool, int | None], Planner]) -> None:
         self._budget, self._study = budget, cache(study)

@@ -1,1 +1,1 @@
-"""From the trained model to the student: quantized, exported, reloaded and compared."""
+"""Turns the trained model into the final student: quantizes it, exports it, reloads the files and compares them."""

@@ -1,4 +1,4 @@
-"""The student's files: written, reloaded where they will be used, compared with the model in training."""
+"""Exports the student, reloads its files in a fresh process, and compares them with the trained model."""
 
 from __future__ import annotations
 
@@ -47,15 +47,17 @@ from trainer.teacher.vocabularies import reads_alike
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a student can be used, beside transformers.
+    """A runtime, besides transformers, that a student can be exported for.
 
     Attributes:
-        module: that writes for it: `write_NAME(path, model, tokenizer, dtype)` and `check_NAME(model)`.
-        client: the script that loads it in a fresh process.
-        file: what is written in the run's folder of the runtime; empty for the folder itself.
-        tolerance: largest logit difference allowed, as a share of the largest logit.
-        libraries: that load it.
-        tokenizes: whether it reads text by itself: then there is a `read_by_NAME(tokenizer, size, texts)`.
+        module: the exporting module under `strategies.export`, with `write_NAME(path, model, tokenizer, dtype)` and
+            `check_NAME(model)`.
+        client: the script that loads the exported student in a fresh process.
+        file: the file to write in the run's folder for the runtime; empty if the exporter writes into the folder.
+        tolerance: largest allowed logit difference, relative to the largest logit.
+        libraries: the libraries that load the student.
+        tokenizes: whether the runtime has a tokenizer of its own; then the module has
+            `read_by_NAME(tokenizer, size, texts)`.
     """
 
     module: str
@@ -66,11 +68,11 @@ class Runtime:
     tokenizes: bool = False
 
 
-# With rounded activations a token's largest number can lie between two, and the last bit of a sum decides: one step of
-# 127 of it, whatever the runtime.
+# The tolerance with quantized activations, in any runtime: if a token's value lies between two integers, the last bit
+# of a sum decides which it is rounded to, and one step is 1/127 of the token's largest value.
 ROUNDED = 2e-2
-TRIAL = 3e8  # weights of a model that is made to see whether torch makes a graph of it
-SHOWN = 256  # rows of training and of held-out text that are read as a runtime reads them
+TRIAL = 3e8  # most weights of the small model that is built to test whether torch can export its graph
+SHOWN = 256  # rows of training text and of held-out text on which a runtime's tokenizer is compared
 RUNTIMES = {
     "onnx": Runtime("onnx.onnx_folder", "onnx_client.py", "", 1e-4, ("onnxruntime",)),
     "gguf": Runtime("gguf.gguf_file", "gguf_client.py", "student.gguf", 1e-4, ("gguf",), tokenizes=True),
@@ -78,7 +80,11 @@ RUNTIMES = {
 
 
 def check_runtimes(settings: Export, form: StudentForm, model: nn.Module) -> None:
-    """Raise `UserError` where the student, of which shapes are enough, is what an asked-for runtime cannot hold."""
+    """Raise `UserError` if one of the runtimes in `export.to` cannot hold the student.
+
+    Args:
+        model: the student; shapes are enough.
+    """
     for name in settings.to:
         _check(name, model)
         if name == "onnx" and model.config.model_type not in TRIED:
@@ -86,7 +92,7 @@ def check_runtimes(settings: Export, form: StudentForm, model: nn.Module) -> Non
 
 
 def _try_onnx(form: StudentForm, config: PretrainedConfig) -> None:
-    """Have a graph made of a student with few layers and random weights, where those are soon made."""
+    """Try the ONNX export with a student of at most two layers and random weights, unless that is still large."""
     small = copy.deepcopy(config)
     if (layers := getattr(small, "num_hidden_layers", None)) is not None:
         small.num_hidden_layers = min(2, layers)
@@ -99,31 +105,34 @@ def _try_onnx(form: StudentForm, config: PretrainedConfig) -> None:
 
 
 def check_tokenizer(settings: Export, text: PreparedData, size: int) -> list[str]:
-    """What is to be said of how a runtime reads text otherwise than transformers does, where that is not much.
+    """Compare the tokenizers of the runtimes in `export.to` with transformers' on the data.
 
     Args:
-        size: tokens that the student has logits for.
+        size: size of the student's vocabulary, padding of the head included.
+
+    Returns:
+        Notes on minor differences in how a runtime tokenizes text.
 
     Raises:
-        UserError: a runtime that was asked for cannot hold the tokenizer, or would read the data otherwise.
+        UserError: a runtime cannot hold the tokenizer, or would tokenize the data differently.
     """
     return [note for name in settings.to for note in _reads(name, text, size)]
 
 
 def write_others(experiment: Experiment, folder: RunFolder, model: nn.Module, text: PreparedData) -> list[str]:
-    """Write a student for each runtime that was asked for, and give what went wrong with those that it was not."""
+    """Write the student for each runtime in `export.to`; returns a message for each one that failed."""
     failed = []
     for name in experiment.export.to:
         try:
             write_for(name, experiment, folder, model, text)
-        except Exception as error:  # converters end in every kind of it, and the student for transformers is there
+        except Exception as error:  # converters can raise anything, and the student for transformers exists already
             said = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {first_line(error)}"
             failed.append(f"for {name}: {said}")
     return failed
 
 
 def drop_stale(folder: RunFolder, experiment: Experiment) -> None:
-    """Remove what was made of the student before, now that it is made again, and say how to have it back."""
+    """Remove exports and plots of an earlier version of the student, and print how to write the exports again."""
     asked = experiment.student.quantization
     if asked is None or asked.budget is None:
         for file in (folder.allocation, folder.allocation.with_suffix(".png")):
@@ -136,7 +145,7 @@ def drop_stale(folder: RunFolder, experiment: Experiment) -> None:
 
 
 def check_written(folder: RunFolder, failed: list[str]) -> None:
-    """Raise `RunFailed` where a runtime has no student, though transformers has one."""
+    """Raise `RunFailed` if the export for a runtime failed, even though the one for transformers succeeded."""
     if failed:
         raise RunFailed("the student was not written " + "\nnor ".join(failed) + f"\n  -> for transformers it is in "
                         f"{folder.student}, with its receipt; leave the rest out of export.to and start the same "
@@ -144,11 +153,11 @@ def check_written(folder: RunFolder, failed: list[str]) -> None:
 
 
 def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Module, text: PreparedData) -> Receipt:
-    """Write a student for a runtime, have a fresh process load it, and give the receipt.
+    """Export the student for a runtime, reload it in a fresh process, and return the receipt of the comparison.
 
     Raises:
-        UserError: the runtime cannot hold it.
-        RunFailed: the reloaded student is not the trained one; no folder is left that looks finished.
+        UserError: the runtime cannot hold the student.
+        RunFailed: the reloaded student differs from the trained one; no folder is left that looks finished.
     """
     runtime, final = RUNTIMES[name], folder.student_for(name)
     _check(name, model)
@@ -187,15 +196,16 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
 
 
 def export(run: Path, name: str, trust_remote_code: bool = False) -> Path:
-    """Write the student of a finished run for another runtime; see `write_for`.
+    """Export the student of a finished run for another runtime; see `write_for`.
 
     Args:
-        run: its folder, which somebody may have sent: what it has read from elsewhere is named first.
-        name: of the runtime.
-        trust_remote_code: run code that comes with a model, where the folder's experiment asks for it.
+        run: the run's folder. It may come from somebody else, so the outside paths that it makes us read are printed
+            first.
+        name: name of the runtime.
+        trust_remote_code: allow code that comes with a model to run, if the folder's experiment asks for it.
 
     Raises:
-        UserError: no such run or runtime, or it asks for code to be run that is not trusted.
+        UserError: there is no such run or runtime, or the run needs code that is not trusted.
     """
     quiet_libraries()
     folder = RunFolder(run)
@@ -215,11 +225,18 @@ def export(run: Path, name: str, trust_remote_code: bool = False) -> Path:
 
 
 def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: PreparedData) -> nn.Module:
-    """The student as it was in training, from a run's last checkpoint and the configuration of its exported folder."""
+    """Rebuild the trained student from a run's last checkpoint and the configuration in its exported folder.
+
+    Args:
+        like: the exported folder.
+
+    Raises:
+        RunFailed: the last checkpoint is missing or damaged, or the rebuilt student is not the one that was trained.
+    """
     check_files(str(like), "student")
     with error_context("student", value=str(like), way_out="put the folder back from a copy"):
         config = AutoConfig.from_pretrained(like, trust_remote_code=experiment.form.trust)
-    if hasattr(config, "quantization_config"):  # its numbers are the checkpoint's own
+    if hasattr(config, "quantization_config"):  # the weights come from the checkpoint, which is not packed
         del config.quantization_config
     model = empty_student(experiment.form, config)
     model.generation_config = GenerationConfig.from_pretrained(like)
@@ -248,14 +265,14 @@ def compare(
     text: PreparedData,
     device: torch.device,
 ) -> None:
-    """Have a fresh process load the exported student beside teacher and control, and write the receipt.
+    """Load the exported student, teacher and control in a fresh process, compare them, and write the receipt.
 
     Args:
         trained: (rows, length, vocabulary) logits of the fake-quantized student in training, on held-out rows.
-        exported: the same in the dtype of the export, which the file has to reproduce.
+        exported: the same in the dtype of the export, which the files have to reproduce.
 
     Raises:
-        RunFailed: the reloaded student is not the trained one; it stays in `.student.unverified`.
+        RunFailed: the reloaded student differs from the trained one; it stays in `.student.unverified`.
     """
     trust = experiment.form.trust
     models: dict[str, dict[str, Any]] = {
@@ -272,7 +289,8 @@ def compare(
     for name, entry in found.items():
         path = Path(models[name]["path"])
         files = weight_files(path)
-        kept = read_json(folder.plan).get("teacher_bytes") if name == "teacher" else None  # of files that are not here
+        # The plan knows the size of the teacher's files even if they are not local.
+        kept = read_json(folder.plan).get("teacher_bytes") if name == "teacher" else None
         entry["bytes_on_disk"] = sum(file.stat().st_size for file in files) or kept or entry["parameter_bytes"]
     receipt = make_receipt(found["student"], trained, exported, logits["student"], weight_files(folder.unverified),
                            experiment.export.tolerance)
@@ -293,7 +311,7 @@ def compare(
 
 
 def some_text(text: PreparedData) -> list[str]:
-    """Text of the data, held out and, where it is not streamed, trained on, as its tokens give it back."""
+    """Text decoded from the first held-out rows and, unless the data is streamed, the first training rows."""
     rows = list(text.held_out["input_ids"][:SHOWN])
     if not isinstance(text.train, StreamedRows):
         rows += [text.train[number]["input_ids"] for number in range(min(SHOWN, len(text.train)))]
@@ -312,10 +330,10 @@ def logits_of(model: nn.Module, text: PreparedData) -> torch.Tensor:
 
 def first_difference(path: str, model: nn.Module, text: PreparedData, tolerance: float,
                      client: str = "transformers_client.py") -> tuple[str, float] | None:
-    """The first layer whose outputs on a held-out row differ from the reloaded file's, and by which share of them.
+    """The first layer whose outputs on a held-out row differ from the reloaded file's, and the relative difference.
 
-    None where no layer differs by more than the tolerance, as a share of its largest output. Of an ONNX graph quantized
-    layers are compared.
+    Differences are relative to the layer's largest output. Returns None if none is above the tolerance, or if the
+    outputs could not be obtained. For an ONNX graph only quantized layers are compared.
     """
     file = Path(path).parent / ".layers.safetensors"
     try:

@@ -1,4 +1,4 @@
-"""Quantizing a student after its training: calibrated on its text, within a budget of bytes where there is one."""
+"""Post-training quantization of the student: calibrated on its training text, optionally with bits set by a budget."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from trainer.run.metrics import console, readable
 from trainer.run.quantization_loss import keep_together
 from trainer.student.weight_digests import check_digests, digests_of
 
-SENSED = 8  # rows that the sensitivity of layers is measured on
+SENSED = 8  # most rows on which the sensitivity of layers is measured
 
 
 def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedData, folder: RunFolder) -> nn.Module:
-    """The student as it is written: quantized now, where that was to wait for the end of training.
+    """The student to export, quantized here if it is to be quantized after training.
 
     Args:
-        model: whole, on one process; the one that is returned where nothing is left to do.
-        text: whose training rows calibrate it.
-        folder: keeps which bits were allotted, and the curve they were chosen from.
+        model: the unsharded student, on one process; returned unchanged if nothing is left to do.
+        text: the data, whose training rows are used for calibration.
+        folder: receives the bits allocated to each layer and the curve they were chosen from.
 
     Raises:
-        UserError: too few rows, or a budget that cannot be met.
+        UserError: there are too few calibration rows, or the budget cannot be met.
     """
     asked = experiment.student.quantization
     if asked is None or asked.trained:
         return model
-    fresh = empty_student(experiment.form, model.config)  # without what training has made of its blocks
+    fresh = empty_student(experiment.form, model.config)  # without the schedules that training installed in its blocks
     fresh.load_state_dict(model.state_dict())
     check_digests(digests_of(model), fresh, "the student, made again to be quantized,")
     fresh.generation_config = model.generation_config
@@ -73,7 +73,7 @@ def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedDat
 
 
 def check_calibration(experiment: Experiment, config: PretrainedConfig, text: PreparedData) -> None:
-    """Raise `UserError` where the rows are too few for what is quantized after training, before that begins."""
+    """Raise `UserError` before training if GPTQ will have fewer calibration tokens than a layer has inputs."""
     asked = experiment.student.quantization
     if asked is None or asked.trained or asked.method != "gptq":
         return
@@ -95,7 +95,7 @@ def check_calibration(experiment: Experiment, config: PretrainedConfig, text: Pr
 
 def calibration(text: PreparedData, count: int, seed: int, micro_batch: int, device: torch.device
                 ) -> list[dict[str, Any]]:
-    """Inputs of the model for the first rows of the training text, in the order of the run's seed."""
+    """Calibration batches: model inputs for the first `count` training rows, in the order of the run's seed."""
     if isinstance(text.train, StreamedRows):
         chosen = list(islice(text.train.rows(), count))
     else:
@@ -108,7 +108,7 @@ def calibration(text: PreparedData, count: int, seed: int, micro_batch: int, dev
 
 def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, Any]], folder: RunFolder,
               ignore: tuple[str, ...]) -> Allocation:
-    """Bits for each layer, by what quantizing it alone does to the model's predictions."""
+    """Allocate bits to each layer within the byte budget, by its sensitivity; writes the allocation and its curve."""
     asked = experiment.student.quantization
     assert asked is not None and asked.bytes is not None
     console.print(f"{experiment.name}: measuring how sensitive layers are")
@@ -131,14 +131,17 @@ def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, 
 
 def sensitivity(dtype: torch.dtype, model: nn.Module, batches: list[dict[str, Any]], asked: Quantization
                 ) -> Sensitivity:
-    """How far predictions move, KL(before || after) in nats a token, where one layer alone is quantized."""
+    """The sensitivity of each layer: KL(before || after) in nats per token when only that layer is quantized."""
     divergence = divergence_from(model, batches)
     return measure(model, asked.candidates(dtype), divergence, asked.ignore, asked.embeddings,
                    asked.activations and asked.activations.build(), dtype)
 
 
 def divergence_from(model: nn.Module, batches: list[dict[str, Any]]) -> Callable[[nn.Module], float]:
-    """KL(before || after) in nats a token on the first rows: from a model as it is now to what is given later."""
+    """A function that measures KL(before || after) in nats per token on the first rows.
+
+    `before` is `model` as it is now; `after` is the model that the function is called with.
+    """
     count, length = comparison_shape(SENSED, batches[0]["input_ids"].shape[1], model.config.vocab_size)
     part = {name: tensor[:count, :length] if isinstance(tensor, torch.Tensor) else tensor
             for name, tensor in batches[0].items()}

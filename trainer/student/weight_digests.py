@@ -1,8 +1,8 @@
-"""Digests of a model's weights and buffers: what was trained, and whether a model made otherwise is the same.
+"""Hashes the weights and buffers of the trained model, and checks rebuilt models against the hashes.
 
-A model that is made again, from its configuration and a checkpoint, can lack a weight or compute with another buffer
-and look right all the same. So each tensor of the model in training is hashed where it is, whatever shares it out, and
-all that is made of it later is compared by name.
+A model rebuilt from its configuration and a checkpoint can lack a weight or have a different buffer and still look
+right. So every tensor of the model in training is hashed where it is, even if it is sharded, and every model rebuilt
+later is compared by name.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from trainer.files import write_atomically
 from trainer.run.folder import not_written, read_json
 
 Digests = dict[str, str]
-SENT = 2**24  # elements that one rank sends another at a time
-BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that follow what was read last; `original_` ones do not
+SENT = 2**24  # elements per message between ranks, and per hash update
+# RoPE schemes whose frequency buffers depend on the last input. The `original_inv_freq` buffers do not.
+BY_LENGTH = ("dynamic", "longrope")
 
 
 def digests_of(model: nn.Module) -> Digests:
-    """SHA-256 of every parameter and buffer of a whole model, by name; of those that are shared, by each name."""
+    """SHA-256 of every parameter and buffer of an unsharded model, by name; tied ones under each of their names."""
     found = {id(parameter): _digest(parameter, [local_of(parameter)]) for parameter in model.parameters()}
     return _by_name(model, found)
 
 
 def digests_in_training(engine: Engine, device: torch.device) -> Digests:
-    """The same of a student in an engine's hands, on the first rank; every rank takes part, and sends what it holds.
+    """`digests_of` for a student held by an engine, sharded or not. A collective call; valid on the first rank only.
 
     Args:
-        device: on which ranks exchange.
+        device: the device for communication between ranks.
     """
     names = dict(engine.student.named_parameters())
     found = {}
@@ -51,24 +52,31 @@ def digests_in_training(engine: Engine, device: torch.device) -> Digests:
 
 
 def check_digests(trained: Digests, model: nn.Module, what: str) -> None:
-    """Compare a model with the digests of the one that was trained.
+    """Check a model against the digests of the trained one.
+
+    Args:
+        what: describes the model in the error message.
 
     Raises:
-        RunFailed: they differ, with the name of the first weight that does.
+        RunFailed: they differ; the message names the first tensor that does.
     """
     if (name := first_difference(trained, digests_of(model))) is not None:
         raise RunFailed(_other(what, name))
 
 
 def check_names(trained: Iterable[str], model: nn.Module, what: str) -> None:
-    """Compare a model with the names of all weights that were trained, shared ones once; see `check_digests`."""
+    """Check that a model has exactly the weights that were trained, by name; see `check_digests`.
+
+    Args:
+        trained: names of the trained weights; tied ones have one name.
+    """
     there = {name: "" for name, _ in model.named_parameters()}
     if (name := first_difference({name: "" for name in trained if not _besides(name)}, there)) is not None:
         raise RunFailed(_other(what, name))
 
 
 def first_difference(trained: Digests, other: Digests) -> str | None:
-    """The first tensor that two models do not have in common, and how they differ in it."""
+    """The first tensor in which two models differ, and how, in words; None if there is none."""
     for name in (*trained, *other):
         if trained.get(name) != other.get(name):
             return (f"{name} was trained, and is not there" if name not in other else
@@ -78,15 +86,15 @@ def first_difference(trained: Digests, other: Digests) -> str | None:
 
 
 def save_digests(file: Path, digests: Digests) -> None:
-    """Write them as JSON."""
+    """Write digests as JSON."""
     write_atomically(file, json.dumps({"sha256": digests}, indent=1) + "\n")
 
 
 def read_digests(file: Path) -> Digests | None:
-    """Those of a run; None of one that an earlier version trained.
+    """Read a run's digests; None if there is no file, because an earlier version trained the run.
 
     Raises:
-        UserError: the file was edited.
+        UserError: the file does not contain digests by name, so it was edited.
     """
     if not file.exists():
         return None
@@ -104,7 +112,7 @@ def _other(what: str, how: str) -> str:
 
 
 def _besides(name: str) -> bool:
-    """Whether a weight helps in training and is no part of the student."""
+    """Whether a weight belongs to the projections, which only training uses, and not to the student."""
     return name.startswith(f"{NAME}.")
 
 
@@ -117,7 +125,7 @@ def _by_name(model: nn.Module, found: dict[int, str]) -> Digests:
 
 
 def _follows_length(model: nn.Module, name: str) -> bool:
-    """Whether a buffer holds rotary frequencies that a forward of another length changes."""
+    """Whether a buffer holds rotary frequencies that change with the length of the input."""
     owner, _, own = name.rpartition(".")
     module, layer = model.get_submodule(owner), own.removesuffix("inv_freq").removesuffix("_")
     if not own.endswith("inv_freq") or own.endswith("original_inv_freq"):
@@ -127,7 +135,12 @@ def _follows_length(model: nn.Module, name: str) -> bool:
 
 
 def _digest(like: torch.Tensor, parts: Iterator[torch.Tensor] | list[torch.Tensor]) -> str:
-    """SHA-256 of a tensor's dtype, shape and elements in row-major order, which come in parts."""
+    """SHA-256 of a tensor's dtype, shape and elements in row-major order.
+
+    Args:
+        like: gives dtype and shape.
+        parts: the elements, in consecutive parts.
+    """
     digest = hashlib.sha256(f"{like.dtype} {tuple(like.shape)} ".encode())
     for part in parts:
         for piece in part.split(SENT) if part.numel() else ():
@@ -136,7 +149,7 @@ def _digest(like: torch.Tensor, parts: Iterator[torch.Tensor] | list[torch.Tenso
 
 
 def _held(layout: Layout) -> list[list[tuple[int, int]]]:
-    """For each of a layout's pieces, what each rank holds of it: start and stop."""
+    """For each piece of a layout, the range of elements (start, stop) that each rank holds."""
     own = [(piece.start, piece.stop) for piece in layout.pieces]
     if layout.group is None:
         return [[part] for part in own]
@@ -147,7 +160,7 @@ def _held(layout: Layout) -> list[list[tuple[int, int]]]:
 
 def _parts(own: torch.Tensor, held: list[tuple[int, int]], layout: Layout, device: torch.device
            ) -> Iterator[torch.Tensor]:
-    """A parameter's elements in order, on the first rank; the others send theirs, and get their own back."""
+    """Yield a parameter's elements in order on the first rank. Other ranks send theirs to it, and yield only those."""
     if layout.group is None:
         yield own
         return

@@ -1,1 +1,1 @@
-"""The teacher of a run: its targets, live or cached, and how student and teacher understand each other."""
+"""The teacher's side of distillation: live or cached targets, and matching its vocabulary and text to the student's."""

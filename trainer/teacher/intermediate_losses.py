@@ -1,4 +1,4 @@
-"""The losses on what is inside of student and teacher, as an experiment asks for them."""
+"""Builds the intermediate distillation losses (hidden states, relations, values, attention maps) of an experiment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.experiment.objective_nodes import INSIDE, Objective
 
 
 def attach_projections(objective: Objective, seed: int, student: nn.Module, teacher: PretrainedConfig | None) -> None:
-    """Give the student what its hidden states are projected by, where they are compared and widths differ."""
+    """Attach projections to the student if hidden states of different widths are compared."""
     if objective.features is None or teacher is None or teacher.hidden_size == student.config.hidden_size:
         return
     pairs = _pairs(objective, "features", student.config, teacher)
@@ -28,10 +28,12 @@ def attach_projections(objective: Objective, seed: int, student: nn.Module, teac
 def build_intermediate(
     objective: Objective, student: nn.Module, teacher: nn.Module | None
 ) -> IntermediateTerms | None:
-    """The losses; None where none is asked for.
+    """Build the intermediate losses; None if there is no teacher or no such loss in the objective.
+
+    For attention maps, both models are switched to the eager attention implementation.
 
     Raises:
-        UserError: a layer that one of the models does not have, or heads that do not divide its values.
+        UserError: a layer does not exist in one of the models, or the number of heads does not divide its values.
     """
     asked = objective
     if teacher is None or not asked.has_intermediate:
@@ -48,20 +50,20 @@ def build_intermediate(
     if asked.attention_maps is not None:
         maps = AttentionMaps(asked.attention_maps.weight, _pairs(objective, "attention_maps", *configs))
         for model in (student, teacher):
-            model.set_attn_implementation("eager")  # the only one that makes them
+            model.set_attn_implementation("eager")  # the only one that materializes attention maps
     with error_context("objective.values" if values else "objective.features"):
         return IntermediateTerms(student, teacher, features, relations, values, maps)
 
 
 def without_projections(student: nn.Module) -> nn.Module:
-    """The student as it is handed back."""
+    """The student with any projections removed, as training returns it."""
     if hasattr(student, NAME):
         Projections.detach_from(student)
     return student
 
 
 def check_intermediate(objective: Objective, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
-    """Raise `UserError` where a layer is asked for that one of the models does not have."""
+    """Raise `UserError` if the objective names a layer that one of the models does not have."""
     for name in INSIDE:
         if teacher is not None and getattr(objective, name) is not None:
             _pairs(objective, name, student, teacher)

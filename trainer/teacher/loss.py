@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, as the loop takes it and as the plan of memory does."""
+"""The loss of a micro-batch, shared by the training loop and the memory planner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from trainer.experiment.precision import MixedPrecision
 def loss_of_batch(distillation: Distillation, precision: MixedPrecision, student: nn.Module, batch: Batch,
                   engine_casts: bool = False, teacher_targets: Targets | None = None
                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted loss and its terms for a micro-batch, summed over target tokens; the plan of memory runs this too."""
+    """The weighted loss of a micro-batch and its terms, summed over target tokens.
+
+    The memory planner runs this function too, so that it plans what is trained.
+
+    Args:
+        engine_casts: whether the engine casts to the compute dtype, so that no autocast is needed.
+        teacher_targets: the teacher's targets from a cache; None with a live teacher, or without one.
+    """
     with precision.autocast(engine_casts):
         return distillation(student, model_inputs(batch), batch["targets"], teacher_targets, real_tokens(batch),
                             batch.get("learned"))

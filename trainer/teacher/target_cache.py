@@ -1,4 +1,7 @@
-"""What a teacher has said, from a cache: written once by the main process, read by all, a micro-batch at a time."""
+"""Caches the teacher's targets on disk: written once by the main process, read by all, one micro-batch at a time.
+
+A cache holds hidden states, samples, or the top-k probabilities, at every position that has a target.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,11 @@ from trainer.models.model_origin import skeleton
 from trainer.models.rope_by_document import by_document
 from trainer.run.metrics import console, readable
 
-SAMPLED = 4096  # elements of each weight that a teacher is known by
+SAMPLED = 4096  # about how many elements of each weight are hashed to identify a teacher
 
 
 class TeacherHead(nn.Module):
-    """All that is left of a teacher whose hidden states are cached."""
+    """The output head of a teacher whose hidden states are cached; nothing else of the teacher is needed."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -64,14 +67,14 @@ class TeacherHead(nn.Module):
 
 @dataclass
 class CachedTargets:
-    """Reads what the teacher said about a micro-batch.
+    """Reads the teacher's cached targets for a micro-batch.
 
     Attributes:
-        cache: finished.
-        identity: of the cache.
-        head: the teacher's, for hidden states.
-        shape: what it does to its logits.
-        device: where targets go.
+        cache: the finished cache.
+        identity: what the cache was made from.
+        head: the teacher's output head if hidden states are cached, else None.
+        shape: how the teacher scales and caps its logits.
+        device: the device to put targets on.
     """
 
     cache: TargetCache
@@ -81,14 +84,15 @@ class CachedTargets:
     device: torch.device
 
     def __call__(self, batch: Batch) -> Targets:
-        """The targets of a batch, at all of its positions; nothing is there at those that are not learned.
+        """The targets at all positions of a batch; zeros at positions outside the loss mask.
 
         Raises:
-            RunFailed: the cache is not what was written.
+            RunFailed: the cache is damaged.
         """
         loss_mask, there = (batch["targets"] != IGNORED).cpu(), (batch["row"] >= 0).cpu()
         try:
-            content = self.cache.read(batch["row"].cpu()[there].tolist() or [0])  # where there is none, none of it
+            # A batch without rows reads row 0 for its dtypes and shapes, and uses none of it.
+            content = self.cache.read(batch["row"].cpu()[there].tolist() or [0])
         except CacheDamaged as error:
             raise RunFailed(f"the teacher's cache is damaged: {error}") from error
         tokens = loss_mask[there].sum(-1).tolist()
@@ -111,14 +115,18 @@ class CachedTargets:
 
 def cached_targets(experiment: Experiment, accelerator: Accelerator, text: PreparedData, teacher: nn.Module,
                    common: SharedVocabulary | None = None) -> CachedTargets:
-    """The cache of an experiment's teacher, written first where it is not there; the teacher is not needed afterwards.
+    """Open the target cache of an experiment, and write it first if necessary.
+
+    The teacher is not needed afterwards.
 
     Args:
-        common: the first columns of both heads, which tokens belong to; draws and the most probable ones are of these.
+        common: the columns of both heads that belong to tokens; samples and top-k are taken from these only. None
+            where all columns do.
 
     Raises:
-        UserError: another teacher, tokenizer, data or length made the cache that is named, or the disk is too small.
-        RunFailed: it is damaged.
+        UserError: the named cache was made from another teacher, tokenizer, data or length; or the disk is too small;
+            or it is not known how the teacher scales and caps its logits.
+        RunFailed: the cache is damaged or in use.
     """
     asked, shape = experiment.teacher.targets, shape_of(teacher)
     if shape is None:
@@ -145,7 +153,7 @@ def identity_of(
     settings: Teacher, temperature: float, data: Data, text: PreparedData, teacher: nn.Module,
     common: SharedVocabulary | None = None,
 ) -> Identity:
-    """What a cache of this experiment is made from."""
+    """The identity of this experiment's cache: everything that its content depends on."""
     asked = settings.targets
     vocabulary, width = output_head(teacher).weight.shape
     vocabulary = vocabulary if common is None else common.size
@@ -159,7 +167,7 @@ def identity_of(
 
 
 def _weights(teacher: nn.Module) -> str:
-    """A hash of some of all weights."""
+    """A hash of a teacher's weights: of their names, shapes and dtypes, and a sample of the elements of each."""
     known = hashlib.sha256()
     for name, weight in teacher.state_dict().items():
         some = weight.flatten()[::max(1, weight.numel() // SAMPLED)].float().cpu().contiguous()
@@ -169,7 +177,7 @@ def _weights(teacher: nn.Module) -> str:
 
 @contextmanager
 def _told(targets: TargetSettings, folder: Path) -> Iterator[None]:
-    """Turns what a cache says into what a person is told, with the field that led to it."""
+    """Convert errors of the cache into errors for the user that name the experiment's key."""
     key = "teacher.targets.path" if targets.path else "run.cache"
     try:
         with error_context(key, value=str(folder),
@@ -180,7 +188,7 @@ def _told(targets: TargetSettings, folder: Path) -> Iterator[None]:
 
 
 def _is_finished(folder: Path, identity: Identity) -> bool:
-    """Whether every row is there already; a shard that is not whole is written again."""
+    """Whether the cache holds every row. If not, the rest is written; incomplete shards are written again."""
     try:
         TargetCache(folder, identity)
     except (CacheUnfinished, CacheDamaged):
@@ -193,7 +201,7 @@ def _write(
     folder: Path, identity: Identity, name: str, micro_batch: int, text: PreparedData, teacher: nn.Module,
     shape: LogitShape,
 ) -> None:
-    """Ask the teacher about every row that is not there yet."""
+    """Run the teacher on every row that the cache does not hold yet."""
     tokens = sum(int((row["targets"] != IGNORED).sum()) for row in (text.train[at] for at in range(len(text.train))))
     stated = total_bytes(identity, tokens)
     size, device = micro_batch, next(teacher.parameters()).device
@@ -211,7 +219,7 @@ def _write(
 
 def _said(identity: Identity, teacher: nn.Module, shape: LogitShape, rows: list[int], batch: Batch
           ) -> dict[str, torch.Tensor]:
-    """What the teacher says about some rows, at their learned positions."""
+    """The teacher's targets for some rows, at the positions of the loss mask."""
     loss_mask = batch["targets"] != IGNORED
     hidden = hidden_states(teacher, model_inputs(batch))[0][loss_mask]
     content = {"tokens": loss_mask.sum(-1)}
@@ -225,7 +233,7 @@ def _said(identity: Identity, teacher: nn.Module, shape: LogitShape, rows: list[
         (lambda logits, at: top_k(logits, identity.k, identity.temperature)) if identity.kind == "top_k" else
         (lambda logits, at: draw_samples(logits, identity.draws, identity.temperature, 0, at)))
     found = []
-    for part in torch.arange(len(hidden), device=hidden.device).split(256):  # logits of so many positions at a time
+    for part in torch.arange(len(hidden), device=hidden.device).split(256):  # tiles of 256 positions of logits
         logits = torch.empty(len(part), head.vocabulary, device=hidden.device)
         found.append(make(head.shape(head.fill(logits, hidden[part]))[:, :identity.vocabulary], numbers[part]))
     if not found:
@@ -233,13 +241,15 @@ def _said(identity: Identity, teacher: nn.Module, shape: LogitShape, rows: list[
     return {**content, **{name: torch.cat([part[name] for part in found]) for name in found[0]}}
 
 
-# ---- the same for a plan, from shapes
+# ---- for planning, from shapes alone
 
 def resident_teacher(teacher: Teacher | None, config: PretrainedConfig | None) -> nn.Module | None:
-    """What is there of a teacher in a step: all of it, its head alone, or nothing; for a mode without data.
+    """The part of the teacher that is resident in a step: all of it, its head, or nothing (None).
+
+    To be called under `FakeTensorMode`.
 
     Args:
-        teacher: None where nothing is asked of it.
+        teacher: the teacher's settings; None if the objective does not use a teacher.
     """
     if config is None or teacher is None:
         return None
@@ -254,7 +264,7 @@ def resident_teacher(teacher: Teacher | None, config: PretrainedConfig | None) -
 
 def example_targets(teacher: Teacher | None, temperature: float, config: PretrainedConfig | None, batch: Batch,
                     head: nn.Module | None) -> Targets | None:
-    """Targets like those of training from a cache, for a batch on any device; None where the teacher is live."""
+    """Example targets shaped like those from a cache, on the batch's device; None if the teacher is live or absent."""
     if config is None or teacher.targets.source == "live":
         return None
     asked, positions = teacher.targets, batch["targets"]
@@ -272,12 +282,12 @@ def example_targets(teacher: Teacher | None, temperature: float, config: Pretrai
 
 
 def live(teacher: nn.Module | None) -> nn.Module | None:
-    """The teacher, if it is there whole."""
+    """The teacher, if it is a live model; None if only its head is there, or nothing."""
     return None if isinstance(teacher, TeacherHead) else teacher
 
 
 def rank_residency(setup: RankSetup, student: nn.Module, teacher: nn.Module | None, on_gpu: bool) -> Residency:
-    """What the first rank holds; a teacher's head is whole on each."""
+    """What the first rank holds resident. A teacher's head is replicated on every rank."""
     held = setup.residency(student, live(teacher), on_gpu)
     if not isinstance(teacher, TeacherHead):
         return held
@@ -285,17 +295,18 @@ def rank_residency(setup: RankSetup, student: nn.Module, teacher: nn.Module | No
 
 
 def apart(ours: int, theirs: int, student: PretrainedConfig, teacher: PretrainedConfig) -> SharedVocabulary | None:
-    """The first columns of each head, where vocabularies have nothing in common; None where these are all."""
+    """The token columns of each head where the vocabularies are unrelated; None if these are all columns of both."""
     all_of_both = ours == student.vocab_size and theirs == teacher.vocab_size
     return None if all_of_both else SharedVocabulary(ours, teacher_size=theirs)
 
 
 def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int | None = None,
           theirs: int | None = None) -> SharedVocabulary | None:
-    """The common tokens as far as shapes tell; heads may be padded beyond the `tokens` of the tokenizer, if known.
+    """The shared vocabulary, as far as shapes can tell; None if it is all columns of both heads.
 
     Args:
-        theirs: tokens of the teacher's own tokenizer, where the two are compared without common ones.
+        tokens: number of tokens of the tokenizer, if known; heads may be padded to more.
+        theirs: number of tokens of the teacher's own tokenizer, if the vocabularies are compared without shared tokens.
     """
     if teacher is None:
         return None
@@ -307,7 +318,7 @@ def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: i
 
 
 def check_sizes(settings: Teacher | None, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
-    """Raise `UserError` where tokens of the teacher are cached by number, and the student's vocabulary is another."""
+    """Raise `UserError` if the teacher's targets are cached by token id and the vocabularies differ in size."""
     by_number = settings is not None and settings.targets.source in ("samples", "top_k")
     if by_number and sizes(student, teacher) is not None:
         raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",

@@ -1,4 +1,4 @@
-"""How student and teacher understand each other: the tokens they have in common, and how the teacher reads the text."""
+"""Matches the vocabularies of student and teacher: which tokens they share, and how the teacher reads a batch."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from trainer.experiment.nodes import Student, Teacher
 from trainer.experiment.objective_nodes import Objective
 from trainer.teacher.target_cache import apart
 
-LONGER = 2  # times the student's sequence length that the teacher may need for the same text
+LONGER = 2  # how many times the student's sequence length the teacher may need for the same text
 
 
 def match_vocabularies(
     experiment: Experiment, text: PreparedData, student: PretrainedConfig, teacher: PretrainedConfig | None
 ) -> tuple[SharedVocabulary | None, TeacherInputAdapter]:
-    """The common tokens, None where they are all, and how the teacher reads a batch of the student's.
+    """The shared vocabulary (None if it is all columns of both heads), and the adapter for the teacher's input.
 
-    That the tokenizers are one, or that nothing else is asked for, has been checked with the data.
+    Checks made with the data guarantee already that the tokenizers are the same, or that the objective can handle two.
 
     Raises:
-        UserError: the two cannot be compared in the way that is asked for.
+        UserError: the vocabularies cannot be compared in the way that the objective asks for.
     """
     if teacher is None:
         return None, identity_adapter
@@ -63,7 +63,7 @@ def match_vocabularies(
 
 
 def reads_alike(teacher: Teacher, student: Student, text: PreparedData) -> bool:
-    """Whether the teacher can be given the student's tokens as they are, to be measured on the same rows."""
+    """Whether the teacher reads the student's token ids unchanged, so that it can be evaluated on the same rows."""
     if teacher.path is None or student.from_teacher is not None:
         return True
     other = own_tokenizer(teacher.path, teacher.revision)
@@ -72,10 +72,10 @@ def reads_alike(teacher: Teacher, student: Student, text: PreparedData) -> bool:
 
 def real_tokens(tokenizer: PreTrainedTokenizerBase, student: PretrainedConfig, teacher: PretrainedConfig
                 ) -> SharedVocabulary | None:
-    """The columns that a token belongs to, where one tokenizer is both models'; None where these are all of both heads.
+    """The head columns that belong to tokens, where both models share a tokenizer; None if these are all of both heads.
 
-    Columns beyond, which heads are padded with, are no tokens: nothing teaches them, and yet a softmax over all columns
-    gives them probability, each model its own.
+    Heads may be padded with columns that belong to no token. These are never trained, but a softmax over all columns
+    would give them probability, and a different one in each model.
     """
     sizes = student.vocab_size, teacher.vocab_size
     numbers = _numbers(tokenizer, min(sizes))
@@ -86,7 +86,7 @@ def real_tokens(tokenizer: PreTrainedTokenizerBase, student: PretrainedConfig, t
 
 def _apart(tokenizer: PreTrainedTokenizerBase, student: PretrainedConfig, other: PreTrainedTokenizerBase,
            teacher: PretrainedConfig) -> SharedVocabulary | None:
-    """The columns of each that a token of its own tokenizer belongs to; None where these are all of both heads."""
+    """The columns of each head that belong to tokens of its own tokenizer; None if these are all of both heads."""
     ours, theirs = _numbers(tokenizer, student.vocab_size), _numbers(other, teacher.vocab_size)
     if not all(torch.equal(numbers, torch.arange(len(numbers))) for numbers in (ours, theirs)):
         return SharedVocabulary(len(ours), ours, theirs)
@@ -94,7 +94,7 @@ def _apart(tokenizer: PreTrainedTokenizerBase, student: PretrainedConfig, other:
 
 
 def _numbers(tokenizer: PreTrainedTokenizerBase, rows: int) -> torch.Tensor:
-    """The ids of a tokenizer that a head of so many rows has, ascending."""
+    """The ids of a tokenizer below `rows`, ascending."""
     return torch.tensor(sorted({one for one in tokenizer.get_vocab().values() if one < rows}))
 
 
@@ -117,9 +117,9 @@ def _check_cache(teacher: Teacher, what: str) -> None:
 
 
 def _check_known(text: PreparedData, to_teacher: torch.Tensor) -> None:
-    """Every token of the text must be one of the teacher's."""
+    """Raise `UserError` if the text has tokens that the teacher does not have."""
     if not hasattr(text.train, "flat"):
-        return  # a stream is looked at as it comes
+        return  # a stream cannot be searched in advance
     used = torch.bincount(torch.from_numpy(text.train.flat["tokens"].astype("int64")), minlength=len(to_teacher)) > 0
     unknown = torch.argwhere(used[:len(to_teacher)] & (to_teacher < 0))
     if len(unknown):

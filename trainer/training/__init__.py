@@ -1,1 +1,1 @@
-"""The loop, and what it does beside steps: evaluation, saving, checks of memory and of numbers."""
+"""The training loop, and what runs around its steps: evaluation, checkpointing, memory and finiteness checks."""

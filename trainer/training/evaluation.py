@@ -1,4 +1,4 @@
-"""Held-out text, on which a student is evaluated while it trains."""
+"""Evaluation of the student on the held-out set during training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = Mapping[str, torch.Tensor]
 
 
 def check_held_out(rows: Rows) -> None:
-    """Raise `UserError` for held-out rows in which nothing is to be predicted: their loss of 0.0 would be none."""
+    """Raise `UserError` if no held-out row has a target token: the loss would be 0.0 without measuring anything."""
     if not (rows["targets"] != IGNORED).any():
         raise UserError("data.validation", "no held-out row has a target token: all of them are prompt or padding",
                         way_out="hold out more rows (data.validation.rows), or raise data.sequence_length, so that "
@@ -28,15 +28,15 @@ def check_held_out(rows: Rows) -> None:
 
 
 class Evaluator:
-    """Evaluates a student on held-out rows, the same on any number of processes.
+    """Evaluates a student on held-out rows. The result does not depend on the number of processes.
 
     Args:
-        student: without wrappers.
-        shape: what it does to its logits; None if that is not known.
+        student: the unwrapped student.
+        shape: how the student post-processes its logits (scaling, capping); None if unknown.
         rows: `input_ids`, `position_ids`, `targets` (rows, sequence), and `bytes` (rows,).
-        micro_batch: rows of a forward pass on each process.
-        ranks: that share the rows.
-        autocast: makes the context of a forward pass.
+        micro_batch: rows per forward pass on each process.
+        ranks: the processes that share the rows.
+        autocast: returns the autocast context for a forward pass.
     """
 
     def __init__(self, student: nn.Module, shape: LogitShape | None, rows: Rows, micro_batch: int, ranks: RankGroup,
@@ -48,13 +48,13 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, called: nn.Module, step: int) -> dict[str, float] | None:
-        """Bits per byte and cross-entropy per token (nats).
+        """Return bits per byte, and cross-entropy per token in nats.
 
-        None where a process was asked to stop, on which all agree before each micro-batch.
+        Returns None if a process received a stop signal. All processes agree on that before each micro-batch.
 
         Args:
             called: the student as training calls it, wrapped or not.
-            step: after which this is, for what is said of a process that does not come.
+            step: the number of steps done, for the message about a process that fails to arrive.
         """
         called.eval()
         try:
@@ -69,7 +69,7 @@ class Evaluator:
                 "cross_entropy": nats / tokens}
 
     def _sums(self, called: nn.Module, step: int) -> torch.Tensor | None:
-        """(2,) nats and target tokens of this process's rows; None where a process was asked to stop."""
+        """(2,) summed nats and target tokens of this process's rows; None if a process received a stop signal."""
         size, replicas, ranks = self.micro_batch, self.ranks.topology.data_parallel, self.ranks
         sums = torch.zeros(2, dtype=ranks.wide, device=ranks.device)
         for begin in range(0, len(self.rows["input_ids"]), size * replicas):
@@ -84,7 +84,11 @@ class Evaluator:
         return sums
 
     def _batch(self, part: slice) -> dict[str, torch.Tensor]:
-        """Rows on the device. Every process takes part in every forward, also one whose rows are used up."""
+        """A slice of the rows, on the device.
+
+        Every process takes part in every forward pass. A process that has run out of rows repeats the first one with
+        all targets ignored.
+        """
         batch = {name: tensor[part] for name, tensor in self.rows.items()}
         if len(batch["input_ids"]):
             return self.ranks.place(batch)

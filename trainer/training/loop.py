@@ -1,4 +1,4 @@
-"""The loop: batches in, one optimizer step after another, through Accelerate. Reads from top to bottom."""
+"""The training loop: runs optimizer steps through Accelerate, with evaluation, checkpoints and logging in between."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ from trainer.training.saving import Saver
 from trainer.training.step_input import StepInput, StepInputs, Writer, batches_of
 from trainer.training.train_state import TrainState
 
-LEAVING = 10.0  # seconds that a run which ends early waits for the checkpoint it was committing
-MEASURED = 3  # the step of a process, counted from 1, whose memory is measured: state exists, DDP has its buckets
+LEAVING = 10.0  # seconds that a run which ends early waits for a checkpoint that is still being committed
+MEASURED = 3  # which step of this process is measured, counted from 1: optimizer state and DDP's buckets exist by then
 
 
 class TrainLoop:
-    """Trains a student, with or without a teacher, as a plan says, and goes on after any interruption.
+    """Trains a student according to a plan, with or without a teacher, and resumes after interruptions.
 
     Attributes:
-        plan: what is carried out.
+        plan: the plan being carried out.
         state: steps done, counters, loss scale.
-        engine: holds the student and its optimizer on their ranks; `student` is what is called.
+        engine: holds the student and its optimizer, sharded or replicated; `student` is the module to call.
         ranks: the processes of the run.
-        evaluate: the student on held-out rows.
+        evaluate: evaluates the student on the held-out rows.
         saver: writes and finds checkpoints.
     """
 
@@ -66,17 +66,18 @@ class TrainLoop:
                  text: PreparedData, student: nn.Module, teacher: nn.Module | CachedTargets | None = None,
                  teacher_config: PretrainedConfig | None = None,
                  related: tuple[SharedVocabulary | None, TeacherInputAdapter] = (None, identity_adapter)) -> None:
-        """Put the models in their places, and the state where the last checkpoint left it.
+        """Set up models and optimizer on their devices, and resume from the newest checkpoint if there is one.
 
         Args:
-            student: with weights, whole.
-            teacher: alive, or what was kept of it; None for training on the text alone.
-            teacher_config: of a teacher, alive or not.
-            related: the tokens that both have, where the vocabularies differ, and how the teacher reads the text.
+            student: the unsharded student, with weights.
+            teacher: a live teacher or its cached targets; None to train on the text alone.
+            teacher_config: the teacher's configuration, whether it is live or cached.
+            related: the shared tokens where the vocabularies differ (else None), and the adapter that turns the
+                student's input into the teacher's.
 
         Raises:
-            UserError: no held-out row has a target.
-            RunFailed: the checkpoint to go on from is of another model or version.
+            UserError: no held-out row has a target token.
+            RunFailed: the checkpoint to resume from was written by another model or version.
         """
         self.experiment, self.plan, self.folder, self.text = experiment, plan, folder, text
         self.accelerator, self.ranks = accelerator, RankGroup(accelerator, plan.topology, experiment.run.timeout)
@@ -84,7 +85,7 @@ class TrainLoop:
         setup = RankSetup.of(experiment, plan.topology)
         self.cached = teacher if isinstance(teacher, CachedTargets) else None
         live = teacher if self.cached is None and experiment.uses_teacher else None
-        shapes = shape_of(student), None if live is None else shape_of(live)  # while they are whole
+        shapes = shape_of(student), None if live is None else shape_of(live)  # before they are wrapped or sharded
         self.precision = experiment.precision.build(accelerator.device.type)
         self.state, self.steps = TrainState(self.precision), plan.steps
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, self.steps)
@@ -103,24 +104,24 @@ class TrainLoop:
         self.memory = MemoryCheck(experiment.memory, plan.memory, self.ranks, self._resident, lambda excess: ways_out(
             experiment, teacher_config, self.unwrapped.config, plan.topology, excess))
         self.backward = Backward(self.unwrapped)
-        seed_everything(experiment.seed * 1_000_003 + self.ranks.index + 1)  # dropout, apart on each process
+        seed_everything(experiment.seed * 1_000_003 + self.ranks.index + 1)  # each process draws its own dropout masks
         self.saver = Saver(folder, experiment.training, self.engine, self.ranks, self._say)
         self.saver.resume(self.state)
         self._measured_at = min(self.state.step + MEASURED, self.steps) - 1
-        self._tracks = bool(experiment.run.trackers)  # teacher and control, trained by the way, have none
+        self._tracks = bool(experiment.run.trackers)  # a teacher or control that is trained along the way has none
 
     @property
     def student(self) -> nn.Module:
-        """The student as it is called in training, whatever wraps it."""
+        """The student as training calls it, with any wrappers."""
         return self.engine.model
 
     @property
     def unwrapped(self) -> nn.Module:
-        """The student itself, without wrappers: for saving and evaluation afterwards, never for training."""
+        """The student without wrappers: for saving and later evaluation, never for a training step."""
         return self.engine.student
 
     def inputs(self) -> StepInputs:
-        """What the steps from the state's on begin with."""
+        """The inputs of the remaining steps, starting at the state's step."""
         writer = Writer(self.experiment.objective.on_policy, self.experiment.seed, self.plan, self.ranks, self.text,
                         self.unwrapped, self._autocast)
         return StepInputs(self._batches(), self.plan, self.ranks, writer, writer.writes)
@@ -129,12 +130,12 @@ class TrainLoop:
         return batches_of(self.experiment, self.plan, self.ranks, self.text, self.state.step)
 
     def train(self) -> None:
-        """Train from the state's step to the last one, evaluating and saving on the way.
+        """Train from the state's step to the last one, with evaluations and checkpoints in between.
 
         Raises:
-            Stopped: a signal asked for it.
-            BudgetUnmet: a measured step took more than the budget, and is to stop the run.
-            RunFailed: too many steps were not finite, weights are not, or another process is missing.
+            Stopped: a process received a stop signal.
+            BudgetUnmet: the measured step exceeded the budget, with `memory.exceeded: stop`.
+            RunFailed: too many steps in a row were not finite, the weights are not finite, or another process is gone.
         """
         settings, state = self.experiment.training, self.state
         metrics = Metrics(self.folder.metrics, self.ranks.main, state.step)
@@ -176,14 +177,14 @@ class TrainLoop:
             metrics.close()
 
     def train_step(self, inputs: StepInputs) -> dict[str, Any] | None:
-        """One optimizer step over the plan's micro-batches on every process; returns what to log.
+        """Run one optimizer step over the plan's micro-batches on every process, and return the record to log.
 
-        The loss is the objective's sum over all target tokens of the step divided by their number, over micro-batches
-        and processes, so it does not depend on how the batch is split. None where a process was asked to stop, on which
-        all agree before anything has changed.
+        The loss is the objective summed over all target tokens of the step, across micro-batches and processes, and
+        divided by their number, so it does not depend on how the batch is split. Returns None if a process received a
+        stop signal; all processes agree on that before anything has changed.
 
-        The device is waited for twice: for the losses of the step, which one reduction brings together with the next
-        step's tokens, and for the gradient's norm, before the weights move.
+        The step synchronizes with the device twice: for its losses, which share one reduction with the next step's
+        token count, and for the gradient norm, before the weights change.
         """
         started = time.perf_counter()
         number, rate = self.state.step + 1, self.learning_rate(self.state.step)
@@ -212,9 +213,10 @@ class TrainLoop:
         return record
 
     def _gradients(self, given: StepInput) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-        """Forward and backward of all micro-batches: sums of the loss and its terms; whether each was finite.
+        """Run forward and backward on all micro-batches.
 
-        Micro-batches are taken out of what is given, so that each is let go when it has been used.
+        Returns the sums of the loss and its terms, and for each micro-batch whether its loss and gradient were finite.
+        Each micro-batch is removed from `given`, so that its memory is freed after use.
         """
         sums: dict[str, torch.Tensor] = {}
         finite: list[torch.Tensor] = []
@@ -225,7 +227,8 @@ class TrainLoop:
                 if last:
                     mark("forward")
                 loss, terms = self._loss(batch)
-                # Engines average gradients over data-parallel ranks; the sum over their tokens is wanted.
+                # Engines average gradients over the data-parallel ranks, but the loss is a mean over all tokens of the
+                # step: multiply by the number of ranks to undo the average.
                 share = loss * (self.plan.topology.data_parallel / given.tokens)
                 if last:
                     mark("backward")
@@ -239,19 +242,19 @@ class TrainLoop:
 
     def _record(self, means: dict[str, float | None], norm: float | None, learning_rate: float, tokens: int
                 ) -> dict[str, Any]:
-        """What a step is remembered by."""
+        """The log record of a step."""
         return {"step": self.state.step + 1, **means, "gradient_norm": norm, "learning_rate": learning_rate,
                 "tokens": tokens, "loss_scale": self.precision.loss_scale, "skipped": self.precision.skipped,
                 "growths": self.precision.growths}
 
     def _empty(self, learning_rate: float, started: float) -> dict[str, Any]:
-        """A step in which no process has a target token: there is no loss, and nothing moves but the schedule."""
+        """The record of a step in which no process has a target token: no loss, no update; the schedule moves on."""
         self.state.empty_steps += 1
         return {**self._record({"loss": None}, None, learning_rate, 0), "empty": True,
                 "empty_steps": self.state.empty_steps, "seconds": time.perf_counter() - started}
 
     def _set_bits(self, step: int) -> None:
-        """Give quantized layers the bits of a step, where they have a schedule."""
+        """Set the bit width of the quantized layers for a step, if bits follow a schedule."""
         asked = self.experiment.student.quantization
         bits = asked and asked.bits_at(step, self.steps)
         if bits:
@@ -264,7 +267,7 @@ class TrainLoop:
                              self.engine.casts, taught)
 
     def _update(self, loss_finite: bool) -> float:
-        """Clip, step the weights if everything is finite, and return the gradient's norm before clipping."""
+        """Clip the gradient, update the weights if everything is finite, and return the norm before clipping."""
         scale = 1.0 if self.engine.scales else self.precision.loss_scale
         done = self.engine.update(self.experiment.training.clip, loss_finite, scale)
         overflow = self.precision.overflowed(loss_finite, done.finite)
@@ -275,15 +278,16 @@ class TrainLoop:
             self.precision.settle(overflow, done.finite)
         return done.norm
 
-    # ---- afterwards
+    # ---- after training
 
     def whole(self) -> nn.Module:
-        """The student whole, on the main process: where it is sharded, made again and filled from the last checkpoint.
+        """The unsharded student, for the main process.
 
-        Nothing is gathered for it, so no other process takes part.
+        A sharded student is rebuilt and loaded from the last checkpoint. This is not a collective: nothing is gathered,
+        and no other process takes part.
 
         Raises:
-            RunFailed: it is sharded, and its last checkpoint could not be written.
+            RunFailed: the student is sharded and its last checkpoint could not be written.
         """
         if not self.engine.sharded:
             return without_projections(self.unwrapped)
@@ -300,7 +304,7 @@ class TrainLoop:
         return without_projections(model)
 
     def release(self) -> None:
-        """Give models and optimizer back, so that the next training of this process finds the memory free."""
+        """Release models and optimizer, so that the next training in this process finds the memory free."""
         self.engine.release()
         self.engine = self.teacher = self.cached = self.distillation = None
         self.evaluate = self.saver = self.memory = self.plan = None
@@ -309,12 +313,12 @@ class TrainLoop:
     # ---- helpers
 
     def _evaluates(self) -> bool:
-        """Whether the step that was done last is followed by an evaluation."""
+        """Whether an evaluation is due after the last step."""
         step = self.state.step
         return step > 0 and (step % self.experiment.training.evaluate_every == 0 or step == self.steps)
 
     def _lacks_evaluation(self) -> bool:
-        """Whether the run ended after a step was saved and before the evaluation that belongs to it was done."""
+        """Whether the run was interrupted after a step was saved but before its evaluation was recorded."""
         if not self._evaluates():
             return False
         done = self.ranks.main and any(
@@ -322,7 +326,7 @@ class TrainLoop:
         return not any(self.ranks.gather_objects([done]))
 
     def _evaluate(self, metrics: Metrics, progress: ProgressReporter) -> None:
-        """Evaluate and tell, or stop."""
+        """Evaluate, then log and print the result; stop if a process received a stop signal."""
         found = self.evaluate(self.student, self.state.step)
         if found is None:
             self.saver.stop(self.state, self.experiment.name)
@@ -334,12 +338,12 @@ class TrainLoop:
         return self.precision.autocast(self.engine.casts)
 
     def _resident(self) -> list[object]:
-        """What holds memory between steps."""
+        """The objects whose memory is resident between steps."""
         teacher = self.teacher if self.cached is None else self.cached.head
         return [*self.engine.resident(), *([] if teacher is None else [teacher])]
 
     def _saved_now(self) -> str:
-        """Write a checkpoint of this moment; says what is safe."""
+        """Write a checkpoint now and wait until it is committed; returns a message naming the newest checkpoint."""
         self.saver.save(self.state)
         self.saver.finish()
         newest = self.saver.last
@@ -368,17 +372,17 @@ class TrainLoop:
             return
         try:
             self.accelerator.log(values, self.state.step)
-        except OSError as error:  # a full disk, for example: no reason to end a run
+        except OSError as error:  # such as a full disk, which is no reason to end the run
             self._tracks = False
             console.print(f"{self.experiment.name}  warning: trackers are told no more, since one cannot write: "
                           f"{error.strerror or error}; metrics.jsonl has everything")
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN: a non-finite number is written as its name."""
+    """The value as JSON can hold it: JSON has no NaN or infinity, so these become strings."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(total: float, tokens: int) -> float:
-    """A mean in fp32, as the terms of a loss are."""
+    """A mean computed in fp32, like the loss terms themselves."""
     return float(np.float32(total) / np.float32(tokens))

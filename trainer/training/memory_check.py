@@ -1,4 +1,4 @@
-"""The memory of a step, measured while it runs, told beside what was planned, and held against the budget."""
+"""Measures the memory of one training step, reports it next to the plan, and checks it against the budget."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from trainer.run.metrics import Metrics, ProgressReporter, readable
 
 
 class MemoryCheck:
-    """Measures one step of a process and says whether it kept the budget.
+    """Measures one training step and checks whether it stayed within the budget.
 
     Args:
-        settings: the budget, and what follows where it is exceeded.
-        planned: bytes that were foretold; None where the architecture cannot be planned.
-        ranks: of which the one with the highest peak counts.
-        resident: modules, optimizers and tensors that hold memory between steps.
-        ways_out: finds changes that keep the budget; on the first process.
+        settings: the budget, and what to do when it is exceeded.
+        planned: the predicted memory; None where the architecture cannot be planned.
+        ranks: the processes of the run; the highest peak among them counts.
+        resident: returns the modules, optimizers and tensors that hold memory between steps.
+        ways_out: finds changes that would keep the budget; called on the first process only.
     """
 
     def __init__(self, settings: Memory, planned: MemoryPlan | None, ranks: RankGroup,
@@ -35,16 +35,16 @@ class MemoryCheck:
         self._resident, self._ways_out = resident, ways_out
 
     def measured(self, run: Callable[[], Any]) -> tuple[Any, Measured]:
-        """What a step gives, and what it took."""
+        """Run a step; return its result and the memory measured meanwhile."""
         given: list[Any] = []
         found = measure(lambda: given.append(run()), self.ranks.device, self._resident())
         return given[0], found
 
     def report(self, step: int, found: Measured, metrics: Metrics, progress: ProgressReporter) -> int:
-        """Write what was measured, of the process with the highest peak, and say it beside what was planned.
+        """Log the measurement and print it next to the plan, for the process with the highest peak.
 
         Returns:
-            Bytes at that peak.
+            Peak memory of that process, in bytes.
         """
         own = torch.tensor([found.peak, found.base], device=self.ranks.device)
         every = self.ranks.gather(own).view(-1, 2).tolist()
@@ -62,14 +62,14 @@ class MemoryCheck:
 
     def keep_budget(self, step: int, measured: int, metrics: Metrics, progress: ProgressReporter,
                     save: Callable[[], str]) -> None:
-        """Say of a step that has just been measured that it was above the budget, if it was; stop if that is asked for.
+        """Warn or stop, as `memory.exceeded` says, if the measured step exceeded the budget.
 
         Args:
-            measured: bytes at the peak of the process with the highest; all processes know it.
-            save: writes a checkpoint of this moment, and says what is safe.
+            measured: the highest peak over processes, in bytes; the same value on every process.
+            save: writes a checkpoint now and returns a message that names the newest one.
 
         Raises:
-            BudgetUnmet: with `memory.exceeded: stop`, once a checkpoint of this moment is written.
+            BudgetUnmet: with `memory.exceeded: stop`, after a checkpoint has been written.
         """
         excess = above_budget(self.settings, self.planned, step, measured)
         if excess is None:

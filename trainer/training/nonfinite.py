@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are not finite: where they come from, in words and numbers."""
+"""Detects losses, gradients and weights that are not finite, and reports where they come from."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ TOLD = 4  # micro-batches named in a diagnosis
 
 
 class Backward:
-    """Whether a micro-batch's gradient is finite, before it is mixed with those of other micro-batches and processes.
+    """Checks each micro-batch's gradient for NaN and infinity, before it is accumulated or reduced with others.
 
-    Looked at where backward ends, at what the embeddings put out: a NaN or an infinity comes down to there through the
-    residual stream. One that only the gradient of a single weight has, made of finite parts, is not seen here.
+    The check looks at the gradient of the embeddings' output, where backward ends: a NaN or infinity propagates there
+    through the residual stream. It misses an overflow that arises only in the gradient of a single weight, from finite
+    factors.
 
     Args:
-        student: the model without wrappers, which is given a hook.
+        student: the unwrapped model; a forward hook is registered on its input embeddings.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -34,22 +35,22 @@ class Backward:
             output.register_hook(self._look)
 
     def _look(self, gradient: torch.Tensor) -> None:
-        least, most = torch.aminmax(gradient.detach())  # which makes no tensor as large as the gradient
+        least, most = torch.aminmax(gradient.detach())  # unlike isfinite(), allocates no tensor of the gradient's size
         self._finite = least.isfinite() & most.isfinite()
 
     def finite(self, loss: torch.Tensor) -> torch.Tensor:
-        """Whether the loss and the gradient of the backward since the last call were: a scalar on the device."""
+        """Whether the loss, and the gradient of the backward since the last call, are finite: a scalar tensor."""
         found, self._finite = self._finite, None
         return loss.detach().isfinite() if found is None else loss.detach().isfinite() & found
 
 
 def locate_nonfinite(accelerator: Accelerator, rows: list[torch.Tensor], finite: list[torch.Tensor]
                      ) -> list[dict[str, Any]]:
-    """Process, micro-batch and rows of all processes' micro-batches that were not finite; a collective.
+    """Process, micro-batch and row numbers of every micro-batch that was not finite. A collective call.
 
     Args:
-        rows: numbers of the rows of each of this process's micro-batches in a step.
-        finite: for each, whether its loss and gradient were.
+        rows: the row numbers of each of this process's micro-batches in the step.
+        finite: whether the loss and gradient of each were finite.
     """
     own = torch.stack([flag.long() for flag in finite])
     numbers = torch.stack(rows).to(own.device)
@@ -59,12 +60,12 @@ def locate_nonfinite(accelerator: Accelerator, rows: list[torch.Tensor], finite:
 
 
 def diagnosis(record: dict[str, Any], times: int, checkpoints: object) -> str:
-    """Why a run that met one step after another that was not finite ends, and what to do.
+    """The message for a run that ends because too many steps in a row were not finite, with what to do about it.
 
     Args:
-        record: of the last step.
-        times: such steps in a row.
-        checkpoints: the folder of good ones.
+        record: the log record of the last step.
+        times: the number of nonfinite steps in a row.
+        checkpoints: the folder with the good checkpoints.
     """
     what = "gradient" if isinstance(record["loss"], float) and record["loss"] - record["loss"] == 0 else "loss"
     where = "".join(f"; process {one['process']}, micro-batch {one['micro_batch']}, rows {one['rows']}"
@@ -77,7 +78,8 @@ def diagnosis(record: dict[str, Any], times: int, checkpoints: object) -> str:
 
 @torch.no_grad()
 def weights_finite(engine: Engine) -> torch.Tensor:
-    """Whether all weights that this process holds are: a scalar."""
+    """Whether all weights that this process holds are finite: a scalar tensor."""
     held = [local_of(tensor) for tensor, _ in engine.tensors()]
-    largest = torch._foreach_norm([tensor for tensor in held if tensor.numel()], ord=math.inf)  # no sum to overflow
+    # The maximum norm: unlike a 2-norm, it cannot overflow in a sum.
+    largest = torch._foreach_norm([tensor for tensor in held if tensor.numel()], ord=math.inf)
     return torch.stack([value.float() for value in largest]).isfinite().all() if largest else torch.tensor(True)

@@ -1,4 +1,4 @@
-"""What a run saves of a moment, how it ends on one, and how it goes on from there."""
+"""Saves training checkpoints, stops a run at one, and resumes from the newest."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from trainer.training.train_state import TrainState
 
 
 class Saver:
-    """Writes checkpoints of a training's state and its engine, and reads them back, on each process.
+    """Writes and loads checkpoints of the training state and the engine, on every process.
 
     Args:
-        folder: of the run.
-        settings: how many are kept, and whether they are committed behind training.
+        folder: the run's folder.
+        settings: how many checkpoints to keep, and whether to commit them in the background.
         engine: holds weights and optimizer.
-        ranks: that all take part.
-        say: shows a line; on the first process.
+        ranks: the processes of the run, all of which take part.
+        say: prints a line on the first process.
     """
 
     def __init__(self, folder: RunFolder, settings: Training, engine: Engine, ranks: RankGroup,
@@ -35,20 +35,22 @@ class Saver:
         self.checkpoints = checkpoints.Checkpoints(
             folder.checkpoints, settings.keep_checkpoints, rank=ranks.index, ranks=ranks.topology.ranks,
             gather=ranks.gather_objects, background=settings.background_saves, say=say,
-            beside=[folder.metrics])  # of which a checkpoint's steps must not be missing after a power cut
+            # Synced with each checkpoint: after a power cut, metrics must not lack steps that a checkpoint has.
+            beside=[folder.metrics])
 
     @property
     def last(self) -> Path | None:
-        """The checkpoint to go on from, as far as the first process knows."""
+        """The checkpoint to resume from, as far as the first process knows."""
         return self.checkpoints.last
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of this moment; with `training.background_saves` it is committed behind the next steps.
+        """Write a checkpoint now. With `training.background_saves` it is committed during the next steps.
 
-        One that cannot be written is said, and training goes on with the one before it.
+        If it cannot be written, a message says so, and training continues with the previous one.
 
         Raises:
-            RunFailed: weights are not finite, which an update may make of finite ones; no checkpoint is made of them.
+            RunFailed: weights are not finite, which can happen in an update whose loss and gradient were; no checkpoint
+                is written.
         """
         self.ranks.at(f"the checkpoint of step {state.step}")
         if self.ranks.total((~weights_finite(self.engine)).long().to(self.ranks.device)):
@@ -61,28 +63,35 @@ class Saver:
             **state.state_dict(), "engine": self.engine.scale_state(), "processes": self.ranks.topology.ranks})
 
     def finish(self, seconds: float | None = None) -> None:
-        """Wait until the last checkpoint is committed or given up; of other processes only their threads are needed."""
+        """Wait until the last checkpoint is committed or abandoned.
+
+        Needs only the background threads of the other processes, not their main threads.
+        """
         self.checkpoints.finish(seconds)
 
     def stop(self, state: TrainState, name: str) -> NoReturn:
-        """Save this moment, and end as all processes have agreed to; `name` is the experiment's."""
+        """Save a checkpoint and end the run, as all processes have agreed to do.
+
+        Args:
+            name: the experiment's name.
+        """
         every = self.ranks.gather_objects([signals.asked()])
         process, signal = next((process, signal) for process, signal in enumerate(every) if signal is not None)
         if state.step:
             self.save(state)
         self.finish()
         self.ranks.accelerator.wait_for_everyone()
-        with suppress(OSError):  # of a full disk
+        with suppress(OSError):  # such as a full disk
             for tracker in self.ranks.accelerator.trackers:
                 tracker.finish()
         saved = max((one.name for one in self.folder.glob("step-*")), default=None)
         raise Stopped(name, state.step, signal, process, saved)
 
     def resume(self, state: TrainState) -> None:
-        """Go on from the newest checkpoint that is good, if there is one.
+        """Resume from the newest intact checkpoint, if there is one.
 
         Raises:
-            RunFailed: it is as it was written, and of another model or version.
+            RunFailed: the checkpoint is intact, but was written by another model or version.
         """
         newest = self.checkpoints.newest_good()
         if newest is None:
@@ -98,7 +107,7 @@ class Saver:
         self.engine.load_scale_state(found["engine"], state.precision.loss_scale)
 
     def _check(self, checkpoint: Path, wrong: str | None) -> None:
-        """Raise `RunFailed` on every process where one of them cannot use a checkpoint that is as it was written."""
+        """Raise `RunFailed` on every process if one of them cannot load an intact checkpoint."""
         wrong = next(filter(None, self.ranks.gather_objects([wrong])), None)
         if wrong is not None:
             before = [path.name for path in checkpoints.listed(self.folder) if path.name < checkpoint.name]

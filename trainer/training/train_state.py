@@ -1,4 +1,4 @@
-"""The state of a training: what a checkpoint remembers beside weights, optimizer and random numbers."""
+"""The training state that a checkpoint stores besides weights, optimizer state and random state."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from trainer.experiment.precision import MixedPrecision
 
 @dataclass
 class TrainState:
-    """Counters of a run and its loss scale.
+    """The counters of a run, and its loss scale.
 
     Attributes:
-        precision: whose loss scale moves with the steps.
+        precision: holds the dynamic loss scale.
         step: optimizer steps done.
-        empty_steps: steps without any target token, ever.
-        nonfinite: steps in a row, up to now, whose loss or gradient was not finite.
+        empty_steps: total number of steps without any target token.
+        nonfinite: current number of consecutive steps whose loss or gradient was not finite.
     """
 
     precision: MixedPrecision
@@ -25,11 +25,11 @@ class TrainState:
     nonfinite: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data that a resumed run needs."""
+        """The state as plain data."""
         return {"step": self.step, "precision": self.precision.state_dict(), "nonfinite": self.nonfinite,
                 "empty_steps": self.empty_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. A restart is a new chance for a step that was not finite."""
+        """Restore a `state_dict`, except for `nonfinite`, which restarts at 0: a restart is a new chance."""
         self.precision.load_state_dict(state["precision"])
         self.step, self.empty_steps, self.nonfinite = state["step"], state.get("empty_steps", 0), 0
