@@ -29,16 +29,8 @@ from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
 from trainer.files import fingerprint, flatten, write_atomically
-from trainer.models.build import (
-    DTYPES,
-    build_student,
-    build_teacher,
-    check_shapes,
-    export_skeleton,
-    quiet_libraries,
-    student_config,
-    teacher_config,
-)
+from trainer.models.build import DTYPES, build_student, build_teacher, export_skeleton, quiet_libraries
+from trainer.models.configs import check_shapes, student_config, teacher_config
 from trainer.models.language_part import check_places
 from trainer.models.model_trials import check_causal, check_early_causal, check_packing, check_padding, check_positions
 from trainer.models.router_balance import balancing_weight
@@ -49,15 +41,8 @@ from trainer.planning.step_memory import example_batch
 from trainer.run.folder import RunFolder, training_identity
 from trainer.run.metrics import console, read_lines
 from trainer.run.report import write_report
-from trainer.student.export_student import (
-    check_runtimes,
-    check_tokenizer,
-    check_written,
-    compare,
-    drop_stale,
-    logits_of,
-    write_others,
-)
+from trainer.student.compare_student import compare, logits_of
+from trainer.student.export_student import check_runtimes, check_tokenizer, check_written, drop_stale, write_others
 from trainer.student.quantize_student import check_calibration, finalize_student
 from trainer.student.weight_digests import check_digests, digests_in_training, save_digests
 from trainer.teacher.intermediate_losses import attach_projections, check_intermediate

@@ -29,7 +29,8 @@ from trainer.planning import plan
 from trainer.planning.step_memory import example_batch
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import console
-from trainer.student.export_student import logits_of, write_for
+from trainer.student.compare_student import logits_of
+from trainer.student.export_student import write_for
 from trainer.student.quantize_student import finalize_student
 from trainer.training.loop import TrainLoop
 from trainer.training.step_input import StepInputs

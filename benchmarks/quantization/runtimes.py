@@ -33,7 +33,8 @@ from strategies.quantization.qat import prepare
 from strategies.quantization.quantizer import WeightQuantizer
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.experiment.load import read_experiment
-from trainer.student.export_student import RUNTIMES, logits_of
+from trainer.student.compare_student import logits_of
+from trainer.student.export_student import RUNTIMES
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4,

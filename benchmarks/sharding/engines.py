@@ -26,7 +26,7 @@ from benchmarks.rematerialization.frontier import machine
 from benchmarks.sharding.launching import launched
 from trainer.distributed.topology import Topology
 from trainer.experiment.load import read_experiment
-from trainer.models.build import student_config
+from trainer.models.configs import student_config
 from trainer.planning.plan import Plans
 
 LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,

@@ -32,7 +32,7 @@ from trainer.models.router_balance import balancing_note
 from trainer.planning.step_memory import MemoryPlan
 from trainer.planning.step_plan import StepPlan, plan_step
 from trainer.teacher.intermediate_losses import attach_projections
-from trainer.teacher.target_cache import live, rank_residency, resident_teacher
+from trainer.teacher.resident_teacher import live, rank_residency, resident_teacher
 
 NOMINAL_STEPS = 1000  # run length assumed for the learning-rate curve while the length of the data is unknown
 

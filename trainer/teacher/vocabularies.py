@@ -20,7 +20,7 @@ from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Student, Teacher
 from trainer.experiment.objective_nodes import Objective
-from trainer.teacher.target_cache import apart
+from trainer.teacher.resident_teacher import apart
 
 LONGER = 2  # how many times the student's sequence length the teacher may need for the same text
 

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from trainer.errors import UserError
 from trainer.experiment.nodes import Model
 from trainer.models.architecture_keys import known_keys
-from trainer.models.build import _config
+from trainer.models.configs import _config
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": 300}

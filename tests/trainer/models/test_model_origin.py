@@ -33,7 +33,8 @@ from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.load import read_experiment
 from trainer.experiment.nodes import Model
-from trainer.models.build import _config, _load, build_student, empty_student
+from trainer.models.build import _load, build_student, empty_student
+from trainer.models.configs import _config
 from trainer.models.model_origin import skeleton
 from trainer.planning.plan import Plans
 

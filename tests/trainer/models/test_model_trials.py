@@ -12,7 +12,8 @@ from tests.conftest import TINY
 from trainer.errors import UserError
 from trainer.experiment.load import read_experiment
 from trainer.models import model_trials
-from trainer.models.build import build_student, from_config, student_config
+from trainer.models.build import build_student, from_config
+from trainer.models.configs import student_config
 from trainer.models.model_trials import (
     check_causal,
     check_packing,

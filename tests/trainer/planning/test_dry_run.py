@@ -62,7 +62,8 @@ def test_published_sizes_of_hub_models():
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trainer.models.build import count_parameters, student_config, teacher_config
+    from trainer.models.build import count_parameters
+    from trainer.models.configs import student_config, teacher_config
 
     published = {"Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304, "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
                  "Qwen/Qwen2.5-0.5B": 494_032_768, "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,

@@ -13,7 +13,7 @@ from tests.conftest import train_py
 from tests.trainer.distributed.test_sharding import ENGINES, on_ranks, relative, weights_apart
 from trainer.distributed.topology import Topology
 from trainer.experiment.load import read_experiment
-from trainer.models.build import student_config
+from trainer.models.configs import student_config
 from trainer.planning.step_plan import plan_step
 from trainer.run.metrics import read_lines
 

@@ -1,0 +1,194 @@
+"""Compares an exported student, reloaded in a fresh process, with the model in training, and writes its receipt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+
+from strategies.export.clients.transformers_client import layer_outputs
+from strategies.export.hf.transformers_folder import weight_files
+from strategies.export.receipt import Receipt, ask_client, comparison_shape, make_receipt
+from strategies.quantization.freeze import freeze_quantized
+from trainer import checkpoints
+from trainer.data.batches import model_inputs
+from trainer.data.dataset import PreparedData
+from trainer.data.rows import StreamedRows
+from trainer.errors import RunFailed, error_context
+from trainer.experiment.experiment import Experiment
+from trainer.experiment.nodes import Report
+from trainer.files import write_atomically
+from trainer.model_files import check_files
+from trainer.models.build import DTYPES, empty_student
+from trainer.run.folder import RunFolder, read_json
+from trainer.run.metrics import console, readable
+from trainer.run.quantization_loss import say_rise
+from trainer.student.quantize_student import finalize_student
+from trainer.student.weight_digests import check_digests, check_names, read_digests
+from trainer.teacher.vocabularies import reads_alike
+
+SHOWN = 256  # rows of training text and of held-out text on which a runtime's tokenizer is compared
+
+
+def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: PreparedData) -> nn.Module:
+    """Rebuild the trained student from a run's last checkpoint and the configuration in its exported folder.
+
+    Args:
+        like: the exported folder.
+
+    Raises:
+        RunFailed: the last checkpoint is missing or damaged, or the rebuilt student is not the one that was trained.
+    """
+    check_files(str(like), "student")
+    with error_context("student", value=str(like), way_out="put the folder back from a copy"):
+        config = AutoConfig.from_pretrained(like, trust_remote_code=experiment.form.trust)
+    if hasattr(config, "quantization_config"):  # the weights come from the checkpoint, which is not packed
+        del config.quantization_config
+    model = empty_student(experiment.form, config)
+    model.generation_config = GenerationConfig.from_pretrained(like)
+    newest = checkpoints.latest(folder.checkpoints)
+    if newest is None:
+        raise RunFailed(f"{folder.checkpoints} has no checkpoint to take the student from")
+    steps, wrong = read_json(folder.plan).get("steps"), checkpoints.wrong_with(newest)
+    if newest.name != checkpoints.NAME.format(steps if isinstance(steps, int) else 0):
+        wrong = f"the run went on to step {steps}, whose checkpoint is not there"
+    if wrong is not None:
+        raise RunFailed(f"the student cannot be taken from {newest}: {wrong}.\n  -> put that folder back from a copy; "
+                        "or run the experiment again, in another run.folder")
+    checkpoints.load_whole(newest, model)
+    what = f"the student, made again from {newest} and {like / 'config.json'},"
+    check_names(checkpoints.names(newest), model, what)
+    if (trained := read_digests(folder.digests)) is not None:
+        check_digests(trained, model, what)
+    return finalize_student(experiment, model.eval(), text, folder)
+
+
+def compare(
+    experiment: Experiment,
+    folder: RunFolder,
+    trained: torch.Tensor,
+    exported: torch.Tensor,
+    text: PreparedData,
+    device: torch.device,
+) -> None:
+    """Load the exported student, teacher and control in a fresh process, compare them, and write the receipt.
+
+    Args:
+        trained: (rows, length, vocabulary) logits of the fake-quantized student in training, on held-out rows.
+        exported: the same in the dtype of the export, which the files have to reproduce.
+
+    Raises:
+        RunFailed: the reloaded student differs from the trained one; it stays in `.student.unverified`.
+    """
+    trust = experiment.form.trust
+    models: dict[str, dict[str, Any]] = {
+        "student": {"path": str(folder.unverified), "compare": True, "trust_remote_code": trust}}
+    if experiment.teacher is not None and reads_alike(experiment.teacher, experiment.student, text):
+        models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
+                             "dtype": experiment.teacher.dtype,
+                             "trust_remote_code": experiment.teacher.trust_remote_code}
+    if RunFolder(folder.control).student.exists():
+        models["control"] = {"path": str(RunFolder(folder.control).student), "trust_remote_code": trust}
+    console.print(f"{experiment.name}: reloading in a fresh process and comparing")
+    found, logits = ask_about(models, experiment.training.micro_batch, experiment.report, text, exported, device.type,
+                           tokenizer=str(folder.unverified))
+    for name, entry in found.items():
+        path = Path(models[name]["path"])
+        files = weight_files(path)
+        # The plan knows the size of the teacher's files even if they are not local.
+        kept = read_json(folder.plan).get("teacher_bytes") if name == "teacher" else None
+        entry["bytes_on_disk"] = sum(file.stat().st_size for file in files) or kept or entry["parameter_bytes"]
+    receipt = make_receipt(found["student"], trained, exported, logits["student"], weight_files(folder.unverified),
+                           experiment.export.tolerance)
+    receipt.write(folder.unverified / "receipt.json")
+    if not receipt.holds:
+        reference = freeze_quantized(
+            rebuilt(experiment, folder, folder.unverified, text), DTYPES[experiment.export.dtype]
+        )
+        where = first_difference(str(folder.unverified), reference, text, receipt.tolerance)
+        raise RunFailed(differs(receipt, folder.unverified, "export.tolerance", where))
+    write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")
+    if folder.student.exists():
+        shutil.rmtree(folder.student)
+    os.rename(folder.unverified, folder.student)
+    tell_receipt(experiment.name, receipt, folder.student)
+    if experiment.student.quantization is not None and experiment.student.quantization.budget is not None:
+        say_rise(experiment.name, folder)
+
+
+def some_text(text: PreparedData) -> list[str]:
+    """Text decoded from the first held-out rows and, unless the data is streamed, the first training rows."""
+    rows = list(text.held_out["input_ids"][:SHOWN])
+    if not isinstance(text.train, StreamedRows):
+        rows += [text.train[number]["input_ids"] for number in range(min(SHOWN, len(text.train)))]
+    return [text.tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, text: PreparedData) -> torch.Tensor:
+    """(rows, length, vocabulary) fp32 logits on the first held-out rows, without autocast, on the CPU."""
+    rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
+    model.eval()
+    device = next(model.parameters()).device
+    part = {name: text.held_out[name][:rows, :length].to(device) for name in ("input_ids", "position_ids")}
+    return model(**model_inputs(part)).logits.float().cpu()
+
+
+def first_difference(path: str, model: nn.Module, text: PreparedData, tolerance: float,
+                     client: str = "transformers_client.py") -> tuple[str, float] | None:
+    """The first layer whose outputs on a held-out row differ from the reloaded file's, and the relative difference.
+
+    Differences are relative to the layer's largest output. Returns None if none is above the tolerance, or if the
+    outputs could not be obtained. For an ONNX graph only quantized layers are compared.
+    """
+    file = Path(path).parent / ".layers.safetensors"
+    try:
+        ask_about({"student": {"path": path, "layers": str(file)}}, 1, Report(), text, None, "cpu", client=client,
+               tokenizer=path)
+        theirs = load_file(file)
+    except (RunFailed, OSError):
+        return None
+    finally:
+        file.unlink(missing_ok=True)
+    part = {name: text.held_out[name][:1] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        ours = layer_outputs(model.eval(), lambda: model(**model_inputs(part)))
+    for name, output in ours.items():
+        if name in theirs and theirs[name].shape == output.shape:
+            share = float((theirs[name] - output).abs().max() / output.abs().max().clamp(min=1e-30))
+            if not share <= tolerance:
+                return name, share
+    return None
+
+
+def ask_about(models: dict[str, dict[str, Any]], micro_batch: int, sample: Report, text: PreparedData,
+           exported: torch.Tensor | None, device: str, **more: Any
+           ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
+    rows, length = (1, 1) if exported is None else exported.shape[:2]
+    try:
+        return ask_client(
+            models, text.held_out, device=device, threads=torch.get_num_threads(),
+            micro_batch=micro_batch, logit_rows=rows, logit_length=length,
+            prompt=sample.prompt, sample_tokens=sample.sample_tokens, **more)
+    except RuntimeError as error:
+        raise RunFailed(str(error)) from error
+
+
+def differs(receipt: Receipt, kept: Path, tolerance: str, where: tuple[str, float] | None) -> str:
+    hint = "; raise export.tolerance only if you know why they may differ" if tolerance == "export.tolerance" else ""
+    first = "" if where is None else f"; the first layer that differs is {where[0]}, by {where[1]:.3g} of its output"
+    return (f"the reloaded student differs from the trained one by {receipt.largest_difference:.3g} (largest logit "
+            f"{receipt.largest_logit:.3g}), over {tolerance} {receipt.tolerance:g}{first}; it is kept in {kept}\n"
+            f"  -> the training checkpoint is safe{hint}")
+
+
+def tell_receipt(name: str, receipt: Receipt, folder: Path) -> None:
+    console.print(f"{name}: receipt of {folder.name}: {readable(receipt.bytes_on_disk)} on disk, "
+                  f"{receipt.bits_per_byte:.4f} bits per byte, largest logit difference {receipt.largest_difference:g}")
