@@ -20,9 +20,7 @@ from strategies.optimizers.norms import check, evaluated
 from strategies.optimizers.transient import Sharing, traced
 
 RATE = "match_rms_adamw"
-"""Scales updates to the size of AdamW's, so that one learning rate fits: 0.2 sqrt(max(R, C)) (Liu et al. 2025, arXiv
-2502.16982).
-"""
+"""Scales updates like AdamW's, so that one rate fits: 0.2 sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982)."""
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
