@@ -1,1 +1,1 @@
-"""Optimizers, each from the best-kept implementation there is."""
+"""Optimizers for whole and sharded parameters: AdamW, 8-bit AdamW, LAMB, Adafactor and Muon."""

@@ -1,4 +1,4 @@
-"""Adafactor whose statistics are those of whole matrices, however the matrices are sharded."""
+"""Adafactor for sharded parameters: its statistics are those of whole matrices, however they are sharded."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from strategies.optimizers.transient import Sharing, traced
 class Adafactor(torch.optim.Optimizer):
     """Adaptive rates from row and column means of the squared gradient (Shazeer & Stern 2018, algorithms 4 and 5).
 
-    The same mathematics and arguments as `torch.optim.Adafactor`, with G a gradient of R rows and C columns:
+    The mathematics and arguments are those of `torch.optim.Adafactor`. With G a gradient of R rows and C columns:
 
         beta = 1 - t^beta2_decay,  rho = min(lr, 1 / sqrt(t)),  alpha = max(eps[1], RMS(X)) rho
         row = beta row + (1 - beta) mean_columns(G^2),  col = beta col + (1 - beta) mean_rows(G^2)
         V = row col / max(mean(row), eps[0]),  U = G / sqrt(max(V, eps[0]^2))
         X = (1 - lr weight_decay) X - alpha U / max(1, RMS(U) / d)
 
-    A parameter of more dimensions is a matrix over its last two for every leading index; V of one with fewer is the
-    mean of G^2 itself. All means and RMS are of whole parameters. Over the ranks that share parameters go one
-    all-reduce of all row and column sums of a step and one of all RMS values. Padding between pieces is never touched.
+    A parameter with more dimensions is a stack of matrices over its last two; for one with fewer, V is the running mean
+    of G^2 itself. All means and RMS values are of whole parameters. Each step makes two all-reduces over the ranks that
+    share parameters: one of all row and column sums, one of all RMS values. Padding between pieces is never touched.
 
-    A step needs memory for one update at a time. Where weights are sharded it is computed twice, before and after RMS
-    values are known, rather than kept for all weights. Nothing waits for the device.
+    A step needs memory for one update at a time. For sharded weights each update is computed twice, before and after
+    RMS values are known, rather than kept for all weights. Nothing waits for the device.
 
     State per tensor: `step` (scalar, on the tensor's device); `row_var` [.., R, 1] and `col_var` [.., 1, C], whole on
-    every rank; `variance` of the rank's own elements of vectors. A tensor of many pieces has each laid end to end.
+    every rank; `variance`, of the rank's own elements of vectors. A tensor of several pieces has those of all pieces
+    concatenated.
 
     Args:
-        eps: the first is None for the smallest step of the parameter's type.
+        eps: lower bounds; None for the first is the machine epsilon of the parameter's dtype.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of range.
     """
 
     def __init__(self, params: Any, lr: float = 1e-2, beta2_decay: float = -0.8,
@@ -70,15 +71,16 @@ class Adafactor(torch.optim.Optimizer):
     gathers_updates = False
 
     def transient_bytes(self, sharing: Sharing) -> int:
-        """One update at a time, and sums of its squares: no kernel here takes bytes of its own."""
+        """One update at a time and sums of its squares, as traced; no kernel here allocates memory of its own."""
         return traced(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every tensor that has a gradient. All ranks of a group take part, with the same parameters.
+        """Update every tensor that has a gradient. All ranks of a group must take part, with the same parameters.
 
         Raises:
-            ValueError: a gradient is sparse, a parameter not contiguous or sharded in a way that `layout_of` refuses.
+            ValueError: a gradient is sparse, or a parameter is not contiguous or is sharded in a way `layout_of`
+                rejects.
         """
         loss = evaluated(closure)
         shared: dict[Any, list[_Work]] = {}
@@ -94,7 +96,7 @@ class Adafactor(torch.optim.Optimizer):
 
 
 def _update(works: Sequence[_Work], group: Any) -> None:
-    """One step of tensors of one type that one group of ranks shares; None: which this rank holds whole."""
+    """One step of tensors of one dtype that a group of ranks shares, or that this rank holds whole (group None)."""
     sums = [work.square_sums() for work in works]
     add_over(group, sums)
     for work, own in zip(works, sums, strict=True):
@@ -113,20 +115,20 @@ def _update(works: Sequence[_Work], group: Any) -> None:
 
 
 class _Work:
-    """One tensor in one step: its pieces, and the partial sums that are added up over ranks together."""
+    """One tensor in one step: its pieces, and the partial sums that are reduced over ranks together."""
 
     def __init__(self, tensor: torch.Tensor, state: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
         state["step"] += 1
         layout, weight, gradient = layout_of(tensor), local_of(tensor), flat_gradient(tensor)
         self.group, self.state = layout.group, state
         step = state["step"].to(wide(weight.device))
-        self.fresh = (step ** settings["beta2_decay"]).to(weight.dtype)  # 1 - beta: how much of the new mean is taken
+        self.fresh = (step ** settings["beta2_decay"]).to(weight.dtype)  # 1 - beta, the weight of the new mean
         rate = step.rsqrt().clamp(max=settings["lr"])
         self.slices = [_Slice(piece, piece.of(weight), piece.of(gradient), found, settings, rate)
                        for piece, found in zip(layout.pieces, views(state, layout), strict=True)]
 
     def square_sums(self) -> torch.Tensor:
-        """The rank's sums of squares over columns, then over rows, of all its matrices, laid end to end."""
+        """The rank's sums of squares over columns, then over rows, of all its matrices, concatenated."""
         statistics = self._statistics()
         sums = self.slices[0].weight.new_zeros(sum(own.numel() for own in statistics))
         at = 0
@@ -138,7 +140,7 @@ class _Work:
         return sums
 
     def blend(self, sums: torch.Tensor) -> None:
-        """Move running means toward those of whole parameters: `sums` are over all ranks."""
+        """Update the running means of whole parameters, given `sums` over all ranks."""
         statistics = self._statistics()
         for own, part in zip(statistics, sums.split([own.numel() for own in statistics]), strict=True):
             own.lerp_(part.view(own.shape), self.fresh)
@@ -151,11 +153,11 @@ class _Work:
 
 
 class _Slice:
-    """A rank's elements of one parameter, flat, beside the parameter's statistics.
+    """A rank's elements of one parameter, flat, with the parameter's statistics.
 
     Attributes:
-        row [L, R], column [L, C]: running means of a parameter of two dimensions or more, whole.
-        variance: of the rank's own elements of any other, flat.
+        row [L, R], column [L, C]: running means of a whole parameter with two dimensions or more.
+        variance: of the rank's own elements of any other parameter, flat.
     """
 
     def __init__(self, piece: Piece, weight: torch.Tensor, gradient: torch.Tensor, found: dict[str, torch.Tensor],
@@ -173,14 +175,14 @@ class _Slice:
             self.variance = found["variance"].view(-1)
 
     def add_squares(self, row: torch.Tensor, column: torch.Tensor) -> None:
-        """Add the means over columns to `row` [L, R] and over rows to `column` [L, C], as far as they are held here."""
+        """Add this rank's part of the means over columns to `row` [L, R] and over rows to `column` [L, C]."""
         for block in self.blocks:
-            squares = block.of(self.gradient).square()  # sums of it are pairwise, and faster than norms over columns
+            squares = block.of(self.gradient).square()  # pairwise sums, faster than norms over columns
             row[block.matrices, block.rows] += squares.sum(2).div_(column.shape[1])
             column[block.matrices, block.columns] += squares.sum(1).div_(row.shape[1])
 
     def updates(self) -> list[torch.Tensor]:
-        """U of algorithm 4, before clipping: new, block for block."""
+        """New tensors U of algorithm 4, before clipping, one for each block."""
         if not self.matrix:
             return [self.variance.clamp(min=self.eps**2).rsqrt_().mul_(self.gradient)]
         share = self.row / self.row.mean(1, keepdim=True).clamp_(min=self.eps)
@@ -197,7 +199,7 @@ class _Slice:
         return torch.stack([squared_norm(self.weight), sum((squared_norm(update) for update in updates), zero)])
 
     def apply(self, updates: Sequence[torch.Tensor], norms: torch.Tensor) -> None:
-        """Decay and move the weight. `norms`: [2], squared, of the whole weight and of the whole update."""
+        """Decay and update the weight. `norms`: [2], squared, of the whole weight and of the whole update."""
         weight_rms, update_rms = (norms / max(1, self.numel)).sqrt()
         if self.settings["weight_decay"]:
             self.weight.mul_(1 - self.settings["lr"] * self.settings["weight_decay"])
@@ -209,10 +211,10 @@ class _Slice:
             at += update.numel()
 
 
-# ---- where in a state each piece has its own
+# ---- where in the state each piece's part is
 
 def views(state: dict[str, torch.Tensor], layout: Layout) -> list[dict[str, torch.Tensor]]:
-    """What a state holds of each piece, views: `row_var` and `col_var` in torch's shapes, or `variance`, flat."""
+    """Views of each piece's part of a state: `row_var` and `col_var` in torch's shapes, or `variance`, flat."""
     at = dict.fromkeys(("row_var", "col_var", "variance"), 0)
     found = []
     for piece in layout.pieces:

@@ -1,4 +1,4 @@
-"""AdamW from torch, fused."""
+"""torch's fused AdamW."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 
 
 def adamw(groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) in torch's fused kernel.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with torch's fused kernel.
 
-    It works element by element: right as it is on a rank's part of parameters, a DTensor or a flat tensor of ZeRO.
+    It is elementwise, so it is correct unchanged on a rank's part of the parameters, whether a DTensor or a flat tensor
+    of ZeRO.
 
     Args:
-        groups: as `parameter_groups` makes them, each with its "weight_decay".
+        groups: from `parameter_groups`, each with its "weight_decay".
     """
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

@@ -1,16 +1,16 @@
-"""AdamW with 8-bit moments from bitsandbytes, whole or sharded.
+"""AdamW with bitsandbytes' 8-bit moments, on whole or sharded parameters.
 
-What bitsandbytes 0.50 does, the same on CPU as on CUDA: both moments are kept as one byte per element, quantized
-in blocks of 256 consecutive elements, each with an fp32 maximum (1/64 byte per element and moment). A tensor with fewer
-than 4096 elements (`min_8bit_size`) keeps both moments in 32 bits: norms and biases, and, under FSDP2, any parameter of
-which a rank holds fewer than 4096 elements. A rank's flat part in ZeRO is one tensor, so all of it is in 8 bits, norms
-and biases too. Moments are rounded anew at each step; blocks begin where a rank's part does, so that sharded and
-whole training differ by that rounding unless parts begin at multiples of 256. Each code map (256 fp32 numbers) is
-shared by all tensors.
+What bitsandbytes 0.50 does, on CPU as on CUDA: both moments are stored as one byte per element, quantized in blocks of
+256 consecutive elements with one fp32 maximum each (1/64 byte per element and moment). A tensor with fewer than 4096
+elements (`min_8bit_size`) keeps both moments in 32 bits: norms and biases and, under FSDP2, any parameter of which a
+rank holds fewer than 4096 elements. A rank's flat part in ZeRO is one tensor, so all of it is in 8 bits, norms and
+biases too. Moments are rounded anew at each step. Blocks begin where a rank's part does, so sharded and whole training
+differ by that rounding unless parts begin at multiples of 256. Each code map (256 fp32 numbers) is shared by all
+tensors.
 
-On CPU its quantizer looks codes up in a coarse table, in which 0 has the code of 2e-5 times the block's maximum:
-elements that never had a gradient (padding, tokens not seen), beside others that had one, creep by some thousandths of
-the learning rate at each step.
+On CPU its quantizer looks codes up in a coarse table, in which 0 gets the code of 2e-5 times the block's maximum. So
+elements that never had a gradient (padding, unseen tokens), in a block with others that had one, drift by a few
+thousandths of the learning rate at each step.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from strategies.optimizers.norms import check, evaluated, flat_gradient, with_gr
 from strategies.optimizers.transient import Sharing, traced
 
 BLOCK = 256
-BYTES_ON_CPU = 20  # that bitsandbytes 0.50 takes for each element of a tensor in its step there, for a moment
+BYTES_ON_CPU = 20  # temporary bytes per element of a tensor in bitsandbytes 0.50's CPU step
 
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) with block-wise quantized moments (Dettmers et al. 2022, arXiv 2110.02861).
 
-    `bitsandbytes.optim.AdamW8bit` is lent the rank's own part of each tensor and its state for each step.
+    For each step, `bitsandbytes.optim.AdamW8bit` is lent the rank's own part of each tensor and its state.
 
     State per tensor: `step` (an int), `state1` and `state2` (the moments, shaped as the rank's part, uint8 or fp32),
     and with uint8 `absmax1`, `absmax2` (fp32, one per block) and the shared code maps `qmap1`, `qmap2`.
 
     Args:
         groups: each with its "weight_decay".
-        min_8bit_size: elements of the smallest tensor that is kept in 8 bits.
+        min_8bit_size: number of elements from which a tensor's moments are kept in 8 bits.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or a setting is out of its range.
+        ValueError: bitsandbytes is not installed, or a setting is out of range.
     """
 
     def __init__(self, groups: Any, *, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
@@ -56,14 +56,14 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError("8-bit AdamW is that of bitsandbytes: pip install bitsandbytes") from error
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._smallest = min_8bit_size
-        with unset_fake_temporarily():  # its tables hold numbers, also where a plan makes the rest without
+        with unset_fake_temporarily():  # its tables need data, even when planning on fake tensors
             self._theirs = Theirs([nn.Parameter(torch.zeros(1, device="cpu"))], lr=lr, betas=betas, eps=eps,
                                   min_8bit_size=min_8bit_size)
 
     gathers_updates = False
 
     def transient_bytes(self, sharing: Sharing) -> int:
-        """On CPU, where bitsandbytes computes a tensor's step out of torch's operations, of the largest part."""
+        """On CPU, those of the largest part, as bitsandbytes computes its step with torch operations; else traced."""
         parts = [part for group in self.param_groups for part in group["params"]]
         return BYTES_ON_CPU * max(part.numel() for part in parts) if sharing.on_cpu else traced(self)
 
@@ -80,20 +80,20 @@ class AdamW8bit(torch.optim.Optimizer):
             own = local(tensor)
             if not own.numel():
                 continue
-            if isinstance(own, FakeTensor):  # a step that is only planned: of it the state remains
+            if isinstance(own, FakeTensor):  # in planning, only the state matters
                 self.state[tensor] = self.state[tensor] or self._without_data(own)
                 continue
             lent = nn.Parameter(own)
             lent.grad = flat_gradient(tensor).view_as(own)
             theirs.param_groups, theirs.state = [{**group, "params": [lent]}], {lent: self.state[tensor]}
             theirs.step()
-            if lent.data_ptr() != own.data_ptr():  # it makes a weight contiguous elsewhere
+            if lent.data_ptr() != own.data_ptr():  # it made a contiguous copy of the weight
                 own.copy_(lent)
         theirs.param_groups, theirs.state = [], {}
         return loss
 
     def fresh_state(self, tensor: torch.Tensor) -> dict[str, Any]:
-        """The state of a tensor before its first step; of one that has no elements here: none."""
+        """The state of a tensor before its first step; empty if the rank has no elements of it."""
         own = nn.Parameter(local(tensor))
         if not own.numel():
             return {}
@@ -104,7 +104,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return state
 
     def _without_data(self, own: torch.Tensor) -> dict[str, Any]:
-        """State of a tensor without data, as large as the real one's; the code maps are shared, and not in it."""
+        """State of a fake tensor, of the same size as a real one's; the shared code maps are not included."""
         if own.numel() < self._smallest:
             return {name: torch.zeros_like(own, dtype=torch.float32) for name in ("state1", "state2")}
         state = {name: torch.zeros_like(own, dtype=torch.uint8) for name in ("state1", "state2")}
@@ -112,7 +112,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return state | {name: torch.zeros(blocks, device=own.device) for name in ("absmax1", "absmax2")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, except that bytes stay bytes: torch would cast all state to the weight's type."""
+        """As in torch, except that uint8 state stays uint8: torch would cast all state to the weight's dtype."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -123,12 +123,12 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def adamw8bit(groups: Any, *, lr: float, betas: tuple[float, float], eps: float) -> AdamW8bit:
-    """`AdamW8bit` of groups as `parameter_groups` makes them."""
+    """`AdamW8bit` of groups from `parameter_groups`."""
     return AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
 
 
 def moment(state: dict[str, Any], number: int) -> torch.Tensor:
-    """The first or second moment, flat fp32, new, computed as the optimizer's own step does: code times maximum."""
+    """The first or second moment, a new flat fp32 tensor, computed as in the optimizer's step: code times maximum."""
     kept = state[f"state{number}"].view(-1)
     if kept.dtype != torch.uint8:
         return kept.float().clone()
@@ -137,11 +137,11 @@ def moment(state: dict[str, Any], number: int) -> torch.Tensor:
 
 
 def set_moment(state: dict[str, Any], number: int, values: torch.Tensor) -> None:
-    """Write a moment, flat fp32, in place; values that `moment` gave are written back as exactly those values.
+    """Write a moment, flat fp32, in place; values read by `moment` are restored exactly.
 
-    A block's maximum cannot be read off its values: the largest code below zero is -0.993, and a block whose largest
-    element is negative has no code 1. So each block gets the maximum with which its values survive; where
-    there is none (a block made of several layouts' blocks), its largest absolute value.
+    A block's maximum cannot be read off its values: the most negative code is -0.993, and a block whose largest element
+    is negative has no code 1. So each block gets the maximum that reproduces its values or, if there is none (a block
+    merged from several layouts' blocks), its largest absolute value.
     """
     kept = state[f"state{number}"].view(-1)
     if kept.dtype != torch.uint8:
@@ -164,7 +164,7 @@ def set_moment(state: dict[str, Any], number: int, values: torch.Tensor) -> None
 
 
 def _blocks(flat: torch.Tensor) -> torch.Tensor:
-    """[blocks, 256], filled up with zeros."""
+    """[blocks, 256], padded with zeros."""
     return nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
 
 
@@ -173,13 +173,13 @@ def _values(chosen: torch.Tensor, codes: torch.Tensor, largest: torch.Tensor) ->
 
 
 def _nearest(values: torch.Tensor, largest: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """[blocks, 256]: numbers of the codes (sorted) that are nearest to values over their block's maximum."""
+    """[blocks, 256]: indices of the (sorted) codes nearest to the values divided by their block's maximum."""
     scaled = values / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
     return torch.bucketize(scaled, (codes[1:] + codes[:-1]) / 2)
 
 
 def _candidates(largest: torch.Tensor, codes: torch.Tensor) -> list[torch.Tensor]:
-    """Maxima of blocks whose largest element has the most negative code; rounding hides last bits: some beside."""
+    """Possible maxima of blocks whose largest element has the most negative code, neighbors included for rounding."""
     found = [largest / -codes[0]]
     for direction in (math.inf, 0.0):
         near = found[0]

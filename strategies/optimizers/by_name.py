@@ -1,23 +1,24 @@
-"""An optimizer by its name."""
+"""Build an optimizer by name."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-ZERO_EPS = {"lamb": 1e-6}  # other defaults of what is added to the denominator; 1e-8 is most papers'
+ZERO_EPS = {"lamb": 1e-6}  # default eps that differ from 1e-8, the value in most papers
 
 
 def build(model: nn.Module, name: str, *, lr: float, betas: tuple[float, float], eps: float | None,
           weight_decay: float) -> torch.optim.Optimizer:
-    """The optimizer called `name` of a model's trainable parameters, in groups with and without weight decay.
+    """The optimizer called `name` for a model's trainable parameters, in groups with and without weight decay.
 
     Args:
+        model: the model.
         name: adamw, lamb, adafactor, muon or adamw8bit.
         lr: learning rate.
-        betas: decay of the running means of the gradient and of its square; the first is Muon's momentum.
-        eps: added to the denominator; None takes the paper's.
-        weight_decay: decoupled, of matrices that are not embeddings.
+        betas: decay rates of the running means of the gradient and of its square; the first is Muon's momentum.
+        eps: added to the denominator; None for the paper's value.
+        weight_decay: decoupled, for matrices that are not embeddings.
 
     Raises:
         ValueError: there is no such optimizer, or it is not installed.

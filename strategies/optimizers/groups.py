@@ -1,4 +1,4 @@
-"""Which weights decay."""
+"""Parameter groups with and without weight decay."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters, each once, in one group that decays and one that does not; empty groups are left out.
+    """Trainable parameters, each once, in one group with weight decay and one without; empty groups are left out.
 
-    Parameters of fewer than two dimensions (norms and biases) do not decay: shrinking a gain or an offset toward zero
-    regularizes nothing. Neither do embeddings, a tied output head among them: a token that is absent from the batch has
-    no gradient and would only shrink.
+    Parameters with fewer than two dimensions (norms and biases) do not decay, because shrinking a gain or an offset
+    toward zero regularizes nothing. Neither do embeddings, including a tied output head: a token absent from the batch
+    has no gradient and would only shrink.
 
     Returns:
         `param_groups` for any torch optimizer: "params", "weight_decay", and "names" of the parameters in the model.
@@ -29,16 +29,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def group_of(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> dict[str, Any]:
-    """A group of parameters for an optimizer."""
+    """A parameter group for an optimizer."""
     return {"params": [parameter for _, parameter in named], "names": [name for name, _ in named],
             "weight_decay": weight_decay}
 
 
 def embedding_weights(model: nn.Module) -> set[int]:
-    """`id` of the weights of all embeddings."""
+    """Ids of the weights of all embeddings."""
     return {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
 
 
 def dimensions(parameter: torch.Tensor) -> int:
-    """Of the whole parameter: DeepSpeed's ZeRO 3 leaves an empty vector in its place and keeps its shape beside."""
+    """Number of dimensions of the whole parameter; under ZeRO 3 DeepSpeed empties it and keeps `ds_shape`."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

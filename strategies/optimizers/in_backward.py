@@ -1,4 +1,4 @@
-"""Steps taken during backward: a parameter is updated as soon as its gradient is there, which is then dropped."""
+"""Optimizer steps during the backward: a parameter is updated as soon as its gradient exists, which is then freed."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ from strategies.optimizers.norms import flat_gradient, squared_norm, wide
 
 
 class StepInBackward:
-    """Lets an optimizer step in backward, one parameter at a time, so that gradients never all exist.
+    """Lets an optimizer step during the backward, one parameter at a time, so that gradients never exist all at once.
 
-    (Lv et al. 2024, LOMO, arXiv 2306.09782, does so with SGD; this is the same with any optimizer that keeps its state
-    by tensor.) Each backward is a step: gradients of several micro-batches cannot be summed, nor clipped by their norm,
-    which is known only when all weights have moved. A loop that accumulates must not use this; `enabled = False`
-    lets gradients stay as if there were no hooks, for a backward of another purpose.
+    LOMO (Lv et al. 2024, arXiv 2306.09782) does so with SGD; this is the same with any optimizer that keeps its state
+    per tensor. Each backward is a step: gradients of several micro-batches cannot be accumulated, nor clipped by their
+    norm, which is known only when all weights have been updated. A training loop with gradient accumulation must not
+    use this. With `enabled = False` gradients stay as if there were no hooks, for a backward with another purpose.
 
-    For whole parameters in one process, and for FSDP2, which calls hooks on the sharded parameter after its gradient
-    has been summed over ranks. Not for DistributedDataParallel, which sums after hooks have run, nor for ZeRO.
+    It supports whole parameters in one process, and FSDP2, which calls hooks on the sharded parameter after its
+    gradient has been reduced over ranks. It does not support DistributedDataParallel, which reduces after hooks have
+    run, or ZeRO.
 
-    A gradient that is not finite does not reach its weights: that parameter and its state stay as they are, on all
-    ranks, and it is counted. This needs its squared norm, which goes over the ranks that share the parameter. With
-    whole parameters in torch's fused kernels nothing waits for the device, as those skip by themselves; any
-    other optimizer waits once for each parameter. Learning rates are read from `param_groups` at each step.
+    A gradient that is not finite does not reach its weights: the parameter and its state stay as they are, on all
+    ranks, and the parameter is counted. This needs the squared norm over the ranks that share the parameter. With whole
+    parameters and torch's fused kernels nothing waits for the device, as these kernels skip by themselves; any other
+    optimizer waits once for each parameter. Learning rates are read from `param_groups` at each step.
 
     Attributes:
-        optimizer: whose step is used; its `param_groups` are reduced to the parameter for the call.
-        enabled: whether hooks do anything.
-        skipped: scalar tensor: parameters skipped, ever.
+        optimizer: optimizer to step; during the call its `param_groups` hold only the one parameter.
+        enabled: whether the hooks do anything.
+        skipped: scalar tensor: number of parameters skipped so far.
         squared_norm: scalar tensor: squared norm of all whole gradients since `reset`, the same on every rank; not
-            finite if one gradient was not.
+            finite if any gradient was not.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises:
-            ValueError: a tensor is a flat part of parameters (ZeRO), which gets no gradient from backward.
+        """Register the hooks.
+
+        Raises:
+            ValueError: a tensor is a flat part of parameters (ZeRO), which gets no gradient from the backward.
         """
         self.optimizer, self.enabled = optimizer, True
         groups = {tensor: number for number, group in enumerate(optimizer.param_groups) for tensor in group["params"]}
@@ -52,11 +55,11 @@ class StepInBackward:
         self._hooks = [tensor.register_post_accumulate_grad_hook(self._step) for tensor in groups]
 
     def reset(self) -> None:
-        """Begin `squared_norm` anew: before each backward whose norm is wanted."""
+        """Reset `squared_norm`; call it before each backward whose norm is wanted."""
         self.squared_norm = torch.zeros_like(self.squared_norm)
 
     def remove(self) -> None:
-        """Take the hooks away: backward leaves gradients again."""
+        """Remove the hooks, so that the backward leaves gradients again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -68,7 +71,7 @@ class StepInBackward:
         squared = squared_norm(flat_gradient(tensor))
         add_over(layout_of(tensor).group, [squared])
         finite = squared.isfinite()
-        self.squared_norm = self.squared_norm + squared  # new, so that who keeps the last one keeps its value
+        self.squared_norm = self.squared_norm + squared  # not in place, so that references keep their value
         self.skipped += ~finite
         self._update(tensor, finite)
         tensor.grad = None
@@ -91,5 +94,5 @@ class StepInBackward:
 
 
 def _skips_itself(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: torch.Tensor) -> bool:
-    """Fused kernels of torch leave weights and state alone where `found_inf` is 1; not with DTensors beside it."""
+    """Whether the step skips itself if `found_inf` is 1, as torch's fused kernels do; not supported with DTensors."""
     return isinstance(optimizer, torch.optim.Adam) and bool(group.get("fused")) and not isinstance(tensor, DTensor)

@@ -1,4 +1,4 @@
-"""LAMB whose trust ratios are those of whole layers, however the layers are sharded."""
+"""LAMB for sharded parameters: its trust ratios are those of whole layers, however they are sharded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from strategies.optimizers.transient import Sharing, traced
 
 @dataclass
 class _Part:
-    """A rank's elements of one parameter, flat views, and the scalars of its step."""
+    """A rank's elements of one parameter, as flat views, and the scalars of its step."""
 
     key: Any
     weight: torch.Tensor
@@ -35,25 +35,25 @@ class Lamb(torch.optim.Optimizer):
         r = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
         x = x - lr phi(||x||) / ||r + weight_decay x|| (r + weight_decay x)
 
-    `phi` is the identity. The bounded phi that the paper also allows limits ||x||, as some implementations do at 10,
-    which stops a large layer from learning in proportion; `max_trust_ratio` limits the quotient instead. The quotient
-    is 1 where either norm is 0. Norms are of the whole parameter: partial sums of squares of all pieces of a step go
-    over the ranks in one all-reduce per group of ranks. Padding between pieces is never touched.
+    `phi` is the identity. The paper also allows a bounded phi, which limits ||x||, at 10 in some implementations, and
+    so stops a large layer from learning in proportion to its norm; `max_trust_ratio` limits the ratio instead. The
+    ratio is 1 where either norm is 0. Norms are of whole parameters: the partial sums of squares of all pieces in a
+    step are reduced in one all-reduce per group of ranks. Padding between pieces is never touched.
 
-    A step needs memory for one update at a time. Where weights are sharded it is computed twice, before and
-    after the norms are known, rather than kept for all weights. Nothing waits for the device.
+    A step needs memory for one update at a time. For sharded weights each update is computed twice, before and after
+    the norms are known, rather than kept for all weights. Nothing waits for the device.
 
     State per tensor: `step` (scalar, on the tensor's device), `exp_avg` and `exp_avg_sq`, shaped as the rank's part.
 
     Args:
-        max_trust_ratio: upper bound of the trust ratio; None: none.
+        max_trust_ratio: upper bound of the trust ratio; None for no bound.
 
     Attributes:
-        trust_ratios: scalar tensors of the last step of each parameter, by the name that its layout says, or else by
-            (tensor, number of the piece in its layout).
+        trust_ratios: scalar tensors from the last step of each parameter, by its name in the layout or, without a name,
+            by (tensor, number of the piece in its layout).
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of range.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
@@ -76,15 +76,16 @@ class Lamb(torch.optim.Optimizer):
     gathers_updates = False
 
     def transient_bytes(self, sharing: Sharing) -> int:
-        """One update at a time, and what its norms take: no kernel here takes bytes of its own."""
+        """One update at a time and what its norms need, as traced; no kernel here allocates memory of its own."""
         return traced(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every tensor that has a gradient. All ranks of a group take part, with the same parameters.
+        """Update every tensor that has a gradient. All ranks of a group must take part, with the same parameters.
 
         Raises:
-            ValueError: a gradient is sparse, a parameter not contiguous or sharded in a way that `layout_of` refuses.
+            ValueError: a gradient is sparse, or a parameter is not contiguous or is sharded in a way `layout_of`
+                rejects.
         """
         loss = evaluated(closure)
         shared: dict[Any, list[_Part]] = {}
@@ -104,7 +105,7 @@ class Lamb(torch.optim.Optimizer):
         return loss
 
     def _parts(self, tensor: torch.Tensor, settings: dict[str, Any]) -> tuple[list[_Part], Any]:
-        """The pieces of a tensor, their moments brought up to date, and the ranks that share it."""
+        """The pieces of a tensor, with updated moments, and the group of ranks that share it."""
         state = begun(self, tensor)
         state["step"] += 1
         gradient, layout, weight = flat_gradient(tensor), layout_of(tensor), local_of(tensor)
@@ -133,12 +134,12 @@ def _advance(mean: torch.Tensor, square: torch.Tensor, gradient: torch.Tensor, b
 
 
 def _correction(beta: float, step: torch.Tensor) -> torch.Tensor:
-    """1 - beta^step; a plain difference loses most digits in fp32 while beta^step is near 1."""
+    """1 - beta^step; the plain difference loses most digits in fp32 while beta^step is near 1."""
     return -torch.expm1(step.to(wide(step.device)) * (math.log(beta) if beta else -math.inf))
 
 
 def _direction(part: _Part) -> torch.Tensor:
-    """r + weight_decay x, flat and new."""
+    """r + weight_decay x, flat, as a new tensor."""
     first, second = part.corrections
     scale, eps = (value.to(part.weight.dtype) for value in (first / second.sqrt(), first * part.settings["eps"]))
     update = part.exp_avg_sq.sqrt().mul_(scale).add_(eps)

@@ -1,7 +1,8 @@
-"""Muon for matrices and AdamW for everything else, as one optimizer, whole or sharded by rows.
+"""Muon for matrices and AdamW for everything else, as one optimizer, on parameters whole or sharded by rows.
 
-Muon orthogonalizes a whole matrix. torch.optim.Muon does that to the DTensor it is given, in bf16 products that are
-redistributed at every iteration; here a matrix's update is gathered once, so that it is the same as without sharding.
+Muon orthogonalizes a whole matrix. torch.optim.Muon does so on the DTensor it is given, with bf16 products that are
+redistributed at every iteration; here a matrix's update is gathered once, so that the result is the same as without
+sharding.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from strategies.optimizers.norms import check, evaluated
 from strategies.optimizers.transient import Sharing, traced
 
 RATE = "match_rms_adamw"
-"""Updates as large as AdamW's, so that one rate fits: 0.2 sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982)."""
+"""Scales updates like AdamW's, so that one rate fits: 0.2 sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982)."""
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """`parameter_groups`, with matrices that are neither embeddings nor the output head in a group marked "muon".
 
-    The output head is what a model's own `get_output_embeddings` names, as those of transformers do. Every group has
-    the key "muon": True or False.
+    The output head is what the model's own `get_output_embeddings` returns, as transformers' models define it. Every
+    group has the key "muon": True or False.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     apart = embedding_weights(model) | {id(getattr(head, "weight", None))}
@@ -52,25 +53,25 @@ class Muon(torch.optim.Optimizer):
     of a matrix and O its orthogonalization: B = momentum B + (1 - momentum) G,
     X = X - lr weight_decay X - 0.2 lr sqrt(max(R, C)) O(G + momentum (B - G)).
 
-    Where a matrix is sharded by rows, momentum is sharded too; one matrix's update at a time is gathered, and
-    every rank orthogonalizes it and takes its rows.
+    If a matrix is sharded by rows, so is its momentum; one matrix's update at a time is gathered, and every rank
+    orthogonalizes it and takes its own rows.
 
     State per tensor: `momentum_buffer`, shaped and sharded as the matrix, or AdamW's `step`, `exp_avg`, `exp_avg_sq`.
 
     Args:
-        groups: as `muon_groups` makes them, each with its "weight_decay" and "muon".
+        groups: from `muon_groups`, each with its "weight_decay" and "muon".
         betas, eps: AdamW's.
         momentum: Muon's.
 
     Raises:
-        ValueError: a group marked "muon" has a tensor that is no matrix, or a setting is out of its range.
+        ValueError: a group marked "muon" has a tensor that is not a matrix, or a setting is out of range.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float] = (0.9, 0.95),
                  eps: float = 1e-8, momentum: float = 0.95) -> None:
         check(lr, 0.0, (*betas, momentum))
         groups = [{"muon": False, **group} for group in groups]
-        some = [nn.Parameter(torch.zeros(1, 1))]  # torch's optimizers have no empty ones; theirs are lent at each step
+        some = [nn.Parameter(torch.zeros(1, 1))]  # torch requires a parameter; the real ones are lent at each step
         self._matrices = torch.optim.Muon(some, lr=lr, momentum=momentum, adjust_lr_fn=RATE)
         self._others = torch.optim.AdamW(some, lr=lr, betas=betas, eps=eps, fused=True)
         defaults = {True: self._matrices.defaults, False: self._others.defaults}
@@ -82,12 +83,12 @@ class Muon(torch.optim.Optimizer):
     gathers_updates = True
 
     def transient_bytes(self, sharing: Sharing) -> int:
-        """The products of one matrix at a time; where ranks share it, beside its gathered fp32 update."""
+        """The products of one matrix at a time; if ranks share it, also its gathered fp32 update."""
         return traced(self) + (4 * sharing.largest if sharing.ranks > 1 else 0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every tensor that has a gradient. All ranks take part, with the same parameters.
+        """Update every tensor that has a gradient. All ranks must take part, with the same parameters.
 
         Raises:
             ValueError: a tensor marked for Muon is a rank's flat part of parameters (ZeRO).
@@ -111,9 +112,10 @@ class Muon(torch.optim.Optimizer):
         optimizer.param_groups = []
 
     def _step_sharded(self, tensor: DTensor, group: dict[str, Any]) -> None:
-        """As `torch.optim.Muon` does with a whole matrix: momentum on the rank's rows, the rest on the gathered update.
+        """Step a sharded matrix as `torch.optim.Muon` steps a whole one.
 
-        It is given zero weights and the update for a gradient, without momentum: what they become is the step.
+        Momentum is kept on the rank's rows; the rest is done on the gathered update. `torch.optim.Muon` is given zero
+        weights with the update as gradient and without momentum, so that the weights become the step.
         """
         state, momentum = self.state[tensor], group["momentum"]
         if "momentum_buffer" not in state:

@@ -1,8 +1,8 @@
-"""Sums of squares that stay right for large tensors, and how every optimizer here begins a step.
+"""Accurate sums of squares for large tensors, and helpers that begin every optimizer's step.
 
-A norm over 4 million fp32 numbers is 9e-5 off on CPU in torch 2.13 (`torch.linalg.vector_norm`: few accumulators, each
-adding sequentially), and a rank's partial norm then differs from the whole by more than rounding. Norms here are taken
-over runs of 256, whose own error is 1e-7, and their squares added up in a wider type.
+`torch.linalg.vector_norm` of 4 million fp32 numbers is off by 9e-5 on CPU in torch 2.13 (it has few accumulators, each
+adding sequentially), so that a rank's partial norm differs from the whole by more than rounding. Here norms are taken
+over runs of 256, with an error of 1e-7, and their squares are summed in a wider dtype.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ RUN = 256
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """The widest floating-point type of a device: Apple's GPUs have no float64."""
+    """The widest floating-point dtype of a device: Apple's GPUs have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def squared_norm(flat: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of a contiguous tensor of any shape: a scalar tensor in the device's widest type, no copy made."""
+    """Sum of squares of a contiguous tensor of any shape, as a scalar in the device's widest dtype, without a copy."""
     flat, whole = flat.view(-1), flat.numel() // RUN * RUN
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, RUN), dim=1).to(wide(flat.device))
     rest = torch.linalg.vector_norm(flat[whole:]).to(norms.dtype)
@@ -31,7 +31,7 @@ def squared_norm(flat: torch.Tensor) -> torch.Tensor:
 
 
 def flat_gradient(tensor: torch.Tensor) -> torch.Tensor:
-    """The rank's own part of a tensor's gradient, flat, in the tensor's type; a copy only where it has to be.
+    """The rank's own part of a tensor's gradient, flat, in the tensor's dtype; copied only if necessary.
 
     Raises:
         ValueError: the gradient is sparse.
@@ -43,7 +43,7 @@ def flat_gradient(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """What the closure of a step gives, which needs gradients as the step does not; None without one."""
+    """The result of a step's closure, run with gradients enabled; None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -51,7 +51,7 @@ def evaluated(closure: Callable[[], Any] | None) -> Any:
 
 
 def begun(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What an optimizer remembers of a tensor: before its first step, its `fresh_state`."""
+    """A tensor's optimizer state, which before its first step is set to the optimizer's `fresh_state`."""
     state = optimizer.state[tensor]
     if not state:
         state.update(optimizer.fresh_state(tensor))
@@ -59,7 +59,7 @@ def begun(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, t
 
 
 def with_gradient(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """Every tensor of `param_groups` that has a gradient, with the settings of its group."""
+    """Every tensor of `param_groups` that has a gradient, with its group's settings."""
     for group in groups:
         for tensor in group["params"]:
             if tensor.grad is not None:
@@ -67,10 +67,10 @@ def with_gradient(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[torch.Tens
 
 
 def check(lr: float | torch.Tensor, weight_decay: float, betas: Iterable[float] = ()) -> None:
-    """Settings that all optimizers share.
+    """Check the settings that all optimizers share.
 
     Raises:
-        ValueError: one is out of its range.
+        ValueError: a setting is out of range.
     """
     if not lr >= 0:
         raise ValueError(f"lr = {lr}: a learning rate is not negative")

@@ -1,4 +1,4 @@
-"""Optimizer state by parameter, so that a checkpoint of one engine and number of ranks can be read by another."""
+"""Optimizer state by parameter, so that a checkpoint of one engine and number of ranks can be loaded by another."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from strategies.optimizers.adafactor import Adafactor
 from strategies.optimizers.adamw8bit import AdamW8bit, moment, set_moment
 
 _MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
-"""Number that bitsandbytes gives a moment."""
+"""bitsandbytes' number of each moment."""
 
 
 @dataclass(frozen=True)
 class PieceState:
-    """What an optimizer remembers of a rank's piece of a parameter; both empty before its first step.
+    """The optimizer state of a rank's piece of a parameter; both dicts are empty before its first step.
 
     Attributes:
-        elementwise: flat fp32 of as many elements as the piece has (`exp_avg`, `exp_avg_sq`, `momentum_buffer`,
-            `variance`); 8-bit moments as the fp32 numbers they stand for.
-        whole: the same on all ranks: `step`, a scalar, and Adafactor's `row_var` [.., R, 1] and `col_var` [.., 1, C].
+        elementwise: flat fp32 tensors with one number per element of the piece (`exp_avg`, `exp_avg_sq`,
+            `momentum_buffer`, `variance`); 8-bit moments are dequantized.
+        whole: state that is the same on all ranks: `step`, a scalar, and Adafactor's `row_var` [.., R, 1] and `col_var`
+            [.., 1, C].
     """
 
     elementwise: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -32,7 +33,7 @@ class PieceState:
 
 
 def read_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> list[PieceState]:
-    """The state of every piece of `layout_of(tensor)`, copied, on the tensor's device.
+    """Copies of the state of every piece of `layout_of(tensor)`, on the tensor's device.
 
     Raises:
         ValueError: an entry has neither one element nor as many as the rank's part of the tensor.
@@ -49,13 +50,14 @@ def read_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> list[P
 
 
 def write_state(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, states: Sequence[PieceState]) -> None:
-    """Put in the place of a tensor's state what was read of its pieces; weights are not touched.
+    """Replace a tensor's state by what was read from its pieces; weights are not touched.
 
-    Written back to the layout it was read from, it makes the next step the same to the last bit. Where blocks of 256
-    begin elsewhere, 8-bit moments are rounded once more. A piece without state beside others that have some gets zeros.
+    Written back to the layout it was read from, it makes the next step bitwise the same. Where blocks of 256 begin
+    elsewhere, 8-bit moments are rounded once more. A piece without state beside others that have some gets zeros.
 
     Raises:
-        ValueError: states do not fit the tensor's pieces, or pieces of one tensor have taken unequal numbers of steps.
+        ValueError: the states do not fit the tensor's pieces, or pieces of one tensor have taken different numbers of
+            steps.
     """
     layout = layout_of(tensor)
     _check(layout.pieces, states)
@@ -114,7 +116,7 @@ def _check(pieces: Sequence[Piece], states: Sequence[PieceState]) -> None:
 
 
 def _fresh(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """State as the optimizer itself begins it; torch's own have entries like the tensor."""
+    """Initial state as the optimizer itself creates it; torch's own optimizers have entries like the tensor."""
     if hasattr(optimizer, "fresh_state"):
         return optimizer.fresh_state(tensor)
     state = {"step": torch.zeros((), device=tensor.device)}
@@ -136,7 +138,7 @@ def _write_step(optimizer: torch.optim.Optimizer, fresh: dict[str, Any], pieces:
 
 
 def _assembled(tensor: torch.Tensor, layout: Layout, states: Sequence[PieceState], name: str) -> torch.Tensor:
-    """[elements of the rank's part]: the pieces where they belong, padding 0."""
+    """[elements of the rank's part]: the pieces in their places, with zero padding."""
     flat = torch.zeros(local(tensor).numel(), device=tensor.device)
     for piece, state in zip(layout.pieces, states, strict=True):
         if name in state.elementwise:

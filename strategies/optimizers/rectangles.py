@@ -1,4 +1,4 @@
-"""A run of a matrix's elements as rectangles: what a rank holds may begin and end in the middle of a row."""
+"""Split a contiguous run of a matrix's elements into rectangles: a rank's part may begin and end within a row."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from strategies.common.shards import Piece
 
 @dataclass(frozen=True)
 class Rectangle:
-    """A rectangle of a stack of matrices [L, R, C] whose elements lie one after another.
+    """A rectangle of a stack of matrices [L, R, C] whose elements are contiguous.
 
     Attributes:
-        begin: where in the rank's piece its elements begin.
-        matrices, rows, columns: of the whole stack.
+        begin: offset of its elements in the rank's piece.
+        matrices, rows, columns: slices of the whole stack.
     """
 
     begin: int
@@ -25,18 +25,18 @@ class Rectangle:
     columns: slice
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """[matrices, rows, columns]: a view of the block in the rank's piece."""
+        """[matrices, rows, columns]: view of the rectangle in the rank's piece."""
         shape = [part.stop - part.start for part in (self.matrices, self.rows, self.columns)]
         return flat[self.begin:self.begin + math.prod(shape)].view(shape)
 
 
 def stack_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(L, R, C) of a parameter of two dimensions or more: matrices over its last two, one for each leading index."""
+    """(L, R, C) of a parameter with two dimensions or more: matrices over its last two, one for each leading index."""
     return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
 def blocks_of(piece: Piece) -> list[Rectangle]:
-    """At most five: the rest of a row, of a matrix, whole matrices, rows of the next, the beginning of a row."""
+    """At most five rectangles: rest of a row, rest of a matrix, whole matrices, rows of the next, start of a row."""
     _, rows, columns = stack_of(piece.shape)
     found, at = [], piece.start
     while at < piece.stop:

@@ -1,4 +1,4 @@
-"""What comes and goes in an optimizer's step: each optimizer says it of itself, and torch's own are tried."""
+"""Temporary memory of an optimizer step: declared by each optimizer here, traced for torch's own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from strategies.memory.tracker import LiveBytes
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the parameters of an optimizer are shared out.
+    """How the parameters of an optimizer are sharded.
 
     Attributes:
-        ranks: among which each is; 1 where they are whole.
-        largest: elements of the largest whole parameter.
+        ranks: number of ranks that share each parameter; 1 if parameters are whole.
+        largest: number of elements of the largest whole parameter.
         on_cpu: whether the step runs on the CPU.
     """
 
@@ -27,7 +27,7 @@ class Sharing:
 
 @runtime_checkable
 class DeclaresTransient(Protocol):
-    """An optimizer that says what its step needs for a moment.
+    """An optimizer that declares the temporary memory of its step.
 
     Attributes:
         gathers_updates: whether it gathers the whole update of one parameter at a time, whatever part a rank holds.
@@ -36,11 +36,11 @@ class DeclaresTransient(Protocol):
     gathers_updates: bool
 
     def transient_bytes(self, sharing: Sharing) -> int:
-        """Most bytes that come and go in a step of the parts that it has now, whose gradients exist."""
+        """Peak temporary bytes of a step of the parts it has now, whose gradients exist."""
 
 
 def transient_bytes(optimizer: torch.optim.Optimizer, sharing: Sharing) -> int:
-    """What an optimizer declares; of one of torch's own, whose steps are all there is to see, what a step takes."""
+    """What an optimizer declares or, for torch's own, which declare nothing, what a traced step takes."""
     return optimizer.transient_bytes(sharing) if isinstance(optimizer, DeclaresTransient) else traced(optimizer)
 
 
@@ -50,9 +50,9 @@ def gathers_updates(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def traced(optimizer: torch.optim.Optimizer) -> int:
-    """Most bytes that come and go in a step that is taken here and now; its state has to exist.
+    """Peak temporary bytes of a step, which is taken; the optimizer's state has to exist.
 
-    On tensors without data nothing is computed. What a kernel takes inside itself is not seen.
+    On fake tensors nothing is computed. Memory inside kernels is not seen.
     """
     with LiveBytes() as tracker:
         optimizer.step()

@@ -1,1 +1,1 @@
-"""One quantizer object for training and for export."""
+"""Quantization-aware training and post-training quantization; one quantizer object serves training and export."""

@@ -1,4 +1,4 @@
-"""Quantized activations: what enters a layer, rounded as the runtime will round it."""
+"""Activation quantization: round a layer's inputs as the inference runtime will."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from strategies.quantization.quantizer import FP8
 
 @dataclass(frozen=True)
 class ActivationQuantizer:
-    """Symmetric 8-bit activations, with a scale for each token that follows from it, or one scale for all.
+    """Symmetric 8-bit activations, with a dynamic scale for each token or one static scale for all.
 
         int8: scale = max|x| / 127.5, q in [-128, 127]        fp8: scale = max|x| / 448, q in e4m3
 
-    which is what readers of compressed-tensors files compute, in the dtype of the activations.
+    This is what loaders of compressed-tensors files compute, in the dtype of the activations.
 
     Attributes:
-        kind: the numbers.
-        dynamic: whether the scale follows from each token; else it is calibrated, and given.
+        kind: the type of numbers.
+        dynamic: whether the scale is computed for each token; otherwise it is calibrated beforehand.
     """
 
     kind: Literal["int", "fp8"] = "int"
@@ -28,7 +28,7 @@ class ActivationQuantizer:
 
     @property
     def bits(self) -> int:
-        """Of a number."""
+        """Bits per number."""
         return 8
 
     @property
@@ -38,19 +38,20 @@ class ActivationQuantizer:
 
     @property
     def half(self) -> float:
-        """What the largest magnitude is divided by."""
+        """Divisor that turns the largest magnitude into the scale."""
         return 127.5 if self.kind == "int" else 448.0
 
     def scale(self, largest: torch.Tensor) -> torch.Tensor:
-        """The scale for a largest magnitude; where there is nothing, the smallest step of the dtype."""
+        """The scale for a largest magnitude; where that is zero, the dtype's epsilon."""
         scale = largest / self.half
         return torch.where(scale == 0, torch.full_like(scale, torch.finfo(scale.dtype).eps), scale)
 
     def fake_quantize(self, values: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Values (..., width) as the layer will see them; the gradient passes where nothing was clipped.
+        """Values (..., width) as the layer will see them; gradients pass where nothing was clipped.
 
         Args:
-            scale: a calibrated one, of a single number, for activations that are not dynamic.
+            values: (..., width).
+            scale: a calibrated scale, a single number, for activations that are not dynamic.
         """
         with torch.no_grad():
             if self.dynamic:
@@ -69,7 +70,7 @@ class ActivationQuantizer:
 
 
 class _Clipped(torch.autograd.Function):
-    """Rounded values, whose gradient is that of clipping (survey eq. 12)."""
+    """Rounded values, with the gradient of clipping (survey eq. 12)."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, rounded: torch.Tensor, outside: torch.Tensor | None) -> torch.Tensor:

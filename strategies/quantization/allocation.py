@@ -1,4 +1,4 @@
-"""Bit allocation: one quantizer for each layer, such that the loss rises least within a budget, solved exactly."""
+"""Bit allocation: choose a quantizer for each layer so that the loss rises least within a budget, solved exactly."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from strategies.quantization.quantizer import WeightQuantizer
 from strategies.quantization.sensitivity import Candidate, Sensitivity
 
 _COLORS = {"allocated": "#c2410c", "uniform": "#2563eb"}
-_BASE = 2**15  # of digits that bytes are split into
-_LARGEST_RISE = 1e6  # the solver's absolute tolerances, 1e-6 and less, are then a part in 1e12 of it
+_BASE = 2**15  # base of the digits that bytes are split into
+_LARGEST_RISE = 1e6  # rises are scaled to this, so that the solver's absolute tolerances (<= 1e-6) are 1e-12 of it
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Allocation:
         choice: by layer name; None leaves a layer in full precision.
         bytes: of all these layers, counted as `sensitivity.stored_bytes` does.
         rise: of the loss, predicted as the sum of the layers' own.
-        gap: at most this much less is the rise of any allocation within the budget; 0 where the optimum is proven.
-        seconds: of all layers, where the budget was of seconds.
+        gap: upper bound on how much lower the rise of another allocation within the budget could be; 0 if proven
+            optimal.
+        seconds: of all layers, if the budget was in seconds.
     """
 
     choice: Mapping[str, Candidate]
@@ -44,7 +45,7 @@ class Allocation:
 
     @property
     def rules(self) -> list[tuple[str, Candidate]]:
-        """What `strategies.quantization.qat.prepare` takes as `rules`, beside the same `ignore` and `embeddings`."""
+        """The `rules` for `strategies.quantization.qat.prepare`, to pass with the same `ignore` and `embeddings`."""
         return [(glob.escape(name), quantizer) for name, quantizer in self.choice.items()]
 
     def to_json(self) -> dict[str, Any]:
@@ -63,21 +64,21 @@ class Allocation:
 
 def allocate(sensitivity: Sensitivity, budget: float, seconds: numpy.ndarray | None = None,
              time_limit: float = 60.0) -> Allocation:
-    """The allocation whose summed rise is least within a budget (survey eq. 14), as an integer program.
+    """The allocation with the least total rise within a budget (survey eq. 14), as an integer program.
 
         min sum_lc rise_lc x_lc        sum_c x_lc = 1 for each layer l        sum_lc cost_lc x_lc <= budget
 
-    with x_lc in {0, 1}: layer l gets candidate c. HiGHS solves it to the end. Costs in bytes are whole numbers, which
-    the budget is compared with exactly.
+    with x_lc in {0, 1}: layer l gets candidate c. HiGHS solves it to optimality. Costs in bytes are integers, and are
+    compared with the budget exactly.
 
     Args:
         sensitivity: what each candidate costs in each layer.
-        budget: in bytes, or in seconds where `seconds` are given.
+        budget: in bytes, or in seconds if `seconds` is given.
         seconds: [layers, candidates] of each layer, however they were measured.
-        time_limit: seconds for the solver; what is best by then is returned with its gap.
+        time_limit: seconds for the solver; the best found by then is returned with its gap.
 
     Raises:
-        ValueError: the budget is below the least possible, which the message names.
+        ValueError: the budget is below the minimum possible, which the message gives.
     """
     costs = sensitivity.bytes if seconds is None else numpy.asarray(seconds, dtype=numpy.float64)
     if costs.shape != sensitivity.rises.shape:
@@ -92,22 +93,23 @@ def allocate(sensitivity: Sensitivity, budget: float, seconds: numpy.ndarray | N
 
 
 def uniform(sensitivity: Sensitivity) -> list[Allocation]:
-    """One allocation for each candidate: all layers have it."""
+    """One allocation for each candidate, used in all layers."""
     layers = len(sensitivity.layers)
     return [_allocation(sensitivity, numpy.full(layers, column)) for column in range(len(sensitivity.candidates))]
 
 
 def curve(sensitivity: Sensitivity, points: int = 16, time_limit: float = 60.0) -> list[Allocation]:
-    """Optimal allocations from the least to the most bytes that the candidates take (the Pareto front at some budgets).
+    """Optimal allocations from the fewest to the most bytes that the candidates take (points of the Pareto front).
 
-    Budgets are evenly spaced, and those of uniform bits are among them, so that the curve is nowhere above these.
+    Budgets are evenly spaced and include those of the uniform allocations, so that the curve is never above these.
 
     Args:
-        points: evenly spaced budgets, both ends included.
+        sensitivity: what each candidate costs in each layer.
+        points: number of evenly spaced budgets, both ends included.
         time_limit: seconds for each.
 
     Returns:
-        By rising budget, each allocation once.
+        Allocations by increasing budget, without repetitions.
     """
     least, most = int(sensitivity.bytes.min(1).sum()), int(sensitivity.bytes.max(1).sum())
     budgets = {least + (most - least) * step // (points - 1) for step in range(points)} if points > 1 else {most}
@@ -132,7 +134,7 @@ def rows(allocations: Sequence[Allocation]) -> list[dict[str, Any]]:
 
 
 def label(quantizer: Candidate) -> str:
-    """A short name."""
+    """A short name for a candidate."""
     if quantizer is None:
         return "full"
     return f"{quantizer.bits} bits" if quantizer.kind == "int" else quantizer.kind
@@ -143,10 +145,10 @@ def draw_curve(allocated: Sequence[Allocation], uniform: Sequence[Allocation], p
     """Write a PNG (840 x 432 pixels) of predicted rise against bytes and return its path.
 
     Args:
-        allocated: what `curve` gave.
+        allocated: allocations from `curve`.
         uniform: points to compare with, labeled by their bits.
-        path: the file, which is replaced.
-        measured: rises of the allocations when all layers were quantized at once, drawn dotted.
+        path: the file, which is overwritten.
+        measured: rises of the allocations measured with all layers quantized at once, drawn dotted.
     """
     import matplotlib
 
@@ -180,7 +182,7 @@ def draw_curve(allocated: Sequence[Allocation], uniform: Sequence[Allocation], p
 # ---- the integer program
 
 def _solve(rises: numpy.ndarray, costs: numpy.ndarray, budget: float, time_limit: float) -> tuple[numpy.ndarray, float]:
-    """Columns chosen [layers], and by how much less at most the rise of any other choice within the budget is."""
+    """Columns chosen [layers], and an upper bound on how much lower the rise of another choice within the budget is."""
     layers, columns = rises.shape
     lowest = rises.min(1, keepdims=True)
     unit = (float((rises - lowest).max()) or 1.0) / _LARGEST_RISE
@@ -199,7 +201,7 @@ def _solve(rises: numpy.ndarray, costs: numpy.ndarray, budget: float, time_limit
         chosen = costs.argmin(1) if found.x is None else found.x[:rises.size].reshape(rises.shape).argmax(1)
         if _sum(costs[numpy.arange(layers), chosen]) <= budget:
             break
-        # Within the solver's tolerance, and above the budget: never this choice again.
+        # The choice exceeds the budget by less than the solver's tolerance: exclude it and solve again.
         row = (numpy.arange(columns) == chosen[:, None]).astype(float).ravel()
         matrix.append(numpy.append(row, numpy.zeros(carries)).reshape(1, -1))
         low, high = [*low, -numpy.inf], [*high, layers - 1.0]
@@ -209,14 +211,14 @@ def _solve(rises: numpy.ndarray, costs: numpy.ndarray, budget: float, time_limit
 
 
 def _limits(costs: numpy.ndarray, budget: float) -> tuple[list[tuple[numpy.ndarray, float]], int]:
-    """Rows that together say that costs are within the budget, and how many whole numbers they have beside choices.
+    """Constraint rows that together keep costs within the budget, and how many carry variables they have.
 
-    A solver takes a sum that is a part in 1e10 too large for one that fits. So bytes, above each layer's least and in
-    units of what divides them all, are split into two digits of base D, with a whole number that carries:
+    A solver accepts a sum that is too large by a part in 1e10. So bytes, above each layer's minimum and in units of
+    their greatest common divisor, are split into two digits of base D, with an integer carry:
 
         sum high_lc x_lc + carry <= high        sum low_lc x_lc - D carry <= low
 
-    in which one unit is more than any tolerance.
+    in which one unit exceeds any tolerance.
 
     Returns:
         (row, limit) pairs, and the number of carries.

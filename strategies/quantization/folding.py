@@ -1,4 +1,4 @@
-"""Batch-norm folding: a layer and the norm after it become one layer, whose weights can then be quantized."""
+"""Batch-norm folding: merge a batch norm into the layer before it, whose weights can then be quantized."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def fold_batch_norms(module: nn.Module, example: Any, ignore: Iterable[str] = ()
 
         w = gamma / sqrt(variance + eps) * w        b = gamma / sqrt(variance + eps) * (b - mean) + beta
 
-    in float64, rounded once. The norm becomes an `Identity`. Which norm follows which layer is seen by running the
-    module on an example: a layer's output must go into one norm and nowhere else. Norms that follow something else,
-    such as a sum, stay.
+    computed in float64 and rounded once. The norm becomes an `Identity`. Which norm follows which layer is found by
+    running the module on an example: a layer's output must be read by one norm and nothing else. Norms that follow
+    something else, such as a sum, stay.
 
     Args:
-        module: in `eval` mode, as it will be served; all paths that it has are to be taken by the example.
-        example: what the module is called with: a tensor, a tuple of arguments or a mapping of keywords.
-        ignore: shell-style patterns of names of norms to leave as they are.
+        module: in `eval` mode, as it will be served; the example has to take every path through it.
+        example: what the module is called with: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        ignore: shell-style patterns of names of norms to leave unchanged.
 
     Returns:
         Names of the layers and their norms, in the order of the norms.
 
     Raises:
-        ValueError: a norm uses the statistics of its batch, or follows a layer into which it cannot be folded. The
-            module is then as it was.
+        ValueError: a norm uses batch statistics, or follows a layer into which it cannot be folded. The module is then
+            unchanged.
     """
     norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, NORMS)}
     norms = {name: norm for name, norm in norms.items() if not any(fnmatchcase(name, pattern) for pattern in ignore)}
@@ -78,8 +78,9 @@ class _Call:
     """One call of a layer.
 
     Attributes:
-        dimensions: of its output.
-        norms: that took the output, by their ids.
+        layer: its name.
+        dimensions: number of dimensions of its output.
+        norms: ids of the norms that read the output.
         read: whether anything else did.
     """
 
@@ -95,7 +96,7 @@ class _Calls:
 
     Attributes:
         of: all calls of layers.
-        before: by id of a norm, what made its input at each of its calls; None for what no layer made.
+        before: by id of a norm, the layer call that made its input at each of its calls; None if no layer did.
     """
 
     of: list[_Call] = field(default_factory=list)
@@ -103,7 +104,7 @@ class _Calls:
 
 
 class _Readers(TorchDispatchMode):
-    """Marks outputs of layers that an operation reads, apart from the norm that runs."""
+    """Marks outputs of layers that an operation reads, other than inside the norm that is running."""
 
     def __init__(self, made: WeakTensorKeyDictionary) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class _Readers(TorchDispatchMode):
 
 
 def _watch(module: nn.Module, example: Any) -> _Calls:
-    """Run the module and see what becomes of the outputs of its layers."""
+    """Run the module and note what reads the outputs of its layers."""
     calls, made = _Calls(), WeakTensorKeyDictionary()
     readers = _Readers(made)
 
@@ -158,10 +159,10 @@ def _watch(module: nn.Module, example: Any) -> _Calls:
 
 
 def _pair(name: str, norm: nn.Module, module: nn.Module, calls: _Calls) -> tuple[str, str] | None:
-    """The layer that a norm is folded into, with the norm; None if no layer is before it.
+    """The layer that a norm is folded into, with the norm; None if no layer precedes it.
 
     Raises:
-        ValueError: a layer is before it, and cannot take it.
+        ValueError: a layer precedes it, but cannot absorb it.
     """
     before = calls.before.get(id(norm), [])
     layers = {call.layer for call in before if call is not None}

@@ -1,4 +1,4 @@
-"""Fixing the quantized weights: the same student as a plain model."""
+"""Turn a quantized student into a plain model whose weights are the dequantized values."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from strategies.quantization.qat import PLAIN, become_plain, quantized_layers
 
 @torch.no_grad()
 def freeze_quantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Turn a trained model, in place, into the one that is served: quantized values in plain layers, all in `dtype`.
+    """Turn a trained model, in place, into the one to serve: quantized values in plain layers, all in `dtype`.
 
-    Layers that quantize their activations go on doing so. Only what is saved is cast. `model.to(dtype)` would also
-    round the buffers that a model computes for itself, such as rotary frequencies, which loading leaves in fp32: logits
-    then differ by a percent.
+    Layers that quantize their activations keep doing so. Only tensors in the state dict are cast: `model.to(dtype)`
+    would also round buffers that a model computes for itself, such as rotary frequencies, which loading leaves in fp32,
+    and logits would then differ by a percent.
 
     Raises:
-        ValueError: a layer rounds only some of its inputs, which no plain layer does. The model is then as it was.
+        ValueError: a layer quantizes only some of its input columns, which no plain layer does. The model is then
+            unchanged.
     """
     for name, layer in quantized_layers(model):
         if type(layer) not in PLAIN and layer.activations is not None:
             raise ValueError(f"{name} has columns of full precision beside rounded ones, which no plain layer computes")
     done: set[int] = set()
     for _, layer in list(quantized_layers(model)):
-        if id(layer.weight) not in done:  # twice would round what is rounded
+        if id(layer.weight) not in done:  # a second time would quantize quantized weights
             done.add(id(layer.weight))
             layer.weight.copy_(layer.effective_weight)
     for _, layer in list(quantized_layers(model)):
@@ -40,7 +41,7 @@ def freeze_quantized(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class _Rounds:
-    """Quantizes what enters a layer."""
+    """Forward pre-hook that quantizes a layer's input."""
 
     def __init__(self, activations) -> None:
         self.activations = activations

@@ -1,4 +1,4 @@
-"""GPTQ: rounding that makes up for the error of each column in the columns that are still to be rounded."""
+"""GPTQ: round weights column by column, compensating each column's error in the columns still to be rounded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 from strategies.quantization.quantizer import Grid, WeightQuantizer
 
-BLOCK = 128  # columns whose errors reach those behind them in one product
+BLOCK = 128  # columns whose errors are applied to later columns in one matrix product
 
 
 @dataclass(frozen=True)
 class Factor:
-    """What layers that read the same values share.
+    """What layers that read the same inputs share.
 
     Attributes:
-        order: (inputs,) columns in the order they are rounded in; those that are never rounded come last.
+        order: (inputs,) columns in the order they are rounded; those that are never rounded come last.
         rounded: how many are rounded.
         moment: (inputs, inputs) damped second moment, rows and columns in that order, fp32.
         upper: (inputs, inputs) U with U^T U the inverse of `moment`, fp32.
@@ -33,11 +33,11 @@ def factorize(moment: torch.Tensor, damping: float = 0.01, act_order: bool = Tru
     """Prepare a second moment for `round_weights` (Frantar et al. 2023, section 3.3, step 3).
 
     Args:
-        moment: (inputs, inputs) X^T X. A channel that was always zero says nothing: it is rounded to nearest.
-        damping: share of the mean diagonal that is added to the diagonal, above zero.
-        act_order: whether columns with the largest moments are rounded first. That is an order of the work alone: the
-            layer keeps its columns where they were, and a file needs no index.
-        whole: columns that are never rounded, and only make up for the errors of others.
+        moment: (inputs, inputs) X^T X. A channel that was always zero carries no information: it is rounded to nearest.
+        damping: fraction of the mean diagonal that is added to the diagonal, above zero.
+        act_order: whether columns with the largest moments are rounded first. This only affects the order of
+            processing: the layer's columns stay where they are, and exported files need no index.
+        whole: columns that are never rounded, and only compensate for the errors of others.
 
     Raises:
         ValueError: the damping is not above zero.
@@ -62,12 +62,12 @@ def factorize(moment: torch.Tensor, damping: float = 0.01, act_order: bool = Tru
 @torch.no_grad()
 def round_to_nearest(weight: torch.Tensor, quantizer: WeightQuantizer, whole: torch.Tensor | None = None
                      ) -> tuple[torch.Tensor, Grid]:
-    """Weights (outputs, ...) in fp32, each the nearest on the quantizer's own grid, and that grid.
+    """Weights (outputs, ...) in fp32, each rounded to nearest on the quantizer's own grid, and that grid.
 
     Args:
         weight: (outputs, ...).
         quantizer: finds the grid.
-        whole: columns that are not rounded, and that no scale depends on.
+        whole: columns that are not rounded and do not affect the scales.
     """
     weight = weight.float()
     rest = weight if whole is None else weight.index_fill(1, whole, 0.0)
@@ -79,21 +79,21 @@ def round_to_nearest(weight: torch.Tensor, quantizer: WeightQuantizer, whole: to
 @torch.no_grad()
 def round_weights(weight: torch.Tensor, quantizer: WeightQuantizer, factor: Factor, sweeps: int = 2
                   ) -> tuple[torch.Tensor, Grid]:
-    """Weights on a grid, such that the layer's outputs on the calibration rows stay near (Frantar et al. 2023, alg. 1).
+    """Weights rounded to minimize the change of the layer's outputs on calibration rows (Frantar et al. 2023, alg. 1).
 
-    Lowered is tr((W - W_hat) X^T X (W - W_hat)^T) = ||X (W - W_hat)^T||^2, with X^T X damped. An output for which
-    rounding to nearest is better gets that, so none is worse. The grid is that of the weights as they were. (The paper
-    finds that of a group again when its first column is reached, from weights that others' errors have changed: that
-    was tried too, see docs/log.md.)
+    Minimizes tr((W - W_hat) X^T X (W - W_hat)^T) = ||X (W - W_hat)^T||^2, with X^T X damped. An output for which
+    rounding to nearest is better is rounded to nearest, so none is worse. The grid is that of the original weights.
+    (The paper recomputes a group's grid when its first column is reached, from weights that already compensate for
+    errors: that was tried too, see docs/log.md.)
 
     Args:
         weight: (outputs, inputs).
         quantizer: finds the grid by its own rule.
         factor: of the layer's inputs.
-        sweeps: of coordinate descent afterwards, each as much work as the loop; none raises the error.
+        sweeps: of coordinate descent afterwards, each as much work as the main loop; none raises the error.
 
     Returns:
-        (outputs, inputs) fp32, and the grid it is on, but for columns that are never rounded.
+        (outputs, inputs) fp32, and the grid it is on, except for columns that are never rounded.
     """
     nearest, grid = round_to_nearest(weight, quantizer, factor.order[factor.rounded:])
     exact, nearest = weight.float()[:, factor.order], nearest[:, factor.order]
@@ -106,7 +106,7 @@ def round_weights(weight: torch.Tensor, quantizer: WeightQuantizer, factor: Fact
 
 
 def _compensate(exact: torch.Tensor, columns: _Columns, factor: Factor) -> torch.Tensor:
-    """Round one column after the other, and change those that follow so that the error is least (eq. 2 and 4)."""
+    """Round one column after another, and adjust those that follow to minimize the error (eq. 2 and 4)."""
     work, upper = exact.clone(), factor.upper
     for start in range(0, factor.rounded, BLOCK):
         end = min(start + BLOCK, factor.rounded)
@@ -121,9 +121,9 @@ def _compensate(exact: torch.Tensor, columns: _Columns, factor: Factor) -> torch
 
 
 def _descend(exact: torch.Tensor, found: torch.Tensor, columns: _Columns, factor: Factor) -> None:
-    """Put each column, in place, where the error is least as the others are (QuantEase, Behdin et al. 2023).
+    """Set each column, in place, to its optimum given the others (QuantEase, Behdin et al. 2023).
 
-    With H the moment, the best value of column j is found_j + ((W - W_hat) H)_j / H_jj; it is rounded, unless the
+    With H the moment, the best value of column j is found_j + ((W - W_hat) H)_j / H_jj. It is then rounded, unless the
     column is one that never is.
     """
     moment = factor.moment
@@ -141,14 +141,14 @@ def _descend(exact: torch.Tensor, found: torch.Tensor, columns: _Columns, factor
 
 
 class _Columns:
-    """Rounds single columns of a matrix, told by their place in an order (inputs,) of them."""
+    """Rounds single columns of a matrix, identified by their position in `order` (inputs,)."""
 
     def __init__(self, quantizer: WeightQuantizer, grid: Grid, order: torch.Tensor) -> None:
         self._quantizer, self._grid = replace(quantizer, group_size=None, per_tensor=False), grid
         self._groups = (order // (quantizer.group_size or len(order))).tolist()
 
     def round(self, values: torch.Tensor, place: int) -> torch.Tensor:
-        """Values (outputs,) of a column, each the nearest on its grid."""
+        """A column's values (outputs,), each rounded to nearest on its grid."""
         group = slice(self._groups[place], self._groups[place] + 1)
         grid = Grid(*(None if part is None else part[:, group] for part in self._grid))
         numbers = self._quantizer.numbers(values.unsqueeze(1), grid)
@@ -156,5 +156,5 @@ class _Columns:
 
 
 def _errors(difference: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """(outputs,) squared errors of outputs, from those of weights (outputs, inputs)."""
+    """(outputs,) squared errors of outputs, from errors of weights (outputs, inputs)."""
     return (difference @ factor.moment).mul_(difference).sum(1)

@@ -1,4 +1,4 @@
-"""Linear layers a few of whose input columns are multiplied in full precision, since what enters them is far larger."""
+"""Linear layers that multiply a few input columns with outliers in full precision and the others quantized."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import nn
 
 from strategies.quantization.qat import Quantized
 
-THRESHOLD = 6.0  # largest magnitude of a column that is still quantized (Dettmers et al. 2022, section 3.2)
+THRESHOLD = 6.0  # columns with larger magnitudes are outliers (Dettmers et al. 2022, section 3.2)
 
 
 class OutlierLinear(Quantized, nn.Module):
-    """A linear layer with whole columns: W_hat x + W_whole x[outliers], x without its outliers in the first product.
+    """A linear layer with some columns in full precision: W_hat x (without the outliers of x) + W_whole x[outliers].
 
-    That is the decomposition of LLM.int8() (Dettmers et al. 2022, eq. 8), with columns that were found on calibration
-    rows instead of in each batch. Where activations are quantized, their scale is that of the other columns. In these
-    columns `weight` is zero, so that their numbers are zero, or the zero point.
+    This is the decomposition of LLM.int8() (Dettmers et al. 2022, eq. 8), with columns found on calibration rows
+    instead of in each batch. If activations are quantized, their scale is that of the other columns. In the outlier
+    columns `weight` is zero, so that their numbers are zero or the zero point.
 
-    An ONNX graph holds it, as two products. compressed-tensors (and so a transformers folder) and GGUF know one kind of
-    number for a layer, and refuse it: it is no `nn.Linear`. A plain layer with `effective_weight` computes the same as
-    long as activations are not quantized.
+    An ONNX graph can hold it, as two products. compressed-tensors (and so a transformers folder) and GGUF have one type
+    of number per layer and refuse it, as it is no `nn.Linear`. A plain layer with `effective_weight` computes the same
+    unless activations are quantized.
 
     Attributes:
-        outliers: (columns,) of the inputs.
+        outliers: (columns,) indices of input columns.
         whole: (outputs, columns) their weights.
     """
 
@@ -32,7 +32,7 @@ class OutlierLinear(Quantized, nn.Module):
 
     @property
     def effective_weight(self) -> torch.Tensor:
-        """(outputs, inputs) of both parts."""
+        """(outputs, inputs) weight, both parts combined."""
         return super().effective_weight.index_add(1, self.outliers, self.whole)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -43,10 +43,10 @@ class OutlierLinear(Quantized, nn.Module):
 
 
 def outlier_columns(largest: torch.Tensor, threshold: float, name: str) -> torch.Tensor:
-    """The columns (columns,) of a layer whose largest magnitude (inputs,) is above a threshold.
+    """The columns (columns,) of a layer whose largest magnitude (inputs,) exceeds a threshold.
 
     Raises:
-        ValueError: all of them are.
+        ValueError: all of them do.
     """
     columns = (largest > threshold).nonzero().squeeze(1)
     if len(columns) == len(largest):
@@ -57,7 +57,7 @@ def outlier_columns(largest: torch.Tensor, threshold: float, name: str) -> torch
 
 @torch.no_grad()
 def keep_whole(layer: Quantized, columns: torch.Tensor) -> None:
-    """Turn a quantized linear layer, in place, into one that has these columns (columns,) of its weights whole."""
+    """Turn a quantized linear layer, in place, into one with these columns (columns,) in full precision."""
     layer.__class__ = OutlierLinear
     layer.register_buffer("outliers", columns)
     layer.whole = nn.Parameter(layer.weight[:, columns])

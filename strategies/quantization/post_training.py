@@ -1,4 +1,4 @@
-"""Post-training quantization: a model without further training, its layers rounded block after block."""
+"""Post-training quantization: quantize a model without further training, calibrating and rounding it block by block."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from strategies.quantization.quantizer import WeightQuantizer
 from strategies.quantization.smoothing import shared_weights
 from strategies.quantization.smoothing import smooth as smooth_norms
 
-RATIOS = 40  # of the largest magnitude that are tried for a static scale
-SMALLEST = 0.1  # of them
+RATIOS = 40  # number of fractions of the largest magnitude tried for a static scale
+SMALLEST = 0.1  # smallest of these fractions
 
 
 @dataclass(frozen=True)
 class _How:
-    """What is asked of every layer; see `quantize`."""
+    """Options that apply to every layer; see `quantize`."""
 
     method: str
     activations: ActivationQuantizer | None
@@ -41,7 +41,7 @@ class _How:
         return self.activations is not None and not self.activations.dynamic
 
     def needs(self) -> list[str]:
-        """What is calibrated."""
+        """Names of the options that need calibration."""
         asked = {"method 'gptq'": self.method == "gptq", "outliers": self.outliers is not None,
                  "activations that are not dynamic": self.static}
         return [name for name, wanted in asked.items() if wanted]
@@ -53,42 +53,43 @@ def quantize(model: nn.Module, batches: Iterable[Batch] | None, quantizer: Weigh
              smooth: float | None = None, outliers: float | None = None, embeddings: bool = False,
              act_order: bool = True, damping: float = 0.01, device: torch.device | str | None = None,
              tell: Callable[[str], object] = lambda name: None) -> list[str]:
-    """Quantize a model in place: its layers become those of quantization-aware training, with grids that are fixed.
+    """Quantize a model in place: its layers become those of quantization-aware training, with fixed grids.
 
-    Every writer exports the numbers that the model computes with, and training may go on from there: the weights stay
-    as they were where they are rounded to nearest, and lie on the grid after GPTQ. (bf16 cannot hold all affine 8-bit
-    grids: there one number in some thousands becomes the one beside it.) A block is calibrated on what the blocks
-    before it give now that they are quantized. Embeddings, convolutions, experts (which see only the tokens
-    that are routed to them) and layers that no row reaches are rounded to nearest under either method.
+    Every exporter writes the numbers that the model computes with, and training may continue from there: weights stay
+    unchanged where they are rounded to nearest, and lie on the grid after GPTQ. (bf16 cannot represent all affine 8-bit
+    grids: about one number in a few thousand becomes its neighbor.) Each block is calibrated on the outputs of the
+    already quantized blocks before it. Embeddings, convolutions, experts (which see only the tokens routed to them) and
+    layers that no row reaches are rounded to nearest with either method.
 
     Args:
-        model: a causal model or an encoder of transformers, whole and in one process; any module where nothing is
+        model: a causal model or an encoder of transformers, unsharded and in one process; any module if nothing is
             calibrated.
-        batches: calibration rows, each the keyword arguments of the model. Tokens whose `attention_mask` (rows, tokens)
-            is zero are left out. None where nothing is calibrated.
-        quantizer: what quantizes every layer that no rule is for.
-        method: rounding to nearest, or `gptq.round_weights`.
+        batches: calibration rows, each the model's keyword arguments. Tokens whose `attention_mask` (rows, tokens) is
+            zero are left out. None if nothing is calibrated.
+        quantizer: quantizer of every layer that no rule matches.
+        method: "rtn" (round to nearest) or "gptq" (`gptq.round_weights`).
         ignore: shell-style patterns of names to leave in full precision.
-        rules: patterns with a quantizer of their own, or None for full precision; the first that matches decides.
-        activations: what quantizes the inputs of linear and convolutional layers.
-        activation_range: what a scale that is not dynamic is calibrated by: the largest magnitude, or the least
-            squared error.
+        rules: patterns with a quantizer of their own, or None for full precision; the first match decides.
+        activations: quantizer of the inputs of linear and convolutional layers.
+        activation_range: how static activation scales are calibrated: by the largest magnitude or the least squared
+            error.
         smooth: alpha of `smoothing.smooth`; None for no smoothing.
         outliers: input columns of linear layers that exceed this magnitude (6.0 in LLM.int8()) stay in full precision,
             as `outliers.OutlierLinear`; None for none.
-        embeddings: whether embeddings are quantized, and heads that share their weights.
+        embeddings: whether to quantize embeddings, and heads that share their weights.
         act_order: see `gptq.factorize`.
         damping: see `gptq.factorize`.
-        device: where blocks run; see `calibration.Walk`.
+        device: where blocks run; see `BlockwiseCalibrator`.
         tell: called with the name of each layer when it is done.
 
     Returns:
         Names of the layers.
 
     Raises:
-        ValueError: what `qat.prepare` raises; rows are missing, or have fewer tokens than a layer has inputs; nothing
-            can be smoothed. The model is then as it was. Or what enters a layer is not finite, is above the threshold
-            in all columns, or is nothing where a scale is calibrated: layers before it are then quantized already.
+        ValueError: as `qat.prepare` raises it; rows are missing, or have fewer tokens than a layer has inputs; or
+            nothing can be smoothed. The model is then unchanged. Also if a layer's inputs are not finite, exceed the
+            threshold in all columns, or are absent where a scale is calibrated: earlier layers are then already
+            quantized.
     """
     how = _How(method, activations, activation_range, outliers, act_order, damping)
     batches, chosen = list(batches or ()), choose(model, quantizer, ignore, rules, embeddings)
@@ -111,7 +112,7 @@ def quantize(model: nn.Module, batches: Iterable[Batch] | None, quantizer: Weigh
 
 def _check(how: _How, batches: list[Batch], chosen: dict[str, tuple[nn.Module, WeightQuantizer]], needs: list[str]
            ) -> None:
-    """Raise `ValueError` where something is no choice, or there are too few rows for it."""
+    """Raise `ValueError` if an option is invalid or there are too few calibration rows for it."""
     for name, value, known in (("method", how.method, ("rtn", "gptq")),
                                ("activation_range", how.activation_range, ("minmax", "mse"))):
         if value not in known:
@@ -139,15 +140,15 @@ class _Rounding:
                  tell: Callable[[str], object]) -> None:
         self._left, self._how, self._tell = dict(chosen), how, tell
         self._tied = shared_weights(model)
-        self._first: dict[int, Quantized] = {}  # by weight: layers that share it share its grid
+        self._first: dict[int, Quantized] = {}  # by weight: layers that share a weight share its grid
 
     def embeddings(self) -> None:
-        """Round the embeddings, whose vectors the first block is calibrated on."""
+        """Round the embeddings first, as the first block is calibrated on their quantized vectors."""
         for name in [name for name, (module, _) in self._left.items() if isinstance(module, nn.Embedding)]:
             self._round(name)
 
     def part(self, walk: BlockwiseCalibrator, modules: dict[str, nn.Module]) -> None:
-        """Round the layers that the present part of a walk reaches."""
+        """Round the layers in the current part of the walk."""
         layers = {name: self._left[name][0] for name in modules if name in self._left}
         if not layers:
             return
@@ -163,7 +164,7 @@ class _Rounding:
             self._round(name, factor if seen[name] is of else None, whole[name], scales.get(name))
 
     def rest(self) -> None:
-        """Round to nearest what no row reached."""
+        """Round to nearest the layers that no row reached."""
         for name in list(self._left):
             if self._how.static and not isinstance(self._left[name][0], (nn.Embedding, Experts)):
                 raise ValueError(f"{name}: no calibration row reaches it, so its activations have no scale; give more "
@@ -171,7 +172,7 @@ class _Rounding:
             self._round(name)
 
     def _whole(self, name: str, seen: Seen) -> torch.Tensor | None:
-        """Columns of a layer that stay in full precision; None for none."""
+        """Columns of a layer that stay in full precision; None if there are none."""
         module = self._left[name][0]
         if self._how.outliers is None or not isinstance(module, nn.Linear) or id(module.weight) in self._tied:
             return None
@@ -215,13 +216,13 @@ class _Rounding:
 
 
 def _without(inputs: torch.Tensor, whole: torch.Tensor | None, dim: int) -> torch.Tensor:
-    """Inputs of a layer without those of the columns (columns,) that stay in full precision: zeros in their place."""
+    """Inputs of a layer with zeros in the columns (columns,) that stay in full precision."""
     return inputs if whole is None else inputs.index_fill(dim, whole, 0.0)
 
 
 def _least_error(walk: BlockwiseCalibrator, layers: dict[str, nn.Module], largest: dict[str, torch.Tensor],
                  whole: dict[str, torch.Tensor | None], activations: ActivationQuantizer) -> dict[str, torch.Tensor]:
-    """The magnitude (1,) to take for the largest of each layer's inputs, such that their squared error is least."""
+    """The magnitude (1,) to use as the largest of each layer's inputs, with the least squared error."""
     ratios = torch.linspace(1.0, SMALLEST, RATIOS).tolist()
     errors = {name: torch.zeros(RATIOS, dtype=torch.float64) for name in layers}
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training: layers that see their own quantized weights, and activations where it is asked for."""
+"""Quantization-aware training: layers that compute with fake-quantized weights and, optionally, activations."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from strategies.common.stored_weights import PARTS, Experts, all_layers, as_matr
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.quantizer import Grid, WeightQuantizer
 
-# A ratio r is kept as r_0, which nothing trains and half precision holds exactly, and a = log(r / r_0) + OFFSET. A step
-# of any optimizer then changes r by a share of itself, also of one whose steps are in proportion to what it moves; and
-# where an engine gathers in half precision, r is off by no more than weights are, since near 0 numbers lie close.
+# A ratio r is stored as r_0, which is not trained and exact in half precision, and a = log(r / r_0) + OFFSET. A step of
+# any optimizer then changes r in proportion to r, even an optimizer whose steps are proportional to the parameter; and
+# if an engine gathers in half precision, r is rounded no worse than weights are, as numbers near 0 are closely spaced.
 OFFSET = 0.5
 
 
 class Quantized:
-    """A layer whose forward uses fake-quantized weights; weight and optimizer see full precision.
+    """A layer whose forward uses fake-quantized weights; its parameter and the optimizer stay in full precision.
 
-    The weight keeps its name, so state dicts, sharding and checkpoints do not notice. A scale that is searched for or
-    learned is a parameter of its own, `log_ratio` (outputs * groups): a vector, which no optimizer decays or factors;
-    `first_ratio` is where it began. A grid that was found after training is in `scale` (outputs, groups) and
-    `zero_point`, parameters without a gradient. The scale of activations that are calibrated is `input_scale` (1,).
+    The weight keeps its name, so state dicts, sharding and checkpoints are not affected. A scale that is searched for
+    or learned is a separate parameter, `log_ratio` (outputs * groups): a vector, so that no optimizer decays or factors
+    it; `first_ratio` is its initial value. A grid found after training is in `scale` (outputs, groups) and
+    `zero_point`, parameters without a gradient. The calibrated scale of static activations is `input_scale` (1,).
     """
 
     weight: nn.Parameter
@@ -38,7 +38,7 @@ class Quantized:
 
     @property
     def matrix(self) -> torch.Tensor:
-        """(outputs, ...) the weight as it is quantized."""
+        """The weight as it is quantized, (outputs, ...)."""
         return as_matrix(self)
 
     def as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
@@ -47,34 +47,34 @@ class Quantized:
 
     @property
     def effective_weight(self) -> torch.Tensor:
-        """The weight as it is multiplied with."""
+        """The fake-quantized weight that the forward uses."""
         fixed = self._fixed()
         return self.as_weight(self.quantizer.fake_quantize(self.matrix, None if fixed else self._ratio(), fixed))
 
     def grid(self) -> Grid:
-        """The scales and zero points that are in use."""
+        """The scales and zero points in use."""
         return self._fixed() or self.quantizer.grid(self.matrix, self._ratio())
 
     def numbers(self) -> torch.Tensor:
-        """The numbers that are multiplied with, (outputs, ...)."""
+        """The weight's quantized numbers, (outputs, ...)."""
         return self.quantizer.numbers(self.matrix, self.grid())
 
     def search(self) -> None:
-        """Find the scale of the least squared error, and keep its ratio as a parameter: trained, if it is learned."""
+        """Find the scale of the least squared error and store its ratio as a parameter, trained if it is learned."""
         ratio = self.quantizer.first_ratio(self.matrix).flatten()
-        ratio = torch.where(ratio == 0, torch.ones_like(ratio), ratio)  # of weights that are all zero
+        ratio = torch.where(ratio == 0, torch.ones_like(ratio), ratio)  # where all weights are zero
         first = ratio.bfloat16().to(ratio.dtype)
         self.first_ratio = nn.Parameter(first, requires_grad=False)
         self.log_ratio = nn.Parameter((ratio / first).log() + OFFSET, requires_grad=self.quantizer.rule == "learned")
 
     def fix(self, grid: Grid) -> None:
-        """Have this grid from here on, whatever the weights become."""
+        """Use this grid from now on, whatever the weights become."""
         self.scale = nn.Parameter(grid.scale.detach().clone(), requires_grad=False)
         if grid.zero_point is not None:
             self.zero_point = nn.Parameter(grid.zero_point.detach().float().clone(), requires_grad=False)
 
     def _ratio(self) -> torch.Tensor | None:
-        """Of the scale to the covering one, (outputs, groups), where it is kept."""
+        """Ratio of the scale to the covering one, (outputs, groups), if one is kept."""
         kept = getattr(self, "log_ratio", None)
         if kept is None:
             return None
@@ -87,14 +87,14 @@ class Quantized:
         return None if scale is None else Grid(scale, getattr(self, "zero_point", None))
 
     def as_seen(self, values: torch.Tensor) -> torch.Tensor:
-        """What enters the layer, as it is rounded."""
+        """The layer's input as it is quantized."""
         if self.activations is None:
             return values
         return self.activations.fake_quantize(values, getattr(self, "input_scale", None))
 
 
 class QATLinear(Quantized, nn.Linear):  # type: ignore[misc]  # torch calls a weight a Tensor, here and below
-    """A linear layer that sees its quantized weights."""
+    """A linear layer with fake-quantized weights."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs)"""
@@ -102,7 +102,7 @@ class QATLinear(Quantized, nn.Linear):  # type: ignore[misc]  # torch calls a we
 
 
 class QATEmbedding(Quantized, nn.Embedding):  # type: ignore[misc]
-    """An embedding that gives quantized vectors."""
+    """An embedding with fake-quantized vectors."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(...) -> (..., width)"""
@@ -111,7 +111,7 @@ class QATEmbedding(Quantized, nn.Embedding):  # type: ignore[misc]
 
 
 class QATConv1d(Quantized, nn.Conv1d):  # type: ignore[misc]
-    """A convolution over a sequence that sees its quantized kernels."""
+    """A 1-d convolution with fake-quantized kernels."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(batch, channels, length) -> (batch, outputs, length)"""
@@ -119,7 +119,7 @@ class QATConv1d(Quantized, nn.Conv1d):  # type: ignore[misc]
 
 
 class QATConv2d(Quantized, nn.Conv2d):  # type: ignore[misc]
-    """A convolution over an image that sees its quantized kernels."""
+    """A 2-d convolution with fake-quantized kernels."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, outputs, height, width)"""
@@ -127,7 +127,7 @@ class QATConv2d(Quantized, nn.Conv2d):  # type: ignore[misc]
 
 
 class QATConv1D(Quantized, Conv1D):
-    """GPT-2's linear layer, whose weight is (inputs, outputs), with quantized weights; see `transformers.Conv1D`."""
+    """GPT-2's linear layer with fake-quantized weights (inputs, outputs); see `transformers.pytorch_utils.Conv1D`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs)"""
@@ -136,7 +136,7 @@ class QATConv1D(Quantized, Conv1D):
 
 
 class QATExperts(Quantized, Experts):  # type: ignore[misc]
-    """One weight of all experts of a block, quantized."""
+    """One fake-quantized weight of all experts of a block."""
 
 
 QUANTIZED: dict[type, type] = {
@@ -148,28 +148,28 @@ Rules = Sequence[tuple[str, WeightQuantizer | None]]
 
 def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] = ("lm_head",), rules: Rules = (),
             activations: ActivationQuantizer | None = None, embeddings: bool = False) -> list[str]:
-    """Turn the linear and convolutional layers of `model` into ones that see quantized weights, in place.
+    """Turn the linear and convolutional layers of `model`, in place, into ones with fake-quantized weights.
 
     Args:
         model: any module.
-        quantizer: what quantizes every layer that no rule is for.
+        quantizer: quantizer of every layer that no rule matches.
         ignore: shell-style patterns of names to leave in full precision.
-        rules: patterns with a quantizer of their own, or None for full precision; the first that matches decides.
-        activations: what quantizes the inputs of linear and convolutional layers.
-        embeddings: whether embeddings are quantized, and heads that share their weights. Without it such a head is left
-            alone, since the embedding reads its weights too.
+        rules: patterns with a quantizer of their own, or None for full precision; the first match decides.
+        activations: quantizer of the inputs of linear and convolutional layers.
+        embeddings: whether to quantize embeddings, and heads that share their weights. Without it such a head is left
+            alone, because the embedding uses its weights too.
 
     Returns:
         Names of the layers.
 
     Raises:
-        ValueError: no layer is left to quantize, a pattern matches nothing, a group does not divide a layer, or weights
-            are not finite or all zero. The model is then as it was.
+        ValueError: no layer is left to quantize, a pattern matches nothing, the group size does not divide a layer's
+            inputs, or weights are not finite or all zero. The model is then unchanged.
     """
     chosen = choose(model, quantizer, ignore, rules, embeddings)
     for name, (module, own) in chosen.items():
         own.check(as_matrix(module), name)
-    kept: dict[int, Any] = {}  # by weight: layers that share it share its scales
+    kept: dict[int, Any] = {}  # by weight: layers that share a weight share its scales
     for module, own in chosen.values():
         become_quantized(module, own, activations)
         twin = kept.setdefault(id(module.weight), module)
@@ -182,7 +182,7 @@ def prepare(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str] 
 
 
 def become_quantized(layer: Any, quantizer: WeightQuantizer, activations: ActivationQuantizer | None) -> None:
-    """Make a layer, in place, one that sees quantized weights."""
+    """Turn a layer, in place, into one with fake-quantized weights."""
     layer.__class__ = QUANTIZED[type(layer)]
     layer.quantizer = quantizer
     if isinstance(layer, Experts):
@@ -195,7 +195,7 @@ def become_quantized(layer: Any, quantizer: WeightQuantizer, activations: Activa
 
 
 def become_plain(layer: Any) -> None:
-    """Make a quantized layer, in place, what it was, its weight as it is."""
+    """Turn a quantized layer, in place, back into its original class, without changing its weight."""
     layer.__class__ = PLAIN.get(type(layer), nn.Linear)
     del layer.quantizer
     layer.__dict__.pop("activations", None)
@@ -216,14 +216,14 @@ def choose(model: nn.Module, quantizer: WeightQuantizer, ignore: Iterable[str], 
                for one in (name, name.removesuffix(".weight"))}
     for pattern, own in patterns:
         known = chain((name for name, _ in layers), weights if own is None else ())
-        # `lm_head` is in the default pattern: a model without one has nothing to be warned about.
+        # `lm_head` is the default pattern, so a model without one is no mistake.
         if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in known):
             raise ValueError(f"the pattern {pattern!r} in `ignore` or `rules` matches no layer; names look like "
                              f"{', '.join(name for name, _ in layers[:3])}")
     read = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     chosen = {}
     for name, module in layers:
-        asked = read.get(id(module.weight), name) if embeddings else name  # a tied head is what its embedding is
+        asked = read.get(id(module.weight), name) if embeddings else name  # a tied head is treated as its embedding
         own = next((own for pattern, own in patterns if fnmatchcase(asked, pattern)), quantizer)
         if own is not None and (embeddings or id(module.weight) not in read):
             chosen[name] = module, own
@@ -239,10 +239,10 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
 
 
 def set_bits(model: nn.Module, bits: int) -> None:
-    """Give layers of whole numbers other bits, but no fewer than they were prepared for.
+    """Change the bits of integer layers, but to no fewer than they were prepared for.
 
-    For schedules that lower bits slowly: a learned scale keeps its share of the range. Layers that have the same
-    quantizer before have the same one after.
+    This is for schedules that lower bits gradually: a learned scale keeps its fraction of the range. Layers that shared
+    a quantizer before share one afterwards.
     """
     changed: dict[tuple[WeightQuantizer, int], WeightQuantizer] = {}
     for _, layer in quantized_layers(model):

@@ -1,4 +1,7 @@
-"""The quantizer: one object that fake-quantizes in training and makes the numbers that are exported."""
+"""The weight quantizer: fake-quantizes weights in training and makes the quantized numbers that are exported.
+
+A weight (outputs, ...) has a scale for each output and group of inputs; a grid is these scales with their zero points.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from strategies.quantization.straight_through import LearnedScale, StraightThrou
 
 Kind = Literal["int", "ternary", "binary", "fp8"]
 Rule = Literal["minmax", "mse", "absmean", "learned"]
-RULES: dict[str, tuple[Rule, ...]] = {  # that a kind knows; the first is its own
+RULES: dict[str, tuple[Rule, ...]] = {  # valid rules of each kind, the default first
     "int": ("minmax", "mse", "learned"), "ternary": ("absmean", "mse", "learned"), "binary": ("absmean", "learned"),
     "fp8": ("minmax", "mse")}
 FP8 = torch.float8_e4m3fn
 
 
 class Grid(NamedTuple):
-    """Where a group's numbers lie: w_hat = scale * (q - zero_point).
+    """The representable values of each group: w_hat = scale * (q - zero_point).
 
     Attributes:
-        scale: (outputs, groups), in the dtype it is stored in; below zero where the largest weight is above.
-        zero_point: (outputs, groups) whole numbers in fp32; None where it is zero.
+        scale: (outputs, groups), in the dtype it is stored in; negative where the largest weight is positive.
+        zero_point: (outputs, groups) integers in fp32; None where it is zero.
     """
 
     scale: torch.Tensor
@@ -32,34 +35,34 @@ class Grid(NamedTuple):
 
 
 def without_data(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a shape alone, as where a run is only planned."""
+    """Whether a tensor is a meta or fake tensor, as when a run is only planned."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 @dataclass(frozen=True)
 class WeightQuantizer:
-    """Uniform quantization of a weight, one scale for a group of inputs, an output channel or the whole tensor.
+    """Uniform weight quantization with one scale for a group of inputs, an output channel or the whole tensor.
 
-    With w the weights that share a scale and [lowest, highest] the whole numbers of the kind (survey eq. 11):
+    With w the weights that share a scale and [lowest, highest] the integers of the kind (survey eq. 11):
 
         q = clip(round(w / scale) + zero_point, lowest, highest)        w_hat = scale * (q - zero_point)
 
-    A symmetric grid of b bits has one number more below zero than above, -2^(b-1). The sign of the scale is chosen such
-    that the largest weight falls on it, as llama.cpp's Q4_0 does: no number is left unused, which at 2 bits is one of
-    four. `ternary` is BitNet b1.58's (Ma et al. 2024, eq. 1-3), `binary` XNOR-Net's (Rastegari et al. 2016, eq. 6),
-    `fp8` e4m3 with its largest number, 448. The scale is rounded to `scale_dtype` before it is used, so that training
-    sees the scale that is stored.
+    A symmetric grid of b bits has one more negative number than positive ones, -2^(b-1). The sign of the scale is
+    chosen such that the largest weight falls on it, as in llama.cpp's Q4_0, so that no number is wasted; at 2 bits that
+    would be one of four. `ternary` is BitNet b1.58's (Ma et al. 2024, eq. 1-3), `binary` XNOR-Net's (Rastegari et al.
+    2016, eq. 6), `fp8` is e4m3 with 448 as its largest number. The scale is rounded to `scale_dtype` before it is used,
+    so that training sees the scale that is stored.
 
     Attributes:
-        bits: of an `int`, 1 to 8; the other kinds have their own (ternary 2, binary 1, fp8 8).
-        group_size: neighboring inputs that share a scale; None for a whole output channel.
+        bits: bits of an `int`, 2 to 8; the other kinds have their own (ternary 2, binary 1, fp8 8).
+        group_size: number of neighboring inputs that share a scale; None for a whole output channel.
         scale_dtype: dtype the scale is stored in.
-        kind: the numbers.
+        kind: the type of numbers.
         symmetric: whether zero_point is zero.
-        rule: where scales come from: the largest weight (`minmax`), the mean magnitude (`absmean`), the least squared
-            error (`mse`), or training itself (`learned`; Esser et al. 2020), beginning with the least squared error. In
-            training the last two are kept as a ratio to the scale that covers the weights, so that they follow
-            where weights grow, and nothing is searched at a step. None for the kind's own.
+        rule: how scales are found: from the largest weight (`minmax`), the mean magnitude (`absmean`), the least
+            squared error (`mse`), or by training (`learned`; Esser et al. 2020), starting from the least squared error.
+            In training the last two are kept as a ratio to the scale that covers the weights, so that they follow when
+            weights grow and no step needs a search. None for the kind's default.
         per_tensor: one scale for all outputs.
     """
 
@@ -101,11 +104,11 @@ class WeightQuantizer:
 
     @property
     def searched(self) -> bool:
-        """Whether scales are not those that follow from the weights at once."""
+        """Whether scales are searched for or learned, rather than computed directly from the weights."""
         return self.rule in ("mse", "learned")
 
     def check(self, weight: torch.Tensor, name: str = "weight") -> None:
-        """Raise `ValueError` if `weight` (outputs, ...) cannot be quantized; one without data has its shape checked."""
+        """Raise `ValueError` if `weight` (outputs, ...) cannot be quantized; without data only its shape is checked."""
         if weight.ndim < 2:
             raise ValueError(f"{name}: only matrices and kernels are quantized, this has shape {tuple(weight.shape)}")
         inputs = weight[0].numel()
@@ -126,7 +129,8 @@ class WeightQuantizer:
         """The grid that the rule gives for a weight (outputs, ...).
 
         Args:
-            ratio: of a scale (outputs, groups) to the one that covers all weights, where it was found before.
+            weight: (outputs, ...).
+            ratio: (outputs, groups) ratio of the scale to the covering one, if it was found before.
         """
         if ratio is not None:
             scale, zero_point = self._covering(weight)
@@ -135,36 +139,36 @@ class WeightQuantizer:
 
     @torch.no_grad()
     def first_ratio(self, weight: torch.Tensor) -> torch.Tensor:
-        """The scale of the least squared error, as a share of the covering one (outputs, groups)."""
+        """Ratio of the scale with the least squared error to the covering scale (outputs, groups)."""
         covering = self.stored(self._covering(weight)[0]).scale.float()
         return torch.ones_like(covering) if without_data(weight) else self._best(weight)[0] / covering
 
     def stored(self, scale: torch.Tensor, zero_point: torch.Tensor | None = None) -> Grid:
-        """A grid with its scale rounded to how it is stored.
+        """A grid with its scale rounded to the dtype it is stored in.
 
-        A group of zeros gets scale 1: it has nothing to scale, and 0 would divide by zero. So does a group so
-        small that its scale vanishes in `scale_dtype`.
+        A group of zeros gets scale 1, because 0 would divide by zero. So does a group so small that its scale
+        underflows in `scale_dtype`.
         """
         scale = scale.to(self.scale_dtype)
         return Grid(torch.where(scale == 0, torch.ones_like(scale), scale), zero_point)
 
     def numbers(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """q, shape of `weight`: int8, or float8 for `fp8`."""
+        """q in the shape of `weight`: int8, or float8 for `fp8`."""
         return self._rounded(weight, grid).to(FP8 if self.kind == "fp8" else torch.int8)
 
     def dequantize(self, numbers: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
-        """scale * (q - zero_point), shape of `numbers`."""
+        """scale * (q - zero_point) in the shape of `numbers`."""
         return self._product(numbers.to(grid.scale.dtype), grid).to(dtype)
 
     def _covering(self, weight: torch.Tensor) -> scales.Found:
-        """Scale in fp32 and zero point that follow from the weights at once, by their range or mean magnitude."""
+        """Scale in fp32 and zero point computed directly from the weights' range or mean magnitude."""
         groups = self._grouped(weight.detach())
         if self.kind in ("ternary", "binary"):
             return groups.abs().mean(-1, dtype=torch.float32), None
         return scales.covering(groups, self)
 
     def _best(self, weight: torch.Tensor) -> scales.Found:
-        """Of the least squared error; of a binary number that is the mean magnitude."""
+        """Scale and zero point of the least squared error; for binary numbers that is the mean magnitude."""
         groups = self._grouped(weight.detach())
         if self.kind == "ternary":
             return scales.best_ternary(groups), None
@@ -178,8 +182,8 @@ class WeightQuantizer:
 
         Args:
             weight: (outputs, ...).
-            ratio: of a scale (outputs, groups) to the covering one, which gets a gradient if it is learned.
-            grid: a given one, in place of that which follows from the weight.
+            ratio: (outputs, groups) ratio of the scale to the covering one; gets a gradient if it is learned.
+            grid: a given grid, instead of one computed from the weight.
         """
         with torch.no_grad():
             grid = self.grid(weight, ratio) if grid is None else grid
@@ -189,7 +193,7 @@ class WeightQuantizer:
         return LearnedScale.apply(weight, ratio, rounded, *grid, self)
 
     def slope(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
-        """d w_hat / d scale (outputs, groups, weights of a group), in fp32; see `LearnedScale`."""
+        """d w_hat / d scale (outputs, groups, weights of a group) in fp32; see `LearnedScale`."""
         ratio = self._ratio(weight, scale)
         if self.kind == "binary":
             return torch.where(ratio >= 0, 1.0, -1.0)
@@ -205,7 +209,7 @@ class WeightQuantizer:
         return self._grouped(weight.detach()).float() / scale.float().unsqueeze(-1)
 
     def _rounded(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """q in fp32, shape of `weight`."""
+        """q in fp32, in the shape of `weight`."""
         ratio = self._ratio(weight, grid.scale)
         if self.kind == "binary":
             ratio = torch.where(ratio >= 0, 1.0, -1.0)
@@ -219,14 +223,14 @@ class WeightQuantizer:
         return ratio.reshape(weight.shape)
 
     def _product(self, numbers: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """In the dtype of the scale, which is how readers of the files multiply."""
+        """scale * (q - zero_point) in the scale's dtype, as loaders of exported files compute it."""
         groups = self._grouped(numbers.to(grid.scale.dtype))
         if grid.zero_point is not None:
             groups = groups - grid.zero_point.to(groups.dtype).unsqueeze(-1)
         return (groups * grid.scale.unsqueeze(-1)).reshape(numbers.shape)
 
     def _grouped(self, weight: torch.Tensor) -> torch.Tensor:
-        """(outputs, ...) -> (outputs, groups, weights of a group); one output and group for a scale of the tensor."""
+        """(outputs, ...) -> (outputs, groups, weights of a group), with a single output and group if `per_tensor`."""
         if self.per_tensor:
             return weight.reshape(1, 1, -1)
         return weight.flatten(1).unflatten(1, (-1, self.group_size or weight[0].numel()))

@@ -1,4 +1,4 @@
-"""Scales and zero points of groups of weights: those that cover all of them, and those of the least squared error."""
+"""Scales and zero points of groups of weights: those that cover the range, and those of the least squared error."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Protocol
 
 import torch
 
-RATIOS = 64  # of the covering range that a search for the least error tries
-SMALLEST, LARGEST = 0.2, 1.06  # of them: 2 bits of 4,096 normal weights are best at 0.4, and few weights above 1
+RATIOS = 64  # number of fractions of the covering range tried in the search for the least error
+SMALLEST, LARGEST = 0.2, 1.06  # of these: 4,096 normal weights in 2 bits are best at 0.4, and few weights above 1
 
 
 class Range(Protocol):
-    """What is asked of a quantizer here."""
+    """What these functions need of a quantizer."""
 
     @property
     def kind(self) -> str: ...
@@ -30,11 +30,11 @@ Found = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def covering(groups: torch.Tensor, of: Range) -> Found:
-    """Scale and zero point (outputs, groups), fp32, of the range that all weights of a group are in.
+    """Scale and zero point (outputs, groups), fp32, of the range that covers all weights of a group.
 
     Args:
         groups: (outputs, groups, weights of a group).
-        of: the numbers.
+        of: the quantizer's number range.
     """
     least, most = (found.float() for found in torch.aminmax(groups, dim=-1))
     return _ranged(least, most, of)
@@ -52,9 +52,9 @@ def _ranged(least: torch.Tensor, most: torch.Tensor, of: Range) -> Found:
 
 
 def best(groups: torch.Tensor, of: Range) -> Found:
-    """Scale and zero point of the least squared error, among ranges that are parts of the covering one.
+    """Scale and zero point of the least squared error, among ranges that are fractions of the covering one.
 
-    On a grid without zero point both signs of the scale are tried, since one side has a number more.
+    On a symmetric integer grid both signs of the scale are tried, because one side has one number more.
     """
     least, most = (found.float() for found in torch.aminmax(groups, dim=-1))
     groups = groups.float()
@@ -85,10 +85,10 @@ def _error(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor |
 
 
 def best_ternary(groups: torch.Tensor) -> torch.Tensor:
-    """The scale (outputs, groups) with which scale * {-1, 0, 1} is nearest, exactly.
+    """The scale (outputs, groups) for which scale * {-1, 0, 1} has the least squared error, exactly.
 
-    Of the k largest magnitudes the best scale is their mean m_k, and lowers the squared error by k m_k^2 (Li et al.
-    2016, eq. 4-5): the best k is found by trying all. Rounding to the nearest then keeps those above m_k / 2.
+    For the k largest magnitudes the best scale is their mean m_k, which lowers the squared error by k m_k^2 (Li et al.
+    2016, eq. 4-5); the best k is found by trying all. Rounding to nearest then keeps those above m_k / 2.
     """
     sizes = groups.float().abs().sort(-1, descending=True).values
     sums = sizes.cumsum(-1)

@@ -1,4 +1,4 @@
-"""Sensitivity: what each layer's quantization costs, measured by a loss or estimated from its gradients."""
+"""Sensitivity: how much the loss rises when each layer is quantized, measured, or estimated from gradients."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Candidate = WeightQuantizer | None
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """What every candidate costs in every layer, alone.
+    """What every candidate costs in every layer, with only that layer quantized.
 
     Attributes:
-        layers: names of the layers; those that share a weight are one entry of several names.
+        layers: names of the layers; layers that share a weight are one entry with several names.
         candidates: quantizers to choose from; None is full precision.
-        rises: [layers, candidates] by how much the loss rises where that layer alone is quantized so.
+        rises: [layers, candidates] rise of the loss when only that layer is quantized with the candidate.
         bytes: [layers, candidates] of numbers, scales and zero points, int64.
     """
 
@@ -39,7 +39,7 @@ class Sensitivity:
 
 
 def candidates(group_size: int | None = None, scale_dtype: torch.dtype = torch.float32) -> tuple[WeightQuantizer, ...]:
-    """Whole numbers of 8, 4, 3 and 2 bits and ternary ones, each with scales of the least squared error."""
+    """Integers of 8, 4, 3 and 2 bits, and ternary numbers, each with scales of the least squared error."""
     numbers = [{"bits": 8}, {"bits": 4}, {"bits": 3}, {"bits": 2}, {"kind": "ternary"}]
     return tuple(WeightQuantizer(group_size=group_size, scale_dtype=scale_dtype, rule="mse", **own) for own in numbers)
 
@@ -47,22 +47,23 @@ def candidates(group_size: int | None = None, scale_dtype: torch.dtype = torch.f
 def measure(model: nn.Module, choices: Sequence[Candidate], loss: Callable[[nn.Module], float],
             ignore: Iterable[str] = ("lm_head",), embeddings: bool = False,
             activations: ActivationQuantizer | None = None, dtype: torch.dtype = torch.float32) -> Sensitivity:
-    """Quantize one layer after the other with each candidate and see by how much a loss rises (survey eq. 13).
+    """Quantize one layer at a time with each candidate and measure how much a loss rises (survey eq. 13).
 
-    Takes one evaluation of the loss for each layer and candidate, and one more. Weights are put back as they were, also
-    after an error: the very same parameters, not values like theirs.
+    Takes one evaluation of the loss for each layer and candidate, and one more. Weights are restored afterwards, also
+    after an error: the same parameter objects, not copies.
 
     Args:
-        model: as `strategies.quantization.qat.prepare` gets it, in the mode that `loss` is meant for: usually `eval`,
-            since dropout would drown what is looked for.
+        model: as passed to `strategies.quantization.qat.prepare`, in the mode that `loss` is meant for: usually `eval`,
+            because dropout would drown the differences.
         choices: candidates.
-        loss: of the model on calibration batches, always the same, for example the divergence from what the model said
-            before. Called without gradients.
-        ignore, embeddings, activations: as in `prepare`; activations only count bytes, and are not quantized here.
-        dtype: of layers in full precision where they are stored.
+        loss: loss of the model on calibration batches, always the same ones, for example the KL divergence from the
+            full-precision model's outputs. Called without gradients.
+        ignore, embeddings, activations: as in `prepare`; activations only affect the count of bytes, and are not
+            quantized here.
+        dtype: dtype in which full-precision layers are stored.
 
     Raises:
-        ValueError: what `prepare` raises, or the loss is not finite.
+        ValueError: as `prepare` raises it, or the loss is not finite.
     """
     groups = _groups(model, choices, ignore, embeddings)
     with torch.no_grad():
@@ -79,27 +80,27 @@ def measure(model: nn.Module, choices: Sequence[Candidate], loss: Callable[[nn.M
 def estimate(model: nn.Module, choices: Sequence[Candidate], loss: Callable[[nn.Module, Any], torch.Tensor],
              batches: Iterable[Any], ignore: Iterable[str] = ("lm_head",), embeddings: bool = False,
              activations: ActivationQuantizer | None = None, dtype: torch.dtype = torch.float32) -> Sensitivity:
-    """Estimate the rise of a loss from its gradients, with one backward pass for each batch and none for a candidate.
+    """Estimate the rise of a loss from its gradients, with one backward pass per batch and none per candidate.
 
         rise = 1/2 sum_i F_ii (w_i - w_hat_i)^2        F_ii = mean over batches of g_i^2
 
     which is the diagonal second-order rise of Optimal Brain Damage (LeCun et al. 1990, section 2) with the diagonal of
-    the Fisher information in the Hessian's place, as SqueezeLLM has it (Kim et al. 2024, section 4.1). HAWQ-V2 (Dong et
-    al. 2020) takes one mean of the Hessian's diagonal for all weights of a layer instead.
+    the Fisher information in place of the Hessian, as in SqueezeLLM (Kim et al. 2024, section 4.1). HAWQ-V2 (Dong et
+    al. 2020) instead takes one mean of the Hessian's diagonal for all weights of a layer.
 
-    The Fisher information is that of single targets, drawn from the model itself; it is then the Hessian of the
-    divergence from the model. Of a batch of n targets take the sum of their losses over sqrt(n): its squared gradient
-    has the mean of the targets' own. Another constant makes all rises larger alike, which no allocation notices. Needs
-    memory for a gradient and its square of each chosen weight, in fp32.
+    The Fisher information is that of single targets drawn from the model itself; it is then the Hessian of the KL
+    divergence from the model. For a batch of n targets, use the sum of their losses over sqrt(n): its squared gradient
+    has the same mean as that of single targets. Another constant scales all rises alike, which does not change any
+    allocation. Needs memory for a gradient of each chosen weight and for its square in fp32.
 
     Args:
         loss: of the model and a batch, with a gradient. A divergence from the model itself has none.
-        batches: what `loss` understands.
+        batches: what `loss` takes.
 
-    Others are as in `measure`.
+    The other arguments are as in `measure`.
 
     Raises:
-        ValueError: what `prepare` raises, no batch, or gradients that are not finite or all zero.
+        ValueError: as `prepare` raises it, there is no batch, or gradients are not finite or all zero.
     """
     groups = _groups(model, choices, ignore, embeddings)
     fisher = _fisher(model, [members[0][1].weight for members in groups], loss, batches)
@@ -121,7 +122,7 @@ def estimate(model: nn.Module, choices: Sequence[Candidate], loss: Callable[[nn.
 
 def _fisher(model: nn.Module, weights: list[nn.Parameter], loss: Callable[[nn.Module, Any], torch.Tensor],
             batches: Iterable[Any]) -> list[torch.Tensor]:
-    """Mean over batches of squared gradients, in fp32, of each weight's shape; gradients kept are not touched."""
+    """Mean over batches of squared gradients, in fp32, in each weight's shape; existing `.grad` is not touched."""
     sums = [torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) for weight in weights]
     needed = [weight.requires_grad for weight in weights]
     count = 0
@@ -132,7 +133,7 @@ def _fisher(model: nn.Module, weights: list[nn.Parameter], loss: Callable[[nn.Mo
             count += 1
             gradients = torch.autograd.grad(loss(model, batch), weights, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:  # a layer that this batch does not pass
+                if gradient is not None:  # None for a layer that this batch does not reach
                     total += gradient.float().square_()
     finally:
         for weight, before in zip(weights, needed, strict=True):
@@ -147,13 +148,15 @@ def stored_bytes(shape: Sequence[int], quantizer: Candidate, activations: Activa
     """Bytes of a weight (outputs, ...) in a transformers folder: numbers, scales, zero points, a calibrated scale.
 
     Args:
+        shape: (outputs, ...).
         quantizer: None for full precision, in `dtype`.
-        activations: what quantizes the layer's inputs: numbers of 8 bits are then not packed into words.
+        activations: quantizer of the layer's inputs; 8-bit numbers are then not packed into words.
+        dtype: dtype of full precision.
     """
     if quantizer is None:
         return math.prod(shape) * dtype.itemsize
     whole_bytes = quantizer.kind == "fp8" or (activations is not None and quantizer.bits == 8)
-    return packed_bytes(shape[0], math.prod(shape[1:]), quantizer, bits=max(2, quantizer.bits),  # one bit takes two
+    return packed_bytes(shape[0], math.prod(shape[1:]), quantizer, bits=max(2, quantizer.bits),  # 1 bit takes 2
                         packed=not whole_bytes, scale_bytes=quantizer.scale_dtype.itemsize,
                         static=activations is not None and not activations.dynamic)
 
@@ -179,7 +182,7 @@ def _groups(model: nn.Module, choices: Sequence[Candidate], ignore: Iterable[str
 
 @contextmanager
 def _quantized(members: Members, quantizer: WeightQuantizer) -> Iterator[None]:
-    """These layers with quantized weights, then with their own parameter again."""
+    """Within the context these layers have quantized weights; afterwards, their own parameter again."""
     layer = members[0][1]
     own = layer.weight
     rounded = nn.Parameter(as_weight(layer, quantizer.fake_quantize(as_matrix(layer).detach())), requires_grad=False)

@@ -1,4 +1,4 @@
-"""SmoothQuant: moving the outliers of activations into the weights that they are multiplied with."""
+"""SmoothQuant: move activation outliers into the weights that they are multiplied with."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from torch import nn
 
 from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, collect
 
-SMALLEST = 1e-5  # factor
+SMALLEST = 1e-5  # smallest factor
 
 
 def smooth(model: nn.Module, batches: Sequence[Batch], alpha: float = 0.5, layers: Collection[str] | None = None,
            device: torch.device | str | None = None) -> list[str]:
-    """Divide what norms give by factors, and multiply the weights of the layers behind them with these, in place.
+    """Divide norms' outputs by factors and multiply the weights of the layers that read them by the same, in place.
 
-    The model computes what it did, up to rounding; its activations are then easier to quantize. Which layers read a
-    norm's output is found by running the model. A norm that something else reads too, as a router or the sum behind the
-    norm, is left as it was, with a warning.
+    The model's outputs stay the same up to rounding, and its activations become easier to quantize. Which layers read a
+    norm's output is found by running the model. A norm that something else reads too, such as a router or a residual
+    sum, is left unchanged, with a warning.
 
     Args:
         model: a transformer in full precision.
-        batches: calibration rows, what the model is called with.
-        alpha: how much of the difficulty moves from activations to weights, 0 to 1 (Xiao et al. 2023, section 4).
-        layers: names of those that are to be quantized, one of which has to read a norm; None for any.
+        batches: calibration rows, each the model's keyword arguments.
+        alpha: how much of the quantization difficulty moves from activations to weights, 0 to 1 (Xiao et al. 2023,
+            section 4).
+        layers: names of the layers to be quantized, one of which has to read a norm; None for any.
         device: where blocks run; see `BlockwiseCalibrator`.
 
     Returns:
         Names of the norms.
 
     Raises:
-        ValueError: alpha is not from 0 to 1, no norm can be smoothed, or there is one that multiplies neither by its
-            weight nor by 1 + weight.
+        ValueError: alpha is not between 0 and 1, no norm can be smoothed, or a norm multiplies neither by its weight
+            nor by 1 + weight.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is how much of the difficulty moves to the weights: 0 to 1, not {alpha}")
@@ -53,7 +54,7 @@ def smooth(model: nn.Module, batches: Sequence[Batch], alpha: float = 0.5, layer
 
 
 def shared_weights(model: nn.Module) -> set[int]:
-    """Identities of weights that several modules have."""
+    """Ids of weights that several modules share."""
     counts = Counter(id(module.weight) for _, module in model.named_modules()
                      if isinstance(getattr(module, "weight", None), nn.Parameter))
     return {key for key, count in counts.items() if count > 1}
@@ -76,13 +77,13 @@ def factors(inputs: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float)
 
 @dataclass
 class _Norm:
-    """A norm, and what reads it.
+    """A norm and the layers that read it.
 
     Attributes:
         module: the norm.
-        call: arguments it had in one batch.
-        output: what it gave.
-        readers: linear layers that its output itself enters, by name.
+        call: its arguments in one batch.
+        output: its output.
+        readers: linear layers that take its output directly, by name.
     """
 
     module: nn.Module
@@ -105,7 +106,7 @@ class _Norm:
 @torch.no_grad()
 def _smooth_block(walk: BlockwiseCalibrator, modules: dict[str, nn.Module], alpha: float, tied: set[int],
                   wanted: Collection[str] | None) -> list[str]:
-    """Smooth the norms of the block that a walk is at, and return their names."""
+    """Smooth the norms of the walk's current block and return their names."""
     norms = {}
     for name, norm in _norms(walk, modules).items():
         if not norm.readers or wanted is not None and not any(reader in wanted for reader in norm.readers):
@@ -122,15 +123,15 @@ def _smooth_block(walk: BlockwiseCalibrator, modules: dict[str, nn.Module], alph
 
 
 def _fold(norm: _Norm, offset: float, factor: torch.Tensor) -> None:
-    """Divide a norm by factors (inputs,) and multiply its readers with what it was divided by once that is stored.
+    """Divide a norm by factors (inputs,) and multiply its readers by what it was actually divided by after rounding.
 
-    Where 1 + weight is near zero, the weight is near -1, and of 16 bits not many are left for the difference.
+    Where 1 + weight is near zero, the weight is near -1, and in 16 bits few bits are left for the difference.
     """
     weight = norm.module.weight
     before = weight.float() + offset
     stored = (before / factor - offset).to(weight.dtype)
     factor = before / (stored.float() + offset)
-    kept = ~factor.isfinite() | (factor <= 0)  # a multiplier of zero, or one that would become it
+    kept = ~factor.isfinite() | (factor <= 0)  # multipliers that are zero or would become zero
     factor = factor.masked_fill(kept, 1.0)
     weight.copy_(torch.where(kept, weight, stored))
     for bias in norm.own[1:]:
@@ -140,7 +141,7 @@ def _fold(norm: _Norm, offset: float, factor: torch.Tensor) -> None:
 
 
 def _norms(walk: BlockwiseCalibrator, modules: dict[str, nn.Module]) -> dict[str, _Norm]:
-    """Modules with one weight for each channel, and who reads them, found by running one batch."""
+    """Modules with one weight per channel and the layers that read them, found by running one batch."""
     found: dict[str, _Norm] = {}
 
     def gave(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -163,9 +164,10 @@ def _norms(walk: BlockwiseCalibrator, modules: dict[str, nn.Module]) -> dict[str
 
 
 def _only_readers(walk: BlockwiseCalibrator, norm: _Norm) -> bool:
-    """Whether the block gives what it gave when the output is divided by factors and its readers multiply with them.
+    """Whether only the readers use the norm's output.
 
-    The factors are powers of two, which no dtype rounds: what differs is read by something else.
+    That is so if the block's output stays the same when the norm's output is divided by factors and its readers
+    multiply by them. The factors are powers of two, which are exact in any dtype.
     """
     before, kept = walk.forward(0), [weight.clone() for weight in norm.read]
     factor = torch.ones_like(norm.module.weight)
@@ -181,7 +183,7 @@ def _only_readers(walk: BlockwiseCalibrator, norm: _Norm) -> bool:
 
 
 def _offset(name: str, norm: _Norm) -> float:
-    """0 for a norm that multiplies by its weight, and 1 for one that does by 1 + weight, found by trying.
+    """0 for a norm that multiplies by its weight, 1 for one that multiplies by 1 + weight, found by trying.
 
     Without bias, twice the multiplier has to give exactly twice the output.
     """

@@ -1,4 +1,4 @@
-"""Gradients of rounding: the straight-through estimator, and the one of a learned scale."""
+"""Gradients through rounding: the straight-through estimator, and the gradient of a learned scale."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 class StraightThrough(torch.autograd.Function):
     """Fake quantization whose backward is the identity.
 
-    Eq. 12 of the survey zeroes the gradient of clipped weights. A scale that follows from the weights leaves none, or
-    half a step, outside; weights that are there should be able to come back, so nothing is zeroed nor kept for it.
-    An explicit function, because `w + (w_hat - w).detach()` rounds and would differ from the export; and one that
-    is handed what is rounded, because torch.compile of torch 2.11 loses the gradient where `forward` detaches.
+    Eq. 12 of the survey zeroes the gradient of clipped weights. A scale computed from the weights leaves none outside
+    the range, or half a step, and weights that are outside should be able to come back; so nothing is zeroed, and
+    nothing is saved for it.
+
+    This is an explicit function because `w + (w_hat - w).detach()` rounds and would differ from the export. It is given
+    the rounded weight because torch.compile of torch 2.11 loses the gradient if `forward` detaches.
     """
 
     @staticmethod
@@ -26,16 +28,17 @@ class StraightThrough(torch.autograd.Function):
 
 
 class LearnedScale(torch.autograd.Function):
-    """Fake quantization that gives its scale a gradient too (LSQ, Esser et al. 2020, eq. 3).
+    """Fake quantization with a gradient for its scale too (LSQ, Esser et al. 2020, eq. 3).
 
-    With r = w / scale, and q the number that r + zero_point becomes:
+    With r = w / scale, and q the number that r + zero_point is rounded to:
 
         d w_hat / d scale = (q - zero_point) - r where r + zero_point is within the numbers, else q - zero_point
 
-    The scale is `ratio` times one that follows from the weights; d scale / d ratio is that one. Weights get the
-    gradient of the identity, as under every rule: those that are clipped must be able to shrink, or their range would
-    never. (LSQ's own, an absolute scale and no gradient where clipped, was tried: see docs/log.md.)
-    Only what exists anyhow is kept for backward.
+    The scale is `ratio` times a scale computed from the weights, which is therefore d scale / d ratio. Weights get the
+    identity's gradient, as under every rule: clipped weights must be able to shrink, or their range never would. (LSQ's
+    own choice, an absolute scale and no gradient where clipped, was tried: see docs/log.md.)
+
+    Only tensors that exist anyway are saved for the backward.
     """
 
     @staticmethod

@@ -1,1 +1,1 @@
-"""Rematerialization: capture a region, price it, solve for what to keep, execute the schedule."""
+"""Rematerialization under a memory budget: capture regions, price operations, solve for what to recompute, execute."""

@@ -1,4 +1,8 @@
-"""From a model and a batch to a plan: capture, price, look at what is around, and solve for a budget."""
+"""The planner: prices the captured regions of a training step and solves for a recompute plan for any memory budget.
+
+Each region has a list of options (what it keeps and recomputes), found once. The regions in call order, with their
+options, are the links of a chain; a plan picks an option for every link and may recompute whole runs of them.
+"""
 
 from __future__ import annotations
 
@@ -37,26 +41,26 @@ from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.lower_bound import least_bytes, least_sum
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
 
-# What a count of tensors cannot see, small temporaries and buffers of kernels: a part of what comes and goes, and
-# 96 KiB, or a hundredth of what comes and goes where that is less.
+# Margin for what counting tensors misses, such as small temporaries and kernels' own buffers: a share of the memory
+# allocated during the step, plus 96 KiB or 1% of that memory, whichever is less.
 MARGIN_SHARE, MARGIN_BYTES, MARGIN_OF_SMALL = 0.003, 98_304, 0.01
-CLOSE_ENOUGH = 1e-3  # of a step: what a better plan for a whole network may save at most for the search to end
-LEAST_MOVES = 400_000  # of the search for the least peak of a whole network
-STATES = 12_288  # bytes of generator states that a segment keeps on CPU, before its first block and after its last run
+CLOSE_ENOUGH = 1e-3  # of a step's time: the search over a whole network stops once no plan can save more than this
+LEAST_MOVES = 400_000  # moves in the search for the lowest peak of a whole network
+STATES = 12_288  # bytes of RNG states that a segment saves on CPU, before its first block and after its last run
 
 
 class Planner:
-    """Everything known of a step, from which plans for any budget follow.
+    """Everything known about a training step, from which a plan for any budget can be made.
 
     Args:
-        calls: captured regions in the order they are called.
-        frame: what everything else holds.
-        prices: of operations.
-        fallback: options of a region that could not be captured.
-        apart: whether no segment may reach over several regions, because each has its weights only while it is called.
-        solver: of the schedules of each region: "auto" searches and bounds what is left to gain; "exact" solves
-            Checkmate's program to its proven optimum.
-        store: where what is found is kept from one process to the next.
+        calls: captured regions in call order.
+        frame: memory held outside the regions.
+        prices: time and workspace of operations.
+        fallback: options of a region that could not be captured, and the seconds of its forward.
+        apart: whether no segment may span several regions, because each has its weights only while it is called.
+        solver: how each region's schedules are found: "auto" searches and bounds what is left to gain; "exact" solves
+            Checkmate's program to proven optimality.
+        store: keeps results from one process to the next.
 
     Raises:
         NotExact: a region is too large for the exact program.
@@ -80,31 +84,31 @@ class Planner:
 
     @property
     def single(self) -> bool:
-        """Whether one region is the whole problem, to be solved for the budget itself."""
+        """Whether the chain is one captured region, which is then solved for the budget directly."""
         return len(self.calls) == 1 and self.calls[0].captured is not None
 
     @cached_property
     def links(self) -> list[Link]:
-        """The regions with their options."""
+        """The regions with their options, as links of the chain."""
         return [self._link(index, *self._ways(call)) for index, call in enumerate(self.calls)]
 
     @cached_property
     def seconds(self) -> float:
-        """Seconds of forward and backward of all regions without recomputation."""
+        """Seconds of forward and backward of all regions, without recomputation."""
         return sum(self._seconds(call) for call in self.calls)
 
     def fits_as_it_is(self, budget: int) -> bool:
-        """Whether keeping all is certain to fit: its kernels' own buffers, which are not counted, too."""
+        """Whether keeping everything is certain to fit, with a margin for kernels' own buffers that are not counted."""
         peak = self.keep_all().peak
         return (peak if self.calls else self._more(peak)) <= budget
 
     def keep_all(self) -> RecomputePlan:
-        """The plan that recomputes nothing."""
+        """The plan without recomputation."""
         return self._plan(None, whole(len(self.calls)), self._keeping, 0.0)
 
     @cached_property
     def _keeping(self) -> list[Link]:
-        """The regions with one option each, to keep all; that needs no search."""
+        """The regions with a single option each, which keeps everything; this needs no search."""
         return [self._link(index, (self._kept_whole(call),), self._forward(call)) for index, call
                 in enumerate(self.calls)]
 
@@ -122,11 +126,11 @@ class Planner:
         """The plan with the least recomputation found whose predicted peak is within the budget.
 
         Args:
-            budget: bytes, everything counted.
-            seconds: most time for a region that is solved for this budget.
+            budget: bytes, everything included.
+            seconds: time limit for a single region, which is solved for this budget.
 
         Raises:
-            BudgetError: none fits.
+            BudgetError: no plan fits.
         """
         everything = self.keep_all()
         if everything.peak <= budget:
@@ -136,9 +140,9 @@ class Planner:
             return self._plan_single(budget, seconds)
         room = self._without_margin(budget)
         schedule = solve_chain(self.links, self.frame.head, room) if self._around <= room else None
-        if schedule is not None and self._plan(budget, schedule, self.links, 0.0).peak > budget:  # by segments' states
+        if schedule is not None and self._plan(budget, schedule, self.links, 0.0).peak > budget:  # RNG states
             schedule = solve_chain(self.links, self.frame.head, room - STATES * len(self.links))
-        if schedule is None and self._around <= room:  # memory in finer pieces loses less by rounding
+        if schedule is None and self._around <= room:  # finer memory slots lose less to rounding
             schedule = solve_chain(self.links, self.frame.head, room - STATES * len(self.links), slots=8000)
         if schedule is None and self.least.peak <= budget:
             return replace(self.least, budget=budget, bound=self._bound(budget))
@@ -148,15 +152,16 @@ class Planner:
 
     @cached_property
     def least(self) -> RecomputePlan:
-        """The plan with the least peak that was found: by moves and rooflines, so that it is the same each time.
+        """The plan with the lowest peak found.
 
-        Seconds that were measured would lead the search elsewhere each time, and a budget of the least that an error
-        named could be refused by the next study.
+        It limits the search by moves, not time, and takes times from the roofline, so that it is the same in every run.
+        Measured times would lead the search elsewhere each time, and the minimum budget that an error reports could
+        then be refused when it is tried.
         """
         if self.single:
             captured = self.calls[0].captured
             found = least_peak(self._in_place(0, self.prices.roofline(captured)), 60.0, iterations=LEAST_MOVES)
-            found = solve(self._in_place(0), found.peak, 10.0, bound=False, start=found.order)  # at less recomputation
+            found = solve(self._in_place(0), found.peak, 10.0, bound=False, start=found.order)  # recompute less
             option = self._own(captured, option_of(captured, self._problem(captured), found.order))
             return replace(self._plan(None, whole(1), [self._link(0, (option,), self._forward(self.calls[0]))], 0.0),
                            solver="auto")
@@ -177,7 +182,11 @@ class Planner:
 
     @cached_property
     def least_bound(self) -> int:
-        """Bytes that no plan can do without, proven: each region's largest operation, with what others hold then."""
+        """Proven lower bound on any plan's peak, in bytes.
+
+        The larger of what is held outside the regions and each region's most demanding operation together with what is
+        held around it.
+        """
         captured = [index for index, call in enumerate(self.calls) if call.captured is not None]
         return max([self._around, *(least_bytes(self._in_place(index)) for index in captured)]) - self.frame.spare
 
@@ -198,7 +207,7 @@ class Planner:
         return resident[:border], resident[border + 1:]
 
     def _with_margin(self, count: int) -> int:
-        """Bytes of a peak with what the count of it misses; a step without regions is counted as it runs."""
+        """A counted peak plus a margin for what counting misses; without regions the count is of the real step."""
         return self._more(count) if self.calls else count
 
     def _more(self, count: int) -> int:
@@ -228,10 +237,11 @@ class Planner:
         return replace(plan, solver="auto" if best is None else "exact")
 
     def _in_place(self, index: int, seconds: np.ndarray | None = None) -> Graph:
-        """A region's problem with what others hold beside it in each of its phases; seconds by the prices at hand.
+        """A region's rematerialization problem with the memory that others hold during each of its phases.
 
-        What others hold in one phase only counts as workspace of each of its operations. Between forward and backward
-        that is `head` for the last region; its own output and the gradient of it are part of that.
+        Memory held in only one of the phases is added to the workspace of every operation of that phase. Between
+        forward and backward that is `head` for the last region, which includes the region's own output and its
+        gradient. Times are the planner's prices unless `seconds` is given.
         """
         frame, call, graph = self.frame, self.calls[index], self._problem(self.calls[index].captured)
         border = graph.forward
@@ -269,13 +279,13 @@ class Planner:
             return (self._kept_whole(call),)
         steady = self._priced(call, self._steady_ways(call)[0])
         found = self._searched(captured, self.prices.price(captured)[0]) if self.prices.measure else ()
-        if self.solver == "exact" and found:  # proven by these prices; what others found is not
+        if self.solver == "exact" and found:  # optimal at these prices; roofline options are not
             return tuple(self._own(captured, option) for option in found)
         more = [self._own(captured, option) for option in frontier([*steady, *found]) if option not in steady]
         return tuple(sorted([*steady, *more], key=lambda way: (way.seconds, way.kept, way.backward_peak)))
 
     def _steady_ways(self, call: RegionCall) -> tuple[tuple[Option, ...], float]:
-        """Ways to run a region that are found again each time, and the seconds of its forward, by the roofline."""
+        """Reproducible options of a region, found with roofline times, and the roofline seconds of its forward."""
         if call.captured is None:
             return self.fallback(call)
         seconds, signature = self.prices.roofline(call.captured), call.captured.signature
@@ -287,7 +297,7 @@ class Planner:
         return options(captured, seconds, self.prices.price(captured)[1], solver=self.solver, store=self.store)
 
     def _priced(self, call: RegionCall, ways: Sequence[Option]) -> tuple[Option, ...]:
-        """The same ways, in the same order, with seconds by the prices at hand."""
+        """The same options in the same order, with seconds taken from the planner's prices."""
         if call.captured is None:
             return tuple(ways)
         signature = call.captured.signature
@@ -315,9 +325,9 @@ class Planner:
         return float(self.prices.price(call.captured)[0].sum()) if call.captured is not None else 0.0
 
     def _bound(self, budget: int) -> float:
-        """Seconds of recomputation that no schedule of the chain can do without.
+        """Proven lower bound on the seconds of recomputation of any schedule of the chain.
 
-        When the loss turns back, everything that regions keep is there at once.
+        At the turn from forward to backward, everything that the regions keep is resident at once.
         """
         curves = []
         for call in self.calls:
@@ -330,7 +340,10 @@ class Planner:
         return least_sum(curves, budget - self.frame.head + self.frame.spare)
 
     def orders(self, captured: Captured, option: Option) -> Sequence[int]:
-        """How to run a graph by an option; for a shape that was not planned for, one that keeps and needs no more."""
+        """The order of operations for a captured graph under an option.
+
+        For shapes that were not planned for, it is an order that keeps and needs no more memory than the option does.
+        """
         if self._made_for.get(id(option)) == captured.signature:
             return option.order
         prices = Prices(self.prices.device).price(captured)
@@ -341,12 +354,12 @@ class Planner:
         return min(options(captured, *prices), key=lambda way: way.backward_peak).order
 
     def install(self, plan: RecomputePlan, inductor: bool = False, model: nn.Module | None = None) -> None:
-        """Make the model run by a plan, or another of the same shapes."""
+        """Install a plan in the planned model, or in another model of the same shapes."""
         modules = [call.module if model is None else model.get_submodule(call.name) for call in self.calls]
         plan.planned = Planned(modules, plan.schedule, [link.options for link in plan.links], self.orders, inductor)
         plan.planned.install()
 
 
 def name_of(call: RegionCall) -> str:
-    """What a region is called in the model, or its class where it is the model."""
+    """A region's name in the model, or its class if it is the model itself."""
     return call.name or type(call.module).__name__

@@ -1,4 +1,4 @@
-"""A plan as data: what a model keeps and recomputes, what that was found to need, and how it is told."""
+"""A recompute plan as data: what a model keeps and recomputes, its predicted peak memory, and how it is printed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PROVEN = "each block's schedule is proven optimal by Checkmate's exact program, 
 
 
 class BudgetError(ValueError):
-    """A budget that cannot be met.
+    """The memory budget cannot be met.
 
     Attributes:
-        budget: bytes asked for.
-        least: the least peak for which there is a plan, in bytes.
-        bound: bytes that no plan can do without, proven.
-        parts: bytes of the largest parts at the least peak.
+        budget: bytes requested.
+        least: lowest peak for which a plan was found, in bytes.
+        bound: proven lower bound on any plan's peak, in bytes.
+        parts: bytes by name at the lowest peak.
     """
 
     def __init__(self, budget: int, least: int, bound: int, parts: Mapping[str, int]) -> None:
@@ -34,22 +34,22 @@ class BudgetError(ValueError):
 
 @dataclass(eq=False)
 class RecomputePlan:
-    """What a model keeps and recomputes, and what that was found to need.
+    """What a model keeps and recomputes, with the predicted memory and time.
 
     Attributes:
-        budget: bytes allowed; None keeps all.
-        peak: predicted bytes at the peak of a step, everything counted.
-        schedule: the option of every region, and segments.
-        replay: bytes of the regions' moments.
-        frame: what everything else holds.
-        links: the regions with their options, as the master problem sees them.
-        calls: the regions.
-        seconds: of forward and backward of all regions, each operation once, by the prices.
-        bound: seconds of recomputation below which no schedule of the regions fits, proven.
-        planned: the model that it is installed in.
-        resident: bytes at every operation of a region's forward, and of its backward, by an option.
-        solver: what found the regions' schedules: "auto", or "exact" where Checkmate's program proves of each that no
-            schedule of its kind recomputes less with the bytes that it keeps and its peak.
+        budget: bytes allowed; None for a plan made without a budget.
+        peak: predicted peak memory of a step in bytes, everything included.
+        schedule: the option chosen for each region, and the segments.
+        replay: bytes at each moment of the chain, and the seconds recomputed.
+        frame: memory held outside the regions.
+        links: the regions with their options, as the chain's dynamic program sees them.
+        calls: the regions in call order.
+        seconds: predicted time of forward and backward of all regions, each operation run once.
+        bound: proven lower bound on the seconds of recomputation of any schedule that fits.
+        planned: handle on the model that the plan is installed in, if any.
+        resident: given a region's position and an option, resident bytes at every operation of forward and backward.
+        solver: how the regions' schedules were found: "auto", or "exact" if Checkmate's program proves for each that no
+            schedule of its kind recomputes less with the same bytes kept and the same peak.
     """
 
     budget: int | None
@@ -72,26 +72,26 @@ class RecomputePlan:
 
     @property
     def overhead(self) -> float:
-        """Recomputation as a share of the regions' own time."""
+        """Recomputation as a fraction of the regions' own time."""
         return self.recomputed / self.seconds if self.seconds else 0.0
 
     @property
     def gap(self) -> float:
-        """How much of the step a better schedule could save at most: (found - bound) / found."""
+        """Upper bound on the fraction of the step that a better schedule could save: (found - bound) / found."""
         found = self.seconds + self.recomputed
         return max(0.0, self.recomputed - self.bound) / found if found else 0.0
 
     @property
     def fallbacks(self) -> list[str]:
-        """Regions that could not be captured, and why."""
+        """Regions that could not be captured, with the reasons."""
         return [f"{call.name or type(call.module).__name__}: {call.reason}" for call in self.calls
                 if call.captured is None]
 
     def parts(self) -> tuple[str, dict[str, int]]:
-        """When the peak is, and its bytes by what they are.
+        """The moment of the peak, and its bytes by category.
 
-        What regions keep and recompute are activations; gradients are those that exist then; the rest, logits and
-        their gradients for example, are the loss and temporaries.
+        What regions keep and recompute counts as activations, and gradients are those that exist at that moment. The
+        rest, such as logits and their gradients, counts as loss and temporaries.
         """
         moments = [("start", self.frame.start), ("head", self.frame.head), ("end", self.frame.end),
                    ("update", self.frame.update)]
@@ -113,14 +113,14 @@ class RecomputePlan:
         return names.get(moment, f"{moment} of block {position}"), found
 
     def _gradients(self, moment: str, position: int) -> int:
-        """Bytes of gradients that did not exist when the step began."""
+        """Bytes of gradients at a moment that did not exist when the step began."""
         after = {"backward": self.calls[position + 1:], "end": self.calls, "update": self.calls}.get(moment, [])
         new = sum(parameter.numel() * parameter.element_size() for call in after for parameter in
                   call.module.parameters() if parameter.requires_grad)
         return 0 if self.frame.parts.get("gradients") or self.frame.drops else new
 
     def blocks(self) -> list[dict[str, object]]:
-        """How every region runs: bytes kept beside its input, seconds recomputed, and the segment it is in."""
+        """How each region runs: bytes kept beside its input, seconds recomputed, and the segment it belongs to."""
         found = []
         for item in self.schedule:
             segment = None if isinstance(item, Block) else (item.first, item.last - 1)
@@ -131,13 +131,13 @@ class RecomputePlan:
         return found
 
     def curve(self) -> tuple[list[tuple[int, int]], tuple[tuple[str, int], ...]]:
-        """Planned bytes over the step as (position, bytes), operation by operation, and where its phases begin.
+        """Predicted memory over the step as (position, bytes), operation by operation, and where its phases begin.
 
-        The largest is the predicted peak: what the count misses is added in proportion.
+        It is scaled so that its maximum is the predicted peak, which includes the margin for what counting misses.
         """
         frame = self.frame
         if not self.calls:
-            begin = frame.marks[0][1] if frame.marks else 0  # before it what is there has been counted, one by one
+            begin = frame.marks[0][1] if frame.marks else 0  # before that, the initial tensors are counted one by one
             return list(enumerate([frame.base, *frame.timeline[begin:]])), tuple(
                 (name, position - begin) for name, position in frame.marks)
         chosen = dict(leaf for item in self.schedule for leaf in leaves(item))
@@ -159,7 +159,7 @@ class RecomputePlan:
             marks.items())
 
     def _operations(self, phase: str, position: int, option: Option, most: int) -> list[int]:
-        """Bytes at every operation of a block's forward or backward, of which the largest is `most`."""
+        """Bytes at every operation of a block's forward or backward, shifted so that the maximum is `most`."""
         if self.resident is None or not option.order:
             return [most]
         forward, backward = self.resident(position, option)
@@ -178,6 +178,6 @@ class RecomputePlan:
         return "\n".join([*lines, *(f"  not planned: {text}" for text in self.fallbacks)])
 
     def remove(self) -> None:
-        """Take the plan out of the model."""
+        """Remove the plan from the model."""
         if self.planned is not None:
             self.planned.remove()

@@ -1,4 +1,8 @@
-"""The function people call: plan a model's training step for a budget of bytes, and make the model keep to it."""
+"""The public entry point: plan recomputation for a training step under a memory budget and install the plan.
+
+A region is a module that gets a schedule of its own: one of the model's repeated blocks, or a whole convolutional
+network. A region is captured when torch.compile has traced it into a joint forward-backward graph.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +37,11 @@ from strategies.rematerialization.recompute_plan import RecomputePlan
 
 @dataclass(frozen=True)
 class Refuted:
-    """Why a block is not what its captured graph says.
+    """Why a block's captured graph cannot stand in for the block.
 
     Attributes:
-        reason: in words.
-        unfit: whether it cannot run twice either, so that it runs as it is.
+        reason: explanation for the user.
+        unfit: whether the block cannot be recomputed at all, so that it has to run unchanged.
     """
 
     reason: str
@@ -51,41 +55,43 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
                   optimizer: torch.optim.Optimizer | None = None, loss: Loss | None = None,
                   autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
                   compile: bool = False, solver: str = "auto", cache: str | Path | None = None) -> RecomputePlan:
-    """Make a model train within a budget of bytes, at the least recomputation found, and say how much that is.
+    """Make a model train within a memory budget with as little recomputation as possible, and report how much that is.
 
         plan = limbeck.rematerialize(model, batch, budget="8GiB", optimizer=optimizer)
         print(plan)
 
-    The model's code, parameters and names stay as they are; gradients are those of keeping everything. Its repeated
-    blocks (or the whole of a convolutional network) then run by schedules of what to keep and what to recompute just
-    before it is used. Call it on every rank, before or after the model is prepared by Accelerate or handed to a
-    Trainer, with a batch of the size trained on. `plan.remove()` undoes it.
+    The model's code, parameters and parameter names do not change, and gradients are the same as without recomputation.
+    Afterwards its repeated blocks (or, for a convolutional network, the whole model) run by schedules that say which
+    activations to keep and which to recompute just before they are used. Call it on every rank, before or after the
+    model is prepared by Accelerate or passed to a Trainer, with a batch of the size used in training. `plan.remove()`
+    undoes it.
 
     Args:
-        model: on the device it trains on.
+        model: the model, on the device it trains on.
         example_batch: what `loss` takes; by default a mapping for `model(**batch)`, labels included.
-        budget: bytes ("8GiB") for everything: weights, gradients, optimizer state, activations, loss, temporaries.
-        optimizer: counted, its state too, even where that does not exist yet.
-        loss: gives the loss from model and batch; by default what the model returns as `.loss`, or first. It is called
-            a few times, also on tensors without data: what it keeps for itself is of no use afterwards.
-        autocast: dtype of mixed precision, if training uses it and the model's forward does not enter it by itself.
-        accumulate: whether gradients of earlier micro-batches exist when a step begins.
-        others: modules and tensors that stay beside the model, a teacher for example.
-        compile: run the schedules by Inductor instead of by eager kernels. What it fuses needs no memory, so that the
-            prediction is an upper estimate.
-        solver: "auto" searches and says how much is left to gain at most; "exact" solves Checkmate's program (Jain et
-            al. 2020) for each block to its proven optimum, for blocks of few operations.
-        cache: an existing folder, in which what was found for each block is kept for the next process; None keeps
+        budget: peak memory allowed for everything, as bytes or text ("8GiB"): weights, gradients, optimizer state,
+            activations, loss and temporaries.
+        optimizer: optimizer to account for, including state that it has not allocated yet.
+        loss: computes the loss from model and batch; by default the model's output `.loss`, or else its first output.
+            It is called a few times, also on fake tensors, so anything it stores itself is meaningless afterwards.
+        autocast: mixed-precision dtype, if training uses autocast and the model's forward does not enter it itself.
+        accumulate: whether gradients of earlier micro-batches already exist when a step begins.
+        others: modules and tensors that stay in memory beside the model, such as a teacher.
+        compile: run the schedules through Inductor instead of eager kernels. Tensors fused away take no memory, so the
+            predicted peak is then an upper estimate.
+        solver: "auto" searches and reports a bound on what is left to gain; "exact" solves Checkmate's program (Jain et
+            al. 2020) for each block to proven optimality, and is for blocks with few operations.
+        cache: existing folder in which the solutions found for each block are kept for later processes; None keeps
             nothing.
 
     Returns:
-        the plan, which is then installed in the model.
+        the plan, already installed in the model.
 
     Raises:
-        BudgetError: no plan fits; it says what the least is.
-        NotExact: `solver` is "exact", and a block has too many operations, or its optimum was not proven in time.
-        ValueError: the budget is not a number of bytes, the loss not one number, or nothing trains.
-        CannotPlan: the model does not run on tensors without data, as some mixtures of experts do not.
+        BudgetError: no plan fits the budget; the message gives the smallest budget that does.
+        NotExact: `solver` is "exact" and a block has too many operations, or was not solved to optimality in time.
+        ValueError: the budget is not a number of bytes, the loss is not a single number, or nothing requires gradients.
+        CannotPlan: the model does not run on fake tensors, as some mixture-of-experts models do not.
     """
     budget = parse_bytes(budget)
     settings: dict[str, Any] = {"optimizer": optimizer, "loss": loss, "autocast": autocast, "accumulate": accumulate,
@@ -105,16 +111,21 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
           device: str | None = None, reserved: Mapping[str, int] | None = None, residency: Residency | None = None,
           in_backward: Hooks | None = None, regions: bool = True, measure: bool | None = None,
           refuted: Mapping[str, Refuted] | None = None, solver: str = "auto", cache: Path | None = None) -> Planner:
-    """Learn all about a step that plans for any budget need; see `rematerialize`.
+    """Analyze one training step and return the planner that makes plans for any budget; see `rematerialize`.
 
-    A model without data (parameters made under FakeTensorMode) is studied without computing anything, and priced for
-    the `device` named. `reserved` are bytes by name that are held besides, by whom nothing here knows of. `residency`
-    is what a rank holds of the model where it is shared out; the optimizer and the `others` are part of it then.
-    `in_backward` puts hooks on an optimizer's parameters, which step and drop gradients, and can `remove` them again.
-    Without `regions` the model runs as it is, and only what that needs is found. Blocks whose names are in `refuted`
-    are not captured, or run as they are. `measure` is whether operations are timed on the device that is present; None
-    for models with data.
-    `cache` is the folder where what is found for each block is kept, made where the folder above it exists.
+    Args:
+        model: the model. One whose parameters were made under FakeTensorMode is analyzed without computing anything.
+        batch: as for `rematerialize`, and so are `optimizer`, `loss`, `autocast`, `accumulate` and `solver`.
+        others: modules and tensors beside the model; with `residency`, the optimizer and `others` are part of that.
+        device: name of the device to price for; None is the present one.
+        reserved: bytes by name that are held by something not visible here.
+        residency: what a rank holds of a model that is sharded.
+        in_backward: attaches hooks to an optimizer's parameters that step and free gradients during the backward, and
+            can `remove` them again.
+        regions: whether to plan regions; without, the model runs unchanged and only what that needs is found.
+        measure: whether operations are timed on the present device; None times them if the model has data.
+        refuted: blocks by name that are not to be captured or, if unfit, that run unchanged.
+        cache: folder in which solutions for each block are kept, created if its parent exists.
     """
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise ValueError(f"autocast is a dtype such as torch.bfloat16, not {autocast!r}")
@@ -137,7 +148,7 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
         return found
 
     standing = {name: module for name, module in model.named_modules() if stood_in(module)}
-    with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # without an older plan
+    with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # bypass an installed plan
         return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions, residency,
                       in_backward, measure, refuted or {}, solver, None if cache is None else OptionStore(cache))
 
@@ -153,7 +164,7 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     for name, why in refuted.items():
         if why.unfit and name in modules:
             _warn(name, modules.pop(name), "runs as it is", why.reason)
-    named = device not in (None, "cpu")  # a GPU, which need not be there
+    named = device not in (None, "cpu")  # a GPU, which need not be present
     elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and named else nullcontext
     around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
     with without_data(*around) if pretended else nullcontext((None, None)) as (mode, _), mode or nullcontext(), \
@@ -167,7 +178,7 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
         reserved = {**reserved, "held besides": held_besides(
             next(model.parameters()).device, [model, *others, batch, *([] if optimizer is None else [optimizer])])}
     elif named:
-        reserved = {**reserved, "libraries": 2 * known.workspace}  # of the caller's thread and of autograd's
+        reserved = {**reserved, "libraries": 2 * known.workspace}  # the caller's thread and autograd's
     with gradients_kept(around, optimizer), without_data(*around) as (mode, stand_in), elsewhere():
         calls, frame = trace_step(calls, Step(
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
@@ -179,9 +190,10 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
 
 
 def _regions(model: nn.Module, blocks: Sequence[str] | None) -> dict[str, nn.Module]:
-    """What is planned inside, by name: where weights come and go, the `blocks` that have all of theirs while they run.
+    """Modules to plan, by name; with `blocks` (a model whose weights are gathered and freed), these blocks.
 
-    Inside of anything larger they are gathered by hooks, of which a captured graph knows nothing.
+    Each of these blocks has all its weights while it runs. Inside anything larger, hooks gather weights, and a captured
+    graph does not contain hooks.
     """
     if blocks is None:
         return find_regions(model)
@@ -192,9 +204,10 @@ def _regions(model: nn.Module, blocks: Sequence[str] | None) -> dict[str, nn.Mod
 
 
 def _buckets(model: nn.Module) -> dict[str, int]:
-    """Bytes in which data parallelism sums gradients; a model that is not wrapped yet will be, where there are ranks.
+    """Bytes of the buckets in which data parallelism all-reduces gradients.
 
-    With `gradient_as_bucket_view` gradients lie in them, and are counted as gradients.
+    A model that is not wrapped in DistributedDataParallel yet is counted as wrapped if there are several ranks. With
+    `gradient_as_bucket_view` the gradients live in the buckets and are already counted as gradients.
     """
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -204,7 +217,7 @@ def _buckets(model: nn.Module) -> dict[str, int]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of wrappers of torch.compile and data parallelism."""
+    """The model inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -215,7 +228,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _plannable(calls: Sequence[RegionCall]) -> list[RegionCall]:
-    """Calls whose modules can run twice and hand something out; the others run as they are, as part of the frame."""
+    """Calls whose modules can be recomputed and have outputs; other modules run unchanged, outside the regions."""
     unfit = [call for call in calls if call.unfit]
     for call in unfit:
         call.reason = call.unfit
@@ -224,7 +237,7 @@ def _plannable(calls: Sequence[RegionCall]) -> list[RegionCall]:
 
 
 def _warn_of(calls: Sequence[RegionCall], consequence: str) -> None:
-    """One warning for each class of module that has no schedule of its own, with the first one's name."""
+    """Warn once per class of module that has no schedule of its own, naming the first instance."""
     for call in {type(call.module): call for call in reversed(calls)}.values():
         _warn(call.name, call.module, consequence, call.reason)
 
@@ -235,14 +248,17 @@ def _warn(name: str, module: nn.Module, consequence: str, reason: str) -> None:
 
 
 def try_blocks(planner: Planner, model: nn.Module, run: Callable[[], object]) -> dict[str, Refuted]:
-    """Blocks of a model with data whose captured graphs do not compute what they do, by name.
+    """Find blocks of a model with data whose captured graphs do not compute what the blocks compute.
 
-    A plan that was made from shapes alone could not try them; this runs each of them once.
+    A plan made from shapes alone could not check this, so every block is run once here.
 
     Args:
-        planner: whose blocks are looked at, by name.
-        model: of the same shapes, without a plan.
+        planner: planner whose blocks are checked, by name.
+        model: model of the same shapes, without a plan installed.
         run: calls the model.
+
+    Returns:
+        the blocks that failed, by name.
     """
     modules = {call.name: model.get_submodule(call.name) for call in planner.calls if call.captured is not None}
     calls = record(modules, run, [model]) if modules else []
@@ -251,7 +267,7 @@ def try_blocks(planner: Planner, model: nn.Module, run: Callable[[], object]) ->
 
 
 def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
-    """The loss that a model returns for a batch: `.loss`, "loss", or the first thing."""
+    """Default loss of a model for a batch: `.loss` or "loss" in its output, or else its first output."""
     if isinstance(batch, Mapping):
         out = model(**batch)
     else:

@@ -1,1 +1,1 @@
-"""A student, its gradients and its optimizer shared out over ranks: data parallelism, FSDP2, ZeRO."""
+"""Engines that shard a student, its gradients and its optimizer over ranks: data parallelism, FSDP2 and ZeRO."""

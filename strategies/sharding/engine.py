@@ -1,4 +1,4 @@
-"""What a trainer asks of a student that is shared out over ranks, whichever engine does it."""
+"""The interface through which a trainer uses a student on one or more ranks, whichever engine shards it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CLIP_EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
 
 @dataclass(frozen=True)
 class Update:
-    """What came of an optimizer step.
+    """The outcome of an optimizer step.
 
     Attributes:
-        norm: of the gradient over all weights and ranks, before clipping, the loss scale divided out.
+        norm: gradient norm over all weights and ranks, before clipping, with the loss scale divided out.
         taken: whether the weights were updated; the same on every rank.
-        finite: whether the gradient was.
+        finite: whether the gradient was finite.
     """
 
     norm: float
@@ -33,34 +33,34 @@ class Update:
 
 
 def on_any_rank(flags: list[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """For each flag whether some rank has it set; a collective."""
+    """For each flag, whether it is set on any rank; a collective."""
     found = torch.tensor(flags, dtype=torch.uint8, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in found.tolist()]
 
 
 class InBackward(Protocol):
-    """An optimizer that steps during backward."""
+    """An optimizer that steps during the backward."""
 
     enabled: bool
     squared_norm: torch.Tensor
 
     def reset(self) -> None:
-        """Begin `squared_norm` anew."""
+        """Reset `squared_norm`."""
 
 
 class Engine:
-    """A student on its ranks. This one holds it whole on every rank: one process, or data parallelism.
+    """A student on its ranks. This class holds it whole on every rank: one process, or data parallelism.
 
     Attributes:
-        model: what is called in training, wrapped.
-        student: the module itself, with the names of its parameters.
-        optimizer: whose `param_groups` hold the learning rate.
-        in_backward: where the optimizer steps during backward, what makes it; to be set before the first step.
-        casts: whether the engine runs the model in its half precision by itself, so that no autocast is needed.
+        model: the wrapped module that training calls.
+        student: the module itself, with its own parameter names.
+        optimizer: its `param_groups` hold the learning rate.
+        in_backward: makes the optimizer step during the backward, if it does; to be set before the first step.
+        casts: whether the engine runs the model in half precision by itself, so that no autocast is needed.
         scales: whether the engine scales the loss by itself.
-        sharded: whether a rank holds a part of the student's fp32 weights.
-        apart: parameters that DDP was told to leave alone, since the loss is not known to depend on them.
+        sharded: whether a rank holds only a part of the student's fp32 weights.
+        apart: parameters that DDP was told to ignore, because the loss is not known to depend on them.
     """
 
     casts = scales = sharded = False
@@ -71,24 +71,24 @@ class Engine:
         self.model, self.student, self.optimizer = model, student, optimizer
         self.in_backward: InBackward | None = None
         self._no_sync = no_sync
-        # DDP's gradients lie in its buckets, which are there for good.
+        # DDP's gradients are views of its buckets, which are never freed.
         self._drops = not isinstance(model, nn.parallel.DistributedDataParallel)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Context of one micro-batch's forward and backward: gradients are summed over ranks in the last one."""
+        """Context for forward and backward of a micro-batch: gradients are reduced over ranks in the last one."""
         return nullcontext() if last or self._no_sync is None else self._no_sync(self.model)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add a loss's gradients to those there are. Over ranks they are averaged."""
+        """Accumulate the gradients of a loss; over ranks they are averaged."""
         if self.in_backward is not None:
             self.in_backward.reset()
             self.in_backward.enabled = self._everywhere(loss.detach().isfinite())
         loss.backward()
 
     def update(self, clip: float | None, allowed: bool, scale: float = 1.0) -> Update:
-        """Divide by the loss scale, clip, and step if the gradient is finite and it is `allowed`; drop the gradients.
+        """Divide by the loss scale, clip, step if the gradient is finite and the step `allowed`, and drop gradients.
 
-        Every rank comes to the same decision: the norm is of all ranks' gradients.
+        Every rank makes the same decision, because the norm is of all ranks' gradients.
         """
         if self.in_backward is not None:
             return self._stepped(self.in_backward)
@@ -97,7 +97,7 @@ class Engine:
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
         norm = self._norm(gradients)
-        length = float(norm)  # the one wait for the device before the weights move
+        length = float(norm)  # the only wait for the device before the weights are updated
         finite = math.isfinite(length)
         if finite and allowed:
             if clip is not None:
@@ -107,7 +107,7 @@ class Engine:
         return Update(length, finite and allowed, finite)
 
     def _average_apart(self) -> None:
-        """Average gradients that DDP does not, of parameters that some rank's loss depends on after all."""
+        """Average the gradients of parameters that DDP ignores but that some rank's loss does depend on."""
         if not self.apart:
             return
         reached = on_any_rank([parameter.grad is not None for parameter in self.apart], self.apart[0].device)
@@ -119,27 +119,27 @@ class Engine:
                 parameter.grad /= dist.get_world_size()
 
     def _stepped(self, done: InBackward) -> Update:
-        """What came of a backward in which the optimizer has stepped already; gradients are left where it did not."""
+        """The outcome of a backward during which the optimizer stepped; drops the gradients if it did not."""
         self.optimizer.zero_grad(set_to_none=True)
         norm = done.squared_norm.sqrt()
         finite = done.enabled and bool(norm.isfinite())
         return Update(float(norm) if done.enabled else math.nan, finite, finite)
 
     def _everywhere(self, flag: torch.Tensor) -> bool:
-        """Whether something holds on every rank."""
+        """Whether a flag is set on every rank."""
         return bool(flag)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters that are trained, as the optimizer has them."""
+        """All trained parameters, as the optimizer has them."""
         return (parameter for group in self.optimizer.param_groups for parameter in group["params"])
 
     def tensors(self) -> Iterator[tuple[torch.Tensor, Layout]]:
-        """The fp32 weights that this rank holds, as the optimizer has them, and what they consist of."""
+        """The fp32 weights that this rank holds, as the optimizer has them, each with its layout."""
         for name, parameter in self.student.named_parameters():
             yield parameter, Layout((Piece(name, tuple(parameter.shape), 0, parameter.numel()),))
 
     def refresh(self) -> None:
-        """Take over fp32 weights that were written into `tensors`."""
+        """Apply fp32 weights that were written into `tensors`."""
 
     def resident(self) -> list[object]:
         """Modules, optimizers and tensors in which this rank holds memory between steps."""
@@ -147,18 +147,18 @@ class Engine:
 
     @property
     def inner(self) -> torch.optim.Optimizer:
-        """The optimizer whose state is kept, without wrappers."""
+        """The optimizer whose state is saved, without wrappers."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def scale_state(self) -> dict[str, float]:
-        """Loss scaling of an engine that does it by itself, as plain numbers."""
+        """Loss scaling state of an engine that scales by itself, as plain numbers."""
         return {}
 
     def load_scale_state(self, state: dict[str, float], loss_scale: float) -> None:
-        """Continue where `scale_state` was taken; `loss_scale` is known where another engine had it."""
+        """Restore what `scale_state` returned; `loss_scale` is the scale if another engine saved the checkpoint."""
 
     def release(self) -> None:
-        """Let go of everything that the engine holds besides."""
+        """Free everything else that the engine holds."""
 
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """2-norm of all gradients, the same on every rank."""
@@ -170,7 +170,7 @@ class Sharded(Engine):
 
     sharded = True
     group: dist.ProcessGroup | None = None
-    device = torch.device("cpu")  # on which ranks exchange
+    device = torch.device("cpu")  # device for collectives
 
     def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         norms = torch._foreach_norm(gradients)

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism by torch's `fully_shard`, FSDP2 (Zhao et al. 2023)."""
+"""Fully sharded data parallelism with torch's `fully_shard`, FSDP2 (Zhao et al. 2023)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from strategies.sharding.gather_units import units_of
 
 def shard(model: nn.Module, mesh: DeviceMesh, *, compute: torch.dtype | None = None, reshard: bool = True,
           offload: bool = False, frozen: bool = False) -> None:
-    """Shard a model in place: each block is gathered when it runs and, with `reshard`, given back right after.
+    """Shard a model in place: each block is all-gathered when it runs and, with `reshard`, resharded right after.
 
-    The tail stays gathered between forward and backward, since backward begins with it; a frozen model has no backward,
-    and gives it back too.
+    The tail (last norm and output head) stays gathered between forward and backward, because the backward begins with
+    it; a frozen model has no backward and reshards it too.
 
     Args:
+        model: the model.
         mesh: one-dimensional, over all ranks.
-        compute: dtype in which weights are gathered and modules run; gradients are summed over ranks in fp32 and kept
-            so. None runs in the weights' own.
+        compute: dtype in which weights are gathered and modules run; gradients are then reduced and kept in fp32. None
+            uses the weights' own dtype.
+        reshard: whether blocks are resharded after their forward.
         offload: keep weights, gradients and optimizer state on the CPU.
-        frozen: the model is only asked, never trained.
+        frozen: the model is only used for inference, never trained.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     pin = torch.cuda.is_available()
@@ -41,14 +43,14 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, compute: torch.dtype | None = N
     if units.first is not None:
         fully_shard(model.get_submodule(units.first), reshard_after_forward=reshard, **settings)
         tail = [model.get_submodule(name) for name in units.tail]
-        for part in tail if frozen else [tail]:  # a frozen head is asked for by itself, later than the rest
+        for part in tail if frozen else [tail]:  # a frozen head is called separately, after the rest
             fully_shard(part, reshard_after_forward=frozen, **settings)
     fully_shard(model, reshard_after_forward=frozen, **settings)
     check_sharded(model, mesh)
 
 
 def check_sharded(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Assert that a model really is sharded; several ways of asking for it are known to do nothing, silently."""
+    """Assert that a model really is sharded, because several ways of requesting it silently do nothing."""
     assert isinstance(model, FSDPModule), "the model is not an FSDPModule"
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), f"{name} is whole on every rank"
@@ -60,7 +62,7 @@ def check_sharded(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def rank_mesh(device: str) -> DeviceMesh:
-    """All ranks in one dimension."""
+    """A one-dimensional device mesh of all ranks."""
     return init_device_mesh(device, (dist.get_world_size(),))
 
 
@@ -73,13 +75,13 @@ class FSDP2(Sharded):
         mesh = rank_mesh(device.type)
         shard(student, mesh, compute=compute, reshard=reshard, offload=offload)
         if not offload:
-            student.to(device)  # buffers; weights are there
+            student.to(device)  # buffers; weights are there already
         self.casts, self.group, self.device = compute is not None, mesh.get_group(), device
         super().__init__(student, student, make_optimizer(student))
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """See `Engine`; between micro-batches gradients stay sharded, so that they are summed over ranks every time."""
+        """See `Engine`; between micro-batches gradients stay sharded, so they are reduced over ranks in each."""
         self.student.set_is_last_backward(last)
         yield
 

@@ -1,4 +1,4 @@
-"""The units in which a model is gathered: its blocks, its input embedding, and its tail."""
+"""The units in which a sharded model's weights are gathered: its blocks, its input embedding, and its tail."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Units:
-    """Modules that are gathered together, by name; parameters in none of them form one more unit, the root.
+    """Modules that are gathered together, by name; all other parameters form one more unit, the root.
 
     Attributes:
         blocks: the repeated blocks, in order.
-        first: the input embedding; None where its weight is also the head's, which then belongs to the root.
-        tail: what follows the blocks, last norm and output head; empty where the head is the embedding's weight.
-        ends: input embedding, last norm and output head, those that there are, whatever weights they share.
+        first: the input embedding; None if its weight is also the head's, which then belongs to the root.
+        tail: what follows the blocks, last norm and output head; empty if the head shares the embedding's weight.
+        ends: input embedding, last norm and output head, as far as they exist, whatever weights they share.
     """
 
     blocks: tuple[str, ...]
@@ -25,9 +25,10 @@ class Units:
 
 
 def units_of(model: nn.Module) -> Units:
-    """The units of a model; a model without repeated blocks is one unit, the root.
+    """The units of a model; a model without repeated blocks is a single unit, the root.
 
-    Blocks are the children of the module lists that are in no other such list and hold at least two modules alike.
+    Blocks are the children of module lists that are not inside other such lists and that hold at least two modules of
+    the same class, or one module.
     """
     blocks: list[str] = []
     for name, module in model.named_modules():
@@ -44,7 +45,7 @@ def units_of(model: nn.Module) -> Units:
 
 
 def sharing_blocks(model: nn.Module) -> tuple[str, str] | None:
-    """Two blocks with a parameter in common, which no engine gathers as often as both need it; None where none have."""
+    """Two blocks that share a parameter, which no engine gathers as often as both need it; None if there are none."""
     first: dict[int, str] = {}
     for name in units_of(model).blocks:
         for parameter in model.get_submodule(name).parameters():
@@ -58,7 +59,7 @@ def _alike(modules: nn.ModuleList) -> bool:
 
 
 def _called(model: nn.Module, get: object) -> str | None:
-    """Name of an embedding module that the model itself hands out."""
+    """Name of an embedding module that the model itself returns."""
     try:
         wanted = get() if callable(get) else None
     except (AttributeError, NotImplementedError):
@@ -68,7 +69,7 @@ def _called(model: nn.Module, get: object) -> str | None:
 
 
 def _last_norm(model: nn.Module, blocks: list[str], head: str) -> list[str]:
-    """The norm beside the list of blocks, defined after it."""
+    """The norm defined after the list of blocks, in the same parent."""
     parent, _, listed = blocks[0].rpartition(".")[0].rpartition(".")
     names = [name for name, _ in model.get_submodule(parent).named_children()]
     for name in reversed(names[names.index(listed) + 1:]):

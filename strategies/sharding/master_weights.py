@@ -1,8 +1,8 @@
-"""What a model holds in fp32 before DeepSpeed rounds it: a rank's part of what is trained, and all that is not.
+"""Keep fp32 copies of what DeepSpeed rounds: a rank's part of the trained parameters, and all frozen ones.
 
-DeepSpeed casts a model to half precision first, and makes the fp32 weights that it updates (the master weights of
-Micikevicius et al. 2018, section 3.1) from the result: training would begin up to half a bf16 step beside every weight.
-Parameters that are not trained it keeps in half precision only. So both are copied before, and put back afterwards.
+DeepSpeed first casts a model to half precision and makes the fp32 weights that it updates (the master weights of
+Micikevicius et al. 2018, section 3.1) from the result, so training would begin with every weight off by up to half a
+bf16 step. Frozen parameters it keeps in half precision only. So both are copied before, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from strategies.sharding.zero_partitions import cuts
 
 
 class OwnPart:
-    """A rank's part of the weights that are trained, in fp32, copied where the model is.
+    """A rank's part of the trained weights, copied in fp32, on the model's device.
 
     Args:
-        groups: the optimizer's, of whole parameters.
-        names: of parameters, by id.
-        stage: of ZeRO, which decides how they are cut.
-        rank: this one.
-        ranks: number of them.
+        groups: the optimizer's groups, of whole parameters.
+        names: parameter names, by id.
+        stage: ZeRO stage, which decides how parameters are partitioned.
+        rank: this rank.
+        ranks: number of ranks.
     """
 
     def __init__(self, groups: Iterable[Sequence[nn.Parameter]], names: Mapping[int, str], stage: int, rank: int,
@@ -36,7 +36,7 @@ class OwnPart:
                 self._parts[names[id(parameter)]] = start, part
 
     def put_back(self, tensor: torch.Tensor, layout: Layout) -> None:
-        """Write the part into an engine's tensor, and let go of it."""
+        """Write the part into an engine's tensor, and free it."""
         flat = local_of(tensor)
         for piece in layout.pieces:
             start, part = self._parts.pop(piece.name)
@@ -46,7 +46,7 @@ class OwnPart:
 
 
 def clear_padding(tensor: torch.Tensor, layout: Layout) -> None:
-    """Zero what an engine's tensor has besides its pieces: DeepSpeed leaves there what the memory happened to hold."""
+    """Zero an engine's tensor outside its pieces, where DeepSpeed leaves uninitialized memory."""
     flat, end = local_of(tensor), 0
     for piece in sorted(layout.pieces, key=lambda piece: piece.offset):
         if piece.numel:
@@ -56,11 +56,11 @@ def clear_padding(tensor: torch.Tensor, layout: Layout) -> None:
 
 
 class Frozen:
-    """The parameters that are not trained, in fp32, whole on every rank, where the model is.
+    """The frozen parameters in fp32, whole on every rank, on the model's device.
 
     Args:
-        model: whole.
-        rank: this one.
+        model: the whole model.
+        rank: this rank.
     """
 
     def __init__(self, model: nn.Module, rank: int) -> None:
@@ -74,7 +74,7 @@ class Frozen:
         return [(kept, layout) for _, kept, layout in self._kept]
 
     def refresh(self) -> None:
-        """Round them again into what forward runs on."""
+        """Round them again into the weights that the forward uses."""
         for parameter, kept, _ in self._kept:
             if not hasattr(parameter, "ds_tensor"):
                 parameter.data.copy_(kept)

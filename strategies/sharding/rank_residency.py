@@ -1,8 +1,8 @@
-"""Bytes that a rank holds and exchanges in a training step, from shapes alone, for every engine and number of ranks.
+"""Predict from shapes alone the bytes that a rank holds and exchanges in a training step, for every engine.
 
-Model state follows Rajbhandari et al. 2020 (section 3.1 and figure 1), with what the engines add to it: padding,
-buffers in which weights are gathered and gradients summed, copies that they keep. Numbers are those of the rank that
-holds the most. What an engine does in which order was read off its steps, operation by operation.
+Model states follow Rajbhandari et al. 2020 (section 3.1 and figure 1), plus what the engines add: padding, buffers in
+which weights are gathered and gradients reduced, and copies. Numbers are for the rank that holds the most. The order in
+which an engine does things was determined from traces of its steps, operation by operation.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from strategies.memory.residency import Bucket, ModuleTraffic, Residency
 from strategies.sharding.gather_units import Units, units_of
 from strategies.sharding.zero_partitions import aligned, cuts, equal_part
 
-SHARDED = ("fsdp2", "zero")  # engines under which a rank holds parts of weights
+SHARDED = ("fsdp2", "zero")  # engines in which a rank holds parts of weights
 FP32, FP64 = 4, 8
 
 
 @dataclass(frozen=True)
 class ShardingSetup:
-    """How a student is shared out.
+    """How a student is sharded.
 
     Attributes:
         engine: none, ddp, fsdp2 or zero.
-        ranks: number of them.
-        stage: of ZeRO; 2 or 3 of FSDP2.
+        ranks: number of ranks.
+        stage: ZeRO stage; for FSDP2, 2 or 3.
         compute: dtype of forward and backward.
-        accumulates: whether gradients of several micro-batches are summed.
+        accumulates: whether gradients of several micro-batches are accumulated.
         bucket: elements of ZeRO's communication bucket.
         ahead: elements that ZeRO's stage 3 may gather ahead of their use.
-        offload_parameters, offload_optimizer: what is on the CPU, where the device is another.
-        gloo: whether ranks exchange by gloo, which sums in a copy.
-        in_backward: whether weights are updated as soon as their gradients are summed, which then go.
+        offload_parameters, offload_optimizer: what is kept on the CPU, if training is on another device.
+        gloo: whether the collectives use gloo, which reduces in a copy.
+        in_backward: whether weights are updated as soon as their gradients are reduced, which are then freed.
     """
 
     engine: str
@@ -61,10 +61,10 @@ class ShardingSetup:
 
 
 def stand_ins(groups: Sequence[dict], setup: ShardingSetup, known: bool = True) -> list[list[torch.Tensor]]:
-    """For every group of an optimizer over a whole model, tensors like those the engine will put in its place.
+    """Tensors like those that the engine puts in place of a whole model's parameters, for every optimizer group.
 
-    They are made where and as the whole ones are (without data, under FakeTensorMode), and if `known` what they consist
-    of is said of them.
+    They are made on the same device and in the same mode as the whole ones (fake under FakeTensorMode); if `known`,
+    their layouts are recorded.
     """
     made = []
     for group in groups:
@@ -98,7 +98,7 @@ def _flat_part(parameters: Sequence[torch.Tensor], setup: ShardingSetup) -> torc
 
 
 def _rows(parameter: torch.Tensor, ranks: int, known: bool) -> torch.Tensor:
-    """A first rank's rows of a parameter, as FSDP2 cuts it."""
+    """The first rank's rows of a parameter, as FSDP2 shards it."""
     shape = _row_shape(parameter, ranks)
     part = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=parameter.device))
     if known:
@@ -108,16 +108,16 @@ def _rows(parameter: torch.Tensor, ranks: int, known: bool) -> torch.Tensor:
 
 def residency(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, *, optimizer_state: int,
               update: int, teacher: nn.Module | None = None, teacher_compute: torch.dtype | None = None) -> Residency:
-    """What the first rank holds of a training step.
+    """What the first rank holds during a training step.
 
     Args:
-        model: whole; its shapes are looked at.
+        model: the whole model, of which only shapes are used.
         groups: the parameters of each of the optimizer's groups.
-        setup: how it is shared out.
+        setup: how the model is sharded.
         optimizer_state: bytes of the optimizer's state for the rank's part.
-        update: most bytes that come and go while the optimizer steps on that part.
-        teacher: sharded with the student where it is; None without one.
-        teacher_compute: dtype in which a sharded teacher's weights are gathered, if another than theirs.
+        update: peak temporary bytes of the optimizer's step on that part.
+        teacher: sharded with the student if that is; None without one.
+        teacher_compute: dtype in which a sharded teacher's weights are gathered, if not their own.
     """
     make = {"fsdp2": _fsdp2, "zero": _zero3 if setup.stage == 3 else _zero12}.get(setup.engine, _whole)
     found = make(model, groups, setup, optimizer_state, update)
@@ -131,7 +131,7 @@ def residency(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup:
 
 def _whole(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, state: int, update: int
            ) -> Residency:
-    """One process, or DDP, whose gradients lie in its buckets from the first step on."""
+    """One process, or DDP, whose gradients are in its buckets from the first step on."""
     weights = parameter_bytes(model)
     return Residency({"weights": weights, "buffers": _buffers(model), "gradients": parameter_bytes(model, trained=True),
                       "optimizer state": state}, update=update, gradients=parameter_bytes(model, trained=True))
@@ -141,8 +141,11 @@ def _whole(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
 
 def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, state: int, update: int
            ) -> Residency:
-    """Gathers into one buffer and copies out of it, so that for a while a unit is there twice; one unit ahead in
-    backward; sums one unit's gradients in a buffer that stays until the next one's."""
+    """FSDP2's residency.
+
+    It gathers into one buffer and copies out of it, so that a unit is resident twice for a while. In the backward it
+    prefetches one unit ahead, and reduces a unit's gradients in a buffer that stays until the next unit's.
+    """
     units, size = units_of(model), setup.compute.itemsize
     sums = FP32 if setup.half else size
     outside, order = _outside(model, units), _order(units)
@@ -151,7 +154,7 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
                       for only in (False, True))
     root, root_summed = (_rows_of(outside, setup.ranks, only) for only in (False, True))
     fetched = [0 if setup.stage == 2 or units.tail and index == len(order) - 1 else size * count
-               for index, count in enumerate(counts)]  # in backward, of each unit
+               for index, count in enumerate(counts)]  # each unit's, in backward
     turns = []
     for index, (names, count) in enumerate(zip(order, counts, strict=True)):
         following = summed[index + 1] if index + 1 < len(counts) else 0
@@ -162,18 +165,18 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
             arriving=size * (counts[index - 1] if index else root) + most - forward,
             backward=size * count + before, buffers=sums * following,
             fetched=max(0, fetched[index] - before, _arriving(counts[index - 1], setup) if before else 0),
-            # before gradients are put into a buffer, the buffer before that is given back
+            # the previous buffer is freed before gradients are put into a new one
             reduced=max(0, _summing(model, names, setup, names[0] in units.ends) - sums * following),
             kept=0 if setup.accumulates or setup.in_backward else FP32 * summed[index] // setup.ranks))
     parts = {"weights": FP32 * own, "buffers": _buffers(model), "optimizer state": state}
     trailing = sums * summed[0] if counts else 0
-    if setup.accumulates:  # the buffer of the last sum stays
+    if setup.accumulates:  # the last reduction's buffer stays
         last = sums * root_summed or trailing
         parts |= {"gradients": FP32 * trained, "buckets": last}
     if setup.accumulates and turns:
         turns[-1] = replace(turns[-1], kept=-last, reduced=max(0, turns[-1].reduced - last))
     stay = not setup.accumulates and not setup.in_backward
-    if setup.offload_parameters:  # weights, gradients and state are on the CPU; a gradient is copied there once summed
+    if setup.offload_parameters:  # weights, gradients and state are on the CPU; gradients go there once reduced
         parts = {"buffers": parts["buffers"]}
         turns = [replace(turn, kept=0) for turn in turns]
         trained, stay, update = 0, False, 0
@@ -188,17 +191,18 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
 
 
 def _arriving(count: int, setup: ShardingSetup) -> int:
-    """Bytes that are there for a moment while a unit is gathered into its buffer: gloo's own, and the part, cast."""
+    """Temporary bytes while a unit is gathered into its buffer: gloo's own, and the rank's part, cast."""
     size = setup.compute.itemsize
     return size * count * setup.gloo + (size * count // setup.ranks if setup.half else 0)
 
 
 def _summing(model: nn.Module, names: Sequence[str], setup: ShardingSetup, held: bool = False) -> int:
-    """Most bytes that summing a unit's gradients adds to its weights and whole gradients, both of which go meanwhile.
+    """Peak bytes that reducing a unit's gradients adds to its weights and whole gradients, which are freed meanwhile.
 
-    First the weights; then the gradients are laid side by side in a buffer (the largest is copied on the way, where
-    that casts and no kernel of its own does it), and go, unless autograd still has them (`held`: those of an embedding
-    or a head); then comes the rank's part of the sum, and gloo's copy. Without names the unit is the root.
+    First the weights are freed. Then the gradients are copied side by side into a buffer (if that casts without a
+    kernel of its own, through a copy of the largest one) and are freed, unless autograd still holds them (`held`: those
+    of an embedding or a head). Then the rank's part of the sum is added, and gloo's copy. Without names the unit is the
+    root.
     """
     parameters = _parameters(model, names) if names else _outside(model, units_of(model))
     whole, count = (_rows_of(parameters, setup.ranks, only) for only in (False, True))
@@ -209,13 +213,13 @@ def _summing(model: nn.Module, names: Sequence[str], setup: ShardingSetup, held:
 
 
 def _rows_of(parameters: Iterable[nn.Parameter], ranks: int, trained: bool = False) -> int:
-    """Elements of all parameters, or of those that are trained, as all ranks together lay them out."""
+    """Elements of all parameters, or only the trained ones, summed over ranks with padding."""
     return ranks * sum(local_rows(parameter, ranks) for parameter in parameters
                        if parameter.requires_grad or not trained)
 
 
 def local_rows(parameter: torch.Tensor, ranks: int) -> int:
-    """Elements of a parameter that the first rank holds, cut by rows as FSDP2 does."""
+    """Elements of a parameter that the first rank holds, sharded by rows as in FSDP2."""
     return math.prod(_row_shape(parameter, ranks))
 
 
@@ -227,18 +231,22 @@ def _row_shape(parameter: torch.Tensor, ranks: int) -> tuple[int, ...]:
 
 def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, state: int, update: int
             ) -> Residency:
-    """Weights whole and flat; fp32 weights, state and, in stage 2, gradients in parts; one bucket during backward."""
+    """Residency of ZeRO's stages 1 and 2.
+
+    Weights are whole and flat; fp32 weights, optimizer state and, in stage 2, gradients are in parts. There is one
+    bucket during the backward.
+    """
     size = setup.compute.itemsize
     whole = sum(aligned(group, setup.ranks) for group in groups)
     part = whole // setup.ranks
     frozen = _frozen(model)
     parts = {"weights": size * (whole + _numel(frozen)), "buffers": _buffers(model),
-             "fp32 weights": FP32 * _numel(frozen) if setup.gloo else 0}  # else they are on the CPU
+             "fp32 weights": FP32 * _numel(frozen) if setup.gloo else 0}  # otherwise on the CPU
     if not setup.offload_optimizer:
         parts |= {"fp32 weights": parts["fp32 weights"] + (FP32 * part if setup.half else 0), "optimizer state": state}
-    compact = setup.half and setup.accumulates and setup.stage == 2  # summed in fp32, in a buffer of its own
+    compact = setup.half and setup.accumulates and setup.stage == 2  # accumulated in fp32, in its own buffer
     grown = FP32 * part if compact else size * _most_overlapping(groups, setup)
-    if setup.offload_optimizer:  # gradients go to the CPU through a buffer of the largest one's size
+    if setup.offload_optimizer:  # gradients go to the CPU through a buffer as large as the largest of them
         parts["buckets"] = size * max(parameter.numel() for parameter in model.parameters())
         grown = update = 0
     if setup.accumulates:
@@ -246,12 +254,12 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
                   "buckets": parts.get("buckets", 0) + size * setup.bucket}
     largest = max((aligned(group, setup.ranks) // setup.ranks for group in groups), default=0)
     update += 0 if compact or setup.offload_optimizer else (FP32 + size if setup.half else FP32) * largest
-    bucket = 0 if setup.accumulates else size * setup.bucket  # from the first gradient of a step on
+    bucket = 0 if setup.accumulates else size * setup.bucket  # from a step's first gradient on
     if not setup.offload_optimizer:
         update = max(update, *(_norm(groups, setup, rank) + (0 if compact else size * sum(
             _overlapping(group, rank, setup.ranks) for group in groups) - grown) for rank in range(setup.ranks)))
-    if setup.stage == 1:  # when backward is done, gradients go through the bucket one after another
-        before = parts["gradients"] + parts["buckets"] if setup.accumulates else 0  # which go then
+    if setup.stage == 1:  # after the backward, gradients go through the bucket one after another
+        before = parts["gradients"] + parts["buckets"] if setup.accumulates else 0  # freed then
         return Residency(parts, backward=bucket, rest=grown - before, at_once=setup.accumulates,
                          end=grown - size * _first_filling(groups, setup.bucket), update=update,
                          gradients=size * whole)
@@ -260,13 +268,13 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
 
 
 def _norm(groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, rank: int) -> int:
-    """Bytes in which a rank takes the norm of its largest piece of a gradient: DeepSpeed's is in fp64."""
+    """Bytes of a rank's largest piece of a gradient in fp64, in which DeepSpeed computes norms."""
     return FP64 * max((stop - start for group in groups
                        for start, stop in cuts(group, setup.stage, rank, setup.ranks)), default=0)
 
 
 def _first_filling(groups: Sequence[Sequence[torch.Tensor]], size: int) -> int:
-    """Elements that lie in a bucket of a size when it is first emptied."""
+    """Elements in a bucket of a given size when it is first emptied."""
     bucket = Bucket(size)
     for parameter in (parameter for group in groups for parameter in group):
         summed = bucket.add(parameter.numel())
@@ -276,10 +284,10 @@ def _first_filling(groups: Sequence[Sequence[torch.Tensor]], size: int) -> int:
 
 
 def _most_overlapping(groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup) -> int:
-    """Elements of the parameters, whole ones, of which a rank holds any: their gradients have a buffer.
+    """Total elements of the parameters of which a rank holds any part; their gradients have a buffer.
 
-    In stage 1 the first rank's peak is the highest, since its gradients come before others have been let go of. In
-    stage 2 it is that of the last, whose gradients are made while activations are there, or of one that holds more.
+    In stage 1 the first rank has the highest peak, because its gradients are copied before others have been freed. In
+    stage 2 it is the last rank, whose gradients are made while activations are resident, or one that holds more.
     """
     ranks = range(setup.ranks)
     return max(sum(_overlapping(group, rank, setup.ranks) for group in groups)
@@ -298,8 +306,11 @@ def _overlapping(group: Sequence[torch.Tensor], rank: int, ranks: int) -> int:
 
 def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: ShardingSetup, state: int, update: int
            ) -> Residency:
-    """Weights, gradients and state in parts, the bucket and a flat buffer of gradients always there; blocks gathered
-    as a whole, each other module by itself."""
+    """Residency of ZeRO's stage 3.
+
+    Weights, gradients and optimizer state are in parts; the bucket and a flat buffer of gradients are always resident.
+    Blocks are gathered as a whole, every other module by itself.
+    """
     units, size = units_of(model), setup.compute.itemsize
     parts_of = [sum(equal_part(parameter, setup.ranks) for parameter in group) for group in groups]
     part = sum(parts_of)
@@ -316,17 +327,17 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
     for name in reversed((*units.ends[:1], *units.blocks, *units.ends[1:])):
         own = _parameters(model, [name])
         count = sum(equal_part(parameter, setup.ranks) * setup.ranks for parameter in own)
-        ahead, waits = min(setup.ahead, count), not units.tail and name in units.ends  # tied: complete in the end
+        ahead, waits = min(setup.ahead, count), not units.tail and name in units.ends  # tied: complete at the end
         bucket.begin()
         for parameter in own:
             if not (waits and parameter.ndim > 1):
                 bucket.add(parameter.numel())
-            elif setup.gloo and parameter.numel() > setup.bucket:  # summed by itself
+            elif setup.gloo and parameter.numel() > setup.bucket:  # reduced by itself
                 end = size * parameter.numel()
-        staged = size * count if setup.gloo else 0  # gloo gathers into a copy
+        staged = size * count if setup.gloo else 0  # gloo gathers via a copy
         head = name in units.ends[-1:]
-        again = not waits or head  # a tied head's weights are still there for the embedding
-        alone = waits or any(not bucket.holds(parameter.numel()) for parameter in own)  # else they go with the bucket
+        again = not waits or head  # a tied head's weights are still gathered for the embedding
+        alone = waits or any(not bucket.holds(parameter.numel()) for parameter in own)  # else via the bucket
         turns.append(
             ModuleTraffic(
                 (name,),
@@ -349,8 +360,7 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
 # ---- teacher and helpers
 
 def _teacher(teacher: nn.Module, setup: ShardingSetup, compute: torch.dtype | None) -> tuple[int, int, int, int]:
-    """Bytes of a teacher on the first rank, the most that it gathers, what for a moment comes on top of that while a
-    unit arrives, and what it gathers for its head."""
+    """Bytes of a teacher on the first rank: held, gathered, added while a unit arrives, and gathered for its head."""
     if setup.engine not in SHARDED:
         return parameter_bytes(teacher), 0, 0, 0
     units, ranks = units_of(teacher), setup.ranks
@@ -360,7 +370,7 @@ def _teacher(teacher: nn.Module, setup: ShardingSetup, compute: torch.dtype | No
             parameter.element_size() if compute is None or times == 1 else compute.itemsize)
             for parameter in parameters)
 
-    def arriving(count: int) -> int:  # in a buffer, and out of it
+    def arriving(count: int) -> int:  # the buffer, and the copy out of it
         return count + max(count, count * setup.gloo + (0 if compute is None else count // ranks))
 
     root = bytes_of(_outside(teacher, units), ranks)
@@ -378,13 +388,13 @@ def _order(units: Units) -> list[list[str]]:
 
 
 def _outside(model: nn.Module, units: Units) -> list[nn.Parameter]:
-    """Parameters of the root: in no block, nor first, nor tail."""
+    """Parameters of the root: in no block, nor in `first` or `tail`."""
     inside = {id(parameter) for names in _order(units) for parameter in _parameters(model, names)}
     return [parameter for parameter in model.parameters() if id(parameter) not in inside]
 
 
 def _parameters(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
-    """Parameters of some of a model's modules, in order."""
+    """Parameters of the named modules of a model, in order."""
     return [parameter for name in names for parameter in model.get_submodule(name).parameters()]
 
 

@@ -1,7 +1,7 @@
-"""ZeRO (Rajbhandari et al. 2020) by DeepSpeed, through Accelerate: its settings, and a student in its hands.
+"""ZeRO (Rajbhandari et al. 2020) with DeepSpeed, through Accelerate: its configuration, and the engine.
 
-DeepSpeed lays the parameters of a group end to end and gives the optimizer a rank's part of that. What the part
-consists of is said to the optimizer (`lay_out`), so that one which looks at whole layers still can.
+DeepSpeed concatenates the parameters of a group and gives the optimizer a rank's part of the result. `lay_out` tells
+the optimizer what that part consists of, so that one that needs whole layers can still work.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from strategies.sharding.engine import Engine, Update, on_any_rank
 from strategies.sharding.gather_units import units_of
 from strategies.sharding.master_weights import Frozen, OwnPart, clear_padding
 
-LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's own bucket size
-EVEN = 2  # what DeepSpeed asks bucket sizes to be divisible by
+LARGEST_BUCKET = 500_000_000  # elements: DeepSpeed's default bucket size
+EVEN = 2  # DeepSpeed requires bucket sizes divisible by this
 
 
 def bucket_numel(model: nn.Module) -> int:
-    """Elements of a communication bucket that fits the model: its largest block, and no more than DeepSpeed's own.
+    """Elements of a communication bucket that fits the model: its largest block, at most DeepSpeed's default.
 
     DeepSpeed's default of half a billion elements takes 1 to 2 GB on each rank whatever the model.
     """
@@ -41,17 +41,18 @@ def bucket_numel(model: nn.Module) -> int:
 def deepspeed_config(*, stage: int, precision: str, micro_batch: int, clip: float | None, bucket: int, gathered: int,
                      accumulates: bool, initial_scale: float = 65536.0, growth_interval: int = 2000,
                      offload_parameters: bool = False, offload_optimizer: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration, everything said that its defaults would decide by the size of large machines.
+    """DeepSpeed's configuration, with explicit values where its defaults assume large machines.
 
     Args:
         stage: 1 shards optimizer state, 2 gradients too, 3 weights too.
-        precision: fp32, bf16 or fp16; weights that are updated are fp32 in all of them.
-        micro_batch: sequences of a forward pass; used for nothing but DeepSpeed's own figures.
-        clip: largest norm of the gradient, or None.
+        precision: fp32, bf16 or fp16; the weights that are updated are fp32 in each case.
+        micro_batch: sequences per forward; only used in figures that DeepSpeed reports.
+        clip: largest gradient norm, or None.
         bucket: elements of a communication bucket.
         gathered: elements of stage 3's weights that may be gathered ahead of their use.
-        accumulates: whether gradients of several micro-batches are summed, which stages 2 and 3 then do in fp32.
-        initial_scale, growth_interval: loss scaling of fp16.
+        accumulates: whether gradients of several micro-batches are accumulated, which stages 2 and 3 then do in fp32.
+        initial_scale, growth_interval: fp16 loss scaling.
+        offload_parameters, offload_optimizer: what to keep on the CPU.
     """
     pin = torch.cuda.is_available()
     zero: dict[str, Any] = {
@@ -66,7 +67,7 @@ def deepspeed_config(*, stage: int, precision: str, micro_batch: int, clip: floa
         zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
     config: dict[str, Any] = {
         "zero_optimization": zero, "gradient_clipping": clip or 0.0, "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,  # the trainer says itself where a step ends
+        "gradient_accumulation_steps": 1,  # the trainer itself marks where a step ends
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -82,7 +83,7 @@ def deepspeed_config(*, stage: int, precision: str, micro_batch: int, clip: floa
 
 @contextmanager
 def quiet_deepspeed() -> Iterator[None]:
-    """DeepSpeed tells of every buffer while it sets up; what of it has substance, the engine checks itself."""
+    """Within the context, DeepSpeed does not log every buffer it sets up; the engine checks what matters itself."""
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -95,12 +96,13 @@ def quiet_deepspeed() -> Iterator[None]:
 
 
 def _seen_backward(block: nn.Module, args: tuple, output: Any) -> Any:
-    """What a block gives, as a tuple where it is a list: torch calls no backward hook of a module that gives another.
+    """A block's output, as a tuple if it is a list, because torch only calls backward hooks for tensors and tuples.
 
-    DeepSpeed's hooks of a block would not run, and its gradients be dropped (GPT's blocks give a list).
+    Otherwise DeepSpeed's hooks of the block would not run, and its gradients would be lost (GPT's blocks return a
+    list).
 
     Raises:
-        TypeError: it gives neither tensors nor a tuple of them.
+        TypeError: the block returns neither tensors nor a tuple of them.
     """
     if isinstance(output, list):
         output = tuple(output)
@@ -111,13 +113,13 @@ def _seen_backward(block: nn.Module, args: tuple, output: Any) -> Any:
 
 
 class Zero(Engine):
-    """A student in DeepSpeed's hands: a rank holds a part of the fp32 weights and of the optimizer's state.
+    """A student trained by DeepSpeed: a rank holds a part of the fp32 weights and of the optimizer's state.
 
     Args:
-        student: whole, on the CPU or the device.
-        make_optimizer: of the student.
+        student: the whole student, on the CPU or the device.
+        make_optimizer: makes the student's optimizer.
         prepare: Accelerate's, with DeepSpeed's plugin.
-        config: what the plugin was given.
+        config: configuration given to the plugin.
 
     Raises:
         ValueError: the optimizer cannot work on parts of parameters.
@@ -142,7 +144,7 @@ class Zero(Engine):
         self.zero = self.engine.optimizer
         self._step, self._allowed = optimizer.step, True
         self._reached: set[str] = set()
-        self._unreached = [names[id(parameter)] for group in groups for parameter in group]  # the same on every rank
+        self._unreached = [names[id(parameter)] for group in groups for parameter in group]  # same on every rank
         for parameter in (parameter for group in groups for parameter in group):
             parameter.register_post_accumulate_grad_hook(partial(self._reach, names[id(parameter)]))
         optimizer.step = self._step_if_allowed
@@ -154,23 +156,23 @@ class Zero(Engine):
             if unrounded is not None:
                 unrounded.put_back(tensor, layout)
         if self.stage == 3:
-            self.refresh()  # padding is not cleared on the way
+            self.refresh()  # so that the padding of the partitioned weights is cleared too
         super().__init__(self.engine, student, optimizer)
         self._check()
 
     def _gather_by_block(self, student: nn.Module) -> None:
-        """Blocks are gathered as a whole: their insides may be captured, where DeepSpeed's hooks are not seen."""
+        """Gather blocks as a whole, because a captured graph of a block's inside does not contain DeepSpeed's hooks."""
         from deepspeed.utils import set_z3_leaf_module
 
         for name in units_of(student).blocks:
-            block = student.get_submodule(name)  # itself: others of its class need not be blocks
+            block = student.get_submodule(name)  # by instance: others of its class need not be blocks
             set_z3_leaf_module(block, True)
             block.register_forward_hook(_seen_backward)
 
     def _share_fp32(self) -> None:
-        """In fp32 the weights that are updated are those that are computed with: one copy serves as both.
+        """In fp32, use one copy both as the weights that are updated and as those that the forward uses.
 
-        DeepSpeed means to do so in stage 3, and misses it by comparing a device with the name of one.
+        DeepSpeed intends to do so in stage 3, but does not, because it compares a device with the name of one.
         """
         if self.stage == 3:
             for flat, own in zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_partitioned_groups_flat,
@@ -183,7 +185,7 @@ class Zero(Engine):
             flat.data = parts[rank].data
 
     def _check(self) -> None:
-        """Assert that DeepSpeed does what was asked for."""
+        """Assert that DeepSpeed does what was requested."""
         assert self.engine.zero_optimization_stage() == self.stage, "DeepSpeed runs another stage"
         assert dist.get_world_size(self.zero.dp_process_group) == dist.get_world_size(), "DeepSpeed uses fewer ranks"
         whole = sum(math.prod(piece.shape) for _, layout in self._trained() for piece in layout.pieces)
@@ -196,11 +198,11 @@ class Zero(Engine):
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """See `Engine`; stages 2 and 3 sum gradients over ranks in every micro-batch."""
+        """See `Engine`; stages 2 and 3 reduce gradients over ranks in every micro-batch."""
         self.engine.set_gradient_accumulation_boundary(last)
         yield
         if not last:
-            self.engine.step()  # which only counts a micro-batch
+            self.engine.step()  # only counts a micro-batch
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Engine`."""
@@ -217,7 +219,10 @@ class Zero(Engine):
         return Update(float(norm) if norm is not None else math.nan, finite and allowed, finite)
 
     def _step_if_allowed(self, closure: None = None) -> None:
-        """Stands for the optimizer's step: a loss that is not finite may have a gradient that is."""
+        """Replaces the optimizer's step: a loss that is not finite may have a finite gradient.
+
+        Parameters that no loss has reached yet are restored after the step.
+        """
         if not self._allowed:
             return
         kept = [(part, part.clone()) for part in self._parts(self._unreached)]
@@ -229,8 +234,11 @@ class Zero(Engine):
         self._reached.add(name)
 
     def _agree(self) -> None:
-        """Let the ranks agree on what no loss has reached yet: DeepSpeed gives it zeros for a gradient, by which weight
-        decay moves what every other engine leaves as it is. In most models that is nothing after the first step."""
+        """Let the ranks agree on the parameters that no loss has reached yet.
+
+        DeepSpeed gives these a zero gradient, so that weight decay would change weights that every other engine leaves
+        alone. In most models there are none after the first step.
+        """
         if not self._unreached:
             return
         reached = on_any_rank([name in self._reached for name in self._unreached], self.engine.device,
@@ -238,7 +246,7 @@ class Zero(Engine):
         self._unreached = [name for name, is_reached in zip(self._unreached, reached, strict=True) if not is_reached]
 
     def _parts(self, names: list[str]) -> Iterator[torch.Tensor]:
-        """What this rank updates of parameters, as views."""
+        """This rank's parts of the named parameters, as views."""
         asked = frozenset(names)
         for flat, layout in self._trained() if asked else ():
             for piece in layout.pieces:
@@ -247,11 +255,11 @@ class Zero(Engine):
 
     @property
     def loss_scale(self) -> float:
-        """What DeepSpeed multiplies the loss by."""
+        """The factor by which DeepSpeed multiplies the loss."""
         return float(self.zero.loss_scale)
 
     def scale_state(self) -> dict[str, float]:
-        """Loss scaling as plain numbers."""
+        """Loss scaling state as plain numbers."""
         scaler = self.zero.loss_scaler
         return {name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter")
                 if hasattr(scaler, name)}
@@ -264,7 +272,7 @@ class Zero(Engine):
     # ---- what a rank holds
 
     def tensors(self) -> Iterator[tuple[torch.Tensor, Layout]]:
-        """See `Engine`; what is not trained is whole on every rank."""
+        """See `Engine`; frozen parameters are whole on every rank."""
         yield from self._trained()
         yield from self._frozen.tensors()
 
@@ -284,7 +292,7 @@ class Zero(Engine):
                 [bucket.buffer for bucket in self.zero.ipg_buckets.values()]]
 
     def refresh(self) -> None:
-        """See `Engine`; the weights that forward runs on follow the fp32 ones."""
+        """See `Engine`; the weights that the forward uses are updated from the fp32 ones."""
         with torch.no_grad():
             self._frozen.refresh()
             if self.stage < 3:
@@ -320,7 +328,7 @@ class Zero(Engine):
 
 
 def _fragment(parameter: nn.Parameter, name: str, shape: tuple[int, ...]) -> Piece:
-    """The part of a parameter that is in this rank's partition, in stages 1 and 2."""
+    """The part of a parameter in this rank's partition, in stages 1 and 2."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return Piece(name, shape, 0, 0)

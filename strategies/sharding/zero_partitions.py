@@ -1,4 +1,4 @@
-"""How ZeRO cuts the parameters of a group into the parts of its ranks, read off DeepSpeed."""
+"""How ZeRO partitions the parameters of a group over ranks, following DeepSpeed's code."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-ALIGNED = 2  # elements to whose multiple, times the ranks, ZeRO pads a group of parameters
+ALIGNED = 2  # ZeRO pads a group of parameters to a multiple of this many elements times the number of ranks
 
 
 def cuts(group: Sequence[torch.Tensor], stage: int, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """Elements (first, behind the last) of each parameter of a group that a rank of ZeRO holds."""
+    """(start, stop) elements of each parameter of a group that a rank holds under ZeRO."""
     if stage == 3:
         parts = [equal_part(parameter, ranks) for parameter in group]
         return [(min(rank * part, parameter.numel()), min((rank + 1) * part, parameter.numel()))
@@ -24,11 +24,11 @@ def cuts(group: Sequence[torch.Tensor], stage: int, rank: int, ranks: int) -> li
 
 
 def aligned(parameters: Iterable[torch.Tensor], ranks: int) -> int:
-    """Elements of a group of parameters, padded as ZeRO's stages 1 and 2 do."""
+    """Elements of a group of parameters, padded as in ZeRO's stages 1 and 2."""
     unit = ALIGNED * ranks
     return -(-sum(parameter.numel() for parameter in parameters) // unit) * unit
 
 
 def equal_part(parameter: torch.Tensor, ranks: int) -> int:
-    """Elements of a parameter that a rank holds, cut flat into equal parts as ZeRO's stage 3 does, padding included."""
+    """Elements of a parameter that a rank holds, padding included, in the equal flat parts of ZeRO's stage 3."""
     return -(-parameter.numel() // ranks)

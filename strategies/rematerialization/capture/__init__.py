@@ -1,1 +1,1 @@
-"""Capture: find the regions of a model, and make of each a joint graph of forward and backward that can be run."""
+"""Capture: find a model's repeated blocks (regions) and trace each into an executable joint forward-backward graph."""

@@ -1,4 +1,4 @@
-"""Run a region by its schedule: captured by torch.compile, split as planned, run by eager kernels or Inductor."""
+"""Run a region by its schedule: traced by torch.compile, partitioned as planned, run by eager kernels or Inductor."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ BEFORE, STANDS_IN = "_forward_before_planning", "_stands_in"
 def compiled(choose: Choose, inductor: bool = False, notice: Notice | None = None) -> Callable:
     """A function that calls a module's own forward by a schedule: `call(module, *args, **kwargs)`.
 
-    Whatever the module does is captured whole, or the call raises what torch.compile has to say: nothing is run half.
+    The forward is captured as one full graph; if that fails, the call raises torch.compile's error before anything
+    runs.
 
     Args:
-        choose: gives the order of operations for a region captured, at most once for every shape and dtype.
-        inductor: compile the two graphs instead of running them by eager kernels.
-        notice: told which captured region runs, and on what, whenever one does; not with Inductor.
+        choose: returns the order of operations for a captured region; called at most once for each set of shapes and
+            dtypes.
+        inductor: compile both graphs with Inductor instead of running them with eager kernels.
+        notice: called with the captured region and its inputs whenever one runs; not with Inductor.
     """
-    # Every schedule has a code object of its own: torch.compile keeps its cache, and counts recompilations, by it.
+    # A code object for every schedule, because torch.compile keys its cache and recompile limit by code object.
     function = types.FunctionType(own_forward.__code__.replace(co_name="region"), globals(), "region")
     function = torch.compile(function, backend=_backend(choose, inductor, notice), dynamic=False, fullgraph=True)
 
@@ -45,9 +47,9 @@ def compiled(choose: Choose, inductor: bool = False, notice: Notice | None = Non
 
 
 def in_one_piece() -> AbstractContextManager:
-    """Within the context, torch.compile does not cut a region where DDP's buckets end, as it does inside of DDP.
+    """Within the context, torch.compile does not split a region at DDP's bucket boundaries, as it does inside of DDP.
 
-    What it cuts is compiled on tensors without data, and a region's schedule is for all of it.
+    It compiles the pieces of a split on fake tensors, and a region's schedule is for the whole region.
     """
     if nn.parallel.DistributedDataParallel._get_active_ddp_module() is None:
         return nullcontext()
@@ -56,19 +58,19 @@ def in_one_piece() -> AbstractContextManager:
 
 @contextmanager
 def idle_hooks() -> Iterator[None]:
-    """Within the context, hooks by which transformers collects hidden states do nothing, and can be captured.
+    """Within the context, the hooks with which transformers collects hidden states do nothing, so capture works.
 
-    Once a model has been asked for hidden states, there are hooks inside of its blocks too, for attention maps, which
-    look into a context variable that torch.compile does not know. If more than hidden states is being collected, they
-    stay as they are: the block is then not captured.
+    Once a model has been asked for hidden states, its blocks also have hooks for attention maps, and these read a
+    context variable that torch.compile does not support. If more than hidden states is being collected, the hooks stay
+    active and the block is not captured.
     """
-    collecting = sys.modules.get("transformers.utils.output_capturing")  # not there, no hooks
+    collecting = sys.modules.get("transformers.utils.output_capturing")  # if not imported, there are no hooks
     collector = getattr(collecting, "_active_collector", None)
     if collector is None or set(collector.get() or ()) - {"hidden_states", "_hidden_states_layers"}:
         yield
         return
     before = collector.global_var, collector.compiling
-    collector.global_var, collector.compiling = None, True  # the state in which get() can be captured
+    collector.global_var, collector.compiling = None, True  # in this state get() can be captured
     try:
         yield
     finally:
@@ -76,7 +78,7 @@ def idle_hooks() -> Iterator[None]:
 
 
 def own_forward(module: nn.Module, *args, **kwargs) -> object:
-    """A region's own forward: the one put on the module by others (Accelerate does) before ours, or its class's."""
+    """Call a region's own forward: one set on the module before ours (by Accelerate, for example), or its class's."""
     if hasattr(module, BEFORE):
         return getattr(module, BEFORE)(*args, **kwargs)
     return type(module).forward(module, *args, **kwargs)
@@ -84,7 +86,7 @@ def own_forward(module: nn.Module, *args, **kwargs) -> object:
 
 @contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """Within the context, loggers of torch say nothing: what they would tell of is expected and taken care of."""
+    """Within the context, these torch loggers are silent, because what they report is expected and handled."""
     before = {name: logging.getLogger(name).disabled for name in loggers}
     try:
         for name in loggers:
@@ -96,17 +98,17 @@ def quiet(*loggers: str) -> Iterator[None]:
 
 
 def gpus_in_use() -> list[int]:
-    """The current GPU, if any is in use: whose generator runs beside the CPU's."""
+    """The current GPU's index if CUDA is in use, for its RNG state beside the CPU's; else an empty list."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
 
 
 def stood_in(module: nn.Module) -> bool:
-    """Whether something stands in place of a module's forward."""
+    """Whether a module's forward has been replaced by `replace_forward`."""
     return getattr(module.__dict__.get("forward"), STANDS_IN, False)
 
 
 def replace_forward(module: nn.Module, forward: Callable) -> None:
-    """Put a forward on a module in place of its own, or of another that was put there so; its own stays in reach."""
+    """Replace a module's forward, or an earlier replacement, so that `own_forward` still reaches the original."""
     there = module.__dict__.get("forward")
     if there is not None and not stood_in(module):
         module.__dict__[BEFORE] = there
@@ -115,7 +117,7 @@ def replace_forward(module: nn.Module, forward: Callable) -> None:
 
 
 def restore_forward(module: nn.Module) -> None:
-    """Give a module back the forward that it had before `replace_forward`."""
+    """Restore the forward that a module had before `replace_forward`."""
     module.__dict__.pop("forward", None)
     if BEFORE in module.__dict__:
         module.forward = module.__dict__.pop(BEFORE)
@@ -132,7 +134,7 @@ def _backend(choose: Choose, inductor: bool, notice: Notice | None) -> Callable:
         return boxed(gm, notice=notice)
 
     def eager(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
-        # a region may be turned back twice (retain_graph), so what it keeps is never given away
+        # with retain_graph the backward of a region may run twice, so saved tensors must not be donated
         with torch._functorch.config.patch(donated_buffer=False):
             return aot_module_simplified(gm, inputs, fw_compiler=noticed, bw_compiler=boxed, inference_compiler=boxed,
                                          partition_fn=split)
@@ -140,7 +142,7 @@ def _backend(choose: Choose, inductor: bool, notice: Notice | None) -> Callable:
     def fused(gm: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable:
         from torch._inductor.compile_fx import compile_fx
 
-        # Nothing from caches on disk: they know the code, not the schedule.
+        # No caches on disk: their keys contain the code, but not the schedule.
         with (torch._functorch.config.patch(donated_buffer=False, enable_autograd_cache=False),
               torch._inductor.config.patch(custom_partitioner_fn=_Partitioner(split), fx_graph_cache=False)):
             return compile_fx(gm, inputs)
@@ -149,7 +151,7 @@ def _backend(choose: Choose, inductor: bool, notice: Notice | None) -> Callable:
 
 
 class _Partitioner(CustomPartitionerFn):
-    """Inductor's hook for a partitioner."""
+    """Partitioner in the form that Inductor's hook takes."""
 
     def __init__(self, split: Callable) -> None:
         self.split = split
@@ -158,14 +160,14 @@ class _Partitioner(CustomPartitionerFn):
         return self.split(joint, joint_inputs, **keywords)
 
     def uuid(self) -> None:
-        """No identity: the schedule is not part of the code that Inductor hashes."""
+        """None, which disables caching: the schedule is not part of the code that Inductor hashes."""
         return None
 
 
 def boxed(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] = (), notice: Notice | None = None) -> Callable:
     """A graph as a function of one list, which it empties, so that inputs are freed after their last use."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default  # where a kernel's strides are not those that tracing foretold
+        node.target = torch.ops.aten.reshape.default  # as a kernel's strides may differ from the traced ones
     gm.graph.set_codegen(_BoxedCodeGen())
     gm.recompile()
 

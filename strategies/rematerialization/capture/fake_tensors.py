@@ -1,4 +1,4 @@
-"""Tensors without data in place of a model's, a batch's and an optimizer's: a step can then be tried for nothing."""
+"""Fake tensors in place of a model, a batch and an optimizer, to run a training step without its memory or time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-import strategies.memory.fake_experts  # noqa: F401 - experts have shapes without data from here on
+import strategies.memory.fake_experts  # noqa: F401 - importing it makes experts work on fake tensors
 
 
 @contextmanager
 def without_data(*models: nn.Module) -> Iterator[tuple[FakeTensorMode, dict[int, torch.Tensor]]]:
-    """Within the context, the models' parameters and buffers are tensors without data; tied ones stay tied.
+    """Within the context, the models' parameters and buffers are fake tensors; tied ones stay tied.
 
     Yields:
-        the mode in which such tensors live, and for every real parameter (by id) the one that stands for it.
+        the mode in which the fake tensors live, and for every real parameter (by id) its fake stand-in.
     """
     tensors = [tensor for model in models for tensor in [*model.parameters(), *model.buffers()]]
     own = next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None)
@@ -51,7 +51,7 @@ def _without_data(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fake_batch(mode: FakeTensorMode, batch: object) -> object:
-    """A batch of tensors without data like the one given."""
+    """A batch of fake tensors like the given one; a tensor that occurs twice has one stand-in."""
     with mode:
         known: dict[int, torch.Tensor] = {}
 
@@ -65,34 +65,34 @@ def fake_batch(mode: FakeTensorMode, batch: object) -> object:
 
 
 def fake_optimizer(optimizer: torch.optim.Optimizer, stand_in: Mapping[int, torch.Tensor]) -> torch.optim.Optimizer:
-    """An optimizer of the same kind and settings, without state yet, over parameters without data.
+    """An optimizer of the same class and settings over fake parameters, without state yet.
 
     Args:
-        optimizer: also one that Accelerate has wrapped.
-        stand_in: for real parameters by id, what stands for them.
+        optimizer: the real optimizer, which Accelerate may have wrapped.
+        stand_in: fake parameters by id of the real ones.
     """
     real = unwrapped(optimizer)
     made = object.__new__(type(real))
-    made.__dict__ = {name: value for name, value in real.__dict__.items() if name != "step"}  # which schedulers wrap
+    made.__dict__ = {name: value for name, value in real.__dict__.items() if name != "step"}  # schedulers wrap step
     made.__dict__ |= {"state": defaultdict(dict), "_optimizer_step_pre_hooks": OrderedDict(),
                       "_optimizer_step_post_hooks": OrderedDict()}
     made.param_groups = []
     for group in real.param_groups:
         params = group["params"]
         changed = {"params": [stand_in.get(id(parameter), parameter) for parameter in params]}
-        if group.get("foreach", False) is None and not group.get("fused"):  # torch decides by the kind of parameter
+        if group.get("foreach", False) is None and not group.get("fused"):  # torch decides by the parameters
             changed["foreach"] = _default_to_fused_or_foreach(params, bool(group.get("differentiable")), False)[1]
         made.param_groups.append({**group, **changed})
     return made
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer itself, where Accelerate has wrapped it."""
+    """The optimizer itself, if Accelerate has wrapped it."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 class FakeItemMode(TorchDispatchMode):
-    """Tensors without data answer those who ask for a number: 1; so that `print(loss.item())` stops no plan."""
+    """Makes `item()` on fake tensors return 1, so that code such as `print(loss.item())` does not fail."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):

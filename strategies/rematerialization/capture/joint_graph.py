@@ -1,7 +1,7 @@
-"""Capture a region: its joint forward and backward graph, and the memory problem it poses.
+"""A captured region: its joint forward-backward graph, and the rematerialization problem it poses.
 
-The graph is the one that AOTAutograd traces from the region's unmodified code. Values are storages: views are free and
-are made again wherever they are needed. Parameters, buffers and inputs that others hold cost nothing here.
+The graph is what AOTAutograd traces from the region's unmodified code. Values are storages; views are free and are made
+again wherever they are needed. Parameters, buffers and inputs belong to others and cost nothing here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import fx
 from strategies.rematerialization.solve.graph import Graph
 
 aten = torch.ops.aten
-# Batch norm in training: what it returns does not depend on the running statistics it reads, so that it can be
-# computed again after they have been updated. The positions of the arguments that hold them.
+# Batch norm in training mode, with the argument positions of its running statistics. Its output does not depend on
+# them, so that it can be recomputed after they have been updated.
 RUNNING_STATISTICS = {
     aten._native_batch_norm_legit_functional.default: (3, 4),
     aten._batch_norm_with_update_functional.default: (3, 4),
@@ -29,19 +29,19 @@ RUNNING_STATISTICS = {
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """A region's joint graph, with its nodes sorted into operations that compute and views of what they made.
+    """A region's joint graph, with its nodes divided into operations that compute and views of their results.
 
     Attributes:
-        joint: graph of forward and backward; its placeholders are primals (parameters, buffers, tensors passed in),
-            then tangents (gradients that arrive from behind).
-        forward_outputs: how many of its outputs the forward hands out; the others are gradients of the primals.
-        operations: nodes that compute, the forward's first, in the order traced.
-        forward: how many of them are the forward's.
+        joint: graph of forward and backward; its placeholders are primals (parameters, buffers, tensor arguments), then
+            tangents (incoming gradients).
+        forward_outputs: how many of its outputs the forward returns; the others are gradients of the primals.
+        operations: nodes that compute, the forward's first, in traced order.
+        forward: how many of them belong to the forward.
         maker: (values,) operation that makes each value; a value is a storage.
         size: (values,) bytes.
-        values: for every node, the values that its tensors lie in; inputs lie in none.
+        values: for every node, the values that its tensors alias; inputs alias none.
         once: operations that must not run twice.
-        signature: equal for regions that compute the same on tensors of the same shapes.
+        signature: hash that is equal for regions that compute the same on tensors of the same shapes.
     """
 
     joint: fx.GraphModule
@@ -66,25 +66,25 @@ class Captured:
 
     @property
     def tangents(self) -> list[fx.Node]:
-        """Gradients that arrive from behind."""
+        """Incoming gradients."""
         return [node for node in self.joint.graph.find_nodes(op="placeholder") if _is_tangent(node)]
 
     @property
     def handed_out(self) -> list[fx.Node | None]:
-        """What the forward hands out."""
+        """Outputs of the forward."""
         return list(self.joint.graph.output_node().args[0][:self.forward_outputs])
 
     @property
     def gradients(self) -> list[fx.Node | None]:
-        """What the backward hands out, one for each primal."""
+        """Outputs of the backward, one for each primal."""
         return list(self.joint.graph.output_node().args[0][self.forward_outputs:])
 
 
 def capture(joint: fx.GraphModule, forward_outputs: int) -> Captured:
-    """Sort the nodes of a joint graph as AOTAutograd traced it.
+    """Divide the nodes of a joint graph traced by AOTAutograd into operations and views.
 
     Args:
-        joint: the graph; every node's `meta["val"]` tells its shape, dtype and storage.
+        joint: the graph; every node's `meta["val"]` has its shape, dtype and storage.
         forward_outputs: how many of its outputs are the forward's.
     """
     forward, backward = _phases(joint, forward_outputs)
@@ -115,16 +115,16 @@ def problem(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept
             budget: int = 0, again: bool = False) -> Graph:
     """The region as a rematerialization problem, with a moment between forward and backward.
 
-    At that moment, operation number `captured.forward`, the forward's outputs leave and the gradients of them arrive,
-    to stay until the end (the autograd engine holds them).
+    At that moment, operation number `captured.forward`, the forward's outputs leave and their gradients arrive, which
+    stay until the end because the autograd engine holds them.
 
     Args:
         captured: the region.
         seconds: (operations,) cost of each.
-        workspace: (operations,) bytes that each needs while it runs, beyond what it reads and makes.
-        kept: most bytes that may be kept at that moment, when solved for `budget`; None for no limit.
-        budget: the budget that the problem will be solved for; only matters with `kept`.
-        again: what the forward hands out is needed once more in the backward, by whoever comes next.
+        workspace: (operations,) bytes that each needs while it runs, beyond its inputs and outputs.
+        kept: maximum bytes kept at that moment, enforced when solved for `budget`; None for no limit.
+        budget: the budget that the problem will be solved for; only used with `kept`.
+        again: whether the forward's outputs are needed once more at the start of the backward, by the next region.
     """
     border = captured.forward
     leaving = {value for node in filter(None, captured.handed_out) for value in captured.values[node]}
@@ -146,18 +146,18 @@ def problem(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept
 
 
 def reads_of(captured: Captured, operation: fx.Node) -> set[int]:
-    """Values that an operation reads, through views too."""
+    """Values that an operation reads, directly or through views."""
     return {value for node in tensor_arguments(operation) for value in captured.values[node]}
 
 
 def tensor_arguments(node: fx.Node) -> list[fx.Node]:
-    """Nodes that an operation reads; running statistics, which it only updates, left out."""
+    """Nodes that an operation reads, except running statistics, which it only updates."""
     ignored = [node.args[index] for index in RUNNING_STATISTICS.get(node.target, ())]
     return [argument for argument in node.all_input_nodes if argument not in ignored]
 
 
 def read_by_backward(captured: Captured) -> set[fx.Node]:
-    """Primals that the operations of the backward read, through views too."""
+    """Primals that the backward's operations read, directly or through views."""
     found: set[fx.Node] = set()
     stack = [argument for node in captured.operations[captured.forward:] for argument in tensor_arguments(node)]
     seen = set(stack)
@@ -173,28 +173,28 @@ def read_by_backward(captured: Captured) -> set[fx.Node]:
 
 
 def is_given(node: fx.Node) -> bool:
-    """Whether a node is there from the beginning: an input or a constant."""
+    """Whether a node exists from the start: an input or a constant."""
     return node.op in ("placeholder", "get_attr")
 
 
 def is_part(node: fx.Node) -> bool:
-    """Whether a node picks one of several outputs."""
+    """Whether a node selects one of several outputs."""
     return node.target is operator.getitem
 
 
 def is_effect(node: fx.Node) -> bool:
-    """Whether a node writes to what exists, so that it must run once, where it stands."""
+    """Whether a node mutates existing tensors, so that it must run exactly once, in its place."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether an operation draws from a generator, or may do so: others' own operations seldom say."""
+    """Whether an operation draws random numbers, or may: custom operations seldom declare it."""
     return isinstance(node.target, torch._ops.OpOverload) and (
         torch.Tag.nondeterministic_seeded in node.target.tags or node.target.namespace not in ("aten", "prims"))
 
 
 def tensors(value: object) -> Iterator[torch.Tensor]:
-    """Tensors in what a node makes."""
+    """Tensors in a node's value."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -207,7 +207,7 @@ def _is_tangent(node: fx.Node) -> bool:
 
 
 def _storages(node: fx.Node) -> list[tuple[int, int]]:
-    """Identity and bytes of the storages that a node's tensors lie in."""
+    """Identity and bytes of the storages that a node's tensors use."""
     found = {}
     for tensor in tensors(node.meta.get("val")):
         storage = tensor.untyped_storage()
@@ -216,7 +216,7 @@ def _storages(node: fx.Node) -> list[tuple[int, int]]:
 
 
 def _phases(joint: fx.GraphModule, forward_outputs: int) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Nodes that the forward's outputs need, and the others that the backward's need, both as traced."""
+    """Nodes that the forward's outputs need, and further nodes that the backward's need, both in traced order."""
     outputs = joint.graph.output_node().args[0]
     late = _reachable(filter(_is_tangent, joint.graph.find_nodes(op="placeholder")), lambda node: node.users)
     effects = {node for node in joint.graph.nodes if is_effect(node)}
@@ -238,7 +238,7 @@ def _reachable(roots: Iterable[fx.Node], neighbors: Callable[[fx.Node], Iterable
 
 
 def _updated(joint: fx.GraphModule, forward_outputs: int) -> set[fx.Node]:
-    """Buffers of which the forward hands out a new version: what reads one gives another value the second time."""
+    """Buffers of which the forward returns an updated version; what reads one gives another result when rerun."""
     outputs = joint.graph.output_node().args[0]
     still = [node for node, gradient in zip(joint.graph.find_nodes(op="placeholder"), outputs[forward_outputs:],
                                             strict=False) if gradient is None and list(tensors(node.meta.get("val")))]

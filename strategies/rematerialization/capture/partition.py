@@ -1,4 +1,4 @@
-"""From an order of operations to the two graphs that run it: forward, and backward with recomputation in its place."""
+"""Turn an order of operations into the forward and backward graphs that run it, recomputation included."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def partition(captured: Captured, order: Sequence[int]) -> tuple[fx.GraphModule,
     """Forward and backward graphs that run the operations of `problem(captured, ...)` in `order`.
 
     Returns:
-        forward: takes the primals; gives what the forward hands out, and then what is kept.
-        backward: takes what is kept and the tangents; gives the gradients.
+        forward: takes the primals; returns the region's outputs followed by what is kept.
+        backward: takes what is kept and the tangents; returns the gradients.
     """
     border = list(order).index(captured.forward)
     nodes = [*captured.operations[:captured.forward], None, *captured.operations[captured.forward:]]
@@ -51,7 +51,7 @@ def partition(captured: Captured, order: Sequence[int]) -> tuple[fx.GraphModule,
 
 
 def fits(captured: Captured, order: Sequence[int]) -> bool:
-    """Whether an order serves a region, even if it was found for one of other shapes: all is there when it is read."""
+    """Whether an order can run a region, even one found for other shapes: every read finds its value."""
     border = captured.forward
     once = [border, *(index + (index >= border) for index in captured.once)]
     if set(order) != set(range(len(captured.operations) + 1)) or any(list(order).count(index) != 1 for index in once):
@@ -64,7 +64,7 @@ def fits(captured: Captured, order: Sequence[int]) -> bool:
 
 
 def _kept(captured: Captured, late: Sequence[fx.Node], early: set[fx.Node]) -> list[fx.Node]:
-    """Nodes that the backward takes from the forward: what it reads before it makes it, inputs included."""
+    """Nodes saved from forward to backward: what the backward reads before making it, inputs included."""
     kept: dict[fx.Node, None] = {}
     made: set[fx.Node] = set(captured.tangents)
 
@@ -87,12 +87,12 @@ def _kept(captured: Captured, late: Sequence[fx.Node], early: set[fx.Node]) -> l
 
 
 def is_base(captured: Captured, node: fx.Node) -> bool:
-    """Whether a node is what an operation makes, not a view of it."""
+    """Whether a node is an operation's result rather than a view of it."""
     return node in captured.computing or (is_part(node) and node.args[0] in captured.computing)
 
 
 def state_like(operation: fx.Node) -> torch.Tensor:
-    """A tensor without data like the state of the generator that an operation draws from."""
+    """A fake tensor like the state of the RNG that an operation draws from."""
     value = next(tensors(operation.meta["val"]))
     count = 16 if value.device.type == "cuda" else torch.get_rng_state().numel()
     with value.fake_mode:
@@ -100,7 +100,7 @@ def state_like(operation: fx.Node) -> torch.Tensor:
 
 
 def _updates(operation: fx.Node) -> list[fx.Node]:
-    """The running statistics that an operation makes: the last two of its outputs."""
+    """The running statistics that an operation outputs: the last two of its outputs."""
     if operation.target not in RUNNING_STATISTICS:
         return []
     count = len(operation.meta["val"])
@@ -108,7 +108,7 @@ def _updates(operation: fx.Node) -> list[fx.Node]:
 
 
 class _Writer:
-    """Writes one of the two graphs: operations in the order asked for, views where they are first read."""
+    """Writes one of the two graphs: operations in the given order, views where they are first read."""
 
     def __init__(self, captured: Captured, replayed: set[fx.Node], ran: Sequence[fx.Node] = ()) -> None:
         self.captured = captured
@@ -117,24 +117,24 @@ class _Writer:
         self.ran = set(ran)
         self.replayed = replayed
         self.states: dict[fx.Node, fx.Node] = {}
-        self.final: set[fx.Node] = set()  # running statistics as the first run made them
+        self.final: set[fx.Node] = set()  # running statistics as updated by the first run
         self.looks_at: dict[int, list[fx.Node]] = {}
         for node, values in captured.values.items():
             for value in values:
                 self.looks_at.setdefault(value, []).append(node)
 
     def placeholder(self, node: fx.Node) -> None:
-        """An input of this graph that stands for a node of the joint graph."""
+        """Add an input that stands for a node of the joint graph."""
         self.newest[node] = self.graph.placeholder(node.name)
         self.newest[node].meta = dict(node.meta)
 
     def state_placeholder(self, operation: fx.Node) -> None:
-        """An input of this graph: the state from which a random operation first drew."""
+        """Add an input for the RNG state from which a random operation first drew."""
         self.states[operation] = self.graph.placeholder(f"state_{operation.name}")
         self.states[operation].meta = {"val": state_like(operation)}
 
     def run(self, operations: Sequence[fx.Node]) -> None:
-        """Write operations one after the other; views of what one made before are forgotten when it is made anew."""
+        """Write operations one after another; when a value is made again, views of its old copy are forgotten."""
         for node in operations:
             made = self._random(node) if node in self.replayed else self._copy(node)
             for value in self.captured.values[node]:
@@ -142,7 +142,7 @@ class _Writer:
                     if view not in self.final:
                         self.newest.pop(view, None)
             self.newest[node] = made
-            for part in filter(is_part, node.users):  # at once, so that the tuple does not hold what is not needed
+            for part in filter(is_part, node.users):  # now, so that the tuple does not keep unused outputs alive
                 if part not in self.final:
                     self.newest[part] = self._copy(part)
             self.final.update(_updates(node))
@@ -152,7 +152,7 @@ class _Writer:
         """The newest copy of a node; a view is made on demand.
 
         Raises:
-            ValueError: what it looks at has not been computed.
+            ValueError: the value it aliases has not been computed.
         """
         if node is None or node in self.newest:
             return self.newest.get(node)
@@ -175,13 +175,13 @@ class _Writer:
         return copied
 
     def _blank(self, node: fx.Node) -> fx.Node:
-        """Running statistics to be updated in vain."""
+        """Dummy running statistics for a rerun to update."""
         value = node.meta["val"]
         return self._call(torch.ops.aten.zeros.default, (list(value.shape),), value,
                           {"dtype": value.dtype, "device": value.device})
 
     def _random(self, operation: fx.Node) -> fx.Node:
-        """Draw, remembering the generator's state; or draw again from the state remembered."""
+        """Run a random operation and save its RNG state, or rerun it from the saved state."""
         arguments = fx.node.map_arg(operation.args, self.read)
         keywords = fx.node.map_arg(operation.kwargs, self.read)
         value = operation.meta["val"]

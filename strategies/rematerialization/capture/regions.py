@@ -1,4 +1,4 @@
-"""Find a model's regions and capture each as the model calls it."""
+"""Find a model's regions (its repeated blocks, or the whole model) and capture each as the model calls it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from strategies.rematerialization.capture.uncaptured import MeasuredCall, measur
 
 @dataclass(frozen=True)
 class Meta:
-    """Shape and kind of a tensor, without it."""
+    """Metadata of a tensor, without its data."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -49,18 +49,18 @@ class Meta:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Meta:
-        """The kind of a tensor."""
+        """The metadata of a tensor."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad,
                    tensor.untyped_storage().nbytes())
 
     def empty(self) -> torch.Tensor:
-        """A tensor of this kind."""
+        """An uninitialized tensor with this metadata."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 NONE: Mapping[str, str] = MappingProxyType({})
 LEAVING: WeakSet[nn.Module] = WeakSet()
-"""Regions that leave tensors on their parts as plain attributes."""
+"""Regions that store tensors on their submodules as plain attributes."""
 
 
 @dataclass
@@ -69,15 +69,16 @@ class RegionCall:
 
     Attributes:
         name, module: the region.
-        captured: its graph, or None with the `reason` why it could not be captured.
-        input: bytes of the tensors passed in that the region before handed out; else of the largest with a gradient.
-        passed: which of its arguments those are.
-        chained: whether the region before handed them out.
-        read: which of its arguments its backward reads for certain.
-        unfit: why it cannot run twice, or cannot be stood in for; empty if it can.
-        measured: what it needed where it could not be captured.
-        arguments, outputs: kinds of its tensors in and out among whatever else there is, and how all is nested.
-        attributes: (part, name, kind) of tensors that it leaves on its parts instead of handing them out.
+        captured: its graph; None if it could not be captured, for the `reason` given.
+        input: bytes of the arguments that the previous region returned; if none, of the largest that requires a
+            gradient.
+        passed: indices of those arguments.
+        chained: whether the previous region returned them.
+        read: indices of arguments that its backward is known to read.
+        unfit: why it cannot be recomputed, or replaced by a stand-in; empty if it can.
+        measured: memory and operations of an uncaptured call.
+        arguments, outputs: flattened arguments and outputs, tensors as `Meta`, and their tree structure.
+        attributes: (submodule, name, metadata) of tensors that it stores on its submodules instead of returning them.
     """
 
     name: str
@@ -96,11 +97,11 @@ class RegionCall:
 
 
 def find_regions(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's repeated blocks by name, or the model itself where there are none to speak of.
+    """The model's repeated blocks by name, or the model itself if there are none worth planning.
 
-    Blocks are the children of a list of at least two, some of them equal in the shapes of their parameters, that
-    together hold most of what is neither an embedding nor an output head. Networks of convolutions are one region: what
-    they would hand from block to block is as large as what they keep.
+    Blocks are the children of a ModuleList or Sequential with at least two children, some of which have parameters of
+    the same shapes. Together they must hold at least half of the parameters outside embeddings and the output head. A
+    convolutional network is a single region, because what its blocks pass on is as large as what they keep.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     if 4 * sum(module.weight.numel() for module in model.modules() if _convolves(module)) >= total:
@@ -119,7 +120,7 @@ def find_regions(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _convolves(module: nn.Module) -> bool:
-    """Whether a module convolves; cutting an image into patches does not count."""
+    """Whether a module is a convolution; splitting an image into patches does not count."""
     return isinstance(module, (nn.modules.conv._ConvNd)) and module.kernel_size != module.stride
 
 
@@ -131,9 +132,9 @@ def _repeats(module: nn.Module) -> bool:
 
 @contextmanager
 def calling(modules: dict[str, nn.Module], instead: Callable[[str, nn.Module], Callable]) -> Iterator[None]:
-    """Within the context, regions' forwards are replaced by `instead(name, module)`; hooks around them stay.
+    """Within the context, regions' forwards are replaced by `instead(name, module)`; hooks around them still run.
 
-    A plan that is installed is back afterwards.
+    An installed plan is restored afterwards.
     """
     planned = {name: module.__dict__["forward"] for name, module in modules.items() if stood_in(module)}
     try:
@@ -152,20 +153,20 @@ def record(
     modules: dict[str, nn.Module], run: Callable[[], object], around: Sequence[nn.Module] = (),
     uncaptured: Mapping[str, str] = NONE,
 ) -> list[RegionCall]:
-    """Run a model forward once and capture each of its regions with what it is given.
+    """Run a model forward once and capture each of its regions with the arguments it gets.
 
-    Tensors between regions are cut off from the graph of autograd, so that nothing is kept from one to the next.
-    Generators and buffers are as before, afterwards. Calls that no gradient comes back through are left out.
+    Tensors between regions are detached from the autograd graph, so that nothing is kept from one region to the next.
+    RNG states and buffers are restored afterwards. Calls that no gradient flows back through are left out.
 
     Args:
         modules: regions by name.
         run: calls the model.
-        around: modules that run besides: the model itself, a teacher.
+        around: modules that run too, such as the model itself and a teacher.
         uncaptured: names of regions that are not to be captured, each with the reason.
     """
     capturing = _Capturing()
     calls: list[RegionCall] = []
-    last: list[torch.Tensor] = []  # held, so that no other storage takes their place in memory
+    last: list[torch.Tensor] = []  # kept alive, so that no other storage reuses their identity
     anchor = torch.zeros(1, requires_grad=True)
 
     def instead(name: str, module: nn.Module) -> Callable:
@@ -208,13 +209,14 @@ def record(
 
 
 class _Tracer:
-    """Runs modules by torch.compile, whose guards tell which call needs a graph of its own, and notes what ran.
+    """Runs modules through torch.compile, whose guards decide which call needs a new graph, and notes which graphs ran.
 
-    A process has one, since a run plans the same blocks several times: with another tile of the loss, with its model.
+    A process keeps one, because a run plans the same blocks several times: with another tile of the loss, with its
+    model.
     """
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Captured, list[object]]] = []  # graphs that ran, and the storages of their inputs
+        self.seen: list[tuple[Captured, list[object]]] = []  # graphs that ran, with their inputs' storages
         self.function = compiled(_as_traced, notice=lambda captured, inputs: self.seen.append(
             (captured, [_storage(value) if isinstance(value, torch.Tensor) else None for value in inputs])))
 
@@ -224,14 +226,14 @@ class _Tracer:
 
 
 TRACERS: dict[object, _Tracer] = {}
-"""By the attention that stands in `torch.nn.functional`: planning for a GPU replaces it, of which no guard knows."""
+"""By the attention function set in `torch.nn.functional`: planning for a GPU replaces it, which no guard checks."""
 
 
 class _Capturing:
-    """Captures calls of regions; equal ones once."""
+    """Captures calls of regions; equal ones share a graph."""
 
     def __init__(self) -> None:
-        self.tried: dict[tuple, bool] = {}  # kinds of modules: whether what is captured has their gradients
+        self.tried: dict[tuple, bool] = {}  # by kind of module: whether the captured graph gives its gradients
         self.inherited = F.scaled_dot_product_attention in TRACERS
         self.tracer = TRACERS.setdefault(F.scaled_dot_product_attention, _Tracer())
 
@@ -241,12 +243,12 @@ class _Capturing:
         return self.tracer.seen
 
     def call(self, call: RegionCall, args: tuple, kwargs: dict, unfit: str = "") -> object:
-        """Call a region and note its graph, or why there is none and what it needs as it is.
+        """Call a region and note its graph, or the reason why there is none and what it needs uncaptured.
 
-        `unfit` is why it is not to be captured.
+        `unfit` is the reason not to capture it, if any.
 
-        What torch.compile makes of a module is tried against the module itself, once for each kind: it has lost the
-        gradients of autograd functions before (torch 2.11), without a word.
+        The captured graph's gradients are compared with the module's own once for each kind of module, because
+        torch.compile has silently lost the gradients of autograd functions (torch 2.11).
         """
         if unfit:
             call.reason = unfit
@@ -259,10 +261,10 @@ class _Capturing:
         expected = None if kind in self.tried else own_gradients(call.module, args, kwargs)
         try:
             out = self._captured(call.module, args, kwargs)
-        except Exception as error:  # whatever torch.compile could not do; what the module itself raises comes again
+        except Exception as error:  # any failure of torch.compile; the module's own errors are raised again below
             call.reason = first_line(error)
         else:
-            written = versions != [version(leaf) for leaf in leaves]  # which leaves it unfit anyway
+            written = versions != [version(leaf) for leaf in leaves]  # such a region is unfit anyway
             self.tried.setdefault(kind, expected is None or written or alike(
                 turned_back(call.module, leaves, out), expected))
             if len(self.seen) == 1 and self.tried[kind]:
@@ -277,7 +279,7 @@ class _Capturing:
         return self._as_it_is(call, args, kwargs)
 
     def _as_it_is(self, call: RegionCall, args: tuple, kwargs: dict) -> object:
-        """Call a region that is not captured, and note what it needs."""
+        """Call a region without capturing it, and note what it needs."""
         again = once_more(call.module, args, kwargs)
         torch.clear_autocast_cache()  # so that 16-bit copies of its weights are counted
         out, call.measured = measured_call(call.module, args, kwargs)
@@ -288,9 +290,9 @@ class _Capturing:
     def _captured(self, module: nn.Module, args: tuple, kwargs: dict) -> object:
         try:
             return self.tracer(module, *args, **kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:  # torch.compile keeps a few graphs for each function
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # torch.compile limits the graphs per function
             again = _Tracer()
-        except Exception:  # unless it is the graphs of an earlier study that do not serve this one
+        except Exception:  # retry once without the graphs of an earlier study, which may be the cause
             if not self.inherited:
                 raise
             again, self.inherited = _Tracer(), False
@@ -300,7 +302,7 @@ class _Capturing:
 
 
 class _Cut(torch.autograd.Function):
-    """A tensor cut off from what made it; unlike a leaf, the model may write to it."""
+    """A tensor detached from what made it that, unlike a leaf, the model may write to."""
 
     @staticmethod
     def forward(ctx, anchor: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -312,7 +314,7 @@ class _Cut(torch.autograd.Function):
 
 
 def takes_part(module: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether a gradient will come back through this call of a module."""
+    """Whether a gradient will flow back through this call of a module."""
     if not torch.is_grad_enabled():
         return False
     return (any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_flatten((args, kwargs))[0])
@@ -320,9 +322,10 @@ def takes_part(module: nn.Module, args: tuple, kwargs: dict) -> bool:
 
 
 def without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Arguments without a key-value cache of transformers: it would hold what is to be recomputed, and grow twice.
+    """Arguments without transformers' key-value cache.
 
-    transformers' own activation checkpointing drops it as well.
+    The cache would hold tensors that are to be recomputed, and would be appended to twice. transformers' own activation
+    checkpointing drops it as well.
     """
     def is_cache(value: object) -> bool:
         return any(kind.__name__ == "Cache" and kind.__module__.startswith("transformers.")
@@ -347,7 +350,7 @@ def _note_input(call: RegionCall, leaves: Sequence[object], before: Sequence[tor
 
 
 def looks_at(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a tensor is another one, or a view of its memory in the same number format."""
+    """Whether two tensors share storage and dtype: the first is the other or a view of it."""
     return _storage(tensor) == _storage(other) and tensor.dtype == other.dtype
 
 
@@ -357,13 +360,13 @@ def _kinds(structure: object) -> tuple[list[Meta | object], TreeSpec]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """An error's message, first line only."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def version(leaf: object) -> tuple[int, int] | None:
-    """Another whenever a tensor has been written to, or is another."""
+    """Changes whenever a tensor has been written to or replaced by another."""
     if not isinstance(leaf, torch.Tensor):
         return None
     return id(leaf), 0 if leaf.is_inference() else leaf._version

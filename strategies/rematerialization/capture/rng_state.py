@@ -1,4 +1,4 @@
-"""The generators that a model may draw from without being handed one: of torch, Python and NumPy."""
+"""State of the global random number generators that a model may draw from: torch, Python and NumPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from strategies.rematerialization.capture.compile_region import gpus_in_use
 
 @dataclass(frozen=True, eq=False)
 class Generators:
-    """States of the generators of the CPU, the current GPU (None if none is in use), Python and NumPy."""
+    """States of the generators of the CPU, the current GPU (None if CUDA is not in use), Python and NumPy."""
 
     cpu: torch.Tensor
     gpu: torch.Tensor | None
@@ -24,12 +24,12 @@ class Generators:
 
     @classmethod
     def now(cls) -> Generators:
-        """The states as they are."""
+        """The current states."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if gpus_in_use() else None, random.getstate(),
                    np.random.get_state())
 
     def put_back(self) -> None:
-        """Make the states what they were."""
+        """Restore these states."""
         torch.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu)
@@ -47,7 +47,7 @@ class Generators:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Afterwards all generators are as they were."""
+    """Restore all generators afterwards."""
     before = Generators.now()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Trying a module as it is, beside what has been made of it, and leaving no trace of having done so."""
+"""Run a module unmodified, to compare it with its captured graph, without side effects."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from strategies.rematerialization.capture import rng_state
 from strategies.rematerialization.capture.compile_region import own_forward
 
 ALIKE = 0.1
-"""Difference of gradients, over the largest of a tensor, up to which a captured region is taken for the module."""
+"""Maximum difference of gradients, relative to a tensor's largest entry, for a captured graph to count as equal."""
 
 
 def once_more(module: nn.Module, args: tuple, kwargs: dict) -> object | None:
-    """What a module hands out once more, from the same buffers and generators; None without data."""
+    """A module's output of one more call, from the same buffers and RNG states; None for fake tensors."""
     if _pretended(module, args, kwargs):
         return None
     with undisturbed([module]), attributes_kept([module]):
@@ -26,7 +26,7 @@ def once_more(module: nn.Module, args: tuple, kwargs: dict) -> object | None:
 
 
 def own_gradients(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor | None] | None:
-    """A module's own gradients, as `turned_back`, from the same buffers and generators; None without data."""
+    """A module's own gradients (see `turned_back`), from the same buffers and RNG states; None for fake tensors."""
     if _pretended(module, args, kwargs):
         return None
     leaves, spec = tree_flatten((args, kwargs))
@@ -34,7 +34,7 @@ def own_gradients(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Te
               for leaf in leaves]
     with undisturbed([module]), attributes_kept([module]):
         args, kwargs = tree_unflatten([leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-                                       for leaf in copies], spec)  # no leaves: the module may write to them
+                                       for leaf in copies], spec)  # not leaves, so that the module may write to them
         return turned_back(module, copies, own_forward(module, *args, **kwargs))
 
 
@@ -43,7 +43,7 @@ def _pretended(module: nn.Module, args: tuple, kwargs: dict) -> bool:
 
 
 def turned_back(module: nn.Module, given: Sequence[object], out: object) -> list[torch.Tensor | None]:
-    """Gradients of what a module was given and of its parameters, for fixed gradients of what it handed out."""
+    """Gradients of a module's inputs and parameters, for fixed gradients of its outputs."""
     outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     wanted = [leaf for leaf in [*given, *module.parameters()] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if not outputs or not wanted:
@@ -54,7 +54,7 @@ def turned_back(module: nn.Module, given: Sequence[object], out: object) -> list
 
 
 def alike(found: Sequence[torch.Tensor | None], expected: Sequence[torch.Tensor | None]) -> bool:
-    """Whether gradients differ by rounding at most, or as dropout's kernels do; one that is not there is zero."""
+    """Whether gradients agree up to what rounding and dropout kernels explain; a missing gradient counts as zero."""
     largest = max((float(value.abs().max()) for value in expected if value is not None and value.numel()), default=0.0)
 
     def apart(one: torch.Tensor | None, other: torch.Tensor | None) -> float:
@@ -67,11 +67,11 @@ def alike(found: Sequence[torch.Tensor | None], expected: Sequence[torch.Tensor 
         return float((one - other).abs().max()) / scale
 
     pairs = list(zip(found, expected, strict=True))
-    return not any(apart(one, other) > ALIKE for one, other in pairs)  # not-a-numbers are let through
+    return not any(apart(one, other) > ALIKE for one, other in pairs)  # NaNs pass
 
 
 def equal(one: object, other: object) -> bool:
-    """Whether two things that a module handed out are equal to the bit, not-a-numbers included."""
+    """Whether two outputs of a module are bitwise equal, counting NaNs as equal."""
     mine, its = tree_flatten(one)[0], tree_flatten(other)[0]
     return len(mine) == len(its) and all(
         torch.equal(torch.nan_to_num(left.detach()), torch.nan_to_num(right.detach()))
@@ -79,14 +79,14 @@ def equal(one: object, other: object) -> bool:
 
 
 def tensor_attributes(module: nn.Module) -> dict[tuple[nn.Module, str], torch.Tensor]:
-    """Tensors that parts of a module hold as plain attributes, by part and name."""
+    """Tensors that submodules hold as plain attributes, by submodule and name."""
     return {(part, name): value for part in module.modules() for name, value in part.__dict__.items()
             if isinstance(value, torch.Tensor)}
 
 
 @contextmanager
 def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Afterwards the modules' plain attributes hold the tensors that they held."""
+    """Restore the tensors that the modules hold as plain attributes afterwards."""
     modules = list(modules)
     before = {place: value for module in modules for place, value in tensor_attributes(module).items()}
     try:
@@ -100,7 +100,7 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Afterwards generators and the modules' buffers are as they were."""
+    """Restore RNG states and the modules' buffers afterwards."""
     places = [(part, name, buffer) for module in modules for part in module.modules()
               for name, buffer in part._buffers.items() if buffer is not None]
     values = {id(buffer): (buffer, buffer.clone()) for _, _, buffer in places}

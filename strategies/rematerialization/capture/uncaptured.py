@@ -1,4 +1,4 @@
-"""Regions that cannot be captured whole: what one forward and backward of them needs as they are."""
+"""Regions that cannot be captured as one graph: measure what one forward and backward of them needs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class MeasuredCall:
-    """What one forward and backward of a region needed as it is.
+    """What one forward and backward of an uncaptured region needed.
 
     Attributes:
-        kept: bytes that autograd kept in between, parameters, arguments and outputs left out.
-        forward: bytes at the forward's peak, beside its arguments.
-        backward: bytes at the backward's peak, what was kept and the gradients that arrive included.
+        kept: bytes that autograd saved for the backward, excluding parameters, arguments and outputs.
+        forward: peak bytes of the forward, excluding its arguments.
+        backward: peak bytes of the backward, including what was saved and the incoming gradients.
         handed: bytes of the outputs.
         operations: floating-point operations of the forward's matrix products.
         half: whether outputs have 16 bits.
@@ -38,7 +38,7 @@ class MeasuredCall:
 
 
 def measured_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[object, MeasuredCall]:
-    """Call a module's own forward, turn it back once for nothing, and say what that needed."""
+    """Call a module's own forward, run its backward once with zero gradients; return the output and measurements."""
     given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     with LiveBytes() as tracker:
         with FlopCounterMode(display=False) as flops:

@@ -1,1 +1,1 @@
-"""Execute: a model whose blocks run by their schedules."""
+"""Execute: run a model whose blocks follow their recompute schedules."""

@@ -1,4 +1,4 @@
-"""A model carrying out its plan: every region runs by its schedule, whoever calls the model."""
+"""Install a plan in a model: every region's forward is replaced by one that follows its schedule."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from strategies.rematerialization.solve.chain_program import (
     leaves,
 )
 
-SHAPES = 32  # most sets of shapes for which one option is captured; each takes a second or so
+SHAPES = 32  # most sets of shapes for which one option is captured; each takes about a second
 
 
 @dataclass
@@ -46,9 +46,10 @@ class Planned:
 
     Attributes:
         modules: regions in the order the model calls them.
-        schedule: which option each runs by, and which are segments.
+        schedule: which option each runs by, and which form segments.
         options: for every region, its options.
-        orders: how to run a captured graph by an option; called with (captured, option) for shapes not planned for too.
+        orders: returns the order for a captured graph under an option, (captured, option); also for shapes not planned
+            for.
     """
 
     modules: Sequence[nn.Module]
@@ -57,7 +58,7 @@ class Planned:
     orders: Callable[[Captured, Option], Sequence[int]]
     inductor: bool = False
     _functions: dict[tuple, Callable] = field(default_factory=dict)
-    _apart: dict[tuple, int] = field(default_factory=dict)  # modules that torch.compile had no room for in the first
+    _apart: dict[tuple, int] = field(default_factory=dict)  # modules past the recompile limit of the first function
     _met: set[tuple] = field(default_factory=set)
     _opened: tuple[int, Recorder] | None = None
     _last: int = -1
@@ -77,14 +78,14 @@ class Planned:
             PlannedForward(self, positions, module).install()
 
     def remove(self) -> None:
-        """Give the regions their own forwards back."""
+        """Restore the regions' own forwards."""
         for module in self.modules:
             forward = installed(module)
             if forward is not None and forward.planned is self:
                 forward.remove()
 
     def _unfolded(self, item: Block | Segment) -> Block | Segment:
-        """A block that keeps only its input is a segment of one block, which keeps all the next time."""
+        """Turn a block that keeps only its input into a segment of one block that keeps everything when recomputed."""
         if isinstance(item, Segment):
             return Segment(item.first, item.last, tuple(map(self._unfolded, item.inside)))
         ways = self.options[item.position]
@@ -94,13 +95,13 @@ class Planned:
         return Segment(item.position, item.position + 1, (Block(item.position, keep),))
 
     def call(self, positions: Sequence[int], module: nn.Module, args: tuple, kwargs: dict) -> object:
-        """Run a region as its place in the schedule says; of several places it is the next one's turn."""
+        """Run a region as its place in the schedule says; a module with several places takes them in turn."""
         position = next((position for position in positions if position > self._last), positions[0])
         self._last = position
         try:
             return self._call(position, module, args, kwargs)
         except BaseException:
-            self._opened, self._last = None, -1  # the next step begins anew
+            self._opened, self._last = None, -1  # the next step starts over
             raise
 
     def _call(self, position: int, module: nn.Module, args: tuple, kwargs: dict) -> object:
@@ -109,7 +110,7 @@ class Planned:
         if segment is not None and position == segment.first:
             self._opened = (position, Recorder(segment))
         elif self._opened is not None and not (self._opened[0] == position and self._opened[1].follows(args, kwargs)):
-            self._opened = None  # the model calls its blocks in another order today
+            self._opened = None  # the model called its blocks in another order
         if segment is None or self._opened is None:
             self._opened = None
             return run(module, *args, **kwargs)
@@ -135,23 +136,23 @@ class Planned:
                         return self._functions[key](module, *args, **kwargs)
                 except (torch._dynamo.exc.FailOnRecompileLimitHit, torch._dynamo.exc.TorchDynamoException) as error:
                     if known and isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
-                        self._apart[*kinds, id(module)] = key[-1] + 1  # torch.compile keeps a few graphs for a function
+                        self._apart[*kinds, id(module)] = key[-1] + 1  # torch.compile limits graphs per function
                         continue
-                    out = checkpointed(module, *args, **kwargs)  # raises what the module itself has to say
+                    out = checkpointed(module, *args, **kwargs)  # raises the module's own error, if any
                     self._functions[key] = checkpointed
                     self._warn(module, first_line(error))
                     return out
         return run
 
     def _made(self, option: Option, module: nn.Module) -> Callable:
-        """A function for one option and one set of shapes: torch.compile counts recompilations by function."""
+        """A new function for one option and set of shapes, because torch.compile counts recompilations by function."""
         if len({kinds for known, kinds, _ in self._functions if known == id(option)}) < SHAPES:
             return compiled(lambda captured: self._order(captured, option), self.inductor)
         self._warn(module, f"it has met more than {SHAPES} different shapes; pad batches to fewer lengths")
         return checkpointed
 
     def _order(self, captured: Captured, option: Option) -> Sequence[int]:
-        """An option's order serves any shape whose graph has the same operations; for others one is asked for."""
+        """An option's order, for any shapes whose graph has the same operations; for others, one from `orders`."""
         return option.order if fits(captured, option.order) else self.orders(captured, option)
 
     def _warn(self, module: nn.Module, reason: str) -> None:
@@ -163,11 +164,11 @@ class Planned:
 
 
 class PlannedForward:
-    """Stands for a module's forward. Copies of the module, and pickles, have the module's own forward again.
+    """Replaces a module's forward. Copies and pickles of the module get the module's own forward back.
 
     Args:
-        planned: what runs the module; None once it has been removed.
-        positions: the module's places in the schedule, more than one if it is called more than once in a step.
+        planned: runs the module; None once removed.
+        positions: the module's places in the schedule, several if it is called more than once in a step.
         module: the region.
     """
 
@@ -178,7 +179,7 @@ class PlannedForward:
         self.before: Callable | None = None
 
     def install(self) -> None:
-        """Become the module's forward, in place of an older plan's."""
+        """Become the module's forward, replacing an older plan's."""
         older = installed(self.module)
         if older is not None:
             older.remove()
@@ -187,13 +188,13 @@ class PlannedForward:
         INSTALLED[self.module] = weakref.ref(self)
 
     def remove(self) -> None:
-        """Give the module its forward back; where others have wrapped this one meanwhile, do nothing when called."""
+        """Restore the module's forward; if others have wrapped this one meanwhile, only pass calls through."""
         self.planned = None
         INSTALLED.pop(self.module, None)
         if self.module.__dict__.get("forward") is self:
             restore_forward(self.module)
 
-    @torch.compiler.disable  # a model compiled around its plan keeps the plan
+    @torch.compiler.disable  # torch.compile of the whole model leaves the plan in place
     def __call__(self, *args, **kwargs):
         if self.planned is None:
             return (self.before or partial(type(self.module).forward, self.module))(*args, **kwargs)
@@ -201,7 +202,7 @@ class PlannedForward:
             return own_forward(self.module, *args, **kwargs)
         planned_args, planned_kwargs = without_cache(args, kwargs)
         if not self.module.training and (planned_args, planned_kwargs) != (args, kwargs):
-            return own_forward(self.module, *args, **kwargs)  # text is being generated
+            return own_forward(self.module, *args, **kwargs)  # the model is generating text
         return self.planned.call(self.positions, self.module, planned_args, planned_kwargs)
 
     def __deepcopy__(self, memo: dict) -> Callable:
@@ -212,20 +213,20 @@ class PlannedForward:
     def __reduce__(self) -> tuple:
         if self.before is not None:
             return _same, (self.before,)
-        return getattr, (self.module, "forward")  # when this is read back the module is still empty: its class's
+        return getattr, (self.module, "forward")  # on unpickling the module is still empty, so this is its class's
 
 
-INSTALLED: WeakKeyDictionary[nn.Module, weakref.ref[PlannedForward]] = WeakKeyDictionary()  # even if wrapped since
+INSTALLED: WeakKeyDictionary[nn.Module, weakref.ref[PlannedForward]] = WeakKeyDictionary()  # also if wrapped since
 
 
 def installed(module: nn.Module) -> PlannedForward | None:
-    """What stands for a module's forward by a plan."""
+    """The planned forward installed in a module, if any."""
     known = INSTALLED.get(module)
     return None if known is None else known()
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take whatever plans a model has out of it."""
+    """Remove any plans from a model."""
     for module in model.modules():
         forward = installed(module)
         if forward is not None:
@@ -233,7 +234,7 @@ def uninstall(model: nn.Module) -> None:
 
 
 def checkpointed(module: nn.Module, *args, **kwargs) -> object:
-    """The module's forward, with nothing kept but its input."""
+    """The module's forward, keeping only its input."""
     return Recorder(Segment(0, 1, (Block(0, 0),))).call(own_forward, module, args, kwargs)
 
 
@@ -247,5 +248,5 @@ def _same(value: object) -> object:
 
 
 def whole(count: int, option: int = 0) -> ChainSchedule:
-    """A schedule in which every region runs by the option of one number."""
+    """A schedule in which every region runs by its option number `option`."""
     return tuple(Block(position, option) for position in range(count))

@@ -1,8 +1,8 @@
-"""Segments: runs of blocks that keep only their first input, and are run forward again when the backward reaches them.
+"""Segments: runs of blocks that keep only their first input and are recomputed when the backward reaches them.
 
-Like torch's non-reentrant checkpointing, through hooks on the tensors that autograd saves; but over several calls that
-an unmodified model makes one after the other, and nested. Gradients flow through the first forward's graph alone, so
-that hooks on parameters (DistributedDataParallel) fire once.
+This works like torch's non-reentrant activation checkpointing, through saved-tensor hooks, but across several calls
+that an unmodified model makes one after another, and nested. Gradients flow through the graph of the first forward
+alone, so that hooks on parameters (DistributedDataParallel) fire once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from strategies.rematerialization.capture.rng_state import Generators, undisturb
 from strategies.rematerialization.capture.trial_run import attributes_kept
 from strategies.rematerialization.solve.chain_program import Block, ChainSchedule, Segment
 
-SMALL = 8192  # bytes up to which a saved tensor stays: states of generators
+SMALL = 8192  # saved tensors of at most this many bytes are kept, such as RNG states
 
 
 @dataclass(frozen=True)
 class Handle:
-    """Stands in autograd's graph for a saved tensor that a segment dropped: the how-manieth it was."""
+    """Replaces, in autograd's graph, the saved tensor number `index` that a segment dropped."""
 
     frame: SegmentFrame
     index: int
@@ -36,11 +36,11 @@ class Handle:
 
 @dataclass(frozen=True)
 class Passed:
-    """Stands in recorded arguments for a tensor that the block before handed out, or for a view of it.
+    """Replaces, in recorded arguments, a tensor that the previous block returned, or a view of it.
 
     Attributes:
-        output: the how-manieth.
-        view: size, stride, and how far into the tensor; None for the tensor itself.
+        output: index of that output.
+        view: size, stride and relative storage offset; None for the tensor itself.
     """
 
     output: int
@@ -48,7 +48,7 @@ class Passed:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, handed: Sequence[object], versions: Sequence[object]) -> Passed | None:
-        """How a tensor comes from those that were handed out, if it does and none has been written to since."""
+        """How a tensor derives from the previous outputs, if it does and none has been written to since."""
         for number, other in enumerate(handed):
             if isinstance(other, torch.Tensor) and looks_at(tensor, other) and tensor._version == versions[number][1]:
                 if tensor is other:
@@ -58,7 +58,7 @@ class Passed:
         return None
 
     def again(self, handed: Sequence[object]) -> torch.Tensor:
-        """The same of tensors that were handed out again."""
+        """The same derived from recomputed outputs."""
         tensor = handed[self.output]
         if self.view is None:
             return tensor
@@ -68,24 +68,24 @@ class Passed:
 
 @dataclass
 class Recorded:
-    """One call of a block: what is needed to make it again."""
+    """One call of a block, with what is needed to repeat it."""
 
     run: Callable
     module: nn.Module
     arguments: list
     spec: object
-    outside: list[torch.Tensor]  # those of its arguments that the outermost segment was given from outside
-    saved: range = range(0)  # numbers of the tensors that it saved and that were dropped
+    outside: list[torch.Tensor]  # arguments from outside the outermost segment
+    saved: range = range(0)  # numbers of its saved tensors that were dropped
     versions: list = field(default_factory=list)  # of its arguments
-    again: str = ""  # why it cannot be made again
-    buffers: list = field(default_factory=list)  # (module, name, value before) of those that it updates
-    generators: Generators | None = None  # their states when it was made, unless those at the end of the call before
+    again: str = ""  # why it cannot be repeated
+    buffers: list = field(default_factory=list)  # (module, name, value before) of buffers that it updates
+    generators: Generators | None = None  # RNG states before it, unless as after the previous call
     autocast: tuple = ()
     training: bool = True
 
 
 class SegmentFrame:
-    """One pass over a segment: the calls made in it, and the saved tensors once they have been made again.
+    """One pass over a segment: the calls made in it, and the saved tensors once they have been recomputed.
 
     Args:
         items: how the blocks of the segment run the next time.
@@ -99,11 +99,11 @@ class SegmentFrame:
         self.calls: list[Recorded] = []
         self.values: dict[int, torch.Tensor | Handle] = {}
         self.kinds: dict[int, tuple] = {}
-        self.passed: dict[int, int] = {}  # saved tensors that are an argument: which
+        self.passed: dict[int, int] = {}  # index of the argument that a saved tensor is
         self.ended: Generators | None = None
 
     def run(self, call: Recorded, args: tuple, kwargs: dict) -> object:
-        """Make a call of which nothing is kept but what is held elsewhere."""
+        """Make a call and drop what it saves, except what is held elsewhere."""
         self.calls.append(call)
         leaves = tree_flatten((args, kwargs))[0]
         held, given, versions = self._held(call), list(map(_same, leaves)), list(map(version, leaves))
@@ -131,14 +131,14 @@ class SegmentFrame:
         return out
 
     def _held(self, call: Recorded) -> set[int]:
-        """Storages that stay whatever happens: parameters, and arguments from outside of the segment."""
+        """Storages that stay in any case: parameters, buffers, and arguments from outside the segment."""
         return set(map(_storage, [*call.module.parameters(), *call.module.buffers(), *call.outside]))
 
     def get(self, index: int) -> torch.Tensor:
-        """A tensor that was saved, made again with all others of the segment unless that has just been done.
+        """A saved tensor, recomputed with all others of the segment unless that has just been done.
 
         Raises:
-            RuntimeError: the calls did not save the same tensors again.
+            RuntimeError: the recomputed calls did not save the same tensors.
         """
         if index not in self.values:
             self._again()
@@ -156,7 +156,7 @@ class SegmentFrame:
 
 
 class _Again:
-    """The second forward over a segment: fills the frame's values, with frames of their own for segments inside."""
+    """The second forward over a segment: fills the frame's values, with nested frames for segments inside."""
 
     def __init__(self, frame: SegmentFrame) -> None:
         self.frame = frame
@@ -164,7 +164,7 @@ class _Again:
         self.before: list[object] = []
 
     def run(self) -> int:
-        calls = list(self.frame.calls)  # fewer than planned, if the model left blocks out
+        calls = list(self.frame.calls)  # fewer than planned if the model skipped blocks
         for item in self.frame.items:
             now, calls = calls[:_count(item)], calls[_count(item):]
             if now and isinstance(item, Segment):
@@ -176,7 +176,7 @@ class _Again:
         return self.index
 
     def _pass_on(self, call: Recorded) -> None:
-        """The last block saved nothing but what it was given: it need not run."""
+        """The last block saved nothing but its arguments, so it need not run."""
         args, kwargs = self._arguments(call)
         leaves = tree_flatten((args, kwargs))[0]
         for index in call.saved:
@@ -231,7 +231,7 @@ class Recorder:
     """Follows a model's own calls through one segment.
 
     Args:
-        segment: the blocks and how they run again.
+        segment: the blocks and how they are recomputed.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -240,32 +240,32 @@ class Recorder:
         self.handed: list[object] = []
 
     def follows(self, args: tuple, kwargs: dict) -> bool:
-        """Whether a call is given something that the block before handed out; if not, another step has begun."""
+        """Whether a call is given an output of the previous block; if not, another step has begun."""
         handed = {_storage(leaf) for leaf in self.out if isinstance(leaf, torch.Tensor)}
         return any(isinstance(leaf, torch.Tensor) and _storage(leaf) in handed for leaf in _leaves((args, kwargs)))
 
     def call(self, run: Callable, module: nn.Module, args: tuple, kwargs: dict) -> object:
-        """Make the model's call, remembering what it was given; what the block before handed out, only by number."""
+        """Make the model's call and record its arguments; those that the previous block returned, only by index."""
         leaves, spec = tree_flatten((args, kwargs))
         leaves = [leaf if not isinstance(leaf, torch.Tensor) else Passed.of(leaf, self.out, self.handed) or leaf
                   for leaf in leaves]
         outside = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         out = self.frame.run(Recorded(run, module, leaves, spec, outside), args, kwargs)
-        self.out = _leaves(out)  # held, so that no other tensor takes its place
+        self.out = _leaves(out)  # kept alive, so that no other tensor takes its identity
         self.handed = [version(leaf) for leaf in self.out]
         return out
 
 
 _updating: WeakKeyDictionary[nn.Module, dict[tuple, set[int]]] = WeakKeyDictionary()
-"""Which of a module's buffers its forward changes, for each choice of parts that train."""
+"""Indices of the buffers that a module's forward changes, for each combination of training flags of its submodules."""
 
 
 @contextmanager
 def _noting_buffers(call: Recorded) -> Iterator[None]:
-    """Note the buffers that a call updates as they were before: so it is to find them when it is made again.
+    """Note the old values of the buffers that a call updates, for when it is repeated.
 
-    All are copied and compared the first time (batch norm's kernels do not tell that they write), afterwards only
-    those that have changed.
+    The first time, all buffers are copied and compared, because batch norm's kernels do not bump versions; afterwards
+    only those that changed before.
     """
     places = [(part, name) for part in call.module.modules() for name, buffer in part._buffers.items()
               if buffer is not None]
@@ -286,7 +286,7 @@ def _noting_buffers(call: Recorded) -> Iterator[None]:
 
 @contextmanager
 def _as_then(call: Recorded) -> Iterator[None]:
-    """Generators, autocast and buffers as a call found them the first time; buffers go back afterwards."""
+    """RNG states, autocast and buffers as a call found them the first time; buffers are restored afterwards."""
     if call.generators is not None:
         call.generators.put_back()
     now = [part._buffers[name] for part, name, _ in call.buffers]
@@ -305,7 +305,7 @@ def _as_then(call: Recorded) -> Iterator[None]:
 
 @contextmanager
 def _cast_anew(call: Recorded) -> Iterator[None]:
-    """Autocast without its cache for modules that run as they are: it would hold 16-bit weights until the step ends."""
+    """Disable autocast's cache for modules that run unchanged: it would hold 16-bit weights until the step ends."""
     with ExitStack() as casts:
         for kind, enabled, dtype, cache in _casts():
             if enabled and cache and call.run is own_forward:
@@ -314,7 +314,7 @@ def _cast_anew(call: Recorded) -> Iterator[None]:
 
 
 def _casts() -> tuple:
-    """Autocast for each kind of device, as torch.autocast takes it."""
+    """Autocast settings for each kind of device, as arguments of torch.autocast."""
     return tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind),
                   torch.is_autocast_cache_enabled()) for kind in ["cpu", *(["cuda"] if gpus_in_use() else [])])
 
@@ -324,7 +324,7 @@ def _count(item: Block | Segment) -> int:
 
 
 def unpack(saved: torch.Tensor | Handle | None) -> torch.Tensor:
-    """What autograd asks for when the backward needs a saved tensor."""
+    """Unpack hook: autograd calls it when the backward needs a saved tensor."""
     return saved.frame.get(saved.index) if isinstance(saved, Handle) else saved
 
 
@@ -333,10 +333,10 @@ def _leaves(out: object) -> list[object]:
 
 
 def _cut(out: object) -> list[object]:
-    """Leaves, tensors cut off from what made them.
+    """Leaves, with tensors detached from what made them.
 
-    A forward that runs again has done its work when its saved tensors have been seen. Its graph would hold the
-    arguments, and the hooks, which hold those who hold the graph: it would never end.
+    A recomputed forward is done once its saved tensors have been seen. Its graph would hold the arguments and the
+    hooks, which in turn hold the graph: a reference cycle that would never be freed.
     """
     return [leaf.detach().requires_grad_(leaf.requires_grad)
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, nn.Parameter) else leaf for leaf in _leaves(out)]
@@ -347,7 +347,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _same(tensor: object) -> object:
-    """Equal for tensors that are the same piece of memory in the same shape."""
+    """A key that is equal for tensors with the same memory, shape, strides and dtype."""
     if not isinstance(tensor, torch.Tensor):
         return None
     return _storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -1,1 +1,1 @@
-"""Price: seconds and bytes of operations, of the ways to run a block, and of everything outside of blocks."""
+"""Price: time and memory of operations, of the options for each block, and of everything outside the blocks."""

@@ -1,4 +1,4 @@
-"""The ways to run one block, what is kept against what is recomputed: what the master problem chooses from."""
+"""Find the options for one block: ways to run it that trade bytes kept against recomputation."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from strategies.rematerialization.solve.relaxation import program
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
 
 LEVELS = (0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.12, 0.06, 0.0)
-"""Shares of what keeping all keeps; most of the gain lies where little is kept."""
+"""Bytes kept by each option, as fractions of keeping everything; most of the gain lies where little is kept."""
 MOVES = 8_000
-REMEMBERED = 256  # regions with their prices, in a process
+REMEMBERED = 256  # most results kept in a process
 
 
 Found = TypeVar("Found")
@@ -31,15 +31,16 @@ _known: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
 def _remembered(key: tuple[Any, ...], store: OptionStore | None, find: Callable[[], Found],
                 write: Callable[[Found], list[Any]], read: Callable[[list[Any]], Found]) -> Found:
-    """What `find` finds, found once in a process, and once for all where there is a `store`.
+    """The result of `find`, computed once per process, and only once overall if there is a `store`.
 
-    A run plans the same blocks several times: before it begins and with its model, at one tile of the loss and another.
+    A run plans the same blocks several times: before it begins and with its model, with one tile of the loss and
+    another.
     """
     if key not in _known:
         kept = None if store is None else store.find(key)
         try:
             _known[key] = find() if kept is None else read(kept)
-        except (ValueError, TypeError, IndexError, KeyError, AttributeError):  # written by something else
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError):  # stored data in another format
             if kept is None:
                 raise
             _known[key] = find()
@@ -58,18 +59,18 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
             store: OptionStore | None = None) -> tuple[Option, ...]:
     """Ways to run a region that no other way beats in bytes kept, both peaks and seconds, cheapest first.
 
-    For each amount of bytes kept an integer program says what to keep at the least cost; a search then lowers the peak
-    of the backward from there, step by step.
+    For each amount of bytes kept, a MILP finds what to keep at the least cost; a search then lowers the backward's peak
+    from there, step by step.
 
     Args:
         captured: the region.
-        seconds, workspace: prices of its operations.
-        moves: effort of each search.
-        solver: "auto", or "exact" for Checkmate's program after the searches.
-        store: where what was found is kept from one process to the next.
+        seconds, workspace: (operations,) prices of its operations.
+        moves: number of moves of each search.
+        solver: "auto", or "exact" to solve Checkmate's program after the searches.
+        store: keeps results from one process to the next.
 
     Raises:
-        NotExact: the exact program is too large, or was not solved to its end.
+        NotExact: the exact program is too large, or was not solved to proven optimality in time.
     """
     def read(orders: list[Any]) -> tuple[Option, ...]:
         free = problem(captured, seconds, workspace)
@@ -82,14 +83,14 @@ def options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, move
 
 
 def _exact_options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, moves: int) -> tuple[Option, ...]:
-    """The options that searches find, and what the exact program finds for the bytes and the peak of each.
+    """The options that searches find, plus the exact program's solution for the bytes kept and the peak of each.
 
-    Of two that need the same the cheaper one stays: an order outside of the program can be cheaper than its optimum.
+    Of two with the same needs the cheaper one stays: an order that the program cannot express can beat its optimum.
     """
     free = problem(captured, seconds, workspace)
     check_size("a block", len(free.seconds))
     found = list(_options(captured, seconds, workspace, moves))
-    for option in tuple(found[1:]):  # the first one keeps all
+    for option in tuple(found[1:]):  # the first one keeps everything
         peak, states = max(option.forward_peak, option.backward_peak), _state_bytes(captured, option.order)
         best = optimal(problem(captured, seconds, workspace, option.kept - states, peak - states), peak - states,
                        "a block")
@@ -101,7 +102,7 @@ def _options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, mov
     free = problem(captured, seconds, workspace)
     all_kept = option_of(captured, free, tuple(range(len(free.seconds))))
     most = 2 * (max(all_kept.backward_peak, all_kept.forward_peak) + all_kept.kept)
-    least = least_peak(free, 30.0, iterations=12 * moves)  # by moves: so that the least is the least each time
+    least = least_peak(free, 30.0, iterations=12 * moves)  # limited by moves to be reproducible
     lowest = option_of(captured, free, least.order)
     found = [all_kept, lowest]
     for level in LEVELS:
@@ -112,7 +113,7 @@ def _options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, mov
             if order is None:
                 break
             found.append(option_of(captured, free, order))
-        if kept >= lowest.kept:  # as low as it gets, and cheaper for what may be kept
+        if kept >= lowest.kept:  # near the lowest peak, at less cost than `lowest` where more may be kept
             order = _solved(captured, seconds, workspace, kept, int(1.01 * least.peak), moves, least.order, cost)
             found += [option_of(captured, free, order)] if order is not None else []
     return frontier(found)
@@ -120,17 +121,17 @@ def _options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, mov
 
 def cheapest_within(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int,
                     moves: int = MOVES) -> tuple[int, ...] | None:
-    """The order found that recomputes least while it keeps at most `kept` bytes and needs at most `peak`, or None."""
+    """The order found that recomputes least, keeps at most `kept` bytes and peaks at `peak` bytes or less, or None."""
     cost, order = _cheapest(captured, seconds, workspace, kept, peak)
     return _solved(captured, seconds, workspace, kept, peak, moves, order, cost)
 
 
 def _cheapest(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, most: int
               ) -> tuple[float, Sequence[int] | None]:
-    """The order that recomputes least for the bytes kept, whatever its peak: an integer program for one moment.
+    """The order with the least recomputation for the bytes kept, whatever its peak: a MILP with one moment.
 
     Returns:
-        What every order costs at least that keeps no more, infinite where there is none; and the program's order.
+        A lower bound on the cost of every order that keeps no more, infinite if there is none, and the MILP's order.
     """
     graph = problem(captured, seconds, workspace, kept, most)
     bound = Bound(graph, most)
@@ -140,7 +141,7 @@ def _cheapest(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, ke
 
 def _solved(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int, peak: int, moves: int,
             start: Sequence[int] | None, least: float) -> tuple[int, ...] | None:
-    """The cheapest order found, from `start`; the search ends where it costs no more than `least`, which is proven."""
+    """The cheapest order found from `start`; the search stops at the proven lower bound `least`."""
     graph = problem(captured, seconds, workspace, kept, peak)
     try:
         return solve(graph, peak, 0.5, bound=False, start=start, iterations=moves, least=least).order
@@ -149,7 +150,7 @@ def _solved(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept
 
 
 def option_of(captured: Captured, graph: Graph, order: Sequence[int]) -> Option:
-    """What running a region in an order keeps, needs and costs beyond running everything once."""
+    """The option of running a region in an order: bytes kept, peaks, and cost beyond running everything once."""
     border = list(order).index(captured.forward)
     resident = simulate(graph, order).resident
     again = len(order) > len(graph.seconds)
@@ -171,7 +172,7 @@ def kept_bytes(graph: Graph, order: Sequence[int]) -> int:
 
 
 def _state_bytes(captured: Captured, order: Sequence[int]) -> int:
-    """Bytes of generator states kept for random operations that run again."""
+    """Bytes of RNG states saved for random operations that are rerun."""
     shift = [index + (index >= captured.forward) for index in range(len(captured.operations))]
     ran = list(order)
     return sum(state_like(node).numel() for index, node in zip(shift, captured.operations, strict=True)
@@ -179,12 +180,12 @@ def _state_bytes(captured: Captured, order: Sequence[int]) -> int:
 
 
 def most_states(captured: Captured) -> int:
-    """Bytes of generator states if every random operation runs again."""
+    """Bytes of RNG states if every random operation is rerun."""
     return sum(state_like(node).numel() for node in captured.operations if is_random(node))
 
 
 def frontier(found: Sequence[Option]) -> tuple[Option, ...]:
-    """Options that no other one equals or beats in everything, cheapest first."""
+    """Options that no other option equals or beats in every respect, cheapest first."""
     kept: list[Option] = []
     for option in sorted(found, key=lambda option: (option.seconds, option.kept, option.backward_peak)):
         if not any(other.kept <= option.kept and other.backward_peak <= option.backward_peak
@@ -195,16 +196,16 @@ def frontier(found: Sequence[Option]) -> tuple[Option, ...]:
 
 def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float = 0.3,
                 store: OptionStore | None = None) -> list[tuple[int, float]]:
-    """Least seconds of recomputation of a region for bytes kept, proven: (bytes, seconds), fewer bytes first.
+    """Proven lower bound on a region's recomputation for bytes kept, as (bytes, seconds), fewest bytes first.
 
-    Bytes are those between forward and backward: of what the region keeps, its own output (the next region's input)
-    included, its input left out. Every value that the backward reads must then be there or be computed again from
-    what is, and so must the output. A relaxation: the peak in between is not looked at.
+    Bytes are those between forward and backward of what the region keeps, including its own output (the next region's
+    input) and excluding its input. Every value that the backward reads, and the output, must then be present or be
+    recomputed from what is. This is a relaxation: peaks are not constrained.
 
     Args:
         captured, seconds, workspace: the region and its prices.
-        limit: seconds for each point.
-        store: where what was found is kept from one process to the next.
+        limit: time limit in seconds for each point.
+        store: keeps results from one process to the next.
     """
     return _remembered(_key("bounds", captured, seconds, workspace, limit), store,
                        lambda: _bound_curve(captured, seconds, workspace, limit),
@@ -217,7 +218,7 @@ def _bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray,
     free = problem(captured, seconds, workspace, again=True)
     most = option_of(captured, free, tuple(range(len(free.seconds)))).kept
     curve: list[tuple[int, float]] = []
-    too_little: int | None = None  # the most bytes with which it cannot run at all
+    too_little: int | None = None  # most bytes found to be infeasible
     for level in sorted({0.0, 1.0, *LEVELS}):
         kept = int(level * most)
         graph = problem(captured, seconds, workspace, kept, 4 * most + 1, again=True)
@@ -228,6 +229,6 @@ def _bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray,
             continue
         least = max(0.0, bound.value - float(graph.seconds.sum()))
         if not curve and too_little is not None:
-            curve.append((too_little, least))  # it may run with a byte more, at no less than this
+            curve.append((too_little, least))  # one byte more may be feasible, at no lower cost
         curve.append((kept, least))
     return curve

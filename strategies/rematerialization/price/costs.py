@@ -1,4 +1,4 @@
-"""What each operation of a region costs: seconds, from a roofline or by trying, and bytes of temporaries."""
+"""Price the operations of a region: seconds, from a roofline or by timing them, and bytes of temporaries."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ TRIES = 5
 
 @dataclass(frozen=True)
 class Device:
-    """What a roofline needs to know of a device, from its maker's data sheet.
+    """What a roofline needs to know about a device, from the manufacturer's data sheet.
 
     Attributes:
-        name: the maker's name.
+        name: short name.
         half, single: dense matrix operations per second in 16 bit, and in 32 bit without TensorFloat.
         bandwidth: bytes per second to and from memory.
-        memory: bytes; 0 where nobody says.
-        overhead: seconds that starting any operation takes.
-        workspace: bytes that cuBLAS takes for each thread that multiplies matrices, through torch's allocator: 32 MiB
+        memory: bytes; 0 if unknown.
+        overhead: seconds to launch any operation.
+        workspace: bytes that cuBLAS takes through torch's allocator for each thread that multiplies matrices: 32 MiB
             from Hopper on, 8,519,680 before (pytorch's CublasHandlePool.cpp and pull request 120925).
     """
 
@@ -61,7 +61,7 @@ DEVICES = {device.name: device for device in (
 
 
 def this_device(kind: str) -> Device:
-    """The device that is present, as the table knows it; an unknown GPU is priced as the one most like it.
+    """The present device's entry in the table; an unknown GPU gets typical values.
 
     Args:
         kind: "cpu" or "cuda".
@@ -77,7 +77,7 @@ def this_device(kind: str) -> Device:
 
 
 def flops(node: fx.Node) -> int:
-    """Floating-point operations of a node by torch's formulas: 2 m n k for a matrix product, 0 for the elementwise."""
+    """Floating-point operations of a node by torch's formulas: 2 m n k for a matrix product, 0 if elementwise."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in flop_registry:
         return 0
@@ -95,21 +95,21 @@ def moved(node: fx.Node) -> int:
 
 
 def roofline(node: fx.Node, device: Device) -> float:
-    """Seconds of an operation: the larger of computing and moving (Williams et al. 2009; Cleti 2025, eq. 3-4)."""
+    """Seconds of an operation: the larger of compute and memory time (Williams et al. 2009; Cleti 2025, eq. 3-4)."""
     dtypes = {tensor.dtype for tensor in tensors(node.meta.get("val"))}
     speed = device.half if dtypes & set(HALF) else device.single
     return device.overhead + max(flops(node) / speed, moved(node) / device.bandwidth)
 
 
 class Prices:
-    """Seconds and temporaries of operations, each distinct one priced once.
+    """Seconds and temporaries of operations; each distinct operation is priced once.
 
     Args:
-        device: what the roofline knows.
-        measure: time each operation on the device that is present, with tensors of its shapes, instead.
-        largest: bytes of an operation's tensors above which it is not tried.
-        store: where what was measured is kept from one process to the next, for the device and its threads, so that
-            the same model is planned the same again.
+        device: device of the roofline.
+        measure: whether to time each operation on the present device instead, with tensors of its shapes.
+        largest: bytes of an operation's tensors above which it is not timed.
+        store: keeps measurements from one process to the next, per device and number of threads, so that the same model
+            is planned the same way again.
     """
 
     def __init__(self, device: Device, measure: bool = False, largest: int = 2 * GIB,
@@ -133,11 +133,11 @@ class Prices:
         return self._regions[captured.signature]
 
     def roofline(self, captured: Captured) -> np.ndarray:
-        """(operations,) seconds by the roofline, the same each time."""
+        """(operations,) seconds by the roofline, which are reproducible."""
         return np.array([roofline(node, self.device) for node in captured.operations])
 
     def _kept(self, key: tuple, operations: int) -> list[tuple[float, int]] | None:
-        """What was measured in another process, if it is a price for each operation."""
+        """Measurements from another process, if they have a valid price for each operation."""
         try:
             kept = [] if self.store is None else self.store.find(key) or []
             found = [(float(seconds), int(count)) for seconds, count in kept]
@@ -159,7 +159,7 @@ class Prices:
 
 
 def arguments(node: fx.Node) -> tuple[tuple, dict]:
-    """A node's arguments as tensors without data."""
+    """A node's arguments as fake tensors."""
     return fx.node.map_arg((node.args, node.kwargs), lambda part: part.meta["val"])
 
 
@@ -172,7 +172,7 @@ def _key(node: fx.Node) -> tuple:
 
 
 def _timed(node: fx.Node, args: tuple, kwargs: dict) -> float | None:
-    """Least seconds of an operation on tensors of random numbers; None where it refuses them."""
+    """Shortest seconds of an operation on random tensors; None if it rejects them."""
     kinds = {tensor.device.type for tensor in tensors(node.meta.get("val"))}
     wait: Callable[[], object] = torch.cuda.synchronize if kinds == {"cuda"} else lambda: None
     try:

@@ -1,7 +1,7 @@
-"""Planning for a GPU on a machine that has none: attention is captured as the kernels there compute it.
+"""Plan for a GPU on a machine without one: capture attention as GPU kernels compute it.
 
-torch chooses how to compute attention by the device that a tensor is on. A tensor without data that is on no GPU gets
-the CPU's choice, and with dropout that is a whole matrix of probabilities, which no GPU would hold.
+torch chooses an attention kernel by the device of its tensors. A fake tensor that is not on a GPU gets the CPU's
+choice, which with dropout is to materialize the whole matrix of attention probabilities, as no GPU kernel would.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from strategies.rematerialization.price.costs import HALF
 
 @contextmanager
 def attention_as_on_gpus() -> Iterator[None]:
-    """Within the context, attention is one of the fused kernels for GPUs; only for tensors without data."""
+    """Within the context, attention is one of the fused GPU kernels; for fake tensors only."""
     own = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = fused_attention
     try:
@@ -29,10 +29,10 @@ def attention_as_on_gpus() -> Iterator[None]:
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
                     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                     enable_gqa: bool = False) -> torch.Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention` by the kernel that a GPU takes.
+    """`torch.nn.functional.scaled_dot_product_attention` with the kernel that a GPU would use.
 
-    Flash attention in 16 bit without a mask (Dao 2023), memory-efficient attention else (Rabe & Staats 2021). Neither
-    holds the probabilities.
+    That is flash attention in 16 bit without a mask (Dao 2023), otherwise memory-efficient attention (Rabe & Staats
+    2021). Neither materializes the probabilities.
 
     Args:
         query: [N, heads, L, E]; key and value: [N, heads, S, E], with fewer heads if `enable_gqa`.

@@ -1,4 +1,4 @@
-"""What everything but the regions holds over one step, moment by moment, found on tensors without data."""
+"""Memory held outside the regions over one training step, moment by moment, found on fake tensors."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from strategies.rematerialization.price.sharded_step import Shared
 
 @dataclass(frozen=True)
 class NonRegionMemory:
-    """Bytes that are live beside the regions, in a step in which regions keep nothing.
+    """Bytes that are live beside the regions, in a step in which regions themselves keep nothing.
 
     Attributes:
         base: before the step: weights, optimizer state, teacher, batch, gradients if there are any.
-        start: most until the first region's forward.
-        before: for every region, when its forward runs, its input left out.
-        head: most between the last region's forward and its backward, its output included.
-        behind: for every region, when its backward runs, gradients that arrive as they are read left out.
+        start: peak until the first region's forward.
+        before: for every region, during its forward, excluding its input.
+        head: peak between the last region's forward and its backward, its output included.
+        behind: for every region, during its backward, excluding the incoming gradients, which are read.
         arriving: for every region, bytes of these gradients.
-        fresh: for every region, bytes of its arguments that no earlier region is given, nor made by one.
-        spare: bytes of regions' arguments that are counted until their backward, though it may not read them.
-        end: most after the first region's backward.
-        update: most while the optimizer steps.
+        fresh: for every region, bytes of its arguments that no earlier region was given or returned.
+        spare: bytes of regions' arguments that are counted until their backward although it may not read them.
+        end: peak after the first region's backward.
+        update: peak during the optimizer step.
         parts: bytes of `base` by name.
-        timeline: bytes after every change, regions standing still.
+        timeline: bytes after every change, without the regions' own.
         marks: (phase, position in the timeline).
-        around: the parts of the timeline before the first region's forward, between the last one's forward and its
-            backward, after the first one's backward, and while the optimizer steps.
-        turn: changes in the second of these parts before the loss turns back.
-        loss: the same before the loss is taken, where that is marked.
-        exchanged: where ranks share the model, bytes by name that have come since the step began, for each moment:
+        around: the timeline before the first region's forward, between the last one's forward and its backward, after
+            the first one's backward, and during the optimizer step.
+        turn: number of changes in the second of these before the backward starts.
+        loss: the same before the loss is computed, if that is marked.
+        exchanged: if ranks share the model, bytes by name that have been added since the step began, for each moment:
             (name, number of the region or -1).
-        drops: whether gradients go as soon as they are made.
+        drops: whether gradients are freed as soon as they are made.
     """
 
     base: int
@@ -69,7 +69,7 @@ class NonRegionMemory:
 
 
 class Unreached(Exception):
-    """No gradient comes back to some regions.
+    """No gradient flows back to some regions.
 
     Attributes:
         regions: which, by number.
@@ -83,18 +83,18 @@ class Unreached(Exception):
 def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[], torch.Tensor], parts: dict[str, list],
             update: Callable[[], object], round_to: int = 1, reserved: Mapping[str, int] | None = None,
             shared: tuple[nn.Module, Residency] | None = None, idle: frozenset[int] = frozenset()) -> NonRegionMemory:
-    """Run one step on tensors without data, with regions that only hand out what they would.
+    """Run one step on fake tensors, with stand-ins for regions that only return outputs of the right shapes.
 
     Args:
-        calls: the regions in the order they are called.
-        mode: where the tensors live.
-        loss: runs the forward and gives the loss.
-        parts: what is there before the step by name: tensors, modules, optimizers.
-        update: takes the optimizer's step and drops the gradients.
+        calls: the regions in call order.
+        mode: mode in which the fake tensors live.
+        loss: runs the forward and returns the loss.
+        parts: what exists before the step by name: tensors, modules, optimizers.
+        update: runs the optimizer step and frees the gradients.
         round_to: see LiveBytes.
-        reserved: bytes by name that are held besides.
-        shared: the model that is shared out over ranks, and what this one holds of it.
-        idle: parameters, by id, that no gradient is made of.
+        reserved: bytes by name that are held by something else.
+        shared: the model that is sharded over ranks, and what this rank holds of it.
+        idle: parameters, by id, that get no gradient.
 
     Raises:
         Unreached: some regions have no backward.
@@ -136,7 +136,7 @@ class _Stage:
         self.at: dict[tuple[str, int], tuple[int, int]] = {}  # (phase, region): timeline at entry and exit
         self.arriving: dict[int, int] = {}
         self.fresh = [0] * len(calls)
-        self.arguments: dict[int, tuple[int, bool]] = {}  # storages by address: bytes, and whether a backward reads it
+        self.arguments: dict[int, tuple[int, bool]] = {}  # by storage: bytes, whether a backward reads it
         self.count = 0
 
     def instead(self, name: str, module: nn.Module) -> Callable:
@@ -162,11 +162,11 @@ class _Stage:
         return forward
 
     def weights(self, module: nn.Module) -> list[nn.Parameter]:
-        """The parameters that a region's backward makes gradients of."""
+        """The parameters for which a region's backward makes gradients."""
         return [weight for weight in module.parameters() if weight.requires_grad and id(weight) not in self.idle]
 
     def note(self, index: int, shared: Mapping[int, torch.Tensor]) -> None:
-        """Note arguments of a region, by their number; they are held until its backward."""
+        """Note arguments of a region, by index; they are held until its backward."""
         for number, tensor in shared.items():
             storage = tensor.untyped_storage()
             if storage._cdata not in self.arguments:
@@ -181,7 +181,7 @@ class _Stage:
         self.at[phase, index] = (self.at[phase, index][0], len(self.tracker.timeline))
 
     def exchanged(self, sharing: Shared) -> dict[tuple[str, int], dict[str, int]]:
-        """What ranks had exchanged at each moment of the step that has run."""
+        """What ranks had exchanged at each moment of the step."""
         marks, timeline = dict(self.tracker.marks), self.tracker.timeline
 
         def most(start: int, stop: int) -> dict[str, int]:
@@ -197,7 +197,7 @@ class _Stage:
         return found
 
     def frame(self, base: int, parts: dict[str, int], exchanged: bool = False) -> NonRegionMemory:
-        """The frame of the step that has run; `exchanged` if ranks exchange weights and gradients in it."""
+        """The result of the step; `exchanged` says whether ranks exchange weights and gradients in it."""
         marks = dict(self.tracker.marks)
         count = len(self.calls)
 
@@ -230,9 +230,9 @@ class _Stage:
         forward = [self.at["forward", index] for index in range(count)]
         backward = [self.at["backward", index] for index in range(count)]
         def beside(start: int, stop: int, least: int) -> int:
-            """Bytes beside a region that runs at `stop`; it adds at least `least` to them by itself.
+            """Bytes beside a region that runs at `stop` and that itself adds at least `least`.
 
-            Where ranks exchange weights and gradients just before, more is there for a moment than while it runs.
+            If ranks exchange weights and gradients just before, more is resident for a moment than while it runs.
             """
             return max(at(stop), most(start, stop) - least) if exchanged else most(start, stop)
 
@@ -256,9 +256,9 @@ class _Stage:
 
 
 class _StandIn(torch.autograd.Function):
-    """Hands out tensors as a region would, and gradients as its backward would.
+    """Returns tensors as a region would, and gradients as its backward would.
 
-    It keeps nothing but what is passed to all regions alike: masks and the like, which cost the first of them only.
+    It keeps only arguments that all regions share, such as masks, which count for the first region alone.
     """
 
     @staticmethod
@@ -280,7 +280,7 @@ class _StandIn(torch.autograd.Function):
     def backward(ctx, *gradients: torch.Tensor | None):
         stage = ctx.stage
         stage.enter("backward", ctx.index)
-        # One with other strides than the output is copied by the region's backward, and stays beside the copy.
+        # A gradient whose strides differ from the output's is copied by the region's backward, and stays beside it.
         stage.arriving[ctx.index] = resident_tensors([gradient for gradient, stride in zip(
             gradients, ctx.strides, strict=True) if gradient is not None and gradient.stride() == stride])
         made = tuple(None if kind is None else kind.empty() for kind in ctx.kinds)

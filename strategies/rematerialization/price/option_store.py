@@ -1,7 +1,7 @@
-"""What was found for a block, on disk: plain JSON under a key of all that it follows from, so that it is found once.
+"""Store on disk of results found for a block: JSON files under keys of everything that the results depend on.
 
-Nothing in a file is executed or believed: orders are run by the simulator again, and a file that is damaged, or of
-other code, is as good as none.
+Files are not trusted and nothing in them is executed: orders go through the simulator again, and a file that is damaged
+or from other code is ignored.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MOST_FILES = 1024
 MOST_BYTES = 2**22  # of one file
 HERE = Path(__file__).parents[1]
 CODE = ("solve/*.py", "price/block_options.py", "price/costs.py", "capture/joint_graph.py")
-"""Files whose change makes what was found with them worthless."""
+"""Files whose change invalidates what was found with them."""
 
 
 class OptionStore:
-    """A folder of JSON files, each a list that was found for a key; it is used only if the folder above it exists.
+    """A folder of JSON files, each a list found for a key; used only if the folder's parent exists.
 
     Args:
-        folder: where; made when something is first kept.
+        folder: created when something is first kept.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,10 +38,10 @@ class OptionStore:
         return _read(self._file(key))
 
     def keep(self, key: tuple[Any, ...], found: list[Any]) -> None:
-        """Keep a list under a key, unless it is there; a disk that is full or read-only keeps nothing.
+        """Keep a list under a key unless it is there already; if the disk is full or read-only, nothing is kept.
 
-        What is found before the folder above exists, as when a run plans before it reads its data, is kept with the
-        next after that.
+        What is found before the parent folder exists, as when a run plans before it reads its data, is written together
+        with what is found next.
         """
         _waiting[self._file(key)] = found
         if not self.folder.parent.is_dir():
@@ -55,7 +55,7 @@ class OptionStore:
             return
         try:
             self.folder.mkdir(exist_ok=True)
-            partial.unlink(missing_ok=True)  # it may be a link
+            partial.unlink(missing_ok=True)  # it could be a link
             with open(partial, "x", encoding="utf-8") as handle:
                 json.dump({"found": found, "sha256": _digest(json.dumps(found))}, handle)
             os.replace(partial, file)
@@ -94,7 +94,7 @@ def _digest(text: str) -> str:
 
 @cache
 def _version() -> str:
-    """Of the code that finds what is kept, and of torch, whose operations are priced."""
+    """Hash of the code that produces the results, and of the version of torch, whose operations are priced."""
     digest = hashlib.sha256(torch.__version__.encode())
     for file in sorted(file for pattern in CODE for file in HERE.glob(pattern)):
         digest.update(file.read_bytes())

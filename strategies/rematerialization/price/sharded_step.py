@@ -1,4 +1,4 @@
-"""A step of a model that is shared out over ranks, on tensors without data: bytes come and go where ranks exchange."""
+"""A sharded model's training step on fake tensors: the bytes that a rank gathers, reduces and frees as it runs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ GATHERED, BUFFERS, GRADIENTS = "gathered weights", "communication", "gradients"
 
 
 class Shared:
-    """Tells a tracker of what a rank gathers, sums and keeps while a whole model's step is tried.
+    """Tells a tracker what a rank gathers, reduces and keeps while the step of the whole model runs on fake tensors.
 
     Args:
-        model: whole, without data; its weights are not counted by the tracker.
+        model: the whole model, of fake tensors; its weights are not counted by the tracker.
         residency: what a rank holds instead.
-        tracker: entered.
+        tracker: an entered `LiveBytes`.
     """
 
     def __init__(self, model: nn.Module, residency: Residency, tracker: LiveBytes) -> None:
         self.model, self.residency, self.tracker = model, residency, tracker
-        self.now: Counter[str] = Counter()  # bytes by name that have come since the step began
+        self.now: Counter[str] = Counter()  # bytes by name added since the step began
         self._seen: list[tuple[int, dict[str, int]]] = []  # the same, by position on the tracker's timeline
         self._handles: list[Any] = []
         self._turned = self._grown = False
@@ -39,7 +39,7 @@ class Shared:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Context of forward and backward."""
+        """Context for forward and backward."""
         with ExitStack() as stack:
             stack.callback(self._remove)
             for turn in self.residency.turns:
@@ -53,7 +53,7 @@ class Shared:
             self._follow_head()
             yield
             if self._open is not None:
-                self._after(self._open)  # an embedding has no input whose gradient is asked for
+                self._after(self._open)  # an embedding's input gets no gradient
             self._change(BUFFERS, -self._trailing)
             self._moment(BUFFERS, self.residency.end)
             self._drop(self.model.parameters())
@@ -62,16 +62,16 @@ class Shared:
             self._change(BUFFERS, -self.residency.backward if self._turned else 0)
 
     def at(self, position: int) -> dict[str, int]:
-        """Bytes by name that had come when the timeline was so long."""
+        """Bytes by name that had been added when the timeline had this length."""
         index = bisect_right(self._seen, position, key=lambda seen: seen[0])
         return {name: count for name, count in self._seen[index - 1][1].items() if count} if index else {}
 
     def _asked(self, *_: Any) -> None:
-        """The teacher has answered; the student begins."""
+        """The teacher has run; the student begins."""
         self._change(GATHERED, self.residency.forward - self.residency.teacher)
 
     def _follow_head(self) -> None:
-        """What is there while the student's head runs, and the loss is taken in it."""
+        """Account for what is resident while the student's head runs and the loss is computed in it."""
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         beside = self.residency.head + self.residency.landed
         if head is None or not beside:
@@ -84,7 +84,7 @@ class Shared:
 
         def before(*_: Any) -> None:
             self._change(GATHERED, beside)
-            self._moment(GATHERED, self.residency.head)  # the teacher's comes in a buffer of its own
+            self._moment(GATHERED, self.residency.head)  # the teacher's arrives in its own buffer
 
         self._handles.append(head.register_forward_pre_hook(before))
         def after(module: nn.Module, args: tuple, out: object) -> None:
@@ -113,13 +113,13 @@ class Shared:
         self._handles.append(modules[-1].register_forward_hook(after))
 
     def _when_back(self, out: object, then: Callable[[torch.Tensor], None]) -> None:
-        """Do something when backward comes to what made `out`."""
+        """Call `then` when the backward reaches what made `out`."""
         made = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         if made:
             made[0].register_hook(then)
 
     def _backward(self, turn: ModuleTraffic) -> None:
-        if self._open is not None:  # whose input is this one's output: of its hooks this one comes first
+        if self._open is not None:  # its input is this one's output, whose hooks run in this order
             self._after(self._open)
         self._open = turn
         self._change(GATHERED, -self._turning)
@@ -148,7 +148,7 @@ class Shared:
             self._change(BUFFERS, self._trailing)
 
     def _into_bucket(self, parameter: nn.Parameter) -> None:
-        """A gradient has been made, which goes into the bucket, now or in the end."""
+        """A gradient has been made; it goes into the bucket, now or at the end."""
         if not self._turned:
             self._turned = True
             self._change(BUFFERS, self.residency.backward)
@@ -174,7 +174,7 @@ class Shared:
         self._seen.append((len(self.tracker.timeline), dict(self.now)))
 
     def _moment(self, name: str, count: int) -> None:
-        """Bytes that are there for a moment."""
+        """Count bytes that are resident only for a moment."""
         if count > 0:
             self._change(name, count)
             self._change(name, -count)

@@ -1,4 +1,4 @@
-"""The frame of a training step: its parts, its optimizer, and what to do where a step cannot be tried without data."""
+"""Trace a training step on fake tensors: its parts, its optimizer, and fallbacks for models that fail on them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from strategies.rematerialization.price.non_region_memory import NonRegionMemory
 
 
 class Hooks(Protocol):
-    """Makes an optimizer step during backward."""
+    """Makes an optimizer step during the backward."""
 
     def __call__(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Put hooks on its parameters; what is returned can `remove` them."""
+        """Attach hooks to its parameters; the returned handle can `remove` them."""
 
 
 class CannotPlan(RuntimeError):
-    """Nothing can be foretold of a model: it does not run on tensors without data."""
+    """Nothing can be predicted for a model, because it does not run on fake tensors."""
 
 
 class Forward(Protocol):
-    """A model, a batch, and the loss of one, without data."""
+    """A model, a batch and the loss of a batch, on fake tensors."""
 
     model: nn.Module
     batch: object
@@ -42,21 +42,21 @@ class Forward(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """A training step on tensors without data.
+    """A training step on fake tensors.
 
     Attributes:
-        model, batch: without data.
-        loss: of a batch.
-        optimizer: the real one; None if there is none.
-        stand_in: for real parameters by id, what stands for them.
-        others: what stays beside the model: modules and tensors.
+        model, batch: of fake tensors.
+        loss: computes the loss of a batch.
+        optimizer: the real optimizer; None if there is none.
+        stand_in: fake parameters by id of the real ones.
+        others: modules and tensors that stay beside the model.
         accumulate: whether gradients of earlier micro-batches exist when a step begins.
-        reserved: bytes by name that are held besides.
-        on_gpu: whether bytes are counted as a GPU's allocator rounds them.
-        residency: what a rank holds of the model instead of all of it; None where it is not shared out.
-        in_backward: puts hooks on the optimizer's parameters that step during backward and drop gradients.
+        reserved: bytes by name that are held by something else.
+        on_gpu: whether bytes are rounded as a GPU's allocator does.
+        residency: what a rank holds of the model instead of all of it; None if it is not sharded.
+        in_backward: attaches hooks to the optimizer's parameters that step and free gradients during the backward.
         idle: trained parameters, by id, that the loss does not depend on. What their forward keeps is kept all the
-            same, but no gradient is made of them, and no optimizer state.
+            same, but they get no gradient and no optimizer state.
     """
 
     model: nn.Module
@@ -73,7 +73,7 @@ class Step:
     idle: frozenset[int] = frozenset()
 
     def frame(self, calls: Sequence[RegionCall], mode: FakeTensorMode) -> NonRegionMemory:
-        """Try the step; see `observe` for what it raises."""
+        """Run the step and return the memory held outside the regions; see `observe` for what it raises."""
         if self.residency is not None:
             return self._shared(calls, mode, self.residency)
         optimizer = None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in)
@@ -109,7 +109,7 @@ class Step:
         return frame if hooks is None else replace(frame, drops=True)
 
     def _shared(self, calls: Sequence[RegionCall], mode: FakeTensorMode, residency: Residency) -> NonRegionMemory:
-        """The frame of a rank; its optimizer's part is in what it holds."""
+        """The same on a rank; the optimizer's state is part of what the rank holds."""
         def drop() -> None:
             for parameter in self.model.parameters():
                 parameter.grad = None
@@ -121,13 +121,13 @@ class Step:
 
     def _updating(self, optimizer: torch.optim.Optimizer | None, parameters: Sequence[torch.Tensor]
                   ) -> tuple[list[object], Callable[[], object]]:
-        """The optimizer's state after a step, and what takes another one."""
+        """The optimizer's state after a step, and a function that takes another step."""
         if optimizer is None:
             return [], lambda: None
         try:
             with FakeItemMode():
                 optimizer.step()
-        except Exception as error:  # whatever an optimizer of others cannot do without numbers
+        except Exception as error:  # third-party optimizers may need real values
             real = list(tensors_of(unwrapped(self.optimizer)))
             guess = [torch.empty(2 * parameter.numel()) for parameter in parameters]
             what = "its state is counted as it is" if real else "its state is taken for two fp32 numbers a parameter"
@@ -138,13 +138,13 @@ class Step:
 
 
 def trace_step(calls: list[RegionCall], step: Step, mode: FakeTensorMode) -> tuple[list[RegionCall], NonRegionMemory]:
-    """The frame of a step, and the regions that take part in it.
+    """The memory held outside the regions in a step, and the regions that take part in it.
 
-    Regions that no gradient comes back to run as they are. So do all, with a warning, where standing in for them
-    makes the model fail.
+    Regions that no gradient flows back to run unchanged. So do all regions, with a warning, if the model fails with
+    stand-ins for them.
 
     Raises:
-        CannotPlan: the model does not run without data at all.
+        CannotPlan: the model does not run on fake tensors at all.
     """
     step = replace(step, idle=unreached(step, mode))
     while True:
@@ -154,7 +154,7 @@ def trace_step(calls: list[RegionCall], step: Step, mode: FakeTensorMode) -> tup
         except Unreached as error:
             calls = without({id(calls[index].module) for index in error.regions}, calls)
         except Exception as error:
-            if not calls and isinstance(error, ValueError):  # a mistake of whoever asks, said in its own words
+            if not calls and isinstance(error, ValueError):  # the caller's mistake, with its own message
                 raise
             if not calls:
                 raise CannotPlan(f"{type(step.model).__name__} cannot be planned: a step of it cannot be tried on "
@@ -165,9 +165,9 @@ def trace_step(calls: list[RegionCall], step: Step, mode: FakeTensorMode) -> tup
 
 
 def unreached(step: Step, mode: FakeTensorMode) -> frozenset[int]:
-    """Trained parameters, by id, that the loss does not depend on: they get no gradient, and no optimizer state.
+    """Trained parameters, by id, that the loss does not depend on: they get no gradient and no optimizer state.
 
-    None where the forward does not run without data, of which the caller hears.
+    Empty if the forward does not run on fake tensors, which the caller then finds out by itself.
     """
     try:
         return off_the_path(step, mode)
@@ -176,9 +176,9 @@ def unreached(step: Step, mode: FakeTensorMode) -> frozenset[int]:
 
 
 def off_the_path(step: Forward, mode: FakeTensorMode) -> frozenset[int]:
-    """Trained parameters, by id, that the loss does not depend on, from what autograd would run; else any exception.
+    """Trained parameters, by id, that the loss does not depend on, according to the autograd graph.
 
-    A decoder that is trained without its encoder has such ones, the cross-attention's.
+    Raises what the forward raises. A decoder trained without its encoder has such parameters, the cross-attention's.
     """
     trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
     with mode, FakeItemMode(), quiet("torch._subclasses.fake_tensor"):
@@ -194,14 +194,14 @@ def off_the_path(step: Forward, mode: FakeTensorMode) -> frozenset[int]:
 
 
 def without(modules: Collection[int], calls: Sequence[RegionCall]) -> list[RegionCall]:
-    """The calls of other modules than those given by id; what they handed out comes from elsewhere now."""
+    """The calls of all other modules than those given by id; what these returned no longer counts as chained."""
     for before, call in zip(calls, calls[1:], strict=False):
         call.chained = call.chained and id(before.module) not in modules
     return [call for call in calls if id(call.module) not in modules]
 
 
 def parameters_of(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
-    """All parameters of modules, and those that an optimizer has besides, each once."""
+    """All parameters of modules, and further ones of an optimizer, each once."""
     groups = [] if optimizer is None else optimizer.param_groups
     found = [*(parameter for module in modules for parameter in module.parameters()),
              *(parameter for group in groups for parameter in group["params"])]
@@ -210,7 +210,7 @@ def parameters_of(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer
 
 @contextmanager
 def gradients_kept(modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Afterwards all parameters have the gradients that they had."""
+    """Restore the gradients of all parameters afterwards."""
     before = [(parameter, parameter.grad) for parameter in parameters_of(modules, optimizer)]
     try:
         yield

@@ -1,1 +1,1 @@
-"""Solve: which operations run again, and when, as plain data, with proven bounds."""
+"""Solve: choose which operations to recompute and when, on plain data, with proven lower bounds."""

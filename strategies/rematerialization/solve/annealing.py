@@ -1,10 +1,13 @@
-"""Simulated annealing over orders of operations, compiled: any operation may run again any number of times.
+"""Simulated annealing over execution orders, compiled by numba: any operation may be rerun any number of times.
 
-The state is the order itself, first runs in the graph's order with reruns between them, so that what is resident
-follows from it. A move takes reruns out or puts some in, right before the read they serve. Going over the order
-backwards gives cost and peak and drops the reruns that nobody reads any more. What is known at every `STRIDE`th
-position lets a move be judged from the last position that it touches down to where nothing differs any more, which
-takes a few microseconds whatever the length of the order.
+The state is the order itself, with first runs in the graph's order and reruns between them; the resident values follow
+from it. A move removes reruns or inserts some right before the reads they serve. Going through the order backwards
+gives its cost and peak, and drops reruns that are no longer read. The state known at every `STRIDE`th position lets a
+move be evaluated only from the last position it touches down to where nothing differs any more, which takes a few
+microseconds whatever the length of the order.
+
+An order is stored at the end of its array, from `begin` on: entry o is the first run of operation o, and entry
+o + operations a rerun of it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from strategies.rematerialization.solve.annealing_moves import (
 
 @compiled
 def look(g, order, begin, end, budget, known):
-    """Bring `known` up to date for `order[begin:]`, of which positions from `end` on, a slot's first, are as before.
+    """Bring `known` up to date for `order[begin:]`, where nothing has changed from `end` (a slot's first position) on.
 
     Returns (cost of reruns, peak, summed excess).
     """
@@ -36,7 +39,7 @@ def look(g, order, begin, end, budget, known):
         slot = order.size // STRIDE + 1
         known.now[slot] = ending(g, known.live[slot])
         known.peak[slot], known.over[slot], known.extra[slot] = 0, 0.0, 0.0
-    live = known.live[0]  # in use only while looking: no order begins at position 0
+    live = known.live[0]  # scratch space: no order begins at position 0, so that slot 0 is otherwise unused
     copy(known.live[slot], live)
     now, peak, over, extra = known.now[slot], known.peak[slot], known.over[slot], known.extra[slot]
     highest = 0
@@ -67,7 +70,7 @@ def look(g, order, begin, end, budget, known):
 
 @compiled
 def alike(one, other):
-    """Whether two arrays hold the same."""
+    """Whether two arrays are equal."""
     for k in range(one.size):  # noqa: SIM110, compiled
         if one[k] != other[k]:
             return False
@@ -76,7 +79,7 @@ def alike(one, other):
 
 @compiled
 def ask_for(g, operation, live, depth, pending, waiting, state):
-    """Add the makers of what a rerun reads and nobody reads later to `pending`, by chance; returns how many wait."""
+    """Add makers of a rerun's inputs that are not read later to `pending`, with chance `depth`; returns its length."""
     for k in range(g.read_start[operation], g.read_start[operation + 1]):
         value = g.reads[k]
         if (not live[value] and waiting < pending.size and not g.once[g.maker[value]] and not g.held[value]
@@ -89,19 +92,19 @@ def ask_for(g, operation, live, depth, pending, waiting, state):
 @compiled
 def judge(g, order, begin, known, total, mark, low, high, depth, budget, price, spread, limit, live, window, pending,
           state):
-    """What the order would be with the changes marked between positions `low` and `high`.
+    """Evaluate the order with the changes marked between positions `low` and `high`.
 
-    `mark[p]` is 0, -1 to take out the run at p, or v + 1 to put in a rerun that makes value v right before p; with
-    chance `depth` the same is done for every value that rerun reads and that would otherwise have to stay for it alone.
+    `mark[p]` is 0, -1 to remove the run at p, or v + 1 to insert a rerun that makes value v right before p. With chance
+    `depth`, each value which that rerun reads, and which would otherwise have to stay for it alone, is recomputed too.
 
     Args:
         total: the present order's (cost of reruns, peak, summed excess).
-        limit: the most that cost + price * excess may be, where excess is the bytes of the peak over `budget` plus
-            `spread` times those of every run.
+        limit: highest acceptable cost + price * excess, where excess is the bytes of the peak over `budget` plus
+            `spread` times the bytes over budget summed over all runs.
 
     Returns:
-        (runs written to the end of `window`, first position that they do not replace, first that stays behind them,
-        cost of reruns, peak, summed excess); -1 runs where the limit is passed.
+        (number of runs written to the end of `window`, first and end of the positions that they replace, cost of
+        reruns, peak, summed excess); -1 runs if the limit is exceeded.
     """
     operations = g.cost.size
     slot, end = known_behind(order, high)
@@ -136,7 +139,7 @@ def judge(g, order, begin, known, total, mark, low, high, depth, budget, price, 
                     waiting = 1
                 if waiting == 0:
                     break
-                latest = 0  # reruns of one chain in the graph's order, so going backward the latest comes first
+                latest = 0  # dependent reruns go in the graph's order, so going backward the latest comes first
                 for k in range(1, waiting):
                     if pending[k] > pending[latest]:
                         latest = k
@@ -157,7 +160,7 @@ def judge(g, order, begin, known, total, mark, low, high, depth, budget, price, 
 
 @compiled
 def take(order, begin, window, runs, stop, end):
-    """Put `runs` of the window in place of `order[stop:end]`; returns where the order begins now, 0 if it is full."""
+    """Replace `order[stop:end]` by the last `runs` entries of the window; returns the new begin, 0 for lack of room."""
     shift = end - stop - runs
     if begin + shift < 1:
         return 0
@@ -174,7 +177,7 @@ def take(order, begin, window, runs, stop, end):
 
 @compiled
 def remember(order, begin, total, budget, least, best, best_begin, best_figure):
-    """Copy the order to `best` if it is better; returns where the best begins and its figure."""
+    """Copy the order to `best` if it is better; returns the begin of the best order and its figure."""
     figure = float(total[1]) if least else (total[0] if total[1] <= budget else np.inf)
     if figure >= best_figure:
         return best_begin, best_figure
@@ -186,10 +189,10 @@ def remember(order, begin, total, budget, least, best, best_begin, best_figure):
 @compiled
 def anneal(g, order, begin, known, best, best_begin, best_figure, budget, least, iterations, hot, cold, price, highest,
            spread, state):
-    """`iterations` moves at temperatures from `hot` to `cold` on cost of reruns + price * excess (see `judge`).
+    """Run `iterations` moves at temperatures from `hot` to `cold` on cost of reruns + price * excess (see `judge`).
 
     `order[begin:]` is the present order and `best[best_begin:]` the best, by its peak if `least`, else by its cost
-    among those that fit; both change in place. The price follows what it takes to fit about half of the time.
+    among those that fit; both are modified in place. The price adapts so that the order fits about half of the time.
     Returns (begin, best_begin, best_figure, price).
     """
     live, window = np.zeros(g.size.size, np.uint8), np.zeros_like(order)

@@ -1,4 +1,4 @@
-"""Random moves on an order of operations, and what they look at: the graph and the order as arrays of compiled code."""
+"""Random moves of the annealing, and its data: the graph and the known state of the order as arrays for numba."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 STRIDE = 8
 compiled = numba.njit(cache=True, nogil=True, boundscheck=False)
-inlined = numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")  # a call would cost as much again
+inlined = numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")  # a call would double the cost
 
 
 class Arrays(NamedTuple):
-    """A `Graph` as arrays: `reads[read_start[o]:read_start[o + 1]]` are the values operation o reads, and so on.
+    """A `Graph` as arrays: `reads[read_start[o]:read_start[o + 1]]` are the values that operation o reads, and so on.
 
-    `movable` values are those that may be made anew: their maker may run again, they are not held, and have bytes.
+    `movable` values are those that can be recomputed: their maker may run again, they are not held, and have bytes.
     """
 
     cost: np.ndarray
@@ -35,10 +35,10 @@ class Arrays(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of the present order, for slots of `STRIDE` positions.
+    """What is known about the present order, for slots of `STRIDE` positions.
 
     Going backwards, `live[s]`, `now[s]`, `peak[s]`, `over[s]` and `extra[s]` are the resident values, their bytes, the
-    peak so far, the summed excess and the cost of reruns when all positions from `s * STRIDE` on have been seen.
+    peak so far, the summed excess and the cost of reruns once all positions from `s * STRIDE` on have been processed.
     `highest[s]` is the peak within slot s, and `before[s]` the peak of all slots before it.
     """
 
@@ -52,7 +52,7 @@ class Known(NamedTuple):
 
 
 def nothing_known(room: int, values: int) -> Known:
-    """Arrays for an order of at most `room` runs."""
+    """Arrays for an order of at most `room` runs, all zero."""
     slots = room // STRIDE + 2
     return Known(np.zeros((slots, values), np.uint8), *(np.zeros(slots, kind) for kind in (
         np.int64, np.int64, np.float64, np.float64, np.int64, np.int64)))
@@ -71,7 +71,7 @@ def draw(state):
 
 @compiled
 def ending(g, live):
-    """Mark in `live` what is resident at the end; returns its bytes."""
+    """Mark in `live` the values resident at the end; returns their bytes."""
     now = g.fixed
     for value in range(live.size):
         live[value] = g.held[value]
@@ -82,16 +82,16 @@ def ending(g, live):
 
 @inlined
 def copy(source, into):
-    """Copy an array into another, item by item: a slice would bring numba's text of an error, seconds to compile."""
+    """Copy an array into another, item by item: slice assignment would add numba's error text, seconds to compile."""
     for k in range(source.size):
         into[k] = source[k]
 
 
 @compiled
 def known_behind(order, position):
-    """The slot that knows what is resident when all positions after `position`, or some more, have been seen.
+    """The first slot after `position`, at whose first position the resident values are known.
 
-    Returns (slot, first of the positions that it has seen).
+    Returns (slot, its first position, at most the order's end).
     """
     slot = position // STRIDE + 1
     end = slot * STRIDE
@@ -100,7 +100,7 @@ def known_behind(order, position):
 
 @inlined
 def weigh(g, operation, again, live, now):
-    """Bytes while an operation runs, without what it reads; bytes before it of its values; whether they are read."""
+    """Bytes while an operation runs, without its inputs; bytes of its outputs read later; whether any of them is."""
     here, freed, wanted = now + g.workspace[operation], 0, False
     for k in range(g.make_start[operation], g.make_start[operation + 1]):
         value = g.makes[k]
@@ -116,7 +116,7 @@ def weigh(g, operation, again, live, now):
 
 @inlined
 def step_back(g, operation, again, live):
-    """Make `live` what is resident before an operation; returns bytes of what it reads that nobody reads later."""
+    """Make `live` what is resident before an operation; returns the bytes of its inputs that are not read later."""
     for k in range(g.make_start[operation], g.make_start[operation + 1]):
         if not (again and g.held[g.makes[k]]):
             live[g.makes[k]] = 0
@@ -131,7 +131,7 @@ def step_back(g, operation, again, live):
 
 @compiled
 def next_use(g, order, value, position):
-    """First position from `position` on that reads `value`, -1 when it is made anew before or never read."""
+    """First position from `position` on that reads `value`; -1 if it is recomputed before that or never read."""
     operations = g.cost.size
     for p in range(position, order.size):
         operation = order[p] % operations
@@ -181,7 +181,7 @@ def random_rerun(order, begin, operations, state):
 
 @compiled
 def slide(g, order, begin, p, mark, state):
-    """Take out the rerun at p and mark one of an operation before or after it in the graph; returns where, or -1."""
+    """Remove the rerun at p and mark one of a neighboring operation in the graph; returns where, or -1."""
     operations = g.cost.size
     operation = order[p] - operations
     mark[p] = -1
@@ -203,7 +203,7 @@ def slide(g, order, begin, p, mark, state):
         return -1
     q = next_use(g, order, value, p + 1)
     if q >= 0 and mark[q] == 0:
-        for k in range(p, begin - 1, -1):  # it must have run before
+        for k in range(p, begin - 1, -1):  # its maker must have run before
             if order[k] == g.maker[value]:
                 mark[q] = value + 1
                 return q
@@ -212,7 +212,7 @@ def slide(g, order, begin, p, mark, state):
 
 @compiled
 def propose(g, order, begin, known, live, mark, places, state):
-    """Mark a random move in up to four `places`, -1 where there is none; returns the depth of its chains."""
+    """Mark a random move in up to four `places`, -1 for unused ones; returns `depth` (see `judge`)."""
     operations = g.cost.size
     for k in range(places.size):
         places[k] = -1

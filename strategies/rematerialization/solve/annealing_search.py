@@ -1,4 +1,4 @@
-"""Annealing in rounds, by time or by moves, from orders and toward the cheapest that fits or the least peak."""
+"""Rounds of annealing limited by time or by moves, toward the cheapest order that fits or toward the lowest peak."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from strategies.rematerialization.solve.annealing_moves import Arrays, nothing_k
 from strategies.rematerialization.solve.graph import Graph, simulate
 
 ROOM = 8  # an order holds at most this many runs per operation on average
-BURST = 0.03  # seconds of annealing between two looks at the clock
-COOLING = 1e-3  # last temperature over first
-DEAREST = 100  # highest price of a byte over first; a higher one would freeze the search at low excess
+BURST = 0.03  # seconds of annealing between two checks of the clock
+COOLING = 1e-3  # ratio of last to first temperature
+DEAREST = 100  # ratio of the highest to the first price of a byte; higher would freeze the search at low excess
 
 
 def arrays(graph: Graph) -> Arrays:
-    """The graph as the arrays compiled code works on; reads are without repeats."""
+    """The graph as arrays for compiled code, with duplicate reads removed."""
     reads = [tuple(sorted(set(read))) for read in graph.reads]
     users: list[list[int]] = [[] for _ in graph.maker]
     for operation, read in enumerate(reads):
@@ -39,7 +39,7 @@ def _rows(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Searcher:
-    """Annealing toward the cheapest order that fits `budget`, or, if `least`, toward the least peak.
+    """Annealing toward the cheapest order that fits `budget` or, if `least`, toward the lowest peak.
 
     Attributes:
         order: the best order so far, None if nothing fits yet.
@@ -57,11 +57,11 @@ class Searcher:
         self.price = max(self.once, 1e-30) / max(1.0, float(self.arrays.size.sum()))
         self.highest = DEAREST * self.price
         self.figure, self.order = np.inf, None
-        self.known: dict[tuple[int, ...], tuple[float, int]] = {}  # orders offered: cost and peak
-        self.rate = 1e5  # moves a second, measured as it goes
+        self.known: dict[tuple[int, ...], tuple[float, int]] = {}  # cost and peak of orders offered
+        self.rate = 1e5  # moves per second, measured as it goes
 
     def offer(self, order: Sequence[int]) -> float:
-        """Take `order` for the best if it is; returns its cost with overshoot at the present price."""
+        """Make `order` the best if it is better; returns its cost plus the price of its bytes over budget."""
         order = tuple(map(int, order))
         if order not in self.known:
             outcome = simulate(self.graph, order)
@@ -79,11 +79,12 @@ class Searcher:
 
     def round(self, order: Sequence[int], hot: float, spread: float, deadline: float, iterations: int | None = None,
               enough: Callable[[], bool] = lambda: False) -> None:
-        """Anneal from `order` until `deadline` or for `iterations`, unless there is `enough` before.
+        """Anneal from `order` until `deadline` or for `iterations` moves, or until `enough()` holds.
 
         Args:
-            hot: first temperature, in thrice the mean cost of an operation.
-            spread: weight of the bytes over budget summed over runs, in an operation's share of them.
+            order: where to start.
+            hot: initial temperature, in units of three times the mean cost of an operation.
+            spread: weight of the bytes over budget summed over runs, in units of 1 / operations.
         """
         present, begin = self._coded(order)
         best, best_begin, before = np.zeros_like(present), 0, self.figure

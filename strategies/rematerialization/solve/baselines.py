@@ -1,4 +1,4 @@
-"""What people do without a solver: keep everything, checkpoint by rule, or drop greedily."""
+"""Rematerialization baselines that need no solver: keep everything, checkpoint by a rule, or drop values greedily."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Order = tuple[int, ...]
 
 
 def keep_all(graph: Graph) -> Order:
-    """Everything once."""
+    """Every operation once."""
     return tuple(range(len(graph.seconds)))
 
 
 def chen_sqrt(graph: Graph) -> Order:
-    """About sqrt(n) segments of equal length, only what crosses their ends kept (Chen et al. 2016, section 4.2).
+    """About sqrt(n) segments of equal length, keeping only what crosses their ends (Chen et al. 2016, section 4.2).
 
-    On a graph that is no chain the ends move to the nearest articulation point, as Checkmate's baselines do (Jain et
-    al. 2020, appendix B), where there is one within half a segment.
+    On a graph that is not a chain, each end moves to the nearest articulation point within half a segment, if there is
+    one, as in Checkmate's baselines (Jain et al. 2020, appendix B).
     """
     count = max(1, round(math.sqrt(graph.forward)))
     narrow = np.array(articulation_points(graph))
@@ -34,17 +34,17 @@ def chen_sqrt(graph: Graph) -> Order:
 
 
 def per_block(graph: Graph, ends: Sequence[int] | None = None) -> Order:
-    """Recompute every block whole: `ends` are the last forward operations of the blocks.
+    """Recompute every block as a whole: `ends` are the last forward operations of the blocks.
 
-    Without `ends`, blocks end where one value is all that passes on (articulation points).
+    Without `ends`, blocks end where a single value is passed on (articulation points).
     """
     return segments(graph, articulation_points(graph) if ends is None else ends)
 
 
 def greedy(graph: Graph, budget: int) -> Order | None:
-    """Drop, of what the peak holds, the forward value with most bytes per second of making it anew, until it fits.
+    """Drop forward values, those with the most bytes per second of recomputation first, until the order fits.
 
-    Returns None when everything droppable is dropped and it does not fit.
+    Returns None if it does not fit with everything droppable dropped.
     """
     dropped: set[int] = set()
     worth = np.asarray(graph.size) / np.maximum(np.asarray(graph.seconds)[graph.maker], 1e-12)
@@ -59,10 +59,11 @@ def greedy(graph: Graph, budget: int) -> Order | None:
 
 
 def segments(graph: Graph, ends: Sequence[int]) -> Order:
-    """Keep what passes from one segment of the forward pass to the next; rerun a segment whole when it is read.
+    """Keep what passes from one segment of the forward to the next; recompute a segment as a whole when it is read.
 
     Args:
-        ends: the last operation of every segment but the last, rising.
+        graph: the operations.
+        ends: the last operation of every segment but the last, increasing.
     """
     block = np.searchsorted(np.asarray(ends, dtype=int), np.arange(graph.forward))
     last = np.full(len(graph.maker), -1)
@@ -74,7 +75,7 @@ def segments(graph: Graph, ends: Sequence[int]) -> Order:
 
 
 def articulation_points(graph: Graph) -> list[int]:
-    """Forward operations after which later forward operations read one value only (of those with bytes)."""
+    """Forward operations after which later forward operations read a single value (of those with bytes)."""
     last = np.array(graph.maker)
     for operation in range(graph.forward):
         for value in graph.reads[operation]:

@@ -1,9 +1,9 @@
-"""The master problem: how each block of a chain keeps or recomputes, and which inputs are kept, under the peak.
+"""Dynamic program over a chain of blocks: choose each block's option and which runs of blocks to recompute.
 
-The dynamic program is that of Beaumont et al. 2019 ("Optimal checkpointing for heterogeneous chains") with several
-options for every block, as Rockmate (Zhao et al. 2023) has, and with the memory that others hold beside the chain at
-each moment. A segment is a run of blocks of which only the first input is kept; its forward runs again, with segments
-inside it where that pays, when the backward reaches it.
+The program is that of Beaumont et al. 2019 ("Optimal checkpointing for heterogeneous chains"), with several options for
+every block, as in Rockmate (Zhao et al. 2023), and with the memory that is held outside the chain at each moment. A
+segment is a run of consecutive blocks of which only the first input is kept. When the backward reaches it, its forward
+runs again, with segments inside it where that pays.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from dataclasses import dataclass, field
 import numba
 import numpy as np
 
-KEEP, CHECKPOINT = "keep", "checkpoint"  # modes of a block without a graph: as it is, or only its input
+KEEP, CHECKPOINT = "keep", "checkpoint"  # modes of a block without a graph: run unchanged, or keep only its input
 
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """One way to run a block: what it keeps from its forward to its backward, and what that costs.
+    """One way to run a block: what it keeps from forward to backward, and what that costs.
 
     Attributes:
         kept: bytes kept between forward and backward, beside the block's input.
-        forward_peak: bytes needed beside the input while the forward runs, its output and what it keeps included.
-        backward_peak: the same for the backward: what is kept, gradients that arrive and leave, temporaries.
+        forward_peak: peak bytes beside the input during the forward, its output and what it keeps included.
+        backward_peak: the same for the backward: what is kept, incoming and outgoing gradients, temporaries.
         seconds: time of recomputation.
-        order: the operations in the order they run.
-        mode: "planned" by its order, `KEEP` or `CHECKPOINT`.
+        order: the operations in execution order.
+        mode: "planned" (runs by its order), `KEEP` or `CHECKPOINT`.
     """
 
     kept: int
@@ -44,14 +44,15 @@ class Link:
 
     Attributes:
         options: the ways to run it.
-        input: bytes of its input, which is the output of the block before unless `cut`.
+        input: bytes of its input, which is the previous block's output unless `cut`.
         seconds: time of its forward.
-        before: bytes that all others hold when its forward runs, without inputs of blocks and what they keep.
-        behind: the same when its backward runs.
-        arriving: bytes of the gradients of its output, which are there while a segment that ends with it runs again.
-        cut: its input comes from elsewhere, so that no segment can reach over it.
-        fresh: bytes of other arguments that no block before it is given. A segment that began before it holds them
-            until its first block has been turned back, where `behind` lets go of them with this block.
+        before: bytes held outside the chain during its forward, excluding blocks' inputs and what blocks keep.
+        behind: the same during its backward.
+        arriving: bytes of the gradients of its output, which are resident while a segment that ends with it is
+            recomputed.
+        cut: whether its input comes from elsewhere, so that no segment can span the boundary before it.
+        fresh: bytes of other arguments that no earlier block was given. A segment that began earlier holds them until
+            the backward of its first block, whereas `behind` releases them with this block.
     """
 
     options: tuple[Option, ...]
@@ -66,7 +67,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Block:
-    """A block run by one of its options."""
+    """A block and the option it runs by."""
 
     position: int
     option: int
@@ -74,7 +75,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks `first` to `last` (excluded) of which only the first input is kept; `inside` is how they run again."""
+    """Blocks `first` to `last` (exclusive), keeping only the first input; `inside` says how they are recomputed."""
 
     first: int
     last: int
@@ -86,30 +87,29 @@ ChainSchedule = tuple[Block | Segment, ...]
 
 @dataclass
 class Replay:
-    """Bytes over one step of a chain: moments as (name, position, bytes), the peak, and seconds of recomputation."""
+    """Memory over one step of a chain: moments as (name, position, bytes), and the seconds of recomputation."""
 
     moments: list[tuple[str, int, int]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def peak(self) -> int:
-        """Most bytes at any moment."""
+        """Maximum bytes over all moments."""
         return max((count for _, _, count in self.moments), default=0)
 
 
 def solve_chain(links: Sequence[Link], head: int, budget: int, slots: int = 2000) -> ChainSchedule | None:
-    """Least recomputation whose peak is within the budget, or None.
+    """The schedule with the least recomputation whose peak is within the budget, or None.
 
     Args:
         links: the blocks, first to last.
-        head: bytes that everything but the chain needs at most between its forward and its backward, its output
-            included.
+        head: peak bytes outside the chain between its forward and its backward, the chain's output included.
         budget: bytes.
-        slots: pieces into which memory is cut; needs are rounded up, so more slots lose less.
+        slots: number of units that memory is divided into; needs are rounded up, so more slots lose less.
     """
     if not links:
         return () if head <= budget else None
-    for slack in (0.0, 0.003, 0.01, 0.03):  # what rounding up has cost, as far as the exact peak still fits
+    for slack in (0.0, 0.003, 0.01, 0.03):  # win back what rounding up costs, if the exact peak fits
         schedule = _best(links, head, budget + int(slack * budget), slots)
         if schedule is not None and replay(links, schedule, head).peak <= budget:
             return _spend(links, schedule, head, budget)
@@ -133,7 +133,11 @@ def _best(links: Sequence[Link], head: int, budget: int, slots: int) -> ChainSch
 
 
 def _caps(links: Sequence[Link]) -> list[list[int]]:
-    """Limits on the forward's peak: a pass that keeps nothing needs as much as the option that will follow it."""
+    """Limits on the forward peak, one list per attempt.
+
+    A forward pass that keeps nothing runs by the option that its recomputation will use, and needs that option's
+    memory. The program does not know that option yet, so it takes the limit for it and only allows options below.
+    """
     levels = []
     for level in (1.0, 0.5, 0.0):
         caps = []
@@ -178,7 +182,7 @@ def _solve(links: Sequence[Link], allowed: list[list[Option]], cap: list[int], h
 
 
 def _fresh_after(links: Sequence[Link], end: int) -> list[int]:
-    """For every block, bytes of other arguments that blocks after it and before `end` are the first to be given."""
+    """For every block, bytes of other arguments that are first given to a block after it and before `end`."""
     found = [0] * (len(links) + 1)
     for position in range(end - 2, -1, -1):
         found[position] = found[position + 1] + links[position + 1].fresh
@@ -188,12 +192,12 @@ def _fresh_after(links: Sequence[Link], end: int) -> list[int]:
 @numba.njit(cache=True)
 def _program(n, slots, kept, ahead, back, back_again, seconds, extra, pass_ahead, pass_behind, inputs, forward, cut,
              head):
-    """Least seconds for every part of the chain and every amount of memory, and the choice that gives them.
+    """Least seconds for every part of the chain and every amount of memory, and the choices that lead to them.
 
-    cost[s, t, m] for t <= n: run blocks s to t-1 forward again, in a segment that ends there, and them backward, with m
-    slots beside what is kept for blocks before s and the input of s. For t = n + 1: run blocks s to the last forward
-    for the first time, what follows them, and them backward. choice: an option, or -(j + 1) for a segment that ends
-    before j.
+    cost[s, t, m] for t <= n: seconds to recompute the forward of blocks s to t-1, in a segment that ends there, and run
+    their backward, with m slots beside what is kept for blocks before s and the input of s. For t = n + 1: the same for
+    blocks s to the last in their first forward, followed by the head. choice: an option, or -(j + 1) for a segment that
+    ends before j.
     """
     cost = np.full((n + 1, n + 2, slots + 1), np.inf, dtype=np.float32)
     choice = np.full((n + 1, n + 2, slots + 1), 0, dtype=np.int16)
@@ -211,9 +215,9 @@ def _program(n, slots, kept, ahead, back, back_again, seconds, extra, pass_ahead
 
 @numba.njit(cache=True)
 def _fill(s, t, n, slots, kept, ahead, back, seconds, passing, inputs, forward, cut, cost, choice):
-    """Fill in cost[s, t] and its choice; `ahead` and `passing` are what forwards need then, `back` what backwards.
+    """Fill in cost[s, t] and its choice; `ahead` and `passing` are needs of the forward, `back` of the backward.
 
-    All arrays are contiguous, whoever calls: others would be compiled for once more.
+    All arrays are contiguous for every caller; other layouts would be compiled separately.
     """
     first, end = t > n, min(t, n)
     handed = inputs[s + 1] if s + 1 < end else 0
@@ -257,7 +261,7 @@ def _read(choice: np.ndarray, s: int, t: int, m: int, kept: np.ndarray, inputs: 
 
 
 def replay(links: Sequence[Link], schedule: ChainSchedule, head: int) -> Replay:
-    """Exact bytes of a schedule, moment by moment, and the seconds it recomputes."""
+    """Exact bytes of a schedule at every moment, and the seconds it recomputes."""
     result = Replay()
     _run(links, schedule, links[0].input if links else 0, None, head, result)
     return result
@@ -265,12 +269,16 @@ def replay(links: Sequence[Link], schedule: ChainSchedule, head: int) -> Replay:
 
 def _run(links: Sequence[Link], items: ChainSchedule, held: int, end: int | None, head: int, result: Replay,
          outer: int | None = None) -> None:
-    """Run items forward, what follows, and them backward.
+    """Replay items forward, then the head if this is the first pass, then items backward.
 
     Args:
-        held: bytes of what is kept, the first input included.
-        end: where the segment ends that runs again; None for the first pass.
-        outer: where the segment ends that this one is inside of, if any.
+        links: the blocks.
+        items: what to replay.
+        held: bytes kept so far, the first input included.
+        end: end of the segment being recomputed; None for the first pass.
+        head: see `solve_chain`.
+        result: collects the moments and seconds.
+        outer: end of the segment that encloses this one, if any.
     """
     last = items[-1] if items else None
     behind = end is not None
@@ -312,12 +320,12 @@ def leaves(item: Block | Segment) -> list[tuple[int, int]]:
 
 
 def segments_in(items: ChainSchedule) -> int:
-    """How many segments there are, those inside of others too."""
+    """Number of segments, nested ones included."""
     return sum(1 + segments_in(item.inside) for item in items if isinstance(item, Segment))
 
 
 def _spend(links: Sequence[Link], schedule: ChainSchedule, head: int, budget: int) -> ChainSchedule:
-    """Use what rounding left over: give blocks cheaper options while the exact peak stays within the budget."""
+    """Use what rounding left over: switch blocks to cheaper options while the exact peak stays within the budget."""
     best = replay(links, schedule, head)
     for position, _ in [leaf for item in schedule for leaf in leaves(item)]:
         ways = links[position].options
@@ -333,7 +341,7 @@ def _spend(links: Sequence[Link], schedule: ChainSchedule, head: int, budget: in
 
 
 def with_option(items: ChainSchedule, position: int, which: int) -> ChainSchedule:
-    """The schedule with another option for the block at a position."""
+    """The schedule with another option for the block at one position."""
     return tuple(
         Block(position, which) if isinstance(item, Block) and item.position == position else
         Segment(item.first, item.last, with_option(item.inside, position, which))

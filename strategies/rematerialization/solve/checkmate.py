@@ -1,9 +1,9 @@
-"""Checkmate's mixed-integer program (Jain et al. 2020, eq. 1-9) on HiGHS: the reference for the fast solver, and a
-choice beside it for graphs that it can manage.
+"""Checkmate's MILP (Jain et al. 2020, eq. 1-9) on HiGHS: a reference for the fast solver, and the "exact" solver.
 
-One stage per operation; stage t runs operation t for the first time, after rerunning what it needs in the graph's
-order, each at most once. It has O(operations x reads) variables, so it is for small graphs. Orders outside of it, such
-as a stage that runs an operation twice, can be cheaper still, so its optimum is not below that of all orders.
+There is one stage per operation. Stage t runs operation t for the first time, after recomputing what it needs in the
+graph's order, each operation at most once. The program has O(operations x reads) variables, so it is for small graphs.
+Orders it cannot express, such as a stage that runs an operation twice, can be cheaper still, so its optimum is not a
+lower bound over all orders.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from scipy.optimize import Bounds, LinearConstraint
 from strategies.common.highs import mixed_integer
 from strategies.rematerialization.solve.graph import Graph
 
-MOST_OPERATIONS = 28  # of blocks measured, one of 25 took up to 5 s for a program, one of 41 more than 60
-PROOF = 120.0  # seconds for one program
+MOST_OPERATIONS = 28  # measured: a block of 25 operations took up to 5 s per program, one of 41 more than 60 s
+PROOF = 120.0  # seconds allowed for one program
 
 
 @dataclass(frozen=True)
 class Exact:
-    """HiGHS's answer: `status` is "optimal", "time limit" or "infeasible"; order and seconds are None without one.
+    """HiGHS's answer.
 
-    `bound` is proven for every order of Checkmate's kind, in the graph's unit; infinite if none fits.
+    Attributes:
+        status: "optimal", "time limit" or "infeasible".
+        order: the best order found, or None.
+        seconds: its cost, or None.
+        bound: proven lower bound on the cost of every order the program can express, in the graph's unit; infinite if
+            none fits.
     """
 
     status: str
@@ -50,11 +55,11 @@ def exact(graph: Graph, budget: int, seconds: float = 60.0) -> Exact:
 
 
 class NotExact(ValueError):
-    """A graph that the exact program cannot be solved for.
+    """A graph for which the exact program cannot be solved.
 
     Attributes:
-        operations: how many the graph has.
-        reason: why, in words, without its name.
+        operations: number of operations in the graph.
+        reason: why, in words, without the graph's name.
     """
 
     def __init__(self, name: str, operations: int, reason: str) -> None:
@@ -63,16 +68,16 @@ class NotExact(ValueError):
 
 
 def check_size(name: str, operations: int) -> None:
-    """Raise `NotExact` for a graph that has more operations than HiGHS can be expected to prove an optimum for."""
+    """Raise `NotExact` if a graph has more operations than HiGHS can be expected to solve to proven optimality."""
     if operations > MOST_OPERATIONS:
         raise NotExact(name, operations, f"is too large for the exact program, which takes {MOST_OPERATIONS} at most")
 
 
 def optimal(graph: Graph, budget: int, name: str = "the graph") -> Exact:
-    """The program's proven optimum; an order of None where none of its kind fits.
+    """The program's proven optimum; its order is None if no order that the program can express fits.
 
     Raises:
-        NotExact: the graph is too large, or nothing was proven within `PROOF` seconds.
+        NotExact: the graph is too large, or was not solved to optimality within `PROOF` seconds.
     """
     check_size(name, len(graph.seconds))
     found = exact(graph, budget, PROOF)
@@ -83,13 +88,13 @@ def optimal(graph: Graph, budget: int, name: str = "the graph") -> Exact:
 
 
 def linear_bound(graph: Graph, budget: int) -> float:
-    """Optimum of the program's linear relaxation: a lower bound, infinite if even that cannot fit."""
+    """Optimum of the program's linear relaxation: a lower bound on its optimum, infinite if even that does not fit."""
     answer = _Checkmate(graph, budget).solve(whole=False, seconds=np.inf)
     return float(answer.fun) if answer.status == 0 else np.inf
 
 
 class _Checkmate:
-    """Columns: run[t, o] (R), keep[t, v] (S), then FREE and U as they come. Memory is in units of the budget."""
+    """The program: columns run[t, o] (R) and keep[t, v] (S), then U and FREE; memory is in units of the budget."""
 
     def __init__(self, graph: Graph, budget: int):
         operations, values = len(graph.seconds), len(graph.maker)
@@ -98,7 +103,7 @@ class _Checkmate:
         self.run = np.arange(operations**2).reshape(operations, operations)
         self.keep = operations**2 + np.arange((operations + 1) * values).reshape(operations + 1, values)
         self.columns = operations**2 + (operations + 1) * values
-        self.whole = self.columns  # the first ones are binary
+        self.whole = self.columns  # columns before this one are binary
         self.lower, self.upper = [0.0] * self.columns, [1.0] * self.columns
         self.entries: list[tuple[int, int, float]] = []
         self.limits: list[tuple[float, float]] = []
@@ -112,7 +117,7 @@ class _Checkmate:
             self.account(stage)
 
     def solve(self, whole: bool, seconds: float):
-        """Minimize eq. 1 with R and S binary or in [0, 1]; FREE is then at its upper bound without being binary."""
+        """Minimize eq. 1 with R and S binary or in [0, 1]; FREE reaches its upper bound without being binary."""
         rows, columns, factors = zip(*self.entries, strict=True)
         matrix = sparse.csr_array((factors, (rows, columns)), shape=(len(self.limits), self.columns))
         cost = np.zeros(self.columns)
@@ -125,19 +130,19 @@ class _Checkmate:
                              bounds=Bounds(self.lower, self.upper), options={**options, "mip_rel_gap": 0.0})
 
     def row(self, terms: list[tuple[int, float]], low: float = -np.inf, high: float = np.inf) -> None:
-        """low <= sum of factor * column <= high."""
+        """Add the constraint low <= sum of factor * column <= high."""
         self.entries += [(len(self.limits), column, factor) for column, factor in terms]
         self.limits.append((low, high))
 
     def column(self, high: float) -> int:
-        """A further continuous column in [0, high]."""
+        """Add a continuous column in [0, high]."""
         self.lower.append(0.0)
         self.upper.append(high)
         self.columns += 1
         return self.columns - 1
 
     def fix_known(self) -> None:
-        """Frontier-advancing stages (eq. 1d-1e and section 4.6), operations that run once, held values."""
+        """Fix bounds: frontier-advancing stages (eq. 1d-1e and section 4.6), operations that run once, held values."""
         graph, operations = self.graph, len(self.graph.seconds)
         for stage in range(operations):
             self.lower[self.run[stage, stage]] = 1.0
@@ -152,7 +157,7 @@ class _Checkmate:
                     self.lower[self.keep[stage, value]] = 1.0
 
     def depend(self, stage: int) -> None:
-        """What an operation reads was kept or runs in the stage (eq. 1b); what is kept was there (eq. 1c)."""
+        """Inputs are kept or made in the stage (eq. 1b); what is kept on was kept or made in it (eq. 1c)."""
         for operation in range(stage + 1):
             for value in set(self.graph.reads[operation]):
                 there = [(self.keep[stage, value], -1.0), (self.run[stage, self.graph.maker[value]], -1.0)]
@@ -162,7 +167,7 @@ class _Checkmate:
             self.row([(self.keep[stage + 1, value], 1.0), *there], high=0.0)
 
     def account(self, stage: int) -> None:
-        """Memory in use at every operation of the stage (eq. 2-3) and that it fits, workspace included."""
+        """Memory in use at every operation of the stage (eq. 2-3), which has to fit with the operation's workspace."""
         graph, unit = self.graph, self.unit
         used = [(self.keep[stage, value], float(size) / unit) for value, size in enumerate(graph.size)]
         constant = graph.fixed / unit
@@ -184,7 +189,7 @@ class _Checkmate:
             free = self.column(1.0)
             self.row([(free, 1.0), (self.run[stage, operation], -1.0)], high=0.0)
             again = value in graph.held and value in self.makes[operation] and operation < stage
-            if not again:  # a held value made anew lies beside the one that is kept, and goes at once
+            if not again:  # a recomputed copy of a held value lies beside the held one and is freed at once
                 self.row([(free, 1.0), (self.keep[stage + 1, value], 1.0)], high=1.0)
                 for reader in self.readers[value]:
                     if operation < reader <= stage:

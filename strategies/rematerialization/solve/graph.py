@@ -1,4 +1,4 @@
-"""The problem of rematerialization as plain data: operations, the values they make, and orders that run them."""
+"""The rematerialization problem as plain data: a graph of operations and values, and a simulator of orders."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Operations of one training step (forward, then backward) in an order they can run, and the values they make.
+    """Operations of a training step (forward, then backward) in a valid execution order, and the values they make.
 
-    A value is a piece of memory: views are folded into the value they look at, and an operation may make several.
-    The memory model is that of Checkmate (Jain et al. 2020, eq. 2-5): while an operation runs, its inputs, all its
-    outputs, its workspace and every value that is read later are resident.
+    A value is a storage: views belong to the value they alias, and an operation may make several values. The memory
+    model is that of Checkmate (Jain et al. 2020, eq. 2-5): while an operation runs, its inputs, all its outputs, its
+    workspace and every value that is read later are resident.
 
     Attributes:
-        seconds: (operations,) cost of running each once; any unit.
+        seconds: (operations,) cost of running each operation once, in any unit.
         reads: for every operation, the values it reads.
         maker: (values,) operation that makes each value.
         size: (values,) bytes.
-        workspace: (operations,) bytes needed while an operation runs, beyond its inputs and outputs. An operation
-            without cost or outputs but with workspace is a moment at which others need memory.
-        once: operations that may run only once (inputs that arrive, values drawn or updated in place).
-        held: values that stay resident from when they are first made until the end (gradients handed out).
+        workspace: (operations,) bytes needed while an operation runs, beyond its inputs and outputs. An operation with
+            workspace but no cost or outputs marks a moment at which something else needs memory.
+        once: operations that may run only once (inputs that arrive, values drawn at random or updated in place).
+        held: values that stay resident from when they are first made until the end (gradients that are returned).
         forward: operations before this index are the forward pass.
         fixed: bytes that are always resident.
     """
@@ -51,7 +51,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running an order costs and needs: seconds in the graph's unit, peak and bytes at every position."""
+    """Cost and memory of an order: seconds in the graph's unit, peak bytes, and resident bytes at every position."""
 
     seconds: float
     peak: int
@@ -59,13 +59,15 @@ class Outcome:
 
 
 def simulate(graph: Graph, order: Sequence[int]) -> Outcome:
-    """Cost and memory of running operations in `order`, an operation more than once being a recomputation.
+    """Cost and memory of running operations in `order`, in which every repetition of an operation is a recomputation.
 
-    A run of an operation makes its values anew; a read takes the newest. A value is freed after its last read before
-    it is made anew, or before the end; one that nobody reads is freed at once. Held values stay from the first run on.
+    Each run of an operation makes its values anew, and a read takes the newest copy. A copy is freed after its last
+    read before the value is made again or the order ends; a copy that is never read is freed at once. Held values stay
+    from their first run on.
 
     Raises:
-        ValueError: the order misses an operation, reads a value that was never made, or repeats one that must not be.
+        ValueError: the order misses an operation, reads a value that has not been made, or repeats an operation that
+            may run only once.
     """
     _check(graph, order)
     makes = graph.makes
@@ -83,7 +85,7 @@ def simulate(graph: Graph, order: Sequence[int]) -> Outcome:
             last_read[value] = position
         for value in makes[operation]:
             if value in made_at:
-                if value in graph.held:  # made anew beside the one that is held
+                if value in graph.held:  # the new copy lies beside the held one
                     resident[position] += graph.size[value]
                     continue
                 close(value)

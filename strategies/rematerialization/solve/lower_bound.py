@@ -1,4 +1,4 @@
-"""Proven lower bounds on the cost of rematerialization, and on the least memory it can reach."""
+"""Proven lower bounds on the recomputation cost under a budget and on the peak memory of any order."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.order import unroll
 from strategies.rematerialization.solve.relaxation import Program, program
 
-TOLERANCE = 1e-6  # of HiGHS's own, relative: what it proves is lowered by this much before it is believed
-COARSE = 12  # moments tried first, spread over where memory is short
-TRIES = 3  # single moments solved in integers
+TOLERANCE = 1e-6  # relative tolerance of HiGHS, by which its bounds are lowered before they count as proven
+COARSE = 12  # moments tried first, spread over those at which keeping everything does not fit
+TRIES = 3  # single moments solved as integer programs
 
 
 class Bound:
-    """Lower bounds on the cost of orders that fit `budget`, better with every call.
+    """Lower bounds on the cost of orders that fit `budget`, tightened with every call.
 
-    They hold for orders whose first runs follow the graph's numbering (Checkmate's frontier-advancing stages).
+    They hold for orders whose first runs follow the graph's numbering (Checkmate's frontier-advancing stages). A moment
+    is the first run of an operation (see relaxation.py).
 
     Attributes:
-        value: the best bound proven so far, in the graph's unit; infinite if nothing can fit.
-        starts: orders made from the relaxations' solutions, good to start a search from; they may not fit.
+        value: the best bound proven so far, in the graph's unit; infinite if no order can fit.
+        starts: orders built from the relaxations' solutions, good starts for a search; they may not fit.
     """
 
     def __init__(self, graph: Graph, budget: int):
@@ -31,19 +32,19 @@ class Bound:
         self.value = float(np.sum(graph.seconds))
         self.starts: list[tuple[int, ...]] = []
         self.whole = bool(np.all(np.asarray(graph.seconds) == np.round(graph.seconds)))
-        self.singles: dict[int, float] = {}  # what each moment proves alone, by linear program
+        self.singles: dict[int, float] = {}  # bound of each moment alone, from the linear relaxation
         self.tight = simulate(graph, range(len(graph.seconds))).resident
         if least_bytes(graph) > budget:
             self.value = np.inf
 
     def first(self, deadline: float) -> None:
-        """Bound by the moment at which most is resident: most often the best single one, and a good start."""
+        """Bound by the moment at which most is resident: usually the best single moment, and a good start."""
         self.prove(program(self.graph, self.budget, [int(self.tight.argmax())]), deadline)
 
     def single(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
-        """Bound by one moment: each is tried by linear program, in half of the time, and the best few in integers.
+        """Bound by single moments: linear programs in up to half of the time, then the best few in integers.
 
-        This and `several` end early when there is `enough`.
+        This and `several` stop early when `enough()` holds.
         """
         begin = time.perf_counter()
         until = begin + 0.5 * (deadline - begin) if np.isfinite(deadline) else deadline
@@ -58,7 +59,7 @@ class Bound:
                 self.prove(program(self.graph, self.budget, [moment]), deadline)
 
     def peaks(self) -> list[int]:
-        """Moments that alone prove at least as much as those beside them, best first."""
+        """Moments whose bound is at least that of their neighbors, best first."""
         moments = sorted(self.singles)
         bounds = [-np.inf, *(self.singles[moment] for moment in moments), -np.inf]
         high = [moment for moment, before, here, after in zip(moments, bounds, bounds[1:], bounds[2:], strict=False)
@@ -66,7 +67,7 @@ class Bound:
         return sorted(high, key=lambda moment: -self.singles[moment])
 
     def several(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
-        """Bound by more and more moments: those that prove most alone, then some spread over where memory is short."""
+        """Bound by more and more moments jointly: the best single ones, then others where memory is short."""
         short = np.flatnonzero(self.tight > self.budget)
         for count in (2, 3, 5, 8, 12, 18, 27):
             if deadline - time.perf_counter() < 0.5 or not len(short) or enough():
@@ -76,13 +77,13 @@ class Bound:
             self.prove(program(self.graph, self.budget, sorted(moments)), deadline)
 
     def prove(self, relaxation: Program, deadline: float, whole: bool = True) -> float:
-        """Solve a relaxation, keep what it proves and the order its solution suggests; returns the bound."""
+        """Solve a relaxation and keep its bound and the order its solution suggests; returns the bound."""
         answer = relaxation.solve(deadline - time.perf_counter(), whole)
         if answer.status == 2:
             self.value = np.inf
             return np.inf
         found = answer.mip_dual_bound if whole else (answer.fun if answer.status == 0 else None)
-        if found is None or not np.isfinite(found):  # stopped before it proved anything
+        if found is None or not np.isfinite(found):  # stopped without a bound
             return 0.0
         proven = relaxation.constant + found - TOLERANCE * abs(found)
         if self.whole:
@@ -94,10 +95,10 @@ class Bound:
 
 
 def least_bytes(graph: Graph) -> int:
-    """Bytes no order can do without: of the operation that needs most, inputs, outputs, workspace, what is held.
+    """Bytes that no order can do without: those of the most demanding operation.
 
-    Besides its own values, an operation's first run finds resident the held values made before it, and the values of
-    operations that run once that a later operation reads for the first time.
+    That counts its inputs, outputs and workspace, the held values made before its first run, and the values of
+    once-only operations that were made before and that a later operation reads.
     """
     last = np.full(len(graph.maker), -1)
     for operation, read in enumerate(graph.reads):
@@ -116,12 +117,12 @@ def least_bytes(graph: Graph) -> int:
 
 
 def least_sum(curves: Sequence[Sequence[tuple[int, float]]], room: int) -> float:
-    """Least sum of functions whose arguments sum to at most `room`, each bounded from below by points of it.
+    """Lower bound on the least sum of functions whose arguments sum to at most `room`.
 
     Args:
-        curves: for each function, which falls, values at increasing arguments. Between two points it is at least the
-            value at the right one.
-        room: what is shared out.
+        curves: for each function, which is decreasing, lower bounds as (argument, value) at increasing arguments.
+            Between two points the function is at least the value at the right one.
+        room: total of the arguments.
     """
     pieces: list[tuple[float, int]] = []
     total = 0.0

@@ -1,4 +1,4 @@
-"""From decisions about values to orders of operations."""
+"""Build execution orders from decisions about which values to keep or drop."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from strategies.rematerialization.solve.graph import Graph
 
 
 def unroll(graph: Graph, moments: Sequence[int], kept: Sequence[Collection[int]]) -> tuple[int, ...]:
-    """The order that keeps `kept[k]` through the first run of `moments[k]` and makes the rest anew when it is read.
+    """The order that keeps only `kept[k]` through the first run of `moments[k]` and recomputes other values when read.
 
-    Between two moments everything made stays. First runs are in the graph's order.
+    Between two moments everything that is made stays. First runs are in the graph's order.
     """
     order: list[int] = []
     makes = graph.makes
@@ -27,15 +27,17 @@ def unroll(graph: Graph, moments: Sequence[int], kept: Sequence[Collection[int]]
 
 
 def without(graph: Graph, dropped: Collection[int], block: np.ndarray | None = None) -> tuple[int, ...]:
-    """Forward, then backward with `dropped` values made anew once, when they are first read.
+    """Forward, then backward with each of the `dropped` values recomputed once, when it is first read.
 
     Args:
-        block: (forward,) segment of every forward operation: what a segment lacks is made at once. Without it, every
-            value is made when it is read.
+        graph: the operations.
+        dropped: values not kept from forward to backward.
+        block: (forward,) segment of every forward operation; all values that the backward needs of a segment are then
+            recomputed at once. Without it, each value is recomputed when it is read.
     """
     makes, order = graph.makes, list(range(graph.forward))
     there = {value for value, maker in enumerate(graph.maker) if maker < graph.forward} - set(dropped)
-    wanted: dict[int, list[int]] = {}  # dropped values the backward pass reads, by segment
+    wanted: dict[int, list[int]] = {}  # dropped values that the backward reads, by segment
     for value in sorted({value for read in graph.reads[graph.forward:] for value in read} & set(dropped)):
         if block is not None:
             wanted.setdefault(int(block[graph.maker[value]]), []).append(value)
@@ -50,7 +52,7 @@ def without(graph: Graph, dropped: Collection[int], block: np.ndarray | None = N
 
 
 def _run(graph: Graph, makes: Sequence[Sequence[int]], operation: int, there: set[int], order: list[int]) -> None:
-    """Append `operation`, after the operations that make what it reads and is not there."""
+    """Append `operation`, preceded by the operations that make its missing inputs."""
     stack, needed = [operation], set()
     while stack:
         one = stack.pop()

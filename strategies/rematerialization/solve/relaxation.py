@@ -1,9 +1,9 @@
-"""A relaxation of rematerialization that looks at memory at a few moments only, as a mixed-integer program.
+"""A MILP relaxation of rematerialization that checks memory at only a few moments.
 
-A *moment* is the first run of an operation. Between two moments an operation counts once however often it runs, and
-memory is free; at a moment, what is resident has to fit. Checkmate (Jain et al. 2020, eq. 1-9) is the case in which
-every operation is a moment; fewer moments give a smaller program whose optimum is still a lower bound. It holds for
-every order whose first runs follow the graph's numbering (Checkmate's frontier-advancing stages).
+A *moment* is the first run of an operation. Between two moments an operation is paid for once, however often it runs,
+and memory is unlimited; at a moment, what is resident has to fit. Checkmate (Jain et al. 2020, eq. 1-9) is the case in
+which every operation is a moment; fewer moments give a smaller program whose optimum is still a lower bound. The bound
+holds for every order whose first runs follow the graph's numbering (Checkmate's frontier-advancing stages).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from strategies.rematerialization.solve.graph import Graph
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """min cost @ z + constant over rows @ z <= limit, 0 <= z <= 1, integer where `whole`.
+    """min cost @ z + constant subject to rows @ z <= limit, 0 <= z <= 1, with integer z unless relaxed.
 
-    Columns: `keep[k][i]` says that value i is resident at moment k (1-based), `run[k][j]` that operation j runs
-    between moments k and k + 1; both give a column, or `ALWAYS` or `NEVER`.
+    `keep[k][i]` is the column that says whether value i is resident at moment k (1-based), `run[k][j]` the one that
+    says whether operation j runs between moments k and k + 1. Either can be `ALWAYS` or `NEVER` instead of a column.
     """
 
     moments: tuple[int, ...]
@@ -36,7 +36,7 @@ class Program:
     run: np.ndarray
 
     def solve(self, seconds: float, whole: bool = True, gap: float = 0.0) -> OptimizeResult:
-        """HiGHS's answer; its `mip_dual_bound` (or `fun` of the linear program) plus `constant` is the bound."""
+        """HiGHS's answer; its `mip_dual_bound` (or `fun` for the linear program) plus `constant` is the lower bound."""
         if not self.cost.size:
             status = 2 if (self.limit < 0).any() else 0
             return OptimizeResult(status=status, fun=0.0, mip_dual_bound=0.0, x=np.zeros(0))
@@ -46,7 +46,7 @@ class Program:
             options={"time_limit": max(seconds, 0.01), "mip_rel_gap": gap})
 
     def kept(self, solution: np.ndarray) -> list[set[int]]:
-        """For every moment, the values a solution (columns,) has resident."""
+        """For every moment, the values that a solution (columns,) keeps resident."""
         def there(column: int) -> bool:
             return column == ALWAYS or (column != NEVER and solution[column] > 0.5)
 
@@ -57,7 +57,7 @@ ALWAYS, NEVER = -1, -2
 
 
 def program(graph: Graph, budget: int, moments: Sequence[int]) -> Program:
-    """The relaxation of `graph` under `budget` bytes with memory looked at in the first runs of `moments`."""
+    """The relaxation of `graph` under `budget` bytes that checks memory at the first runs of `moments`."""
     return _Builder(graph, budget, sorted(moments)).build()
 
 
@@ -74,7 +74,7 @@ class _Builder:
         return len(self.cost) - 1
 
     def row(self, terms: list[tuple[int, float]], limit: float) -> None:
-        """sum coefficient * column <= limit, with columns that may be ALWAYS (1) or NEVER (0)."""
+        """Add sum coefficient * column <= limit, where columns may be ALWAYS (1) or NEVER (0)."""
         limit -= sum(factor for column, factor in terms if column == ALWAYS)
         left = [(column, factor) for column, factor in terms if column >= 0]
         if limit >= 0 and all(factor < 0 for _, factor in left):
@@ -124,7 +124,7 @@ class _Builder:
 
     def run_between(self, k: int, moment: int, after: int, keep: np.ndarray, run: np.ndarray,
                     relevant: np.ndarray) -> None:
-        """What may run between moment k and the next, what must, and that it finds what it reads."""
+        """What may run between moment k and the next, what must, and that its inputs are available."""
         graph = self.graph
         for operation in range(after):
             if moment < operation:
@@ -138,10 +138,10 @@ class _Builder:
                     self.row([(run[k, operation], 1), (keep[k, value], -1), (run[k, graph.maker[value]], -1)], 0)
 
     def run_after(self, k: int, moment: int, keep: np.ndarray, run: np.ndarray) -> None:
-        """What runs at any time after moment k, counted once, obeys the program of moment k alone.
+        """What runs at any time after moment k, counted once, satisfies the program of moment k alone.
 
-        Implied for integers; it makes the linear relaxation at least as strong as that of every single moment, which
-        it is not otherwise: fractions of a rerun in several intervals would each lean on the same fraction kept.
+        This is implied for integers, and makes the linear relaxation at least as strong as that of every single moment.
+        It is not otherwise: fractional reruns in several intervals could all rely on the same fractionally kept value.
         """
         graph, ever = self.graph, np.full(len(self.graph.seconds), NEVER)
         ever[moment + 1:] = ALWAYS
@@ -156,7 +156,7 @@ class _Builder:
 
 
 def needed_after(graph: Graph, moment: int) -> np.ndarray:
-    """(operations,) bool: operations after `moment` and those a run after it may have to repeat for them."""
+    """(operations,) bool: operations after `moment`, and earlier ones that may have to be recomputed for them."""
     relevant = np.zeros(len(graph.seconds), bool)
     relevant[moment + 1:] = True
     for operation in range(len(relevant) - 1, -1, -1):

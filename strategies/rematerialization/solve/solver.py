@@ -1,4 +1,4 @@
-"""Which operations to run again, and when, so that a step fits its memory at the least cost, with a proven bound."""
+"""The solver: search for the cheapest order of operations, reruns included, that fits a memory budget, and bound it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from strategies.rematerialization.solve.annealing_search import Searcher
 from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.lower_bound import Bound, least_bytes
 
-THREADED = 2.0  # from this many seconds on the bound and a second search get a thread of their own
-SHARE = 0.3  # of the time, for the bound by single moments, whose solutions are good starts to search from
-QUICK = 0.04  # of the time, for improving the first such start before proving goes on
-CLOSE = 1.01  # after SHARE, a cost of at most this many times the bound lets the bound's thread search instead
-AS_GOOD_AS_PROVEN = 2e-6  # above the bound, which is lowered by what solvers round
-PROOF = 0.6  # of the time, up to where the thread of the bound goes on proving before it searches too
+THREADED = 2.0  # with at least this many seconds, the bound and a second search get a thread of their own
+SHARE = 0.3  # of the time, for bounds from single moments (see relaxation), whose solutions are good starting orders
+QUICK = 0.04  # of the time, for improving the first such start before the proof goes on
+CLOSE = 1.01  # after SHARE, the bound's thread searches instead once the cost is within this factor of the bound
+AS_GOOD_AS_PROVEN = 2e-6  # relative gap that counts as optimal, as bounds are lowered by solver tolerances
+PROOF = 0.6  # of the time, after which the bound's thread stops proving and searches too
 ROUNDS = ((0.06, 0.03, 0.2, "best"), (0.12, 1.0, 0.2, "first"), (0.1, 0.3, 8.0, "first"), (0.16, 0.3, 0.2, "first"),
           (0.2, 0.1, 0.2, "best"), (0.25, 0.3, 0.1, "first"), (0.33, 1.0, 0.2, "first"), (0.5, 0.1, 0.2, "first"),
           (0.5, 0.1, 0.2, "best"), (1.0, 0.03, 0.2, "best"))
-"""Rounds of annealing: (share of the time left, first temperature, spread, from which order).
+"""Rounds of annealing: (share of the remaining time, initial temperature, spread, starting order).
 
-A low spread finds the better orders, a high one finds orders that fit at all when memory is short everywhere.
+A low spread finds cheaper orders; a high one finds orders that fit at all when memory is short everywhere.
 """
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An order that fits, checked by the simulator.
+    """An order that fits the budget, checked by the simulator.
 
     Attributes:
-        order: operations as they run, reruns included.
+        order: operations in execution order, reruns included.
         seconds: its cost in the graph's unit.
         peak: its peak bytes.
-        bound: what every order with first runs in the graph's numbering that fits costs at least.
-        gap: (seconds - bound) / seconds, 0 for a proven optimum.
+        bound: lower bound on the cost of every order that fits and whose first runs follow the graph's numbering.
+        gap: (seconds - bound) / seconds; 0 for a proven optimum.
     """
 
     order: tuple[int, ...]
@@ -48,12 +48,12 @@ class Solution:
 
 
 class Infeasible(Exception):
-    """No order was found that fits.
+    """No order that fits was found.
 
     Attributes:
-        peak: the least peak an order was found for, in bytes.
-        bound: no order peaks below this many bytes.
-        order: the order with that least peak.
+        peak: lowest peak found, in bytes.
+        bound: proven lower bound on every order's peak, in bytes.
+        order: the order with the lowest peak.
     """
 
     def __init__(self, budget: int, peak: int, bound: int, order: tuple[int, ...]):
@@ -68,16 +68,19 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
     """The cheapest order found in `seconds` of wall time whose peak is at most `budget` bytes.
 
     Args:
-        seed: of the search. Calls with the same seed and `iterations` give the same order; with only a time limit
-            they need not.
+        graph: the operations and the values they make.
+        budget: bytes.
+        seconds: time limit.
+        seed: seed of the search. Calls with the same seed and `iterations` return the same order; with only a time
+            limit they may not.
         bound: whether to spend time on the lower bound; without, it is the cost of running everything once.
-        start: an order to begin with.
-        iterations: moves of the search instead of a time limit; `seconds` then limits the bound alone.
-        gap: end as soon as no order can be cheaper by more than this share.
-        least: a cost that has been proven for this graph before: no order that fits costs less.
+        start: an order to start from.
+        iterations: number of moves to search for instead of a time limit; `seconds` then limits the bound alone.
+        gap: stop once no order can be cheaper by more than this fraction.
+        least: a lower bound on the cost of orders that fit, already proven for this graph.
 
     Raises:
-        Infeasible: no order was found that fits.
+        Infeasible: no order that fits was found.
         ValueError: `start` is not an order of the graph.
     """
     deadline = time.perf_counter() + seconds
@@ -121,7 +124,7 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
 
 def rounds(search: Searcher, starts: list[tuple[int, ...]], deadline: float, enough: Callable[[], bool],
            iterations: int | None = None) -> None:
-    """Anneal in rounds (`ROUNDS`), from the best of `starts` or from the first; what they find is added to `starts`."""
+    """Anneal in rounds (`ROUNDS`), from the best of `starts` or from the first; results are added to `starts`."""
     left = iterations
     for share, hot, spread, source in ROUNDS:
         begin = starts[0] if source == "first" else min(list(starts), key=search.offer)
@@ -138,7 +141,7 @@ def rounds(search: Searcher, starts: list[tuple[int, ...]], deadline: float, eno
 
 def in_turn(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadline: float,
             proven: Callable[[], bool]) -> None:
-    """First the bound, as its solution is a good start, then the search."""
+    """Bound first, as its solutions are good starting orders, then search."""
     now = time.perf_counter()
     prover.first(now + SHARE * (deadline - now))
     prover.single(now + SHARE * (deadline - now), proven)
@@ -146,7 +149,7 @@ def in_turn(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], dead
 
 
 def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadline: float, gap: float) -> None:
-    """The bound and then a second search in one thread, a search in another (all without Python's lock)."""
+    """Bound and then search in one thread, search in another; the compiled code and HiGHS release the GIL."""
     second = Searcher(search.graph, search.budget, seed=search.seed + 1)
 
     def enough(times: float = 1.0) -> bool:
@@ -174,14 +177,14 @@ def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadl
 
 
 def infeasible(graph: Graph, budget: int, seconds: float, seed: int, iterations: int | None = None) -> Infeasible:
-    """The error that says what would fit, after a tenth of the time spent on finding out."""
+    """The error with the lowest peak found, after spending a tenth of the time on finding it."""
     least = least_peak(graph, 0.1 * seconds, seed, iterations)
     return Infeasible(budget, least.peak, least.bound, least.order)
 
 
 @dataclass(frozen=True)
 class Least:
-    """The order with the least peak found, its cost and peak, and a proven bound on any order's peak, in bytes."""
+    """The order with the lowest peak found, its cost and peak, and a lower bound on any order's peak, in bytes."""
 
     order: tuple[int, ...]
     seconds: float
@@ -190,7 +193,7 @@ class Least:
 
 
 def least_peak(graph: Graph, seconds: float, seed: int = 0, iterations: int | None = None) -> Least:
-    """The order with the least peak found in `seconds` (or `iterations` moves), and what no order can do without."""
+    """The order with the lowest peak found in `seconds` (or `iterations` moves), and a lower bound on the peak."""
     deadline = time.perf_counter() + seconds
     bound = least_bytes(graph)
     search = Searcher(graph, bound, seed, least=True)
