@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Iterator
-from importlib.util import find_spec
+
+from benchmarks.tables import ROOT
 
 
 def command_lines() -> str | None:
     """A section for each command; None where the parsers are not there."""
-    if find_spec("trainer.command_line") is None:
+    if not (ROOT / "trainer" / "command_line.py").exists():
         return None
     from trainer.command_line import limbeck_parser, train_parser
 
