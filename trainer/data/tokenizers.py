@@ -43,7 +43,7 @@ def tokenizer_origin(own: TokenizerSettings, loaded: Sequence[Origin]) -> Origin
             raise UserError("data.tokenizer.train_vocabulary", f"{loaded[0][1]} was trained with its own tokenizer",
                             value=own.train_vocabulary, way_out="remove `train_vocabulary`")
         return None
-    if loaded:  # a folder may hold weights alone
+    if loaded:  # a folder may have only weights
         return next((one for one in loaded[:-1] if own_tokenizer(*one[1:]) is not None), loaded[-1])
     raise UserError("data.tokenizer", "no model brings a tokenizer",
                     way_out="set `data.tokenizer.train_vocabulary: 2048`, or name one in `data.tokenizer.path`")

@@ -16,7 +16,7 @@ from trainer.errors import UserError, error_context
 from trainer.experiment.node import Bytes, DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
 from trainer.experiment.quantization_nodes import Quantization
 
-if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
+if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
 
     import torch
 

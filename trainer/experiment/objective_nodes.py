@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from trainer.errors import UserError, error_context
 from trainer.experiment.node import Node, Weight
 
-if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
+if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
     from strategies.distillation.losses.response import ResponseObjective
 
 INSIDE = ("features", "relations", "values", "attention_maps")  # losses on intermediate activations

@@ -11,7 +11,7 @@ from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, error_context
 from trainer.experiment.node import Bytes, Fraction, Node, Positive
 
-if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
+if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
     import torch
 
     from strategies.quantization.activations import ActivationQuantizer
