@@ -1,6 +1,6 @@
-"""Limbeck: a large teacher and a budget in, a small student that is real out.
+"""Limbeck: distill a large teacher into a compressed student, within a memory budget.
 
-The public face, for scripts of one's own:
+This is the public API, for use from your own scripts:
 
     import limbeck
 
@@ -8,7 +8,8 @@ The public face, for scripts of one's own:
     folder = limbeck.run(source)
 
 `rematerialize`, `WeightQuantizer`, `prepare_qat`, `ResponseObjective`, `Lamb`, `Adafactor` and `write_student` also
-serve alone, in anybody's training loop; `Lamb` and `Adafactor` are right on parameters that FSDP2 has sharded, too.
+work on their own, in any training loop; `Lamb` and `Adafactor` also compute correct updates for parameters sharded by
+FSDP2.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = [
     "quantize", "read_experiment", "rematerialize", "run", "write_report", "write_student", "__version__",
 ]
 
-if TYPE_CHECKING:  # what type checkers and editors see of the names below
+if TYPE_CHECKING:  # so that type checkers and editors can resolve the names in _PUBLIC
     from strategies.distillation.losses.divergences import Divergence
     from strategies.distillation.losses.heads import Head
     from strategies.distillation.losses.response import ResponseObjective
@@ -46,7 +47,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of the names below
     from trainer.run.report import write_report
     from trainer.script import Trainer
 
-_PUBLIC = {  # name -> where it lives; imported when first used, so that `import limbeck` costs nothing
+_PUBLIC = {  # name -> (module, attribute); imported on first use, so that `import limbeck` is cheap
     "Experiment": ("trainer.experiment.experiment", "Experiment"),
     "read_experiment": ("trainer.experiment.load", "read_experiment"),
     "run": ("trainer.pipeline", "run_experiment"),
@@ -71,7 +72,7 @@ _PUBLIC = {  # name -> where it lives; imported when first used, so that `import
 }
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+if not TYPE_CHECKING:  # with a module __getattr__, a type checker would accept any name as defined
     def __getattr__(name: str) -> Any:
         if name not in _PUBLIC:
             raise AttributeError(f"module 'limbeck' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The `limbeck` console command, also as `python -m limbeck`."""
+"""Entry point of the `limbeck` console command, also run by `python -m limbeck`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> int:
-    """Do what was typed after `limbeck`. Returns the exit code."""
+    """Run the `limbeck` command on `sys.argv` and return its exit code."""
     from trainer.cli import limbeck
 
     return limbeck(sys.argv[1:])

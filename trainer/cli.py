@@ -1,4 +1,4 @@
-"""The command lines: `train.py`, which is launched, and `limbeck`, which needs no launcher."""
+"""The two command lines: `train.py`, run by a launcher, and `limbeck`, which needs no launcher."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from trainer.run.folder import RunFolder
 
 
 def train(arguments: list[str]) -> int:
-    """`train.py`: read the experiment, then show what would run or run it. Returns the exit code."""
+    """Run `train.py`: read the experiment, then run it, or only show what would run. Returns the exit code."""
     source = None
     try:
         options = parse_train(arguments)
         source = read_experiment(options.config, options.overrides)
         if options.dry_run:
-            from trainer import pipeline  # everything heavy comes with it, after the experiment is known to be good
+            from trainer import pipeline  # a heavy import, so only once the experiment is known to be valid
 
             pipeline.dry_run(source, as_json=options.json)
         else:
@@ -52,7 +52,7 @@ def train(arguments: list[str]) -> int:
 
 
 def _run_experiment(source: Source) -> int:
-    """Run an experiment, hearing signals, and leave word of how it ended. Returns the exit code."""
+    """Run an experiment with signal handlers installed, and record how it ended. Returns the exit code."""
     experiment, process = source.experiment, int(os.environ.get("RANK", 0))
     note = signals.EndNote(experiment)
     note.begin_again()
@@ -69,8 +69,8 @@ def _run_experiment(source: Source) -> int:
         else:
             note.wait(OTHERS_WAIT)
         return signals.AGAIN_LATER
-    except UserError as error:  # where it is another process's alone, a launcher signals this one: that is no stop
-        if error.key != "run.folder":  # else it is another run's
+    except UserError as error:  # recorded, since the launcher now signals the other processes: no stop by a user
+        if error.key != "run.folder":  # with this key, the folder, and the note in it, belong to another run
             note.leave(messages(error, source), exit_code(error), process=process)
         raise
     except (RunFailed, OSError, RuntimeError) as error:
@@ -81,7 +81,7 @@ def _run_experiment(source: Source) -> int:
 
 
 def _leaving(note: signals.EndNote) -> Callable[[str, int], None]:
-    """What is said of a signal that does not wait for a step."""
+    """Make the callback that reports a signal which ends the process without waiting for the end of a step."""
     def say(signal: str, code: int) -> None:
         process = int(os.environ.get("RANK", 0))
         what = "outside of training: what was half done is done again" if code == signals.AGAIN_LATER else \
@@ -94,7 +94,7 @@ def _leaving(note: signals.EndNote) -> Callable[[str, int], None]:
 
 
 def limbeck(arguments: list[str]) -> int:
-    """The `limbeck` console command. Returns the exit code."""
+    """Run the `limbeck` console command. Returns the exit code."""
     options, parser = Namespace(), limbeck_parser()
     try:
         options = parser.parse_args(arguments)
@@ -139,7 +139,7 @@ def _show_data(options: Namespace) -> int:
     if options.config is None:
         raise UserError("", "no experiment given", way_out="limbeck show-data --config FILE [key=value ...]")
     source = read_experiment(options.config, options.overrides)
-    from trainer.data.show_data import show_data  # everything heavy comes with it
+    from trainer.data.show_data import show_data  # a heavy import
     from trainer.models.build import quiet_libraries
 
     quiet_libraries()
@@ -151,7 +151,7 @@ def _show_data(options: Namespace) -> int:
 
 
 def _status(options: Namespace) -> int:
-    """Of a run that is named by its folder, or by what `train.py` is given."""
+    """Print the status of a run, given by its folder or by the arguments of `train.py`."""
     if options.config is not None:
         folder = read_experiment(options.config, options.overrides).experiment.folder
     elif len(options.overrides) == 1:

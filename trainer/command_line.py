@@ -1,4 +1,4 @@
-"""What can be typed after `train.py` and after `limbeck`; nothing heavy is imported here."""
+"""Argument parsers of `train.py` and `limbeck`; nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ STATUS_CODES = "Exit codes: 0 finished, 75 stopped by a signal and to be started
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose mistakes are `UserError`s that name the nearest right word.
+    """An argparse parser that raises `UserError` with the closest valid word instead of exiting.
 
-    `key=value` may stand anywhere among the options: what argparse leaves over of it joins the attribute `overrides`.
+    `key=value` may appear anywhere among the options: those that argparse does not consume are added to `overrides`.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-        self.siblings: dict[str, Parser] = {}  # parsers of the other verbs
+        self.siblings: dict[str, Parser] = {}  # verb -> its parser, for the other verbs
         self.typed: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         return options, []
 
     def error(self, message: str) -> NoReturn:
-        """Raise a `UserError` with the usage for its way out; a wrong option is told first."""
+        """Raise a `UserError` that suggests the usage; an unknown option is reported first."""
         self._check_options(self.typed)
         raise UserError("", message.removeprefix("argument "), way_out=self.format_usage().strip())
 
@@ -97,7 +97,7 @@ class _Once(argparse.Action):
 
 
 def train_parser() -> Parser:
-    """Of `train.py`: attributes `config`, `overrides`, `dry_run`, `json`."""
+    """The parser of `train.py`; sets the attributes `config`, `overrides`, `dry_run` and `json`."""
     parser = Parser(
         prog="train.py", description="Train a student from one experiment file.",
         usage="accelerate launch train.py --config FILE [key=value ...]\n"
@@ -113,10 +113,10 @@ def train_parser() -> Parser:
 
 
 def parse_train(arguments: Sequence[str]) -> argparse.Namespace:
-    """What was typed after `train.py`.
+    """Parse the arguments of `train.py`.
 
     Raises:
-        UserError: it is none of what can be typed.
+        UserError: the arguments are not valid.
     """
     options = train_parser().parse_args(arguments)
     if options.json and not options.dry_run:
@@ -127,7 +127,7 @@ def parse_train(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def limbeck_parser() -> Parser:
-    """Of `limbeck`: `verb` is None where there is none; each verb has its own other attributes."""
+    """The parser of `limbeck`; sets `verb`, None if none is given, and the attributes of that verb."""
     parser = Parser(prog="limbeck", usage="limbeck VERB ...", description="What is done beside training.", epilog=
                     "Each verb has its own: limbeck VERB --help.\n"
                     "Training is launched: accelerate launch train.py --config FILE (see train.py --help).")

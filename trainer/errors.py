@@ -1,4 +1,4 @@
-"""How a run ends early: a person's mistake (exit code 2), a run that cannot go on (1), one asked to stop (75)."""
+"""Exceptions that end a run early: a user's mistake (exit code 2), a failed run (1), a requested stop (75)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _UNSET = object()
 
 
 class UserError(ValueError):
-    """A mistake in what was asked for: says which field, what is wrong with its value, and the way out.
+    """A mistake in the user's input: names the field, what is wrong with its value, and how to fix it.
 
-    `key` is the dotted key in the experiment (`data.path`); the command line turns it into `file:line`.
+    `key` is the dotted key in the experiment (`data.path`); the command line resolves it to `file:line`.
     """
 
     def __init__(self, key: str, problem: str, *, value: Any = _UNSET, way_out: str = ""):
@@ -23,12 +23,12 @@ class UserError(ValueError):
 
 
 class ExperimentErrors(ValueError):
-    """Mistakes found in reading an experiment, shown together.
+    """All mistakes found while reading an experiment, reported together.
 
     Attributes:
         errors: the mistakes.
-        origins: where each key that could be read was written, `file:line` or override.
-        place: where the mistakes are, for those whose key has no origin.
+        origins: where each key that could be read was set: `file:line` or override.
+        place: place to report for mistakes whose key has no origin.
     """
 
     def __init__(self, errors: list[UserError], origins: dict[tuple[str, ...], str], place: str):
@@ -37,21 +37,21 @@ class ExperimentErrors(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on, through no mistake in the experiment that could be seen before; what it saved is good."""
+    """The run cannot continue, for a reason that could not be foreseen; its checkpoints are intact."""
 
 
 class Lost(RunFailed):
-    """Another process is gone or stuck. What tears a process down in good order would wait for it for ever."""
+    """Another process is gone or stuck, so that an orderly shutdown of this one would wait for it forever."""
 
 
 class Stopped(RuntimeError):
-    """A signal asked the run to stop, all processes agreed on the step, and what was learned is saved.
+    """A signal asked the run to stop: all processes agreed on the step, and saved if a checkpoint could be written.
 
     Attributes:
-        step: optimizer steps done.
-        signal: its name.
-        process: number of the one that got it.
-        saved: name of the newest checkpoint, if there is one.
+        step: number of optimizer steps completed.
+        signal: name of the signal.
+        process: rank of the process that received it.
+        saved: name of the newest checkpoint, or None.
     """
 
     def __init__(self, name: str, step: int, signal: str, process: int, saved: str | None):
@@ -64,7 +64,7 @@ class Stopped(RuntimeError):
 
 @contextmanager
 def error_context(key: str, *, value: Any = _UNSET, way_out: str = "") -> Iterator[None]:
-    """Give the `ValueError` of a strategy, which knows no experiment, the key that led to it."""
+    """Turn a `ValueError` from a strategy, which knows nothing of experiments, into a `UserError` for `key`."""
     try:
         yield
     except UserError:

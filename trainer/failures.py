@@ -1,4 +1,4 @@
-"""What a person is told when something fails, and with which code the program ends."""
+"""Error messages for users, and the exit codes of the program."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ OTHERS_WAIT = 5.0  # seconds
 
 
 def exit_code(error: UserError | ExperimentErrors) -> int:
-    """The exit code of a mistake in what was asked for."""
+    """The exit code for a user's mistake."""
     return BUDGET_UNMET if type(error).__name__ == "BudgetUnmet" else USER_ERROR
 
 
 def messages(error: UserError | ExperimentErrors, source: Source | None = None, place: str = "command line") -> str:
-    """One message for each mistake. Without a source, whose lines it would name, a mistake is one in `place`."""
+    """One message per mistake; without a source, whose lines could be named, each is located at `place`."""
     if isinstance(error, ExperimentErrors):
         return "\n".join(f"error: {describe(one, error.origins, error.place)}" for one in error.errors)
     origins, place = (source.origins, source.file) if source else ({}, place)
@@ -27,7 +27,7 @@ def messages(error: UserError | ExperimentErrors, source: Source | None = None, 
 
 
 def failure(error: Exception) -> str | None:
-    """What is to be said of a run that cannot go on; None of an error that nobody has foreseen."""
+    """The message for an error that ends a run; None for an unexpected error, whose traceback should be shown."""
     if isinstance(error, RunFailed):
         return f"error: {error}"
     if isinstance(error, OSError):
@@ -44,7 +44,7 @@ def failure(error: Exception) -> str | None:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether another process is gone or stuck, so that this one cannot be torn down in good order."""
+    """Whether an error means that another process is gone or stuck, so that this one cannot shut down in order."""
     if isinstance(error, OSError | RunFailed):
         return isinstance(error, Lost)
     from trainer.distributed.watchdog import lost
@@ -53,9 +53,9 @@ def is_lost(error: Exception) -> bool:
 
 
 def tell(text: str) -> None:
-    """On standard error, from the first process: the others mostly have the same to say.
+    """Print a message to standard error, from rank 0 first, since the other ranks mostly have the same message.
 
-    Another process speaks after a while: where the first one failed too, the launcher has ended this one by then.
+    Other ranks wait before they print: if rank 0 failed as well, the launcher has ended them by then.
     """
     rank = int(os.environ.get("RANK", 0))
     if rank:

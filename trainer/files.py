@@ -1,4 +1,4 @@
-"""Files: written whole or not at all; JSON of other people read as an object or with one clear error; short hashes."""
+"""File helpers: atomic writes, reading untrusted JSON objects, and short hashes of plain data."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def read_object(file: Path, most: int) -> dict[str, Any]:
-    """The JSON object that is all of a file.
+    """Read a file that consists of one JSON object.
 
     Args:
-        most: bytes that such a file may have.
+        most: maximum size of the file in bytes.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no file or larger, or holds something else; said without the file's name.
+        OSError: the file cannot be read.
+        ValueError: not a regular file, too large, or not a JSON object; the message does not name the file.
     """
     if not file.is_file():
         raise ValueError("no file")
@@ -33,14 +33,14 @@ def read_object(file: Path, most: int) -> dict[str, Any]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, whenever the process dies or the disk is full.
+    """Replace a file atomically: it has either its old or its new content, even if the process dies or the disk fills.
 
     Raises:
-        OSError: it could not be written; the old one is as it was.
+        OSError: the file could not be written; the old one is unchanged.
     """
     partial = file.with_name(f".{file.name}.partial")
     try:
-        partial.unlink(missing_ok=True)  # it may be a link
+        partial.unlink(missing_ok=True)  # it may be a symlink, which must not be followed
         with open(partial, "x", encoding="utf-8") as handle:
             handle.write(text)
             handle.flush()
@@ -52,12 +52,12 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def fingerprint(values: Any) -> str:
-    """Short hash of plain data, for the names of cached things."""
+    """Short hash of plain data, used in the names of cache entries."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
+    """Flatten nested dictionaries into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Files of a model that somebody else wrote, looked at before a library reads them."""
+"""Checks of untrusted model files, made before a library reads them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from safetensors import SafetensorError, safe_open
 from trainer.errors import UserError
 from trainer.files import read_object
 
-LARGEST_JSON = 128 * 2**20  # bytes of a file beside weights; the tokenizers of a million tokens take half of it
+LARGEST_JSON = 128 * 2**20  # bytes of a file other than weights; tokenizers with a million tokens take half of this
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-MOST_LAYERS = 10_000  # ten times what the deepest models have
+MOST_LAYERS = 10_000  # ten times as many as the deepest models have
 
 
 def check_files(path: str, key: str) -> None:
-    """Look at the files of a model or tokenizer before transformers reads them; a hub id has none here yet.
+    """Check the files of a model or tokenizer before transformers reads them; a hub id has no local files to check.
 
     Raises:
-        UserError: one is no file or too large, weights are not whole or elsewhere, or the folder is an adapter.
+        UserError: an entry is not a regular file or is too large, weights are incomplete or outside of the folder, or
+            the folder holds an adapter.
     """
     folder = Path(path)
     try:
@@ -38,7 +39,7 @@ def check_files(path: str, key: str) -> None:
 
 
 def _check_texts(folder: Path) -> None:
-    """Raise `ValueError` for a text that would be waited for, fill the memory, or lead to more than it says."""
+    """Raise `ValueError` for files that would block on reading, exhaust memory, or load or build far too much."""
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if file.suffix not in (".json", ".jinja", ".model", ".txt", ".safetensors") or file.is_dir():
             continue
@@ -53,7 +54,7 @@ def _check_texts(folder: Path) -> None:
 
 
 def too_deep(values: dict[str, Any]) -> str | None:
-    """The key that gives a model more layers than there is time to make."""
+    """The config key that asks for more than `MOST_LAYERS` layers, which would take too long to build, or None."""
     return next((name for name, value in values.items() if re.search("layer", name) and isinstance(value, (int, float))
                  and value > MOST_LAYERS), None)
 
@@ -66,7 +67,11 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def indexed(index: Path) -> list[str]:
-    """The files that an index of weights names, all of them beside it."""
+    """Names of the safetensors files that a weights index lists, each checked to be next to it.
+
+    Raises:
+        ValueError: the index has no `weight_map`, or names a file that is missing or elsewhere.
+    """
     names = _object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} has no `weight_map` of file names")
@@ -80,14 +85,14 @@ def indexed(index: Path) -> list[str]:
 
 def _check_weights(file: Path) -> None:
     try:
-        with safe_open(file, framework="pt"):  # maps the file and checks its header, every offset and shape of it
+        with safe_open(file, framework="pt"):  # maps the file, and checks every offset and shape in its header
             pass
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
 
 
 def stored_dtypes(path: str) -> set[torch.dtype | None]:
-    """Number formats of the weights in a folder, None among them for one that is not known, or not there."""
+    """Dtypes of the weights in a folder; None stands for other dtypes, and for a folder without safetensors files."""
     found: set[torch.dtype | None] = set()
     for file in Path(path).glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
@@ -96,10 +101,10 @@ def stored_dtypes(path: str) -> set[torch.dtype | None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as far as one line of a message has room for it."""
+    """The first line of an error's message, at most 300 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def last_line(error: Exception) -> str:
-    """What an error ends with: of those of several lines the reason."""
+    """The last line of an error's message, where multi-line errors state the reason; at most 300 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:300]

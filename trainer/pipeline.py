@@ -1,4 +1,4 @@
-"""A run from beginning to end: text, teacher, student, control, receipt, report."""
+"""A run from start to finish: data, teacher, student, control, receipt, report."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ ALONE = Topology()
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a training, on the main process.
+    """The outcome of a training, on the main process.
 
     Attributes:
-        logits: (rows, length, vocabulary) on held-out rows, of the model in training.
-        exported: the same in the dtype of its export.
-        failed: runtimes, beside transformers, that the student could not be written for, each with what went wrong.
+        logits: (rows, length, vocabulary) logits of the trained model on held-out rows.
+        exported: the same with weights in the dtype of the export.
+        failed: runtimes other than transformers that the export failed for, each with the reason.
     """
 
     logits: torch.Tensor
@@ -69,7 +69,7 @@ class Trained:
 
 
 def dry_run(source: Source, as_json: bool) -> None:
-    """Show what would run, and leave nothing behind."""
+    """Show what would run, without writing any file."""
     quiet_libraries()
     experiment = source.experiment
     vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
@@ -87,10 +87,10 @@ def dry_run(source: Source, as_json: bool) -> None:
 
 
 def run_experiment(source: Source) -> Path:
-    """Run an experiment, or go on with it, and return its folder.
+    """Run an experiment, or resume it, and return its run folder.
 
     Raises:
-        UserError: a mistake in the experiment or its data; nothing has been written then but the cache.
+        UserError: a mistake in the experiment or its data; in this case only the cache has been written to.
         RunFailed: training or the comparison failed; checkpoints are kept.
     """
     quiet_libraries()
@@ -129,12 +129,12 @@ def run_experiment(source: Source) -> Path:
 
 @dataclass(frozen=True)
 class Launched:
-    """The processes of a run, and the plans that they make.
+    """The processes of a run, and the plans they make.
 
     Attributes:
-        accelerator: that all joined.
-        topology: how they share the work.
-        plans: of all models of the run.
+        accelerator: the Accelerate object that all processes have joined.
+        topology: degrees of parallelism and device.
+        plans: plans of all models of the run.
     """
 
     accelerator: Accelerator
@@ -144,7 +144,7 @@ class Launched:
 
 @dataclass(frozen=True)
 class Begun:
-    """An experiment whose data is read and whose teacher, if it has one, has weights."""
+    """An experiment that is ready to train: its data is prepared, and its teacher, if any, has weights."""
 
     experiment: Experiment
     how: Launched
@@ -152,10 +152,10 @@ class Begun:
 
 
 def begin(experiment: Experiment, how: Launched) -> Begun:
-    """Check an experiment, read and tokenize its data, and train a teacher that has no weights yet.
+    """Check an experiment, read and tokenize its data, and train its teacher if that has no weights yet.
 
     Raises:
-        UserError: a mistake in the experiment or its data; nothing has been written then but the cache.
+        UserError: a mistake in the experiment or its data; in this case only the cache has been written to.
         RunFailed: the training of the teacher failed.
     """
     accelerator, name = how.accelerator, experiment.name
@@ -179,7 +179,7 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
 
 
 def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans | None = None) -> None:
-    """Raise `UserError` for what can be known before anything is read, tokenized or trained."""
+    """Raise `UserError` for mistakes that show before any data is read, tokenized or trained on."""
     vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
     teacher, student = _configs(experiment, vocabulary)
     count_steps(experiment, None)
@@ -199,7 +199,7 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
 
 
 def _check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> None:
-    """What shapes alone tell of a student that could not learn, or not be exported."""
+    """Raise `UserError` for models whose shapes alone show that the student could not learn or be exported."""
     if teacher is not None:
         check_early_causal(experiment.teacher, "teacher", teacher)
     if experiment.student.from_teacher is None:
@@ -212,9 +212,9 @@ def _check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None
 
 def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, how: Launched,
               text: PreparedData) -> Trained:
-    """Train one student to its last step, export it to the folder `student`, and give its memory back.
+    """Train one student to its last step, export it to the folder `student`, and free its memory.
 
-    `asked` is the experiment as its run folder remembers it; in `experiment` the teacher has weights.
+    `asked` is the experiment as recorded in its run folder; `experiment` is the same with a teacher that has weights.
     """
     loop, accelerator = prepare(asked, experiment, folder, how, text), how.accelerator
     loop.train()
@@ -241,7 +241,7 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
 
 def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: Launched, text: PreparedData
             ) -> TrainLoop:
-    """Plan a run, build its models, check them, claim its folder, and put it where its last checkpoint left it."""
+    """Plan a run, build and check its models, claim its folder, and resume from its last checkpoint."""
     folder.check(asked)
     accelerator, name = how.accelerator, experiment.name
     teacher_shape, student_shape = shapes = _configs(experiment, vocabulary_size(text.tokenizer))
@@ -281,9 +281,10 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
 
 def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | None, PretrainedConfig],
            student: nn.Module, how: Launched) -> Plan:
-    """The plan, with blocks as they are where the student's, with their weights, do something else than was captured.
+    """Check the captured graphs of the plan against the real student, and plan again without those that differ.
 
-    Weights that are shared out have not been gathered yet, and are not tried.
+    A block is captured from its shapes; with its weights it may compute something else, and is then run as it is.
+    Sharded weights have not been gathered yet at this point, and are not checked.
     """
     if plan.step is None or RankSetup.of(experiment, plan.topology).is_sharded:
         return plan
@@ -301,13 +302,16 @@ def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | 
 
 
 def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Module) -> None:
-    """Raise `UserError` for models that could not learn from these rows: they see later tokens, or other documents."""
+    """Raise `UserError` for models that cannot learn from these rows, because they see later tokens or other documents.
+
+    Each model is run on small inputs to find out.
+    """
     length = experiment.data.sequence_length
     for key, model in (("teacher", teacher), ("student", student)):
         if model is None:
             continue
         if experiment.objective.attention_maps is not None:
-            model.set_attn_implementation("eager")  # as it is run for them
+            model.set_attn_implementation("eager")  # as in training with `objective.attention_maps`
         check_causal(model, key, length, getattr(experiment, key).path)
         check_positions(model, key, getattr(experiment, key).path)
         check_padding(model, key, length)
@@ -317,7 +321,7 @@ def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Modu
 
 def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = False
              ) -> tuple[PretrainedConfig | None, PretrainedConfig]:
-    """Shapes of teacher and student, checked against each other and the tokenizer."""
+    """Model configurations of teacher and student, checked against each other and against the tokenizer."""
     teacher = teacher_config(experiment.teacher, vocabulary, offline)
     student = student_config(experiment.student, teacher, vocabulary, offline)
     check_shapes(experiment, teacher, student, vocabulary)
@@ -327,14 +331,14 @@ def _configs(experiment: Experiment, vocabulary: int | None, offline: bool = Fal
 
 
 def _with_teacher(experiment: Experiment, how: Launched, text: PreparedData) -> Experiment:
-    """The experiment with a teacher that has weights: one that is to be trained is trained once, and cached."""
+    """The experiment with a teacher that has weights: a teacher without is trained once, and cached."""
     if experiment.teacher is None or experiment.teacher.train is None:
         return experiment
     identity = [training_identity(experiment.as_teacher("")), text.identity]
     folder = RunFolder(Path(experiment.run.cache) / "teachers" / fingerprint(identity))
     accelerator = how.accelerator
     if accelerator.is_main_process and not folder.student.exists():
-        folder.lock(wait=True)  # another run may be making this very teacher
+        folder.lock(wait=True)  # another run may be training the same teacher
     accelerator.wait_for_everyone()
     if not folder.student.exists():
         own = experiment.as_teacher(str(folder.path))
@@ -346,22 +350,22 @@ def _with_teacher(experiment: Experiment, how: Launched, text: PreparedData) -> 
 
 
 def _start_trackers(accelerator: Accelerator, experiment: Experiment, folder: RunFolder, step: int) -> None:
-    """Start trackers, or go on with those of the run's first start, from the step that it goes on from."""
+    """Start the experiment trackers; a resumed run continues its earlier tracker runs, from the step it resumes at."""
     identity = _tracker_id(folder) if accelerator.is_main_process else ""
     known = {"wandb": {"id": identity, "resume": "allow"},
              "trackio": {"name": f"{experiment.name}-{identity}", "resume": "allow"},
-             "tensorboard": {"purge_step": step + 1}}  # points of steps that are done again
+             "tensorboard": {"purge_step": step + 1}}  # drops the points of steps that are run again
     values = {key: value if isinstance(value, (int, float, str, bool)) else str(value)
               for key, value in flatten(experiment.model_dump(mode="json")).items()}
     try:
         accelerator.init_trackers("limbeck", config=values, init_kwargs=known)
-    except Exception as error:  # each tracker has errors of its own, a missing login for example
+    except Exception as error:  # each tracker raises its own errors, for example for a missing login
         raise UserError("run.trackers", f"a tracker could not start: {error}", value=list(experiment.run.trackers),
                         way_out="log in to it, or remove it; metrics.jsonl is always written") from error
 
 
 def _tracker_id(folder: RunFolder) -> str:
-    """What trackers know this run by, made at its first start."""
+    """The id of this run for trackers, created at its first start and kept in `tracker.id`."""
     file = folder.path / "tracker.id"
     known = file.read_text() if file.exists() else ""
     if not re.fullmatch("[0-9a-f]{16}", known):
@@ -371,7 +375,7 @@ def _tracker_id(folder: RunFolder) -> str:
 
 
 def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> Experiment:
-    """The experiment with the hub's commit of each model, so that it loads the same when a branch has moved."""
+    """The experiment with each hub model pinned to its commit, so that it loads the same after a branch has moved."""
     for key, config in (("teacher", teacher), ("student", student)):
         model, commit = getattr(experiment, key), getattr(config, "_commit_hash", None)
         if model is not None and model.path is not None and commit:

@@ -1,4 +1,4 @@
-"""Training from a script of one's own: what `train.py` does, step by step and without a command line."""
+"""The `Trainer` for use from a script: what `train.py` does, step by step and without a command line."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class Trainer:
         from pathlib import Path
         import limbeck
         trainer = limbeck.Trainer(limbeck.read_experiment("experiment.yaml", ["training.steps=100"]))
-        print(trainer.plan.memory.peak, "bytes at the peak of a step, planned")
-        trainer.train()                            # from its last checkpoint, if its folder has one
+        print(trainer.plan.memory.peak, "bytes of planned peak memory")
+        trainer.train()                            # resumes from the last checkpoint in the run folder, if any
         print(trainer.evaluate()["bits_per_byte"])
-        student = trainer.student()                # a model of transformers, in fp32
+        student = trainer.student()                # a transformers model, in fp32
         limbeck.write_student(Path("student"), student, trainer.tokenizer)
 
-    Making one reads and tokenizes the data, plans the memory of a step, trains the teacher first where it has no
-    weights, builds the models, and resumes. Nothing is exported or reported by itself: `limbeck.run` does all of that.
-    With several processes (`accelerate launch script.py`) every one of them runs the same script.
+    The constructor reads and tokenizes the data, plans the memory of a step, trains the teacher first if it has no
+    weights, builds the models, and restores the last checkpoint. It does not export or write a report; `limbeck.run`
+    does all of that. With several processes (`accelerate launch script.py`), each of them runs the same script.
 
     Args:
-        source: an experiment, as `limbeck.read_experiment` gives it.
+        source: an experiment as returned by `limbeck.read_experiment`.
 
     Attributes:
-        plan: what is carried out: batches, steps, bytes by part; `plan.memory` is None where nothing can be foretold.
-        tokenizer: of the student.
+        plan: the plan in use: batches, steps, memory by part; `plan.memory` is None if memory cannot be predicted.
+        tokenizer: the student's tokenizer.
         loop: the training loop, with its `state`, `engine` and `ranks`.
 
     Raises:
         UserError: a mistake in the experiment or its data, a budget that cannot be met, or a folder of another run.
-        RunFailed: a checkpoint that cannot be used, or a teacher whose training failed.
+        RunFailed: a checkpoint cannot be used, or the training of the teacher failed.
     """
 
     def __init__(self, source: Source) -> None:
@@ -52,27 +52,28 @@ class Trainer:
         self.tokenizer: PreTrainedTokenizerBase = begun.text.tokenizer
 
     def train(self) -> None:
-        """Train to the last step of the plan, evaluating and saving on the way; metrics go to the run's folder.
+        """Train to the last step of the plan, with periodic evaluation and checkpoints; metrics go to the run folder.
 
         Raises:
-            RunFailed: too many steps were not finite, or another process is missing. Checkpoints are kept.
-            BudgetUnmet: a measured step took more than the budget, with `memory.exceeded: stop`.
+            RunFailed: too many consecutive steps were not finite, or another process is missing; checkpoints are kept.
+            BudgetUnmet: a measured step exceeded the budget, with `memory.exceeded: stop`.
         """
         self.loop.train()
 
     def evaluate(self) -> dict[str, float]:
-        """`bits_per_byte` and `cross_entropy` (nats per token) of the student, as it is now, on held-out rows.
+        """Evaluate the student in its present state on the held-out set; a collective call on all processes.
 
-        All processes take part.
+        Returns:
+            `bits_per_byte` and `cross_entropy` (nats per token).
         """
         found = self.loop.evaluate(self.loop.student, self.loop.state.step)
         assert found is not None, "nobody asks a script to stop"
         return found
 
     def student(self) -> nn.Module:
-        """The student with fp32 weights, whole, on the main process; where it is sharded, from its last checkpoint.
+        """The unsharded student with fp32 weights, on the main process; a sharded one is read from its last checkpoint.
 
         Raises:
-            RunFailed: it is sharded, and its last step is in no checkpoint.
+            RunFailed: the student is sharded, and no checkpoint holds its last step.
         """
         return self.loop.whole()

@@ -1,4 +1,4 @@
-"""`limbeck init`: a folder to start from, of the same files that the repository has."""
+"""`limbeck init`: write a starter folder with the example experiment, schema and launch files of the repository."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ wrote {count} files to {folder}; see what would run, then run it:
 
 
 def write_starter(folder: Path) -> str:
-    """Write a starting experiment and what launches it, and give what is to be typed next.
+    """Write a starter experiment and its launch files, and return a message with the commands to run next.
 
     Args:
-        folder: a new one, or one in which no file has the name of one of these.
+        folder: a new folder, or one that contains none of these files.
 
     Raises:
-        UserError: a file is there already, or the folder cannot be written; nothing is overwritten.
+        UserError: one of the files exists, or the folder cannot be written; nothing is overwritten.
     """
     contents = starting_files()
     for above in (folder, *folder.parents):
@@ -50,7 +50,7 @@ def write_starter(folder: Path) -> str:
 
 
 def starting_files() -> dict[str, str]:
-    """Path within the folder -> text."""
+    """The files of a starter folder: path within it -> text."""
     launchers = {f"launch/{file.name}": file.read_text(encoding="utf-8")
                  for file in sorted(shipped("launch").iterdir()) if file.suffix in (".yaml", ".sh")}
     return {"experiment.yaml": (shipped("configs") / "quickstart.yaml").read_text(encoding="utf-8"),
@@ -59,6 +59,6 @@ def starting_files() -> dict[str, str]:
 
 
 def shipped(name: str) -> Path:
-    """A file or folder of the repository's top: a wheel has it in the package `limbeck` or beside that."""
+    """Path of a file or folder at the repository root; in a wheel it is inside the package `limbeck` or next to it."""
     package = Path(str(files("limbeck")))
     return package / name if (package / name).exists() else package.parent / name

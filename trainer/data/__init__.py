@@ -1,1 +1,1 @@
-"""From documents to batches: sources -> encoding -> packing -> order. Each file is one of these."""
+"""The data pipeline, from documents to batches: sources, encoding, packing, rows, and batch order."""

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on (seed, epoch, global position) and on nothing else."""
+"""Training batches, in an order that depends only on seed, epoch and global position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Order:
-    """The row at every global position of an endless run: epoch after epoch, each a permutation of all rows."""
+    """Maps each global position of an endless run to a row: every epoch is its own permutation of all rows."""
 
     def __init__(self, rows: int, seed: int):
         self.rows, self.seed = rows, seed
@@ -25,17 +25,17 @@ class Order:
     def __getitem__(self, position: int) -> int:
         epoch, offset = divmod(position, self.rows)
         if epoch not in self._permutations:
-            if len(self._permutations) > 1:  # a batch spans two epochs at most unless rows are very few
+            if len(self._permutations) > 1:  # a batch spans at most two epochs, unless there are very few rows
                 del self._permutations[min(self._permutations)]
             self._permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         return int(self._permutations[epoch][offset])
 
 
 class _MicroBatches(Sampler):
-    """Row indices of one replica's micro-batches from a global position on, for ever.
+    """Endless sampler of row indices for one data-parallel replica's micro-batches, from a global position on.
 
-    Micro-batch number m of the whole run holds positions m b to (m + 1) b; replica r of W takes m = r modulo W. From
-    the end of the run on there is no row, -1, in a place.
+    With micro-batches of b rows, micro-batch m of the whole run covers positions m b to (m + 1) b - 1, and replica r
+    of W takes those with m = r modulo W. Positions from `end` on get index -1, a row of padding.
     """
 
     def __init__(self, order: Order, micro_batch: int, replica: int, replicas: int, skip: int, end: int | None):
@@ -53,15 +53,27 @@ class _MicroBatches(Sampler):
 
 def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch: int, replica: int, replicas: int,
                      skip: int, workers: int, pin: bool, end: int | None = None) -> Iterator[Batch]:
-    """This process's micro-batches, after the first `skip` rows of the run.
+    """Iterate over this replica's micro-batches, after the first `skip` rows of the run.
 
-    A run that has an `end` has so many rows; a batch in which it lies is filled up with rows of padding, number -1.
-    Each holds `input_ids`, `position_ids`, `targets` (micro_batch, sequence), `bytes`, `length`, `row` (micro_batch,).
+    Each micro-batch has `input_ids`, `position_ids` and `targets`, of shape (micro_batch, sequence), and `bytes`,
+    `length` and `row`, of shape (micro_batch,).
+
+    Args:
+        rows: the training rows.
+        seed: seed of the order.
+        micro_batch: rows per micro-batch.
+        replica: which data-parallel replica this process belongs to.
+        replicas: number of data-parallel replicas.
+        skip: rows of the run that were trained on before; a multiple of the micro-batch times the replicas.
+        workers: data-loader processes; a stream uses none.
+        pin: whether to return tensors in pinned memory.
+        end: number of rows in the run; a batch that reaches beyond it is filled with rows of padding, whose `row` is
+            -1. None is endless.
     """
     if isinstance(rows, StreamedRows):
-        # Inside a worker process `datasets` deals a stream's files out and shuffles them otherwise than in this one.
+        # In worker processes `datasets` splits a stream's files among them and shuffles differently than it does here.
         workers = 0
-    # A generator of its own: the loader would draw from the global one, and a resumed run would drop out otherwise.
+    # With the global generator, the loader would draw from it, and dropout in a resumed run would differ.
     options = {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0,
                "generator": torch.Generator()}
     if isinstance(rows, StreamedRows):
@@ -71,17 +83,17 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
 
 
 def with_learned(batch: Batch) -> Batch:
-    """A batch with `learned`, the flat positions that have a target: found where it lies, so that no device waits."""
+    """Add `learned`, the flat positions that have a target; computed on the host, so that no device has to sync."""
     return {**batch, "learned": torch.argwhere(batch["targets"].flatten() != IGNORED)[:, 0]}
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What a model is given of a batch: positions restart with every packed document and keep them apart."""
+    """Keyword arguments for a model's forward; positions restart at each packed document, which keeps them apart."""
     return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
 
 
 def real_tokens(batch: Batch) -> torch.Tensor | None:
-    """(rows, sequence) which tokens are no padding, which is at the end; None where that is not known."""
+    """(rows, sequence) mask of the tokens before the padding at the end; None for a batch without `length`."""
     if "length" not in batch:
         return None
     return torch.arange(batch["input_ids"].shape[1], device=batch["length"].device) < batch["length"][:, None]

@@ -1,9 +1,9 @@
-"""Which characters of a conversation, written by a chat template, are the assistant's: what it says, and its end.
+"""Render conversations with a chat template, and find the characters of the assistant's turns for the loss mask.
 
-Where a template marks them itself ({% generation %}), its marks decide. Otherwise a turn is what the template writes
-between the prompt that a server gives (the messages before, and the generation prompt) and the end of the turn. A
-template that writes a turn otherwise once others follow (thoughts that are shown in the last turn alone) makes several
-samples of a conversation, so that each turn is learned in the context that it is asked for in.
+If the template marks them itself ({% generation %}), its marks decide. Otherwise a turn is what the template writes
+between the inference prompt (the messages before it, plus the generation prompt) and the end of the turn, including the
+end marker. Some templates render a turn differently once others follow, for example with reasoning only in the last
+turn. A conversation then becomes several samples, so that each turn is learned in the context it has at inference.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from trainer.errors import UserError
 
 Span = tuple[int, int]
 Tools = list[dict[str, Any]] | None
-# Templates are programs of other people.
+# Templates are third-party programs, and can raise any of these.
 FAILURES = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
             MemoryError)
 MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
-SENTINELS = "Qvxqj", "Wkzpf"  # two answers that begin and end with another character
+SENTINELS = "Qvxqj", "Wkzpf"  # two answers whose first characters differ, and whose last characters differ
 MARKING = f"mark what the assistant says in the template with {{% generation %}} and {{% endgeneration %}}, {COPY}"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation, or its beginning, as it is learned.
+    """A rendered conversation, or its beginning, with the parts that the loss covers.
 
     Attributes:
-        text: what the template writes.
-        spans: characters that are learned; a token is learned if it begins inside one.
-        marks: (n,) a mark for each token of the text, 1 where it is learned, where the template has marks of its own.
-        is_open: an assistant's turn is last and nothing closes it, so that the end-of-sequence token has to.
+        text: the text that the template writes.
+        spans: character ranges that the loss covers; a token is a target if it begins inside one.
+        marks: (n,) 1 for each token of the text that is a target, if the template has its own marks; else None.
+        is_open: the assistant's turn is last and nothing closes it, so that an end-of-sequence token has to be added.
     """
 
     text: str
@@ -51,21 +51,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Where the turn of the assistant begins in `text`, the conversation up to it, which it ends."""
+    """An assistant's turn: its beginning in `text`, which is the conversation up to and including it."""
 
     begin: int
     text: str
 
 
 class ChatTemplate:
-    """Writes conversations with a tokenizer's chat template, and knows what of them is learned.
+    """Renders conversations with a tokenizer's chat template, and finds what the loss covers.
 
     Args:
-        key: of `data`, that messages of the user are about.
+        tokenizer: a tokenizer with a chat template.
+        key: key of the experiment that error messages refer to, for example `data.messages`.
+        value: value of that key.
         tools: whether conversations have tools.
 
     Raises:
-        UserError: there is no template, it does not write tools, or it begins an answer wherever it ends.
+        UserError: there is no template, it does not write tools, or it begins an answer after every conversation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str, value: Any, tools: bool = False):
@@ -85,10 +87,10 @@ class ChatTemplate:
                             way_out=f"write that in {{% if add_generation_prompt %}} alone, {COPY}")
 
     def samples(self, conversation: Conversation) -> list[Sample]:
-        """What is learned of a conversation: one sample, or several that begin alike.
+        """Samples of a conversation: one, or several with a common beginning.
 
         Raises:
-            UserError: the template refuses it, or writes an answer in a way that cannot be found again.
+            UserError: the template refuses the conversation, or changes an answer so that it cannot be located.
         """
         messages, tools = conversation
         if not messages:
@@ -118,7 +120,7 @@ class ChatTemplate:
             text, upto = left[last].text, last + 1
 
     def _check_fields(self, messages: list[Message]) -> None:
-        """Raise `UserError` where the template would leave out a call or a thought, and the rest be learned alone."""
+        """Raise `UserError` if the template would drop a tool call or reasoning, and only the rest would be learned."""
         for message in messages:
             said = [key for key in (CALLS if message["role"] == "assistant" else ()) if message.get(key)]
             calls, thoughts = ([key for key in said if (key in THOUGHTS) is is_thought] for is_thought in (False, True))
@@ -129,7 +131,7 @@ class ChatTemplate:
                                     value=self.value, way_out=self._instead(keys[0], what))
 
     def _instead(self, key: str, what: str) -> str:
-        """What to do about a field that the template does not write."""
+        """Suggest what to do about a field that the template does not write."""
         known = [other for other in (THOUGHTS if what == "thought" else CALLS[:1]) if self.shape.writes(other)]
         if what == "thought" and known:
             return f"add to data: keys: {{{known[0]}: {key}}}"
@@ -140,13 +142,13 @@ class ChatTemplate:
 
     @cached_property
     def notes(self) -> list[str]:
-        """What a person should know of the template."""
+        """Remarks for the user on the template."""
         return self.shape.notes(None if not self._marked(None) else self._marked_text)
 
     # ---- turns
 
     def _turn(self, messages: list[Message], at: int, tools: Tools) -> _Turn | None:
-        """The turn of message number `at`; None if the template refuses to end with it."""
+        """The turn of message `at`; None if the template refuses a conversation that ends with it."""
         text = self._attempt(messages[:at + 1], tools)
         prompt = self._attempt(messages[:at], tools, prompt=True) if at else None
         if text is None:
@@ -163,9 +165,10 @@ class ChatTemplate:
         return _Turn(begin, text)
 
     def _after_header(self, text: str, prompt: str, messages: list[Message], tools: Tools) -> int:
-        """Where what follows a prompt is the assistant's: behind a header that this prompt lacks.
+        """Where the assistant's text begins after a prompt: behind the assistant header, if the prompt lacks it.
 
-        Some templates write none after an answer, where a second one in a row begins with it nevertheless.
+        After an answer, some templates write no generation prompt, although a second answer in a row does begin with
+        the header.
         """
         at = len(messages) - 1
         if messages[at - 1]["role"] != "assistant" or not self.shape.header or \
@@ -174,7 +177,7 @@ class ChatTemplate:
         return max(len(prompt), self._begin(text, messages, at, tools) or 0)
 
     def _check_prompt(self, messages: list[Message], at: int, prompt: str, text: str, tools: Tools) -> None:
-        """Refuse a template that writes what stands before an answer otherwise once the answer is there."""
+        """Raise `UserError` if the template renders what precedes an answer differently once the answer is there."""
         if len(commonprefix([prompt, text])) >= len(prompt) - len(self._header_of(messages[:at], prompt, tools)):
             return
         merged, way_out = system_to_user(messages[:at + 1]), MARKING
@@ -186,13 +189,16 @@ class ChatTemplate:
                         f"{shown(messages)}", value=self.value, way_out=way_out)
 
     def _header_of(self, messages: list[Message], prompt: str, tools: Tools) -> str:
-        """What a generation prompt adds to these messages."""
+        """The text that the generation prompt adds to these messages."""
         before = self._attempt(messages, tools) or ""
         return prompt[len(before):] if prompt.startswith(before) else self.shape.header
 
     def _parting(self, text: str, prompt: str, messages: list[Message], tools: Tools) -> int | None:
-        """Where the tokens of a text and of a prompt part, within its header: the prompt has there what stands for no
-        thoughts, or opens some, and the answer begins otherwise. None if the answer is not behind it as it is."""
+        """Where the tokens of a text and of a prompt diverge within the prompt's header.
+
+        This happens if the header holds an empty reasoning block, or opens one, and the answer begins differently.
+        Returns None if they diverge before the header, or if the answer does not follow unchanged.
+        """
         both = self.tokenizer([text, prompt], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         same = len(commonprefix(both["input_ids"]))
         begin = both["offset_mapping"][0][same][0] if same < len(both["input_ids"][0]) else len(text)
@@ -201,32 +207,32 @@ class ChatTemplate:
         return begin if all(one in text[begin:] for one in _said(messages[-1])) else None
 
     def _span(self, text: str, messages: list[Message], at: int, turn: _Turn | None, tools: Tools) -> Span | None:
-        """Where a turn stands in a text; None if it is not written there as it is where it comes last."""
+        """The span of a turn in a text; None if it is rendered differently there than as the last turn."""
         if turn is not None:
             return (turn.begin, self._closed(text, turn.text)) if text.startswith(turn.text) else None
         begin = self._begin(text, messages, at, tools)
         other = self._replaced(messages, at, tools)
         if begin is None or other is None:
             raise self._not_found(messages)
-        # What follows the answer is as it was; the end of the turn is the part of it that ends any turn.
+        # The text after the answer is the same for other answers; the turn ends with the part that closes any turn.
         end = max(begin, len(text) - len(commonprefix([text[::-1], other[0][::-1]])))
         return begin, end + len(commonprefix([text[end:], self.shape.closing or ""]))
 
     def _closed(self, text: str, turn: str) -> int:
-        """Where a turn ends in a text: behind the end that a template writes only if something follows."""
+        """Where a turn ends in a text, including an end marker that the template writes only if something follows."""
         rest = text[len(turn):].lstrip()
         if self._closes or not rest.startswith(self.tokenizer.eos_token) or turn.rstrip().endswith(self._added):
             return len(turn)
         return len(text) - len(rest) + len(self.tokenizer.eos_token)
 
     def _begin(self, text: str, messages: list[Message], at: int, tools: Tools) -> int | None:
-        """Where what the assistant says begins: up to there the text does not depend on its message."""
+        """Where the assistant's text begins: up to there, the rendered text does not depend on its message."""
         others = self._replaced(messages, at, tools)
         if others is None:
             return None
         header = commonprefix(others)
         opening, common = self.shape.header, len(commonprefix([text, header]))
-        if at == 0 and opening:  # there was no prompt, and what one would end with is written in this place
+        if at == 0 and opening:  # nothing precedes it: look for the header that a prompt would end with
             place = text.rfind(opening, 0, len(header) + len(opening))
             if 0 <= place <= common:
                 return place + len(opening)
@@ -239,7 +245,7 @@ class ChatTemplate:
         return opened if len(commonprefix([text, before])) <= opened <= common else None
 
     def _replaced(self, messages: list[Message], at: int, tools: Tools) -> list[str] | None:
-        """The conversation with two other answers in the place of one; calls stay if their results want them."""
+        """The conversation rendered with each of two sentinels as the answer; its calls stay if results need them."""
         for kept in ({"role": "assistant"}, messages[at]):
             texts = [self._attempt([*messages[:at], self.shape.fit([{**kept, "content": sentinel}])[0],
                                     *messages[at + 1:]], tools) for sentinel in SENTINELS]
@@ -248,7 +254,7 @@ class ChatTemplate:
         return None
 
     def _is_open(self, text: str, messages: list[Message]) -> bool:
-        """Whether the text ends with an answer that nothing closes: no special token of the template, and no end."""
+        """Whether the text ends with an answer that neither a special token of the template nor the EOS closes."""
         if messages[-1]["role"] != "assistant":
             return False
         written = text.rstrip()
@@ -256,12 +262,12 @@ class ChatTemplate:
 
     @cached_property
     def _added(self) -> tuple[str, ...]:
-        """Tokens that are no text; made once, since a tokenizer makes them anew each time and may have thousands."""
+        """Added tokens such as special tokens; cached, since the tokenizer builds up to thousands on every access."""
         return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip())
 
     @cached_property
     def _closes(self) -> bool:
-        """Whether the template ends a turn with such a token, as far as is known."""
+        """Whether the template closes a turn with an added token; true if its closing is unknown."""
         return self.shape.closing is None or any(token in self.shape.closing for token in self._added)
 
     def _not_found(self, messages: list[Message]) -> UserError:
@@ -282,14 +288,14 @@ class ChatTemplate:
         return list(found["assistant_masks"])
 
     def _marked_text(self, messages: list[Message]) -> tuple[str, str]:
-        """A text, and what of it is marked."""
+        """The rendered text, and the part of it that the template marks."""
         ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True,
                                                  return_assistant_tokens_mask=True)
         loss_mask = [token for token, mark in zip(ids["input_ids"], ids["assistant_masks"], strict=True) if mark]
         return self._write(messages, None), self.tokenizer.decode(loss_mask)
 
     def _attempt(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str | None:
-        """The text of messages, None where the template refuses them."""
+        """The rendered text of messages, or None if the template refuses them."""
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
                                                       add_generation_prompt=prompt)
@@ -308,12 +314,12 @@ class ChatTemplate:
             self.shape.fit(messages), self._said_nothing(self.shape.fit(messages))))
 
     def _said_nothing(self, messages: list[Message]) -> list[Message]:
-        """Messages with "" as their content where they have none."""
+        """The messages, with "" as the content of those that have none."""
         return self.shape.fit_contents([{"content": "", **message} for message in messages])
 
 
 def _said(message: Message) -> list[str]:
-    """What a message says, as far as a template writes it unchanged: the last line, and the names of calls."""
+    """Parts of a message that a template writes unchanged: the last line of its text, and the names of its calls."""
     content = message.get("content") or ""
     texts = [content] if isinstance(content, str) else [part["text"] for part in content]
     names = [call.get("function", call).get("name") for call in message.get("tool_calls") or []]

@@ -1,4 +1,4 @@
-"""The text of an experiment, ready: tokenizer, training rows and held-out rows."""
+"""Prepare the data of an experiment: tokenizer, training rows and held-out rows."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Run, Training
 from trainer.files import fingerprint
 
-VERSION = 3  # of what is cached; raised when encoding changes
-LOOKED_AT = 100  # records in which calls are looked for
+VERSION = 3  # of the cache; raised when the encoding changes
+LOOKED_AT = 100  # records to search for tool calls
 CHAT = ("messages", "tools", "keys", "roles")
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything the run needs of its data.
+    """The prepared data of a run.
 
     Attributes:
-        tokenizer: the tokenizer of teacher and student.
+        tokenizer: the tokenizer of the student, and of the teacher unless it has its own.
         train: training rows.
-        identity: short hash of the training text and how it was tokenized.
+        identity: short hash of the training data and its tokenization.
         held_out: (rows, sequence) tensors `input_ids`, `position_ids`, `targets`, and (rows,) `bytes`.
-        notes: what a person should know: how full the rows are, what was cut off.
+        notes: remarks for the user, such as how full the rows are and how much was cut off.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -48,9 +48,9 @@ class PreparedData:
 
 
 def prepare_text(experiment: Experiment) -> PreparedData:
-    """Open, tokenize and pack the data of an experiment; what takes long is cached in `run.cache`.
+    """Open, tokenize and pack the data of an experiment; slow results are cached in `run.cache`.
 
-    Call on one process first, then on the others: they find everything in the cache.
+    Call on one process first, then on the others, which find everything in the cache.
     """
     data, cache = experiment.data, cache_folder(experiment.run)
     corpus = sources.open_corpus(data, cache)
@@ -71,7 +71,7 @@ def prepare_text(experiment: Experiment) -> PreparedData:
                     encoder.notes + of_records)
     train = _rows(corpus.train, encoder, cache, "data", shape)
     validation = _rows(corpus.validation, held, cache, "data.validation", shape)
-    # Packing sorts rows by the length of their documents, so a fair sample is drawn, the same for every seed.
+    # Packing sorts rows by document length, so the held-out rows are a random sample, the same for every seed.
     order = Order(len(validation), seed=0)
     held_out = [validation[order[index]] for index in range(min(len(validation), data.validation.rows))]
     notes = _notes(train, data.sequence_length, plain, experiment.training) + encoder.notes + of_records
@@ -79,10 +79,10 @@ def prepare_text(experiment: Experiment) -> PreparedData:
 
 
 def cache_folder(run: Run) -> Path:
-    """The folder that `run.cache` names, made if need be.
+    """The folder `run.cache`, created if it does not exist.
 
     Raises:
-        UserError: it cannot be.
+        UserError: the folder cannot be created.
     """
     cache = Path(run.cache)
     try:
@@ -94,7 +94,7 @@ def cache_folder(run: Run) -> Path:
 
 
 def tokenizer_for(experiment: Experiment, corpus: sources.Corpus) -> PreTrainedTokenizerBase:
-    """The tokenizer of an experiment: loaded, or trained on its training text and cached."""
+    """The tokenizer of an experiment: loaded, or trained on the training data and cached."""
     data, cache = experiment.data, Path(experiment.run.cache)
     origin = tokenizers.tokenizer_origin(data.tokenizer, experiment.with_weights)
     if origin is None:
@@ -114,7 +114,7 @@ def tokenizer_for(experiment: Experiment, corpus: sources.Corpus) -> PreTrainedT
 
 
 def encoder_for(tokenizer: PreTrainedTokenizerBase, data: Data, documents: sources.Documents) -> Encoder:
-    """What encodes some documents: those that were read as JSON have nulls that somebody wrote."""
+    """Build the encoder for some documents; in those read as JSON, a null was written by the author of the data."""
     return Encoder(tokenizer, data, isinstance((documents.features or {}).get(data.messages), datasets.Json))
 
 
@@ -129,7 +129,7 @@ def _rows(documents: Any, encoder: Encoder, cache: Path, key: str, shape: dict[s
 
 
 def _content(documents: Any) -> str:
-    """What identifies a data set's content: `datasets` fingerprints files by path, size and time of change."""
+    """Identity of a data set's content: `datasets` fingerprints files by path, size and modification time."""
     return str(getattr(documents, "_fingerprint", documents.info.dataset_name))
 
 

@@ -1,4 +1,4 @@
-"""From a record to tokens, which of them are learned, and how many bytes of text each stands for."""
+"""Encode records as tokens, with a loss mask and the number of bytes of text for each token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.data.messages import read_conversation, shown
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 
-LONGEST = 64 * 2**20  # bytes of a document in its file, characters of its text
+LONGEST = 64 * 2**20  # largest document: bytes in its file, or characters of its text
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Document:
     """One encoded record.
 
     Attributes:
-        tokens: (n,) int32 ids, end-of-sequence last.
-        learned: (n,) whether the token is a target: false for a prompt.
-        bytes: (n,) int32 UTF-8 bytes of text that end with the token; sums over tokens are exact.
+        tokens: (n,) int32 token ids, with the end-of-sequence token last.
+        loss_mask: (n,) bool, whether the token is a target; false for a prompt.
+        bytes: (n,) int32 UTF-8 bytes of text attributed to the token; sums over tokens are exact.
     """
 
     tokens: np.ndarray
@@ -38,16 +38,18 @@ class Document:
 
 
 class Encoder:
-    """Turns records into documents: plain text, chat messages, or a prompt and its response.
+    """Encodes records as documents: plain text, chat messages, or a prompt and its response.
 
-    All is decided on characters: a record becomes one text with the spans that are learned (or several, where its
-    chat template writes earlier turns otherwise), a text is tokenized once, and a token is learned if it begins inside
-    such a span. So no prefix is tokenized apart from what follows it, and the end-of-sequence token is a target by its
-    place, even where it is also the padding token. A conversation has the tokens that `apply_chat_template` gives it,
-    and an end-of-sequence token only where nothing closes its last answer.
+    The loss mask is decided on characters. A record becomes one text with spans that the loss covers (or several texts,
+    if its chat template renders earlier turns differently); each text is tokenized once, and a token is a target if it
+    begins inside a span. So no prefix is tokenized separately from what follows it, and the end-of-sequence token is a
+    target by its position, even if it is also the padding token. A conversation gets the tokens that
+    `apply_chat_template` gives it, plus an end-of-sequence token only if nothing closes its last answer.
 
     Args:
-        as_written: whether a null in a record was written by somebody, and not made up by a table's columns.
+        tokenizer: a fast tokenizer.
+        data: names the fields to read.
+        as_written: whether a null in a record was written by its author, rather than filled in for a table's column.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data, as_written: bool = False):
@@ -75,10 +77,10 @@ class Encoder:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of how records are written."""
+        """Remarks for the user on how records are rendered."""
         return self.chat.notes if self.chat else []
 
-    # ---- texts and their learned spans
+    # ---- texts and the spans that the loss covers
 
     def _samples(self, record: dict[str, Any]) -> list[Sample]:
         data = self.data
@@ -93,7 +95,7 @@ class Encoder:
             head = f"{prompt}\n"
             return [Sample(head + response, [(len(head), len(head) + len(response))],
                            is_open=not response.endswith(self.tokenizer.eos_token))]
-        text = self._field(record, "text", str)  # all of it is learned, unless it is white space alone
+        text = self._field(record, "text", str)  # the loss covers all of it, unless it is only white space
         return [Sample(text, [(0, len(text) + 1)] if text.strip() else [], is_open=True)]
 
     def _field(self, record: dict[str, Any], key: str, kind: type) -> Any:
@@ -102,18 +104,19 @@ class Encoder:
     # ---- tokens of a text
 
     def _document(self, sample: Sample, ids: list[int], offsets: np.ndarray) -> Document:
-        # Differences of where tokens end, not lengths: tokens that share one character then share its bytes exactly.
-        # Some tokenizers trim white space from offsets, so what is over at the end is the last token's.
+        # Byte counts are differences of end offsets, not lengths, so that tokens which share one character split its
+        # bytes exactly. Some tokenizers trim white space from offsets; the last token gets what is left at the end.
         text = sample.text
         ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else np.zeros(0, np.int64)
         ends[-1:] = len(text)
         sizes = np.diff(_byte_positions(text)[ends], prepend=0)
-        # A token of white space alone is then empty; it begins where the one before it ended.
+        # A token of only white space then has an empty span; it begins where the previous token ends.
         begins = np.where(offsets[:, 1] > offsets[:, 0], offsets[:, 0], np.concatenate([[0], ends])[:-1])
         loss_mask = np.zeros(len(ids), bool) if sample.marks is None else np.asarray(sample.marks, bool)
         for begin, end in sample.spans:
             loss_mask |= (begins >= begin) & (begins < end)
-        # What `apply_chat_template` gives is what a server gives; other texts begin as the tokenizer begins a text.
+        # A chat gets exactly the tokens of `apply_chat_template`, as at inference; other texts get the tokenizer's
+        # beginning-of-sequence token.
         start = self.start if self.chat is None and ids[:1] != self.start else []
         end = [self.end] if sample.is_open else []
         return Document(
@@ -126,14 +129,15 @@ class Encoder:
 
 
 def field_of(record: dict[str, Any], key: str, name: str, kind: type, place: str = "") -> Any:
-    """The value of a record's field.
+    """The value of a record's field, checked to be of type `kind`.
 
     Args:
-        key: of `data`, under which the field is named.
-        place: of the record, for the message.
+        key: key of `data` that names the field.
+        name: name of the field.
+        place: where the record is, for the error message.
 
     Raises:
-        UserError: there is none, or of another type.
+        UserError: the field is missing or has another type.
     """
     value = record.get(name)
     if not isinstance(value, kind):
@@ -144,7 +148,7 @@ def field_of(record: dict[str, Any], key: str, name: str, kind: type, place: str
 
 
 def _byte_positions(text: str) -> np.ndarray:
-    """(len(text) + 1,) UTF-8 bytes before each character."""
+    """(len(text) + 1,) number of UTF-8 bytes before each character, and in all."""
     if text.isascii():
         return np.arange(len(text) + 1)
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

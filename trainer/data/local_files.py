@@ -1,4 +1,4 @@
-"""Text and JSON that lie here: read by the line, strictly, and never more than `LONGEST` bytes of a document."""
+"""Dataset builder for local text and JSON files: strict, line by line, at most `LONGEST` bytes per document."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from trainer.data.encoding import LONGEST, field_of
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 
-LISTS = ("messages", "tools")  # keys whose fields hold lists, or JSON that says one
-TABLE = 16 * 2**20  # bytes of text that are written at a time, or one longer document
+LISTS = ("messages", "tools")  # keys whose fields hold lists, or JSON text of a list
+TABLE = 16 * 2**20  # characters per Arrow table, unless a single document is longer
 
 
 def read_keys(data: Data) -> tuple[str, ...]:
-    """The keys of `data` that name the fields which are read."""
+    """The keys of `data` that name the fields to read."""
     if data.messages:
         return ("messages", "tools") if data.tools else ("messages",)
     return ("prompt", "response") if data.prompt and data.response else ("text",)
@@ -31,13 +31,13 @@ def read_keys(data: Data) -> tuple[str, ...]:
 
 @dataclass
 class _Files(datasets.BuilderConfig):
-    """What a cache of local files is known by.
+    """Builder configuration, which identifies a cache of local files.
 
     Attributes:
         splits: files by split.
-        versions: size and time of change of each.
+        versions: size and modification time of each file.
         kind: `text` or `json`.
-        read: fields of a record by the keys that name them.
+        read: key of `data` -> record field that it names.
     """
 
     splits: dict[str, list[str]] | None = None
@@ -47,10 +47,10 @@ class _Files(datasets.BuilderConfig):
 
 
 class LocalFiles(datasets.ArrowBasedBuilder):
-    """Text files as documents, and JSON records, of which the fields that are named are kept.
+    """Builder for text files, one document each, and for JSON records, reduced to the fields that are read.
 
     Attributes:
-        asked: (key, path) of the experiment that led here, for messages.
+        asked: (key, path) in the experiment, for error messages.
     """
 
     BUILDER_CONFIG_CLASS = _Files
@@ -80,7 +80,7 @@ class LocalFiles(datasets.ArrowBasedBuilder):
                     yield Key(number, part), pyarrow.Table.from_pylist(rows, schema)
                     rows, part, size = [], part + 1, 0
                 rows.append(record)
-                size += own + 64  # of an empty record
+                size += own + 64  # overhead of a record
             if rows:
                 yield Key(number, part), pyarrow.Table.from_pylist(rows, schema)
         name = self.config.read.get("tools")
@@ -100,7 +100,7 @@ class LocalFiles(datasets.ArrowBasedBuilder):
             first = False
 
     def _values(self, file: str) -> Iterator[tuple[str, Any]]:
-        """What each line of a file is, or each part of a JSON array, with its place."""
+        """(place, value) of each line of a JSONL file, or of each item of a JSON array."""
         with open(file, "rb") as handle:
             for number in count(1):
                 line = handle.readline(LONGEST + 1)
@@ -116,13 +116,13 @@ class LocalFiles(datasets.ArrowBasedBuilder):
                     yield f"{file}:{number}", self._parsed(line, file, number)
 
     def _read(self, value: Any, place: str, first: bool) -> dict[str, str]:
-        """The fields of a record that are kept, as text."""
+        """Reduce a record to the fields that are read, as strings; lists become JSON text."""
         if not isinstance(value, dict):
             raise self._wrong(f"{place} is not a JSON object, but {type(value).__name__}", "write a {...} on each line")
         record, read = {}, self.config.read
         self._fields.update(dict.fromkeys(one for one in value if first or one == read.get("tools")))
         for key, name in read.items():
-            if first and name not in value and key != "tools":  # which another record may have
+            if first and name not in value and key != "tools":  # tools may appear only in later records
                 raise UserError(f"data.{key}", f"the records have no such field, {place} for one", value=name,
                                 way_out=f"their fields are {', '.join(str(one)[:40] for one in list(value)[:20])}")
             kind, field = list if key in LISTS else str, value.get(name)
@@ -140,7 +140,7 @@ class LocalFiles(datasets.ArrowBasedBuilder):
 
     @staticmethod
     def _list(field: Any) -> Any:
-        """A list, as which a text may be read; what there is none of is an empty one."""
+        """Convert a field to a list: parse JSON text, wrap a single object, and turn an empty value into []."""
         if isinstance(field, str) and field.strip():
             try:
                 field = json.loads(field)
@@ -180,11 +180,11 @@ class LocalFiles(datasets.ArrowBasedBuilder):
 
 def local_builder(splits: dict[str, list[str]], kind: str, data: Data, path: str, key: str, cache: str
                   ) -> LocalFiles:
-    """What reads files that lie here, by split; none has been read yet.
+    """The builder for local files, given by split; no file is read yet.
 
     Args:
         kind: `text` or `json`.
-        path: of the experiment, which `key` of it names.
+        path: path of the data as in the experiment, under `key`.
     """
     stats = [os.stat(file) for files in splits.values() for file in files]
     builder = LocalFiles(cache_dir=cache, dataset_name="local", splits=splits, kind=kind,

@@ -1,5 +1,8 @@
-"""The conversation of a record, as chat templates expect it: roles and keys by their usual names, no value that only a
-table's columns made up, contents as text or as parts of text, tools as JSON schemas."""
+"""Normalize the conversation of a record to what chat templates expect.
+
+Roles and keys get their standard names, nulls that only a table's columns introduced are dropped, contents are text or
+lists of text parts, and tools are JSON schemas.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,26 @@ from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 
 Message = dict[str, Any]
-Conversation = tuple[list[Message], list[dict[str, Any]] | None]  # messages, and the tools that they may call
+Conversation = tuple[list[Message], list[dict[str, Any]] | None]  # messages, and the tools they may call
 
-# What other formats call them. Offered where a record cannot be read; never applied unasked.
+# Names used by other formats. Suggested in errors for records that cannot be read; never applied automatically.
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
          "model": "assistant", "ai": "assistant", "function_call": "assistant", "observation": "tool"}
 KEYS = {"role": ("role", "from", "speaker", "author"), "content": ("content", "value", "text", "message")}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-CALLS = ("tool_calls", *THOUGHTS, "function_call")  # say something by themselves
+CALLS = ("tool_calls", *THOUGHTS, "function_call")  # keys that make a message valid without content
 
 
 def read_conversation(record: dict[str, Any], data: Data, as_written: bool = False) -> Conversation:
-    """Messages and tools of a record.
+    """Read the messages and tools of a record.
 
     Args:
-        record: has the fields that `data` names.
-        as_written: a null in it was written by somebody. A table's columns have one wherever a record lacks what
-            another has, so that there it is taken for nothing.
+        record: a record with the fields that `data` names.
+        as_written: whether its nulls were written by the author of the data. In a table, a record has a null wherever
+            it lacks a key that another record has, so that nulls are dropped there.
 
     Raises:
-        UserError: it is no conversation; the way out names the mapping that makes it one, if there is any.
+        UserError: the record is not a conversation; suggests the mapping that makes it one, if there is any.
     """
     tidy: Callable[[Any], Any] = (lambda value: value) if as_written else without_nulls
     found = tidy(_from_json(record.get(data.messages)))
@@ -42,14 +45,14 @@ def read_conversation(record: dict[str, Any], data: Data, as_written: bool = Fal
 
 
 def without_nulls(value: Any) -> Any:
-    """The same without keys whose value is null, at every depth."""
+    """A copy without the keys whose value is null, at every depth."""
     if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def texts_of(record: dict[str, Any], data: Data) -> list[str]:
-    """All that is said in a record's messages, as far as it can be read: what a tokenizer is trained on."""
+    """All text in a record's messages, as far as it can be read, to train a tokenizer on."""
     found = _from_json(record.get(data.messages))
     contents = [one.get(data.keys.get("content", "content")) for one in found if isinstance(one, dict)
                 ] if isinstance(found, list) else []
@@ -58,7 +61,7 @@ def texts_of(record: dict[str, Any], data: Data) -> list[str]:
 
 
 def notes_on_calls(records: Iterable[dict[str, Any]], data: Data) -> list[str]:
-    """Says so where messages call tools that the template is not given."""
+    """A note for the user if messages call tools but `data.tools` names no field, so that prompts list no tools."""
     if not data.messages or data.tools:
         return []
     found = (_from_json(record.get(data.messages)) for record in records)
@@ -69,7 +72,7 @@ def notes_on_calls(records: Iterable[dict[str, Any]], data: Data) -> list[str]:
 
 
 def thoughts_of(message: Message) -> str:
-    """What an answer was thought of, whether in a field of its own or in its content."""
+    """The reasoning text of an answer, from its own field or from a `<think>` block in the content; "" if none."""
     own = next((message[name] for name in THOUGHTS if isinstance(message.get(name), str)), None)
     content = message.get("content")
     if own is None and isinstance(content, str) and "</think>" in content:
@@ -78,7 +81,7 @@ def thoughts_of(message: Message) -> str:
 
 
 def shown(record: Any) -> str:
-    """The beginning of a record, to find it by: its number would be one after shuffling."""
+    """The beginning of a record, for error messages; after shuffling, a record number would not help to find it."""
     return json.dumps(record, default=str, ensure_ascii=False)[:200]
 
 
@@ -87,7 +90,7 @@ def _message(given: Any, every: list[Any], data: Data) -> Message:
         raise UserError("data.messages", f"a record holds a message that is {_kind(given)}: {shown(every)}",
                         value=data.messages, way_out="mend or remove the record: a message is {role, content}")
     theirs = {name: key for key, name in data.keys.items()}
-    # A field that is read under another name is not there under its own, nor is one that it takes the place of.
+    # A mapped field is not kept under its own name, nor is a field whose name it takes over.
     message = {theirs.get(name, name): value for name, value in given.items()
                if value is not None and (name in theirs or name not in data.keys)}
     role = message.get("role")
@@ -103,7 +106,7 @@ def _message(given: Any, every: list[Any], data: Data) -> Message:
 
 
 def _unread(given: Message, every: list[Any], data: Data) -> UserError:
-    """A message without role or content, with the mapping that gives it both where its keys are known ones."""
+    """The error for a message without role or content; suggests a mapping if its keys are known ones."""
     found = {ours: next((name for name in names if isinstance(given.get(name), str)), None)
              for ours, names in KEYS.items()}
     other = {ours: name for ours, name in found.items() if name not in (None, ours)}
@@ -123,7 +126,7 @@ def _unread(given: Message, every: list[Any], data: Data) -> UserError:
 
 
 def _roles(every: list[Any], data: Data) -> str:
-    """What maps the roles of a conversation, to be pasted."""
+    """A `roles: {...}` mapping for the roles of a conversation, for the user to paste; "" if none is needed."""
     seen = dict.fromkeys(one.get(data.keys.get("role", "role"), one.get("role")) for one in every
                          if isinstance(one, dict))
     mapped = {**data.roles, **{role: ROLES[role] for role in seen if role in ROLES}}
@@ -131,7 +134,7 @@ def _roles(every: list[Any], data: Data) -> str:
 
 
 def _content(content: Any, every: list[Any], data: Data) -> str | list[dict[str, str]]:
-    """Text, or parts that are text."""
+    """Check that the content of a message is text, or a list of text parts, and return it."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -158,7 +161,7 @@ def _tools(found: Any, record: dict[str, Any], data: Data) -> list[dict[str, Any
 
 
 def _from_json(value: Any) -> Any:
-    """What a text says that is JSON, else the value itself."""
+    """Parse a value that is JSON text; any other value is returned as it is."""
     if not isinstance(value, str):
         return value
     try:

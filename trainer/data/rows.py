@@ -1,4 +1,4 @@
-"""Rows of a data set: tokenized once into flat files that every process and worker maps, or made while streaming."""
+"""Rows of a data set: tokenized once into flat, memory-mapped files, or built while streaming."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from trainer.data.encoding import Document, Encoder
 from trainer.data.packing import build_row, cuts, pack
 from trainer.errors import UserError
 
-BATCH, CHARACTERS = 256, 4 * 2**20  # records tokenized at a time, or a few long ones
+BATCH, CHARACTERS = 256, 4 * 2**20  # limits of one tokenizer call: number of records, and characters in them
 FILES = {"tokens": np.int32, "loss_mask": np.bool_, "bytes": np.int32}
-ON_DISK = {"loss_mask": "learnt"}  # as caches of the first version call it, which are read still
+ON_DISK = {"loss_mask": "learnt"}  # file name from the first version, kept so that its caches stay readable
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """The file of one of `FILES` in a folder of tokenized data."""
+    """Path of the file for `name`, one of `FILES`, in a folder of tokenized data."""
     return folder / f"{ON_DISK.get(name, name)}.bin"
 
 
 def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encoder) -> None:
-    """Tokenize documents into `folder`: flat files of tokens, learned marks and bytes, and where documents end.
+    """Tokenize documents into `folder`: flat files of tokens, loss mask and bytes, and the offsets of document ends.
 
-    Written beside and renamed, so that an interrupted run leaves nothing that looks finished.
+    The files are written to a temporary folder that is then renamed, so that an interrupted run leaves nothing that
+    looks complete.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -56,7 +57,7 @@ def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encode
 
 
 def keep_one(partial: Path, folder: Path) -> None:
-    """Rename a finished folder into its place; if another run was faster with the same content, keep that one."""
+    """Move a complete folder to its final path, or discard it if another run has put the same content there first."""
     try:
         os.rename(partial, folder)
     except OSError:
@@ -79,10 +80,18 @@ def _encoded(documents: Iterable[dict[str, Any]], encoder: Encoder) -> Iterator[
 
 
 class PackedRows(Dataset):
-    """Rows of a tokenized data set, by index.
+    """Map-style dataset of packed rows over the memory-mapped files of a tokenized data set.
+
+    Args:
+        folder: folder written by `encode_to`.
+        capacity: tokens per row.
+        packing: whether to pack several documents into a row.
+        plain: whether the documents are plain text, without a prompt or messages.
+        padding: id of the padding token.
+        key: key of the experiment that errors refer to.
 
     Raises:
-        UserError: its files are not what was written, or no document has a token to learn.
+        UserError: the files are damaged, or no document has a target.
     """
 
     def __init__(self, folder: Path, capacity: int, packing: bool, plain: bool, padding: int, key: str):
@@ -95,16 +104,16 @@ class PackedRows(Dataset):
 
     @property
     def tokens(self) -> int:
-        """Tokens in all rows, padding left out."""
+        """Number of tokens in all rows, without padding."""
         return sum(len(piece) for row in self.rows for piece in row)
 
     @property
     def cut(self) -> int:
-        """Tokens of the data set in no row: ends of long records, and documents that teach nothing."""
+        """Number of tokens in no row: ends of long records, and documents without a target."""
         return (int(self.ends[-1]) if len(self.ends) else 0) - self.tokens
 
     def _pieces(self, plain: bool) -> Iterator[range]:
-        """Pieces as ranges of the flat files."""
+        """Pieces of documents, as index ranges into the flat files."""
         begin = 0
         for end in self.ends.tolist():
             for cut in cuts(self.flat["loss_mask"][begin:end], self.capacity, plain):
@@ -119,7 +128,7 @@ class PackedRows(Dataset):
                             way_out="remove this folder; it will be made again") from error
 
     def _map(self) -> None:
-        """Map the files, whose sizes are what the manifest says."""
+        """Memory-map the files, after checking that their sizes match the manifest."""
         manifest = self.folder / "manifest.json"
         if manifest.stat().st_size > 1000:
             raise ValueError("its manifest is of another kind")
@@ -140,23 +149,23 @@ class PackedRows(Dataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open()  # a worker maps the files itself
+        self._open()  # each data-loader worker maps the files itself
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """A row; number -1 is one of padding, with nothing to learn."""
+        """The row at `index`; -1 gives a row of padding without targets."""
         parts = [Document(**{name: flat[piece.start:piece.stop] for name, flat in self.flat.items()})
                  for piece in (self.rows[index] if index >= 0 else ())]
         return {**build_row(parts, self.capacity, self.padding), "row": torch.tensor(index)}
 
 
 class StreamedRows(IterableDataset):
-    """Rows made while training, for ever: epoch after epoch, each shuffled by (seed, epoch) within a buffer.
+    """Endless dataset of rows built during training; each epoch is shuffled within a buffer, by seed and epoch.
 
-    Every process reads the whole stream and keeps its share of micro-batches, so that row n is the same whatever
-    the number of processes and workers.
+    Every process reads the whole stream and keeps only its own micro-batches, so that row n is the same for any number
+    of processes.
     """
 
     def __init__(self, documents: datasets.IterableDataset, encoder: Encoder, capacity: int, packing: bool,
@@ -166,13 +175,13 @@ class StreamedRows(IterableDataset):
         self.micro_batch, self.replica, self.replicas, self.skip = 1, 0, 1, 0
 
     def share(self, micro_batch: int, replica: int, replicas: int, skip: int) -> StreamedRows:
-        """The same stream, yielding one process's micro-batches after the first `skip` rows."""
+        """A copy of the stream that yields one replica's micro-batches, after the first `skip` rows."""
         shared = copy.copy(self)
         shared.micro_batch, shared.replica, shared.replicas, shared.skip = micro_batch, replica, replicas, skip
         return shared
 
     def rows(self) -> Iterator[dict[str, torch.Tensor]]:
-        """All rows of the stream in order; one epoch without shuffling."""
+        """All rows of the stream in order: endless with shuffling, a single epoch without."""
         documents = self.documents
         if self.shuffle:
             documents = documents.shuffle(seed=self.shuffle[0], buffer_size=self.shuffle[1])

@@ -1,4 +1,4 @@
-"""A few records as they will be learned: what is learned of each, and where a row ends before it does."""
+"""`limbeck show-data`: print a few records with their loss mask, and where the end of a row cuts them off."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trainer.data.messages import notes_on_calls, read_conversation, thoughts_of
 from trainer.data.packing import cuts
 from trainer.experiment.experiment import Experiment
 
-SHOWN, COUNTED = 3, 200  # records that are shown, and whose shares are counted
+SHOWN, COUNTED = 3, 200  # records to print, and records to compute statistics over
 
 
 def show_data(experiment: Experiment, console: Console) -> None:
-    """Print records of an experiment's training data; what is learned is colored, or in [[brackets]] where no color is.
+    """Print records of the training data, with targets colored, or in [[brackets]] if the output has no color.
 
     Raises:
-        UserError: as a run would, for its data and tokenizer; only the first records are read.
+        UserError: as in a run, for mistakes in the data and tokenizer; only the first records are read.
     """
     data, plain = experiment.data, not (experiment.data.messages or experiment.data.prompt)
     corpus = sources.open_corpus(data, cache_folder(experiment.run))
@@ -50,11 +50,11 @@ def show_data(experiment: Experiment, console: Console) -> None:
 
 
 def summary(documents: list[Document], records: int, capacity: int, plain: bool) -> list[str]:
-    """What is learned and what is left out of some documents, in words."""
+    """Describe which share of some documents the loss covers, and what is left out."""
     pieces = [[document[cut] for cut in cuts(document.loss_mask, capacity, plain)] for document in documents]
     tokens = sum(map(len, documents))
     kept = [piece for found in pieces for piece in found]
-    learned = sum(int(piece.loss_mask[1:].sum()) for piece in kept)  # nothing comes before a row's first token
+    learned = sum(int(piece.loss_mask[1:].sum()) for piece in kept)  # a piece's first token has no context
     longer = sum(len(document) > capacity for document in documents)
     lines = [f"of the first {records:,} records, {tokens:,} tokens: {learned / max(1, tokens):.0%} are learned"]
     if longer:
@@ -67,7 +67,7 @@ def summary(documents: list[Document], records: int, capacity: int, plain: bool)
 
 def left_out_thoughts(tokenizer: PreTrainedTokenizerBase, encoder: Encoder,
                       records: Iterable[tuple[dict[str, Any], list[Document]]]) -> list[str]:
-    """How many answers have thoughts of which nothing is learned, since the chat template leaves them out."""
+    """A note on how many answers have reasoning text that the chat template leaves out, so that it is not learned."""
     if not encoder.data.messages:
         return []
     every = missing = 0
@@ -85,14 +85,14 @@ def left_out_thoughts(tokenizer: PreTrainedTokenizerBase, encoder: Encoder,
 
 def shown_document(tokenizer: PreTrainedTokenizerBase, document: Document, capacity: int, plain: bool, color: bool
                    ) -> Line:
-    """A document's text, what is learned of it and where rows end marked."""
+    """The text of a document, with its targets and the ends of rows marked."""
     line, kept = Line(), list(cuts(document.loss_mask, capacity, plain))
     for begin, end, loss_mask in _runs(document, capacity):
         if begin and begin % capacity == 0:
             line.append(f"\n--- a row ends here{'' if plain else '; what follows is left out'} ---\n", style="red")
         used = loss_mask and any(piece.start < end and begin < piece.stop for piece in kept)
         text = tokenizer.decode(document.tokens[begin:end].tolist(), clean_up_tokenization_spaces=False)
-        text = text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")  # what is in data gives a terminal no orders
+        text = text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")  # data must not send escape sequences to the terminal
         if color:
             line.append(text, style="green" if used else "dim")
         else:
@@ -101,9 +101,9 @@ def shown_document(tokenizer: PreTrainedTokenizerBase, document: Document, capac
 
 
 def _runs(document: Document, capacity: int) -> Iterator[tuple[int, int, bool]]:
-    """(begin, end, learned) of stretches of tokens that are all learned or all not, within a row."""
+    """(begin, end, whether targets) of maximal runs of tokens with the same loss mask within a row."""
     loss_mask, begin = document.loss_mask.copy(), 0
-    loss_mask[::capacity] = False  # a row's first token has nothing before it to be predicted from
+    loss_mask[::capacity] = False  # a row's first token has no context to be predicted from
     for at in range(1, len(loss_mask) + 1):
         if at == len(loss_mask) or loss_mask[at] != loss_mask[begin] or at % capacity == 0:
             yield begin, at, bool(loss_mask[begin])

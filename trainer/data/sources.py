@@ -1,7 +1,7 @@
-"""Where documents come from: a hub id, a folder, a file or glob, or this interpreter's own library.
+"""Open the documents of an experiment: a hub id, a folder, a file or glob, or Python's own standard library.
 
-Text and JSON that lie here are read by `LocalFiles`, Parquet and data of the hub by `datasets`, as far as they are
-records alone: nothing is executed, unpickled or unpacked.
+Local text and JSON files are read by `LocalFiles`; Parquet and hub data are read by `datasets`, restricted to formats
+that hold plain records: nothing is executed, unpickled or unpacked.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 
 PYTHON_LIBRARY = "python-library"
-UNPACKED = 200  # times its size that a Parquet file may take unpacked: ten times what text does
-RECORDS = ("arrow", "cache", "csv", "json", "parquet", "text")  # what `datasets` may read, by its own names
+UNPACKED = 200  # largest decompression ratio of a Parquet file: ten times that of text
+RECORDS = ("arrow", "cache", "csv", "json", "parquet", "text")  # builders of `datasets` that may be used
 BUILDERS = {".txt": "text", ".md": "text", ".rst": "text", ".py": "text", ".jsonl": "json", ".json": "json",
             ".parquet": "parquet"}
 Documents = datasets.Dataset | datasets.IterableDataset
@@ -33,7 +33,7 @@ Documents = datasets.Dataset | datasets.IterableDataset
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out documents. A document is a record with the fields that the experiment names."""
+    """Training and held-out documents; a document is a record with the fields that the experiment names."""
 
     train: Documents
     validation: Documents
@@ -43,7 +43,7 @@ def open_corpus(data: Data, cache: Path) -> Corpus:
     """Open the documents of an experiment.
 
     Raises:
-        UserError: nothing at the path, an empty data set, a field that no record has, or too little to hold out.
+        UserError: nothing at the path, an empty data set, a field that no record has, or too little data to hold out.
     """
     train = _open(data, data.path, data.split, "data.path", cache)
     _check_fields(train, data)
@@ -57,7 +57,7 @@ def open_corpus(data: Data, cache: Path) -> Corpus:
         return Corpus(train, validation)
     if data.max_documents:
         train = train.take(data.max_documents)
-    if data.streaming:  # a stream has no length to take a share of: its first documents are held out
+    if data.streaming:  # a stream has no length to take a fraction of, so its first documents are held out
         rest = train.skip(held_out.rows)
         if next(iter(rest), None) is None:
             raise UserError("data.validation.rows", "the stream has no more documents than are held out (a text file "
@@ -67,13 +67,13 @@ def open_corpus(data: Data, cache: Path) -> Corpus:
     if len(train) == 1:
         train = _cut_in_two(train, data, held_out.fraction)
         return Corpus(train.select([0]), train.select([1]))
-    # A fixed seed: experiments that differ only in their seed are measured on the same text.
+    # A fixed seed, so that experiments which differ only in their seed are evaluated on the same text.
     parts = train.train_test_split(test_size=max(1, round(held_out.fraction * len(train))), seed=0)
     return Corpus(parts["train"], parts["test"])
 
 
 def fields(data: Data) -> list[str]:
-    """The fields of a record that are read."""
+    """Names of the record fields that the experiment reads."""
     return [getattr(data, key) for key in read_keys(data)]
 
 
@@ -107,7 +107,7 @@ def _open(data: Data, path: str, split: str, key: str, cache: Path) -> Documents
 
 
 def check_path(path: str, key: str) -> None:
-    """Raise `UserError` for a path that can only be meant locally, and has nothing there."""
+    """Raise `UserError` for a path that is clearly local, but where there is nothing."""
     local = path.startswith((".", "/")) or glob.has_magic(path) or Path(path).suffix in BUILDERS
     if path != PYTHON_LIBRARY and local and not _local_files(path) and not os.path.isdir(path):
         what = "no file matches this pattern" if glob.has_magic(path) else "there is no such file or folder"
@@ -118,7 +118,7 @@ def check_path(path: str, key: str) -> None:
 
 
 def _local_files(path: str) -> list[str]:
-    """Files of a glob, a file, or a folder of plain text; a folder in the hub's layout is left to `datasets`."""
+    """Files of a glob, a single file, or a folder of plain text; none for other folders, which `datasets` reads."""
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
@@ -130,11 +130,11 @@ def _local_files(path: str) -> list[str]:
 
 
 def _builder(data: Data, path: str, key: str, cache: str) -> datasets.DatasetBuilder:
-    """What reads a path, none of whose files has been read but Parquet's descriptions of themselves."""
+    """The dataset builder for a path; of its files, only Parquet metadata has been read by now."""
     if files := _local_files(path):
         kind = _kind(files, path, key)
         if kind != "parquet":
-            return local_builder({"train": files}, kind, data, path, key, cache)  # slices of this split work
+            return local_builder({"train": files}, kind, data, path, key, cache)  # slices such as train[:10%] work
         _check_packed(files, path, key)
         return datasets.load_dataset_builder(kind, data_files=files, cache_dir=cache)
     check_path(path, key)
@@ -166,7 +166,7 @@ def _kind(files: list[str], path: str, key: str) -> str:
 
 
 def _check_packed(files: list[str], path: str, key: str) -> None:
-    """Raise `UserError` for archives, which would be unpacked, and for Parquet that claims what it cannot hold."""
+    """Raise `UserError` for compressed files, and for Parquet files whose claimed size is implausibly large."""
     for file in files:
         if Extractor.infer_extractor_format(file):
             raise UserError(key, f"{file} is compressed, and nothing is unpacked", value=path, way_out="unpack it")
@@ -185,9 +185,9 @@ def _check_packed(files: list[str], path: str, key: str) -> None:
 
 
 def _python_library(streaming: bool) -> Documents:
-    """This interpreter's own library, a file a document, without tests, installed packages and tables of characters.
+    """The source of Python's standard library, one file per document, without tests, site-packages and `encodings`.
 
-    In an order that is shuffled once and always the same, so that the first documents are a fair sample.
+    The order is shuffled with a fixed seed, so that the first documents are a representative sample.
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "site-packages", "dist-packages", "encodings", "__pycache__"}
@@ -212,7 +212,7 @@ def _check_fields(documents: Documents, data: Data) -> None:
 
 
 def _cut_in_two(documents: datasets.Dataset, data: Data, fraction: float) -> datasets.Dataset:
-    """A single text becomes two at a line's end near the share that is held out."""
+    """Split a single text in two, at the end of a line near the fraction to hold out."""
     text = documents[0].get(data.text)
     if fields(data) != [data.text] or not isinstance(text, str) or len(text) < 100:
         raise UserError("data.validation.fraction", "one record is too little to hold some of it out", value=fraction,

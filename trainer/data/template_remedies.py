@@ -1,4 +1,4 @@
-"""What makes a chat template take a conversation that it refuses, found by trying: the way out of a refusal."""
+"""Find, by trial, changes that make a chat template accept a conversation it refuses, to suggest in the error."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ Messages = list[Message]
 Tools = list[dict[str, Any]] | None
 Change = Callable[[Messages], Messages | None]
 PLAIN = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-TOGETHER = 3  # changes that are tried together
+TOGETHER = 3  # largest number of changes to try together
 COPY = "in a copy of the tokenizer's folder that data.tokenizer.path names"
 
 
 def remedy(messages: Messages, tools: Tools, takes: Callable[[Messages, Tools], bool], some_tool: dict[str, Any]
            ) -> str:
-    """The fewest changes with which a template takes a conversation, in words.
+    """Describe the fewest changes with which a template accepts a conversation.
 
     Args:
-        takes: whether the template writes a conversation with these tools.
-        some_tool: is given to a template that may want tools.
+        messages: the conversation that the template refuses.
+        tools: its tools.
+        takes: whether the template accepts a conversation with these tools.
+        some_tool: a tool to try, in case the template requires tools.
     """
     for count in range(1, TOGETHER + 1):
         for chosen in combinations(CHANGES, count):
@@ -43,7 +45,7 @@ def remedy(messages: Messages, tools: Tools, takes: Callable[[Messages, Tools], 
 
 
 def system_to_user(messages: Messages) -> Messages | None:
-    """The system message's text at the beginning of the first user message; None if there is not one of each."""
+    """Move the system message's text to the beginning of the first user message; None if either is missing."""
     at = next((at for at, message in enumerate(messages) if message["role"] == "user"), None)
     if messages[0]["role"] != "system" or at is None:
         return None
@@ -53,7 +55,7 @@ def system_to_user(messages: Messages) -> Messages | None:
 
 def _by_part(messages: Messages, tools: Tools, takes: Callable[[Messages, Tools], bool], some_tool: dict[str, Any]
              ) -> str:
-    """What the template refuses of the messages themselves."""
+    """Describe which kind of message the template refuses."""
     if not takes(PLAIN, tools):
         return f"it refuses a plain question and its answer as well: mend the template {COPY}, or name another one"
     spoken = [message for message in messages if message["role"] != "tool" and not message.get("tool_calls")]
@@ -65,7 +67,7 @@ def _by_part(messages: Messages, tools: Tools, takes: Callable[[Messages, Tools]
 
 
 def _user_first(messages: Messages) -> Messages | None:
-    """Without the assistant's messages before the first of the user."""
+    """Drop the assistant's messages before the first user message; None if there are none."""
     first = next((at for at, message in enumerate(messages) if message["role"] == "user"), None)
     kept = [message for at, message in enumerate(messages) if at >= (first or 0) or message["role"] != "assistant"]
     return None if first is None or len(kept) == len(messages) else kept
@@ -76,7 +78,7 @@ def _no_system(messages: Messages) -> Messages | None:
 
 
 def _joined_rows(messages: Messages) -> Messages | None:
-    """Messages of one role that stand in a row as one."""
+    """Join consecutive messages of the same role; None if there are none."""
     joined: Messages = []
     for message in messages:
         if joined and joined[-1]["role"] == message["role"] != "tool":
@@ -87,7 +89,7 @@ def _joined_rows(messages: Messages) -> Messages | None:
 
 
 def _one_call_each(messages: Messages) -> Messages | None:
-    """Every call in a message of its own, before the result that answers it by its place."""
+    """Put every call into its own message, followed by its result, matched by order; None if nothing changes."""
     changed: Messages = []
     results = [message for message in messages if message["role"] == "tool"]
     for message in messages:
@@ -103,7 +105,7 @@ def _one_call_each(messages: Messages) -> Messages | None:
 
 
 def _no_thoughts(messages: Messages) -> Messages | None:
-    """Without the thoughts of messages that call and speak as well."""
+    """Drop the reasoning of messages that have both calls and content; None if there are none."""
     kept = [{key: value for key, value in message.items() if not (message.get("tool_calls") and message.get("content")
              and key in THOUGHTS)} for message in messages]
     return kept if kept != messages else None

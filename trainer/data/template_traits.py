@@ -1,4 +1,4 @@
-"""What a chat template is like, found by having it write small conversations: what it wants, and how it ends a turn."""
+"""Probe a chat template with small conversations: which formats it accepts, and how it opens and closes a turn."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ TOOL = {"type": "function", "function": {"name": WORD, "description": WORD, "par
 
 
 class TemplateShape:
-    """Answers about a template.
+    """Properties of a template, found by rendering probe conversations.
 
     Args:
-        write: messages, tools and whether a generation prompt is wanted to text, or to None where it refuses.
+        write: renders messages, given also the tools and whether to add a generation prompt; returns None if the
+            template refuses them.
     """
 
     def __init__(self, write: Callable[..., str | None]):
@@ -27,11 +28,11 @@ class TemplateShape:
         self._fields: dict[str, bool] = {}
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """Messages with contents and arguments of the kind that the template writes."""
+        """Convert the contents and call arguments of messages to the types that the template accepts."""
         return [self._fitted(message) for message in messages]
 
     def notes(self, marked: Callable[[list[Message]], tuple[str, str]] | None) -> list[str]:
-        """What a person should know; `marked` gives a text and what the template's own marks say is learned of it."""
+        """Remarks for the user; `marked`, if given, returns a text and the part that the template itself marks."""
         if marked is not None:
             return self._notes_of_marks(marked(self._answer)[1]) if self._answered is not None else []
         if self._asked and self._answered and not self._answered.startswith(self._asked):
@@ -40,7 +41,7 @@ class TemplateShape:
         return []
 
     def _notes_of_marks(self, loss_mask: str) -> list[str]:
-        """What is unusual in what the template's own marks say is learned of an answer."""
+        """Remarks on unusual {% generation %} marks, given the part of an answer that they cover."""
         notes, end, header = [], (self.closing or "").strip(), self.header.strip()
         if end and end not in loss_mask:
             notes.append(f"the chat template's {{% generation %}} marks leave out the end of a turn, {end!r}: the "
@@ -52,7 +53,7 @@ class TemplateShape:
 
     @cached_property
     def header(self) -> str:
-        """What a generation prompt adds."""
+        """The text that a generation prompt adds; "" if the template adds none."""
         before = self._write(self.fit([USER]))
         if before is None or self._asked is None or not self._asked.startswith(before):
             return ""
@@ -60,19 +61,19 @@ class TemplateShape:
 
     @cached_property
     def closing(self) -> str | None:
-        """What is written after the content of a last answer; None where that is not known."""
+        """The text after the content of a last answer, which closes the turn; None if unknown."""
         return None if self._answered is None or ANSWER not in self._answered else self._answered.rpartition(ANSWER)[2]
 
     @cached_property
     def writes_tools(self) -> bool:
-        """Whether tools make a difference. A template that refuses these is left to the records."""
+        """Whether the template writes tools; true if it refuses the probe, so that the records decide."""
         given = self._write(self.fit([USER]), [TOOL])
         return given is None or WORD in given
 
     def writes(self, key: str) -> bool:
-        """Whether a field of the assistant's message, beside its content, makes a difference.
+        """Whether the template writes a field of the assistant's message other than its content.
 
-        A template that refuses every such message is left to the records.
+        True if it refuses every probe, so that the records decide.
         """
         if key not in self._fields:
             self._fields[key] = self._tried(key)
@@ -84,23 +85,23 @@ class TemplateShape:
 
         value: Any = {"tool_calls": [call(WORD)], "function_call": call(WORD)["function"]}.get(key, WORD)
         tool = {**TOOL, "function": {**TOOL["function"], "name": PLACE, "description": PLACE}}
-        # Some show a thought only beside a call.
+        # Some templates write reasoning only together with a call.
         answers = [{"content": ANSWER}, {"content": ""}, {"content": "", "tool_calls": [call(PLACE)]}]
-        # Others only after a first answer.
+        # Others write it only after a first answer.
         found = [self._write(self.fit([*before, USER, {"role": "assistant", **answer, key: value}]), tools)
                  for before in ([], self._answer) for answer in answers for tools in (None, [tool])]
         return all(text is None for text in found) or any(WORD in text for text in found if text is not None)
 
     @cached_property
     def always_prompts(self) -> bool:
-        """Whether what begins an answer is written at every end, wanted or not, and so after the last answer too."""
+        """Whether the template ends every conversation with a generation prompt, even if none is requested."""
         before, text, closing = self._write(self.fit([USER])), self._answered, self.closing
         if not before or before != self._asked or not closing or not text.startswith(before):
             return False
         followed = self._write(self.fit([*self._answer, USER]))
         return followed is not None and ANSWER in followed and not followed.rpartition(ANSWER)[2].startswith(closing)
 
-    # ---- what is tried
+    # ---- probes
 
     @cached_property
     def _answer(self) -> list[Message]:
@@ -116,7 +117,7 @@ class TemplateShape:
 
     @cached_property
     def _contents(self) -> str:
-        """Whether contents are written from `text` alone, from `parts` alone, or from `both`."""
+        """The content type that the template accepts: "text" (strings), "parts" (lists of text parts), or "both"."""
         text, parts = (self._write([{"role": "user", "content": content}])
                        for content in (WORD, [{"type": "text", "text": WORD}]))
         if text is not None and text == parts:
@@ -125,17 +126,17 @@ class TemplateShape:
 
     @cached_property
     def _arguments_as_text(self) -> bool:
-        """Whether a call's arguments have to be JSON: as an object they are refused, or printed as Python does."""
+        """Whether call arguments have to be JSON text, since the template refuses objects or prints their `repr`."""
         def called(arguments: Any) -> str | None:
             call = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": arguments}}
             answer = {"role": "assistant", "content": "", "tool_calls": [call]}
             return self._write([*self.fit_contents([USER]), *self.fit_contents([answer])], [TOOL])
         given = called({"place": PLACE})
-        # A template may write calls as Python (`look(place='x')`) and wants an object for it.
+        # A template that writes calls as Python (`look(place='x')`) needs an object.
         return (given is None or str({"place": PLACE}) in given) and called(json.dumps({"place": PLACE})) is not None
 
     def fit_contents(self, messages: list[Message]) -> list[Message]:
-        """Messages with contents of the kind that the template writes."""
+        """Convert the contents of messages to the type that the template accepts."""
         return [{**message, "content": self._content(message["content"])} if "content" in message else message
                 for message in messages]
 

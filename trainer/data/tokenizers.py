@@ -1,4 +1,4 @@
-"""The tokenizer: loaded, or trained on the training text and cached."""
+"""Load a tokenizer, or train one on the training data, and check it against the models."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from trainer.model_files import check_files
 Origin = tuple[str, str, str | None]  # key, path, revision
 
 END = "<|endoftext|>"
-# Any of them makes a folder one with a tokenizer.
+# A folder with any of these files has a tokenizer.
 OF_A_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
                   "spiece.model", "sentencepiece.bpe.model", "tekken.json", "special_tokens_map.json"}
-TRAINING_DOCUMENTS = 2000  # enough text for a vocabulary; the rest would only take time
+TRAINING_DOCUMENTS = 2000  # enough text for a vocabulary; more would only take time
 
 
 def tokenizer_origin(own: TokenizerSettings, loaded: Sequence[Origin]) -> Origin | None:
-    """(key, path, revision) of the tokenizer to load, or None where one is to be trained.
+    """(key, path, revision) of the tokenizer to load, or None if one is to be trained.
 
     Args:
-        own: what is said of it.
-        loaded: the same of models that come with weights.
+        own: the tokenizer node of the experiment.
+        loaded: (key, path, revision) of the models that come with weights.
+
+    Raises:
+        UserError: a tokenizer is to be trained for a model with weights, or no model brings one and none is configured.
     """
     if own.path:
         return "data.tokenizer.path", own.path, own.revision
@@ -40,34 +43,37 @@ def tokenizer_origin(own: TokenizerSettings, loaded: Sequence[Origin]) -> Origin
             raise UserError("data.tokenizer.train_vocabulary", f"{loaded[0][1]} was trained with its own tokenizer",
                             value=own.train_vocabulary, way_out="remove `train_vocabulary`")
         return None
-    if loaded:  # a folder may hold weights alone
+    if loaded:  # a folder may have only weights
         return next((one for one in loaded[:-1] if own_tokenizer(*one[1:]) is not None), loaded[-1])
     raise UserError("data.tokenizer", "no model brings a tokenizer",
                     way_out="set `data.tokenizer.train_vocabulary: 2048`, or name one in `data.tokenizer.path`")
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that embeddings need for a tokenizer: its ids may have gaps, so that they are more than its tokens."""
+    """Number of embedding rows that a tokenizer needs: ids may have gaps, so this can exceed its number of tokens."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def known_size(own: TokenizerSettings, loaded: Sequence[Origin]) -> int | None:
-    """Rows for the tokenizer that a run will have, if that is known without the data and without a network.
+    """Embedding rows for the tokenizer that a run will use; None if unknown without reading data or using the network.
 
-    One that is trained may end with fewer, where the text has no more.
+    A tokenizer that is trained may end up with fewer, if the text does not yield as many tokens.
     """
     if own.train_vocabulary:
         return own.train_vocabulary
     for path, revision in [(own.path, own.revision)] if own.path else [one[1:] for one in loaded]:
         try:
             return vocabulary_size(_loaded_tokenizer("data.tokenizer", path, revision, local_files_only=True))
-        except UserError:  # what is wrong with it is said when it is needed
+        except UserError:  # the error is reported when the tokenizer is needed
             continue
     return None
 
 
 def apart_size(teacher: Teacher | None, student: Student, divergence: str) -> int | None:
-    """Rows for a teacher's own tokenizer, where it is compared with a student of another (uld), as far as known."""
+    """Embedding rows for the teacher's own tokenizer, if `uld` compares it with a student that has another; else None.
+
+    Also None if the tokenizer is not available locally.
+    """
     if teacher is None or teacher.path is None or student.from_teacher is not None or divergence != "uld":
         return None
     try:
@@ -78,13 +84,15 @@ def apart_size(teacher: Teacher | None, student: Student, divergence: str) -> in
 
 
 def check_models(loaded: Sequence[Origin], tokenizer: PreTrainedTokenizerBase, divergence: str, layers: bool) -> None:
-    """Raise `UserError` if a model with weights knows other tokens by the same numbers, and nothing makes up for it.
+    """Raise `UserError` if a model with weights has a vocabulary that does not match the tokenizer.
 
-    Vocabularies of one size can be of different families, and training on them would go on without a word. A teacher
-    may have other numbers for the tokens of the same tokenizer, and another tokenizer where the divergence is `uld`.
+    Vocabularies of the same size can belong to different model families, and training would then silently go wrong. A
+    teacher may use other ids for the tokens of the same tokenizer, and another tokenizer if the divergence is `uld`.
 
     Args:
         loaded: (key, path, revision) of models with weights.
+        tokenizer: the tokenizer in use.
+        divergence: name of the divergence.
         layers: whether the student starts from layers of its teacher, and so with its vocabulary.
     """
     ours = {number: token for token, number in tokenizer.get_vocab().items()}
@@ -103,14 +111,14 @@ def check_models(loaded: Sequence[Origin], tokenizer: PreTrainedTokenizerBase, d
 
 
 def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that comes with a model; None for a folder of weights alone.
+    """The tokenizer that comes with a model; None for a folder that has only weights.
 
     Raises:
-        UserError: its tokenizer.json cannot be loaded.
+        UserError: the folder's tokenizer.json cannot be loaded.
     """
     folder = Path(path)
     if folder.is_dir() and not any(file.name in OF_A_TOKENIZER for file in folder.iterdir()):
-        return None  # transformers would make one up for the model's type, with a vocabulary of a few tokens
+        return None  # transformers would create a default one for the model type, with a vocabulary of a few tokens
     try:
         return _loaded_tokenizer("data.tokenizer", path, revision)
     except UserError:
@@ -133,7 +141,7 @@ def _check_teacher(path: str, name: str, tokenizer: PreTrainedTokenizerBase, oth
 
 
 def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer; one without a padding token pads with its end-of-sequence token."""
+    """Load a fast tokenizer; if it has no padding token, it pads with its end-of-sequence token."""
     tokenizer = _loaded_tokenizer(key, path, revision)
     if not tokenizer.is_fast:
         raise UserError(key, "this tokenizer has no fast version, which label masks need", value=path,
@@ -148,17 +156,17 @@ def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedToken
 
 def _loaded_tokenizer(key: str, path: str, revision: str | None, **options: bool) -> PreTrainedTokenizerBase:
     check_files(path, key)
-    try:  # without `trust_remote_code` transformers asks on the terminal whether to run what comes with a tokenizer
+    try:  # if `trust_remote_code` is not set, transformers asks on the terminal whether to run a tokenizer's code
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", use_fast=True, trust_remote_code=False,
                                              **options)
-    except Exception as error:  # files of other people lead to every kind of it in transformers and tokenizers
+    except Exception as error:  # bad files raise all kinds of exceptions in transformers and tokenizers
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(key, f"cannot load this tokenizer: {reason}", value=path,
                         way_out="name a hub id or a folder with tokenizer.json in `data.tokenizer.path`") from error
 
 
 def train_tokenizer(documents: Documents, data: Data, folder: Path) -> None:
-    """Train a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) and write it to `folder`."""
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016, on bytes as in GPT-2) and save it to `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,1 +1,1 @@
-"""Processes: launched, joined, watched and stopped; what each of them holds."""
+"""The processes of a run: launch, rendezvous, collectives, hang detection, signals, and memory per rank."""

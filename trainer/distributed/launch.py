@@ -1,4 +1,4 @@
-"""The launched processes joined, and models handed to the engine that the experiment names."""
+"""Join the launched processes, and wrap models with the sharding engine that the experiment names."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from trainer.experiment.precision import DTYPES
 from trainer.files import flatten
 from trainer.run.folder import training_identity
 
-WAIT = timedelta(hours=1)  # the others wait while the first one tokenizes
+WAIT = timedelta(hours=1)  # process-group timeout: other ranks wait while rank 0 tokenizes
 MIB = 2**20
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def start(experiment: Experiment) -> tuple[Accelerator, Topology]:
-    """Join the launched processes, and make sure that they are what was asked for.
+    """Join the launched processes, and check that they match the experiment.
 
     Raises:
-        UserError: a tracker or an engine that is not installed, an engine that does not fit the processes, or
-            processes that were launched with different experiments.
-        RunFailed: the launcher's own configuration asks for something that is the experiment's to say.
+        UserError: a tracker or an engine is not installed, the engine does not fit the number of processes, or
+            processes were launched with different experiments.
+        RunFailed: the launcher's own configuration sets something that only the experiment may set.
     """
     run, sharding, topology = experiment.run, experiment.sharding, Topology.launched()
     _check_launch(run, experiment.memory, topology)
     check_engine(sharding, experiment.optimizer, topology)
     setup = RankSetup.of(experiment, topology)
-    if setup.engine == "zero" and find_spec("deepspeed") is None:  # a plan does without
+    if setup.engine == "zero" and find_spec("deepspeed") is None:  # checked here, since planning does not need it
         raise UserError("sharding.engine", "DeepSpeed, which is the engine of ZeRO, is not installed", value="zero",
                         way_out="pip install 'limbeck[zero]', or use fsdp2, which shards as ZeRO's stage 3 does")
     _refuse_launcher(sharding)
@@ -57,12 +57,13 @@ def start(experiment: Experiment) -> tuple[Accelerator, Topology]:
     if setup.engine == "zero":
         config = zero_config(setup, experiment.precision.loss_scale, EVEN, 0)
         settings["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
-        # With ACCELERATE_USE_CPU Accelerate ends in DeepSpeed's CUDA code, and without gloo in one process each.
+        # With ACCELERATE_USE_CPU, Accelerate would run DeepSpeed's CUDA code; without gloo, each process would be on
+        # its own.
         if os.environ.pop("ACCELERATE_USE_CPU", "") or not torch.cuda.is_available():
             os.environ["DS_ACCELERATOR"] = "cpu"
             group["backend"] = "gloo"
     accelerator = Accelerator(
-        mixed_precision="no",  # precision is ours, the same on every device
+        mixed_precision="no",  # `MixedPrecision` does it, in the same way on every device
         log_with=list(run.trackers) or None, project_dir=experiment.folder,
         kwargs_handlers=[InitProcessGroupKwargs(**group), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         **settings,
@@ -70,12 +71,12 @@ def start(experiment: Experiment) -> tuple[Accelerator, Topology]:
     if setup.engine == "zero":
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # else transformers would cut up every model that it makes, teacher and plan too
+        unset_hf_deepspeed_config()  # else transformers would shard every model it builds, also teacher and plan
     _check_joined(accelerator, setup)
     if topology.ranks > 1:
         _check_same(experiment, accelerator)
     if accelerator.device.type == "cpu":
-        # `accelerate launch` sets one thread where it finds no GPU, which would leave the other cores idle.
+        # Without a GPU, `accelerate launch` sets one thread per process, which would leave the other cores idle.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", topology.ranks))
         torch.set_num_threads(run.threads or max(1, _cores() // local))
     return accelerator, Topology(topology.data_parallel, accelerator.device.type)
@@ -83,7 +84,7 @@ def start(experiment: Experiment) -> tuple[Accelerator, Topology]:
 
 def _check_launch(run: Run, memory: Memory, topology: Topology) -> None:
     for tracker in run.trackers:
-        if find_spec(tracker) is None:  # Accelerate would go on without a word
+        if find_spec(tracker) is None:  # Accelerate would silently continue without it
             raise UserError("run.trackers", f"{tracker} is not installed", value=list(run.trackers),
                             way_out=f"pip install '{tracker}', or remove it here; metrics.jsonl is always written")
     if memory.processes not in (None, topology.ranks):
@@ -92,7 +93,7 @@ def _check_launch(run: Run, memory: Memory, topology: Topology) -> None:
 
 
 def check_engine(sharding: Sharding, optimizer: Optimizer, topology: Topology) -> None:
-    """Raise `UserError` for an engine or optimizer that cannot train on such a topology."""
+    """Raise `UserError` if the engine or optimizer cannot be used with a topology."""
     engine = sharding.named(topology.ranks)
     if engine == "none" and topology.ranks > 1:
         raise UserError("sharding.engine", f"{topology.ranks} processes were launched, and with `none` each would "
@@ -109,11 +110,13 @@ def check_engine(sharding: Sharding, optimizer: Optimizer, topology: Topology) -
 
 
 def zero_config(setup: RankSetup, loss_scale: LossScale, bucket: int, gathered: int) -> dict[str, Any]:
-    """DeepSpeed's configuration.
+    """The DeepSpeed configuration.
 
     Args:
-        bucket: elements of a communication bucket.
-        gathered: elements of weights that may be gathered ahead of their use.
+        setup: how the model is sharded.
+        loss_scale: settings of the dynamic loss scale.
+        bucket: size of a communication bucket in elements.
+        gathered: number of weight elements that may be prefetched, that is, all-gathered ahead of their use.
     """
     sharding, training = setup.sharding, setup.training
     return deepspeed_config(
@@ -125,17 +128,22 @@ def zero_config(setup: RankSetup, loss_scale: LossScale, bucket: int, gathered: 
 
 def engine_for(setup: RankSetup, loss_scale: LossScale, accelerator: Accelerator, student: nn.Module,
                bucket: int | None, without_gradient: Callable[[], set[str] | None] = set) -> Engine:
-    """The student in the hands of the experiment's engine.
+    """Wrap the student with the engine of the experiment.
 
     Args:
-        bucket: of communication, as planned: bytes for DDP, elements for ZeRO.
-        without_gradient: tells names of parameters that the loss does not depend on, None where that is not known;
-            asked where an engine must know.
+        setup: how the student is sharded.
+        loss_scale: settings of the dynamic loss scale.
+        accelerator: the Accelerate object that all processes have joined.
+        student: the model to wrap.
+        bucket: planned size of a communication bucket: bytes for DDP, elements for ZeRO.
+        without_gradient: returns the names of parameters that the loss does not depend on, or None if unknown; called
+            only if the engine needs to know.
     """
     apart: set[str] = set()
     if setup.engine == "ddp" and setup.topology.ranks > 1:
-        # DDP waits for the gradient of every other one, and ends the run when a step does not bring it.
-        # Its own search would miss what is recomputed, which is nothing where it was not known either.
+        # DDP waits for the gradient of every parameter that it is not told to ignore, and fails if a step does not
+        # produce it. Its own search (`find_unused_parameters`) does not see through recomputation; it is used only
+        # if the names are unknown, and then nothing is recomputed.
         found = without_gradient()
         accelerator.ddp_handler.bucket_cap_mb = max(1, bucket // MIB)
         accelerator.ddp_handler.find_unused_parameters, apart = found is None, found or set()
@@ -169,7 +177,7 @@ def _engine(setup: RankSetup, loss_scale: LossScale, accelerator: Accelerator, s
 
 
 def place_teacher(setup: RankSetup, accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
-    """The teacher on its device, sharded where the student is: each rank holds its part, and gathers block by block."""
+    """Move the teacher to its device; if the student is sharded, shard the teacher too, all-gathered block by block."""
     if not setup.is_sharded:
         return teacher.to(accelerator.device)
     from strategies.sharding.fsdp2 import rank_mesh, shard
@@ -179,7 +187,7 @@ def place_teacher(setup: RankSetup, accelerator: Accelerator, teacher: nn.Module
 
 
 def _be_a_rank() -> None:
-    """Engines that shard need a group of ranks, of one where a single process was started."""
+    """Set up the environment of a process group of one rank if no launcher did, since sharding engines need a group."""
     if "RANK" in os.environ:
         return
     with socket.socket() as free:
@@ -190,7 +198,7 @@ def _be_a_rank() -> None:
 
 
 def _refuse_launcher(sharding: Sharding) -> None:
-    """What is sharded, and how, is said in the experiment alone."""
+    """Raise `RunFailed` if the launcher's configuration enables a sharding engine: only the experiment may do so."""
     for variable, what in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"),
                            ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if os.environ.get(variable, "false").lower() == "true":
@@ -201,7 +209,7 @@ def _refuse_launcher(sharding: Sharding) -> None:
 
 
 def _check_joined(accelerator: Accelerator, setup: RankSetup) -> None:
-    """Every known way of launching that does nothing of what was asked for, silently, ends here."""
+    """Raise `RunFailed` for every known way in which a launch silently differs from what the experiment requests."""
     launched = setup.topology.ranks
     if accelerator.num_processes != launched:
         raise RunFailed(f"the launcher started {launched} processes but they train as {accelerator.num_processes}: "
@@ -219,7 +227,7 @@ def _check_joined(accelerator: Accelerator, setup: RankSetup) -> None:
 
 
 def _check_same(experiment: Experiment, accelerator: Accelerator) -> None:
-    """All processes must have been launched with one experiment; else they would wait for each other, or diverge."""
+    """Raise `UserError` if processes were launched with different experiments: they would hang or diverge."""
     every = flatten(experiment.model_dump(mode="json"))
     known = {**training_identity(experiment), "run.folder": experiment.folder,
              **{key: value for key, value in every.items() if key.startswith(("sharding.", "memory.", "training."))}}

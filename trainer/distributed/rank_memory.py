@@ -1,4 +1,4 @@
-"""What each rank holds of an experiment's models: the experiment's own words turned into bytes by rank."""
+"""Resident memory per rank: translate an experiment's sharding and optimizer settings into bytes on each rank."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ from trainer.experiment.precision import DTYPES
 
 @dataclass(frozen=True)
 class RankSetup:
-    """What decides how a model is shared out over the ranks of a topology, and when its gradients exist.
+    """Settings that determine how a model is sharded over the ranks of a topology, and when its gradients exist.
 
     Attributes:
+        sharding: engine, stage and offload.
+        training: batch sizes and gradient clipping.
+        optimizer: the optimizer and its hyperparameters.
         compute: dtype of forward and backward.
+        topology: degrees of parallelism and device.
     """
 
     sharding: Sharding
@@ -39,33 +43,33 @@ class RankSetup:
 
     @classmethod
     def of(cls, experiment: Experiment, topology: Topology) -> RankSetup:
-        """Of an experiment."""
+        """The setup of an experiment."""
         return cls(experiment.sharding, experiment.training, experiment.optimizer, DTYPES[experiment.precision.dtype],
                    topology)
 
     @property
     def engine(self) -> str:
-        """The engine, where none is named the usual one."""
+        """Name of the engine: the one configured, or the default for this number of processes."""
         return self.sharding.named(self.topology.ranks)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a rank holds parts of weights, so that planning needs to know of the others."""
+        """Whether the engine is FSDP2 or ZeRO, so that planning has to account for the other ranks."""
         return self.engine in SHARDED
 
     @property
     def accumulates(self) -> bool:
-        """Whether a micro-batch begins with the gradients of another one."""
+        """Whether gradients are accumulated over several micro-batches per step."""
         return self.training.batch_size > self.training.micro_batch * self.topology.data_parallel
 
     @property
     def gradients_stay(self) -> bool:
-        """Whether gradients exist when a micro-batch begins: of an earlier one, or as they lie in DDP's buckets."""
+        """Whether gradient memory exists when a micro-batch begins: accumulated, or held in DDP's buckets."""
         return self.accumulates or self.engine == "ddp"
 
     @property
     def in_backward(self) -> Callable[[torch.optim.Optimizer], Any] | None:
-        """What makes an optimizer step during backward, where that is asked for."""
+        """The class that runs the optimizer step during backward, or None without `optimizer.in_backward`."""
         if not self.optimizer.in_backward:
             return None
         from strategies.optimizers.in_backward import StepInBackward
@@ -73,7 +77,7 @@ class RankSetup:
         return StepInBackward
 
     def check_blocks(self, **models: nn.Module | None) -> None:
-        """Raise `UserError` where blocks that are gathered one after another have weights in common (Zamba's do)."""
+        """Raise `UserError` if blocks of a model share weights, as Zamba's do: weights are all-gathered per block."""
         for key, model in models.items():
             if model is not None and (pair := sharing_blocks(model)) is not None:
                 raise UserError("sharding.engine", f"{pair[0]} and {pair[1]} of the {key} have weights in common, and "
@@ -81,17 +85,17 @@ class RankSetup:
                                 way_out="leave it out: each process then holds the whole model")
 
     def bucket(self, fitting: int) -> int:
-        """Elements of ZeRO's communication bucket: as many as are asked for, or else those of a `fitting` one."""
+        """Size of ZeRO's communication bucket in elements: `sharding.bucket` if set, otherwise `fitting`."""
         if self.sharding.bucket is None:
             return fitting
         return self.sharding.bucket_bytes // self.compute.itemsize // EVEN * EVEN
 
     def gathered_dtype(self, teacher: nn.Module) -> torch.dtype | None:
-        """Dtype in which a sharded teacher's weights are gathered, if another than their own."""
+        """Dtype in which a sharded teacher's weights are all-gathered, or None for their own dtype."""
         return None if self.compute in (torch.float32, next(teacher.parameters()).dtype) else self.compute
 
     def sharding_setup(self, student: nn.Module, on_gpu: bool) -> ShardingSetup:
-        """How the student is shared out; `on_gpu` if the device is another than the CPU that is offloaded to."""
+        """The sharding setup of the student; `on_gpu` is false if the device is the CPU, the offload target itself."""
         sharding, fitting = self.sharding, bucket_numel(student)
         return ShardingSetup(
             engine=self.engine, ranks=self.topology.data_parallel, stage=sharding.zero_stage, compute=self.compute,
@@ -101,7 +105,7 @@ class RankSetup:
             in_backward=self.optimizer.in_backward)
 
     def residency(self, student: nn.Module, teacher: nn.Module | None, on_gpu: bool) -> Residency:
-        """What the first rank holds; both models are tensors without data, in a mode for such, which is entered."""
+        """Resident memory of rank 0; the models hold fake tensors, and the caller has entered the fake-tensor mode."""
         setup = self.sharding_setup(student, on_gpu)
         optimizer = self.optimizer.build(student)
         groups = [list(group["params"]) for group in optimizer.param_groups]
@@ -111,9 +115,10 @@ class RankSetup:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: ShardingSetup) -> tuple[int, int]:
-    """Bytes of an optimizer's state for a rank's part, and most that come and go in its step, taken without data.
+    """(state, transient) bytes of an optimizer on one rank, from a step on fake tensors.
 
-    The optimizer's parameters are replaced by the rank's.
+    The first is its state for the rank's shard, the second the peak of temporary memory in its step. The optimizer's
+    parameters are replaced by those of the rank.
     """
     largest = max(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     for group, parts in zip(optimizer.param_groups, stand_ins(

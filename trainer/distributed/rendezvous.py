@@ -1,8 +1,8 @@
-"""How the processes that a launcher started find each other, and only each other.
+"""Rendezvous of the processes of one launch, isolated from those of earlier restarts.
 
-torchrun keeps one store for all its restarts (pytorch/pytorch issue 135712), and what the processes of
-before left in it is there still: addresses at which nobody answers. Its count of restarts does not tell them apart,
-since each machine has its own. So the first process draws a name, under which all that are alive go on.
+torchrun keeps one store for all its restarts (pytorch/pytorch issue 135712), so that entries of earlier processes stay
+in it, such as addresses at which nobody answers. Its restart count does not tell the restarts apart, since each machine
+counts for itself. So rank 0 draws a random name, and all live processes use it as a prefix in the store.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from typing import Any
 
 import torch.distributed as dist
 
-METHOD = "limbeck://"  # for `init_process_group`
+METHOD = "limbeck://"  # `init_method` of `init_process_group`
 POLL = 0.02  # seconds
 _name = ""
 
 
 def launchers_store() -> bool:
-    """Whether the processes meet in a store that their launcher keeps, and which outlives them."""
+    """Whether the processes use a store kept by their launcher, which outlives them."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def generation() -> str:
-    """What this start of all processes is called, on each of them; empty where they have a store of their own."""
+    """The name that all processes of this launch agreed on; "" if they have a store of their own."""
     return _name
 
 
 def agreed(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
-    """A name that every process of one start returns, and none of another.
+    """Agree on a name that all processes of this launch return, and that no other launch shares.
 
-    A process says hello with a token of its own, and takes the name that is published with this token; the first one
-    publishes anew until all have taken it. The dead of before have left hellos, and take nothing.
+    Each rank writes its own random token to the store, and accepts the published name only if it was published together
+    with this token. Rank 0 publishes again until all ranks have accepted. Processes of earlier restarts have left
+    tokens, but accept nothing.
 
     Raises:
-        torch.distributed.DistStoreError: one of them did not come in time.
+        torch.distributed.DistStoreError: a process did not arrive in time.
     """
     token, deadline = secrets.token_hex(8), time.monotonic() + timeout.total_seconds()
     hello, taken = "limbeck/hello/{}", "limbeck/taken/{}/{}"

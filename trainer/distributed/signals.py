@@ -1,9 +1,9 @@
-"""How a run is asked to end, and what it leaves behind of its end.
+"""Graceful stop on signals, and the note in the run folder of how a run ended.
 
-Schedulers send SIGTERM or SIGUSR1 a while before they kill, people press Ctrl-C. While a student trains, a signal is
-only remembered: the processes agree on it in a sum that they make in every step, save, and end with code 75, on which
-schedulers queue again. Before and after training a signal ends its process at once, since nothing half done there is
-ever taken for done.
+Schedulers send SIGTERM or SIGUSR1 some time before they kill a job; users press Ctrl-C. During training, a signal is
+only recorded: the processes agree on it in an all-reduce that they do at every step anyway, save a checkpoint, and exit
+with code 75, on which schedulers requeue the job. Before and after training, a signal ends its process at once, since
+incomplete work there is never mistaken for complete.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.run.folder import RunFolder
 
-AGAIN_LATER, AT_ONCE = 75, 130  # EX_TEMPFAIL of BSD's sysexits.h; what shells make of SIGINT
+AGAIN_LATER, AT_ONCE = 75, 130  # exit codes: EX_TEMPFAIL of BSD's sysexits.h, and the shell's code for SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-APART = 0.5  # seconds: what comes sooner after a Ctrl-C is the same one, passed on by a launcher
-GRACE = 3.0  # seconds that the main thread has to clear away what is half done
-LOOK = 1.0  # seconds between looks whether the launcher is still there
-ENDED = ".ended.json"  # hidden: a run that is stopped early has no other file in its folder yet
+APART = 0.5  # seconds; a SIGINT that follows sooner is the same Ctrl-C, forwarded by a launcher
+GRACE = 3.0  # seconds for the main thread to clean up incomplete work
+LOOK = 1.0  # seconds between checks that the launcher is still alive
+ENDED = ".ended.json"  # hidden, since a run that is stopped early has no other file in its folder yet
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and torchrun
 
 
 class Leaving(BaseException):
-    """Raised in the main thread where a signal ends the process at once, so that temporary files are removed."""
+    """Raised in the main thread when a signal ends the process at once, so that temporary files are removed."""
 
 
 class Signals:
-    """The signals that this process gets while it runs an experiment.
+    """Handles the signals that this process receives while it runs an experiment.
 
-    A thread hears them. Python calls handlers in the main thread alone, and not while that waits for other processes.
+    A thread receives them, since Python runs signal handlers only in the main thread, and not while that waits in a
+    collective.
 
     Args:
-        tell: says that the process ends at once; it is given the signal's name and the exit code.
+        tell: reports that the process ends at once; called with the name of the signal and the exit code.
 
     Attributes:
-        asked: what asks the run to end at the next boundary of steps, if anything does.
-        training: whether a signal waits for such a boundary.
-        over: whether the run has ended otherwise, so that signals mean nothing any more.
-        cleared: set when the main thread has left everything that it was in.
+        asked: name of the signal that asks the run to stop after the present step, or None.
+        training: whether signals are deferred to the end of a step.
+        over: whether the run has already ended in another way, so that signals are ignored.
+        cleared: set once the main thread has unwound its stack.
     """
 
     def __init__(self, tell: Callable[[str, int], None]) -> None:
@@ -60,14 +61,14 @@ class Signals:
         self._tell, self._since = tell, 0.0
 
     def leave(self, name: str, code: int) -> NoReturn:
-        """End the process."""
+        """Report the signal, and end the process; unless code is `AT_ONCE`, give the main thread time to clean up."""
         self._tell(name, code)
         if code == AGAIN_LATER:
             self.cleared.wait(GRACE)
         end(code)
 
     def hear(self, name: str) -> None:
-        """Remember a signal while there is training, end the process otherwise."""
+        """Handle a signal: record it during training, end the process otherwise, or on a second Ctrl-C."""
         if self.over:
             return
         if not self.training:
@@ -80,7 +81,7 @@ class Signals:
             self.leave(name, AT_ONCE)
 
     def listen(self, wire: socket.socket) -> None:
-        """Hear what Python's own handler writes to a wire, until it is a 0."""
+        """Body of the thread: read signal numbers that Python's C handler writes to the wakeup socket, until a 0."""
         launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
         wire.settimeout(LOOK)
         while True:
@@ -92,7 +93,7 @@ class Signals:
             for number in numbers:
                 if number in SIGNALS:
                     self.hear(signal.Signals(number).name)
-            if launcher not in (None, os.getppid()):  # `accelerate launch` of one process passes no signal on
+            if launcher not in (None, os.getppid()):  # `accelerate launch` with one process forwards no signals
                 self.hear("the end of its launcher")
 
 
@@ -101,10 +102,10 @@ _heard: Signals | None = None
 
 @contextmanager
 def handle_signals(tell: Callable[[str, int], None]) -> Iterator[None]:
-    """Hear signals within, for `asked` and `defer_signals`; outside of the main thread nothing is changed.
+    """Context manager that handles signals inside, for `asked` and `defer_signals`; a no-op outside of the main thread.
 
-    Handlers are put back afterwards. A signal that the process was started to ignore stays ignored. `tell` is for those
-    that end the process at once: see `Signals`.
+    Previous handlers are restored at the end. A signal that the process was started to ignore stays ignored. `tell`
+    reports signals that end the process at once, see `Signals`.
     """
     global _heard
     if threading.current_thread() is not threading.main_thread():
@@ -113,7 +114,7 @@ def handle_signals(tell: Callable[[str, int], None]) -> Iterator[None]:
     ours, pythons = socket.socketpair()
     pythons.setblocking(False)
     _heard = Signals(tell)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes meanwhile waits until it can be caught
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # signals stay pending until the handlers are ready
     before = {number: signal.signal(number, _in_main_thread) for number in SIGNALS
               if signal.getsignal(number) is not signal.SIG_IGN}
     wire = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
@@ -122,11 +123,11 @@ def handle_signals(tell: Callable[[str, int], None]) -> Iterator[None]:
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield
-        _heard.over = True  # here already: a signal until now is caught below, in `finally` it would not be
+        _heard.over = True  # set before `finally`, in which `Leaving` would no longer be caught
     except Leaving:
         _heard.cleared.set()
-        thread.join(GRACE)  # it ends the process
-        _heard.leave(_heard.asked or "a signal", AGAIN_LATER)  # unless it heard the signal when there was training
+        thread.join(GRACE)  # the thread normally ends the process
+        _heard.leave(_heard.asked or "a signal", AGAIN_LATER)  # reached if it only recorded the signal, as in training
     finally:
         _heard.over = True
         signal.set_wakeup_fd(wire)
@@ -140,13 +141,13 @@ def handle_signals(tell: Callable[[str, int], None]) -> Iterator[None]:
 
 
 def asked() -> str | None:
-    """What asks this process to end at the next boundary of steps, if anything does."""
+    """Name of the signal that asks this process to stop after the present step, or None."""
     return None if _heard is None else _heard.asked
 
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Within, a signal is only remembered, for whoever looks at `asked` between steps."""
+    """Context manager in which signals are only recorded, for code that checks `asked` between steps."""
     heard = _heard
     if heard is None:
         yield
@@ -155,7 +156,7 @@ def defer_signals() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        heard.over = True  # what ends the run has its own words and code; a launcher signals the others then
+        heard.over = True  # the error has its own message and exit code; launchers signal the other processes then
         raise
     heard.training = False
     if heard.asked is not None:
@@ -165,7 +166,7 @@ def defer_signals() -> Iterator[None]:
 
 @contextmanager
 def block_signals_in_children() -> Iterator[None]:
-    """Processes that are forked within get no signal of their group: whoever forked them decides when they end."""
+    """Context manager in which child processes start with signals blocked: the parent decides when they end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if _heard is not None else ())
     try:
         yield
@@ -174,7 +175,7 @@ def block_signals_in_children() -> Iterator[None]:
 
 
 def end(code: int) -> NoReturn:
-    """End the process from any thread, whatever the others wait for."""
+    """End the process from any thread, whatever its other threads wait for."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -182,16 +183,16 @@ def end(code: int) -> NoReturn:
 
 
 def _in_main_thread(number: int, frame: Any) -> None:
-    """The thread hears of the signal by itself, and goes on when this one has cleared away, or does not."""
+    """Python-level handler: unwind the main thread by `Leaving`; the signal thread receives the signal separately."""
     if _heard is not None and not _heard.training and not _heard.over and not _heard.cleared.is_set():
         raise Leaving
 
 
-_masks: list[set[signal.Signals]] = []  # of the thread that is forking
+_masks: list[set[signal.Signals]] = []  # signal masks to restore in the forking thread
 
 
 def _forking() -> None:
-    """A signal that comes to a child before it has handlers of its own has to wait for these."""
+    """Block signals during a fork: one that reaches the child has to wait until its own handlers are set."""
     if _heard is not None:
         _masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
 
@@ -202,7 +203,7 @@ def _forked() -> None:
 
 
 def _forked_off() -> None:
-    """A forked child hears nothing on its parent's wire, and ends by a signal as processes do."""
+    """In a forked child, detach from the parent's wakeup socket and restore the default signal handlers."""
     global _heard
     if _heard is not None:
         _heard = None
@@ -215,29 +216,29 @@ def _forked_off() -> None:
 os.register_at_fork(before=_forking, after_in_parent=_forked, after_in_child=_forked_off)
 
 
-# ---- what a run leaves behind of its end
+# ---- the note of how a run ended
 
 class EndNote:
-    """What a run leaves in its folder of how it ended, for whoever looks later.
+    """The note in a run folder that records how the run ended.
 
     Args:
-        experiment: whose folder it is; another experiment's is left alone.
+        experiment: the experiment that the folder belongs to; the folder of another one is not touched.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment, self.folder = experiment, Path(experiment.folder)
 
     def begin_again(self) -> None:
-        """Forget how the run ended before."""
+        """Remove the note of an earlier end."""
         if int(os.environ.get("RANK", 0)) == 0 and self._is_own():
             with suppress(OSError):
                 (self.folder / ENDED).unlink(missing_ok=True)
 
     def leave(self, said: str, code: int, **more: Any) -> bool:
-        """Write how the run ended; False where another process was first, which then tells it.
+        """Write how the run ended; returns False if another process was first, and so is the one to report it.
 
-        A folder that is not there yet is made for a stop alone, which is to be known of, and by the first process: a
-        launcher signals the others also where that one has refused the experiment, which is to leave nothing.
+        A missing folder is created only for a stop, so that the stop is known, and only by rank 0: if rank 0 rejects
+        the experiment, which must leave nothing behind, the launcher signals the other processes as well.
         """
         makes = code == AGAIN_LATER and int(os.environ.get("RANK", 0)) == 0
         if not self._is_own() or not (makes or self.folder.exists()):
@@ -248,12 +249,12 @@ class EndNote:
                 json.dump({"code": code, **more, "said": said}, handle)
         except FileExistsError:
             return False
-        except OSError:  # a full disk: it is said all the same
+        except OSError:  # for example a full disk: the end is reported all the same
             return True
         return True
 
     def wait(self, seconds: float) -> None:
-        """Wait until the first process has left its note, and no longer: launchers end it when another ends."""
+        """Wait for rank 0 to write the note, for at most `seconds`: launchers end it once another process exits."""
         deadline = time.monotonic() + seconds
         while not (self.folder / ENDED).exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -267,7 +268,7 @@ class EndNote:
 
 
 def status(path: Path) -> tuple[str, int]:
-    """The state of a run in words, and an exit code: 0 where it is finished, 75 where it was asked to stop, or 1.
+    """Describe the state of a run, with an exit code: 0 if finished, 75 if stopped by a signal, else 1.
 
     Raises:
         UserError: there is no such run.
@@ -296,7 +297,7 @@ def _how_it_ended(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON file that may be missing, or be written at this moment."""
+    """Read a JSON file; {} if it is missing, unreadable, or just being written."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

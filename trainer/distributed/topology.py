@@ -1,4 +1,4 @@
-"""How the processes of a run share its work: degrees of parallelism, ranks and devices, each by its own name."""
+"""The topology of a run: degrees of parallelism, number of ranks, and device."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ NOT_YET = ("tensor", "pipeline", "context")
 
 @dataclass(frozen=True)
 class Topology:
-    """Degrees of parallelism. Only `data_parallel` can be more than 1 today; the others have their places here.
+    """Degrees of parallelism; only `data_parallel` can be more than 1 today, the others are placeholders.
 
     Attributes:
-        data_parallel: replicas (or shards of one) that read different rows. Gradients are averaged over them, a batch
-            is shared out among them, and sharding engines cut weights, gradients and optimizer state by it.
-        device: kind of device that every rank computes on, "cpu" or "cuda", or the name of a GPU to plan for.
+        data_parallel: number of data-parallel ranks, which read different rows: replicas, or shards of one. A batch is
+            split among them and gradients are averaged over them; sharding engines divide weights, gradients and
+            optimizer state by it.
+        device: device type of every rank, "cpu" or "cuda", or the name of a GPU to plan for.
         tensor: ranks that share each matrix product.
         pipeline: ranks that hold consecutive blocks.
         context: ranks that share each sequence.
 
     Raises:
-        UserError: a degree that is not 1 where that is all there is.
+        UserError: an unsupported degree is not 1.
     """
 
     data_parallel: int = 1
@@ -42,28 +43,28 @@ class Topology:
 
     @property
     def ranks(self) -> int:
-        """Processes of the run."""
+        """Number of processes."""
         return prod((self.data_parallel, *(getattr(self, name) for name in NOT_YET)))
 
     @property
     def devices(self) -> int:
-        """Devices that the run computes on: one for each rank; ranks on CPU share the cores of their machine."""
+        """Number of devices, one per rank; ranks on CPU share the cores of their machine."""
         return self.ranks
 
     @property
     def on_gpu(self) -> bool:
-        """Whether ranks compute on a GPU, or are planned for one."""
+        """Whether ranks run on a GPU, or are planned for one."""
         return self.device != "cpu"
 
     def data_rank(self, rank: int) -> int:
-        """Which of the data-parallel replicas a rank belongs to: ranks of one replica are neighbors."""
+        """Data-parallel rank of a global rank; ranks of one replica are consecutive."""
         return rank // (self.ranks // self.data_parallel)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data for `plan.json`."""
+        """Plain data for `plan.json`."""
         return {**asdict(self), "ranks": self.ranks, "devices": self.devices}
 
     @classmethod
     def launched(cls, device: str = "cpu") -> Topology:
-        """Of the processes that a launcher started, as its environment variables tell before they have joined."""
+        """The topology given by the launcher's environment variables, before the processes have joined."""
         return cls(data_parallel=int(os.environ.get("WORLD_SIZE", 1)), device=device)

@@ -1,9 +1,9 @@
-"""Where each process is, told to the others, so that one that does not come is missed by name and in time.
+"""Watchdog for hung or dead processes: reports which rank is missing from which collective, and ends the others.
 
-A collective waits for all processes. Of one that is gone gloo learns from its broken connection, NCCL not at all, and
-of one that is stuck neither does. So each process says where it is before it waits for others; a thread writes that
-down every second where all can read it (the store by which torch's processes found each other), and ends the process
-when it has been at one place for too long. Nothing else ends one that waits in a collective.
+A collective waits for all processes. If one has died, gloo notices the broken connection, but NCCL notices nothing; if
+one is stuck, neither does. So each process announces its place before it waits for others. A thread publishes the place
+as a heartbeat every second in the store through which torch's processes found each other, and ends the process once it
+has been at one place for too long; nothing else ends a process that waits in a collective.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ import torch.distributed as dist
 from trainer.distributed import rendezvous, signals
 from trainer.errors import Lost, RunFailed
 
-EVERY = 1.0  # seconds between words of a process
-SILENT = 4.0  # seconds without a word after which a process is taken for dead
-STOPPING = 20.0  # the same, where this process was asked to stop: a launcher does so when one of them has died
-QUIET = 10.0  # seconds at one place after which the others are read; in between nobody needs them
-OTHERS_WAIT = 5.0  # seconds by which the others let one speak first
-TALE = 4  # processes told of by number
-REACH = timedelta(seconds=15)  # the store has to answer in
+EVERY = 1.0  # seconds between heartbeats
+SILENT = 4.0  # seconds without a heartbeat after which a process counts as dead
+STOPPING = 20.0  # the same if this process was asked to stop, as a launcher does after another process has died
+QUIET = 10.0  # seconds at one place after which the heartbeats of others are read; before that nobody needs them
+OTHERS_WAIT = 5.0  # seconds that other ranks wait, so that one reports first
+TALE = 4  # number of processes that are described in full
+REACH = timedelta(seconds=15)  # timeout of the store
 WAY_OUT = "  -> its checkpoints are good: start the same command again to go on from the newest"
 
 
 @dataclass(frozen=True)
 class Place:
-    """The last word of a process.
+    """The latest heartbeat of a process.
 
     Attributes:
-        beat: counts on while the process lives.
-        count: places it has come to; the same on all processes for the same one.
-        seconds: since it came to this one, by its own clock.
+        beat: counter that increases while the process is alive.
+        count: number of places reached so far; a given place has the same number on all processes.
+        seconds: time since it reached this place, by its own clock.
         words: name of the place.
-        ended: why it left, if it did.
+        ended: the error that ended it, or "".
     """
 
     beat: int
@@ -53,12 +53,12 @@ class Place:
 
 
 def diagnosis(own: Place, others: dict[int, Place | None], silent: dict[int, float]) -> str:
-    """Which processes are missing from the place of this one.
+    """Describe which processes are missing from the place where this one waits.
 
     Args:
-        own: where this process is.
-        others: last word of every other process by its number; None of one that never gave any.
-        silent: seconds since their last words came.
+        own: place of this process.
+        others: rank -> latest heartbeat of each other process, None if there was none.
+        silent: rank -> seconds since its latest heartbeat arrived.
     """
     missing = missed(own, others, silent)
     lines = [f"process {rank} did not come to {own.words}: {_told(others[rank], silent[rank])}"
@@ -75,7 +75,7 @@ def diagnosis(own: Place, others: dict[int, Place | None], silent: dict[int, flo
 
 
 def missed(own: Place, others: dict[int, Place | None], silent: dict[int, float]) -> list[int]:
-    """Numbers of the processes that are behind this one, or dead."""
+    """Ranks of the processes that are behind this one, or dead."""
     return [rank for rank, place in sorted(others.items())
             if place is None or place.count < own.count or place.ended or silent[rank] >= SILENT]
 
@@ -91,15 +91,15 @@ def _told(place: Place | None, silent: float) -> str:
 
 
 class Watch:
-    """Tells the other processes where this one is, and ends it when it waits for too long.
+    """Publishes the place of this process to the others, and ends the process if it waits for too long.
 
     Args:
-        rank: number of this process.
-        ranks: number of processes; one alone is not watched.
-        timeout: seconds at one place after which the process ends.
+        rank: rank of this process.
+        ranks: number of processes; a single one is not watched.
+        timeout: seconds at one place after which the process is ended.
     """
 
-    made = 0  # the same on all processes, which make theirs in the same order
+    made = 0  # instances so far; consistent over processes, which create theirs in the same order
 
     def __init__(self, rank: int, ranks: int, timeout: float) -> None:
         Watch.made += 1
@@ -108,20 +108,20 @@ class Watch:
         self._here = (0, "the start", time.monotonic())
         self._beat, self._store = 0, None
         self._others: dict[int, Place | None] = {}
-        self._news: dict[int, float] = {}  # when each was first seen at its beat
+        self._news: dict[int, float] = {}  # rank -> time at which its latest heartbeat was first seen
         self._done, self._reading = threading.Event(), False
 
     def at(self, words: str) -> None:
-        """Say where this process is going to be: before it waits for others, or for anything that may not come."""
+        """Announce the place this process is about to reach; call before anything that may wait forever."""
         self._here = (self._here[0] + 1, words, time.monotonic())
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Watch over what is done within.
+        """Context manager that runs the watchdog, and explains errors raised inside.
 
         Raises:
             Lost: another process was missing from a collective.
-            RunFailed: a process that reads data for this one has died.
+            RunFailed: a data worker of this process has died, or DDP found weights that took no part in a step.
         """
         if self.ranks > 1:
             self._store, self._reading = _own_store(), False
@@ -158,7 +158,7 @@ class Watch:
         if self.ranks == 1 or not lost(error):
             return None
         self._reading = True
-        time.sleep(SILENT + 2 * EVERY)  # now it shows who is silent
+        time.sleep(SILENT + 2 * EVERY)  # until dead processes have been silent for long enough
         first = str(error).partition("\n")[0].partition(" This is typically")[0]
         return Lost(f"{self._diagnosis()}\n  (process {self.rank} was told: {first})\n{WAY_OUT}")
 
@@ -184,11 +184,11 @@ class Watch:
         try:
             if self._store is not None:
                 self._store.set(self._key.format(self.rank), json.dumps(asdict(self._place(ended))))
-        except RuntimeError:  # whoever keeps the store is gone; this process goes on by its own clock
+        except RuntimeError:  # the host of the store is gone; only this process's own timeout is left
             self._store = None
 
     def _read(self) -> None:
-        """Take in the last words of the others."""
+        """Read the latest heartbeats of the other processes."""
         for rank in range(self.ranks):
             if rank == self.rank:
                 continue
@@ -216,7 +216,7 @@ class Watch:
         return diagnosis(self._place(), dict(self._others), {rank: self._silence(rank) for rank in self._others})
 
     def _end(self) -> None:
-        """Say who is missing, and end the process from here: its main thread waits in a collective."""
+        """Report who is missing, and end the process from this thread, since its main thread waits in a collective."""
         said = self._diagnosis()
         missing = missed(self._place(), self._others, {rank: self._silence(rank) for rank in self._others})
         if self.rank != min(set(range(self.ranks)) - set(missing), default=0):
@@ -229,19 +229,19 @@ class Watch:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error is a collective's: another process is gone, or did not come in time."""
+    """Whether an error comes from a collective whose peer is gone, or did not arrive in time."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 def _of_a_worker(error: BaseException) -> bool:
-    """Whether an error is that a data worker died: torch saw its end, or it was to hand a batch over at that moment."""
+    """Whether an error means that a data worker died: torch noticed it, or it died while handing over a batch."""
     frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     return (isinstance(error, RuntimeError) and "DataLoader worker" in str(error)) or (
         isinstance(error, OSError | EOFError) and any(name.startswith("multiprocessing.") for name in frames))
 
 
 def _own_store() -> dist.Store | None:
-    """A connection of its own to the store of this run's processes: the other one is busy while torch waits in it."""
+    """A separate connection to the store of the process group, since torch's own blocks while torch waits in it."""
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store

@@ -1,1 +1,1 @@
-"""What a person asks for: one YAML file and dotted overrides, read into a frozen, typed tree."""
+"""Experiment configuration: one YAML file plus dotted overrides, read into a frozen, typed tree of nodes."""

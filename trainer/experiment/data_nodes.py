@@ -1,4 +1,4 @@
-"""The nodes of the experiment tree that say what is trained on."""
+"""Experiment nodes for the training data: tokenizer, held-out set, fields and sequences."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from trainer.experiment.node import Node, PathName, Positive
 
 
 class Tokenizer(Node):
-    """How text becomes tokens. By default the teacher's own tokenizer, or else the student's."""
+    """The tokenizer; by default the teacher's own, or else the student's."""
 
     path: PathName | None = None
     """Hub id or local folder of a tokenizer."""
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
     train_vocabulary: Annotated[int, Field(ge=257)] | None = None
-    """Train a byte-level BPE of this many tokens on the training text, once, and cache it."""
+    """Train a byte-level BPE tokenizer with this many tokens on the training text, once, and cache it."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Tokenizer:
@@ -29,59 +29,59 @@ class Tokenizer(Node):
 
 
 class Validation(Node):
-    """Held-out documents, never trained on, that bits per byte is measured on."""
+    """The held-out set: documents that are never trained on, used to measure bits per byte."""
 
     path: PathName | None = None
-    """Where they are; null takes them from the training data."""
+    """Hub id, local folder, file or glob of held-out documents; null takes them from the training data."""
     split: str | None = None
-    """Split of a hub data set to hold out, instead of a share of the training split."""
+    """Split of a hub data set to hold out, instead of a fraction of the training split."""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Share of training documents held out, when neither `path` nor `split` is given."""
+    """Fraction of the training documents to hold out, when neither `path` nor `split` is given."""
     rows: Positive = 64
-    """At most this many sequences are evaluated each time."""
+    """Maximum number of sequences per evaluation."""
 
 
 class Data(Node):
-    """The text that is trained on: where it is, which fields hold it, and how it becomes sequences."""
+    """The training data: where it is, which fields to read, and how it becomes token sequences."""
 
     path: PathName = "python-library"
-    """Hub id, local folder, file or glob (text, JSONL, Parquet), or `python-library`: this interpreter's own source."""
+    """Hub id, local folder, file or glob (text, JSONL, Parquet), or `python-library`, Python's own standard library."""
     name: str | None = None
-    """Configuration of a hub data set that has several."""
+    """Configuration name, for a hub data set that has several."""
     split: str = "train"
-    """Split of a hub data set that is trained on."""
+    """Split of a hub data set to train on."""
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
     text: str = "text"
     """Field that holds plain text, 64 MiB at most, when neither `messages` nor `prompt` is given."""
     messages: str | None = None
-    """Field that holds chat messages, a list of {role, content}; only the assistant's are learned."""
+    """Field that holds chat messages, a list of {role, content}; the loss covers only the assistant's messages."""
     tools: str | None = None
     """Field that holds the tools of a conversation, a list of JSON schemas; a record may have none."""
     keys: dict[str, str] = {}
-    """What the data calls the keys of a message, for example {role: from, content: value}."""
+    """Names of the message keys in the data, where they differ: for example {role: from, content: value}."""
     roles: dict[str, str] = {}
-    """What roles in the data mean, for example {human: user, gpt: assistant}."""
+    """Mapping from role names in the data to standard ones, for example {human: user, gpt: assistant}."""
     prompt: str | None = None
-    """Field that holds an instruction; it is read but not learned."""
+    """Field that holds an instruction; it is given as context, and masked out of the loss."""
     response: str | None = None
-    """Field that holds the answer to `prompt`; only it is learned."""
+    """Field that holds the answer to `prompt`; the loss covers only the answer."""
     validation: Validation = Validation()
-    """Held-out documents."""
+    """The held-out set."""
     max_documents: Positive | None = None
-    """Use only this many documents."""
+    """Use at most this many documents."""
     sequence_length: Annotated[int, Field(gt=1)] = 512
     """Tokens per sequence."""
     packing: bool = True
-    """Put several documents into a sequence, blind to each other; false gives each its own padded sequence."""
+    """Pack several documents into a sequence, masked from each other; false: each gets its own padded sequence."""
     streaming: bool = False
-    """Read, tokenize and pack while training, for data that does not fit in memory or on disk."""
+    """Read, tokenize and pack during training, for data that does not fit in memory or on disk."""
     shuffle_buffer: Positive = 1000
-    """Documents held for shuffling when streaming; otherwise the whole data set is shuffled."""
+    """Documents in the shuffle buffer when streaming; otherwise the whole data set is shuffled."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that prepare batches (a stream is read by the training process); they do not change the order."""
+    """Data-loader processes; they do not change the order. A stream is read by the training process itself."""
     tokenizer: Tokenizer = Tokenizer()
-    """How text becomes tokens."""
+    """The tokenizer."""
 
     @model_validator(mode="after")
     def _fields(self) -> Data:

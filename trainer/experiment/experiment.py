@@ -1,4 +1,4 @@
-"""The root of the experiment tree, and the experiments that follow from one: its teacher's and its control's."""
+"""The root of the experiment tree, and the experiments derived from one: its teacher's training and its control."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from trainer.experiment.quantization_nodes import Quantization
 
 @dataclass(frozen=True)
 class StudentForm:
-    """What decides the modules of a student, beside its configuration.
+    """What determines the modules of a student, in addition to its model configuration.
 
     Attributes:
-        quantization: of its layers; None for full precision.
-        dtype: of its file, what is not quantized and scales.
-        trust: whether code that its model brings, or its teacher's, may run.
+        quantization: quantization of its layers; None for full precision.
+        dtype: dtype of scales and unquantized weights in its exported file.
+        trust: whether Python code that ships with its model, or with its teacher's, may run.
     """
 
     quantization: Quantization | None
@@ -43,38 +43,38 @@ class StudentForm:
 
 
 class Experiment(Node):
-    """One experiment: what is asked for. Everything that follows from it is in the plan."""
+    """One experiment as the user requests it; what is derived from it is in the `Plan`."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "experiment"
     """Name of the experiment and of its run folder."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Decides weights, dropout and the order of samples."""
+    """Random seed of weight initialization, dropout and data order."""
     teacher: Teacher | None = None
-    """The large model that is learned from; null fine-tunes the student alone."""
+    """The large model that the student learns from; null fine-tunes the student alone."""
     student: Student
-    """The small model that is trained and handed back."""
+    """The small model that is trained and exported."""
     data: Data = Data()
-    """The text that is trained on."""
+    """The training data."""
     objective: Objective = Objective()
-    """What the student minimizes."""
+    """The loss that the student minimizes."""
     optimizer: Optimizer = Optimizer()
-    """How weights follow gradients."""
+    """The optimizer and its hyperparameters."""
     schedule: Schedule = Schedule()
-    """How the learning rate moves."""
+    """The learning-rate schedule."""
     training: Training
     """How long and in which batches."""
     precision: Precision = Precision()
-    """Number format of forward and backward."""
+    """Compute dtype of forward and backward."""
     sharding: Sharding = Sharding()
-    """How the student is shared out over processes."""
+    """How the student is sharded over processes."""
     memory: Memory = Memory()
-    """How many bytes a step may take."""
+    """The memory budget of a training step."""
     export: Export = Export()
-    """The student's file."""
+    """The exported student."""
     report: Report = Report()
     """What the report compares."""
     run: Run = Run()
-    """Where the run lives and what it tells."""
+    """Where the run is kept and how it logs."""
 
     @model_validator(mode="after")
     def _whole(self) -> Experiment:
@@ -100,7 +100,7 @@ class Experiment(Node):
         return self
 
     def _on_policy(self) -> None:
-        """What learning from the student's own text needs."""
+        """Check what on-policy distillation requires: a live teacher with a divergence, and unsharded weights."""
         way_out = "or remove objective.on_policy"
         if self.teacher is None or self.objective.divergence.weight == 0:
             raise UserError("objective.on_policy", "nobody judges what the student writes",
@@ -113,7 +113,7 @@ class Experiment(Node):
                             way_out=f"use ddp, {way_out}")
 
     def _looks_inside(self) -> None:
-        """What losses on hidden states and values need."""
+        """Check what losses on intermediate activations require: a live teacher, and visible attention."""
         name = next(name for name in INSIDE if getattr(self.objective, name) is not None)
         if self.teacher is None:
             raise UserError(f"objective.{name}", "there is no teacher to learn from",
@@ -127,7 +127,7 @@ class Experiment(Node):
                                 way_out="remove it, or memory.budget")
 
     def _cached(self) -> None:
-        """What a cache cannot serve."""
+        """Reject settings for which a cache of teacher targets does not suffice."""
         assert self.teacher is not None, "nothing else is cached"
         source, name = self.teacher.targets.source, self.objective.divergence.name
         if self.data.streaming:
@@ -141,7 +141,7 @@ class Experiment(Node):
                             way_out="use teacher.targets.source live")
 
     def _steps_in_backward(self) -> None:
-        """Weights that are updated one by one: no other micro-batch's gradient, nor the norm of all, is waited for."""
+        """Reject settings that need all gradients at once, which `optimizer.in_backward` never has."""
         training, way_out = self.training, "or leave optimizer.in_backward out"
         if training.clip is not None:
             raise UserError("training.clip", "the norm of all gradients is not known when the first weight is updated "
@@ -157,13 +157,13 @@ class Experiment(Node):
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether training asks the teacher anything."""
+        """Whether any loss term needs the teacher's outputs."""
         objective = self.objective
         return self.teacher is not None and (objective.build(True).needs_teacher or objective.has_intermediate)
 
     @property
     def form(self) -> StudentForm:
-        """What decides the modules of the student, beside its configuration."""
+        """What determines the student's modules, in addition to its model configuration."""
         teacher, student = self.teacher, self.student
         trust = student.trust_remote_code or (student.from_teacher is not None and teacher is not None
                                               and teacher.trust_remote_code)
@@ -171,13 +171,13 @@ class Experiment(Node):
 
     @property
     def with_weights(self) -> list[tuple[str, str, str | None]]:
-        """(key, path, revision) of the models that come with weights, and so with a vocabulary of their own."""
+        """(key, path, revision) of the models loaded with weights, each of which has its own vocabulary."""
         return [(f"{key}.path", model.path, model.revision)
                 for key, model in (("student", self.student), ("teacher", self.teacher))
                 if model is not None and model.path]
 
     def as_teacher(self, folder: str) -> Experiment:
-        """The experiment that makes this one's teacher: same data, no teacher, full precision, all for itself."""
+        """The experiment that trains this one's teacher: same data, full precision, and no teacher of its own."""
         assert self.teacher is not None and self.teacher.train is not None
         return self.model_copy(update={
             "name": f"{self.name}-teacher",
@@ -192,9 +192,10 @@ class Experiment(Node):
         })
 
     def as_control(self, folder: str) -> Experiment:
-        """The same student on the same tokens without its teacher: cross-entropy alone, and balanced routers.
+        """The control experiment: the same student on the same tokens, without distillation.
 
-        The teacher stays in the tree where the student starts from its layers; it is then not asked anything.
+        Its loss is cross-entropy alone, plus the routers' balancing loss. The teacher stays in the tree, because the
+        student may start from its layers, but no loss term uses it.
         """
         return self.model_copy(update={
             "name": f"{self.name}-control",

@@ -1,4 +1,4 @@
-"""What is shown of an experiment: the help text, the JSON Schema for editors, the resolved YAML."""
+"""Views of an experiment: the help text of all keys, the JSON Schema for editors, the resolved YAML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.experiment.load import Source, all_keys, node_of
 
 
 def help_text() -> str:
-    """Every key with its one-line meaning and its default."""
+    """Help text for `train.py --help`: every key with its one-line meaning and its default."""
     lines = ["Keys of the file, with their defaults:", ""]
     for key, info in all_keys(Experiment).items():
         depth, name = key.count("."), key.rsplit(".", 1)[-1]
@@ -30,7 +30,7 @@ def _default(info: Any) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of an experiment file, for completion and checking in editors."""
+    """JSON Schema (draft 2020-12) of experiment files, for completion and validation in editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema()}
 
 
@@ -40,7 +40,7 @@ def resolved_yaml(experiment: Experiment) -> str:
 
 
 def resolved_table(source: Source) -> list[tuple[str, str, str]]:
-    """Rows (key, value, where it was written) of every value, defaults included."""
+    """Rows (key, value, origin) for every value, defaults included; the origin is where the value was set."""
     rows = []
     for key, info in all_keys(Experiment).items():
         value: Any = source.experiment
@@ -49,7 +49,7 @@ def resolved_table(source: Source) -> list[tuple[str, str, str]]:
         if node_of(info.annotation) and value is not None:
             continue
         if value is None and any(_get(source.experiment, above) is None for above in _above(key)):
-            continue  # the whole node is absent; its own row says so
+            continue  # the whole node is absent, and has a row of its own
         shown = value.model_dump() if hasattr(value, "model_dump") else value
         rows.append((key, json.dumps(shown), source.origins.get(tuple(key.split(".")), "default")))
     return rows

@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to an `Experiment`, remembering where every value was written."""
+"""Read an `Experiment` from a YAML file and dotted overrides, and keep track of where each value was set."""
 
 from __future__ import annotations
 
@@ -21,26 +21,32 @@ from trainer.experiment.plain_yaml import Duplicate, Key, composed, constructed,
 
 @dataclass(frozen=True)
 class Source:
-    """An experiment with the place each of its values was written."""
+    """An experiment, and the place where each of its values was set.
+
+    Attributes:
+        experiment: the validated experiment.
+        file: path of the YAML file.
+        origins: key as a tuple of names -> `file:line`, or the override that set it.
+    """
 
     experiment: Experiment
     file: str
     origins: dict[Key, str] = field(default_factory=dict)
 
     def origin(self, key: str) -> str:
-        """`file:line`, `override` or `default` for a dotted key; a key nobody wrote answers for its nearest parent."""
+        """`file:line`, `override` or `default` for a dotted key; an unset key has the origin of its nearest parent."""
         return nearest_origin(self.origins, tuple(key.split(".")) if key else (), "default")
 
 
 def read_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Source:
-    """Read an experiment.
+    """Read and validate an experiment.
 
     Args:
         file: path of the YAML file.
-        overrides: `dotted.key=value` strings; values are read as YAML.
+        overrides: `dotted.key=value` strings; each value is parsed as YAML.
 
     Raises:
-        ExperimentErrors: every mistake found, each naming key, `file:line` or override, value and way out.
+        ExperimentErrors: all mistakes found, each with its key, `file:line` or override, value and suggested fix.
     """
     values, origins = read_values(Path(file))
     for override in overrides:
@@ -53,7 +59,7 @@ def read_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Source:
 
 
 def describe(error: UserError, origins: dict[Key, str], fallback: str) -> str:
-    """One message for one mistake: place, key, value, what is wrong, what to do."""
+    """Format the message for one error: its place, key and value, what is wrong, and how to fix it."""
     key = tuple(error.key.split(".")) if error.key else ()
     place = nearest_origin(origins, key, fallback)
     head = f"{place}: {error.key}" if error.key else place
@@ -63,7 +69,7 @@ def describe(error: UserError, origins: dict[Key, str], fallback: str) -> str:
 
 
 def nearest_origin(origins: dict[Key, str], key: Key, fallback: str) -> str:
-    """The place a key was written, or that of the nearest node around it."""
+    """Where a key was set, or else the nearest node that encloses it, or else `fallback`."""
     for length in range(len(key), 0, -1):
         if key[:length] in origins:
             return origins[key[:length]]
@@ -76,7 +82,7 @@ def _show(value: Any) -> str:
 
 
 def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> None:
-    """Write one `dotted.key=value` into the values read from the file."""
+    """Apply one `dotted.key=value` override to the values read from the file, in place."""
     name, equals, text = override.partition("=")
     place = f"override `{override if len(override) <= 200 else override[:197] + '...'}`"
     if not equals or not name:
@@ -95,7 +101,7 @@ def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> No
                                           way_out="quote it for the shell and for YAML")], {}, place) from problem
     node = values
     for depth, part in enumerate(key[:-1], 1):
-        if not isinstance(node.get(part), dict):  # a null or missing node becomes one that can be filled
+        if not isinstance(node.get(part), dict):  # a null or missing node becomes an empty one
             node[part] = {}
             origins[key[:depth]] = place
         node = node[part]
@@ -111,10 +117,10 @@ def _inner_keys(value: Any) -> list[Key]:
     return [(name, *inner) for name in value for inner in [(), *_inner_keys(value[name])]]
 
 
-# ---- pydantic's errors in a person's words
+# ---- pydantic's errors, reworded for users
 
 def _distinct(error: ValidationError) -> list[dict[str, Any]]:
-    """Errors without the variants of one union, which pydantic lists one by one (`int | None`)."""
+    """The first error per location: pydantic reports one for each variant of a union such as `int | None`."""
     seen: dict[Key, dict[str, Any]] = {}
     for entry in error.errors():
         seen.setdefault(tuple(str(part) for part in entry["loc"]), dict(entry))
@@ -154,7 +160,7 @@ def _explain(entry: dict[str, Any]) -> UserError:
 
 
 def _nearest_key(key: str) -> str:
-    """Name the valid key that a person probably meant, here or elsewhere in the tree."""
+    """Suggest the valid key that the user probably meant, at this level or elsewhere in the tree."""
     parts = key.split(".")
     siblings = _node(".".join(parts[:-1]))
     names = list(siblings.model_fields) if siblings else []
@@ -170,7 +176,7 @@ def _nearest_key(key: str) -> str:
 
 
 def all_keys(node: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Every dotted key below a node with its pydantic field, nodes before what they hold."""
+    """Map each dotted key below a node to its pydantic field, with nodes before their children."""
     keys: dict[str, Any] = {}
     for name, info in node.model_fields.items():
         keys[prefix + name] = info
@@ -181,7 +187,7 @@ def all_keys(node: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 
 def node_of(annotation: Any) -> type[Node] | None:
-    """The `Node` class in an annotation such as `Teacher | None`, if there is one."""
+    """The `Node` class in an annotation such as `Teacher | None`, or None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, Node):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType):
@@ -198,6 +204,6 @@ def _node(key: str) -> type[Node] | None:
 
 def _help(key: str) -> str:
     info = all_keys(Experiment).get(key)
-    if info is None:  # an item of a list: explain the list
+    if info is None:  # an item of a list: use the help text of the list
         info = all_keys(Experiment).get(key.rpartition(".")[0])
     return (info.description or "") if info else ""

@@ -1,5 +1,7 @@
-"""The learning rate as a function of the optimizer step, and of nothing else: it cannot run at another pace on
-several processes, and resuming it needs no state."""
+"""The learning-rate schedule, a pure function of the optimizer step.
+
+It therefore does not depend on the number of processes, and resuming it needs no state.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ class LearningRate:
     Attributes:
         peak: learning rate after warm-up.
         steps: optimizer steps of the run.
-        shape: course after warm-up.
-        warmup: share of the run when below 1, number of steps otherwise.
-        decay: share of the run over which `wsd` falls.
-        final: learning rate that is come to after the last step, as a share of the peak: no step is taken at zero.
+        shape: shape after warm-up.
+        warmup: fraction of the run when below 1, number of steps otherwise.
+        decay: fraction of the run over which `wsd` decays.
+        final: learning rate reached after the last step, as a fraction of the peak: no step is taken at zero.
     """
 
     peak: float
@@ -29,7 +31,7 @@ class LearningRate:
 
     @property
     def warmup_steps(self) -> int:
-        """Warm-up in optimizer steps."""
+        """Length of the warm-up in optimizer steps."""
         return round(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
 
     def __call__(self, step: int) -> float:
@@ -40,7 +42,7 @@ class LearningRate:
         return self.peak * (self.final + (1 - self.final) * self._height(progress, step))
 
     def _height(self, progress: float, step: int) -> float:
-        """Height above `final`, from 1 after warm-up to 0 at the end."""
+        """Normalized height above `final`: 1 right after warm-up, 0 at the end."""
         if self.shape == "cosine":
             return 0.5 * (1 + math.cos(math.pi * progress))
         if self.shape == "linear":

@@ -1,4 +1,4 @@
-"""What every node of the experiment tree is made of: the base class, and kinds of values with their limits."""
+"""The base class of experiment nodes, and the constrained value types that their fields share."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def _bytes_as_written(budget: object) -> object:
     return budget if isinstance(budget, (str, int)) else int(budget)
 
 
-Bytes = Annotated[str | int | None, BeforeValidator(_bytes_as_written)]  # 6GiB, or a number
+Bytes = Annotated[str | int | None, BeforeValidator(_bytes_as_written)]  # "6GiB", or a number of bytes
 
 
 class Node(BaseModel):
-    """A frozen part of the experiment; a key it does not know is an error."""
+    """Base class of the parts of an experiment: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

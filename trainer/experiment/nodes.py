@@ -1,7 +1,7 @@
-"""The nodes of the experiment tree: every key a person can write, its meaning in one line, its default, its limits.
+"""Nodes of the experiment tree: each key a user can set, with its one-line help text, default and limits.
 
-A node that stands for one object builds it: `experiment.optimizer.build(parameters)`. Heavy imports stay inside
-`build`, so that reading, checking and explaining an experiment takes a fraction of a second.
+A node that describes one object also builds it, for example `experiment.optimizer.build(model)`. Heavy imports stay
+inside `build`, so that reading, checking and explaining an experiment takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainer.errors import UserError, error_context
 from trainer.experiment.node import Bytes, DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
 from trainer.experiment.quantization_nodes import Quantization
 
-if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
+if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
 
     import torch
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interp
     from trainer.experiment.precision import MixedPrecision
 
 class TeacherTraining(Node):
-    """How to make the teacher when there is none: once, with the experiment's own data, batches and schedule."""
+    """How to train a teacher that has no weights yet: once, with the experiment's own data, batches and schedule."""
 
     steps: Positive = 500
     """Optimizer steps of the teacher's own training."""
@@ -33,16 +33,16 @@ class TeacherTraining(Node):
 
 
 class Model(Node):
-    """A causal language model from a hub id or local folder (`path`), or from its dimensions (`architecture`)."""
+    """A causal language model, given by a hub id or local folder (`path`) or by its dimensions (`architecture`)."""
 
     path: PathName | None = None
     """Hub id or local folder holding `config.json` and safetensors weights."""
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
     architecture: dict[str, Any] | None = None
-    """Dimensions as transformers names them, with `model_type`; beside `path` they let `--dry-run` work offline."""
+    """Config values as in transformers, with `model_type`; given beside `path`, they let `--dry-run` work offline."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off: nothing from a file is executed."""
+    """Run Python code that ships with the model; when false, no code from the model's files is executed."""
 
     @model_validator(mode="after")
     def _model_type(self) -> Model:
@@ -55,16 +55,16 @@ class Model(Node):
 
 
 class Targets(Node):
-    """Where what the teacher says comes from: from itself, at every step, or from a cache that is written once."""
+    """Where the teacher's targets come from: the teacher itself at every step, or a cache that is written once."""
 
     source: Literal["live", "hidden", "samples", "top_k"] = "live"
-    """live: the teacher runs beside the student; else asked once: last hidden states, tokens drawn, most probable."""
+    """live: run the teacher at every step; else cache its last hidden states, sampled tokens, or top-k tokens."""
     draws: Positive = 50
-    """Tokens drawn from the teacher at each position, for `samples`."""
+    """Tokens sampled from the teacher at each position, for `samples`."""
     k: Positive = 64
-    """Most probable tokens kept at each position, for `top_k`; all others are one more."""
+    """Most probable tokens kept at each position, for `top_k`; all others are merged into one more class."""
     path: PathName | None = None
-    """Folder of the cache; null puts it in `run.cache`, a folder for each teacher, tokenizer and data set."""
+    """Folder of the cache; null: inside `run.cache`, one folder per teacher, tokenizer and data set."""
 
     @model_validator(mode="after")
     def _cached(self) -> Targets:
@@ -75,14 +75,14 @@ class Targets(Node):
 
 
 class Teacher(Model):
-    """The large model that is learned from."""
+    """The large model that the student learns from."""
 
     dtype: Dtype = "float32"
-    """Number format the teacher's weights are held in."""
+    """Dtype in which the teacher's weights are held."""
     train: TeacherTraining | None = None
     """Train the teacher from its `architecture` first, when it has no `path`."""
     targets: Targets = Targets()
-    """Where what it says comes from."""
+    """Where the teacher's targets come from."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:
@@ -99,12 +99,12 @@ class Teacher(Model):
 
 
 class Student(Model):
-    """The small model that is trained and handed back."""
+    """The small model that is trained and exported."""
 
     from_teacher: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Start from these layers of the teacher (0 is the first), with its embeddings and head."""
     quantization: Quantization | None = None
-    """Train with quantized weights and export them bit-packed; null keeps full precision."""
+    """Quantize the student's weights and export them bit-packed; null keeps full precision."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Student:
@@ -122,20 +122,20 @@ class Student(Model):
 
 
 class Optimizer(Node):
-    """How weights follow gradients; norms, biases and embeddings are not decayed."""
+    """The optimizer; norms, biases and embeddings get no weight decay."""
 
     name: Literal["adamw", "lamb", "adafactor", "muon", "adamw8bit"] = "adamw"
-    """adamw, fused; lamb and adafactor over whole layers however they are sharded; muon; adamw8bit (bitsandbytes)."""
+    """adamw (fused), lamb and adafactor (correct on sharded weights too), muon, or adamw8bit (bitsandbytes)."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-4
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Decay of the running means of gradient and squared gradient; muon's momentum is the first, adafactor has none."""
+    """Decay rates of the first and second moments; muon uses the first as its momentum, adafactor uses neither."""
     eps: Annotated[float, Field(gt=0)] | None = None
-    """Added to the denominator; null: 1e-6 for lamb, 1e-8 for others. Adafactor has its own."""
+    """Added to the denominator for stability; null: 1e-6 for lamb, 1e-8 for others. Adafactor has its own."""
     weight_decay: Weight = 0.1
-    """Decoupled weight decay of matrices that are not embeddings."""
+    """Decoupled weight decay, applied to matrices other than embeddings."""
     in_backward: bool = False
-    """Update each weight as soon as its gradient is there: gradients never all exist; engines none and fsdp2."""
+    """Update each weight during backward and free its gradient, so that not all exist at once; engines none, fsdp2."""
 
     def build(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         from strategies.optimizers.by_name import build
@@ -146,16 +146,16 @@ class Optimizer(Node):
 
 
 class Schedule(Node):
-    """How the learning rate moves over the run, counted in optimizer steps whatever the number of processes."""
+    """The learning-rate schedule, counted in optimizer steps regardless of the number of processes."""
 
     shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Course after warm-up; `wsd` is constant, then linear decay over the last `decay` share."""
+    """Shape after warm-up; `wsd` is constant, then decays linearly over the last `decay` fraction of the run."""
     warmup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
-    """Linear warm-up: a share of the run when below 1, a number of steps otherwise."""
+    """Linear warm-up: a fraction of the run when below 1, a number of steps otherwise."""
     decay: Fraction = 0.2
-    """Share of the run over which `wsd` decays."""
+    """Fraction of the run over which `wsd` decays."""
     final: Fraction = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
     def build(self, peak: float, steps: int) -> LearningRate:
         from trainer.experiment.lr_schedule import LearningRate
@@ -168,18 +168,18 @@ class LossScale(Node):
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, section 3.2)."""
 
     initial: Annotated[float, Field(gt=0)] = 65536.0
-    """Scale at the first step."""
+    """Loss scale at the first step."""
     growth_interval: Positive = 2000
-    """Steps without overflow after which the scale doubles; an overflow halves it and skips the step."""
+    """Consecutive steps without overflow after which the scale doubles; an overflow halves it and skips the step."""
 
 
 class Precision(Node):
-    """Number format of forward and backward; weights and their updates stay fp32 (survey eq. 24)."""
+    """Compute dtype of forward and backward; weights and their updates stay fp32 (survey eq. 24)."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32, bf16, or fp16 with dynamic loss scaling; the same on CPU and GPU."""
+    """fp32, bf16, or fp16 with dynamic loss scaling; works the same on CPU and GPU."""
     loss_scale: LossScale = LossScale()
-    """Used by fp16 only."""
+    """Dynamic loss scaling, used by fp16 only."""
 
     def build(self, device_type: str) -> MixedPrecision:
         from trainer.experiment.precision import MixedPrecision
@@ -189,28 +189,28 @@ class Precision(Node):
 
 
 class Training(Node):
-    """How long, in which batches, and what is checked on the way."""
+    """How long to train, in which batches, and how often to evaluate and save."""
 
     steps: Positive | None = None
-    """Optimizer steps; null takes as many as `epochs` needs."""
+    """Optimizer steps; null: as many as `epochs` needs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the data, when `steps` is null: every row is seen as often, in a last step with fewer if need be."""
+    """Passes over the data, when `steps` is null; the last step may have fewer rows, so that all are seen equally."""
     batch_size: Positive = 32
     """Sequences per optimizer step, over all processes."""
     micro_batch: Positive = 8
-    """Sequences per forward pass in one process; the rest of the batch is accumulated."""
+    """Sequences per forward pass in one process; gradient accumulation makes up the rest of the batch."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the gradient over all weights; null does not clip."""
+    """Maximum gradient norm, over all weights; null does not clip."""
     evaluate_every: Positive = 100
-    """Optimizer steps between evaluations on held-out text."""
+    """Optimizer steps between evaluations on the held-out set."""
     checkpoint_every: Positive = 200
     """Optimizer steps between checkpoints; the last step always writes one."""
     keep_checkpoints: Positive = 2
-    """Checkpoints kept; an older one is removed only after a newer one is safe."""
+    """Checkpoints to keep; an older one is removed only after a newer one is safely written."""
     background_saves: bool = True
-    """Whether files are synced, hashed and committed while training goes on; what is saved is the same."""
+    """Sync, hash and commit checkpoint files while training continues; what is saved is the same."""
     nonfinite_limit: Positive = 5
-    """Steps in a row with a non-finite loss or gradient, each skipped, after which the run stops."""
+    """Stop the run after this many consecutive steps with a non-finite loss or gradient; each is skipped."""
 
     @model_validator(mode="after")
     def _length(self) -> Training:
@@ -223,30 +223,30 @@ class Training(Node):
         return self
 
     def seen(self, rows: int) -> int | None:
-        """Rows that are seen in all epochs of so many, each; None where the number of steps is given."""
-        return None if self.epochs is None else max(1, ceil(self.epochs * rows - 1e-6))  # 0.1 * 30 is above 3
+        """Rows seen in all epochs together, for `rows` rows per epoch; None if the number of steps is given instead."""
+        return None if self.epochs is None else max(1, ceil(self.epochs * rows - 1e-6))  # as a float, 0.1 * 30 > 3
 
 
 class Offload(Node):
-    """What is kept on the CPU instead of the device."""
+    """What to offload from the device to the CPU."""
 
     parameters: bool = False
-    """Weights; of engine fsdp2 with gradients and optimizer state, of zero at stage 3."""
+    """Offload weights: with engine fsdp2 also gradients and optimizer state; with engine zero, stage 3 only."""
     optimizer: bool = False
-    """Optimizer state and fp32 weights, updated there; engine zero."""
+    """Offload optimizer state and fp32 weights, and run the optimizer step on the CPU; engine zero only."""
 
 
 class Sharding(Node):
-    """How the student, its gradients and its optimizer are shared out over processes; a teacher is sharded too."""
+    """How the student, its gradients and its optimizer state are sharded over processes; a teacher is sharded too."""
 
     engine: Literal["none", "ddp", "fsdp2", "zero"] | None = None
-    """none: one process; ddp: whole on each; fsdp2; zero: DeepSpeed; null: ddp with several processes, else none."""
+    """none: one process; ddp: replicas; fsdp2: shards; zero: DeepSpeed; null: ddp with several processes, else none."""
     stage: Literal[1, 2, 3] | None = None
-    """zero: 1 shards optimizer state, 2 gradients too, 3 (default) weights too; fsdp2: 3, or 2 to gather once."""
+    """zero: 1 shards optimizer state, 2 also gradients, 3 (default) also weights; fsdp2: 3, or 2 to all-gather once."""
     offload: Offload = Offload()
-    """What is kept on the CPU."""
+    """What to offload to the CPU."""
     bucket: Bytes = None
-    """Bytes of a communication bucket of ddp and zero; null: 25MiB for ddp, the largest block for zero."""
+    """Size of a communication bucket of ddp and zero; null: 25MiB for ddp, the largest block for zero."""
 
     @model_validator(mode="after")
     def _possible(self) -> Sharding:
@@ -264,11 +264,11 @@ class Sharding(Node):
         return self
 
     def named(self, processes: int) -> str:
-        """The engine, where none is named the usual one."""
+        """The engine: the one configured, or the default for this number of processes."""
         return self.engine or ("ddp" if processes > 1 else "none")
 
     def words(self, processes: int) -> str:
-        """How a student is shared out, for people."""
+        """Human-readable description of how the student is sharded."""
         engine = self.named(processes)
         stage = {"zero": f" stage {self.zero_stage}", "fsdp2": "" if self.reshards else " stage 2"}.get(engine, "")
         away = [name for name in ("parameters", "optimizer") if getattr(self.offload, name)]
@@ -276,37 +276,37 @@ class Sharding(Node):
 
     @property
     def zero_stage(self) -> int:
-        """ZeRO's stage."""
+        """The ZeRO stage; 3 by default."""
         return self.stage or 3
 
     @property
     def reshards(self) -> bool:
-        """Whether weights of a block are given back between its forward and its backward."""
+        """Whether FSDP2 frees the gathered weights of a block between its forward and its backward."""
         return self.stage != 2
 
     @property
     def bucket_bytes(self) -> int:
-        """Bytes of a communication bucket."""
+        """Size of a communication bucket in bytes."""
         return 25 * 2**20 if self.bucket is None else parse_bytes(self.bucket)
 
 
 class Memory(Node):
-    """How many bytes a training step may take in each process, everything counted, and what is recomputed to fit."""
+    """The memory budget of a training step in each process, everything included, and how plans are made to meet it."""
 
     budget: Bytes = None
-    """Bytes, such as 6GiB; null: nine tenths of a `device` that is named, else no limit and nothing recomputed."""
+    """Peak memory, such as 6GiB; null: nine tenths of `device` if one is named, else no limit and no recomputation."""
     device: DeviceName | None = None
-    """A device to plan a dry run for; null plans for the one that is present."""
+    """Device to plan a dry run for; null plans for the one that is present."""
     processes: Positive | None = None
-    """Processes to plan a dry run for, one a device, all nodes together; a run must be launched with as many."""
+    """Processes to plan a dry run for, one per device, over all nodes; a run must be launched with as many."""
     solver: Literal["auto", "exact"] = "auto"
-    """auto: searches, with a proven gap; exact: Checkmate's integer program, for blocks of at most 28 operations."""
+    """auto: search, with a proven optimality gap; exact: Checkmate's MILP, for blocks of at most 28 operations."""
     compile: bool = False
-    """Run planned blocks by Inductor instead of by eager kernels; needs a C++ compiler, and warms up for a while."""
+    """Compile planned blocks with Inductor instead of running eager kernels; needs a C++ compiler and a warm-up."""
     reserve: Bytes = None
-    """Bytes of the budget that a plan leaves free, for what it does not know of; null leaves none."""
+    """Bytes of the budget that plans leave free for memory that they cannot foresee; null leaves none."""
     exceeded: Literal["warn", "stop"] = "warn"
-    """A measured step above the budget is said (warn), or ends the run, saved, with exit code 3 (stop)."""
+    """When a measured step exceeds the budget: print a warning (warn), or save and end with exit code 3 (stop)."""
 
     @model_validator(mode="after")
     def _device_holds_it(self) -> Memory:
@@ -331,14 +331,14 @@ class Memory(Node):
 
 
 class Export(Node):
-    """The student's file: a transformers folder, integer weights bit-packed in the compressed-tensors format."""
+    """The exported student: a transformers folder, with integer weights packed in the compressed-tensors format."""
 
     dtype: Dtype = "float32"
-    """Number format of what is not quantized, and of the scales."""
+    """Dtype of the weights that are not quantized, and of the scales."""
     tolerance: Annotated[float, Field(ge=0)] = 1e-5
-    """Largest allowed logit difference, as a share of the largest logit, between training and the reloaded file."""
+    """Largest logit difference allowed between training and the reloaded file, relative to the largest logit."""
     to: tuple[Literal["onnx", "gguf"], ...] = ()
-    """Also write it for ONNX Runtime (onnx) or llama.cpp (gguf); `limbeck export RUN --to onnx` does it later."""
+    """Also export for ONNX Runtime (onnx) or llama.cpp (gguf); `limbeck export RUN --to onnx` does it later."""
 
 
 class Report(Node):
@@ -347,28 +347,28 @@ class Report(Node):
     control: bool = True
     """Also train the same student on the same tokens without its teacher."""
     prompt: Annotated[str, Field(min_length=1)] = "The"
-    """Start of the text that every model continues as a sample."""
+    """Prompt that every model continues as a text sample."""
     sample_tokens: Positive = 64
-    """Tokens in a sample."""
+    """Tokens generated for a text sample."""
 
 
 class Run(Node):
-    """Where a run lives and what it tells; none of it changes what is learned."""
+    """Where a run is kept and how it logs; nothing here changes what is learned."""
 
     folder: PathName | None = None
-    """Run folder; null is `runs/<name>`. Started again on the same folder, a run resumes."""
+    """Run folder; null: `runs/<name>`. A run that is started again on the same folder resumes."""
     cache: PathName = "runs/cache"
-    """Folder for what runs share: tokenized data, trained tokenizers and teachers, schedules found for blocks."""
+    """Folder shared between runs: tokenized data, trained tokenizers and teachers, schedules solved for blocks."""
     log_every: Positive = 10
     """Optimizer steps between log lines (metrics.jsonl has every step)."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Also log to these, through Accelerate."""
+    """Experiment trackers to log to as well, through Accelerate."""
     threads: Positive | None = None
-    """CPU threads per process; null shares the machine's cores between its processes."""
+    """CPU threads per process; null divides the machine's cores among its processes."""
     timeout: Positive = 600
-    """Seconds at one place of a step after which several processes are stuck; more than a checkpoint or batch takes."""
+    """Seconds at one point of a step before several processes end as stuck; must exceed any batch or checkpoint."""
 
 
 def divisors(number: int) -> str:
-    """The divisors of `number` in words, for messages."""
+    """The divisors of `number`, comma-separated, for messages."""
     return ", ".join(str(candidate) for candidate in range(1, number + 1) if number % candidate == 0)

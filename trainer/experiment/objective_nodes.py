@@ -1,4 +1,4 @@
-"""The nodes of what the student minimizes."""
+"""Experiment nodes for the objective: cross-entropy, divergence from the teacher, and intermediate losses."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pydantic import Field, model_validator
 from trainer.errors import UserError, error_context
 from trainer.experiment.node import Node, Weight
 
-if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
+if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
     from strategies.distillation.losses.response import ResponseObjective
 
-INSIDE = ("features", "relations", "values", "attention_maps")  # what looks inside of the models
+INSIDE = ("features", "relations", "values", "attention_maps")  # losses on intermediate activations
 MIXTURES = ("jsd", "skewed_kl", "skewed_reverse_kl")
 
 
 class Divergence(Node):
-    """How far the student is from its teacher, token by token, and how much that counts."""
+    """The divergence between the student's and the teacher's distributions at each token, and its weight."""
 
     name: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "total_variation", "uld"] = (
         "forward_kl")
-    """KL(teacher || student), the reverse, a mixture, or sorted probabilities for another tokenizer (uld)."""
+    """KL(teacher || student), its reverse, a mixture, or sorted probabilities across tokenizers (uld)."""
     weight: Weight | None = None
-    """Its weight in the loss; null: 1 with a teacher, else 0."""
+    """Weight in the loss; null: 1 with a teacher, else 0."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
-    """Divides logits of both; above 1 it softens them. Values count times its square (survey eq. 15-16)."""
+    """Divides the logits of both models; above 1 softens them. The loss is scaled by its square (survey eq. 15-16)."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of a mixture: of the teacher in jsd (null: 0.5) and skewed_kl (0.1), of the student in the last (0.1)."""
+    """Mixture weight: teacher's in jsd (null: 0.5) and skewed_kl (0.1), student's in skewed_reverse_kl (0.1)."""
 
     @model_validator(mode="after")
     def _mixes(self) -> Divergence:
@@ -41,93 +41,93 @@ Layers = Literal["uniform", "last"] | tuple[tuple[int, int], ...]
 
 
 class Features(Node):
-    """Hidden states of the student's blocks are to be those of its teacher's (survey eq. 17; FitNets)."""
+    """Match hidden states of the student's blocks to those of the teacher's blocks (survey eq. 17; FitNets)."""
 
     weight: Weight = 1.0
-    """Its weight in the loss."""
+    """Weight in the loss."""
     loss: Literal["mse", "cosine"] = "mse"
-    """Squared error, or cosine distance, of a token's hidden state; projected by a learned map where widths differ."""
+    """Squared error or cosine distance per token; where widths differ, after a learned projection."""
     layers: Layers = "uniform"
-    """Which learns from which: uniform, last, or pairs [student layer, teacher layer], blocks counted from 0."""
+    """Layer mapping: uniform, last, or pairs [student layer, teacher layer], with blocks counted from 0."""
 
 
 class Relations(Node):
-    """Distances and angles between the tokens of a sequence are to be the teacher's (survey eq. 18-19; RKD)."""
+    """Match distances and angles between the tokens of a sequence to the teacher's (survey eq. 18-19; RKD)."""
 
     distance: Weight = 25.0
-    """Weight of the distances."""
+    """Weight of the distance loss."""
     angle: Weight = 50.0
-    """Weight of the angles."""
+    """Weight of the angle loss."""
     layers: Layers = "last"
-    """Which learns from which: uniform, last, or pairs [student layer, teacher layer], blocks counted from 0."""
+    """Layer mapping: uniform, last, or pairs [student layer, teacher layer], with blocks counted from 0."""
     tokens: Annotated[int, Field(ge=3)] = 16
-    """At most so many evenly spaced tokens of a sequence are related to each other."""
+    """Maximum number of tokens, evenly spaced in a sequence, to relate to each other."""
 
 
 class ValueRelations(Node):
-    """Relations of attention values are to be the teacher's (MiniLM)."""
+    """Match the relations between attention values to the teacher's (MiniLM)."""
 
     weight: Weight = 1.0
-    """Its weight in the loss."""
+    """Weight in the loss."""
     layers: Layers = "last"
-    """Which learns from which: uniform, last, or pairs [student layer, teacher layer], blocks counted from 0."""
+    """Layer mapping: uniform, last, or pairs [student layer, teacher layer], with blocks counted from 0."""
     heads: Annotated[int, Field(gt=0)] = 1
-    """Relation heads that values are cut into; must divide the width of both models' values."""
+    """Relation heads to split the values into; must divide the value width of both models."""
 
 
 class AttentionMaps(Node):
-    """Attention maps, mean over heads, are to be the teacher's (TinyBERT); both models then run eager attention."""
+    """Match attention maps, averaged over heads, to the teacher's (TinyBERT); both models then run eager attention."""
 
     weight: Weight = 1.0
-    """Its weight in the loss."""
+    """Weight in the loss."""
     layers: Layers = "uniform"
-    """Which learns from which: uniform, last, or pairs [student layer, teacher layer], blocks counted from 0."""
+    """Layer mapping: uniform, last, or pairs [student layer, teacher layer], with blocks counted from 0."""
 
 
 class OnPolicy(Node):
-    """Let the student write and its teacher judge (GKD): no target of the text is learned from what it writes."""
+    """On-policy distillation (GKD): the student generates, the teacher scores; cross-entropy is on data text only."""
 
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of steps, drawn by seed and step, on what the student writes; the others are on the text."""
+    """Fraction of steps, chosen by seed and step, that train on student generations; the others train on the data."""
     prompt_tokens: Annotated[int, Field(gt=0)] = 16
-    """Tokens of the text that the student goes on from, where there is no prompt."""
+    """Tokens of the text that the student continues, in rows without a prompt."""
     new_tokens: Annotated[int, Field(gt=0)] = 64
-    """Most tokens that it writes."""
+    """Maximum number of tokens to generate."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Temperature at which it writes."""
+    """Sampling temperature of the generation."""
 
 
 class Objective(Node):
-    """What the student minimizes: a weighted sum of cross-entropy and the divergence from its teacher."""
+    """The loss of the student: a weighted sum of cross-entropy, divergence from the teacher, and optional terms."""
 
     cross_entropy: Weight = 1.0
     """Weight of the cross-entropy with the text's own next token (survey eq. 16)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each target that is spread over the whole vocabulary in the cross-entropy."""
+    """Probability mass of each target that is spread uniformly over the vocabulary in the cross-entropy."""
     z_loss: Weight = 0.0
-    """Weight of the squared logarithm of the softmax's normalizer, which keeps logits small (PaLM: 1e-4)."""
+    """Weight of the squared log of the softmax normalizer, a penalty that keeps logits small (PaLM: 1e-4)."""
     balancing: Weight | None = None
-    """Weight of the routers' balancing loss of a mixture of experts; null: what its configuration asks for, 0: none."""
+    """Weight of the load-balancing loss of a mixture of experts; null: as in the model's configuration, 0: none."""
     divergence: Divergence = Divergence()
-    """How far the student is from its teacher."""
+    """Divergence of the student's distribution from the teacher's."""
     features: Features | None = None
-    """Hidden states as the teacher's; null compares none."""
+    """Loss on hidden states; null: none."""
     relations: Relations | None = None
-    """Distances and angles between tokens as the teacher's; null compares none."""
+    """Loss on distances and angles between tokens; null: none."""
     values: ValueRelations | None = None
-    """Relations of attention values as the teacher's; null compares none."""
+    """Loss on relations between attention values; null: none."""
     attention_maps: AttentionMaps | None = None
-    """Attention maps as the teacher's; null compares none."""
+    """Loss on attention maps; null: none."""
     on_policy: OnPolicy | None = None
-    """Learn from what the student itself writes; null learns from the text only."""
+    """Train on the student's own generations as well; null trains on the data only."""
 
     @property
     def has_intermediate(self) -> bool:
-        """Whether the teacher is needed beyond what it says."""
+        """Whether the loss needs the teacher's intermediate activations, beyond its outputs."""
         return any(getattr(self, name) is not None for name in INSIDE)
 
     def pairs(self, name: str, student_layers: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
-        """(student layer, teacher layer) of one of `INSIDE`."""
+        """(student layer, teacher layer) pairs of the loss `name`, one of `INSIDE`."""
         from strategies.distillation.losses.layer_map import layer_map
 
         asked = getattr(self, name).layers

@@ -1,4 +1,4 @@
-"""YAML of other people as plain values, with the line of every key: nothing is executed, none takes the memory."""
+"""Safe reader for untrusted YAML: plain values with the line of each key, no code execution, bounded memory."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import yaml
 
 from trainer.errors import ExperimentErrors, UserError
 
-LARGEST_FILE = 1_000_000  # bytes, and characters once aliases are written out; an experiment is a page or two
-MOST_VALUES, DEEPEST = 10_000, 64  # once aliases are written out
-LONGEST_NUMBER = 100  # digits; larger ones take a time of their own to convert
+LARGEST_FILE = 1_000_000  # bytes, and characters after alias expansion; an experiment is a page or two
+MOST_VALUES, DEEPEST = 10_000, 64  # after alias expansion
+LONGEST_NUMBER = 100  # digits; converting very long numbers takes a noticeable time
 Key = tuple[str, ...]
 
 
 def read_values(file: Path) -> tuple[dict[str, Any], dict[Key, str]]:
-    """The plain values of a YAML file, whoever wrote it, and the place of each key.
+    """Read the plain values of an untrusted YAML file, and the place of each key.
+
+    Returns:
+        The values, and a map from each key (a tuple of names) to its `file:line`.
 
     Raises:
-        ExperimentErrors: it cannot be read, or is not `key: value` pairs; with the line where that can be known.
+        ExperimentErrors: the file cannot be read or does not hold `key: value` pairs; names the line if it is known.
     """
     def fail(problem: str, way_out: str, line: int | None = None) -> ExperimentErrors:
         return ExperimentErrors([UserError("", problem, way_out=way_out)], {}, f"{file}:{line}" if line else str(file))
@@ -56,7 +59,7 @@ def read_values(file: Path) -> tuple[dict[str, Any], dict[Key, str]]:
 
 
 def _text(file: Path) -> str:
-    """The text of a regular file: a pipe could be waited for for ever, and a device have no end."""
+    """Read a regular file as text; pipes and devices are refused, since reading them might never end."""
     kind = file.stat().st_mode
     if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
         raise ValueError("this is not a file but a pipe or a device")
@@ -68,7 +71,7 @@ def _text(file: Path) -> str:
 
 
 def problem_with(error: yaml.YAMLError, text: str) -> tuple[str, int | None]:
-    """What is wrong, and in which line."""
+    """A description of a YAML error, and its line number if it has one."""
     if isinstance(error, yaml.reader.ReaderError):
         return f"the character {chr(error.character)!r} cannot be in it", text.count("\n", 0, error.position) + 1
     mark = getattr(error, "problem_mark", None)
@@ -76,7 +79,7 @@ def problem_with(error: yaml.YAMLError, text: str) -> tuple[str, int | None]:
 
 
 class Duplicate(Exception):
-    """A key that stands twice."""
+    """Raised for a key that occurs twice in a mapping."""
 
     def __init__(self, key: Key, line: int):
         super().__init__()
@@ -84,7 +87,7 @@ class Duplicate(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Goes no deeper into a text than an experiment does, long before Python would give up."""
+    """A `SafeLoader` that limits the nesting depth, far below Python's recursion limit."""
 
     depth = 0
 
@@ -98,10 +101,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def composed(text: str) -> yaml.Node | None:
-    """The nodes of a text, which are few also with every alias written out; None of an empty one.
+    """Parse a text into YAML nodes, within the size limits even after alias expansion; None if it is empty.
 
     Raises:
-        yaml.YAMLError: it is not YAML, or too large or deep.
+        yaml.YAMLError: the text is not YAML, or is too large or too deep.
     """
     root = yaml.compose(text, Loader=_Loader)
     if root is not None:
@@ -110,7 +113,7 @@ def composed(text: str) -> yaml.Node | None:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int, int] | None]) -> tuple[int, int, int]:
-    """Values, characters and levels of a node with its aliases written out, each of them measured once."""
+    """(values, characters, levels) of a node after alias expansion; `known` caches results, None while in progress."""
     if id(node) in known:
         if known[id(node)] is None:
             raise _wrong("an alias that contains itself", node.start_mark)
@@ -133,11 +136,11 @@ def _wrong(what: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
 
 
 def constructed(node: yaml.Node, key: Key, file: str, origins: dict[Key, str]) -> Any:
-    """The plain value of a node that stands at `key`; the places of keys below it are added to `origins`.
+    """Convert a node at `key` to a plain value, and add the places of the keys below it to `origins`.
 
     Raises:
-        yaml.YAMLError: a tag or a value that is not plain.
-        Duplicate: a key stands twice.
+        yaml.YAMLError: a tag or a value is not plain.
+        Duplicate: a key occurs twice.
     """
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node)
@@ -160,10 +163,10 @@ def constructed(node: yaml.Node, key: Key, file: str, origins: dict[Key, str]) -
 
 
 def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
-    """A single value; what YAML takes for a date is text."""
+    """Convert a scalar node; dates stay text."""
     kind = node.tag.rpartition(":")[2]
     if node.tag.startswith("tag:yaml.org,2002:") and kind in ("str", "timestamp", "value"):
-        # YAML 1.1 takes 1e-4 for text, since it has no point; people mean a number.
+        # YAML 1.1 reads 1e-4 as text, since it has no decimal point; users mean a number.
         if node.style is None and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", node.value):
             return float(node.value)
         if "\0" in node.value or re.search("[\ud800-\udfff]", node.value):

@@ -1,8 +1,8 @@
 """Mixed precision: half-precision forward and backward, fp32 weights and updates (Micikevicius et al. 2018).
 
-Ours rather than Accelerate's `mixed_precision`, because that is silently fp32 for fp16 on CPU, and rather than torch's
-`GradScaler`, which looks at a rank's own gradients: where they are sharded, ranks could decide differently. Here a step
-is judged by the norm of the whole gradient, which every rank has. The same code runs on CPU and GPU, so what the tests
+This does not use Accelerate's `mixed_precision`, which silently runs fp16 as fp32 on CPU, nor torch's `GradScaler`,
+which inspects only the local gradients: with sharded gradients, ranks could decide differently. Here the overflow check
+uses the norm of the whole gradient, which every rank has. The same code runs on CPU and GPU, so that what the tests
 show on one holds on the other.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SMALLEST_SCALE = 1.0  # an overflow below this is no overflow of the scale: the gradient itself is not finite
+SMALLEST_SCALE = 1.0  # at this scale a non-finite gradient is not due to loss scaling: the gradient itself is at fault
 BACKOFF, GROWTH = 0.5, 2.0
 
 
@@ -23,9 +23,9 @@ class MixedPrecision:
 
     Attributes:
         dtype: dtype of matrix products.
-        loss_scale: what the loss is multiplied by before backward; 1 except in fp16.
-        skipped: steps skipped because of an overflow at the current scale.
-        growths: times the scale was doubled.
+        loss_scale: factor on the loss before backward; 1 except in fp16.
+        skipped: number of steps skipped because the gradient overflowed at the current scale.
+        growths: number of times the scale was doubled.
     """
 
     def __init__(self, name: str, device_type: str, *, initial_scale: float = 65536.0, growth_interval: int = 2000):
@@ -33,23 +33,23 @@ class MixedPrecision:
         self.skipped = self.growths = 0
         self.loss_scale = initial_scale if name == "fp16" else 1.0
         self.growth_interval = growth_interval
-        self._good = 0  # steps without overflow since the scale last moved
+        self._good = 0  # steps without overflow since the scale last changed
 
     def autocast(self, engine_casts: bool = False) -> AbstractContextManager:
-        """Context of a forward pass; it does nothing where an engine runs the model in half precision by itself."""
+        """Autocast context for a forward pass; a no-op if the engine itself runs the model in half precision."""
         return torch.autocast(self.device_type, dtype=self.dtype if self.name != "fp32" else None,
                               enabled=self.name != "fp32" and not engine_casts)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """Loss times the loss scale."""
+        """Multiply the loss by the loss scale."""
         return loss * self.loss_scale if self.name == "fp16" else loss
 
     def overflowed(self, loss_finite: bool, gradient_finite: bool) -> bool:
-        """Whether a non-finite gradient only means that the loss scale was too large."""
+        """Whether a non-finite gradient only means that the loss scale is too large."""
         return self.name == "fp16" and loss_finite and not gradient_finite and self.loss_scale > SMALLEST_SCALE
 
     def settle(self, overflow: bool, finite: bool) -> None:
-        """Move the loss scale after a step: halve it for a gradient that is not finite, double it after a while."""
+        """Update the loss scale after a step: halve it if not finite, double it every `growth_interval` good steps."""
         self.skipped += overflow
         if self.name != "fp16":
             return
@@ -62,16 +62,16 @@ class MixedPrecision:
             self._good = 0
 
     def follow(self, loss_scale: float, overflow: bool) -> None:
-        """Take over what an engine that scales by itself did in a step."""
+        """Record a step of an engine that scales the loss itself: its loss scale, and whether it overflowed."""
         self.skipped += overflow
         self.growths += loss_scale > self.loss_scale
         self.loss_scale = loss_scale
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers that a resumed run needs."""
+        """State that a resumed run needs."""
         return {"loss_scale": self.loss_scale, "good": self._good, "skipped": self.skipped, "growths": self.growths}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Restore the state saved by `state_dict`."""
         self.loss_scale, self._good = state["loss_scale"], state["good"]
         self.skipped, self.growths = state["skipped"], state["growths"]

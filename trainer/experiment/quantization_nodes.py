@@ -1,4 +1,4 @@
-"""The nodes of how the student is quantized."""
+"""Experiment nodes for the quantization of the student: weights, activations, and per-layer exceptions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, error_context
 from trainer.experiment.node import Bytes, Fraction, Node, Positive
 
-if TYPE_CHECKING:  # pragma: no cover - names for the reader, not for the interpreter
+if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
     import torch
 
     from strategies.quantization.activations import ActivationQuantizer
@@ -22,12 +22,12 @@ Kind = Literal["int", "ternary", "binary", "fp8"]
 
 
 class QuantizedActivations(Node):
-    """What enters quantized layers is rounded to 8 bits as well, with a scale of its own for each token."""
+    """Quantize the input activations of quantized layers to 8 bits as well, by default with one scale per token."""
 
     kind: Literal["int", "fp8"] = "int"
-    """Whole numbers, or 8-bit floating point (e4m3)."""
+    """Integers (int), or 8-bit floating point (fp8, e4m3)."""
     dynamic: bool = True
-    """A scale for each token; false calibrates one for all of them, for what is quantized after training."""
+    """Compute one scale per token; false calibrates a single static scale, after training only (rtn, gptq)."""
 
     def build(self) -> ActivationQuantizer:
         from strategies.quantization.activations import ActivationQuantizer
@@ -36,68 +36,68 @@ class QuantizedActivations(Node):
 
 
 class QuantizedLayers(Node):
-    """Layers that are quantized otherwise than the others."""
+    """Layers that are quantized differently from the rest."""
 
     match: Annotated[str, Field(min_length=1)]
     """Name pattern (shell wildcards) of the layers."""
     kind: Kind = "int"
-    """Their numbers, as in `kind` above."""
+    """Number format of the weights, as in `kind` above."""
     bits: Literal[8, 4, 3, 2, 1] | None = None
-    """Bits of a whole number; null: 4."""
+    """Bits per weight; null: 4 for integers."""
     group_size: Positive | None = None
-    """Neighboring input weights that share a scale; null gives one scale per output channel."""
+    """Consecutive input weights that share a scale; null: one scale per output channel."""
 
 
 class Quantization(Node):
-    """Weights of few bits, with one scale per output channel or group of inputs; trained so, or rounded afterwards."""
+    """Low-bit weights with one scale per output channel or group, by quantization-aware or post-training methods."""
 
     method: Literal["qat", "rtn", "gptq"] = "qat"
-    """Train with quantized weights (qat), or round a trained student: to nearest (rtn), or as GPTQ does (gptq)."""
+    """Quantization-aware training (qat), or post-training quantization by round-to-nearest (rtn) or GPTQ (gptq)."""
     bits: Literal[8, 4, 3, 2, 1] | None = None
-    """Bits per weight; null: 4 for whole numbers, what the kind has for others."""
+    """Bits per weight; null: 4 for integers, fixed by `kind` for the others."""
     kind: Kind = "int"
-    """Whole numbers (int), -1 0 1 (ternary: BitNet b1.58), -1 1 (binary: XNOR-Net), or 8-bit floating point (fp8)."""
+    """Integers (int), -1 0 1 (ternary: BitNet b1.58), -1 1 (binary: XNOR-Net), or 8-bit floating point (fp8)."""
     group_size: Positive | None = None
-    """Neighboring input weights that share a scale; null gives one scale per output channel."""
+    """Consecutive input weights that share a scale; null: one scale per output channel."""
     per_tensor: bool = False
-    """One scale for a whole layer."""
+    """Use one scale for a whole layer."""
     symmetric: bool = True
-    """Numbers around zero; false adds a zero point to each scale."""
+    """Quantize symmetrically around zero; false adds a zero point to each scale."""
     scales: Literal["minmax", "absmean", "mse", "learned"] | None = None
-    """Largest weight, mean magnitude, least squared error, or learned (LSQ); null: minmax, or absmean where it is."""
+    """Scale by largest weight, mean magnitude, least squared error, or learned (LSQ); null: minmax, absmean by kind."""
     activations: QuantizedActivations | None = None
-    """Quantize what enters these layers, too."""
+    """Quantize the input activations of these layers as well."""
     embeddings: bool = False
-    """Quantize embeddings, and an output head that shares their weights, as well."""
+    """Quantize embeddings as well, and an output head that shares their weights."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Name patterns (shell wildcards) of layers that stay in full precision."""
     layers: tuple[QuantizedLayers, ...] = ()
-    """Layers with numbers of their own; the first pattern that matches decides."""
+    """Layers with their own settings; the first pattern that matches applies."""
     bits_schedule: tuple[tuple[Fraction, Annotated[int, Field(ge=2, le=8)]], ...] = ()
-    """More bits at first: pairs [share of the training, bits from there on], the last of them `bits`."""
+    """Start with more bits: pairs [fraction of the training, bits from there on], ending with `bits`."""
 
     calibration_rows: Positive = 128
-    """Rows of the training text that what is quantized after training is calibrated on."""
+    """Rows of the training data used for calibration in post-training quantization."""
     smooth: Fraction | None = None
-    """SmoothQuant's alpha: moves outliers of activations into weights before these are rounded (rtn, gptq)."""
+    """SmoothQuant's alpha: moves activation outliers into the weights before these are rounded (rtn, gptq)."""
     budget: Bytes = None
-    """Bytes of the student on disk, which bits are allotted to layers within (rtn, gptq); null: all have `bits`."""
+    """Size of the student on disk to meet by choosing each layer's bits (rtn, gptq); null: all layers have `bits`."""
     choices: tuple[Literal[8, 4, 3, 2], ...] = (8, 4, 3, 2)
-    """Bits that a budget chooses from."""
+    """Bit widths that `budget` chooses from."""
 
     @property
     def trained(self) -> bool:
-        """Whether training sees quantized weights."""
+        """Whether training uses quantized weights (qat)."""
         return self.method == "qat"
 
     @property
     def bytes(self) -> int | None:
-        """The budget in bytes."""
+        """The budget for the student on disk, in bytes."""
         return None if self.budget is None else parse_bytes(self.budget)
 
     @property
     def parts(self) -> int:
-        """Tensors that a layer is written as beside its numbers: scale, shape, zero points, a scale of what enters."""
+        """Tensors stored per layer besides its packed weights: scale, shape, zero points, static input scale."""
         return 2 + (not self.symmetric) + (self.activations is not None and not self.activations.dynamic)
 
     @model_validator(mode="after")
@@ -142,11 +142,11 @@ class Quantization(Node):
                                self.per_tensor)
 
     def candidates(self, scale_dtype: torch.dtype) -> list[WeightQuantizer]:
-        """What a budget chooses from."""
+        """Quantizers that `budget` chooses from, one for each bit width in `choices`."""
         return [replace(self.build(scale_dtype), bits=bits) for bits in self.choices]
 
     def rules(self, scale_dtype: torch.dtype) -> Rules:
-        """Quantizers of the layers that have their own."""
+        """(name pattern, quantizer) of each entry in `layers`."""
         from strategies.quantization.quantizer import RULES, WeightQuantizer
 
         return [(layers.match, WeightQuantizer(
@@ -154,6 +154,6 @@ class Quantization(Node):
             self.scales if self.scales in RULES[layers.kind] else None)) for layers in self.layers]
 
     def bits_at(self, step: int, steps: int) -> int | None:
-        """Bits of a step, where there is a schedule."""
+        """Bit width at a step, or None without a `bits_schedule`."""
         begun = [bits for share, bits in self.bits_schedule if step >= share * steps]
         return begun[-1] if begun else None

@@ -1,16 +1,16 @@
-"""Values of an experiment that had another name in an earlier version: a run of that time goes on under the new one."""
+"""Renamed values of experiment files, so that a run started with an earlier version resumes under the new names."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-# Dotted key -> what was written -> what is written now. A person who writes the old one is answered with the new one.
+# Dotted key -> old value -> new value. In a new experiment an old value is an error, which suggests the new one.
 VALUES = {"student.quantization.scales": {"learnt": "learned"}}
 
 
 def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of an experiment that an earlier version wrote, as this version writes them."""
+    """Translate experiment values written by an earlier version to the names of this version; returns a copy."""
     values = copy.deepcopy(values)
     for key, names in VALUES.items():
         *above, last = key.split(".")

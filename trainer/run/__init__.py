@@ -1,1 +1,1 @@
-"""The folder of a run, and what is written there and told while it runs and afterwards."""
+"""The run folder, and the output of a run: metrics, progress and the report."""

@@ -15,22 +15,22 @@ from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.renamed import with_new_names
 from trainer.files import flatten, read_object, write_atomically
 
-# What a continued run may change: where it is kept, what it tells, how often it looks. None of it changes the weights.
-# A micro-batch splits the same sum otherwise; with dropout it draws otherwise, which is as good.
-# Another engine computes the same; in half precision it rounds elsewhere.
+# Keys that a resumed run may change: where it is kept, how it logs, how often it evaluates and saves. None of them
+# changes what is learned. Another micro-batch splits the same sum differently; with dropout it draws other masks, which
+# are as good. Another engine computes the same; in half precision it rounds at other points.
 FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
         "training.keep_checkpoints", "training.background_saves", "training.micro_batch", "data.workers",
         "export.tolerance", "export.to")
 
-# What only the student's files and the report are made with, where training sees no quantized weights.
+# Keys that affect only the exported files and the report, if training does not use quantized weights.
 AFTERWARDS = ("student.quantization", "export", "report")
 
-LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; those of the largest runs have a hundredth of it
-_LOCKS: dict[Path, Any] = {}  # held by this process; the system releases them when it ends
+LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; the largest runs write about a hundredth of this
+_LOCKS: dict[Path, Any] = {}  # file locks held by this process; the system releases them when it ends
 
 
 class RunFolder:
-    """The places in a run folder, and whose folder it is."""
+    """Paths in a run folder, and the experiment that it belongs to."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -49,12 +49,12 @@ class RunFolder:
         self.report = self.path / "report.md"
 
     def student_for(self, runtime: str) -> Path:
-        """The student as another runtime reads it, with a receipt of its own."""
+        """Folder of the student exported for another runtime, with its own receipt."""
         return self.path / f"student-{runtime}"
 
     @property
     def finished(self) -> bool:
-        """Whether the run is done: its student is exported and reported on."""
+        """Whether the run is complete: the student is exported and the report is written."""
         return self.report.exists() and self.receipt.exists()
 
     def check(self, experiment: Experiment) -> None:
@@ -79,31 +79,32 @@ class RunFolder:
                             value=str(self.path), way_out=way_out)
 
     def changed(self, asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Keys that differ from the experiment that the folder was made by, each with its value then and now.
+        """Keys whose values differ from the experiment recorded in the folder, with their values then and now.
 
         Args:
-            asked: the values of an experiment, as plain data.
+            asked: the values of the present experiment, as plain data.
         """
         then = flatten(self._values())
         now = flatten(asked)
         return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)
-                and not (key.endswith(".revision") and now.get(key) is None)}  # it was resolved when it began
+                and not (key.endswith(".revision") and now.get(key) is None)}  # a run pins revisions when it begins
 
     def afterwards(self, asked: dict[str, Any]) -> list[str]:
-        """Changed keys that act after training alone: what is made with them can be made again from a checkpoint.
+        """Changed keys that act only after training, so that their results can be made again from a checkpoint.
 
-        Numbers and scales of a student that is trained quantized are part of its training, and so is going over to it.
+        Quantization settings are not among them if the student is trained with quantization (qat), before or after the
+        change, since they are part of its training then.
         """
         methods = {(one["student"].get("quantization") or {}).get("method") for one in (self._values(), asked)}
         places = AFTERWARDS if "qat" not in methods else ("report", "export.to", "export.tolerance")
         return [key for key in self.changed(asked) if _under(key, places)]
 
     def _values(self) -> dict[str, Any]:
-        """Those of the experiment that the folder was made by, under the names of this version."""
+        """The values of the experiment recorded in the folder, under the names of this version."""
         return with_new_names(read_values(self.experiment)[0])
 
     def adopt(self, experiment: Experiment) -> None:
-        """Remember the values that the student's files and the report were made with again."""
+        """Record the changed values with which the exported files and the report have been made again."""
         values, asked = self._values(), experiment.model_dump(mode="json")
         for key in self.afterwards(asked):
             name = next(one for one in AFTERWARDS if _under(key, (one,)))
@@ -116,10 +117,10 @@ class RunFolder:
                          f"{resolved_yaml(Experiment.model_validate(values))}")
 
     def claim(self, experiment: Experiment, plan: dict[str, Any]) -> None:
-        """Make the folder, with the resolved experiment and the plan; on the main process.
+        """Create the folder and write the resolved experiment and the plan; call on the main process only.
 
         Raises:
-            UserError: another process is using the folder.
+            UserError: another run is using the folder.
         """
         self.lock(wait=False)
         if not self.experiment.exists():
@@ -128,11 +129,18 @@ class RunFolder:
         write_atomically(self.plan, json.dumps(plan, indent=2) + "\n")
 
     def lock(self, wait: bool) -> None:
-        """Keep other runs out of the folder until this process ends, however it ends."""
+        """Lock the folder against other runs until this process ends, however it ends.
+
+        Args:
+            wait: whether to wait for another run to release it.
+
+        Raises:
+            UserError: another run holds the lock, and `wait` is false.
+        """
         if self.path in _LOCKS:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = (self.path / ".lock").open("a")  # it may be a link: what it leads to keeps its content
+        handle = (self.path / ".lock").open("a")  # "a", since it may be a symlink, whose target must keep its content
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
@@ -143,7 +151,7 @@ class RunFolder:
 
 
 def _let_go() -> None:
-    """A forked data worker must not keep its parent's folders locked when the parent is dead."""
+    """Release inherited locks in a forked child: a data worker must not keep folders locked after its parent died."""
     while _LOCKS:
         _LOCKS.popitem()[1].close()
 
@@ -152,10 +160,10 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a run has written, which people may have edited since.
+    """Read a JSON file written by a run, which may have been edited since.
 
     Raises:
-        UserError: it is no JSON object any more.
+        UserError: the file is no longer a JSON object.
     """
     try:
         return read_object(file, LARGEST_JSON)
@@ -164,13 +172,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def not_written(file: Path, why: str) -> UserError:
-    """A file of a run folder that is not as the run wrote it."""
+    """The error for a file of a run folder that is not in the format in which a run writes it."""
     return UserError("", f"{file} is not as a run writes it: {why}",
                      way_out="put it back from a copy, or run the experiment again in another run.folder")
 
 
 def training_identity(experiment: Experiment) -> dict[str, Any]:
-    """The values of an experiment that decide its weights, by dotted key."""
+    """The values of an experiment that determine the trained weights, by dotted key."""
     values = flatten(experiment.model_dump(mode="json"))
     return {key: value for key, value in values.items() if key != "name" and not _free(key)}
 

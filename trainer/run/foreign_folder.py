@@ -1,4 +1,4 @@
-"""A run folder that somebody else may have sent: what it asks for is shown, and what runs code waits for consent."""
+"""Precautions for untrusted run folders: show the paths they refer to, and require consent before running code."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from trainer.run.folder import RunFolder
 from trainer.run.metrics import console
 
 TRUST = "--trust-remote-code"
-# What is read, or written to, of an experiment that is not trained any more.
+# Paths that are read, or written to, after the training is over.
 READ = {"data.path": "text", "data.validation.path": "held-out text", "data.tokenizer.path": "the tokenizer",
         "student.path": "the student's tokenizer", "teacher.path": "the teacher's tokenizer",
         "run.cache": "what is cached (and written there)"}
 
 
 def only_if_trusted(experiment: Experiment, folder: RunFolder, trust: bool) -> Experiment:
-    """The experiment of a folder, in which no code of a model runs unless the command line said so.
+    """The experiment of a folder, with remote code enabled only if the command line allows it.
 
     Raises:
-        UserError: it asks for code to be run, and the command line does not.
+        UserError: the experiment needs code that ships with its model, and the command line does not allow it.
     """
     if trust:
         return experiment
@@ -31,20 +31,20 @@ def only_if_trusted(experiment: Experiment, folder: RunFolder, trust: bool) -> E
         raise UserError(TRUST, f"{folder.experiment} asks to run Python code that comes with its model, and whoever "
                         "made the folder may have written it", way_out=f"read {', '.join(code)} in {folder.student}; "
                         f"if you trust it, add {TRUST}")
-    if teacher is not None:  # which is not made any more
+    if teacher is not None:  # it is not built any more
         teacher = teacher.model_copy(update={"trust_remote_code": False})
     return experiment.model_copy(update={"teacher": teacher})
 
 
 def show_links(folder: RunFolder) -> None:
-    """Name the links in a run folder that lead out of it, before they are followed."""
+    """Print the symlinks in a run folder that lead out of it, before they are followed."""
     for path in sorted(folder.path.rglob("*")):
         if path.is_symlink() and not _inside(path, folder):
             console.print(f"{folder.path}: {str(path.relative_to(folder.path))!r} leads to {str(path.resolve())!r}")
 
 
 def show_paths(folder: RunFolder, experiment: Experiment) -> None:
-    """Name what an experiment has read from elsewhere than its run folder, before it is read."""
+    """Print the paths outside of its run folder that an experiment refers to, before they are read."""
     for line in _paths(experiment, folder):
         console.print(f"{folder.path}: {line}")
 
@@ -61,7 +61,7 @@ def _paths(experiment: Experiment, folder: RunFolder) -> Iterator[str]:
 
 
 def _place(value: str) -> str:
-    """A path as it is on this machine; a name of a hub, or of data that comes with a library, as it is."""
+    """An absolute path for anything local; hub ids and names of built-in data are returned unchanged."""
     return str(Path(value).resolve()) if Path(value).exists() or value.startswith((".", "/")) else value
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: `metrics.jsonl` always, trackers when asked for, a progress bar or plain lines."""
+"""Output of a run in progress: `metrics.jsonl`, and a progress bar or plain log lines."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from trainer.files import write_atomically
 from trainer.run.folder import not_written
 
 NEWLINE = b"\n"
-WIDE = 130  # columns that the bar with all its figures takes
+WIDE = 130  # columns that the bar with all its figures needs
 
-# On a terminal rich wraps and colors; elsewhere lines stay whole, whatever width the pipe pretends to have.
+# On a terminal rich wraps and colors; elsewhere lines are not wrapped, whatever width is assumed for a pipe.
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), markup=False)
 
 
 class Metrics:
-    """One JSON object per line, on the main process; a resumed run drops what it will write again.
+    """Writer of `metrics.jsonl`, one JSON object per line, on the main process.
 
-    Where the disk is full, lines wait in memory until there is room.
+    A resumed run drops the lines of steps that it will run again. If the disk is full, lines are kept in memory until
+    there is room.
     """
 
     def __init__(self, file: Path, active: bool, step: int):
@@ -38,22 +39,22 @@ class Metrics:
         self._handle = file.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record; it is in the file when this returns, if there is room."""
+        """Append a record, unbuffered; it is in the file on return, unless the disk is full."""
         if self._handle:
             self._waiting += json.dumps(record).encode() + b"\n"
             self._flush()
 
     def close(self) -> None:
-        """Write what waits, as far as there is room, say what is lost, and close the file."""
+        """Write pending lines as far as there is room, warn if any are lost, and close the file."""
         if self._handle:
             self._flush()
             self._handle.close()
-            if self._waiting:  # the first of them may be there in half, which readers pass over
+            if self._waiting:  # part of the first may have been written; readers skip an incomplete last line
                 console.print(f"warning: {self._waiting.count(NEWLINE)} last lines of {self._handle.name} are lost: "
                               "there is too little room to write them")
 
     def _flush(self) -> None:
-        """A disk may take a part of a line; the next call goes on behind it."""
+        """Write pending bytes; after a partial write, the next call continues from there."""
         while self._waiting:
             try:
                 taken = self._handle.write(self._waiting)
@@ -63,10 +64,10 @@ class Metrics:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file, of which a crash may have cut off the last line.
+    """Read the records of a metrics file; an incomplete last line, as after a crash, is skipped.
 
     Raises:
-        UserError: another line is not as it was written.
+        UserError: any other line is malformed.
     """
     records = []
     with file.open("rb") as handle:
@@ -83,7 +84,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 class ProgressReporter:
-    """A progress bar on a terminal, a line every `every` steps elsewhere; silent on other processes than the first."""
+    """Shows progress on the main process: a bar on a terminal, elsewhere a line every `every` steps."""
 
     def __init__(self, name: str, steps: int, done: int, every: int, active: bool):
         self.name, self.steps, self.every, self.active = name, steps, every, active
@@ -104,12 +105,12 @@ class ProgressReporter:
             console.print(f"{self.name}  step {number}/{self.steps}  {_figures(record)}")
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if self.active:
             console.print(f"{self.name}  {text}")
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Stop the progress bar."""
         if self._bar:
             self._bar.stop()
 
@@ -127,7 +128,7 @@ def _figures(record: dict[str, Any], short: bool = False) -> str:
 
 
 def memory_peak(device: torch.device) -> tuple[int, str]:
-    """Largest memory so far, in bytes, and what it counts: CUDA's allocator, or the process's resident set."""
+    """Peak memory so far in bytes, and what it measures: "cuda" for CUDA's allocator, "rss" for resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "cuda"
     unit = 1 if sys.platform == "darwin" else 1024
@@ -135,7 +136,7 @@ def memory_peak(device: torch.device) -> tuple[int, str]:
 
 
 def readable(count: float) -> str:
-    """Bytes for people, in binary units."""
+    """Format a number of bytes in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""What quantizing after training was predicted to cost, and what it cost on held-out text, in one unit."""
+"""Predicted and measured loss in quality from post-training quantization, in common units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.run.metrics import console, read_lines
 
 
 def keep_together(folder: RunFolder, together: float, text: PreparedData) -> None:
-    """Write how far all layers together move predictions (nats a token) beside what was allotted, and tokens a byte."""
+    """Add the divergence with all layers quantized (nats per token) and the tokens per byte to `allocation.json`."""
     tokens = int((text.held_out["targets"] != IGNORED).sum())
     rate = tokens / max(1, int(text.held_out["bytes"].sum()))
     write_atomically(folder.allocation, json.dumps(
@@ -21,11 +21,11 @@ def keep_together(folder: RunFolder, together: float, text: PreparedData) -> Non
 
 
 def rises(folder: RunFolder) -> list[tuple[str, float | None, float]]:
-    """(what, nats a token, bits a byte) of predictions and, where there is a comparison, of held-out text.
+    """(description, nats per token, bits per byte) of the predictions and, after the comparison, of the measurement.
 
-    Predictions are divergences from the student before, in nats a token of the rows that calibrated it; in bits a byte
-    they are of text with as many tokens a byte as the held-out one. What is measured is how many more bits of it the
-    exported student needs than the student did at the end of its training.
+    Predictions are divergences from the unquantized student, in nats per token of the calibration rows; they are
+    converted to bits per byte with the tokens per byte of the held-out text. The measurement is the increase in bits
+    per byte on the held-out set from the student at the end of its training to the exported student.
     """
     found = read_json(folder.allocation)
     rate = found.get("tokens_per_byte")
@@ -43,7 +43,7 @@ def rises(folder: RunFolder) -> list[tuple[str, float | None, float]]:
 
 
 def say_rise(name: str, folder: RunFolder) -> None:
-    """Print what was predicted beside what was measured, where bits were allotted."""
+    """Print predictions and measurement, if the bits of the layers were chosen within a budget."""
     if folder.allocation.exists():
         for what, nats, bits in rises(folder):
             console.print(f"{name}: {what.replace('*', '')}: {nats:.3g} nats a token, {bits:.3g} bits a byte")

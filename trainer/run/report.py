@@ -1,4 +1,4 @@
-"""The report: `report.md` and its pictures, made from a run's folder alone."""
+"""Write `report.md` and its plots, using only the files of a run folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MEANING = {"teacher": "the large model", "student": "distilled from the teacher"
 
 
 def write_report(path: Path) -> Path:
-    """Write `report.md` and its PNG pictures into a run folder and return the report's path.
+    """Write `report.md` and its PNG plots into a run folder, and return the path of the report.
 
     Raises:
-        UserError: the folder is no finished run, or one of its files is not as a run writes it.
+        UserError: the folder does not hold a finished run, or one of its files is malformed.
     """
     folder = RunFolder(path)
     for file in (folder.experiment, folder.plan, folder.metrics, folder.comparison, folder.receipt):
@@ -78,19 +78,19 @@ def _write(folder: RunFolder) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text that stays text in Markdown, on one line."""
+    """Escape text for Markdown, on one line."""
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(str(text).split()))
 
 
 def _code(text: str) -> str:
-    """Text as code in a line, whatever is in it."""
+    """Format any text as inline code."""
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     room = " " if "`" in text else ""
     return f"{fence}{room}{' '.join(text.split())}{room}{fence}"
 
 
 def _block(text: str) -> str:
-    """Text as a block of code, whatever is in it."""
+    """Format any text as a code block."""
     fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
     return f"{fence}text\n{text}\n{fence}"
 
@@ -157,7 +157,7 @@ def _receipt(receipt: dict[str, Any]) -> str:
 
 
 def _allotted(folder: RunFolder) -> list[str]:
-    """Bits of the layers, where they were chosen within a budget."""
+    """Section on the bits of each layer, if they were chosen within a budget; else nothing."""
     if not folder.allocation.exists():
         return []
     found = read_json(folder.allocation)
@@ -185,7 +185,7 @@ def _allotted(folder: RunFolder) -> list[str]:
 
 
 def _elsewhere(folder: RunFolder) -> list[str]:
-    """Receipts of the student as other runtimes read it, at the time of this report."""
+    """Table of the receipts for other runtimes that exist at the time of this report."""
     rows = []
     for file in sorted(folder.path.glob("student-*/receipt.json")):
         found = read_json(file)
@@ -200,13 +200,14 @@ def _elsewhere(folder: RunFolder) -> list[str]:
 
 
 def _ledger(plan: dict[str, Any], folder: RunFolder) -> str:
-    """What is kept, where nothing is known of the peak, and what was measured over the whole run."""
+    """Planned resident memory, if the peak was not planned, and the memory measured over the whole run."""
     rows = []
     if plan.get("memory") is None:
         rows = ["| part | planned bytes per process |", "|---|---:|"]
         rows += [f"| {_plain(name.replace('_', ' '))} | {count:,} |"
                  for name, count in plan["ledger"].items() if count]
-    measured = read_json(folder.measured) if folder.measured.exists() else plan.get("measured")  # as it was once
+    # Earlier versions kept what was measured in the plan.
+    measured = read_json(folder.measured) if folder.measured.exists() else plan.get("measured")
     if measured:
         what = {"rss": "resident set of the process at its largest: libraries and data included, not comparable with "
                        "the plan on CPU", "cuda": "allocated by CUDA at its largest"}[measured["kind"]]
@@ -215,7 +216,7 @@ def _ledger(plan: dict[str, Any], folder: RunFolder) -> str:
 
 
 def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder) -> list[str]:
-    """Bytes at the peak of a training step, planned and measured, and their course over the step."""
+    """Planned and measured memory at the peak of a training step, and the plot of memory over the step."""
     memory = plan.get("memory")
     measured = next((line for line in reversed(lines) if "memory" in line), None)
     if memory is None or measured is None:
@@ -243,7 +244,7 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
     return [*rows, "", "![memory over one step](memory.png)"]
 
 
-# ---- pictures
+# ---- plots
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     import matplotlib
@@ -269,7 +270,7 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def _plot_loss(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Cross-entropy of each model while training; the term they share. A student of KL alone shows its KL."""
+    """Plot the training cross-entropy, the term that all models share; the whole loss if the student has none."""
     term = "cross_entropy" if any("cross_entropy" in line for line in curves["student"]) else "loss"
     figure, axes = _figure("Training", "optimizer step", f"{term.replace('_', '-')} (nats per token)")
     for name, lines in curves.items():
