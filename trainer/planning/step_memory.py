@@ -80,8 +80,7 @@ def example_batch(rows: int, length: int, packed: bool, device: torch.device | s
     if packed and length > 1:
         positions = torch.where(positions < length // 2, positions, positions - length // 2)
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
-    return {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "targets": ids.clone(),
-            "learned": torch.arange(rows * length, device=device)}
+    return {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "targets": ids.clone()}
 
 
 def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
@@ -199,7 +198,7 @@ def reserved(experiment: Experiment, topology: Topology, device: str) -> dict[st
     more = experiment.training.batch_size // (experiment.training.micro_batch * topology.data_parallel) - 1
     one = example_batch(experiment.training.micro_batch, experiment.data.sequence_length, experiment.data.packing)
     rows = 24 * experiment.training.micro_batch  # row numbers, lengths and byte counts: three int64 per row
-    bytes_ = sum(tensor.nbytes for name, tensor in one.items() if name != "learned") + rows
+    bytes_ = sum(tensor.nbytes for tensor in one.values()) + rows
     return free | ({"batch": more * bytes_} if more > 0 and device == "cpu" else {})
 
 
