@@ -81,6 +81,7 @@ def test_model_that_is_not_there_or_not_safe(write_experiment, tmp_path):
     file = write_experiment(student={"architecture": None, "path": "./nowhere"},
                             data={"tokenizer": {"train_vocabulary": None}})
     refused(file, tmp_path, parts=["student.path = './nowhere'", "there is no such folder"])
+    refused(file, tmp_path, "student.path=models/of/mine", parts=["'models/of/mine'", "there is no such folder"])
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text(json.dumps({**TINY, "vocab_size": 300, "architectures": ["LlamaForCausalLM"]}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,14 @@ def _architecture(model: Model, key: str, vocabulary: int | None) -> PretrainedC
             raise ValueError(f"not a valid {model_type} architecture: {last_line(error)}") from error
 
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # NAME or OWNER/NAME
+
+
 def reach_model(auto: Any, model: Model, key: str, **options: Any) -> Any:
     """Call `from_pretrained` of an auto class, and turn any failure into one clear `UserError`."""
     folder = Path(model.path)
-    if (folder.is_absolute() or model.path.startswith(".")) and not folder.is_dir():
+    local = folder.is_absolute() or model.path.startswith(".") or not HUB_ID.fullmatch(model.path)
+    if local and not folder.is_dir():
         raise UserError(f"{key}.path", "there is no such folder", value=model.path,
                         way_out="name an existing folder or a hub id")
     check_files(model.path, f"{key}.path")
