@@ -157,7 +157,7 @@ class SpanAligner:
         return None
 
     def _row(self, values: list[int], padding: int | None) -> torch.Tensor:
-        """A row for the teacher, padded with a token, or if `padding` is None with the positions of one more document."""
+        """A row for the teacher, padded with a token, or with the positions of one more document if that is None."""
         rest = max(0, self.capacity - len(values))
         return torch.tensor(values[:self.capacity] + (list(range(rest)) if padding is None else [padding] * rest))
 
