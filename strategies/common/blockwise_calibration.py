@@ -159,7 +159,7 @@ class BlockwiseCalibrator:
 
     @contextmanager
     def _lent(self, tensors: Callable[[], Iterator[torch.Tensor]]) -> Iterator[None]:
-        """Within the context, tensors are on the device; tensors added meanwhile, such as scales, are moved back too."""
+        """Within the context, tensors are on the device; those added meanwhile, as scales, are moved back too."""
         try:
             for tensor in tensors():
                 tensor.data = tensor.data.to(self._device)

@@ -112,7 +112,7 @@ def add_over(group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor]) -
     if group is None or not tensors:
         return
     together = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    if together.device.type == "cpu" and dist.get_backend(group) == "nccl":  # offloaded to CPU, but the backend needs GPU tensors
+    if together.device.type == "cpu" and dist.get_backend(group) == "nccl":  # offloaded, but NCCL needs GPU tensors
         together = together.cuda()
     dist.all_reduce(together, group=group)
     for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):

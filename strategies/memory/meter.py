@@ -73,7 +73,7 @@ def measure(step: Callable[[], object], device: torch.device | str, resident: It
         return _measure_cuda(step, device)
     if device.type != "cpu":
         raise ValueError(f"memory is measured on cpu and cuda, not on {device.type}")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when profiling starts; else each profile writes two lines to stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at this point; else each profile writes two lines to stderr
     base, watchers = _watch(resident)
     with patient_waiting(), profiler.profile(use_kineto=True, profile_memory=True) as profile:
         step()
@@ -171,7 +171,7 @@ def _watch(things: Iterable[Any]) -> tuple[int, list[weakref.ref]]:
 
 
 def _walk(events: list[Any]) -> Iterator[tuple[int, str, int, int]]:
-    """Yield (nanoseconds, name, bytes, address) for CPU allocations and our own records in the profile, in any order."""
+    """Yield (nanoseconds, name, bytes, address) for CPU allocations and our own records in a profile, unordered."""
     waiting = list(events)
     while waiting:
         event = waiting.pop()

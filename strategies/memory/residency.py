@@ -76,8 +76,8 @@ class Bucket:
 class Residency:
     """Bytes that one rank holds in a training step, in place of those of a single process.
 
-    A turn is a part of the model that is gathered or reduced by itself (`ModuleTraffic`). "Captured" means captured by
-    torch.compile.
+    A turn is a part of the model that is gathered or reduced by itself (`ModuleTraffic`). A captured module is one that
+    torch.compile has turned into a graph, which rematerialization can plan.
 
     Attributes:
         parts: before the step, by name: weights, fp32 weights, gradients, optimizer state, teacher, buckets.
@@ -97,7 +97,7 @@ class Residency:
             head.
         turning: weights gathered from the start of backward to the backward of the last turn, if the head is in no
             turn.
-        turned: added to these briefly before.
+        turned: added to these briefly, at the start of backward.
         trailing: the buffer in which the first turn's gradients are reduced, which remains until backward is done.
         rest: remaining gradients of modules that are in no turn, once backward is done.
         end: added to their full gradients briefly at that time.

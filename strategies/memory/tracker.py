@@ -168,7 +168,7 @@ class LiveBytes(TorchDispatchMode):
     # ---- automatic tracking
 
     def _gradients_summed(self, result: Any, func: Any, args: tuple, at: int, peak: int) -> _Sum | None:
-        """The sum, if autograd could have accumulated into its first term: no graph is recorded and the term is dense."""
+        """The sum in `result` if autograd could have added in place: no graph is recorded, the first term is dense."""
         first, others = args[0], [one for one in args[1:] if isinstance(one, (torch.Tensor, list))]
         if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not self._entered:
             return None
