@@ -14,8 +14,10 @@ PARTS = ("first_ratio", "log_ratio", "scale", "zero_point")  # parameters that q
 
 
 def as_matrix(layer: Any) -> torch.Tensor:
-    """A view (outputs, ...) of a layer's weight: GPT-2's Conv1D stores (inputs, outputs), experts (experts, outputs,
-    inputs)."""
+    """A view (outputs, ...) of a layer's weight.
+
+    GPT-2's Conv1D stores (inputs, outputs), experts are stored as (experts, outputs, inputs).
+    """
     if isinstance(layer, Conv1D):
         return layer.weight.T
     return layer.weight.flatten(0, 1) if isinstance(layer, Experts) else layer.weight

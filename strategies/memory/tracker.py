@@ -257,8 +257,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tensors_of(*things: Any) -> Iterator[torch.Tensor]:
-    """Yield tensors reachable from modules (parameters, buffers, gradients), optimizers (their state), plain tensors
-    (with their gradients) and containers of all these; a tensor may occur more than once."""
+    """Yield the tensors reachable from modules, optimizers, tensors, and containers of these, some more than once.
+
+    From modules these are parameters, buffers and gradients, from optimizers their state, from tensors also their
+    gradients.
+    """
     for thing in things:
         if isinstance(thing, torch.Tensor):
             yield thing

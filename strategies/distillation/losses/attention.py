@@ -16,6 +16,8 @@ from strategies.distillation.losses.features import check_mask, check_positions,
 
 BLOCK = {"cpu": 2**22, "cuda": 2**26}
 """Bytes of attention scores that exist at a time, by device; about ten tensors of this size are alive at once."""
+
+
 def visible_pairs(real: torch.Tensor, position_ids: torch.Tensor | None = None, *, causal: bool) -> torch.Tensor:
     """The attention mask (batch, query, key): which keys each query may attend to.
 

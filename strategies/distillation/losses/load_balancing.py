@@ -1,5 +1,5 @@
-"""The load-balancing loss of a mixture of experts as a term of the objective; transformers adds it to a model's loss.
-"""
+"""The load-balancing loss of a mixture of experts as a term of the objective; transformers adds it to its own loss."""
+
 from __future__ import annotations
 
 import inspect

@@ -32,6 +32,7 @@ class LogitTargets:
 @dataclass(frozen=True)
 class SampledTargets:
     """Tokens sampled from the teacher, with their frequencies (Anshumann et al. 2025, arXiv 2503.16870).
+
     Attributes:
         ids: (..., draws) tokens.
         shares: (..., draws) how often each was drawn, over the number of draws; 0 in unused slots.
