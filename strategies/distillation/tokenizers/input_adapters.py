@@ -26,7 +26,7 @@ class TeacherInput:
     teacher_at: torch.Tensor | None = None
 
     def placed(self, said: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Move teacher outputs (batch, teacher's sequence, width) to student positions, and return which of these have any.
+        """Move teacher outputs (batch, teacher's sequence, width) to student positions, and return which have one.
 
         Args:
             targets: (batch, sequence) of the student.
