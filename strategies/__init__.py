@@ -1,1 +1,1 @@
-"""What makes a model fit and what makes it small. Each part is usable alone in somebody else's training script."""
+"""Techniques that make models fit in memory and make them small; each also works in a training script of your own."""

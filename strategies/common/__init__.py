@@ -1,1 +1,1 @@
-"""What several strategies need and none owns."""
+"""Utilities shared by several strategies."""

@@ -1,4 +1,4 @@
-"""Calibration: what enters the layers of a model, block after block, with the memory of one block."""
+"""Run calibration data through a model one block at a time, and collect statistics of the layers' inputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import nn
 
 from strategies.common.stored_weights import multiplies
 
-Batch = Mapping[str, Any]  # what the model is called with: `input_ids` (rows, tokens), `position_ids`, ...
+Batch = Mapping[str, Any]  # keyword arguments of the model: `input_ids` (rows, tokens), `position_ids`, ...
 
 
 class _Reached(Exception):
-    """Ends a forward where its hidden states are known."""
+    """Raised to end a forward early, with the hidden states that it has reached."""
 
     def __init__(self, hidden: torch.Tensor | None) -> None:
         self.hidden = hidden
@@ -40,49 +40,49 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class BlockwiseCalibrator:
-    """Takes calibration rows through a model, part after part: what is before its blocks, each block, and the rest.
+    """Takes calibration batches through a model part by part: the modules before its blocks, each block, and the rest.
 
-        walk = Walk(model, batches)
+        walk = BlockwiseCalibrator(model, batches)
         with closing(walk.parts()) as parts:
             for modules in parts:
                 with hooks on modules:
                     walk.run()
                 change modules
 
-    A part sees what the parts before it give after they were changed (as in Frantar et al. 2023, section 4). Kept is
-    one set of hidden states, on CPU, in which a batch replaces itself. The model's own forward runs each time, with
-    blocks that are done handing on what they get: so masks, positions and whatever else a block is given are made
-    for it as they always are, for packed rows too, and none of that is kept.
+    A part's inputs come from earlier parts as already changed (as in Frantar et al. 2023, section 4). Only one set of
+    hidden states is stored, on the CPU, and each batch's is replaced as it advances. The model's own forward runs for
+    every part, with finished blocks passing their input through. So masks, positions and other arguments of blocks are
+    computed as usual, for packed rows too, and need not be stored.
 
-    One process; the model is whole. Dropout is off, caches are not filled, and no gradient is kept.
+    This works in a single process with an unsharded model. Dropout and KV caches are off, and gradients are disabled.
 
     Attributes:
         model: the model.
-        batches: what it is called with.
-        mask: (rows * tokens,) which tokens of the batch that is running count; None for all.
+        batches: keyword arguments of the model, for each batch.
+        mask: (rows * tokens,) True for the tokens of the running batch that count; None for all.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], device: torch.device | str | None = None) -> None:
         """Args:
-            device: where parts run. What is not a block is there all the time, and blocks come one after the other.
-                None for where the model is.
+            device: where parts run. Blocks are moved there one at a time, everything else stays there throughout.
+                None for the model's device.
         """
         self.model, self.batches = model, batches
         self.mask: torch.Tensor | None = None
         self._name, self._blocks = find_blocks(model)
         self._home = next(model.parameters()).device
         self._device = self._home if device is None else torch.device(device)
-        self._kept: list[torch.Tensor | None] = [None] * len(batches)  # inputs of the present block, by batch
-        self._place = -1  # of the present block; -1 before the first, their number behind the last
+        self._kept: list[torch.Tensor | None] = [None] * len(batches)  # inputs of the current block, by batch
+        self._place = -1  # index of the current block; -1 before the first, their number after the last
         self._tuples = False  # whether blocks return tuples
 
     @property
     def within(self) -> bool:
-        """Whether the present part is a block."""
+        """Whether the current part is a block."""
         return 0 <= self._place < len(self._blocks)
 
     def parts(self) -> Generator[dict[str, nn.Module], None, None]:
-        """Modules by name, of one part at a time; those outside the blocks come twice, before them and after them."""
+        """Yield each part's modules by name; those outside the blocks come twice, before the blocks and after them."""
         outside = {name: module for name, module in self.model.named_modules()
                    if not name.startswith(f"{self._name}.")}
         with _evaluated(self.model), self._lent(self._rest):
@@ -100,15 +100,15 @@ class BlockwiseCalibrator:
                     yield outside
 
     def run(self, count: int | None = None) -> None:
-        """Run the batches, or the first `count`, through the present part, for hooks on its modules to see."""
+        """Run all batches, or the first `count`, through the current part, so that hooks on its modules see them."""
         for number in range(len(self.batches))[:count]:
             self.forward(number)
 
     @torch.no_grad()
     def forward(self, number: int) -> torch.Tensor | None:
-        """Run one batch through the present part: the hidden states (rows, tokens, width) it ends with.
+        """Run one batch through the current part, and return its output hidden states (rows, tokens, width).
 
-        None behind the last block, where the model's forward goes on to its end.
+        The result is None after the last block, where the model's forward runs to its end.
         """
         batch = {name: value.to(self._device) if isinstance(value, torch.Tensor) else value
                  for name, value in self.batches[number].items()}
@@ -126,7 +126,7 @@ class BlockwiseCalibrator:
 
     @contextmanager
     def _between(self, number: int) -> Iterator[None]:
-        """Within the context a forward skips the blocks before the present one, and ends behind it."""
+        """Within the context, a forward skips the blocks before the current one and ends after it."""
         last = len(self._blocks) - 1
         with ExitStack() as stack:
             for block in self._blocks[:min(self._place, last)]:
@@ -140,7 +140,7 @@ class BlockwiseCalibrator:
             yield
 
     def _put(self, number: int, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        hidden = self._kept[number].to(self._device, copy=True)  # a block may write into what it gets
+        hidden = self._kept[number].to(self._device, copy=True)  # a block may modify its input in place
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _hand_on(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +159,7 @@ class BlockwiseCalibrator:
 
     @contextmanager
     def _lent(self, tensors: Callable[[], Iterator[torch.Tensor]]) -> Iterator[None]:
-        """Within the context these are on the device; those that came to them, as scales, come home with them."""
+        """Within the context, tensors are on the device; those added meanwhile, as scales, are moved back too."""
         try:
             for tensor in tensors():
                 tensor.data = tensor.data.to(self._device)
@@ -209,10 +209,10 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# ---- what is seen
+# ---- statistics of inputs
 
 def token_mask(batch: Batch) -> torch.Tensor | None:
-    """(rows * tokens,) which tokens of a batch count: those whose `attention_mask` is not zero; None for all."""
+    """(rows * tokens,) True for tokens of a batch whose `attention_mask` is not zero; None if it has no such mask."""
     mask = batch.get("attention_mask")
     return mask.flatten().bool() if mask is not None and mask.ndim == 2 else None
 
@@ -220,15 +220,15 @@ def token_mask(batch: Batch) -> torch.Tensor | None:
 def watch(
     walk: BlockwiseCalibrator, layers: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]
 ) -> dict[str, str]:
-    """Run the present part, and call `see(name, rows)` with what enters its layers, once where several read the same.
+    """Run the current part, and call `see(name, rows)` with the inputs of its layers, once for layers that share them.
 
     Args:
-        layers: of the present part, by name.
-        see: given the first of the layers that read the same values, and these: (tokens, inputs) of a linear layer,
-            tokens that are masked left out; (values, 1) of a convolution.
+        layers: layers of the current part, by name.
+        see: called with the name of the first layer that reads an input, and the input: (tokens, inputs) without
+            masked tokens for a linear layer, (values, 1) for a convolution.
 
     Returns:
-        For every layer that was reached, the name that its values were seen under.
+        For every layer that was reached, the name that was passed to `see` with its input.
     """
     first: dict[str, str] = {}
     latest: list[tuple[weakref.ref, str]] = []
@@ -257,11 +257,11 @@ def _rows(layer: nn.Module, values: torch.Tensor, mask: torch.Tensor | None) -> 
 
 @dataclass
 class Seen:
-    """What entered layers.
+    """Statistics of a layer's input X (tokens, inputs).
 
     Attributes:
         largest: (inputs,) largest magnitude of each input channel, fp32.
-        moment: (inputs, inputs) X^T X in fp32, the sum over tokens; None where it was not asked for.
+        moment: (inputs, inputs) second moment X^T X, summed over tokens in fp32; None if not requested.
     """
 
     largest: torch.Tensor
@@ -269,17 +269,17 @@ class Seen:
 
 
 def collect(walk: BlockwiseCalibrator, layers: Mapping[str, nn.Module], moments: bool = False) -> dict[str, Seen]:
-    """Run the present part, and say what entered its layers: one object for those that read the same values.
+    """Run the current part and collect statistics of its layers' inputs; layers that share an input share an object.
 
     Args:
-        layers: of the present part, by name.
-        moments: whether second moments of linear layers are summed.
+        layers: layers of the current part, by name.
+        moments: whether to sum second moments for linear layers.
 
     Returns:
-        For every layer that was reached.
+        The statistics for every layer that was reached.
 
     Raises:
-        ValueError: what enters a layer is not finite.
+        ValueError: the input of a layer is not finite.
     """
     found: dict[str, Seen] = {}
 

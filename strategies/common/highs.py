@@ -1,4 +1,4 @@
-"""HiGHS through scipy, without the lines for its developers that some versions write to standard output."""
+"""Solve MILPs with HiGHS through scipy, without the debug lines that some versions write to standard output."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from scipy.optimize import OptimizeResult, milp
 
 _lock = threading.Lock()
-_diverted = [0, -1]  # how many solve at this moment, and standard output as it was
+_diverted = [0, -1]  # number of running solves, and a copy of the original standard output
 
 
 def mixed_integer(cost, **program) -> OptimizeResult:
-    """`scipy.optimize.milp`, from which nothing reaches standard output, where tables and JSON go."""
+    """`scipy.optimize.milp` with nothing written to standard output, which is for tables and JSON."""
     with _output_on_stderr():
         return milp(cost, **program)
 
 
 @contextmanager
 def _output_on_stderr() -> Iterator[None]:
-    """What native code, or another thread, writes to standard output meanwhile goes to standard error."""
+    """Within the context, output of native code and other threads to standard output goes to standard error."""
     with _lock:
         _diverted[0] += 1
         if _diverted[0] == 1:
@@ -40,7 +40,7 @@ def _output_on_stderr() -> Iterator[None]:
 
 
 def _divert() -> int:
-    """Returns a copy of standard output, -1 if there is none."""
+    """Redirect standard output, and return a copy of its file descriptor, or -1 if there is none."""
     _flush()
     try:
         saved = os.dup(1)
@@ -53,4 +53,4 @@ def _divert() -> int:
 def _flush() -> None:
     if sys.stdout is not None and not sys.stdout.closed:
         sys.stdout.flush()
-    ctypes.CDLL(None).fflush(None)  # what C has buffered
+    ctypes.CDLL(None).fflush(None)  # flush C's buffers

@@ -1,7 +1,7 @@
-"""What a rank holds of a parameter: the vocabulary that sharding engines, optimizers and checkpoints share.
+"""Describe which part of a parameter a rank holds, in terms shared by sharding engines, optimizers and checkpoints.
 
-An engine may hand an optimizer a tensor that is a rank's part of one parameter (FSDP2), or of many parameters laid end
-to end (ZeRO). Mathematics that looks at a whole layer has to know which. `layout_of` tells it.
+A sharding engine may pass an optimizer a tensor that is a rank's shard of one parameter (FSDP2), or of many parameters
+concatenated (ZeRO). Computations over a whole layer need to know which; `layout_of` returns it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Piece:
     Attributes:
         name: of the parameter in its model.
         shape: of the whole parameter.
-        start, stop: equal where this rank holds nothing of it.
-        offset: where in the rank's flattened tensor the elements begin.
+        start, stop: range of elements; equal if this rank holds none.
+        offset: index of the first element in the rank's flattened tensor.
     """
 
     name: str
@@ -36,21 +36,21 @@ class Piece:
 
     @property
     def numel(self) -> int:
-        """Elements that this rank holds."""
+        """Number of elements that this rank holds."""
         return self.stop - self.start
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """The piece's elements, a view, in a flattened tensor laid out like the rank's."""
+        """A view of the piece's elements in a flattened tensor with the rank's layout."""
         return flat[self.offset:self.offset + self.numel]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameters that a tensor consists of.
+    """The pieces of parameters that a tensor consists of.
 
     Attributes:
-        pieces: every parameter in the same order on every rank, also those of which a rank holds nothing.
-        group: ranks whose pieces make up whole parameters; None where this rank holds them whole.
+        pieces: one for every parameter, in the same order on every rank, including those of which a rank holds nothing.
+        group: ranks whose pieces together make up whole parameters; None if this rank holds them whole.
     """
 
     pieces: tuple[Piece, ...]
@@ -58,15 +58,15 @@ class Layout:
 
 
 def lay_out(tensor: torch.Tensor, layout: Layout) -> None:
-    """Say what a tensor consists of."""
+    """Set the layout of a tensor, which `layout_of` then returns."""
     setattr(tensor, _LAYOUT, layout)
 
 
 def layout_of(tensor: torch.Tensor) -> Layout:
-    """What a tensor consists of: as it was said, or as a DTensor knows, or else it is one whole parameter.
+    """The layout of a tensor: the one set by `lay_out`, or that of a DTensor; any other tensor is a whole parameter.
 
     Raises:
-        ValueError: a DTensor that is sharded otherwise than in contiguous parts over one group of ranks.
+        ValueError: a DTensor that is not sharded into contiguous parts over a single group of ranks.
     """
     known = getattr(tensor, _LAYOUT, None)
     if known is not None:
@@ -77,7 +77,7 @@ def layout_of(tensor: torch.Tensor) -> Layout:
 
 
 def dtensor_layout(tensor: DTensor, name: str = "") -> Layout:
-    """The layout of a DTensor that is sharded by rows (FSDP2) or not at all."""
+    """The layout of a DTensor that is sharded along its first dimension (FSDP2) or not at all."""
     mesh, placements = tensor.device_mesh, tensor.placements
     shape = tuple(tensor.shape)
     if all(placement.is_replicate() for placement in placements):
@@ -91,12 +91,12 @@ def dtensor_layout(tensor: DTensor, name: str = "") -> Layout:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The rank's own part of a tensor, in its shape; shares memory."""
+    """The rank's shard of a tensor, in its own shape; it shares memory."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The rank's own part of a tensor, flattened; a view.
+    """A flattened view of the rank's shard of a tensor.
 
     Raises:
         ValueError: its elements are not in row-major order.
@@ -108,11 +108,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def add_over(group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor]) -> None:
-    """Sum tensors of one dtype over the ranks of a group, in place, in one call."""
+    """All-reduce tensors of one dtype over the ranks of a group, in place, with a single call."""
     if group is None or not tensors:
         return
     together = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    if together.device.type == "cpu" and dist.get_backend(group) == "nccl":  # offloaded, while ranks exchange on GPUs
+    if together.device.type == "cpu" and dist.get_backend(group) == "nccl":  # offloaded, but NCCL needs GPU tensors
         together = together.cuda()
     dist.all_reduce(together, group=group)
     for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -120,5 +120,5 @@ def add_over(group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor]) -
 
 
 def total_numel(pieces: Iterable[Piece]) -> int:
-    """Elements that a rank holds of all pieces."""
+    """Number of elements that a rank holds in all pieces."""
     return sum(piece.numel for piece in pieces)

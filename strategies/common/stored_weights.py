@@ -1,4 +1,4 @@
-"""Weights as a quantizer sees them, (outputs, inputs), whatever shape a model keeps them in."""
+"""View weights as (outputs, inputs) matrices for quantizers, whatever layout a model stores them in."""
 
 from __future__ import annotations
 
@@ -10,34 +10,37 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-PARTS = ("first_ratio", "log_ratio", "scale", "zero_point")  # what quantization adds to a weight
+PARTS = ("first_ratio", "log_ratio", "scale", "zero_point")  # parameters that quantization adds to a weight
 
 
 def as_matrix(layer: Any) -> torch.Tensor:
-    """A view (outputs, ...) of a layer's weight: GPT-2's Conv1D keeps (inputs, outputs), experts (experts, outputs,
-    inputs)."""
+    """A view (outputs, ...) of a layer's weight.
+
+    GPT-2's Conv1D stores (inputs, outputs), experts are stored as (experts, outputs, inputs).
+    """
     if isinstance(layer, Conv1D):
         return layer.weight.T
     return layer.weight.flatten(0, 1) if isinstance(layer, Experts) else layer.weight
 
 
 def as_weight(layer: Any, matrix: torch.Tensor) -> torch.Tensor:
-    """What `as_matrix` gave, in the shape that the layer multiplies with."""
+    """Convert a matrix of `as_matrix` back to the shape that the layer multiplies with."""
     if isinstance(layer, Conv1D):
-        return matrix.T.contiguous()  # else products would be summed in another order than with a plain weight
+        return matrix.T.contiguous()  # contiguous, to sum products in the same order as with a plain weight
     return matrix.view_as(layer.weight) if isinstance(layer, Experts) else matrix
 
 
 def multiplies(layer: Any) -> bool:
-    """Whether a module multiplies vectors (..., inputs) with its matrix."""
+    """Whether a module multiplies vectors (..., inputs) by its matrix."""
     return isinstance(layer, (nn.Linear, Conv1D))
 
 
 class Experts:
-    """One weight (experts, outputs, inputs) of a module that holds all experts of a block, as a layer of its own.
+    """A weight (experts, outputs, inputs) of a module that holds all experts of a block, presented as a layer.
 
-    No module: state dicts, sharding and checkpoints see the module that holds it, whose parameters have their names.
-    What quantization adds is there too, with the weight's name before it (`down_proj_log_ratio`).
+    This is not a module: state dicts, sharding and checkpoints see the module that holds the weight, with unchanged
+    parameter names. Parameters that quantization adds are registered there too, prefixed with the weight's name
+    (`down_proj_log_ratio`).
     """
 
     bias = None
@@ -57,7 +60,7 @@ class Experts:
 
 
 def experts_of(module: nn.Module) -> dict[str, Experts]:
-    """Weights (experts, outputs, inputs) by name, of a module that transformers makes for all experts of a block."""
+    """Weights (experts, outputs, inputs) by name, of a transformers module that holds all experts of a block."""
     if getattr(module, "is_transposed", None) is not False:
         return {}
     return {key: Experts(module, key) for key, weight in module._parameters.items()
@@ -65,7 +68,7 @@ def experts_of(module: nn.Module) -> dict[str, Experts]:
 
 
 def _forwarded(name: str) -> property:
-    """A part that lies in the module, behind the weight's name."""
+    """A property that is stored in the holding module, prefixed with the weight's name."""
     def get(self: Experts) -> nn.Parameter:
         return getattr(self.holder, f"{self.key}_{name}")
 
@@ -88,9 +91,9 @@ class SeesQuantized:
     quantized_experts: dict[str, Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own does."""
+        """Run the original forward with quantized weights."""
         seen = {key: experts.effective_weight for key, experts in self.quantized_experts.items()}
-        self.__dict__.update(seen)  # found before parameters are, by whatever implementation runs
+        self.__dict__.update(seen)  # instance attributes take precedence over parameters, in any implementation
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -100,18 +103,18 @@ class SeesQuantized:
 
 @cache
 def seeing(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class of experts that sees its quantized weights."""
+    """A subclass of an experts module whose forward uses its quantized weights."""
     return type(f"QAT{kind.__name__}", (SeesQuantized, kind), {})
 
 
 def plain(module: nn.Module) -> None:
-    """Make a module of experts what it was."""
+    """Restore the original class of an experts module."""
     module.__class__ = type(module).__mro__[2]
     del module.quantized_experts
 
 
 def all_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules of a model with their names, and the weights of its experts with theirs."""
+    """Yield the modules of a model with their names, and the weights of its experts with theirs."""
     for name, module in model.named_modules():
         yield name, module
         held = getattr(module, "quantized_experts", {})

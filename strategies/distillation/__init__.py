@@ -1,1 +1,1 @@
-"""Losses through which a student learns from its teacher."""
+"""Knowledge distillation: losses against a teacher, different tokenizers, and teacher targets cached on disk."""

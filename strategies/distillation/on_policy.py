@@ -1,4 +1,4 @@
-"""Sequences that the student writes itself, for its teacher to judge: on-policy distillation."""
+"""On-policy distillation: sequences that the student generates, on which its teacher then teaches it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from strategies.distillation.losses.response import IGNORED
 @torch.no_grad()
 def written_rows(student: nn.Module, batch: dict[str, torch.Tensor], *, prompt_tokens: int, new_tokens: int,
                  temperature: float, end: int, padding: int, seed: int) -> dict[str, torch.Tensor]:
-    """Rows that begin as those of a batch do and go on as the student does (Agarwal et al. 2024, GKD, algorithm 1).
+    """Let the student continue the prompts of a batch by sampling (Agarwal et al. 2024, GKD, algorithm 1).
 
-    Of each row the first document is taken, up to where something is learned of it, or `prompt_tokens` if that is more.
-    Only what the student writes is learned, up to its end of sequence; no gradient goes through the writing.
+    The prompt of a row is its first document up to the first target, or up to `prompt_tokens` tokens if that is more.
+    Only the generated tokens become targets, up to the first end-of-sequence token. Sampling runs without gradients.
 
     Args:
-        student: without wrappers, whole, of transformers.
+        student: a transformers model without wrappers, not sharded.
         batch: `input_ids`, `position_ids`, `targets` (rows, length).
-        prompt_tokens: of a text that is learned from its beginning.
-        new_tokens: most that are written; a row that is full ends before.
+        prompt_tokens: least length of a prompt, for texts whose targets begin with the first token.
+        new_tokens: most tokens to generate; a row ends earlier when it is full.
         temperature: of the sampling.
         end, padding: token ids.
-        seed: of the sampling; the global generators stay as they are.
+        seed: of the sampling; the global generators are left unchanged.
 
     Returns:
-        the same names and shapes, and `length` (rows,), tokens before the padding.
+        the same names and shapes, and `length` (rows,), the number of tokens before the padding.
     """
     rows, length = batch["input_ids"].shape
     device = batch["input_ids"].device
@@ -36,12 +36,13 @@ def written_rows(student: nn.Module, batch: dict[str, torch.Tensor], *, prompt_t
     longest = max(map(len, prompts))
     given = torch.full((rows, longest), padding, device=device)
     seen = torch.zeros_like(given)
-    for row, prompt in enumerate(prompts):  # on the left, so that all go on at one place
+    for row, prompt in enumerate(prompts):  # left-padded, so that all rows continue at the same index
         given[row, longest - len(prompt):] = prompt
         seen[row, longest - len(prompt):] = 1
     mode, own = student.training, student.generation_config
     student.eval()
-    # Fields that a call leaves out are taken from the model's own settings: a penalty of these would be another policy.
+    # generate() takes every field that is left out from the model's own generation config; a repetition penalty set
+    # there, for example, would sample from another policy.
     student.generation_config = GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=new_tokens, eos_token_id=end,
         pad_token_id=padding)
@@ -59,7 +60,7 @@ def written_rows(student: nn.Module, batch: dict[str, torch.Tensor], *, prompt_t
 
 
 def _prompt(ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, least: int) -> torch.Tensor:
-    """The beginning of a row's first document."""
+    """The beginning of a row's first document, to be used as prompt."""
     starts = torch.argwhere(positions[1:] == 0)
     document = int(starts[0]) + 1 if len(starts) else len(ids)
     loss_mask = torch.argwhere(targets[:document] != IGNORED)
@@ -69,7 +70,7 @@ def _prompt(ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, l
 
 def _row(prompt: torch.Tensor, new: torch.Tensor, length: int, end: int, padding: int
          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens and targets (length,) of a prompt and what was written after it, and how many tokens that are."""
+    """Tokens and targets (length,) of a prompt with its continuation, and the number of tokens before the padding."""
     ends = torch.argwhere(new == end)
     new = new[:int(ends[0]) + 1 if len(ends) else len(new)][:length - len(prompt)]
     ids, targets = prompt.new_full((length,), padding), prompt.new_full((length,), IGNORED)

@@ -1,4 +1,4 @@
-"""One micro-batch of distillation: the teacher asked, the student called through whatever wraps it, one loss."""
+"""The distillation loss of one micro-batch: run the teacher, call the student through its wrappers, sum the terms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from strategies.memory.meter import mark
 
 
 class Distillation:
-    """The loss of a student, with or without a teacher, without the logits of either.
+    """The training loss of a student, with or without a teacher, computed without the full logits of either.
 
         distillation = Distillation(objective, student, teacher)
         total, terms = distillation(wrapped_student, {"input_ids": ids}, targets)
@@ -32,15 +32,15 @@ class Distillation:
     Args:
         objective: the terms of the loss.
         student: without wrappers.
-        teacher: frozen and in evaluation mode; None where it is not asked, or what it says is given with each call.
-        shapes: what student and teacher do to their logits; see `logit_shape`. None for one whose head is not known:
-            its logits are made.
-        common: the tokens both have, where the vocabularies differ.
-        tile: bytes of logits that may exist at a time; None for the device's usual.
-        inside: losses of what is inside of both models.
+        teacher: frozen and in evaluation mode; None if no term needs it or its targets are passed with each call.
+        shapes: scale and soft cap that student and teacher apply to their logits; see `logit_shape`. None for a model
+            whose head is not supported: its full logits are then computed.
+        common: the tokens that both models have, where their vocabularies differ.
+        tile: bytes of logits that may exist at a time; None for the device's default.
+        intermediate: losses between tensors inside the two models, such as hidden states.
         reader: how the teacher reads the student's text.
-        balancing: weight of the routers' balancing loss, of a mixture of experts; None for a student that is not asked
-            for it.
+        balancing: weight of the load-balancing loss of a mixture of experts; None leaves `output_router_logits` out of
+            the student's arguments.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Distillation:
         )
 
     def planned(self) -> Distillation:
-        """The same on tensors without data, of which no text can be read: the teacher gets its student's tokens."""
+        """A copy for planning with fake tensors, which hold no text to read: the teacher gets the student's tokens."""
         alike = copy.copy(self)
         alike.reader = identity_adapter
         return alike
 
     def without_text(self) -> Distillation:
-        """The same for what a student has written itself: its teacher's word counts, and no target does."""
+        """A copy for sequences that the student generated: only terms with the teacher count, none with the text."""
         judged = copy.copy(self)
         judged.objective = replace(self.objective, cross_entropy=0.0, z_loss=0.0)
         return judged
@@ -78,19 +78,20 @@ class Distillation:
     def __call__(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor,
                  teacher_targets: Targets | None = None, real: torch.Tensor | None = None,
                  learned: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted loss and its terms, summed over target tokens; see `ResponseObjective`.
+        """Compute the weighted loss and its terms, summed over target tokens; see `ResponseObjective`.
 
-        The balancing loss is a mean over the tokens of this call by its nature. It counts once for each target token,
-        so that after the division by all target tokens it is the mean over calls, by their target tokens; one call's
-        whole loss is then that of transformers. More and smaller calls balance each of them by itself.
+        The load-balancing loss is by definition a mean over the tokens of one call. Here it is multiplied by the call's
+        number of target tokens, so that dividing by all target tokens gives the mean over calls, weighted by their
+        target tokens. With a single call, the whole loss is then that of transformers. If a batch is split into
+        several calls, each of them is balanced by itself.
 
         Args:
-            called: the student as training calls it, wrapped or not.
-            inputs: for the forward of student and teacher.
+            called: the student as the training loop calls it, wrapped or not.
+            inputs: arguments of the forward of student and teacher.
             targets: (batch, sequence) next tokens, or `IGNORED`.
-            taught: what the teacher says, where it is not asked itself.
-            real: (batch, sequence) which tokens are no padding, for the balancing loss; None for all.
-            learned: (n,) flat positions that have a target, where that is known; a GPU is waited for to find them.
+            teacher_targets: the teacher's targets; None to run the teacher.
+            real: (batch, sequence) True where a token is not padding, for the load-balancing loss; None for all.
+            learned: (n,) flat positions that have a target, if known; finding them synchronizes with a GPU.
         """
         with nullcontext() if self.intermediate is None else self.intermediate.recording():
             return self._loss(called, inputs, targets, teacher_targets, real, learned)

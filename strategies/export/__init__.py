@@ -1,1 +1,1 @@
-"""Write the student, reload it where it will be used, compare, and give a receipt."""
+"""Export of a student: write it, reload it in the target runtime, compare the logits, and issue a receipt."""

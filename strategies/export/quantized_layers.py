@@ -1,4 +1,4 @@
-"""What exports ask of a quantized layer."""
+"""The interface of quantized layers that exports rely on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Quantizer(Protocol):
-    """What is asked of the quantizer that trained a layer: how its numbers are to be read."""
+    """The quantizer that a layer was trained with, which determines how its quantized integers are read."""
 
     kind: str
     bits: int
@@ -24,7 +24,7 @@ class Quantizer(Protocol):
 
 
 class Activations(Protocol):
-    """What is asked of what quantizes a layer's inputs."""
+    """The quantizer of a layer's inputs."""
 
     kind: str
     bits: int
@@ -39,13 +39,13 @@ class Grid(Protocol):
 
 
 class Quantized(Protocol):
-    """A layer as training leaves it: its numbers and scales are written as they are."""
+    """A quantized layer after training, whose quantized integers and scales are exported unchanged."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     quantizer: Quantizer
     activations: Activations | None
-    input_scale: torch.Tensor  # where activations are not dynamic
+    input_scale: torch.Tensor  # if activations are not dynamic
 
     @property
     def matrix(self) -> torch.Tensor: ...
@@ -56,9 +56,9 @@ class Quantized(Protocol):
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
-    """Every quantized layer of a model with its name; of layers that share a weight, each.
+    """Yield all quantized layers of a model with their names, including each of those that share a weight.
 
-    Weights of experts that one module holds are layers, too, with the name of their parameter.
+    The weights of experts that a single module holds count as layers too, under the names of their parameters.
     """
     for name, module in model.named_modules():
         if hasattr(module, "quantizer"):
@@ -68,20 +68,20 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
 
 
 def is_module(layer: Quantized) -> bool:
-    """Whether a layer is a module, and not one weight of several that a module holds."""
+    """Whether a layer is a module, rather than one of several weights that a module holds."""
     return isinstance(layer, nn.Module)
 
 
 def weight_name(name: str, layer: Quantized) -> str:
-    """The name that a layer's weight has in a state dict."""
+    """The name of a layer's weight in a state dict."""
     return f"{name}.weight" if is_module(layer) else name
 
 
 def part_name(name: str, layer: Quantized, part: str) -> str:
-    """The name that something has in a state dict that quantization added to a layer."""
+    """The name in a state dict of a tensor that quantization added to a layer."""
     return f"{name}.{part}" if is_module(layer) else f"{name}_{part}"
 
 
 def is_turned(layer: Quantized) -> bool:
-    """Whether a module keeps its matrix (inputs, outputs), as GPT-2's Conv1D does."""
+    """Whether a module stores its matrix transposed, (inputs, outputs), as GPT-2's Conv1D does."""
     return isinstance(layer, Conv1D)

@@ -1,4 +1,4 @@
-"""The receipt: what a fresh process found when it loaded the student and compared it with the one in training."""
+"""The receipt of an export: a fresh process reloads the student, and its logits are compared with training's."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ import torch
 from safetensors.torch import load_file, save_file
 
 TRANSFORMERS = ("torch", "transformers", "compressed-tensors", "safetensors")
-LOGIT_BYTES = 64 * 2**20  # of fp32 logits that are compared; a large vocabulary compares fewer tokens
+LOGIT_BYTES = 64 * 2**20  # most bytes of fp32 logits to compare; the larger the vocabulary, the fewer tokens
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was exported and how it compares, reloaded by `transformers` in a process of its own.
+    """What was exported, and how it compares with the student after a reload in a separate process.
 
     Attributes:
-        sha256: of the weight files one after the other.
+        sha256: of the concatenated weight files.
         bytes_on_disk: of the weight files.
-        parameters: weights, tied ones once.
-        bits_per_byte: of held-out text, by the reloaded file.
-        tokens_per_second: of a forward pass by the reloaded file.
+        parameters: number of weights, tied ones counted once.
+        bits_per_byte: of the reloaded file on held-out text.
+        tokens_per_second: of forward passes of the reloaded file.
         largest_difference: between logits of the reloaded file and of the student in the dtype of the export.
-        mean_difference: the mean of the same.
-        difference_from_training: largest difference from the fake-quantized model in training, in fp32; the same as
-            `largest_difference` in a float32 export, and the rounding of everything else in a half-precision one.
-        largest_logit: to see the difference in proportion.
+        mean_difference: mean of the same differences.
+        difference_from_training: largest difference from the fake-quantized model in training, in fp32. It equals
+            `largest_difference` in a float32 export; in half precision it includes the rounding of all weights that
+            are not quantized.
+        largest_logit: the scale of the differences.
         argmax_agreement: share of positions where file and model in training predict the same token.
-        tokens_compared: positions compared.
+        tokens_compared: number of positions compared.
         tolerance: largest difference allowed, as a share of `largest_logit`.
-        versions: libraries that loaded it.
-        notes: what the file cannot hold of the student, and where that shows.
+        versions: of the libraries that loaded it.
+        notes: what the file cannot represent of the student, and where that matters.
     """
 
     sha256: str
@@ -60,7 +61,7 @@ class Receipt:
 
     @property
     def holds(self) -> bool:
-        """Whether the file is the student."""
+        """Whether the file reproduces the student within `tolerance`."""
         return self.largest_difference <= self.tolerance * max(self.largest_logit, 1e-30)
 
     def write(self, file: Path) -> None:
@@ -81,19 +82,19 @@ def ask_client(
     client: str = "transformers_client.py",
     **request: Any,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
-    """Have a fresh process load and measure models.
+    """Load and measure models in a fresh process.
 
     Args:
-        models: by name: `path`, and where wanted `revision`, `dtype`, and `compare: True` for its logits.
-        client: the script in `clients` that knows the runtime.
-        held_out: rows as the data gives them.
+        models: by name, with `path`, and optionally `revision`, `dtype`, and `compare: True` to get its logits.
+        client: the script in `clients` for the runtime.
+        held_out: held-out rows as the data set gives them.
         request: `device`, `threads`, `micro_batch`, `logit_rows`, `logit_length`, `prompt`, `sample_tokens`.
 
     Returns:
-        Per model what `client.measure` found, and the logits of those to compare.
+        For each model the result of the client's `measure`, and the logits of those with `compare`.
 
     Raises:
-        RuntimeError: the client could not load or run a model; the message ends with its last lines.
+        RuntimeError: the client could not load or run a model; the message ends with the end of its stderr.
     """
     with tempfile.TemporaryDirectory(prefix="limbeck-client-") as room:
         folder = Path(room)
@@ -113,7 +114,7 @@ def ask_client(
 
 
 def _plain_environment() -> dict[str, str]:
-    """The environment without a launcher's variables: the client is one process, not a rank."""
+    """The environment without a launcher's variables: the client is a single process, not a rank."""
     prefixes = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_")
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}
     return {name: value for name, value in os.environ.items() if name not in names and not name.startswith(prefixes)}
@@ -125,13 +126,13 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
     """Compare logits of the reloaded file with those of the student.
 
     Args:
-        found: what the client measured.
+        found: measurements of the client.
         trained: (rows, length, vocabulary) logits of the fake-quantized model in training.
-        exported: the same in the dtype of the export; equal to `trained` in float32.
-        theirs: the same of the reloaded file.
+        exported: logits of the student in the dtype of the export; equal to `trained` in float32.
+        theirs: logits of the reloaded file.
         files: the weight files.
         tolerance: largest difference from `exported` allowed, as a share of the largest logit.
-        libraries: that loaded it.
+        libraries: packages that loaded it.
         notes: see `Receipt`.
     """
     difference = (exported - theirs).abs()

@@ -1,4 +1,4 @@
-"""Bytes of a student on disk, from shapes alone."""
+"""The size of an exported student in bytes, computed from shapes alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from strategies.export.hf.transformers_folder import PARTS, folder_format, forma
 from strategies.export.quantized_layers import Quantized, is_turned, part_name, quantized_layers, weight_name
 from strategies.memory.packed import packed_bytes
 
-_FIXED = 64  # bytes of a header without tensors: its length, metadata, and blanks up to a multiple of 8
-_ENTRY = 130  # of a tensor beside its name: part of a layer, dtype, shape and two places, of at most 12 digits each
+_FIXED = 64  # bytes of a safetensors header without tensors: length, metadata, and padding to a multiple of 8
+_ENTRY = 130  # of a tensor besides its name: suffix, dtype, shape and two offsets, of at most 12 digits each
 
 
 def exported_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the tensors in a transformers folder: packed numbers, their scales, and the rest in `dtype`."""
+    """Bytes of the tensors in a transformers folder: packed integers, their scales, and everything else in `dtype`."""
     named = dict(quantized_layers(model))
     layers = {id(layer.weight): layer for layer in named.values()}
     rows = saved_rows(model, {weight_name(name, layer): layer.weight.shape for name, layer in named.items()})
@@ -30,19 +30,20 @@ def exported_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def header_bound(model: nn.Module, more_parts: int = 2, layers: Collection[str] = ()) -> int:
-    """The most bytes that a safetensors file of the model begins with: length, names, dtypes, shapes and places.
+    """Upper bound on the bytes of the model's safetensors header: length, names, dtypes, shapes and offsets.
 
     Args:
-        more_parts: tensors that a quantized layer is written as beside its numbers: scale and shape, at least.
-        layers: names of those that are yet to be quantized.
+        more_parts: number of tensors that a quantized layer is written as besides its integers; at least scale and
+            shape.
+        layers: names of layers that will be quantized later.
     """
     ready = dict(quantized_layers(model))
     named, total = {*ready, *layers}, _FIXED
     inner = {part_name(name, layer, part) for name, layer in ready.items() for part in PARTS if part != "weight"}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in inner:
-            continue  # `more_parts` counts what is written of it
-        pieces = 2 * tensor.shape[0] if tensor.ndim == 3 else 1  # experts are written one by one
+            continue  # counted in `more_parts`
+        pieces = 2 * tensor.shape[0] if tensor.ndim == 3 else 1  # experts are written separately
         parts = 1 + more_parts * (name.rpartition(".")[0] in named or tensor.ndim == 3)
         total += pieces * parts * (len(name) + _ENTRY)
     return total

@@ -1,4 +1,4 @@
-"""Where a model's own code reads the weights of its layers, and does not only call the layers."""
+"""Find layers whose weights a model's own code reads directly, instead of only calling the layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-# What may be asked of a weight without its numbers. RWKV halves weights in place, and with them their scales.
+# Attributes and methods of a weight that do not use its values. RWKV halves weights in place, which halves the scales.
 ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda", "is_meta", "mul_",
          "div_"}
 TOKENS = 8
@@ -24,9 +24,9 @@ class Reads:
     """Linear layers of a model by name.
 
     Attributes:
-        read: whose weight the code around them asks for, if only for its dtype or to initialize it: where a file has
-            packed numbers instead, the module has no such weight.
-        used: whose numbers it computes with, past the layer: quantizing the layer would not reach these.
+        read: those whose weight other code accesses, even if only for its dtype or to initialize it; a module that was
+            loaded from packed integers has no such attribute.
+        used: those whose weight other code computes with, bypassing the layer and so its quantization.
     """
 
     read: frozenset[str] = frozenset()
@@ -34,10 +34,10 @@ class Reads:
 
 
 def weight_reads(model: nn.Module) -> Reads:
-    """Found by running a model of the same configuration without numbers, once for each configuration.
+    """Find them by running a model of the same configuration on the meta device, once for each configuration.
 
-    It says what happens on a CPU: kernels for GPUs that take several weights at once are not seen. Nothing is found of
-    a model that does not run without numbers.
+    This covers the CPU code path only: GPU kernels that take several weights at once are not seen. For a model that
+    does not run on the meta device, the result is empty.
     """
     config = getattr(model, "config", None)
     if config is None:
@@ -54,7 +54,7 @@ def _tried(kind: type, config: Any) -> Reads:
     with contextlib.suppress(Exception), _disable_current_modes(), torch.device("meta"), torch.random.fork_rng([]):
         model = kind(type(config).from_dict(config.to_dict()))
         if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("batched_mm")  # the others look at numbers, or at the dtype
+            model.set_experts_implementation("batched_mm")  # the others read values or the dtype
         names = {id(module): name for name, module in model.named_modules() if type(module) is nn.Linear}
         owned = [*_owned(model, model)]
         read |= {names[id(module)] for owner, module in owned if id(module) in names and not _begins(owner, module)}
@@ -63,7 +63,7 @@ def _tried(kind: type, config: Any) -> Reads:
                 module.__class__ = _watched(names[id(module)], read, used)
         for owner, module in owned:
             if id(module) not in names:
-                with contextlib.suppress(Exception):  # numbers that are not there
+                with contextlib.suppress(Exception):  # meta tensors have no values
                     owner._init_weights(module)
         used.clear()
         for training in (True, False):
@@ -73,7 +73,7 @@ def _tried(kind: type, config: Any) -> Reads:
 
 
 def _owned(module: nn.Module, owner: Any) -> Iterator[tuple[Any, nn.Module]]:
-    """Each module with the model whose `_init_weights` transformers calls for it when a file is loaded."""
+    """Yield each module with the model whose `_init_weights` transformers calls on it when it loads a file."""
     owner = module if hasattr(module, "_init_weights") else owner
     yield owner, module
     for child in module.children():
@@ -81,13 +81,13 @@ def _owned(module: nn.Module, owner: Any) -> Iterator[tuple[Any, nn.Module]]:
 
 
 def _begins(owner: Any, layer: nn.Module) -> bool:
-    """Whether a linear layer without a weight of that name can be initialized, as one with packed numbers is."""
+    """Whether `_init_weights` works on a linear layer without `weight`, as one with packed integers is."""
     weight = layer._parameters.pop("weight")
     try:
         owner._init_weights(layer)
     except AttributeError:
         return False
-    except Exception:  # numbers that are not there
+    except Exception:  # meta tensors have no values
         return True
     finally:
         layer._parameters["weight"] = weight
@@ -95,7 +95,7 @@ def _begins(owner: Any, layer: nn.Module) -> bool:
 
 
 def _watched(name: str, read: set[str], used: set[str]) -> type:
-    """A class of linear layers that note who asks for their weight."""
+    """A linear layer class that records accesses to its weight."""
 
     class Watched(nn.Linear):
         @property
@@ -110,7 +110,7 @@ def _watched(name: str, read: set[str], used: set[str]) -> type:
 
 
 class _Answers(TorchDispatchMode):
-    """Tensors without numbers answer those who ask for one: 1."""
+    """Lets `item()` of a meta tensor return 1."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -119,7 +119,7 @@ class _Answers(TorchDispatchMode):
 
 
 class _Weight(torch.Tensor):
-    """A weight that notes that its numbers are used."""
+    """A weight that records use of its values."""
 
     of_layer: str
     noted: set[str]

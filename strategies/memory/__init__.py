@@ -1,1 +1,1 @@
-"""The ledger of bytes: what a run keeps in memory, part by part."""
+"""Memory accounting: estimate, track, measure and plot the memory of training steps."""

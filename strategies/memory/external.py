@@ -1,4 +1,4 @@
-"""What a GPU holds beside the tensors that a plan knows of: workspaces of libraries, and whatever else is there."""
+"""GPU memory in use besides the tensors that a memory plan knows of, such as library workspaces."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from strategies.memory.tracker import LiveBytes
 
 
 def held_besides(device: torch.device, known: Iterable[Any]) -> int:
-    """Bytes allocated on a GPU by none of the known modules, optimizers and tensors.
+    """Bytes allocated on a GPU that do not belong to the known modules, optimizers and tensors.
 
-    cuBLAS takes a workspace for each thread that multiplies matrices, from torch's allocator and for good; autograd has
-    a thread of its own. Both are made to exist first.
+    For each thread that multiplies matrices, cuBLAS allocates a permanent workspace from torch's allocator, and
+    autograd has its own thread. Both workspaces are created before measuring.
     """
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.ones(16, 16, dtype=dtype, device=device, requires_grad=True)
@@ -25,7 +25,7 @@ def held_besides(device: torch.device, known: Iterable[Any]) -> int:
 
 
 def unknown_bytes(allocated: int, known: Iterable[Any], kind: str | None = None) -> int:
-    """Bytes allocated that are none of the known tensors', of one kind of device or any, as the allocator rounds."""
+    """`allocated` bytes less those of known tensors, rounded like the allocator's; `kind` limits the type of device."""
     counted = LiveBytes(round_to=CUDA_BLOCK, device=kind)
     counted.watch(*known)
     return max(0, allocated - counted.current)

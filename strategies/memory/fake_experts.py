@@ -1,8 +1,8 @@
-"""Mixtures of experts on tensors without data: importing this makes their products have shapes there.
+"""Importing this module lets mixtures of experts run on fake tensors.
 
-transformers multiplies experts by torch's grouped product, whose shape function (torch 2.13) refuses fp32, which the
-kernel itself multiplies. On tensors without data its own operator for the same product is taken instead, which keeps
-and gives the same tensors.
+transformers computes experts with torch's grouped matrix product. Its shape function (torch 2.13) rejects fp32, which
+the kernel itself supports. On fake tensors, transformers' own operator for the same product is used instead, which
+saves and returns the same tensors.
 """
 
 from __future__ import annotations

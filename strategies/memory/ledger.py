@@ -1,7 +1,7 @@
-"""The ledger of bytes: what training a model keeps in memory, part by part, on one rank of however many.
+"""The memory ledger: bytes of each part of training, such as weights, gradients and activations, on one rank.
 
-Model state is exact, from shapes; activations are counted, by running the model's forward on tensors without data and
-adding up what autograd keeps; the loss is counted from its shapes.
+Model state is computed exactly from shapes. Activations are counted by running the model's forward on fake tensors and
+adding up what autograd saves. The loss is computed from its shapes.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import strategies.memory.fake_experts  # noqa: F401 - experts have shapes without data from here on
+import strategies.memory.fake_experts  # noqa: F401 - lets experts run on fake tensors
 from strategies.memory.residency import Residency
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes of one rank in a training step, each part at its largest.
+    """Bytes of one rank in a training step, each part at its peak.
 
     Attributes:
-        weights: as they are computed with, the rank's part.
-        fp32_weights: a second copy that is updated, where there is one.
-        gradients: of the weights, as they are kept.
+        weights: the rank's shard of the weights, in the dtype of the computation.
+        fp32_weights: a second copy that the optimizer updates, if there is one.
+        gradients: of the weights, as they are stored.
         optimizer_state: of the optimizer.
-        teacher: the rank's part of it.
-        gathered: weights of others, while they are used.
-        communication: buffers in which gradients are summed.
-        activations: None where the architecture cannot be counted.
-        loss: logits and what the loss keeps of them.
+        teacher: the rank's shard of the teacher.
+        gathered: weights that are all-gathered while they are used.
+        communication: buffers in which gradients are reduced.
+        activations: None if they cannot be counted for the architecture.
+        loss: logits, and what the loss saves of them.
     """
 
     weights: int
@@ -45,7 +45,7 @@ class Ledger:
 
     @classmethod
     def of(cls, held: Residency, activations: int | None, loss: int) -> Ledger:
-        """The ledger of a rank that holds so much of its models."""
+        """The ledger of a rank, from its residency, activations and loss."""
         parts = dict(held.parts)
         gathered = max((turn.forward + turn.arriving for turn in held.turns), default=0)
         back = max((turn.backward + turn.fetched for turn in held.turns), default=0)
@@ -63,16 +63,16 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """Sum of all parts; they are not at their largest at the same moment, and temporaries come on top."""
+        """Sum of all parts. It is not the peak: parts peak at different moments, and temporaries are not included."""
         return sum(count for count in asdict(self).values() if count)
 
     def rows(self) -> list[tuple[str, int]]:
-        """Parts that take any bytes, largest first."""
+        """Nonzero parts, largest first."""
         return sorted(((name, count) for name, count in asdict(self).items() if count), key=lambda part: -part[1])
 
 
 def parameter_bytes(model: nn.Module, trained: bool = False) -> int:
-    """Bytes of all parameters, or of those that are trained; tied ones once."""
+    """Bytes of all parameters, or of the trainable ones; tied ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()
                if parameter.requires_grad or not trained)
 
@@ -80,19 +80,19 @@ def parameter_bytes(model: nn.Module, trained: bool = False) -> int:
 def saved_activation_bytes(
     build: Callable[[], nn.Module], batch: int, sequence: int, autocast: torch.dtype | None = None
 ) -> int:
-    """Bytes that autograd keeps between forward and backward, logits excluded, counted without computing.
+    """Bytes that autograd saves between forward and backward, without logits, counted on fake tensors.
 
     Args:
-        build: makes a causal language model; it is called where tensors have shapes but no data.
+        build: makes a causal language model; it is called in a `FakeTensorMode`.
         batch: sequences per micro-batch.
-        sequence: tokens per sequence, packed from several documents.
+        sequence: tokens per sequence, which is packed from several documents.
         autocast: dtype of mixed precision, or None for fp32.
     """
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # views share a storage, which is kept once
+        kept[storage._cdata] = storage  # views share a storage, which counts once
         return tensor
 
     with FakeTensorMode():
@@ -107,13 +107,13 @@ def saved_activation_bytes(
 
 
 def loss_bytes(positions: int, width: int, vocabularies: int, vocabulary: int, rows: int) -> int:
-    """Bytes of a tiled loss: fp32 logits of a tile, and the gradients of hidden states and head that it keeps.
+    """Bytes of a tiled loss: fp32 logits of a tile, and the gradients of hidden states and head that it saves.
 
     Args:
-        positions: of a micro-batch.
+        positions: number of positions in a micro-batch.
         width: of the student's hidden states.
-        vocabularies: of student and teacher, if it is asked, together.
-        vocabulary: of the student.
-        rows: positions of a tile.
+        vocabularies: size of the student's vocabulary, plus the teacher's if its logits are computed too.
+        vocabulary: size of the student's vocabulary.
+        rows: positions in a tile.
     """
     return 4 * rows * vocabularies + 4 * width * (positions + vocabulary)

@@ -1,4 +1,4 @@
-"""The measured memory of one training step."""
+"""Measure the memory of one training step, on CPU with torch's profiler, on CUDA with the allocator's statistics."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch.autograd import profiler
 from strategies.memory.tracker import ENTERED, strided_parts, tensors_of
 
 _FREE, _MARK = "limbeck.free.", "limbeck.mark."
-LET_GO = 1e-3, 1.0  # seconds that gloo has to let go of a tensor: at least, and at most while its threads are busy
-_GLOO = "pt_gloo_runloop"  # how torch names gloo's threads
-CUDA_BLOCK = 512  # bytes to whose next multiple the CUDA caching allocator rounds a request up
-_CUDA_ENTRIES = 1_000_000  # most allocations and frees that a timeline on CUDA keeps; the newest stay
+LET_GO = 1e-3, 1.0  # seconds for gloo to release a tensor: at least, and at most while its threads are busy
+_GLOO = "pt_gloo_runloop"  # torch's name for gloo's threads
+CUDA_BLOCK = 512  # bytes; the CUDA caching allocator rounds requests up to a multiple of this
+_CUDA_ENTRIES = 1_000_000  # most allocations and frees in a timeline on CUDA; older ones are dropped
 _cuda_marks: list[tuple[float, str]] | None = None  # (microseconds, name) while a step is measured on CUDA
 
 
@@ -30,11 +30,11 @@ class Measured:
     """Memory of one step.
 
     Attributes:
-        peak: the most bytes allocated at once, `base` included.
+        peak: most bytes allocated at once, including `base`.
         base: bytes allocated before the step: on CUDA all of them, on CPU those of the `resident` tensors.
-        reserved: bytes that the CUDA caching allocator held at its largest; None on CPU.
-        timeline: [changes, 2]: microseconds since the step began, and bytes allocated after the change, base included.
-            Its largest value is `peak` on CPU; on CUDA what the allocator adds beyond rounding is missing.
+        reserved: most bytes reserved by the CUDA caching allocator; None on CPU.
+        timeline: [changes, 2]: microseconds since the first change, and bytes allocated after the change, including
+            `base`. Its maximum is `peak` on CPU; on CUDA it lacks what the allocator adds beyond rounding.
         marks: (name, number of changes in the timeline before `mark` was called).
     """
 
@@ -48,20 +48,21 @@ class Measured:
 def measure(step: Callable[[], object], device: torch.device | str, resident: Iterable[Any] = ()) -> Measured:
     """Run a step once and measure its memory on a device.
 
-    On CPU this profiles torch's allocator, whether operations run eagerly or in compiled code. Included are the calling
-    thread and what autograd runs for it; a data loader's threads and processes are not, nor is memory that libraries
-    take from the system behind torch's back (BLAS packing buffers). Profiling costs about 15 microseconds for
-    each operation and reading the events 25 more; nothing of it is kept. No other profiler may be running.
+    On CPU, torch's allocator is profiled, for eager and compiled code. This covers the calling thread and what autograd
+    runs for it, but not the threads and processes of a data loader, nor memory that libraries allocate without torch
+    (BLAS packing buffers). Profiling costs about 15 microseconds per operation, and reading the events 25 more; no
+    events are kept. No other profiler may be running.
 
-    On CUDA the allocator's own peak is read, which costs two synchronizations, and its trace without stacks, which is
-    left out where somebody else is recording memory history. The step's peak statistics are reset.
+    On CUDA, the allocator's own peak is read, which costs two synchronizations, and its trace without stacks, which is
+    skipped if memory history is already being recorded. The device's peak statistics are reset.
 
     Args:
-        step: for example forward, backward and the optimizer's step. Its value is dropped while it is measured.
-        device: where the bytes are counted.
-        resident: modules, optimizers and tensors that exist already. On CPU their bytes are the `base`, and their end
-            counts if it comes within the step, as that of gradients in `zero_grad`. An iterator is used up before the
-            step, a list keeps its tensors alive. Unused on CUDA.
+        step: for example forward, backward and the optimizer's step. Its return value is dropped within the
+            measurement.
+        device: the device whose bytes are counted.
+        resident: modules, optimizers and tensors that exist already. On CPU their bytes are `base`, and if one is freed
+            during the step, as gradients are in `zero_grad`, that is counted. An iterator is exhausted before the step;
+            a list keeps its tensors alive. Unused on CUDA.
 
     Raises:
         ValueError: the device is neither CPU nor CUDA.
@@ -72,7 +73,7 @@ def measure(step: Callable[[], object], device: torch.device | str, resident: It
         return _measure_cuda(step, device)
     if device.type != "cpu":
         raise ValueError(f"memory is measured on cpu and cuda, not on {device.type}")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch reads it now; else each profile writes two lines to stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at this point; else each profile writes two lines to stderr
     base, watchers = _watch(resident)
     with patient_waiting(), profiler.profile(use_kineto=True, profile_memory=True) as profile:
         step()
@@ -84,11 +85,11 @@ def measure(step: Callable[[], object], device: torch.device | str, resident: It
 
 @contextmanager
 def patient_waiting() -> Iterator[None]:
-    """Within the context, who waits for a sum over ranks waits a moment longer.
+    """Within the context, waiting for a collective takes slightly longer, until gloo has released its tensors.
 
-    gloo's own thread holds the tensors too, and lets go of them just after it is done. If it were the last one to, the
-    end of their memory would not be seen: the profiler hears of the threads that it was started for only. On a busy
-    machine that thread may be put aside for long; where the system tells (Linux), we wait until it sleeps.
+    gloo's own thread also holds references to the tensors, and drops them just after the collective is done. If it were
+    the last to do so, the free would be missed, since the profiler covers only the threads that it was started for. On
+    a busy machine that thread may be descheduled for long; on Linux, which shows its state, we wait until it sleeps.
     """
     work = getattr(torch._C, "_distributed_c10d", None) and torch._C._distributed_c10d.Work
     if not work or not torch.distributed.is_initialized():
@@ -112,12 +113,12 @@ def patient_waiting() -> Iterator[None]:
 
 
 def _threads_of_gloo() -> list[Path]:
-    """What Linux tells of each of gloo's threads in this process; nothing elsewhere."""
+    """The /proc folders of gloo's threads in this process on Linux; empty elsewhere."""
     return [thread for thread in Path("/proc/self/task").glob("*") if _told(thread / "comm").strip() == _GLOO]
 
 
 def _runs(thread: Path) -> bool:
-    """Whether a thread runs, or would if it were its turn."""
+    """Whether a thread is running or runnable."""
     return _told(thread / "stat").rpartition(")")[2].split()[:1] == ["R"]
 
 
@@ -129,7 +130,7 @@ def _told(file: Path) -> str:
 
 
 def mark(name: str) -> None:
-    """Name the present moment in the step that is being measured, or counted by `LiveBytes`; else do nothing."""
+    """Mark the current moment in a step that is being measured, or counted by `LiveBytes`; otherwise do nothing."""
     for tracker in ENTERED:
         tracker.mark(name)
     if _cuda_marks is not None:
@@ -154,9 +155,9 @@ def _storages(things: Iterable[Any]) -> list[torch.UntypedStorage]:
 # ---- CPU: the profiler's events
 
 def _watch(things: Iterable[Any]) -> tuple[int, list[weakref.ref]]:
-    """Bytes of resident storages on CPU, and references that write each one's end into the profile.
+    """Bytes of resident storages on CPU, and weak references that record each one's free in the profile.
 
-    The profiler does not know how large a block was that is older than its window, so it cannot report that end.
+    The profiler does not know the size of a block that was allocated before it started, and so cannot report the free.
     """
     def ended(size: int) -> Callable[[Any], None]:
         def write(_: Any) -> None:
@@ -170,7 +171,7 @@ def _watch(things: Iterable[Any]) -> tuple[int, list[weakref.ref]]:
 
 
 def _walk(events: list[Any]) -> Iterator[tuple[int, str, int, int]]:
-    """(nanoseconds, name, bytes, address) of the profile's allocations on CPU and of our own notes, in any order."""
+    """Yield (nanoseconds, name, bytes, address) for CPU allocations and our own records in a profile, unordered."""
     waiting = list(events)
     while waiting:
         event = waiting.pop()
@@ -189,9 +190,9 @@ def changes_of(
 ) -> tuple[list[tuple[float, int]], tuple[tuple[str, int], ...]]:
     """Changes (microseconds, bytes) and marks from (nanoseconds, name, bytes, address) in any order.
 
-    A free counts where its allocation was seen, with the bytes of that. Any other is of an older block; our own notes
-    say its end. The size that the profiler gives for a free may be that of another block, which lived at the same
-    address before. A block that another thread let go of, unseen, ends when its address is given out again.
+    A free counts only if its allocation was seen, with that allocation's bytes. Any other free is of an older block,
+    which our own records cover. The profiler's size of a free is not used: it may be that of another block, which was
+    at the same address before. A block that another thread freed unseen ends when its address is allocated again.
     """
     changes: list[tuple[float, int]] = []
     marks: list[tuple[str, int]] = []
@@ -227,7 +228,7 @@ def _measure_cuda(step: Callable[[], object], device: torch.device) -> Measured:
     torch.cuda.synchronize(device)
     base = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    recording = not torch._C._cuda_isHistoryEnabled()  # else somebody records already, and ours would end theirs
+    recording = not torch._C._cuda_isHistoryEnabled()  # if somebody else is recording, ours would end it
     if recording:
         torch.cuda.memory._record_memory_history("all", context=None, max_entries=_CUDA_ENTRIES, clear_history=True)
     trace, _cuda_marks = [], []

@@ -1,4 +1,4 @@
-"""Bytes of a quantized weight as it is stored."""
+"""The size in bytes of a quantized weight on disk."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ SHAPE = 16  # bytes of a packed weight's shape, two int64
 
 def packed_bytes(outputs: int, inputs: int, quantizer: Any, *, bits: int, packed: bool, scale_bytes: int,
                  static: bool, turned: bool = False, pieces: int = 1) -> int:
-    """Bytes of a weight in a transformers folder of compressed-tensors: numbers, scales, zero points, a static scale.
+    """Bytes of a weight in the compressed-tensors format: integers, scales, zero points, and a static input scale.
 
     Args:
         outputs: rows of the weight.
-        inputs: numbers in a row.
-        quantizer: its `group_size`, whether it is `per_tensor` and `symmetric`.
-        bits: of a number, as the format stores it.
-        packed: whether numbers share words of 32 bits, along a row; else each takes a byte.
-        scale_bytes: of a scale.
-        static: whether there is a calibrated scale of the inputs, too.
-        turned: whether it is stored (inputs, outputs).
-        pieces: that it is stored in, each with its shape.
+        inputs: columns of the weight.
+        quantizer: provides `group_size`, `per_tensor` and `symmetric`.
+        bits: of an integer, as the format stores it.
+        packed: whether integers are packed into 32-bit words along a row; else each takes a byte.
+        scale_bytes: bytes of a scale.
+        static: whether there is also a calibrated scale of the inputs.
+        turned: whether the weight is stored transposed, (inputs, outputs).
+        pieces: number of tensors that it is stored in, each with its shape.
     """
     groups = inputs // (quantizer.group_size or inputs)
     scales = 1 if quantizer.per_tensor else outputs * groups

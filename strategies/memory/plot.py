@@ -1,4 +1,4 @@
-"""A picture of memory over one step: what was planned and what was measured."""
+"""Plot planned and measured memory over one training step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy
 
 _COLORS = {"planned": "#2563eb", "measured": "#c2410c", "budget": "#111827"}
-_SHORTEST = 0.04  # of the picture, that a phase takes
-_MOST_POINTS = 4000  # of a curve: more than the picture has columns
+_SHORTEST = 0.04  # least share of the plot's width for a phase
+_MOST_POINTS = 4000  # most points of a curve, more than the plot has pixel columns
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Curve:
     """Bytes over one step.
 
     Attributes:
-        points: [changes, 2] of position (rising, any unit) and bytes from there on.
-        marks: (name, position) where a phase begins, in order.
+        points: [changes, 2] of position (ascending, any unit) and bytes from there on.
+        marks: (name, position) of the beginning of each phase, in order.
     """
 
     points: numpy.ndarray
@@ -27,11 +27,11 @@ class Curve:
 
 
 def curve(recorded: Any) -> Curve:
-    """The curve of a `LiveBytes` or a `Measured`: each change of memory is a unit of progress, so both advance alike.
+    """The curve of a `LiveBytes` or a `Measured`, in which each change of memory is one unit of progress.
 
-    Time would not do for a plan, for which nothing was run. Changes too small to be seen in the picture, as an
-    optimizer's scalars are, take no room. Of a mark that comes several times, the last one counts: a step's other
-    micro-batches come before its `forward`.
+    Time cannot be the unit, since for a plan nothing was run. Changes too small to be visible, like those of an
+    optimizer's scalars, do not advance the position. If a mark occurs several times, the last one counts: with gradient
+    accumulation, the other micro-batches come before the last `forward`.
     """
     timeline = numpy.asarray(recorded.timeline, dtype=numpy.int64)
     values = timeline[:, -1] if timeline.ndim == 2 else timeline
@@ -44,7 +44,7 @@ def curve(recorded: Any) -> Curve:
 
 
 def thinned(found: Curve, points: int) -> numpy.ndarray:
-    """[at most 2 x points, 2]: the largest of each stretch of a curve, so that no peak is lost."""
+    """Downsample a curve to [at most 2 x points, 2] by the maximum of each interval, so that no peak is lost."""
     step = max(1, len(found.points) // points)
     return numpy.array([(found.points[begin, 0], found.points[begin:begin + step, 1].max())
                         for begin in range(0, len(found.points), step)]).reshape(-1, 2)
@@ -53,7 +53,7 @@ def thinned(found: Curve, points: int) -> numpy.ndarray:
 def draw_step(planned: Curve | None, measured: Curve | None, budget: int | None, path: Path | str) -> Path:
     """Write a PNG (1080 x 540 pixels) of memory over the progress of one step and return its path.
 
-    Phases that both curves mark are put one above the other, each stretched to the same length. Peaks are labeled.
+    Phases that both curves mark are aligned, each stretched to the same width. Peaks are labeled.
 
     Args:
         planned, measured: None, or a curve without points, is left out.
@@ -81,10 +81,10 @@ def draw_step(planned: Curve | None, measured: Curve | None, budget: int | None,
 
 
 def shared_phases(curves: list[Curve]) -> dict[str, float]:
-    """Where each phase that all curves mark, in the same order, begins in the picture, from 0 to 1.
+    """The beginning of each phase in the plot, from 0 to 1; empty unless all curves have the same marks in order.
 
-    A phase gets the mean of its shares in the curves; a phase of many small changes would else squeeze the others. None
-    is so short that it cannot be seen.
+    A phase gets the mean of its shares in all curves, so that one with many small changes does not squeeze the others,
+    and at least a visible width.
     """
     if not curves:
         return {}
@@ -100,9 +100,9 @@ def shared_phases(curves: list[Curve]) -> dict[str, float]:
 
 
 def progress(found: Curve, phases: dict[str, float]) -> numpy.ndarray:
-    """[changes] positions from 0 to 1, each phase moved to its place by a straight line.
+    """Positions [changes] from 0 to 1 in the plot, interpolated linearly within each phase.
 
-    A curve that begins with its first phase begins where that is in the picture.
+    A curve that begins with its first phase begins where that phase does.
     """
     knots = [(_share(found, position), phases[name]) for name, position in found.marks if name in phases]
     if not knots or knots[0][0] > 0:
@@ -121,14 +121,14 @@ def _plot(axes: Any, name: str, positions: numpy.ndarray, values: numpy.ndarray)
     mebibytes, top = values / 2**20, int(numpy.argmax(values))
     kept = _thinned(values)
     axes.plot(positions[kept], mebibytes[kept], drawstyle="steps-post", color=_COLORS[name], linewidth=1.4,
-              linestyle="-" if name == "measured" else (0, (4, 1.5)),  # told apart without color too
+              linestyle="-" if name == "measured" else (0, (4, 1.5)),  # distinguishable without color
               label=f"{name}: peak {_readable(int(values[top]))}")
     axes.plot(positions[top], mebibytes[top], marker="o" if name == "measured" else "s", markersize=7,
               markerfacecolor="none", color=_COLORS[name])
 
 
 def _thinned(values: numpy.ndarray) -> numpy.ndarray:
-    """Indices of a curve's points to draw: all, or the largest of each of many equal stretches, so no peak is lost."""
+    """Indices of a curve's points to draw: all, or the maximum of each of many equal intervals, so no peak is lost."""
     if len(values) <= _MOST_POINTS:
         return numpy.arange(len(values))
     stretches = numpy.array_split(numpy.arange(len(values)), _MOST_POINTS)

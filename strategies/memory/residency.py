@@ -1,4 +1,4 @@
-"""What a rank holds of a model that is shared out over ranks: the bytes that take the place of the whole model's."""
+"""What a rank holds of a sharded model: resident shards, and buffers of all-gathers and gradient reductions."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ModuleTraffic:
-    """Bytes that come and go with a part of a model, beside its activations and the gradients that backward makes.
+    """Transient bytes for a part of a model, besides its activations and the full gradients of its backward.
 
     Attributes:
-        modules: names of the part, in the order in which they are called.
-        forward: gathered weights, while it runs.
-        arriving: for a moment before that, on top: buffers of what ran before it.
-        stays: whether what is gathered stays until its backward.
-        backward: gathered weights, while its backward runs.
-        buffers: buffers in which gradients of what ran before it are summed, while its backward runs.
-        fetched: for a moment before that, on top: the buffer that they come in.
-        reduced: for a moment after its backward, on top of its whole gradients: buffers in which they are summed.
-        kept: bytes of gradients that stay from the end of its backward on.
-        pending: whole gradients, of this part and others, that wait for a full bucket after its backward.
-        lasts: whether what is gathered for its backward is there until all of backward is done.
-        drops: whether its whole gradients go after its backward; else they stay to the end of backward.
+        modules: names of the part's modules, in the order in which they are called.
+        forward: all-gathered weights while it runs.
+        arriving: added to these briefly before it runs: buffers of the part that ran before it.
+        stays: whether gathered weights are kept until its backward.
+        backward: all-gathered weights while its backward runs.
+        buffers: buffers in which gradients of the part that ran before it are reduced, while its backward runs.
+        fetched: added briefly before its backward: the buffer in which gathered weights arrive.
+        reduced: added to its full gradients briefly after its backward: the buffers in which they are reduced.
+        kept: bytes of gradients that remain from the end of its backward on.
+        pending: full gradients, of this part and others, that wait for a full bucket after its backward.
+        lasts: whether weights gathered for its backward remain until all of backward is done.
+        drops: whether its full gradients are freed after its backward; else they remain to the end of backward.
     """
 
     modules: tuple[str, ...]
@@ -40,27 +40,27 @@ class ModuleTraffic:
 
 
 class Bucket:
-    """Gradients waiting to be summed over ranks until no more fit.
+    """A bucket in which gradients wait to be reduced over ranks, until the next one does not fit.
 
     Attributes:
-        size: elements that fit.
-        content: elements that wait.
-        largest: most elements summed at once since `begin`.
+        size: capacity in elements.
+        content: number of elements that wait.
+        largest: most elements reduced at once since `begin`.
     """
 
     def __init__(self, size: int) -> None:
         self.size, self.content, self.largest = size, 0, 0
 
     def begin(self) -> None:
-        """Forget what has been summed."""
+        """Reset `largest`."""
         self.largest = 0
 
     def holds(self, count: int) -> bool:
-        """Whether a gradient of so many elements would go into it, and is not summed by itself."""
+        """Whether a gradient of `count` elements goes into the bucket, rather than being reduced by itself."""
         return count <= self.size
 
     def add(self, count: int) -> int:
-        """Put a gradient of so many elements in; returns how many are summed now, to make room or by itself."""
+        """Add a gradient of `count` elements; return how many elements are reduced now, to make room or by itself."""
         summed = 0
         if self.content + count > self.size:
             summed, self.content = self.content, 0
@@ -74,30 +74,35 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Residency:
-    """Bytes of one rank in a training step, whatever one process alone would hold.
+    """Bytes that one rank holds in a training step, in place of those of a single process.
+
+    A turn is a part of the model that is gathered or reduced by itself (`ModuleTraffic`). A captured module is one that
+    torch.compile has turned into a graph, which rematerialization can plan.
 
     Attributes:
         parts: before the step, by name: weights, fp32 weights, gradients, optimizer state, teacher, buckets.
-        turns: of the model's parts that are gathered or summed by themselves.
-        blocks: names of what is gathered as a whole, and may be captured inside, where weights are gathered when they
-            are used; None where they are always there.
-        forward: gathered for all of forward and backward.
-        backward: buffers that are there from the first gradient to the end of backward.
-        at_once: whether a whole gradient goes as soon as it is made, into a bucket.
-        bucket: elements of that bucket.
-        grown: bytes of gradients that a rank holds from when the bucket is emptied for the first time, all at once.
-        emptied: bytes for each element, for a moment whenever it is emptied; what is summed by itself takes none.
-        teacher: gathered while the teacher is asked.
-        asking: for a moment then, on top, before there are any activations.
-        head: of the teacher's weights, gathered while the student's head runs, which is where the loss is taken.
-        landed: the buffer in which forward's last weights came, which stays until forward has ended, the head with it.
-        turning: gathered from when the loss turns back until the last turn's backward, where the head is in no turn.
-        turned: for a moment before that, on top.
-        trailing: the buffer in which the first turn's gradients are summed, which stays until backward is done.
-        rest: gradients that stay of what is in no turn, once backward is done.
-        end: for a moment then, on top of their whole gradients.
-        update: while the optimizer steps, on top of all that stays.
-        gradients: bytes of gradients at their most.
+        turns: the parts of the model that are gathered or reduced by themselves.
+        blocks: if weights are gathered for use, names of the modules that are gathered as a whole, inside which modules
+            may be captured; None if all weights are always there.
+        forward: weights that stay gathered for all of forward and backward.
+        backward: buffers that exist from the first gradient to the end of backward.
+        at_once: whether a full gradient moves to a bucket as soon as it is computed.
+        bucket: capacity of that bucket in elements.
+        grown: bytes of gradients that a rank holds, all at once, from the first time that the bucket is emptied.
+        emptied: bytes per element, briefly each time the bucket is emptied; gradients reduced by themselves take none.
+        teacher: weights that are gathered while the teacher runs.
+        asking: added to these briefly, before there are any activations.
+        head: weights of the teacher's head, gathered while the student's head runs, which is where the loss is taken.
+        landed: the buffer in which forward's last weights arrived, which remains to the end of forward, including the
+            head.
+        turning: weights gathered from the start of backward to the backward of the last turn, if the head is in no
+            turn.
+        turned: added to these briefly, at the start of backward.
+        trailing: the buffer in which the first turn's gradients are reduced, which remains until backward is done.
+        rest: remaining gradients of modules that are in no turn, once backward is done.
+        end: added to their full gradients briefly at that time.
+        update: added to everything that remains while the optimizer steps.
+        gradients: most bytes of gradients.
     """
 
     parts: Mapping[str, int] = field(default_factory=dict)

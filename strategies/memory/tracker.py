@@ -1,4 +1,4 @@
-"""Live bytes of tensor storages, counted operation by operation, on real tensors or on tensors without data."""
+"""Track the live bytes of tensor storages, operation by operation, on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-# These hand on the storage of an argument that was made without any operation, as torch.tensor([1, 2]) does.
+# These return the storage of an argument that was created without an operation, as in torch.tensor([1, 2]).
 _ADOPTS = {aten.lift_fresh.default, aten.lift.default}
-# By these autograd puts gradients into zeros: in place by itself, out of place while anything watches its operations
+# With these, autograd writes gradients into zeros: normally in place, but out of place under a dispatch mode
 # (`areAnyTensorSubclassLike` in torch/csrc/autograd/FunctionsManual.cpp).
 _INTO_ZEROS = {aten.scatter_add.default, aten.scatter.src, aten.index_add.default, aten.index_put.default}
 
 ENTERED: list[LiveBytes] = []
-"""What counts at present, to be told of marks."""
+"""The trackers that are currently entered, which `mark` notifies."""
 
 
 class _Death(weakref.ref):
-    """A weak reference that still knows which storage it was when the storage is gone."""
+    """A weak reference that remembers key and size of its storage after that is freed."""
 
     __slots__ = ("key", "bytes")
 
 
 class _Sum(NamedTuple):
-    """A sum of two gradients that autograd has just made.
+    """A sum of two gradients that autograd has just computed.
 
     Attributes:
-        first: key of the storage of the first of them.
+        first: key of the first one's storage.
         bytes: of the sum.
-        at: entries that the timeline had before it.
+        at: number of timeline entries before it.
         peak: the peak before it.
     """
 
@@ -44,7 +44,7 @@ class _Sum(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while this context is entered, until their last reference dies.
+    """Counts the bytes of all storages created while this context is entered, until their last reference dies.
 
         with FakeTensorMode(), LiveBytes() as tracker:
             model = build()
@@ -52,30 +52,31 @@ class LiveBytes(TorchDispatchMode):
             model(ids).sum().backward()
         tracker.peak
 
-    A storage counts once, however many views it has. Under FakeTensorMode the order of the two contexts does not
-    matter: torch asks FakeTensorMode last. Tensors from before count only once `watch` has been told of them.
+    A storage counts once, however many views it has. The order of this context and a FakeTensorMode does not matter:
+    torch dispatches to FakeTensorMode last. Tensors that existed before count only after they are passed to `watch`.
 
-    Where gradients meet, autograd adds to the one that it holds if nobody else does; but in this context it makes a
-    third (torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`). A sum whose first term ends with nothing in
-    between is therefore counted as if it had been made in that term's place.
+    When autograd accumulates several gradients, it adds in place if it holds the only reference. In this context it
+    allocates a new tensor instead (torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`). So if the first
+    term of a sum is freed right after the sum, with no allocation in between, it is counted as an addition in place.
 
-    Not seen: what a kernel allocates inside itself (`workspace` adds it), tensors made without an operation
-    (`torch.from_numpy`, the 8 bytes of a Python number that autograd keeps, the 5 kB of random state that each
-    activation checkpoint keeps on CPU), and what a higher-order operator does inside. Functions that torch.compile made
-    run eagerly in this context, and are counted so; `flex_attention`, which insists on compiling, refuses to run.
+    Not counted: memory that a kernel allocates internally (`workspace` adds it), tensors created without an operation
+    (`torch.from_numpy`, the 8 bytes of a Python number that autograd saves, the 5 kB of random state that each
+    activation checkpoint saves on CPU), and allocations inside a higher-order operator. Functions compiled by
+    torch.compile run eagerly in this context, and are counted that way; `flex_attention`, which insists on compiling,
+    refuses to run.
 
     Attributes:
         current: live bytes now.
-        peak: the most bytes that were live at once.
+        peak: most bytes that were live at once.
         timeline: live bytes after each allocation and each free, in order, while the context is entered.
         marks: (name, number of entries the timeline had when `mark` was called).
         unknown: operations whose `workspace` could not be found.
 
     Args:
-        round_to: bytes to whose next multiple each storage is rounded up; 512 is what the CUDA allocator does.
-        device: count only tensors on this type of device ("cuda"), or all of them.
-        workspace: called as `workspace(operation, args, kwargs)` after each operation; the bytes that it returns were
-            live for a moment on top of the outputs. None means that they are not known.
+        round_to: each storage is rounded up to a multiple of this many bytes; the CUDA allocator uses 512.
+        device: count only tensors on this type of device, such as "cuda"; None for all.
+        workspace: called as `workspace(operation, args, kwargs)` after each operation; returns the bytes that were
+            briefly live in addition to the outputs, or None if unknown.
     """
 
     supports_higher_order_operators = True
@@ -96,7 +97,7 @@ class LiveBytes(TorchDispatchMode):
         self._device = device
         self._workspace = workspace
         self._live: dict[int, _Death] = {}
-        self._when_dead = self._died  # one bound method for all storages, not one for each
+        self._when_dead = self._died  # a single bound method for all storages
         self._resizes: list[Callable] = []
         self._sum: _Sum | None = None
 
@@ -104,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
         if not self._resizes:
             ENTERED.append(self)
         self._resizes.append(torch.UntypedStorage.resize_)
-        torch.UntypedStorage.resize_ = _resize_and_tell(self, self._resizes[-1])  # no operation tells of this one
+        torch.UntypedStorage.resize_ = _resize_and_tell(self, self._resizes[-1])  # not dispatched as an operation
         super().__enter__()
         return self
 
@@ -117,7 +118,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for kind in types:
             if hasattr(kind, "__tensor_flatten__"):
-                return NotImplemented  # a tensor made of tensors: its own operations on them come here next
+                return NotImplemented  # a wrapper subclass: its operations on inner tensors come here next
         self._sum, before = None, (len(self.timeline), self.peak)
         result = func(*args, **kwargs) if kwargs else func(*args)
         self._see(result, func, args, kwargs)
@@ -131,25 +132,25 @@ class LiveBytes(TorchDispatchMode):
     def _entered(self) -> bool:
         return bool(self._resizes)
 
-    # ---- told by the caller
+    # ---- called by the user
 
     def watch(self, *things: Any) -> None:
-        """Count storages that exist already: tensors, modules, optimizers, and containers of them."""
+        """Also count existing storages: those of tensors, modules, optimizers, and containers of them."""
         for tensor in tensors_of(*things):
             for part in strided_parts(tensor):
                 if self._counts(part) and part.untyped_storage()._cdata not in self._live:
                     self._born(part.untyped_storage())
 
     def mark(self, name: str) -> None:
-        """Remember a name at the present position of the timeline."""
+        """Record a name at the current position of the timeline."""
         self.marks.append((name, len(self.timeline)))
 
     def allocate(self, count: int) -> None:
-        """Add bytes by hand, for work that is not run; `release` takes them away."""
+        """Add bytes manually, for work that is not run; `release` removes them."""
         self._change(self._rounded(count))
 
     def release(self, count: int) -> None:
-        """Take away bytes that `allocate` added.
+        """Remove bytes that `allocate` added.
 
         Raises:
             ValueError: fewer bytes than that are live.
@@ -159,15 +160,15 @@ class LiveBytes(TorchDispatchMode):
         self._change(-self._rounded(count))
 
     def transient(self, count: int) -> None:
-        """Note bytes that were live for a moment on top of the present ones."""
+        """Record bytes that were briefly live in addition to the current ones."""
         if count > 0:
             self.allocate(count)
             self.release(count)
 
-    # ---- seen by itself
+    # ---- automatic tracking
 
     def _gradients_summed(self, result: Any, func: Any, args: tuple, at: int, peak: int) -> _Sum | None:
-        """What `args` are if autograd may add to the first: while no graph is made, first one dense."""
+        """The sum in `result` if autograd could have added in place: no graph is recorded, the first term is dense."""
         first, others = args[0], [one for one in args[1:] if isinstance(one, (torch.Tensor, list))]
         if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not self._entered:
             return None
@@ -217,16 +218,16 @@ class LiveBytes(TorchDispatchMode):
         if self._sum is not None and death.key == self._sum.first and torch._C._current_graph_task_id() != -1:
             self._in_place(self._sum)
             return
-        self._change(-death.bytes, timed=self._entered)  # a finished timeline does not grow when its model is dropped
+        self._change(-death.bytes, timed=self._entered)  # after exit, the timeline does not change any more
 
     def _in_place(self, made: _Sum) -> None:
-        """Forget that a sum was made beside its first term, which has ended."""
+        """Rewrite the record of a sum whose first term was freed, as an addition in place."""
         self.timeline[made.at:] = [count - made.bytes for count in self.timeline[made.at + 1:]]
         self.current -= made.bytes
         self.peak, self._sum = made.peak, None
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage that grows has, for a moment, both its old and its new memory."""
+        """Track a resize, during which old and new memory briefly coexist."""
         death = self._live.get(storage._cdata)
         if death is None:
             return
@@ -256,8 +257,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tensors_of(*things: Any) -> Iterator[torch.Tensor]:
-    """Tensors that are reachable from modules (parameters, buffers, gradients), optimizers (their state), plain tensors
-    (with their gradients) and containers of all these; one may come more than once."""
+    """Yield the tensors reachable from modules, optimizers, tensors, and containers of these, some more than once.
+
+    From modules these are parameters, buffers and gradients, from optimizers their state, from tensors also their
+    gradients.
+    """
     for thing in things:
         if isinstance(thing, torch.Tensor):
             yield thing
@@ -274,10 +278,10 @@ def tensors_of(*things: Any) -> Iterator[torch.Tensor]:
 
 
 def strided_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors with a storage of their own that a tensor is made of: itself, unless it is sparse or a wrapper."""
+    """The tensors with storages that a tensor consists of: itself, unless it is sparse or a wrapper subclass."""
     if hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        for name in names:  # a DTensor names its mesh among them
+        for name in names:  # a DTensor lists its mesh among them
             if isinstance(part := getattr(tensor, name), torch.Tensor):
                 yield from strided_parts(part)
     elif tensor.layout is torch.strided:
@@ -287,7 +291,7 @@ def strided_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _is_argument(key: int, args: tuple, kwargs: dict | None) -> bool:
-    """Whether a storage is that of an argument: then it is not new, only not watched."""
+    """Whether a storage belongs to an argument, so that it is not new, only not watched."""
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, torch.Tensor):
             if value.layout is torch.strided and value.untyped_storage()._cdata == key:

@@ -1,4 +1,4 @@
-"""Bytes as people write them."""
+"""Parse sizes in bytes such as "6GiB"."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 1
 
 
 def parse_bytes(text: int | float | str) -> int:
-    """Bytes from a number or from text such as "6GiB", "800 MB" or "1.5e9".
+    """Parse a number of bytes, or text such as "6GiB", "800 MB" or "1.5e9".
 
     Raises:
-        ValueError: it is not a number of bytes above 0.
+        ValueError: it is not a positive number of bytes.
     """
     found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", str(text).replace("_", "").lower())
     if found is not None and found[2] not in UNITS:

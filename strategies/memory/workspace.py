@@ -1,4 +1,4 @@
-"""Bytes that an operation's kernel takes for itself while it runs: what a count of tensors cannot see."""
+"""Measure the temporary memory of an operation's kernel, which counting tensors cannot see."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from strategies.memory.meter import measure, resident_tensors
 from strategies.memory.tracker import LiveBytes
 
-LIMIT = 2 * 2**30  # bytes of arguments and outputs up to which an operation is tried
+LIMIT = 2 * 2**30  # most bytes of arguments and outputs with which an operation is run
 _INTRINSIC = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# (mean, inverse deviation, weight) among the arguments: on CPU the kernels keep statistics in the weight's dtype, while
-# torch's shape functions give them the input's, which the backward kernels then refuse.
+# Indices of (mean, inverse deviation, weight) in the arguments: on CPU the kernels store statistics in the weight's
+# dtype, but torch's shape functions return the input's, which the backward kernels then reject.
 _STATISTICS = {"native_layer_norm_backward": (3, 4, 5), "native_batch_norm_backward": (5, 6, 2)}
 _found: dict[tuple, int | None] = {}
 
 
 def workspace(operation: Any, args: tuple, kwargs: dict[str, Any] | None = None, limit: int = LIMIT) -> int | None:
-    """Bytes by which an operation's memory exceeds its arguments and outputs while it runs on this machine.
+    """Bytes that an operation allocates besides its outputs at its peak, measured by running it on this machine.
 
-    It runs twice (the first call may build what a library keeps) on tensors of the given shapes, strides and dtypes:
-    floats are random in [0, 1), integers and booleans 0, which is a valid index. The second run is measured. Neither
-    the arguments nor any random generator change. Answers are kept for the life of the process, by arguments and number
-    of threads (a kernel may take a buffer for each). Memory that a library takes behind torch's allocator is not seen.
+    The operation runs twice, since the first call may set up state that a library keeps, and the second run is
+    measured. It gets new tensors of the given shapes, strides and dtypes: floats are random in [0, 1), integers and
+    booleans 0, which is a valid index. Neither the arguments nor any random generator change. Results are cached for
+    the life of the process, by arguments and number of threads (a kernel may use a buffer for each). Memory that a
+    library allocates without torch's allocator is not seen.
 
     Args:
         operation: for example torch.ops.aten.convolution_backward.default.
-        args, kwargs: with real tensors or tensors without data.
-        limit: bytes of arguments plus outputs above which the operation is not tried.
+        args, kwargs: with real or fake tensors.
+        limit: bytes of arguments plus outputs above which the operation is not run.
 
     Returns:
-        The bytes, or None where they are not known: above the limit, on an absent or third kind of device, and where
-        the operation refuses such values.
+        The bytes, or None if unknown: above the limit, on a device that is absent or neither CPU nor CUDA, or if the
+        operation rejects such values.
     """
     if not isinstance(operation, OpOverload):
-        return None  # a higher-order operator runs others, which are asked about one by one
+        return None  # a higher-order operator runs others, each of which is measured
     if operation.is_view or operation._opname in _INTRINSIC or operation.namespace == "prim":
         return 0
     args = _with_statistics(operation, args)
@@ -59,7 +60,7 @@ def _with_statistics(operation: OpOverload, args: tuple) -> tuple:
 
 
 def _described(arguments: Any) -> tuple:
-    """What an operation's memory may depend on, hashable."""
+    """A hashable description of everything that an operation's memory may depend on."""
     leaves, structure = tree_flatten(arguments)
     return (str(structure), *[
         (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else repr(leaf)
@@ -85,12 +86,12 @@ def _try(operation: OpOverload, args: tuple, kwargs: dict, limit: int) -> int | 
 
 
 def _planned_bytes(operation: OpOverload, args: tuple, kwargs: dict) -> int:
-    """Bytes of arguments and outputs, found without data; of the arguments alone where outputs depend on values."""
+    """Bytes of arguments and outputs, found with fake tensors; of arguments alone if output shapes depend on values."""
     with FakeTensorMode(), LiveBytes() as tracker:
         args, kwargs = tree_map_only(torch.Tensor, _empty_like, (args, kwargs))
         try:
             kept = operation(*args, **kwargs)
-        except Exception:  # noqa: BLE001 - whatever a shape function raises, the real run will tell
+        except Exception:  # noqa: BLE001 - whatever a shape function raises, the real run decides
             kept = None
         del kept
     return tracker.peak
@@ -110,11 +111,11 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def with_values(arguments: Any) -> Any:
-    """Arguments with real tensors like those given: floats random in [0, 1), integers and booleans 0."""
+    """Replace tensors in arguments by real ones like them: floats random in [0, 1), integers and booleans 0."""
     def real(tensor: torch.Tensor) -> torch.Tensor:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         flat = torch.zeros(extent if tensor.numel() else 0, dtype=tensor.dtype, device=tensor.device)
         if flat.is_floating_point():
-            flat.uniform_()  # filled before it is expanded: a view may have one element at many places
+            flat.uniform_()  # filled before striding: an expanded view has the same element in many places
         return flat.as_strided(tensor.shape, tensor.stride())
     return tree_map_only(torch.Tensor, real, arguments)

@@ -1,1 +1,1 @@
-"""Losses of distillation, as sums over tokens, and the models as these losses see them."""
+"""Distillation losses, as sums over tokens, and access to the tensors of a model that they need."""

@@ -1,6 +1,7 @@
-"""Attention distillation: relations of values, queries or keys (MiniLM), and attention maps (TinyBERT).
+"""Attention distillation: self-relations of values, queries or keys (MiniLM), and attention maps (TinyBERT).
 
-All is at least fp32, and gradients reach the student alone. What a token may not see is not looked at, be it NaN.
+Everything is computed in at least fp32, and only the student gets gradients. Positions that a token may not attend to
+have no influence, even if they hold NaN.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from torch.autograd.function import once_differentiable
 from strategies.distillation.losses.features import check_mask, check_positions, full_precision, wide
 
 BLOCK = {"cpu": 2**22, "cuda": 2**26}
-"""Bytes of scores that exist at a time, by device; there are some ten tensors of this size."""
+"""Bytes of attention scores that exist at a time, by device; about ten tensors of this size are alive at once."""
 
 
 def visible_pairs(real: torch.Tensor, position_ids: torch.Tensor | None = None, *, causal: bool) -> torch.Tensor:
-    """Which pairs (batch, query, key) of positions may see each other.
+    """The attention mask (batch, query, key): which keys each query may attend to.
 
     Args:
-        real: (batch, sequence) bool, positions that are not padding.
-        position_ids: (batch, sequence), restarting at 0 with every document of a row; None where rows are not packed.
-        causal: whether a position sees only itself and what is before it, as in decoders.
+        real: (batch, sequence) bool, True for positions that are not padding.
+        position_ids: (batch, sequence), restarting at 0 with every document of a row; None if rows are not packed.
+        causal: whether a position attends only to itself and earlier ones, as in decoders.
 
     Raises:
-        ValueError: `real` is not bool, or position ids of another shape.
+        ValueError: `real` is not bool, or `position_ids` has another shape.
     """
     check_mask("real", real, tuple(real.shape))
     pairs = real[:, :, None] & real[:, None, :]
@@ -41,27 +42,28 @@ def visible_pairs(real: torch.Tensor, position_ids: torch.Tensor | None = None, 
 
 def relation_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor, visible: torch.Tensor, heads: int
                  ) -> torch.Tensor:
-    """KL between the self-relations of teacher and student in nats, mean over relation heads, summed over tokens.
+    """KL between self-relations of teacher and student in nats, mean over relation heads, summed over tokens.
 
-    Widths are cut into `heads` relation heads of d dimensions, whatever the models' own heads. With V of one head:
+    Widths are split into `heads` relation heads of d dimensions, whatever the models' own heads are. With V of one
+    head:
 
         R = softmax(V V^T / sqrt(d))
         1 / heads * sum over heads a and tokens t of KL(R_teacher[a, t] || R_student[a, t])
 
     Source: the value relation of MiniLM (Wang et al. 2020, section 3.2); relation heads, and relations of queries and
-    keys, are MiniLMv2's (Wang et al. 2021, section 3.1). Divided by the number of tokens it is theirs. A token relates
-    to all that it may see. The KL is sum p (d + expm1(-d)) with d = log p - log q, which keeps its digits where the two
-    are close. No more than `BLOCK` bytes of scores exist at a time, unless a single query has more: value and
-    gradient are made together, by blocks of queries.
+    keys, are MiniLMv2's (Wang et al. 2021, section 3.1). Divided by the number of tokens, this is their loss. The
+    softmax runs over the positions that a token may attend to. The KL is computed as sum p (d + expm1(-d)) with
+    d = log p - log q, which avoids cancellation where the two are close. Value and gradient are computed together, for
+    a block of queries at a time, so that at most `BLOCK` bytes of scores exist unless a single query has more.
 
     Args:
-        student, teacher: (batch, sequence, width) values, queries or keys, all heads side by side; widths may differ.
-        kept: (batch, sequence) bool, the tokens t that count.
-        visible: (batch, sequence, sequence) bool, as from `visible_pairs`: which keys a query relates to.
+        student, teacher: (batch, sequence, width) values, queries or keys, all heads concatenated; widths may differ.
+        kept: (batch, sequence) bool mask of the tokens t that are summed over.
+        visible: (batch, sequence, sequence) bool, as from `visible_pairs`: which keys a query attends to.
         heads: number of relation heads.
 
     Raises:
-        ValueError: heads that do not divide both widths, positions that do not fit, or a mask that is not bool.
+        ValueError: `heads` does not divide both widths, positions do not match, or a mask is not bool.
     """
     check_positions(student, teacher, kept)
     check_mask("visible", visible, (*kept.shape, kept.shape[1]))
@@ -75,20 +77,20 @@ def relation_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tenso
 
 def attention_map_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor, visible: torch.Tensor, *,
                       average_heads: bool = False) -> torch.Tensor:
-    """Squared error of attention maps, mean over heads and over keys that are seen, summed over tokens.
+    """Squared error of attention maps, mean over heads and over visible keys, summed over tokens.
 
-    Source: TinyBERT (Jiao et al. 2020, eq. 7), whose mean is over all keys: the same where all are seen, and
-    independent of padding where not. The paper fits the scores before the softmax; transformers'
-    `output_attentions` are those after it. Both can be given.
+    Source: TinyBERT (Jiao et al. 2020, eq. 7), whose mean is over all keys. The two agree if all keys are visible;
+    if not, this one does not depend on padding. The paper fits the scores before the softmax, while transformers'
+    `output_attentions` are the probabilities after it; either can be passed.
 
     Args:
         student, teacher: (batch, heads, sequence, sequence) attention of queries to keys.
-        kept: (batch, sequence) bool, the queries that count.
-        visible: (batch, sequence, sequence) bool, as from `visible_pairs`: the keys that a query sees.
-        average_heads: compare means over heads, whose numbers may then differ.
+        kept: (batch, sequence) bool mask of the queries that are summed over.
+        visible: (batch, sequence, sequence) bool, as from `visible_pairs`: the keys that a query attends to.
+        average_heads: compare means over heads; numbers of heads may then differ.
 
     Raises:
-        ValueError: numbers of heads or positions that do not fit, or a mask that is not bool.
+        ValueError: numbers of heads or positions do not match, or a mask is not bool.
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(f"student and teacher of shapes {tuple(student.shape)} and {tuple(teacher.shape)} are not "
@@ -114,7 +116,7 @@ def _check_heads(heads: int, student_width: int, teacher_width: int) -> None:
 
 
 class _RelationKL(torch.autograd.Function):
-    """Of student and teacher (batch, heads, sequence, d), whose d may differ."""
+    """`relation_sum` of student and teacher (batch, heads, sequence, d), whose d may differ."""
 
     @staticmethod
     def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor, visible: torch.Tensor
@@ -137,7 +139,7 @@ class _RelationKL(torch.autograd.Function):
 
 
 def _blocks(batch: int, heads: int, sequence: int, block: int) -> Iterator[tuple[slice, slice]]:
-    """Rows and queries of which the scores take `block` bytes: whole rows if they fit, or queries of one row."""
+    """Slices of rows and queries whose scores take about `block` bytes: whole rows if they fit, else part of a row."""
     query = 4 * heads * sequence
     rows, queries = max(1, block // (query * sequence)), min(sequence, max(1, block // query))
     for row in range(0, batch, rows):
@@ -147,12 +149,12 @@ def _blocks(batch: int, heads: int, sequence: int, block: int) -> Iterator[tuple
 
 def _on_block(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor, seen: torch.Tensor, queries: slice,
               gradient: torch.Tensor | None) -> torch.Tensor:
-    """KL of a block of queries that count; its gradient by the student's (rows, heads, sequence, d) is added."""
+    """The KL of a block of queries; adds to `gradient` that of the student's vectors (rows, heads, sequence, d)."""
     heads, scale = student.shape[1], student.shape[-1]**-0.5
     log_q, log_p = _log_relations(student, queries, seen), _log_relations(teacher, queries, seen)
     d = (log_p - log_q).masked_fill(~(seen & counts[..., None]), 0)
     p, q = log_p.exp_(), log_q.exp_()
-    near = d.abs() < 1  # further apart nothing cancels, and expm1 may be infinite where p is 0
+    near = d.abs() < 1  # elsewhere nothing cancels, and expm1 may be infinite where p is 0
     small = torch.where(near, d, 0)
     value = torch.where(near, p * (small + torch.expm1(-small)), p * d + (q - p)).sum() / heads
     if gradient is not None:
@@ -163,6 +165,6 @@ def _on_block(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor
 
 
 def _log_relations(vectors: torch.Tensor, queries: slice, seen: torch.Tensor) -> torch.Tensor:
-    """Logarithms (rows, heads, queries, sequence); where there is nothing to see they mean nothing, but are finite."""
+    """Log-relations (rows, heads, queries, sequence); for a query without visible keys, arbitrary but finite."""
     scores = (vectors[:, :, queries] * vectors.shape[-1]**-0.5) @ vectors.mT
     return scores.masked_fill_(~seen, torch.finfo(scores.dtype).min).log_softmax(-1)

@@ -1,8 +1,8 @@
-"""Divergences between two softened distributions: value and gradient of a block of logits, exact where they agree too.
+"""Divergences between student and teacher at a temperature: values and gradients for a block of logits.
 
-A difference of two nearly equal distributions loses its digits when each is rounded first. So everything here is
-written in d = log p - log q, the log ratio of teacher to student, which `pair` finds to full precision where the two
-are close; p - q is q expm1(d), and sums of terms of both signs are replaced by sums in which no term is negative.
+They stay accurate where the two distributions nearly agree, where subtracting rounded probabilities would cancel.
+Everything is written in d = log p - log q, the log ratio of teacher to student, which `pair` computes to full precision
+where the two are close: p - q is q expm1(d), and sums of terms of both signs are replaced by sums of nonnegative terms.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ import torch
 
 Name = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "total_variation", "uld"]
 NAMES: tuple[Name, ...] = get_args(Name)
-MIXED = {"jsd": 0.5, "skewed_kl": 0.1, "skewed_reverse_kl": 0.1}  # default share; the skewed ones' as in DistiLLM
-LARGEST = 80.0  # exp of it is still a number in fp32; beyond it a share in a mixture is 0 or 1 to all digits
+MIXED = {"jsd": 0.5, "skewed_kl": 0.1, "skewed_reverse_kl": 0.1}  # default share; for the skewed ones DistiLLM's
+LARGEST = 80.0  # its exp is still finite in fp32; beyond it a share in a mixture is 0 or 1 to working precision
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence of the student q from its teacher p, with its weight in the loss.
+    """A divergence between the teacher p and the student q, with its weight in the loss.
 
-    Both are softmax(logits / temperature), and values are multiplied by the temperature's square, which keeps the
-    gradient of the Kullback-Leibler ones on the scale of the cross-entropy's (Hinton et al. 2015, section 2). With
+    Both are softmax(logits / temperature). Values are multiplied by the square of the temperature, which keeps the
+    gradients of the KL divergences on the scale of the cross-entropy's (Hinton et al. 2015, section 2). With
     s = `share`:
 
     - `forward_kl`: KL(p || q) (survey eq. 15-16)
     - `reverse_kl`: KL(q || p) (Gu et al. 2024)
     - `jsd`: s KL(p || m) + (1 - s) KL(q || m), m = s p + (1 - s) q (Agarwal et al. 2024, eq. 1)
     - `skewed_kl`: KL(p || s p + (1 - s) q) (Ko et al. 2024, DistiLLM, eq. 4)
-    - `skewed_reverse_kl`: KL(q || (1 - s) p + s q) (the same, its eq. 5)
+    - `skewed_reverse_kl`: KL(q || (1 - s) p + s q) (the same paper, eq. 5)
     - `total_variation`: 1/2 sum |p - q|
     - `uld`: sum |sorted p - sorted q|, for vocabularies that have nothing in common (Boizard et al. 2024, eq. 4)
 
     Attributes:
-        name: which.
+        name: one of the above.
         weight: factor in the loss.
         temperature: T > 0.
-        share: of the mixture, in (0, 1); None for its usual one. Only `jsd`, `skewed_kl`, `skewed_reverse_kl` have one.
+        share: of the mixture, in (0, 1); None for the default of `MIXED`. Only `jsd`, `skewed_kl` and
+            `skewed_reverse_kl` take one.
 
     Raises:
-        ValueError: a name that is not one of these, or a number out of range.
+        ValueError: an unknown name, or a number out of range.
     """
 
     name: Name = "forward_kl"
@@ -65,11 +66,11 @@ class Divergence:
 
     @property
     def mixed(self) -> float:
-        """The share in use; 0 where nothing is mixed."""
+        """The share in use; 0 for a divergence without a mixture."""
         return self.share if self.share is not None else MIXED.get(self.name, 0.0)
 
     def __call__(self, pair: Pair, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Value of each row (rows,), and the gradient by the softened student logits (rows, vocabulary)."""
+        """Values (rows,), and their gradient with respect to the student's logits / temperature (rows, vocabulary)."""
         share = self.mixed
         if self.name == "jsd":
             first, by_first = _skewed(pair, share, gradient)
@@ -83,12 +84,12 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two distributions over the same tokens, rows at a time.
+    """Teacher and student distributions over the same tokens, for a block of rows.
 
     Attributes:
         p, q: teacher's and student's probabilities (rows, vocabulary).
-        d: log p - log q.
-        close: (rows,) where no token's d is 1 or more in size.
+        d: (rows, vocabulary) log p - log q.
+        close: (rows,) whether |d| < 1 for every token.
     """
 
     p: torch.Tensor
@@ -98,7 +99,7 @@ class Pair:
 
 
 def pair(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> Pair:
-    """The softened distributions of two blocks of logits (rows, vocabulary) of one dtype."""
+    """The distributions, at a temperature, of two blocks of logits (rows, vocabulary) of the same dtype."""
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature
     log_q, q = _softmax(student)
@@ -107,7 +108,7 @@ def pair(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> Pa
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logarithms of probabilities, and probabilities, with one exponential for both."""
+    """Log-probabilities and probabilities, with a single exponential for both."""
     log_q = logits - logits.amax(-1, keepdim=True)
     q = log_q.exp()
     total = q.sum(-1, keepdim=True)
@@ -116,12 +117,10 @@ def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _refined(d: torch.Tensor, q: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor
              ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p - log q, and the rows in which the two are close all over.
+    """log p - log q, and which rows are close at every token; these are recomputed from the difference of the logits.
 
-    There it is found from the difference of the logits, which is exact there.
-
-    With e = teacher - student, log p - log q = e - log sum q exp(e), and with c = sum q e the last is
-    c + log1p(sum q expm1(e - c)): nothing is subtracted that is larger than the result.
+    With e = teacher - student, log p - log q = e - log sum q exp(e), and with c = sum q e the second term is
+    c + log1p(sum q expm1(e - c)). In close rows e itself is exact, and nothing larger than the result is subtracted.
     """
     close = d.abs().amax(-1) < 1
     if _unseen(d):
@@ -134,7 +133,7 @@ def _refined(d: torch.Tensor, q: torch.Tensor, student: torch.Tensor, teacher: t
 
 
 def _unseen(tensor: torch.Tensor) -> bool:
-    """Whether numbers are not to be looked at: on a GPU, which that would keep waiting, or where there are none."""
+    """Whether values must not be read on the host: on a GPU that synchronizes, and a fake tensor has none."""
     return tensor.is_cuda or isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)
 
 
@@ -144,7 +143,7 @@ def _close_ratio(q: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
 
 
 def _difference(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """p - q with the digits that subtraction loses: the larger of the two times 1 - exp(-|d|), with the sign of d."""
+    """p - q without cancellation: the larger of the two times 1 - exp(-|d|), with the sign of d."""
     return torch.expm1(d.abs().neg_()).neg_().mul_(torch.maximum(p, q)).mul_(d.sign())
 
 
@@ -165,10 +164,11 @@ def _reverse(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, to
 
 def _terms_of_close(terms: torch.Tensor, first: torch.Tensor, ratio: Callable[[], torch.Tensor], close: torch.Tensor
                     ) -> torch.Tensor:
-    """Terms of KL(first || other), in close rows as first (expm1(r) - r) with r = log other - log first.
+    """Terms of KL(first || other), replaced in close rows by first (expm1(r) - r) with r = log other - log first.
 
-    p and q were normalized each by its own sum, whose roundings differ by some 1e-7 of all of a row. A term of both
-    carries that times r, while the term itself is r^2 / 2; so that here only one of the two may occur.
+    p and q are each normalized by their own sum, and the rounding errors of these sums differ by about 1e-7, relative
+    to the whole row. A term with both p and q carries that error times r, while the term itself is only of the order
+    of r^2 / 2. So in close rows only one of the two may appear.
     """
     if not _unseen(terms) and not close.any():
         return terms
@@ -179,8 +179,8 @@ def _terms_of_close(terms: torch.Tensor, first: torch.Tensor, ratio: Callable[[]
 def _skewed(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """KL(p || m), m = s p + (1 - s) q, as sum p log(p / m) + (m - p).
 
-    With x = m / p - 1 = (1 - s) expm1(-d) a term is p (x - log1p(x)). Its derivative by q is -(1 - s) p / m, up to a
-    constant -(1 - s)^2 expm1(d) / (1 + s expm1(d)).
+    With x = m / p - 1 = (1 - s) expm1(-d) a term is p (x - log1p(x)). Its derivative with respect to q is
+    -(1 - s) p / m, which up to a constant is -(1 - s)^2 expm1(d) / (1 + s expm1(d)).
     """
     p, q, d = pair.p, pair.q, pair.d.clamp(-LARGEST, LARGEST)
     value = _mixture(p, q, -d, 1 - share)
@@ -194,7 +194,7 @@ def _skewed(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, tor
 def _skewed_reverse(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """KL(q || m), m = (1 - s) p + s q: with x = m / q - 1 = (1 - s) expm1(d) a term is q (x - log1p(x)).
 
-    Its derivative by q is, up to a constant, -log1p(x) + s x / (1 + x).
+    Its derivative with respect to q is, up to a constant, -log1p(x) + s x / (1 + x).
     """
     p, q, d = pair.p, pair.q, pair.d.clamp(-LARGEST, LARGEST)
     value = _mixture(q, p, d, 1 - share)
@@ -206,10 +206,10 @@ def _skewed_reverse(pair: Pair, share: float, gradient: bool) -> tuple[torch.Ten
 
 
 def _mixture(first: torch.Tensor, other: torch.Tensor, ratio: torch.Tensor, share: float) -> torch.Tensor:
-    """KL(first || m), m = (1 - share) first + share other, of rows; `ratio` is log other - log first.
+    """KL(first || m) of each row, m = (1 - share) first + share other; `ratio` is log other - log first.
 
-    Term by term first (x - log1p(x)), x = m / first - 1; where first is far below other, x is no number of use, and
-    first x is what it stands for, m - first.
+    Each term is first (x - log1p(x)) with x = m / first - 1. Where first is far below other, x is too large to be
+    usable, and first x is computed as m - first, which it equals.
     """
     x = torch.expm1(ratio).mul_(share)
     log_m = torch.log1p(x)
@@ -218,7 +218,7 @@ def _mixture(first: torch.Tensor, other: torch.Tensor, ratio: torch.Tensor, shar
 
 
 def _total_variation(pair: Pair, share: float, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """1/2 sum |p - q|; its derivative by q is half the sign of q - p, 0 where they agree."""
+    """1/2 sum |p - q|; its derivative with respect to q is half the sign of q - p, and 0 where they agree."""
     p, q, d = pair.p, pair.q, pair.d
     p_minus_q = _difference(p, q, d)
     value = p_minus_q.abs().sum(-1).mul_(0.5)
@@ -227,10 +227,13 @@ def _total_variation(pair: Pair, share: float, gradient: bool) -> tuple[torch.Te
 
 def sorted_distance(student: torch.Tensor, teacher: torch.Tensor, temperature: float, gradient: bool
                     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The universal logit distance of rows, sum over ranks of |p - q|, and its gradient by the softened student logits.
+    """The universal logit distance of each row, sum over ranks of |p - q|, and its gradient.
+
+    The gradient is with respect to the student's logits / temperature.
 
     Args:
-        student, teacher: (rows, vocabulary) logits, of any two vocabularies; the shorter one goes on with zeros.
+        student, teacher: (rows, vocabulary) logits, of any two vocabularies; the sorted probabilities of the smaller
+            one are padded with zeros.
     """
     q, p = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
     ranked, order = q.sort(-1, descending=True)
@@ -245,9 +248,10 @@ def sorted_distance(student: torch.Tensor, teacher: torch.Tensor, temperature: f
 
 
 def _through_softmax(q: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """q (a - sum q a), the gradient by the logits of q of a sum whose derivative by q is a. `slope` is overwritten.
+    """Backward of softmax: q (a - sum q a), where `slope` is a, the derivative with respect to q; it is overwritten.
 
-    Counted from a at the most probable token: where q is nearly all there, what the others differ by it is what counts.
+    a is first shifted to be 0 at the most probable token: where that token has nearly all of the mass, only the
+    differences of the others from it matter.
     """
     slope.sub_(slope.gather(-1, q.argmax(-1, keepdim=True)))
     mean = (q * slope).sum(-1, keepdim=True)

@@ -1,11 +1,11 @@
-"""Feature distillation: hidden states drawn to the teacher's, as sums over tokens, and the projections between widths.
+"""Feature distillation: losses between hidden states, as sums over tokens, and projections between their widths.
 
-All is at least fp32, whatever the dtype of the hidden states. What is at a position that does not count is not looked
-at, be it NaN. Gradients reach the student alone.
+Everything is computed in at least fp32, whatever the dtype of the hidden states. Masked positions have no influence,
+even if they hold NaN. Only the student gets gradients.
 
-Compare like with like: of transformers' `output_hidden_states`, number 0 is the embeddings and block i's output is
-number i + 1, but in language models (Llama, GPT-2) the last has already been through the final norm. That is fine where
-both models' last are paired. `recorder` gives what blocks put out, before any final norm.
+Compare like with like: in transformers' `output_hidden_states`, entry 0 is the embeddings and entry i + 1 the output of
+block i, except that the last entry of a language model (Llama, GPT-2) is taken after the final norm. This is fine if
+both models' last entries are paired. `recorder` gives the outputs of blocks, before any final norm.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ NAME = "distillation_projections"
 
 
 def squared_error_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """||student - teacher||^2 / width, summed over tokens that count (survey eq. 17).
+    """||student - teacher||^2 / width, summed over the tokens in the mask (survey eq. 17).
 
-    FitNets (Romero et al. 2015, eq. 3) takes 1/2 ||.||^2 instead: width / 2 times this.
+    FitNets (Romero et al. 2015, eq. 3) uses 1/2 ||.||^2 instead, which is width / 2 times this.
 
     Args:
         student: (..., width) hidden states with gradient, projected where the widths differ.
         teacher: (..., width).
-        kept: (...) bool, the tokens that count.
+        kept: (...) bool mask of tokens.
 
     Raises:
-        ValueError: widths or positions that do not fit, or a mask that is not bool.
+        ValueError: widths or positions do not match, or the mask is not bool.
     """
     check_alike(student, teacher, kept)
     apart = wide(student) - wide(teacher.detach())
@@ -38,18 +38,18 @@ def squared_error_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.
 
 
 def cosine_distance_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """1 - cos(student, teacher), summed over tokens that count.
+    """1 - cos(student, teacher), summed over the tokens in the mask.
 
-    Written as 1/2 ||s/||s|| - t/||t|| ||^2, which is the same and loses no digits where the two are close. A vector of
-    zeros has no direction: from another it is 1/2 away, and from another of zeros 0.
+    It is computed as 1/2 ||s/||s|| - t/||t|| ||^2, which is the same without cancellation where the two are close. A
+    zero vector has no direction: its distance is 1/2 to a nonzero vector, and 0 to another zero vector.
 
     Args:
         student: (..., width) hidden states with gradient, projected where the widths differ.
         teacher: (..., width).
-        kept: (...) bool, the tokens that count.
+        kept: (...) bool mask of tokens.
 
     Raises:
-        ValueError: widths or positions that do not fit, or a mask that is not bool.
+        ValueError: widths or positions do not match, or the mask is not bool.
     """
     check_alike(student, teacher, kept)
     ours, theirs = (unit(wide(x).masked_fill(~kept[..., None], 0)) for x in (student, teacher.detach()))
@@ -57,7 +57,7 @@ def cosine_distance_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torc
 
 
 class _Projection(nn.Module):
-    """A linear map in fp32; a module of its own, so that what gathers weights for it sees it called."""
+    """A linear map in fp32; a module of its own, so that hooks that gather its weights run when it is called."""
 
     def __init__(self, student_width: int, teacher_width: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -70,20 +70,20 @@ class _Projection(nn.Module):
 
 
 class Projections(nn.Module):
-    """A learned linear map from the student's width to the teacher's for each layer that learns (FitNets, eq. 3).
+    """Learned linear maps from the student's width to the teacher's, one per paired student layer (FitNets, eq. 3).
 
-    Where the widths agree there are none, and hidden states pass unchanged. Products are made in fp32, also under
-    autocast and whatever the dtype of the weights, so that a bf16 student near its teacher keeps its gradient.
+    If the widths agree there are no maps, and hidden states pass unchanged. Products are computed in fp32, even under
+    autocast and whatever the dtype of the weights, so that a bf16 student close to its teacher keeps its gradient.
 
-    They learn with the student and are no part of it: `attach` before its optimizer is made, `detach_from` before it
-    is saved.
+    The maps are trained with the student but are not part of it: call `attach` before its optimizer is created, and
+    `detach_from` before it is saved.
 
     Args:
         pairs: (student layer, teacher layer), as from `layer_map`.
-        student_width, teacher_width: of the hidden states.
-        seed: of the first weights, uniform in +-1/sqrt(student_width). They are made on the CPU, and the global
-            generators are not touched.
-        always: project also where the widths agree.
+        student_width, teacher_width: widths of the hidden states.
+        seed: of the initial weights, uniform in +-1/sqrt(student_width). They are created on the CPU, and the global
+            generators are left unchanged.
+        always: project even if the widths agree.
     """
 
     def __init__(self, pairs: Iterable[tuple[int, int]], student_width: int, teacher_width: int, seed: int = 0, *,
@@ -98,10 +98,10 @@ class Projections(nn.Module):
             self.by_layer[str(layer)] = _Projection(student_width, teacher_width, generator)
 
     def forward(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        """Hidden states (..., student width) of a layer of the student, as (..., teacher width).
+        """Project hidden states (..., student width) of a student layer to (..., teacher width).
 
         Raises:
-            ValueError: a layer that is not one of `layers`.
+            ValueError: the layer is not one of `layers`.
         """
         if layer not in self.layers:
             raise ValueError(f"layer {layer} of the student is in no pair; in pairs are "
@@ -109,10 +109,10 @@ class Projections(nn.Module):
         return self.by_layer[str(layer)](hidden) if str(layer) in self.by_layer else hidden
 
     def attach(self, student: nn.Module) -> None:
-        """Make them a submodule of the student: they go with it to a device, into an optimizer and a checkpoint.
+        """Register this as a submodule of the student, so that devices, optimizers and checkpoints include it.
 
         Raises:
-            ValueError: the student has some already.
+            ValueError: the student already has projections.
         """
         if hasattr(student, NAME):
             raise ValueError(f"{type(student).__name__} has a submodule {NAME}; remove it with Projections.detach_from")
@@ -120,7 +120,7 @@ class Projections(nn.Module):
 
     @staticmethod
     def detach_from(student: nn.Module) -> Projections:
-        """Remove them from the student, and return them.
+        """Remove the projections from the student and return them.
 
         Raises:
             ValueError: the student has none.
@@ -138,18 +138,18 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_precision(tensor: torch.Tensor) -> torch.autocast:
-    """Within the context, autocast does not turn products of fp32 tensors into bf16."""
+    """Context manager that disables autocast, so that products of fp32 tensors stay in fp32."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors (..., width) of length 1 in the same direction; zeros stay zeros, with a finite gradient."""
+    """Vectors (..., width) scaled to length 1; zero vectors stay zero, with a finite gradient."""
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(length > 0, length, 1)
 
 
 def check_alike(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor) -> None:
-    """Raise a ValueError unless the two are hidden states of one shape (..., width) and `kept` masks them."""
+    """Raise a ValueError unless both are hidden states of the same shape (..., width) and `kept` masks them."""
     check_positions(student, teacher, kept)
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(f"student and teacher are {student.shape[-1]} and {teacher.shape[-1]} wide; project the "
@@ -157,7 +157,7 @@ def check_alike(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor
 
 
 def check_positions(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor) -> None:
-    """Raise a ValueError unless the two are (..., width) of the same positions and `kept` masks them."""
+    """Raise a ValueError unless both are (..., width) with the same positions and `kept` masks them."""
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(f"student and teacher of shapes {tuple(student.shape)} and {tuple(teacher.shape)} are not of "
                          "the same positions; run both on the same batch")
@@ -165,7 +165,7 @@ def check_positions(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Te
 
 
 def check_mask(name: str, mask: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless the mask is bool and of this shape."""
+    """Raise a ValueError unless the mask is bool and has this shape."""
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} has dtype {mask.dtype}: it is a mask of bool, make it one with {name}.bool()")
     if mask.shape != shape:

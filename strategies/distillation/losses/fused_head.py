@@ -1,4 +1,4 @@
-"""A language model whose loss is taken where its output head is, so that its logits never exist."""
+"""Compute the loss of a language model at its output head, so that its full logits are never materialized."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch.distributed.tensor import DTensor
 
 from strategies.distillation.losses.heads import Head
 
-PROBES = (-40.0, -3.0, -1e-3, 1e-3, 3.0, 40.0, 1e8)  # logits that a model is shown, to see what it makes of them
+PROBES = (-40.0, -3.0, -1e-3, 1e-3, 3.0, 40.0, 1e8)  # substituted for a head's output, to find scale and soft cap
 
 
 @dataclass(frozen=True)
 class LogitShape:
-    """What a model does to what leaves its head: `cap tanh(scale x / cap)`, or `scale x` without a cap."""
+    """What a model applies to the output x of its head: `cap tanh(scale x / cap)`, or `scale x` without a cap."""
 
     scale: float = 1.0
     cap: float | None = None
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:
-        """Logits of products with the head."""
+        """Logits from the output of the head."""
         return self.head(products.new_empty(0, 0)).shape(products)
 
     def head(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Head:
-        """A head that does so."""
+        """A head with this scale and cap."""
         return Head(weight, bias, self.scale, self.cap)
 
 
@@ -40,7 +40,7 @@ def output_head(model: nn.Module) -> nn.Module:
     """The module that turns a model's last hidden states into logits.
 
     Raises:
-        ValueError: the model hands none out.
+        ValueError: `get_output_embeddings` returns none.
     """
     try:
         head = model.get_output_embeddings()
@@ -53,17 +53,17 @@ def output_head(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def at_head(model: nn.Module, take: Take, shape: LogitShape | None = None) -> Iterator[None]:
-    """While in here a call of the model returns `take(hidden, head, output)` instead of its output.
+    """Within the context, a call of the model returns `take(hidden, head, output)` instead of its output.
 
-    The model's own forward runs up to its head, which is then called as a module, so that hooks which gather its
-    weights see it; `take` runs inside of that call, and inside of the model's. Call the model through what wraps it:
-    DistributedDataParallel, FSDP2 and DeepSpeed then see one forward and one backward as ever.
+    The model's own forward runs without its head. Then the head is called as a module, so that hooks that gather its
+    weights run, and `take` runs inside that call, which is inside the model's. Call the model through its wrappers:
+    DistributedDataParallel, FSDP2 and DeepSpeed then see one forward and one backward as usual.
 
     Args:
         model: without wrappers.
-        take: gets hidden states (..., width) as they enter the head, the head, and the model's output, in which
-            `logits` are of no use. Tensors that training goes through must be in what it returns.
-        shape: what the model makes of its logits; None leaves them as they are.
+        take: gets the hidden states (..., width) that enter the head, the head, and the model's output, whose `logits`
+            are placeholders. It must return every tensor that needs a gradient, so that wrappers find them.
+        shape: scale and soft cap that the model applies to its logits; None for neither.
     """
     head, own, shape = output_head(model), model.forward, shape or LogitShape()
 
@@ -78,14 +78,14 @@ def at_head(model: nn.Module, take: Take, shape: LogitShape | None = None) -> It
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Hidden states (..., width) that would enter the model's head, without gradient, and its output without logits."""
+    """Hidden states (..., width) that enter the model's head, and its output with placeholder logits; no gradients."""
     own, head = model.forward, output_head(model)
     with _running(model, lambda *args, **kwargs: _body(own, model, head, args, kwargs)):
         return model(**inputs)
 
 
 def with_head(model: nn.Module, shape: LogitShape, use: Callable[[Head], Any]) -> Any:
-    """`use(head)` of a frozen model, with the head's weights gathered where the model is sharded."""
+    """Call `use(head)` with the head of a frozen model, with its weights gathered where the model is sharded."""
     head = output_head(model)
 
     def inside(_: torch.Tensor | None) -> Any:
@@ -97,16 +97,16 @@ def with_head(model: nn.Module, shape: LogitShape, use: Callable[[Head], Any]) -
 
 
 def effective_weight(head: nn.Module) -> torch.Tensor:
-    """The weight (vocabulary, width) that a head multiplies with: where it is quantized in training, as it then is."""
+    """The weight (vocabulary, width) that a head multiplies with; in quantization-aware training the quantized one."""
     return head.effective_weight if hasattr(head, "effective_weight") else head.weight
 
 
 @torch.no_grad()
 def logit_shape(model: nn.Module) -> LogitShape:
-    """Find what a model does to its logits, by showing it some.
+    """Find the scale and soft cap that a model applies to its logits, by running it with known values as head output.
 
     Raises:
-        ValueError: it is neither a factor nor a soft cap, or the head is not linear.
+        ValueError: the model does anything else to its logits, or its head is not linear.
     """
     head, device = output_head(model), next(model.parameters()).device
     if not isinstance(head, nn.Linear) or not _plainly_linear(type(head)):
@@ -127,21 +127,21 @@ def logit_shape(model: nn.Module) -> LogitShape:
 
 
 def _plainly_linear(kind: type) -> bool:
-    """Whether no class in between has a product of its own: Dory's head scales each token's logits, for example."""
+    """Whether only torch and this project define its forward; Dory's head, for example, scales each token's logits."""
     return all(f"{base.__module__}.".startswith(("torch.", "strategies.")) for base in kind.__mro__
                if "forward" in vars(base))
 
 
 class _InPlace(nn.Module):
-    """Stands in a head's place; some models ask it for its weight's dtype."""
+    """Stands in for a head; some models read the dtype of its weight."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.__dict__["weight"] = head.weight  # not a parameter of this one
+        self.__dict__["weight"] = head.weight  # not registered as a parameter of this module
 
 
 class _Catches(_InPlace):
-    """Keeps what it is given."""
+    """Keeps the hidden states that it is called with."""
 
     hidden: torch.Tensor | None = None
 
@@ -151,7 +151,7 @@ class _Catches(_InPlace):
 
 
 class _Shows(_InPlace):
-    """Gives the same logits whatever it is given, in fp32: rounded to bf16 they would tell of another factor."""
+    """Returns fixed logits whatever its input, in fp32: rounded to bf16 they would make the scale look different."""
 
     def __init__(self, head: nn.Module, logits: torch.Tensor) -> None:
         super().__init__(head)
@@ -162,7 +162,7 @@ class _Shows(_InPlace):
 
 
 def _body(own: Callable, model: nn.Module, head: nn.Module, args: tuple, kwargs: dict) -> tuple[torch.Tensor, Any]:
-    """Run a model without its head."""
+    """Run a model without its head; hidden states that would enter the head, and the model's output."""
     catches = _Catches(head)
     with _replaced(model, head, catches):
         output = own(*args, **kwargs)
@@ -183,8 +183,8 @@ def _replaced(model: nn.Module, head: nn.Module, other: nn.Module) -> Iterator[N
 
 @contextmanager
 def _running(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Within the context a module runs another forward, hooks around it as they are."""
-    before = module.__dict__.get("forward")  # a plan's, or a wrapper's
+    """Within the context, a module runs another forward; its hooks run as before."""
+    before = module.__dict__.get("forward")  # set by a memory plan or a wrapper
     module.forward = forward
     try:
         yield
@@ -197,7 +197,10 @@ def _running(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 @contextmanager
 def _gathered(model: nn.Module) -> Iterator[None]:
-    """Weights that belong to the whole model, as a head's do that are an embedding's too, while it does not run."""
+    """Within the context, the weights of the model's root FSDP2 group are gathered, though the model is not running.
+
+    A head that is tied to the embedding has its weight in that group.
+    """
     assert isinstance(model, FSDPModule), "only FSDP2 leaves parts of weights between calls"
     model.unshard()
     try:

@@ -1,4 +1,4 @@
-"""Output heads, and products with them that are exact to fp32 whatever the weights are held in."""
+"""Output heads, and matrix products with them in fp32 precision whatever the dtype of the weights."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-SLAB = 8 * 2**20  # bytes of a head's weights that are widened at a time
+SLAB = 8 * 2**20  # bytes of a head's weights that are converted to a wider dtype at a time
 
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: `cap tanh(scale (hidden weight^T + bias) / cap)`.
+    """The map from hidden states to logits: `cap tanh(scale (hidden weight^T + bias) / cap)`.
 
     Attributes:
         weight: (vocabulary, width).
         bias: (vocabulary,), or None.
-        scale: factor of the logits.
-        cap: soft cap of the logits (Gemma Team 2024, section 2); None for none.
+        scale: factor on the logits.
+        cap: soft cap on the logits (Gemma Team 2024, section 2); None for no cap.
     """
 
     weight: torch.Tensor
@@ -38,15 +38,15 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens it gives logits for."""
+        """Number of tokens that it gives logits for."""
         return self.weight.shape[0]
 
     def detached(self) -> Head:
-        """The same without gradient."""
+        """The same head, detached from the autograd graph."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     def fill(self, out: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Products of hidden states (rows, width) with the weights into `out` (rows, vocabulary), before `shape`."""
+        """Write the head's products with hidden states (rows, width), before `shape`, to `out` (rows, vocabulary)."""
         if out.is_cuda and self.weight.dtype == hidden.dtype and hidden.element_size() == 2:
             torch.mm(hidden, self.weight.T, out_dtype=out.dtype, out=out)
         else:
@@ -56,19 +56,19 @@ class Head:
         return out if self.bias is None else out.add_(self.bias)
 
     def shape(self, products: torch.Tensor) -> torch.Tensor:
-        """Logits of products."""
+        """Logits from products: apply scale and soft cap."""
         logits = products if self.scale == 1 else products * self.scale
         return logits if self.cap is None else (logits / self.cap).tanh_().mul_(self.cap)
 
     def unshape_(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """The gradient with respect to the products from that with respect to the logits, in place."""
+        """Turn the gradient with respect to the logits into that with respect to the products, in place."""
         if self.cap is not None:
             gradient.mul_(1 - (logits / self.cap).square_())
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
 
 def slabs(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Weights (vocabulary, width) in a wider dtype, some rows at a time in one buffer; as they are if it is theirs."""
+    """Weights (vocabulary, width) in a wider dtype, a slab of rows at a time in one buffer; as they are if no wider."""
     if weight.dtype == dtype:
         yield slice(0, len(weight)), weight
         return
@@ -81,10 +81,11 @@ def slabs(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, tor
 
 @contextmanager
 def products_of(compute: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Matrix products of fp32 tensors in here read their operands as `compute`, and sum in fp32.
+    """Within the context, matrix products of fp32 tensors read their operands as `compute` and accumulate in fp32.
 
-    A CPU gives products of bf16 tensors in bf16 only, which loses what two near models differ by; but it can be told to
-    round operands to bf16 as it reads them. Numbers that are bf16 already lose nothing by it, and nothing is copied.
+    On a CPU, the product of two bf16 tensors is itself bf16, which loses the difference between two models that are
+    close. But oneDNN can be set to round fp32 operands to bf16 as it reads them: values that are already bf16 lose
+    nothing by that, and nothing is copied.
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     if device.type != "cpu" or compute is not torch.bfloat16:

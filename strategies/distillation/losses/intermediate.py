@@ -1,4 +1,4 @@
-"""What is inside of student and teacher while they run, compared: hidden states, their relations, attention values."""
+"""Losses between tensors inside student and teacher: hidden states, their relations, values, and attention maps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from strategies.distillation.losses.response import IGNORED
 
 @dataclass(frozen=True)
 class Features:
-    """Hidden states of blocks shall be the teacher's, through a learned projection where widths differ (survey eq. 17).
+    """Match hidden states of blocks, through a learned projection where widths differ (survey eq. 17).
 
     Attributes:
         weight: in the loss.
@@ -35,12 +35,12 @@ class Features:
 
 @dataclass(frozen=True)
 class Relations:
-    """Distances and angles between the tokens of a row are to be the teacher's (survey eq. 18-19; Park et al. 2019).
+    """Match distances and angles between the hidden states of a row's tokens (survey eq. 18-19; Park et al. 2019).
 
     Attributes:
         distance, angle: weights in the loss.
         pairs: (student layer, teacher layer).
-        tokens: of each row, at most, that are related to each other.
+        tokens: most tokens of each row that are compared with each other.
     """
 
     distance: float
@@ -51,12 +51,12 @@ class Relations:
 
 @dataclass(frozen=True)
 class ValueRelations:
-    """Relations of attention values are to be the teacher's (Wang et al. 2020, MiniLM).
+    """Match the self-relations of attention values (Wang et al. 2020, MiniLM).
 
     Attributes:
         weight: in the loss.
         pairs: (student layer, teacher layer).
-        heads: relation heads that values are cut into.
+        heads: number of relation heads that values are split into.
     """
 
     weight: float
@@ -66,7 +66,7 @@ class ValueRelations:
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Attention maps, mean over heads, are to be the teacher's (Jiao et al. 2020, TinyBERT).
+    """Match attention maps, averaged over heads (Jiao et al. 2020, TinyBERT).
 
     Attributes:
         weight: in the loss.
@@ -78,14 +78,14 @@ class AttentionMaps:
 
 
 class IntermediateTerms:
-    """Records both models while they run, and adds what the losses make of it.
+    """Records tensors inside both models while they run, and computes the losses between them.
 
     Args:
-        student, teacher: without wrappers, of the same sequences.
-        features, relations, values, maps: None for those that have no weight.
+        student, teacher: without wrappers; both are run on the same token positions.
+        features, relations, values, maps: the losses to compute; None for those without a weight.
 
     Raises:
-        ValueError: a layer out of range, or values that are not found in a model.
+        ValueError: a layer is out of range, or a model's value projections are not found.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, features: Features | None = None,
@@ -101,7 +101,7 @@ class IntermediateTerms:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Context in which both run; nothing is kept afterwards."""
+        """Context manager in which to run both models and take `sums`; on exit the recorded tensors are dropped."""
         with ExitStack() as stack:
             for recorder in (recorder for both in self._recorders for recorder in both):
                 stack.callback(recorder.clear)
@@ -110,12 +110,14 @@ class IntermediateTerms:
 
     def sums(self, targets: torch.Tensor, position_ids: torch.Tensor | None, outputs: Sequence[Any] = (None, None)
              ) -> Iterator[tuple[str, float, torch.Tensor]]:
-        """(name, weight, sum over target tokens, mean over pairs of layers) of each loss, once both have run.
+        """Yield (name, weight, value) for each loss, after both models have run.
+
+        A value is summed over target tokens and averaged over pairs of layers.
 
         Args:
             targets: (batch, sequence) next tokens, or `IGNORED`.
-            position_ids: of packed rows; None where each row is one document.
-            outputs: of student and teacher, for attention maps.
+            position_ids: (batch, sequence) for packed rows; None if each row is one document.
+            outputs: the outputs of student and teacher, for attention maps.
 
         Raises:
             ValueError: a model returns no attention maps.
@@ -156,7 +158,7 @@ class IntermediateTerms:
 
 
 def _attentions(output: Any) -> Sequence[torch.Tensor]:
-    """Attention maps (batch, heads, query, key) of each block."""
+    """The attention maps (batch, heads, query, key) of each block."""
     maps = getattr(output, "attentions", None)
     if not maps or maps[0] is None:
         raise ValueError("a model returns no attention maps: ask it for them (output_attentions=True), and load it "

@@ -1,4 +1,4 @@
-"""Which layer of the student learns from which layer of its teacher."""
+"""Which layer of the student is matched to which layer of its teacher."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 def layer_map(student_layers: int, teacher_layers: int, how: str | Iterable[Sequence[int]]) -> Pairs:
-    """Pairs (student layer, teacher layer), in the order of the student's; blocks are numbered from 0.
+    """Pairs (student layer, teacher layer), in order of the student's layers; blocks are numbered from 0.
 
-    With S layers of the student, T of the teacher and both numbered from 1, "uniform" is g(m) = floor(m T / S), last
-    to last: where S divides T, TinyBERT's g(m) = m T / S (Jiao et al. 2020). "last" is the pair of the last two alone
-    (MiniLM, Wang et al. 2020, section 3).
+    With S student and T teacher layers, here numbered from 1, "uniform" pairs m with g(m) = floor(m T / S), so the last
+    with the last. If S divides T this is TinyBERT's g(m) = m T / S (Jiao et al. 2020). "last" pairs only the last
+    layers (MiniLM, Wang et al. 2020, section 3).
 
     Args:
         student_layers, teacher_layers: numbers of blocks.
-        how: "uniform", "last", or the pairs themselves. Several of the student's layers may learn from one.
+        how: "uniform", "last", or the pairs themselves. Several student layers may share a teacher layer.
 
     Raises:
-        ValueError: a model without layers, an unknown word, no pair, a layer out of range, a layer of the student
-            twice, or a teacher with fewer layers than "uniform" needs.
+        ValueError: a model has no layers, the word is unknown, there are no pairs, a layer is out of range, a student
+            layer occurs twice, or the teacher has fewer layers than the student with "uniform".
     """
     for name, count in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
         if count < 1:

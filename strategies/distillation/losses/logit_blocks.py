@@ -1,4 +1,4 @@
-"""All terms of the response loss for a block of logits that fits a processor's cache: values and gradient in one go."""
+"""All terms of the response loss on a block of logits, small enough for a CPU's cache: values and gradient together."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Taught = torch.Tensor | SampledTargets | TopTargets | None
 
 
 class Terms:
-    """The weighted terms of a loss, as `ResponseObjective` has them, on blocks of logits.
+    """The weighted terms of a `ResponseObjective`, evaluated on blocks of logits.
 
     Attributes:
-        names: of the terms that have a weight, in the order of `values`.
+        names: terms with a nonzero weight, in the order in which `on_block` returns their values.
     """
 
     def __init__(self, cross_entropy: float, label_smoothing: float, z_loss: float,
@@ -40,16 +40,17 @@ class Terms:
         asked: torch.Tensor | None,
         gradient: bool,
     ) -> torch.Tensor:
-        """Values of the terms summed over rows (terms,), unweighted; `products` become the loss's gradient by them.
+        """Return the unweighted values of the terms (terms,), summed over rows; `products` become the gradient.
 
         Args:
-            products: (rows, vocabulary) of the student's hidden states and head.
+            products: (rows, vocabulary) of the student's hidden states and head; overwritten with the gradient of the
+                weighted loss with respect to them.
             head: the student's.
             targets: (rows,) tokens.
-            taught: the teacher's (rows, vocabulary) logits, or its targets for these rows.
-            common: columns that are compared; None where the vocabularies are one.
-            asked: (rows,) whether the teacher says something about a row; None for all.
-            gradient: whether it is wanted.
+            teacher_targets: the teacher's (rows, vocabulary) logits, or its compact targets for these rows.
+            common: columns that are compared; None if the vocabularies are the same.
+            asked: (rows,) True where there are teacher targets; None for all.
+            gradient: whether to compute the gradient; if not, `products` are not overwritten with it.
         """
         logits = head.shape(products)
         values = dict.fromkeys(self.names, products.new_zeros(()))
@@ -70,7 +71,7 @@ class Terms:
 
     def _with_text(self, logits: torch.Tensor, targets: torch.Tensor, values: dict[str, torch.Tensor],
                    gradient: bool) -> torch.Tensor | None:
-        """Cross-entropy, labels smoothed (Szegedy et al. 2016, sec. 7), and z-loss (Chowdhery et al. 2022, sec. 5)."""
+        """Cross-entropy with smoothing (Szegedy et al. 2016, sec. 7), and z-loss (Chowdhery et al. 2022, sec. 5)."""
         smoothing, at = self.label_smoothing, targets[:, None]
         log_q = logits.log_softmax(-1)
         log_z = (logits.gather(-1, at) - log_q.gather(-1, at))[:, 0] if self.z_loss else None
@@ -92,7 +93,7 @@ class Terms:
     def _with_teacher(
         self, logits: torch.Tensor, teacher_targets: Taught, common: SharedVocabulary | None, gradient: bool
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, SharedVocabulary | None, Divergence]]:
-        """For each divergence its value by row, its gradient by the softened logits of some columns, and which."""
+        """Yield for each divergence the rows' values, the gradient by logits / temperature, its columns, and itself."""
         for temperature, several in groupby(self.divergences, key=lambda one: one.temperature):
             found: Pair | None = None
             for one in several:
@@ -116,7 +117,7 @@ class Terms:
 
 
 def columns(logits: torch.Tensor, common: SharedVocabulary | None, whose: str) -> torch.Tensor:
-    """The logits of the common tokens."""
+    """The columns of logits that belong to the common tokens; `whose` is "student" or "teacher"."""
     if common is None:
         return logits
     index = getattr(common, whose)
@@ -127,7 +128,7 @@ def columns(logits: torch.Tensor, common: SharedVocabulary | None, whose: str) -
 def _added(
     total: torch.Tensor | None, by: torch.Tensor, common: SharedVocabulary | None, logits: torch.Tensor
 ) -> torch.Tensor:
-    """`total` with a gradient for the common columns added to it."""
+    """Add a gradient for the common columns to `total`, in place unless it is None."""
     if common is None or by.shape[-1] == logits.shape[-1]:
         return by if total is None else total.add_(by)
     total = torch.zeros_like(logits) if total is None else total
@@ -139,9 +140,9 @@ def _added(
 
 def _sampled(logits: torch.Tensor, teacher_targets: SampledTargets, common: SharedVocabulary | None, gradient: bool
              ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An unbiased estimate of KL(p || q) and of its gradient q - p: p by the shares of what was drawn.
+    """An unbiased estimate of KL(p || q) and of its gradient q - p, with the shares of drawn tokens in place of p.
 
-    The value, sum share (log p - log q), is 0 for identical models whatever was drawn; the gradient is so on average.
+    The value, sum share (log p - log q), is 0 for identical models whatever was drawn; their gradient is 0 on average.
     """
     log_q = (columns(logits, common, "student") / teacher_targets.temperature).log_softmax(-1)
     value = (teacher_targets.shares * (teacher_targets.log_p - log_q.gather(-1, teacher_targets.ids))).sum(-1)
@@ -155,13 +156,13 @@ def _top(
     divergence: Divergence,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A divergence between the distributions over the teacher's k tokens and "any other one".
+    """A divergence between distributions over k + 1 outcomes: the teacher's top k tokens, and "any other token".
 
-    Its gradient reaches every logit: by the k as they are, by the others through their sum.
+    Its gradient reaches every logit: those of the k tokens directly, all others through their total probability.
     """
     log_q = (columns(logits, common, "student") / teacher_targets.temperature).log_softmax(-1)
     chosen = log_q.gather(-1, teacher_targets.ids)
-    if teacher_targets.ids.shape[-1] == log_q.shape[-1]:  # there is no other one, of which both would say -inf
+    if teacher_targets.ids.shape[-1] == log_q.shape[-1]:  # no other token: both log-probabilities would be -inf
         value, by = divergence(pair(chosen, teacher_targets.log_p, 1.0), gradient)
         return value, None if by is None else torch.zeros_like(log_q).scatter_(-1, teacher_targets.ids, by)
     others = log_q.scatter(-1, teacher_targets.ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -171,6 +172,7 @@ def _top(
     value, by = divergence(found, gradient)
     if by is None:
         return value, None
-    # By a logit: the gradient of its own coarse token, in proportion to its part of that token's mass.
+    # A logit gets the gradient of the outcome that its token belongs to, in proportion to its share of the outcome's
+    # probability.
     spread = by[:, -1:] * (log_q - others).exp_()
     return value, spread.scatter_(-1, teacher_targets.ids, by[:, :-1])

@@ -1,4 +1,4 @@
-"""What is inside of a transformers model while it runs: values, queries and keys of a block, and its output."""
+"""Record tensors inside a transformers model while it runs: the queries, keys, values and outputs of its blocks."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ KINDS = ("hidden", *PROJECTIONS)
 
 
 class Values:
-    """Context in which every forward of a model leaves behind values, queries, keys or outputs of some of its blocks.
+    """Context manager in which each forward of a model records values, queries, keys or outputs of some of its blocks.
 
         with Values(student, [3]) as ours, Values(teacher, [11]) as theirs:
             ...both models run...
         loss = relation_sum(ours.of(3), theirs.of(11), kept, visible, heads)
 
-    What is left has the graph that made it, under gradient checkpointing too, and stays until the next forward or
-    `clear`. What backward computes again is not recorded. Queries and keys are as projected: before rotary positions,
-    and before a norm of their own. Grouped-query models have fewer value heads than heads, and so narrower values.
+    Recorded tensors keep their autograd graph, also under activation checkpointing, until the next forward or `clear`.
+    What backward recomputes is not recorded. Queries and keys are recorded right after their projection: before rotary
+    embeddings, and before a query or key norm. With grouped-query attention there are fewer value heads than query
+    heads, so values are narrower than queries.
 
-    "hidden" is what a block puts out: number i + 1 of transformers' `output_hidden_states`, except for the last
-    block of a language model: there the final norm has been applied, and here it has not. One forward can give both.
+    "hidden" is the output of a block: entry i + 1 of transformers' `output_hidden_states` for block i. The last block
+    of a language model is an exception: transformers' entry is taken after the final norm, this one before it. A single
+    forward can give both.
 
     Args:
-        model: of transformers, or wrapped around one. Blocks are the list that is as long as its configuration
-            says. Projections are found by name: those of Llama and ViT (`v_proj`), BERT (`value`), GPT-2 (`c_attn`).
-        layers: numbers of blocks, from 0.
+        model: a transformers model, or a module around one. Its blocks are the one `ModuleList` that is as long as the
+            configuration says. Projections are found by name: those of Llama and ViT (`v_proj`), BERT (`value`), and
+            GPT-2 (`c_attn`).
+        layers: indices of blocks, from 0.
         kinds: any of "value", "query", "key", "hidden".
 
     Raises:
-        ValueError: a layer out of range, an unknown kind, blocks or projections that are not found, or of which there
-            are several, as in a block that also attends to an encoder.
+        ValueError: a layer is out of range, a kind is unknown, or blocks or projections are not found or not unique, as
+            in a block that also has cross-attention.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[int], kinds: Iterable[str] = ("value",)) -> None:
@@ -67,10 +70,10 @@ class Values:
             self._handles.pop().remove()
 
     def of(self, layer: int, kind: str = "value") -> torch.Tensor:
-        """(batch, sequence, width) of the last forward, all heads side by side.
+        """A recorded tensor (batch, sequence, width) of the last forward, with all heads concatenated.
 
         Raises:
-            ValueError: it is not recorded, the model has not run, or its block did not call the projection.
+            ValueError: it was not asked for, the model has not run, or its block did not call the projection.
         """
         if (layer, kind) not in self._sources:
             there = ", ".join(f"{kind} of {layer}" for layer, kind in self._sources)
@@ -82,7 +85,7 @@ class Values:
         return self._left[layer, kind]
 
     def clear(self) -> None:
-        """Forget what the last forward left, and the graph behind it."""
+        """Drop the tensors of the last forward, and the autograd graph that they hold."""
         self._left.clear()
         self._ran = False
 
@@ -94,7 +97,7 @@ class Values:
         self._running, self._ran = False, output is not None  # None where it raised
 
     def _leave(self, key: tuple[int, str], third: int | None, module: nn.Module, inputs: tuple, output) -> None:
-        if not self._running:  # backward computes a checkpointed block again
+        if not self._running:  # backward recomputes a checkpointed block
             return
         if self._graph and not torch.is_grad_enabled():
             raise ValueError(f"{key[1]} of layer {key[0]} has no gradient inside of a reentrant checkpoint; use "
@@ -123,10 +126,10 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _projection(block: nn.Module, kind: str, where: str) -> tuple[nn.Module, int | None]:
-    """The module that projects, and which third of its output, if it makes all three."""
+    """The module that makes the projection, and which third of its output that is; None for all of the output."""
     separate = {name: module for name, module in block.named_modules() if name.split(".")[-1] in PROJECTIONS[kind]}
     fused = {name: module for name, module in block.named_modules() if name.split(".")[-1] == FUSED
-             and isinstance(module, Conv1D) and module.nf == 3 * module.nx}  # not GPT-BigCode's, where heads alternate
+             and isinstance(module, Conv1D) and module.nf == 3 * module.nx}  # not GPT-BigCode's: its heads alternate
     found = separate | fused
     if len(found) != 1:
         raise ValueError(f"{where}: looked for one module that makes the {kind}, named "

@@ -1,11 +1,12 @@
-"""Relational distillation (RKD): the geometry of the teacher's embeddings instead of the embeddings.
+"""Relational knowledge distillation (RKD): match the geometry of the teacher's embeddings, not the embeddings.
 
-Relations are taken among the samples of a batch, for classifiers, or among tokens of the same row, for language
-models: there no row knows of another, and the sum is the same however rows are split into micro-batches. Widths of
-student and teacher may differ. All is at least fp32, and gradients reach the student alone.
+Relations are taken between the samples of a batch, for classifiers, or between tokens of the same row, for language
+models. The latter do not couple rows, so the sum is the same however rows are split into micro-batches. Widths of
+student and teacher may differ. Everything is computed in at least fp32, and only the student gets gradients.
 
-The paper's losses are sums over pairs and triples. These are means over them, times the number of samples or tokens:
-a sum over what is learned from, whose share per token does not grow with the length of the row.
+The paper's losses are sums over pairs and triples. These are means over pairs and triples, times the number of samples
+or tokens. So they are sums over samples or tokens like the other losses, and the loss per token does not grow with the
+length of the row.
 """
 
 from __future__ import annotations
@@ -17,71 +18,76 @@ from strategies.distillation.losses.features import check_mask, check_positions,
 
 
 def sample_distances_sum(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Distance-wise RKD among the samples of a batch, times their number (survey eq. 18; Park et al. 2019, eq. 5-6).
+    """Distance-wise RKD between the samples of a batch, times their number (survey eq. 18; Park et al. 2019, eq. 5-6).
 
     With psi(i, j) = ||x_i - x_j|| / mu, and mu the mean of that distance over all pairs i != j:
 
         mean over i != j of huber(psi_teacher(i, j) - psi_student(i, j)),
         huber(a) = a^2 / 2 where |a| <= 1, else |a| - 1/2
 
-    Samples are coupled, so micro-batches of another size have another loss. A batch of one has no pairs, and a loss of
-    0. Where two samples coincide, the gradient by their distance is 0.
+    Samples are coupled, so the loss depends on the size of micro-batches. A batch of one has no pairs and a loss of 0.
+    Where two samples coincide, the gradient of their distance is 0.
 
     Args:
         student, teacher: (samples, width) embeddings.
 
     Raises:
-        ValueError: not as many samples of one as of the other, or embeddings that are not (samples, width).
+        ValueError: numbers of samples differ, or embeddings are not (samples, width).
     """
     return _over_samples(_distances, student, teacher)
 
 
 def sample_angles_sum(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Angle-wise RKD among the samples of a batch, times their number (survey eq. 19; Park et al. 2019, eq. 7-8).
+    """Angle-wise RKD between the samples of a batch, times their number (survey eq. 19; Park et al. 2019, eq. 7-8).
 
     With e(i, j) the unit vector from x_j to x_i, or 0 where the two coincide, and psi(i, j, k) = <e(i, j), e(k, j)>:
 
         mean over distinct i, j, k of huber(psi_teacher(i, j, k) - psi_student(i, j, k))
 
-    Makes samples^2 * width and samples^3 numbers of 4 bytes each, a few times over. Less than three samples: 0.
+    This allocates a few fp32 tensors each of samples^2 * width and samples^3 elements. With fewer than three samples
+    the loss is 0.
 
     Args:
         student, teacher: (samples, width) embeddings.
 
     Raises:
-        ValueError: not as many samples of one as of the other, or embeddings that are not (samples, width).
+        ValueError: numbers of samples differ, or embeddings are not (samples, width).
     """
     return _over_samples(_angles, student, teacher)
 
 
 def token_distances_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor, tokens: int = 32
                         ) -> torch.Tensor:
-    """`sample_distances_sum`'s mean among tokens of each row, times the row's tokens that count, summed over rows.
+    """Distance-wise RKD, mean over token pairs of a row, times the row's tokens in the mask, summed over rows.
+
+    See `sample_distances_sum`.
 
     Args:
         student, teacher: (batch, sequence, width) hidden states.
-        kept: (batch, sequence) bool, the tokens that count.
-        tokens: at most that many of each row are related: the first and last that count, and evenly spaced between.
+        kept: (batch, sequence) bool mask of tokens.
+        tokens: most tokens of each row that are compared: the first and last in the mask, and evenly spaced ones
+            between.
 
     Raises:
-        ValueError: positions that do not fit, a mask that is not bool, or less than two tokens.
+        ValueError: positions do not match, the mask is not bool, or `tokens` is less than two.
     """
     return _over_tokens(_distances, student, teacher, kept, tokens, 2)
 
 
 def token_angles_sum(student: torch.Tensor, teacher: torch.Tensor, kept: torch.Tensor, tokens: int = 16
                      ) -> torch.Tensor:
-    """`sample_angles_sum`'s mean among tokens of each row, times the row's tokens that count, summed over rows.
+    """Angle-wise RKD, mean over token triples of a row, times the row's tokens in the mask, summed over rows.
 
-    Makes batch * tokens^2 * (width + tokens) numbers of 4 bytes each, a few times over.
+    See `sample_angles_sum`. This allocates a few fp32 tensors of batch * tokens^2 * (width + tokens) elements in all.
 
     Args:
         student, teacher: (batch, sequence, width) hidden states.
-        kept: (batch, sequence) bool, the tokens that count.
-        tokens: at most that many of each row are related: the first and last that count, and evenly spaced between.
+        kept: (batch, sequence) bool mask of tokens.
+        tokens: most tokens of each row that are compared: the first and last in the mask, and evenly spaced ones
+            between.
 
     Raises:
-        ValueError: positions that do not fit, a mask that is not bool, or less than three tokens.
+        ValueError: positions do not match, the mask is not bool, or `tokens` is less than three.
     """
     return _over_tokens(_angles, student, teacher, kept, tokens, 3)
 
@@ -109,18 +115,19 @@ def _over_tokens(relate, student: torch.Tensor, teacher: torch.Tensor, kept: tor
 
 
 def evenly_spaced(kept: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of at most so many tokens of each row, from its first that counts to its last.
+    """Positions of at most `tokens` evenly spaced tokens of each row, from the first in the mask to the last.
 
-    Found without waiting for the device.
+    They are computed without synchronizing with the device.
 
     Args:
-        kept: (batch, sequence) bool, the tokens that count.
+        kept: (batch, sequence) bool mask of tokens.
+        tokens: most positions of each row.
 
     Returns:
-        Positions (batch, at most tokens), and whether there is a token for each, in a tensor of the same shape.
+        Positions (batch, at most tokens), and a bool tensor of the same shape: whether a slot holds a token.
 
     Raises:
-        ValueError: a mask that is not bool.
+        ValueError: the mask is not bool.
     """
     check_mask("kept", kept, tuple(kept.shape))
     slots = torch.arange(min(tokens, kept.shape[1]), device=kept.device)
@@ -137,7 +144,7 @@ def _at(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _distances(student: torch.Tensor, teacher: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Mean over pairs (rows,) of points (rows, points, width)."""
+    """Mean loss over pairs (rows,) of points (rows, points, width)."""
     among = _distinct(there)
     return _mean(F.huber_loss(_relative(student, among), _relative(teacher, among), reduction="none"), among)
 
@@ -145,7 +152,7 @@ def _distances(student: torch.Tensor, teacher: torch.Tensor, there: torch.Tensor
 def _relative(points: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     """Distances (rows, points, points) divided by their mean over pairs.
 
-    Not by way of products, as cdist does for many points: the difference of two squares has no digits left where
+    cdist must not use matrix products here, as it does for many points: they subtract squares, which cancels where
     points are close together and far from the origin, as hidden states are.
     """
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").masked_fill(~among, 0)
@@ -154,7 +161,7 @@ def _relative(points: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
 
 
 def _angles(student: torch.Tensor, teacher: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Mean over triples (rows,) of points (rows, points, width)."""
+    """Mean loss over triples (rows,) of points (rows, points, width)."""
     pairs = _distinct(there)
     among = pairs[:, :, :, None] & pairs[:, :, None, :] & pairs[:, None, :, :]
     return _mean(F.huber_loss(_cosines(student), _cosines(teacher), reduction="none"), among)
@@ -167,11 +174,11 @@ def _cosines(points: torch.Tensor) -> torch.Tensor:
 
 
 def _distinct(there: torch.Tensor) -> torch.Tensor:
-    """Which pairs (rows, points, points) are of two different points that are there."""
+    """Which pairs (rows, points, points) consist of two different points that both exist."""
     others = ~torch.eye(there.shape[1], dtype=torch.bool, device=there.device)
     return there[:, :, None] & there[:, None, :] & others
 
 
 def _mean(values: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """Mean (rows,) of each row's values among those that count; 0 where none does."""
+    """Mean (rows,) of each row's values in the mask `among`; 0 for a row with none."""
     return values.masked_fill(~among, 0).flatten(1).sum(1) / among.flatten(1).sum(1).clamp(min=1)

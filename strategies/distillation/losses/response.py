@@ -1,8 +1,8 @@
 """Response distillation: cross-entropy with the text and divergences from the teacher, as sums over target tokens.
 
-Sums, not means: the caller divides by the true number of tokens over micro-batches and processes, which no single
-micro-batch knows. Given hidden states and output heads, no logits of more than a tile of positions ever exist; see
-`strategies.distillation.losses.tiled_loss`.
+Losses are sums, not means: only the caller knows the number of target tokens over all micro-batches and ranks to
+divide by. If given hidden states and output heads in place of logits, logits exist for one tile of positions at a time;
+see `strategies.distillation.losses.tiled_loss`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class ResponseObjective:
     Attributes:
         cross_entropy: weight of the cross-entropy with the next token of the text.
         divergences: from the teacher, with their weights.
-        label_smoothing: share of the target spread evenly over the student's vocabulary, in [0, 1).
-        z_loss: weight of the squared logarithm of the normalizer.
+        label_smoothing: share of the target's probability that is spread evenly over the student's vocabulary, in
+            [0, 1).
+        z_loss: weight of the squared log of the softmax normalizer Z.
 
     Raises:
-        ValueError: a number out of range, no term at all, or one divergence twice.
+        ValueError: a number is out of range, every weight is zero, or a divergence is given twice.
     """
 
     cross_entropy: float = 1.0
@@ -61,39 +62,39 @@ class ResponseObjective:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher has to be asked at all."""
+        """Whether any divergence has a weight, so that teacher targets are required."""
         return any(one.weight for one in self.divergences)
 
     @property
     def terms(self) -> Terms:
-        """What is summed over blocks of logits."""
+        """The weighted terms, which are evaluated on blocks of logits."""
         return Terms(self.cross_entropy, self.label_smoothing, self.z_loss, self.divergences)
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor | Targets | None, targets: torch.Tensor, *,
                  head: Head | None = None, common: SharedVocabulary | None = None, asked: torch.Tensor | None = None,
                  tile: int | None = None, accumulate: torch.dtype = torch.float32, learned: torch.Tensor | None = None
                  ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Weighted loss, and each term unweighted and detached, in `accumulate`, summed over target tokens.
+        """Return the weighted loss, and each term unweighted and detached, in `accumulate`, summed over target tokens.
 
-        The gradient of the loss reaches hidden states, weight and bias of the student's head, and nothing else.
+        Gradients flow to the student's hidden states, and to the weight and bias of its head, and to nothing else.
 
         Args:
-            student: (..., width) hidden states as they enter `head`, or without one (..., vocabulary) logits. What is
-                at a position predicts `targets` there, already shifted.
-            teacher: its logits (..., vocabulary), `HiddenTargets` with its head, or what is left of them in
-                `SampledTargets` and `TopTargets`; None where no divergence has a weight.
+            student: (..., width) hidden states that enter `head`, or (..., vocabulary) logits if there is no `head`.
+                Position i predicts `targets[i]`: the targets are already shifted.
+            teacher: its logits (..., vocabulary), `HiddenTargets` with its head, or the compact `SampledTargets` or
+                `TopTargets`; None if no divergence has a weight.
             targets: (...) token ids, or `IGNORED`.
-            head: the student's; under autocast products are made in its dtype, and summed in fp32.
-            common: the tokens both have, where the vocabularies differ; no other token takes part in a divergence.
-            asked: (...) positions that the teacher says something about; all by default.
-            tile: bytes of logits that may exist at a time; by default what a device works on without loss of speed.
-            accumulate: dtype of what is made on the way. float64 for a student so near, or logits so large, that fp32
-                products of hidden states and head say too little.
-            learned: (n,) flat positions that have a target, where that is known; else they are looked for, which a GPU
-                is waited for.
+            head: the student's; under autocast its products are computed in the autocast dtype and summed in fp32.
+            common: the tokens that both models have, where their vocabularies differ; divergences are taken over these
+                alone.
+            asked: (...) True where there are teacher targets; None for all positions.
+            tile: bytes of logits that may exist at a time; None for the device's default, which costs no speed.
+            accumulate: dtype of intermediate results. Use float64 if student and teacher are so close, or logits so
+                large, that products of hidden states and head are not precise enough in fp32.
+            learned: (n,) flat positions that have a target, if known; finding them synchronizes with a GPU.
 
         Raises:
-            ValueError: shapes, vocabularies or temperatures that do not fit each other.
+            ValueError: shapes, vocabularies or temperatures do not match.
         """
         if student.shape[:-1] != targets.shape:
             what = "logits" if head is None else "hidden states"
@@ -149,7 +150,7 @@ class ResponseObjective:
 
 
 def _flat(teacher_targets: Targets, dimensions: int) -> Targets:
-    """The same with all positions in one dimension."""
+    """The same targets with all positions flattened into one dimension."""
     return replace(teacher_targets, **{field.name: getattr(teacher_targets, field.name).flatten(0, dimensions - 1)
                               for field in fields(teacher_targets) if field.name not in ("temperature", "head")})
 
@@ -162,7 +163,7 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
         targets: (...) token ids, or `IGNORED`.
 
     Raises:
-        ValueError: logits and targets are not of the same positions.
+        ValueError: logits and targets do not have the same positions.
     """
     return ResponseObjective(divergences=())(logits, None, targets)[0]
 
@@ -170,12 +171,12 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 def kl_sum(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
     """T^2 KL(softmax(teacher/T) || softmax(student/T)) in nats, summed over positions that have a target, in fp32.
 
-    Zero, with zero gradient, where student and teacher agree (survey eq. 15-16; Hinton et al. 2015, section 2).
+    It is zero, with zero gradient, where student and teacher agree (survey eq. 15-16; Hinton et al. 2015, section 2).
 
     Args:
         student: (..., vocabulary) logits with gradient.
         teacher: (..., vocabulary) logits without.
-        targets: (...) token ids; positions with `IGNORED` do not count.
+        targets: (...) token ids; positions with `IGNORED` are left out.
         temperature: T > 0.
 
     Raises:

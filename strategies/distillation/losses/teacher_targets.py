@@ -1,4 +1,4 @@
-"""What a teacher says about the positions of a micro-batch, in the forms in which a student can be given it."""
+"""The forms that teacher targets for a micro-batch can take: hidden states, logits, drawn tokens, or the top k."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from strategies.distillation.losses.heads import Head
 
 @dataclass(frozen=True)
 class HiddenTargets:
-    """The teacher's last hidden states, and its head: logits exist for a tile of positions at a time.
+    """The teacher's last hidden states and its head, from which logits are computed one tile of positions at a time.
 
     Attributes:
         hidden: (..., width).
-        head: the teacher's.
+        head: the teacher's output head.
     """
 
     hidden: torch.Tensor
@@ -31,12 +31,12 @@ class LogitTargets:
 
 @dataclass(frozen=True)
 class SampledTargets:
-    """Tokens drawn from the softened teacher, with how often (Anshumann et al. 2025, arXiv 2503.16870).
+    """Tokens sampled from the teacher, with their frequencies (Anshumann et al. 2025, arXiv 2503.16870).
 
     Attributes:
         ids: (..., draws) tokens.
-        shares: (..., draws) count of each over all draws; 0 where a place is not used.
-        log_p: (..., draws) the softened teacher's log-probability of each.
+        shares: (..., draws) how often each was drawn, over the number of draws; 0 in unused slots.
+        log_p: (..., draws) the teacher's log-probability of each at `temperature`.
         temperature: at which they were drawn.
     """
 
@@ -48,13 +48,13 @@ class SampledTargets:
 
 @dataclass(frozen=True)
 class TopTargets:
-    """The softened teacher's most probable tokens, and the mass of all others as one.
+    """The teacher's k most probable tokens at a temperature, and the total probability of all others.
 
     Attributes:
         ids: (..., k) tokens.
         log_p: (..., k) log-probability of each.
-        log_tail: (...) log of the mass of all others.
-        temperature: of the softening.
+        log_tail: (...) log of the total probability of all others.
+        temperature: of the softmax.
     """
 
     ids: torch.Tensor
@@ -71,9 +71,10 @@ class SharedVocabulary:
     """The tokens that student and teacher both have, as columns of their logits.
 
     Attributes:
-        student, teacher: (common,) column of each; None where it is the first `size` ones.
-        size: how many.
-        teacher_size: of the teacher, where vocabularies that have nothing in common are compared (uld); None: as many.
+        size: number of common tokens.
+        student, teacher: (size,) column of each common token; None if these are the first `size` columns.
+        teacher_size: number of the teacher's columns, for vocabularies with nothing in common, which are compared by
+            rank (uld); None for `size`.
     """
 
     size: int

@@ -1,9 +1,10 @@
-"""The tiled loss: logits of some positions at a time, turned into values and gradients before the next ones are made.
+"""The tiled loss: logits of one tile of positions at a time, turned into values and gradients before the next tile.
 
-A loss of N positions over V tokens needs the logits of a tile of rows only, since each row is normalized by itself. The
-gradient by a row's logits is known as soon as its loss is, so it goes at once into the gradients of hidden states and
-head, which is all that is kept for backward: N x width and V x width numbers, nothing of N x V. Products are those of
-the naive loss, none is made twice. A tile's logits are worked on in blocks that stay in a processor's cache.
+A loss over N positions and V tokens can be computed from the logits of a few rows at a time, since softmax normalizes
+each row by itself. The gradient with respect to a row's logits is known as soon as its loss is. So the forward adds it
+at once to the gradients of hidden states and head, which are all that is saved for backward: N x width and V x width
+numbers, none of size N x V. The matrix products are those of the naive loss, and none is recomputed. On a CPU, a tile
+is processed in blocks of rows that stay in the cache.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ from strategies.distillation.losses.teacher_targets import (
     TopTargets,
 )
 
-IGNORED = -100  # target of a position that is not learned: prompt, padding, last token of a document
+IGNORED = -100  # target of a position without a loss: prompt, padding, last token of a document
 TILE = {"cpu": 288 * 2**20, "cuda": 2**30}  # bytes of a tile's logits, of student and teacher together
-ROWS = {"cpu": 256}  # of a tile at most: more are no faster there, and learned positions fill a smaller one more surely
-BLOCK = 2**20  # bytes of logits worked on at a time on a CPU
+ROWS = {"cpu": 256}  # most rows of a tile: larger ones are no faster, and few target tokens may not fill them
+BLOCK = 2**20  # bytes of logits in a block on a CPU
 
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What a loss is taken of, beside the student's tensors.
+    """Arguments of a loss other than the student's tensors.
 
     Attributes:
-        terms: weighted.
-        head: the student's, without gradient; None where `rows` of logits are given themselves.
+        terms: the weighted terms of the loss.
+        head: the student's, detached; None if the loss is given logits.
         targets: (positions,) tokens or `IGNORED`.
-        taught: what the teacher says; its tensors have (positions, ...).
-        common: columns that are compared.
-        asked: (positions,) whether the teacher says something; None for all.
-        tile: bytes of logits at a time; None for the device's usual.
-        learned: (n,) positions that have a target, where that is known.
-        accumulate: dtype of logits, sums and gradients while they are made.
+        teacher_targets: tensors of shape (positions, ...); None without a teacher.
+        common: the columns of the logits that are compared; None for all.
+        asked: (positions,) True where there are teacher targets; None for all.
+        tile: bytes of logits at a time; None for the device's default.
+        learned: (n,) positions that have a target, if known.
+        accumulate: dtype in which logits, sums and gradients are computed.
     """
 
     terms: Terms
@@ -60,28 +61,28 @@ class HeadCall:
 
 
 def loss_mask(targets: torch.Tensor) -> torch.Tensor:
-    """Positions that have a target; all of them, which needs the most memory, where a step is only planned."""
+    """Positions that have a target; all of them on fake tensors, which plan a step: that case takes the most memory."""
     if isinstance(targets, FakeTensor):
         return torch.arange(targets.numel(), device=targets.device)
     return torch.argwhere(targets != IGNORED)[:, 0]
 
 
 def tile_rows(positions: int, vocabularies: int, device: str, tile: int | None = None, itemsize: int = 4) -> int:
-    """Positions in a tile.
+    """Number of positions in a tile.
 
     Args:
-        positions: that have a target.
-        vocabularies: of student and teacher, if logits are made of it, together.
-        device: its type, "cpu" or "cuda".
-        tile: bytes of logits at a time; None for the device's usual.
-        itemsize: bytes of a logit while it is made.
+        positions: number of positions that have a target.
+        vocabularies: size of the student's vocabulary, plus the teacher's if its logits are computed too.
+        device: type of the device, "cpu" or "cuda".
+        tile: bytes of logits at a time; None for the device's default.
+        itemsize: bytes of a logit in the dtype of the computation.
     """
     fitting = (tile or TILE.get(device, TILE["cpu"])) // (itemsize * vocabularies)
     return max(1, min(positions, fitting, ROWS.get(device, fitting)))
 
 
 class TiledLoss(torch.autograd.Function):
-    """(loss, values of the terms) of hidden states (positions, width), the head's weight and bias, and a `HeadCall`."""
+    """(loss, values of the terms) from hidden states (positions, width), a head's weight and bias, and a `HeadCall`."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: HeadCall
@@ -120,7 +121,7 @@ class TiledLoss(torch.autograd.Function):
 
 
 class LogitLoss(torch.autograd.Function):
-    """(loss, values of the terms) of logits (positions, vocabulary) that exist already, and a `HeadCall`."""
+    """(loss, values of the terms) from logits (positions, vocabulary) that exist already, and a `HeadCall`."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, call: HeadCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,9 +150,9 @@ def _weighted(terms: Terms, values: torch.Tensor) -> torch.Tensor:
 
 def _tiles(call: HeadCall, head: Head, given: torch.Tensor, compute: torch.dtype, wide: torch.dtype
            ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Taught, torch.Tensor]]:
-    """Rows of a tile, the student's products for them, what the teacher says, and the buffer that it says it in.
+    """Yield for each tile its rows, the student's products, the teacher's targets, and the buffer of teacher logits.
 
-    All buffers are used again.
+    All buffers are reused from tile to tile.
     """
     whole = call.head is None
     vocabulary = given.shape[-1] if whole else head.vocabulary
@@ -175,12 +176,12 @@ def _tiles(call: HeadCall, head: Head, given: torch.Tensor, compute: torch.dtype
 
 
 def _computed(head: Head, compute: torch.dtype) -> Head:
-    """A head in the dtype of products, once for all tiles."""
+    """The head converted to the dtype of its products, once for all tiles."""
     return replace(head, weight=head.weight.to(compute))
 
 
 def _taught_on(teacher_targets: Targets | None, rows: torch.Tensor, out: torch.Tensor) -> Taught:
-    """What a teacher says about some rows; its logits are written to `out`."""
+    """Teacher targets of some rows; if these are logits, they are written to `out`."""
     if isinstance(teacher_targets, HiddenTargets):
         return teacher_targets.head.shape(teacher_targets.head.fill(out, teacher_targets.hidden[rows]))
     if isinstance(teacher_targets, LogitTargets):
@@ -202,7 +203,7 @@ def _part(teacher_targets: SampledTargets | TopTargets, rows: torch.Tensor | sli
 def _on_tile(
     call: HeadCall, head: Head, products: torch.Tensor, rows: torch.Tensor, teacher_targets: Taught, gradient: bool
 ) -> torch.Tensor:
-    """Values of the terms over a tile; its products become gradients, block by block."""
+    """Values of the terms over a tile, whose products are overwritten with gradients, block by block."""
     fitting = len(rows) if products.is_cuda else max(1, BLOCK // (products.element_size() * products.shape[1]))
     targets = call.targets[rows]
     asked = None if call.asked is None else call.asked[rows]
@@ -222,15 +223,15 @@ def _on_tile(
 
 
 def _times(gradient: torch.Tensor, weight: torch.Tensor, compute: torch.dtype, spare: torch.Tensor) -> torch.Tensor:
-    """(rows, vocabulary) times (vocabulary, width), summed in the gradient's dtype.
+    """The product of (rows, vocabulary) and (vocabulary, width), accumulated in the gradient's dtype.
 
-    What bf16 weights give on a CPU is rounded to bf16 once it is summed, as a gradient of bf16 hidden states is anyhow;
-    that product is three times as fast. `spare` is a buffer (rows, any) of the gradient's dtype.
+    With bf16 weights on a CPU, the result is rounded to bf16 after summing, as the gradient of bf16 hidden states is
+    anyway; that product is three times as fast. `spare` is a buffer (rows, any) of the gradient's dtype.
     """
     if gradient.is_cuda and weight.element_size() == 2:
         return torch.mm(gradient.to(compute), weight, out_dtype=gradient.dtype)
     if weight.dtype is torch.bfloat16 is compute:
-        room = spare.view(compute).flatten()[:gradient.numel()]  # in one piece: a product of parts read beyond them
+        room = spare.view(compute).flatten()[:gradient.numel()]  # contiguous: with strided rows, mm read beyond them
         return (room.view_as(gradient).copy_(gradient) if len(room) == gradient.numel() else gradient.to(compute)
                 ) @ weight
     total: torch.Tensor | None = None

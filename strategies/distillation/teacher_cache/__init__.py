@@ -1,1 +1,1 @@
-"""A teacher's targets on disk."""
+"""A cache of teacher targets on disk, so that the teacher runs only once."""

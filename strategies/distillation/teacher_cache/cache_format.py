@@ -1,4 +1,4 @@
-"""What a cache of a teacher's targets holds: its identity, the tensors of each kind, and the bytes that they take."""
+"""The format of a teacher cache: its identity, the tensors of each kind of targets, and their size in bytes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ NEEDS = {"hidden": ("width",), "samples": ("vocabulary", "draws", "temperature")
 DTYPES = {"hidden": ("float32", "bfloat16", "float16"), "samples": ("float32", "float16"),
           "top_k": ("float32", "float16")}
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-HEADER = 2**16  # bytes that the header of a shard has at most
+HEADER = 2**16  # upper bound on the bytes of a shard's header
 
 
 class CacheMismatch(ValueError):
-    """The cache was made from something else than what is asked for."""
+    """The cache was made from other inputs than those requested."""
 
 
 class CacheUnfinished(RuntimeError):
-    """The cache has not all of its rows yet."""
+    """The cache does not have all of its rows yet."""
 
 
 class CacheDamaged(RuntimeError):
-    """A file of the cache is not what was written."""
+    """A file of the cache differs from what was written."""
 
 
 class CacheInUse(RuntimeError):
@@ -36,20 +36,22 @@ class CacheInUse(RuntimeError):
 
 @dataclass(frozen=True)
 class Identity:
-    """What a cache is made from; a cache serves only a run that asks for the same in every field.
+    """What a cache was made from; a run can use a cache only if all of these fields agree.
 
     Attributes:
         kind: `hidden`, the teacher's last hidden states; `samples`, tokens drawn from it; or `top_k`, its most
             probable tokens.
         rows: number of training sequences.
-        sequence_length: positions of each.
-        teacher, tokenizer, data: fingerprints. `data` covers all else that decides the content, as a seed of draws.
-        dtype: of hidden states, or of log-probabilities. These leave identical models a divergence of up to 7e-4 nats a
-            token at float16, and 2e-5 at float32, measured with 50 draws and with k = 64 of 50 000 tokens.
+        sequence_length: number of positions of each.
+        teacher, tokenizer, data: fingerprints. `data` covers everything else that determines the content, such as the
+            seed of the draws.
+        dtype: of hidden states, or of log-probabilities. Rounding the latter gives identical models a divergence of up
+            to 7e-4 nats per token in float16 and 2e-5 in float32, measured with 50 draws, and with k = 64 of 50 000
+            tokens.
         width: of hidden states.
-        vocabulary: tokens of the teacher's logits.
-        draws: of each position, for `samples`.
-        k: tokens of each position, for `top_k`.
+        vocabulary: number of columns of the teacher's logits.
+        draws: number of draws at each position, for `samples`.
+        k: number of tokens at each position, for `top_k`.
         temperature: of the softmax, for `samples` and `top_k`.
 
     Raises:
@@ -84,11 +86,13 @@ class Identity:
 
 @dataclass(frozen=True)
 class Column:
-    """One tensor of a shard, (tokens, *shape), or (distinct tokens drawn, *shape) where it is `ragged`.
+    """One tensor of a shard: (tokens, *shape), or (distinct tokens drawn, *shape) if it is `ragged`.
 
     Attributes:
-        element: a floating dtype; or how many values an integer may have, from 0 on. Integers are kept in as few bytes
-            as hold them, low byte first, in a last dimension of uint8: a token of a vocabulary of 150 000 takes 3.
+        element: a floating dtype; or n for integers from 0 to n - 1. Integers are stored in as few bytes as can hold
+            them, little-endian, in a last dimension of uint8: a token id of a vocabulary of 150 000 takes 3 bytes.
+        shape: of one entry.
+        ragged: whether the number of entries per token varies.
     """
 
     element: torch.dtype | int
@@ -102,15 +106,15 @@ class Column:
 
     @property
     def bytes(self) -> int:
-        """Of one entry."""
+        """Bytes of one entry."""
         one = self.element.itemsize if isinstance(self.element, torch.dtype) else self.integer_bytes
         return one * math.prod(self.shape)
 
     def packed(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """As it is stored: new, on the CPU.
+        """Convert values to their stored form, a new tensor on the CPU.
 
         Raises:
-            ValueError: integers out of range.
+            ValueError: an integer is out of range.
         """
         if isinstance(self.element, torch.dtype):
             return values.detach().to("cpu", self.element, copy=True).contiguous()
@@ -121,7 +125,7 @@ class Column:
         return values[..., None].view(torch.uint8)[..., :self.integer_bytes].clone()
 
     def unpacked(self, stored: torch.Tensor) -> torch.Tensor:
-        """Integers as int64, others as they are."""
+        """Convert a stored tensor back: integers to int64, floating dtypes unchanged."""
         if isinstance(self.element, torch.dtype):
             return stored
         wide = torch.zeros(*stored.shape[:-1], 8, dtype=torch.uint8)
@@ -130,7 +134,7 @@ class Column:
 
 
 def columns(identity: Identity) -> dict[str, Column]:
-    """The tensors of a kind by name; see `draw_samples` and `top_k` of `sampling`."""
+    """The tensors of a kind of cache by name; see `draw_samples` and `top_k` in `sampling`."""
     dtype: torch.dtype = getattr(torch, identity.dtype)
     if identity.kind == "hidden":
         return {"hidden": Column(dtype, (identity.width,))}
@@ -143,11 +147,11 @@ def columns(identity: Identity) -> dict[str, Column]:
 
 
 def bytes_per_token(identity: Identity, distinct: float | None = None) -> float:
-    """Bytes on disk for each learned token.
+    """Bytes on disk for each token that has a target.
 
     Args:
-        distinct: mean number of distinct tokens among the draws of a position, for `samples`; by default as many as
-            there can be, which makes the result an upper bound.
+        distinct: mean number of distinct tokens among the draws of a position, for `samples`; by default the largest
+            possible number, which makes the result an upper bound.
     """
     if distinct is None:
         distinct = min(identity.draws, identity.vocabulary) if identity.kind == "samples" else 0
@@ -155,21 +159,21 @@ def bytes_per_token(identity: Identity, distinct: float | None = None) -> float:
 
 
 def total_bytes(identity: Identity, tokens: int, distinct: float | None = None) -> int:
-    """Bytes on disk for a cache of `tokens` learned tokens, less half a kilobyte or so of headers for each shard."""
+    """Bytes on disk of a cache for `tokens` tokens with targets, without headers (about half a kilobyte per shard)."""
     offsets = 16 if identity.kind == "samples" else 8
     return math.ceil(tokens * bytes_per_token(identity, distinct)) + offsets * identity.rows
 
 
 def largest_shard(identity: Identity, rows: int) -> int:
-    """Bytes that a shard of so many rows has at most, its header included."""
+    """Upper bound on the bytes of a shard of this many rows, including its header."""
     return math.ceil(rows * identity.sequence_length * bytes_per_token(identity)) + 16 * (rows + 1) + HEADER
 
 
 def stored(identity: Identity, rows: int, ends: dict[bool, int]) -> dict[str, tuple[str, list[int]]]:
-    """Name, dtype as safetensors calls it, and shape of all tensors of a shard.
+    """Name, safetensors dtype and shape of all tensors of a shard.
 
     Args:
-        ends: entries of tensors by token, and of ragged ones.
+        ends: number of entries of ragged tensors (True) and of the others (False).
     """
     found = {"offsets": ("I64", [rows + 1])}
     if True in ends:
@@ -182,7 +186,7 @@ def stored(identity: Identity, rows: int, ends: dict[bool, int]) -> dict[str, tu
 
 
 def fault_of(identity: Identity, content: Mapping[str, torch.Tensor]) -> str | None:
-    """What is wrong with the numbers of some rows that were read; what uses them as indices does not look again."""
+    """What is wrong with values that were read, or None; they are used as indices later without another check."""
     for name, column in columns(identity).items():
         if isinstance(column.element, int) and (content[name] >= column.element).any():
             return f"{name} has values over {column.element - 1}"
@@ -192,13 +196,13 @@ def fault_of(identity: Identity, content: Mapping[str, torch.Tensor]) -> str | N
 
 
 def by_row(identity: Identity, content: Mapping[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
-    """The content of some rows, concatenated, as the packed tensors of each.
+    """Split the concatenated content of some rows into the packed tensors of each row.
 
     Args:
-        content: the tensors of `columns`, and `tokens` (rows,), the learned positions of each row.
+        content: the tensors of `columns`, and `tokens` (rows,), the number of positions with a target in each row.
 
     Raises:
-        ValueError: names, shapes, dtypes or values that are not those of the kind.
+        ValueError: names, shapes, dtypes or values do not match the kind.
     """
     wanted = columns(identity)
     if content.keys() != {"tokens", *wanted}:
@@ -218,7 +222,7 @@ def by_row(identity: Identity, content: Mapping[str, torch.Tensor], rows: int) -
 
 
 def _drawn_of_rows(identity: Identity, content: Mapping[str, torch.Tensor], tokens: list[int]) -> list[int]:
-    """Distinct tokens drawn in each row."""
+    """The number of entries of ragged tensors in each row: distinct tokens drawn, summed over its positions."""
     _check_column("distinct", columns(identity)["distinct"], content["distinct"], sum(tokens))
     total = int(content["counts"].sum())
     if total != identity.draws * sum(tokens):

@@ -1,4 +1,4 @@
-"""The manifest of a cache: what it was made from, and which of its shards are safely on disk."""
+"""The manifest of a teacher cache: what it was made from, and which shards are safely on disk."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 from strategies.distillation.teacher_cache.cache_format import CacheDamaged, CacheMismatch, Identity, largest_shard
 
-FORMAT = 1  # of the files; another one is a mismatch like that of any other field
+FORMAT = 1  # version of the files; a different one is a mismatch like that of any other field
 NAME = "manifest.json"
 PARTIAL = ".partial"
-LARGEST = 16 * 2**20  # bytes of a manifest; one of 20 TB of shards has them
+LARGEST = 16 * 2**20  # most bytes of a manifest, enough for 20 TB of shards
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as it was written.
+    """The record of a shard that was written.
 
     Attributes:
-        rows, tokens: in it.
-        bytes: of the file.
-        sha256: of the file, in hexadecimal.
+        rows, tokens: number of rows, and of positions with a target, in it.
+        bytes: size of the file.
+        sha256: checksum of the file, in hexadecimal.
     """
 
     rows: int
@@ -35,10 +35,10 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """The manifest of a folder; row r is in shard r // rows_per_shard.
+    """The manifest of a cache folder; row r is in shard r // rows_per_shard.
 
     Attributes:
-        shards: those that are recorded, by number.
+        shards: the recorded shards, by number.
     """
 
     folder: Path
@@ -48,12 +48,12 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path, identity: Identity) -> Manifest:
-        """Read it.
+        """Read the manifest of a folder.
 
         Raises:
             FileNotFoundError: there is none.
-            CacheDamaged: it is not JSON, lacks something, or says what cannot be.
-            CacheMismatch: the cache was made from something else.
+            CacheDamaged: it is not JSON, lacks a field, or has impossible values.
+            CacheMismatch: the cache was made from other inputs.
         """
         file = folder / NAME
         if file.stat().st_size > LARGEST or not file.is_file():
@@ -75,7 +75,7 @@ class Manifest:
         return found
 
     def save(self) -> None:
-        """Replace the file by this, in one step, and see it to the disk."""
+        """Replace the manifest file atomically, and sync it to disk."""
         data: dict[str, Any] = {"identity": _named(self.identity), "rows_per_shard": self.rows_per_shard,
                                 "shards": {number: asdict(self.shards[number]) for number in sorted(self.shards)}}
         file = self.folder / NAME
@@ -89,12 +89,12 @@ class Manifest:
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not recorded, rising."""
+        """Numbers of the shards that are not recorded, in ascending order."""
         return [number for number in self.numbers if number not in self.shards]
 
     @property
     def rows_there(self) -> int:
-        """Rows of the recorded shards."""
+        """Number of rows in the recorded shards."""
         return sum(shard.rows for shard in self.shards.values())
 
     def rows(self, number: int) -> range:
@@ -103,11 +103,11 @@ class Manifest:
         return range(first, min(first + self.rows_per_shard, self.identity.rows))
 
     def file(self, number: int) -> Path:
-        """Of a shard."""
+        """Path of a shard."""
         return self.folder / f"shard-{number:05d}.safetensors"
 
     def fault(self, number: int) -> str | None:
-        """What is wrong with the file of a recorded shard, as far as its size says."""
+        """What is wrong with the file of a recorded shard, judged by its size alone; None if nothing is."""
         file, wanted = self.file(number), self.shards[number].bytes
         if not file.exists():
             return "is missing"
@@ -125,7 +125,7 @@ def _no_manifest(file: Path, why: str) -> CacheDamaged:
 
 
 def _check_shard(file: Path, number: int, shard: Shard, identity: Identity) -> None:
-    """Raise `CacheDamaged` where a shard cannot be as its record says; what is read later is no larger than this."""
+    """Raise `CacheDamaged` if a shard's record is impossible; this also bounds the size of what is read later."""
     for name, value, least, most in (("tokens", shard.tokens, 0, shard.rows * identity.sequence_length),
                                      ("bytes", shard.bytes, 1, largest_shard(identity, shard.rows))):
         if type(value) is not int or not least <= value <= most:  # a pipe or a device has no bytes
@@ -135,7 +135,7 @@ def _check_shard(file: Path, number: int, shard: Shard, identity: Identity) -> N
 
 
 def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Name every field that differs."""
+    """Raise `CacheMismatch`, naming every field that differs."""
     names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
     if names:
         differing = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here" for name in names)
@@ -144,21 +144,21 @@ def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> N
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; processors have instructions for it."""
+    """SHA-256 of a file, in hexadecimal; CPUs have instructions for it."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def partial(file: Path) -> Path:
-    """Where a file is written before it is put in its place: in a folder beside, whose whole content may be removed.
+    """Where a file is written before it is renamed into place: in a subfolder, all of which may be removed at any time.
 
-    The library that writes safetensors has files of its own beside the one it writes, and leaves them when killed.
+    The safetensors library writes temporary files next to its output, and leaves them behind if it is killed.
     """
     return file.parent / PARTIAL / file.name
 
 
 def put_in_place(file: Path) -> None:
-    """Rename the partial file once its content is on the disk, and see the name to the disk too."""
+    """Sync the partial file to disk, rename it into place, and sync the folder."""
     _sync(partial(file))
     os.replace(partial(file), file)
     _sync(file.parent)

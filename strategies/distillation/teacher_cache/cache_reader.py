@@ -1,8 +1,9 @@
-"""The cache of a teacher's targets: the teacher is asked once, what it says is kept on disk, and training reads it.
+"""Cache of teacher targets: the teacher runs once, its targets are stored on disk, and training reads them from there.
 
-A cache is a folder with `manifest.json` and shards of a fixed number of rows each, safetensors. A row is a training
-sequence; only its learned positions are kept, concatenated over the rows of a shard, with offsets. `TargetWriter` makes
-it, `TargetCache` reads rows in any order, and an `Identity` says what both are about. Nothing in it is executed.
+A cache is a folder with `manifest.json` and safetensors shards of a fixed number of rows each. A row is a training
+sequence; only its positions with a target are stored, concatenated over the rows of a shard, with offsets.
+`TargetWriter` writes a cache, `TargetCache` reads rows in any order, and an `Identity` says what the cache was made
+from. Loading a cache executes no code from it.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from strategies.distillation.teacher_cache.cache_writer import TargetWriter
 
 
 class TargetCache:
-    """Reads a finished cache, row by row in any order, without loading any shard whole.
+    """Reads rows of a finished cache in any order, without loading whole shards.
 
-    Sizes of all shards are checked here; a shard's checksum when it is first used, which reads it once. `verify` does
-    so for all shards, and workers that are forked, or given the cache, afterwards do not check again. Not to be held
-    while something else changes the files: they are mapped into memory.
+    Creating it checks the sizes of all shards. A shard's checksum is verified at its first use, which reads the file
+    once. `verify` does that for all shards; workers that are forked afterwards, or get a pickled copy, do not check
+    again. The files are memory-mapped: nothing else may change them while this exists.
 
     Raises:
         CacheUnfinished: rows are missing.
-        CacheMismatch: it was made from something else.
-        CacheDamaged: a file is not what was written.
+        CacheMismatch: the cache was made from other inputs.
+        CacheDamaged: a file differs from what was written.
     """
 
     def __init__(self, folder: Path | str, identity: Identity) -> None:
@@ -60,24 +61,24 @@ class TargetCache:
         self._shards: dict[int, tuple[Any, dict[bool, list[int]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}  # a mapped file is opened again by who needs it
+        return self.__dict__ | {"_shards": {}}  # the receiving process opens its own mappings
 
     @property
     def tokens(self) -> int:
-        """Learned positions of all rows."""
+        """Number of positions with a target in all rows."""
         return sum(shard.tokens for shard in self._manifest.shards.values())
 
     def read(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """The content of some rows, one after another as asked, new and on the CPU.
+        """The content of some rows in the given order, as new tensors on the CPU.
 
         Returns:
-            `tokens` (rows,) int64, learned positions of each row; and concatenated over them, what `TargetWriter.add`
-            was given: `hidden`, or `ids`, `log_p` and `log_tail`, or `distinct`, `ids`, `counts` and `log_p`. Integers
-            are int64, floating tensors in the cache's dtype, `log_tail` fp32.
+            `tokens` (rows,) int64, the number of positions with a target in each row; and concatenated over these
+            positions, what was passed to `TargetWriter.add`: `hidden`, or `ids`, `log_p` and `log_tail`, or `distinct`,
+            `ids`, `counts` and `log_p`. Integers are int64, floating tensors have the cache's dtype, `log_tail` fp32.
 
         Raises:
-            ValueError: no rows, or one that the cache does not have.
-            CacheDamaged: a shard is not what was written.
+            ValueError: `rows` is empty, or has one that the cache does not have.
+            CacheDamaged: a shard differs from what was written.
         """
         identity = self._manifest.identity
         if not rows or not all(0 <= row < identity.rows for row in rows):
@@ -91,16 +92,16 @@ class TargetCache:
         return {"tokens": torch.tensor([part["tokens"] for part in parts]), **content}
 
     def verify(self) -> None:
-        """Check all shards now.
+        """Verify the checksums of all shards.
 
         Raises:
-            CacheDamaged: one is not what was written.
+            CacheDamaged: a shard differs from what was written.
         """
         for number in self._manifest.numbers:
             self._check(number)
 
     def _row(self, row: int) -> dict[str, Any]:
-        """The packed tensors of a row, and the number of its learned positions."""
+        """The packed tensors of a row, and its number of positions with a target."""
         number, at = divmod(row, self._manifest.rows_per_shard)
         file, offsets = self._shard(number)
         part: dict[str, Any] = {"tokens": offsets[False][at + 1] - offsets[False][at]}
@@ -110,7 +111,7 @@ class TargetCache:
         return part
 
     def _shard(self, number: int) -> tuple[Any, dict[bool, list[int]]]:
-        """A shard's mapped file, and where its rows begin: in tensors by token, and in ragged ones."""
+        """A shard's mapped file, and the offsets of its rows in ragged tensors (True) and in the others (False)."""
         if number not in self._shards:
             self._check(number)
             try:
@@ -120,7 +121,7 @@ class TargetCache:
         return self._shards[number]
 
     def _opened(self, number: int) -> tuple[Any, dict[bool, list[int]]]:
-        """The same, for a file that may be anything.
+        """Open a shard and check its structure; the file may contain anything.
 
         Raises:
             SafetensorError, ValueError, TypeError, IndexError: it is not a shard of this cache.
@@ -143,7 +144,7 @@ class TargetCache:
         return file, offsets
 
     def _check(self, number: int) -> None:
-        """Compare a shard's checksum, once."""
+        """Verify a shard's checksum, once."""
         if number in self._checked:
             return
         if fault := self._manifest.fault(number):

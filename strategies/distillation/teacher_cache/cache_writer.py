@@ -1,4 +1,4 @@
-"""Writing a cache of a teacher's targets: in order, a shard at a time, from where an earlier process ended, however."""
+"""Write a teacher cache in order, one shard at a time, resuming where an earlier process ended, even if killed."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from strategies.distillation.teacher_cache.cache_format import (
 )
 from strategies.distillation.teacher_cache.cache_manifest import PARTIAL, Manifest, Shard, digest, partial, put_in_place
 
-SHARD = 2**28  # bytes of a shard, unless the caller says how many rows
+SHARD = 2**28  # largest bytes of a shard, unless the caller sets its number of rows
 
 
 class TargetWriter:
-    """Writes what the manifest does not record; a context manager that keeps other writers out.
+    """Writes the shards that the manifest does not record yet; a context manager that locks out other writers.
 
         with TargetWriter(folder, identity) as writer:
             for row in writer.rows_left():
                 writer.add([row], ask_the_teacher(row))
 
-    A shard is written in `.partial`, synced, renamed to its place, and then recorded. Nothing recorded is written
-    again, unless its file is missing or of another size. Rows of an unfinished shard are lost with the process and
-    asked for again. Only one process writes, by a lock on `.lock` that ends with it, and with processes forked while
-    it was held.
+    A shard is written to `.partial`, synced, renamed into place, and then recorded. A recorded shard is written again
+    only if its file is missing or has another size. Rows of an unfinished shard are lost with the process, and must be
+    added again. A lock on `.lock` allows a single writer; it is released when the process ends, and any processes
+    forked while it was held.
 
     Args:
-        folder: made if it is not there.
-        rows_per_shard: of a new cache; one that has begun goes on with its own. By default, shards of up to 256 MiB. A
-            shard is in memory until it is written, and twice while its rows are joined.
-        stated: bytes that the whole takes, say from `total_bytes`; by default those of a cache that learns every
-            position, and has no token drawn twice.
+        folder: created if missing.
+        rows_per_shard: for a new cache; an existing one keeps its own. By default, shards have up to 256 MiB. A shard
+            is held in memory until it is written, and twice while its rows are concatenated.
+        stated: bytes of the whole cache, for example from `total_bytes`; by default those with a target at every
+            position and no token drawn twice.
 
     Raises:
         CacheInUse: another process is writing there.
-        CacheMismatch: the folder holds a cache made from something else.
+        CacheMismatch: the folder holds a cache made from other inputs.
         CacheDamaged: its manifest cannot be read.
-        ValueError: `rows_per_shard` is out of range, the folder holds other things, or the disk has not the bytes
+        ValueError: `rows_per_shard` is out of range, the folder holds other files, or the disk lacks space for what is
             still to be written.
     """
 
@@ -76,31 +76,31 @@ class TargetWriter:
         self.close()
 
     def close(self) -> None:
-        """Let others write; rows of an unfinished shard are dropped."""
+        """Release the lock; rows of an unfinished shard are dropped."""
         self._open.close()
 
     @property
     def next_row(self) -> int | None:
-        """The row to add next; None where all are there."""
+        """The row to add next; None if the cache is complete."""
         return self._manifest.rows(self._missing[0]).start + len(self._rows) if self._missing else None
 
     def rows_left(self) -> Iterator[int]:
-        """Rows still to be added, in order, as of now."""
+        """Rows still to be added, in order, as of this call."""
         taken, missing = len(self._rows), tuple(self._missing)
         return chain.from_iterable(self._manifest.rows(number)[0 if later else taken:]
                                    for later, number in enumerate(missing))
 
     def add(self, rows: Sequence[int], content: Mapping[str, torch.Tensor]) -> None:
-        """Take the next rows.
+        """Add the next rows.
 
         Args:
-            rows: their numbers, as `rows_left` gives them.
-            content: as `TargetCache.read` gives it back: `tokens` (rows,), learned positions of each row, and tensors
-                concatenated over the learned positions of all rows, on any device: `hidden` (tokens, width) in the
-                cache's dtype, or what `draw_samples` or `top_k` return.
+            rows: their numbers, as `rows_left` yields them.
+            content: in the form that `TargetCache.read` returns: `tokens` (rows,), the number of positions with a
+                target in each row, and tensors concatenated over these positions of all rows, on any device: `hidden`
+                (tokens, width) in the cache's dtype, or the result of `draw_samples` or `top_k`.
 
         Raises:
-            ValueError: other rows than the next ones, or content that is not of the cache's kind.
+            ValueError: these are not the next rows, or the content does not match the cache's kind.
         """
         if list(rows) != (wanted := list(islice(self.rows_left(), len(rows)))):
             raise ValueError(f"rows {list(rows)} cannot be added, the next ones are {wanted}: go by `rows_left`")
@@ -110,7 +110,7 @@ class TargetWriter:
                 self._write()
 
     def _write(self) -> None:
-        """Write the rows in memory as a shard, and record it."""
+        """Write the rows in memory as a shard and record it."""
         number, manifest = self._missing[0], self._manifest
         tensors = _joined(manifest.identity, self._rows)
         file = manifest.file(number)
@@ -124,7 +124,7 @@ class TargetWriter:
 
 
 def _joined(identity: Identity, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors of a shard: those of its rows one after another, and (rows + 1,) int64 where each begins."""
+    """The tensors of a shard: those of its rows concatenated, and (rows + 1,) int64 offsets of the rows."""
     wanted = columns(identity)
     tensors = {name: torch.cat([row[name] for row in rows]) for name in wanted}
     names = {column.ragged: name for name, column in wanted.items()}
@@ -139,7 +139,7 @@ def _offsets(sizes: list[int]) -> torch.Tensor:
 
 
 def _begun(folder: Path, identity: Identity, rows_per_shard: int | None) -> Manifest:
-    """The manifest as the disk bears it out; a new one where there is none."""
+    """The folder's manifest, less the shards whose files are missing or incomplete; a new one if it has none."""
     if rows_per_shard is None:
         rows_per_shard = max(1, min(identity.rows, int(SHARD / (bytes_per_token(identity) * identity.sequence_length))))
     if rows_per_shard < 1:
@@ -168,12 +168,12 @@ def _check_space(manifest: Manifest, stated: int | None) -> None:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Keep other writers out until the file is closed.
+    """Lock out other writers until the file is closed.
 
     Raises:
-        CacheInUse: there is one.
+        CacheInUse: another process holds the lock.
     """
-    handle = (folder / ".lock").open("a")  # it may be a link: what it leads to keeps its content
+    handle = (folder / ".lock").open("a")  # append mode: if it is a link, its target keeps its content
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -1,6 +1,6 @@
-"""What is kept of a teacher's distribution over a large vocabulary: tokens drawn from it, or its most probable ones.
+"""Compact forms of a teacher's distribution over a large vocabulary: tokens drawn from it, or its most probable ones.
 
-Results are those of `cache_reader`: ragged for draws, since most positions have few distinct tokens.
+Results have the layout of `cache_reader`: ragged for draws, since most positions have few distinct tokens.
 """
 
 from __future__ import annotations
@@ -12,32 +12,33 @@ import torch
 
 from strategies.distillation.losses.teacher_targets import SampledTargets
 
-BLOCK = 2**26  # bytes of float64 that exist for one block of rows; a few such buffers live at a time
+BLOCK = 2**26  # bytes of one block of rows in float64; a few such buffers are alive at a time
 
 
 def draw_samples(logits: torch.Tensor, draws: int, temperature: float, seed: int, numbers: torch.Tensor
                  ) -> dict[str, torch.Tensor]:
-    """Tokens drawn with replacement from p = softmax(logits / temperature), and how often each came.
+    """Tokens drawn with replacement from p = softmax(logits / temperature), and how often each was drawn.
 
-    count / draws is an unbiased estimate of p, and so the gradient of the cross-entropy with it is one of the gradient
-    with p (Anshumann et al. 2025, arXiv 2503.16870, random sampling, here with p itself as the proposal). A position's
-    draws depend on `seed` and its number alone, however positions are batched. Logarithms are made in fp32. The
-    cumulative sum is made in float64: in fp32 its last digit is more than the probability of most tokens of a large
-    vocabulary.
+    count / draws is an unbiased estimate of p, so the gradient of the cross-entropy with it is an unbiased estimate of
+    that with p (Anshumann et al. 2025, arXiv 2503.16870, random sampling, here with p itself as the proposal). The
+    draws at a position depend only on `seed` and on the position's number, not on batching. Log-probabilities are
+    computed in fp32, but the cumulative sum in float64: in fp32 its last digit exceeds the probability of most tokens
+    of a large vocabulary.
 
     Args:
         logits: (rows, vocabulary) of any floating dtype; -inf for a token that is never drawn.
-        draws: N >= 1, of each row.
+        draws: N >= 1, number of draws for each row.
         temperature: T > 0.
-        seed: from 0 on.
-        numbers: (rows,) integers from 0 on, each position's own in all of the data, say row * length + position.
+        seed: at least 0.
+        numbers: (rows,) integers of at least 0, unique to each position in the whole data set, for example
+            row * length + position.
 
     Returns:
         On the logits' device: `distinct` (rows,) int64, number of distinct tokens of each row; and concatenated over
-        rows, `ids` int64, rising within a row, `counts` int64, which sum to N for each row, and `log_p` fp32.
+        rows, `ids` int64, ascending within a row, `counts` int64, which sum to N for each row, and `log_p` fp32.
 
     Raises:
-        ValueError: a number out of range, or logits without a distribution.
+        ValueError: a number is out of range, or logits do not define a distribution.
     """
     _check(logits, "draws", draws, temperature)
     if seed < 0:
@@ -51,21 +52,21 @@ def draw_samples(logits: torch.Tensor, draws: int, temperature: float, seed: int
 
 
 def top_k(logits: torch.Tensor, k: int, temperature: float) -> dict[str, torch.Tensor]:
-    """The most probable tokens under softmax(logits / temperature), and the mass of all others, in fp32.
+    """The most probable tokens under softmax(logits / temperature), and the total probability of all others, in fp32.
 
-    The mass is summed over the others; as 1 - sum of the first k it would lose its digits where it is small.
+    The total is summed over the other tokens; 1 - (sum of the top k) would cancel where it is small.
 
     Args:
         logits: (rows, vocabulary) of any floating dtype.
-        k: tokens of each row; all of the vocabulary where that is smaller.
+        k: tokens of each row; the whole vocabulary if that is smaller.
         temperature: T > 0.
 
     Returns:
         On the logits' device: `ids` (rows, min(k, vocabulary)) int64, most probable first, `log_p` of the same shape,
-        fp32, and `log_tail` (rows,) fp32, -inf where no token is left.
+        fp32, and `log_tail` (rows,) fp32, -inf if no token is left.
 
     Raises:
-        ValueError: a number out of range, or logits without a distribution.
+        ValueError: a number is out of range, or logits do not define a distribution.
     """
     _check(logits, "k", k, temperature)
     found = []
@@ -77,9 +78,9 @@ def top_k(logits: torch.Tensor, k: int, temperature: float) -> dict[str, torch.T
 
 
 def sampled_targets(content: dict[str, torch.Tensor], draws: int, temperature: float) -> SampledTargets:
-    """Draws as `draw_samples` and the cache give them, in the padded form of a loss: (rows, most distinct tokens).
+    """Pad the ragged draws of `draw_samples` or the cache to (rows, most distinct tokens), as a loss takes them.
 
-    A place that is not used repeats its row's first token with a share of 0, so that no other token is looked at.
+    An unused slot repeats its row's first token with a share of 0, so that no other token gets involved.
     """
     distinct = content["distinct"]
     place = torch.arange(int(distinct.max()) if len(distinct) else 0, device=distinct.device)
@@ -100,7 +101,7 @@ def _check(logits: torch.Tensor, name: str, number: int, temperature: float) -> 
 
 
 def _blocks(logits: torch.Tensor, temperature: float) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Blocks of rows with their log-probabilities in fp32, new; one empty block where there are no rows."""
+    """Yield blocks of rows with new fp32 tensors of log-probabilities; one empty block if there are no rows."""
     size = max(1, BLOCK // (8 * logits.shape[-1]))
     for first in range(0, max(1, len(logits)), size):
         rows = slice(first, first + size)
@@ -113,10 +114,10 @@ def _blocks(logits: torch.Tensor, temperature: float) -> Iterator[tuple[slice, t
 
 
 def _drawn(log_p: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tokens at `places` (rows, draws) in [0, 1) of the distributions' cumulative sums, counted."""
+    """Inverse-transform sampling: count the tokens at `places` (rows, draws) in [0, 1) of the cumulative sums."""
     draws = places.shape[-1]
     sums = log_p.double().exp_().cumsum_(-1)
-    # From the right: a token of probability 0 adds nothing to the sum and is passed over.
+    # right=True skips tokens of probability 0, which add nothing to the sum.
     drawn = torch.searchsorted(sums, places * sums[:, -1:], right=True).sort(-1).values
     is_new = torch.ones_like(drawn, dtype=torch.bool)
     is_new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
@@ -127,11 +128,11 @@ def _drawn(log_p: torch.Tensor, places: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 def _uniform(draws: int, seed: int, numbers: np.ndarray) -> np.ndarray:
-    """(rows, draws) float64 in [0, 1), each row a function of seed and number: Philox, whose counter can be set.
+    """(rows, draws) float64 in [0, 1), each row a function of seed and number alone, by the counter-based Philox.
 
-    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Runs of consecutive numbers are made in one go.
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Runs of consecutive numbers take a single call.
     """
-    counters = -(-draws // 4)  # each value of the counter gives four words
+    counters = -(-draws // 4)  # each counter value yields four 64-bit words
     bits = np.empty((len(numbers), 4 * counters), np.uint64)
     edges = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
     for start, stop in zip(edges[:-1], edges[1:], strict=True):

@@ -1,1 +1,1 @@
-"""Teachers and students with different tokenizers."""
+"""Distillation between a teacher and a student with different tokenizers or vocabularies."""

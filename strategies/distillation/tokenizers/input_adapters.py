@@ -1,4 +1,4 @@
-"""How a teacher with other tokens reads the text of its student."""
+"""Adapters that turn a student's batch into its teacher's, where their tokenizers differ."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from strategies.distillation.tokenizers.span_alignment import SpanAligner
 
 @dataclass(frozen=True)
 class TeacherInput:
-    """A batch as the teacher gets it.
+    """A batch in the teacher's tokens.
 
     Attributes:
-        inputs: for its forward.
-        student_at, teacher_at: (pairs,) positions after the same text, in the flattened batches of both; None where
-            every position is the other's.
+        inputs: arguments of the teacher's forward.
+        student_at, teacher_at: (pairs,) positions in the flattened batches of both that follow the same text; None if
+            the positions of both are the same.
     """
 
     inputs: Mapping[str, Any]
@@ -26,7 +26,7 @@ class TeacherInput:
     teacher_at: torch.Tensor | None = None
 
     def placed(self, said: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the teacher says (its batch, its sequence, width) at the student's positions, and where it says a thing.
+        """Move teacher outputs (batch, teacher's sequence, width) to student positions, and return which have one.
 
         Args:
             targets: (batch, sequence) of the student.
@@ -44,25 +44,25 @@ TeacherInputAdapter = Callable[[Mapping[str, Any], torch.Tensor], TeacherInput]
 
 
 def identity_adapter(inputs: Mapping[str, Any], targets: torch.Tensor) -> TeacherInput:
-    """A teacher with the student's tokens."""
+    """For a teacher with the student's token ids: its inputs are the student's."""
     return TeacherInput(inputs)
 
 
 class TokenIdRemap:
-    """Tokens of the same strings under other numbers.
+    """For a teacher with the same token strings under other ids.
 
     Args:
-        to_teacher: (student's vocabulary,) number of each token for the teacher, as from `align`.
+        to_teacher: (student's vocabulary,) the teacher's id of each token, or -1, as from `align`.
     """
 
     def __init__(self, to_teacher: torch.Tensor) -> None:
         self.to_teacher = to_teacher
 
     def __call__(self, inputs: Mapping[str, Any], targets: torch.Tensor) -> TeacherInput:
-        """Read a batch.
+        """Map the ids of a batch.
 
         Raises:
-            ValueError: a token that the teacher does not have.
+            ValueError: the teacher does not have one of the tokens.
         """
         ids = self.to_teacher.to(inputs["input_ids"].device)[inputs["input_ids"]]
         if (ids < 0).any():
@@ -71,13 +71,13 @@ class TokenIdRemap:
 
 
 class SpanAlignedInputs:
-    """Another tokenizer: the text is cut anew, and compared where tokens of both end."""
+    """For a teacher with another tokenizer: the text is tokenized again, and compared where tokens of both end."""
 
     def __init__(self, aligner: SpanAligner) -> None:
         self.aligner = aligner
 
     def __call__(self, inputs: Mapping[str, Any], targets: torch.Tensor) -> TeacherInput:
-        """Read a batch; its inputs have `input_ids` and `position_ids`."""
+        """Align a batch, whose inputs must have `input_ids` and `position_ids`."""
         device, length = targets.device, targets.shape[1]
         given = inputs["input_ids"].cpu(), inputs["position_ids"].cpu(), targets.cpu()
         rows = [self.aligner(*row) for row in zip(*given, strict=True)]

@@ -1,8 +1,8 @@
-"""Which columns of two output heads mean the same token, and when two tokenizers are one.
+"""Which columns of two output heads mean the same token, and whether two tokenizers are the same.
 
-Models of one family seldom agree on the size of their heads: one is padded to a multiple of 128, another has a few
-chat markers more. Filling the shorter one up with zero logits gives its models probability for tokens that they do not
-have, and identical models then a divergence above zero. So distributions are compared on the common tokens alone.
+Models of one family often differ in the size of their heads: one is padded to a multiple of 128, another has a few more
+chat markers. Padding the smaller head with zero logits would give probability to tokens that its model does not have,
+and identical models would then have a divergence above zero. So distributions are compared on the common tokens only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from strategies.distillation.losses.teacher_targets import SharedVocabulary
 
-ENOUGH = 0.95  # share of the larger vocabulary that one tokenizer may be said to be the other with
+ENOUGH = 0.95  # least common share of the larger vocabulary with which two tokenizers count as the same
 ROLES = ("eos_token", "bos_token")
-IDLE = {  # settings that change neither how text is cut nor how tokens are spelled; vocabularies are compared apart
+IDLE = {  # settings that affect neither splitting nor decoding of text; vocabularies are compared separately
     "normalizer": set(), "pre_tokenizer": {"trim_offsets"},
     "decoder": {"trim_offsets", "add_prefix_space", "use_regex"},
     "model": {"vocab", "merges", "unk_token", "unk_id", "fuse_unk"}}
@@ -30,13 +30,14 @@ class Alignment:
     """The tokens that student and teacher have in common.
 
     Attributes:
-        student, teacher: (common,) int64 columns of the two heads that mean one token, in rising student id. No
+        student, teacher: (common,) int64 columns of the two heads that mean the same token, by ascending student id. No
             column occurs twice.
-        to_teacher: (student_size,) int64 teacher's id of each of the student's, or -1 where it has none. Two may have
-            one id, where the teacher begins and ends a text with the same token; text with a -1 cannot be given to it.
-        teacher_size: columns of the teacher's head.
-        of_student, of_teacher: share of each one's tokens that the other has too; columns that only pad a head are no
-            tokens.
+        to_teacher: (student_size,) int64 teacher id of each student id, or -1 if the teacher lacks it; text with such a
+            token cannot be passed to the teacher. Two student ids may have the same teacher id, if the teacher begins
+            and ends a text with the same token.
+        teacher_size: number of columns of the teacher's head.
+        of_student, of_teacher: share of each model's tokens that the other has too; columns that only pad a head are
+            not counted as tokens.
     """
 
     student: torch.Tensor
@@ -48,13 +49,13 @@ class Alignment:
 
     @property
     def is_prefix(self) -> bool:
-        """Whether the common tokens are the first columns of both heads, in one order, so that slices suffice."""
+        """Whether the common tokens are the first columns of both heads, in the same order, so that slices suffice."""
         first = torch.arange(len(self.student))
         return torch.equal(self.student, first) and torch.equal(self.teacher, first)
 
     @property
     def common(self) -> SharedVocabulary | None:
-        """What the loss needs to know; None where every column of both heads is common, at the same place."""
+        """The columns that the loss compares; None if both heads have the same tokens in the same columns."""
         if not self.is_prefix:
             return SharedVocabulary(len(self.student), self.student, self.teacher)
         if len(self.student) == len(self.to_teacher) == self.teacher_size:
@@ -66,22 +67,22 @@ def align(student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, int], st
           roles: Mapping[str, str] | None = None) -> Alignment:
     """Match the columns of two heads by the strings of their tokens.
 
-    A token whose id lies beyond its head has no logit, and is left out.
+    A token whose id lies beyond its head has no logit and is left out.
 
     Args:
-        student_vocab, teacher_vocab: id of each token string, added tokens included.
-        student_size, teacher_size: columns of each head; those that no string belongs to only pad it.
-        roles: the teacher's string for each token that is spelled otherwise there; see `same_roles`.
+        student_vocab, teacher_vocab: id of each token string, including added tokens.
+        student_size, teacher_size: number of columns of each head; columns without a string are padding.
+        roles: maps special tokens of the student to the teacher's different strings for them; see `same_roles`.
 
     Raises:
-        ValueError: no token is common.
+        ValueError: the two have no token in common.
     """
     roles = roles or {}
     ours = {token: number for token, number in student_vocab.items() if number < student_size}
     theirs = {token: number for token, number in teacher_vocab.items() if number < teacher_size}
     known = theirs | {token: theirs[other] for token, other in roles.items() if other in theirs}
     numbers, columns = [-1] * student_size, {}
-    for token in [*roles, *ours]:  # what has the role goes before what merely has the name
+    for token in [*roles, *ours]:  # a match by role takes precedence over one by string
         if token in ours and token in known:
             numbers[ours[token]] = known[token]
             columns.setdefault(known[token], ours[token])
@@ -94,10 +95,10 @@ def align(student_vocab: Mapping[str, int], teacher_vocab: Mapping[str, int], st
 
 
 def same_roles(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The teacher's string for the student's end and beginning of sequence, where the two are spelled differently.
+    """The teacher's strings for the student's end and beginning of sequence, where they differ.
 
-    A string that the teacher also has keeps its own meaning: where a base model ends with `<|endoftext|>` and its chat
-    model with `<|im_end|>`, and both have both, each is compared with its like.
+    A student string that the teacher has too keeps its meaning: if a base model ends with `<|endoftext|>` and its chat
+    model with `<|im_end|>`, and both models have both tokens, each is matched with itself.
     """
     known, roles = teacher.get_vocab(), {}
     for role in ROLES:
@@ -108,17 +109,17 @@ def same_roles(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBas
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> tuple[bool, str]:
-    """Whether the tokens of one can be given to a model of the other, and why (not), in words.
+    """Whether tokens of one tokenizer can be passed to a model of the other, and the reason in words.
 
-    They are the same if they cut and spell text the same way:
+    Two tokenizers are the same if they split text alike and their tokens decode alike:
 
-    - normalizer, pre-tokenizer, decoder and the kind of model are equal, apart from settings that do not act on text;
+    - normalizer, pre-tokenizer, decoder and type of model are equal, apart from settings that do not act on text;
     - at least 95% of the larger vocabulary, without added tokens, is in the other one too;
-    - the merges of one are the beginning of the other's (BPE), or common pieces have the same score (Unigram).
+    - the merges of one are a prefix of the other's (BPE), or common pieces have the same score (Unigram).
 
-    Added tokens, ids, special tokens and what is put around a text may differ: `align` maps them. The share keeps out
-    the vocabulary that was stopped early: all its merges are the other's, but it cuts text into pieces that the other
-    one's models have hardly ever seen.
+    Ids, added tokens, special tokens and those that are put around a text may differ: `align` maps them. The 95% rule
+    out a BPE vocabulary whose training was stopped early: all its merges are the other's, but it splits text into
+    pieces that the other's models have hardly ever seen.
 
     Raises:
         ValueError: a tokenizer is not a fast one.
@@ -146,7 +147,7 @@ def _description(name: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
 
 
 def _acting(part: Any, idle: set[str]) -> Any:
-    """What acts on text in a part of a description; None, "" and false all say that a setting is not in use."""
+    """The settings of a component that act on text; None, "" and false all mean that a setting is not in use."""
     if isinstance(part, list):
         return [_acting(one, idle) for one in part]
     if isinstance(part, dict):
@@ -159,14 +160,14 @@ def _short(part: Any) -> str:
 
 
 def _pieces(model: dict[str, Any]) -> dict[str, float]:
-    """Strings of a model's own vocabulary, with their score where it has scores."""
+    """The strings of a model's vocabulary with their scores; 0 for a model without scores."""
     vocabulary = model["vocab"]
     return dict.fromkeys(vocabulary, 0.0) if isinstance(vocabulary, dict) else dict(map(tuple, vocabulary))
 
 
 def _cut_differently(first: dict[str, Any], second: dict[str, Any], ours: dict[str, float], theirs: dict[str, float]
                      ) -> str | None:
-    """The first merge or score at which two models part."""
+    """The first merge or score in which two models differ, in words; None if there is none."""
     for rank, (one, other) in enumerate(zip(first.get("merges", []), second.get("merges", []), strict=False)):
         if one != other:
             return f"merge {rank} joins {one} in one and {other} in the other"

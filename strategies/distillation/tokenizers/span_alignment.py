@@ -1,11 +1,11 @@
-"""Positions at which two models with different tokenizers have read the same text, and so predict the same thing.
+"""Align two tokenizers: find positions where both models have read the same text, and so predict the same continuation.
 
-Everything is decided on bytes of text. A student's tokens are spelled out, the teacher's tokenizer cuts that text its
-own way, and where a token of both ends after the same byte, the two have the same prefix behind them. Offsets of
-tokenizers are not used: they repeat a whole character for each token that it is cut into, and some trim white space.
-Instead the teacher's tokens are spelled out too, and their bytes compared with the text, which also shows whatever its
-tokenizer changes. What the models say there is compared without a vocabulary in common, by sorted probabilities
-("universal logit distillation", Boizard et al. 2024, arXiv 2402.12030).
+Alignment is by bytes of text. The student's tokens are decoded and the text is tokenized again for the teacher. Where a
+token of both ends after the same byte, both models have read the same prefix. The offsets that tokenizers return are
+not used: if a character is split into several tokens they repeat the whole character, and some trim white space.
+Instead the teacher's tokens are decoded too and compared with the text, which also reveals any change its tokenizer
+makes. Predictions at aligned positions are compared without a common vocabulary, by sorted probabilities ("universal
+logit distillation", Boizard et al. 2024, arXiv 2402.12030).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from strategies.distillation.losses.tiled_loss import IGNORED
 
-SPELLED = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip")  # decoders that join and add nothing
+SPELLED = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip")  # decoders that only concatenate
 LONGEST = 1 << 20  # more tokens than any row has
-CONTINUING = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
+CONTINUING = bytes(range(0x80, 0xC0))  # UTF-8 bytes that do not begin a character
 
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """A student's row as its teacher reads it, and where the two can be compared.
+    """A student's row in the teacher's tokens, and the positions at which the two can be compared.
 
     Attributes:
-        input_ids: (capacity,) int64 teacher's tokens of the documents that teach something, padded at the end.
+        input_ids: (capacity,) int64 teacher's tokens of the documents that have targets, padded at the end.
         position_ids: (capacity,) int64, restarting at 0 with every document.
-        student_at, teacher_at: (pairs,) int64 positions after the same text; `student_at` rises within a row.
-        learned: positions of the student that have a target.
-        documents: that have such a position.
-        changed: documents of these without any pair, as their text cannot be followed: the teacher's tokenizer changes
-            it, the student's did not know a part of it, or it is no UTF-8.
+        student_at, teacher_at: (pairs,) int64 positions after the same text; `student_at` ascends within a row.
+        loss_mask: number of student positions that have a target.
+        documents: number of documents with such a position.
+        changed: how many of these have no pairs, because their text cannot be traced: the teacher's tokenizer changes
+            it, the student's has unknown tokens in it, or it is not UTF-8.
         beyond: pairs lost because the teacher needs more tokens than `capacity`.
     """
 
@@ -55,26 +55,26 @@ class TeacherRow:
 
     @property
     def aligned(self) -> int:
-        """Learned positions of the student that have a counterpart."""
+        """Number of student positions with a target that have a counterpart."""
         return len(self.student_at)
 
 
 class SpanAligner:
-    """Finds for rows of a student the rows of its teacher, and the positions after the same text.
+    """Tokenizes rows of a student again for its teacher, and finds the positions after the same text.
 
-    A teacher begins each document with its beginning-of-sequence token if its tokenizer does so by itself; a student's
-    end-of-sequence token is its own one there. Both predict the end after the last of the text.
+    For the teacher, each document begins with its beginning-of-sequence token if its tokenizer adds one, and the
+    student's end-of-sequence token becomes the teacher's. So both predict the end after the last byte of the text.
 
-    The text is what the student's tokens spell: if its tokenizer normalizes text, then that is what it has read, and
-    what its teacher is given. A document may have been cut anywhere, within a character too: the teacher gets the whole
-    characters of it, and what is left of the others is compared nowhere.
+    The text is what the student's tokens decode to: if its tokenizer normalizes text, the teacher reads the normalized
+    text. A document may have been cut anywhere, even within a character: the teacher then gets its whole characters,
+    and the remaining bytes are not compared.
 
     Args:
-        student_tokenizer, teacher_tokenizer: fast ones.
-        capacity: tokens in a row of the teacher.
+        student_tokenizer, teacher_tokenizer: fast tokenizers.
+        capacity: number of tokens in a row of the teacher.
 
     Raises:
-        ValueError: a tokenizer is not a fast one, or its decoder does not join the text of tokens; capacity below 1.
+        ValueError: a tokenizer is not fast, its decoder does more than concatenate tokens, or `capacity` is below 1.
     """
 
     def __init__(self, student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase,
@@ -83,7 +83,7 @@ class SpanAligner:
             raise ValueError(f"capacity = {capacity}: a row of the teacher has at least one token")
         self.capacity, self.tokenizer = capacity, teacher_tokenizer
         self.bos, self.unknown = student_tokenizer.bos_token_id, student_tokenizer.unk_token_id
-        if self.unknown in (None, self.bos, student_tokenizer.eos_token_id):  # no token stands for lost text
+        if self.unknown in (None, self.bos, student_tokenizer.eos_token_id):  # no token marks unknown text
             self.unknown = -1
         roles = {getattr(student_tokenizer, f"{role}_token_id"): getattr(teacher_tokenizer, f"{role}_token") or ""
                  for role in ("bos", "eos")}
@@ -100,7 +100,7 @@ class SpanAligner:
         Args:
             input_ids: (n,) the student's tokens.
             position_ids: (n,) rising by one within a document.
-            targets: (n,) what is learned at each position, or `IGNORED`.
+            targets: (n,) the next token at each position, or `IGNORED`.
         """
         tokens, loss_mask = input_ids.numpy(), targets.numpy() != IGNORED
         begins = np.flatnonzero(np.diff(position_ids.numpy(), prepend=-2) != 1)
@@ -122,12 +122,12 @@ class SpanAligner:
                           len(parts) - len(pairs), int((~kept).sum()))
 
     def _read(self, tokens: np.ndarray, start: int) -> _Text | None:
-        """What the student has read of a document; None where its tokens do not say."""
+        """The text of a document as the student read it; None if its tokens do not determine it."""
         if (tokens == self.unknown).any():
             return None
         begun = int(tokens[0] == self.bos)
         raw, sizes = self.student(tokens[begun:], True)
-        halves = len(raw) - len(raw.lstrip(CONTINUING))  # the rest of a character whose first bytes were cut off
+        halves = len(raw) - len(raw.lstrip(CONTINUING))  # continuation bytes of a character that was cut off
         try:
             text = codecs.getincrementaldecoder("utf-8")().decode(raw[halves:])
         except UnicodeDecodeError:
@@ -136,20 +136,20 @@ class SpanAligner:
         return _Text(text, start, np.where(ends > 0, ends, -1) if halves else ends, bool(begun))
 
     def _cut(self, texts: list[str]) -> list[list[int]]:
-        """The teacher's tokens of some texts."""
+        """Tokenize texts for the teacher."""
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def _pairs(self, read: _Text, ids: list[int]) -> np.ndarray | None:
-        """(2, pairs) student's and teacher's positions after the same bytes; None where the teacher reads other ones.
+        """(2, pairs) student's and teacher's positions after the same bytes; None if the teacher reads other bytes.
 
-        Where several tokens of one end after the same byte, as a beginning of sequence and the space that a tokenizer
-        puts before a text, the last ones are matched first.
+        If several tokens of one model end after the same byte, like a beginning-of-sequence token and the space that a
+        tokenizer adds before a text, they are matched from the last one backward.
         """
         text = read.text.encode()
         for dummies in (False, True):  # " a" and "a" can be the same tokens
             raw, sizes = self.teacher(np.asarray(ids, np.int64), dummies)
             if raw == text:
-                # A teacher that begins a text says nothing about one that is not at its beginning.
+                # The teacher's beginning-of-sequence token has a counterpart only if the student has one too.
                 begin = np.full(len(self.begin), 0 if read.begun else -1)
                 theirs = np.concatenate([begin, sizes.cumsum()])
                 keys, *at = np.intersect1d(_keys(read.ends), _keys(theirs), assume_unique=True, return_indices=True)
@@ -157,14 +157,14 @@ class SpanAligner:
         return None
 
     def _row(self, values: list[int], padding: int | None) -> torch.Tensor:
-        """A row of the teacher's, padded with a token, or with the positions of one document more."""
+        """A row for the teacher, padded with a token, or with the positions of one more document if that is None."""
         rest = max(0, self.capacity - len(values))
         return torch.tensor(values[:self.capacity] + (list(range(rest)) if padding is None else [padding] * rest))
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A document as its student has read it, and where each of its tokens (n,) ends, in bytes; -1: not within it."""
+    """A document as the student read it, and the byte where each token (n,) ends; -1 if not within the text."""
 
     text: str
     start: int
@@ -173,21 +173,21 @@ class _Text:
 
 
 def _keys(ends: np.ndarray) -> np.ndarray:
-    """(n,) numbers that are equal for tokens to be compared: by byte, then by place before the last one there."""
+    """(n,) keys, equal for tokens to be paired: the byte where a token ends, then its rank from the last there."""
     before_last = np.searchsorted(ends, ends, side="right") - 1 - np.arange(len(ends))
     return (ends + 1) * LONGEST - 1 - before_last
 
 
 class Spelling:
-    """The bytes of text that each token of a tokenizer stands for, as its decoder says.
+    """The bytes of text that each token of a tokenizer decodes to.
 
     Args:
-        name: of the argument that the tokenizer came in, for messages.
-        tokenizer: a fast one.
-        replaced: other spelling of some ids.
+        name: name of the caller's argument, for error messages.
+        tokenizer: a fast tokenizer.
+        replaced: text that replaces that of some ids.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or its decoder does not join the text of tokens.
+        ValueError: the tokenizer is not fast, or its decoder does more than concatenate tokens.
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, replaced: Mapping[int | None, str]) -> None:
@@ -209,19 +209,19 @@ class Spelling:
         self.at_begin = self._puts_space(tokenizer, "")
         self.after_added = self._puts_space(tokenizer, tokenizer.eos_token or "")
         both = [tokenizer.encode(text, add_special_tokens=False) for text in ("a", " a")]
-        self.once = both[0] == both[1]  # a text that begins with a space gets no other one
+        self.once = both[0] == both[1]  # no space is added to a text that begins with one
 
     def _puts_space(self, tokenizer: PreTrainedTokenizerBase, before: str) -> bool:
-        """Whether the tokenizer puts a space of its own before text that follows `before`."""
+        """Whether the tokenizer adds a space before text that follows `before`."""
         ids = tokenizer.encode(f"{before}a", add_special_tokens=False)
         return bool(self.spaced[ids[1 if before else 0:][:1]].any())
 
     def __call__(self, ids: np.ndarray, dummies: bool) -> tuple[bytes, np.ndarray]:
-        """The text of some tokens (n,), and how many bytes of it each one stands for (n,).
+        """The bytes of some tokens (n,), and the number of bytes of each (n,).
 
         Args:
-            ids: tokens of a document, beginning with its text.
-            dummies: leave out spaces that the tokenizer puts before a text, and behind added tokens.
+            ids: tokens of a document from the beginning of its text.
+            dummies: leave out spaces that the tokenizer adds before a text and after added tokens.
         """
         begins, sizes = self.begins[ids], self.sizes[ids]
         if dummies:
@@ -232,7 +232,7 @@ class Spelling:
         return self.spelled[at].tobytes(), sizes
 
     def _dummies(self, ids: np.ndarray) -> np.ndarray:
-        """(n,) whether a token begins with a space that is not of the text."""
+        """(n,) whether a token begins with a space that the tokenizer added."""
         behind = np.concatenate([[self.at_begin], self.added[ids[:-1]] & self.after_added])[:len(ids)]
         dummy = behind & self.spaced[ids]
         if self.once:
@@ -242,7 +242,7 @@ class Spelling:
 
 
 def _reader(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[str], bytes], bool]:
-    """How the decoder reads a token by itself, and whether each character of it is one byte."""
+    """A function that decodes a single token to bytes, and whether the vocabulary is byte-level."""
     if not tokenizer.is_fast:
         raise ValueError(f"{name} = {type(tokenizer).__name__} does not say what its tokens stand for; give a fast "
                          "tokenizer, one with a tokenizer.json")
@@ -259,13 +259,13 @@ def _reader(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[st
 
 
 def _read_bytes(token: str, alphabet: dict[str, int]) -> bytes:
-    """A token of a byte-level vocabulary; one with a character that stands for no byte is meant as it is written."""
+    """Decode a token of a byte-level vocabulary; with a character outside the byte alphabet it is literal text."""
     known = all(character in alphabet for character in token)
     return bytes(alphabet[character] for character in token) if known else token.encode()
 
 
 def _read_piece(token: str, steps: list[dict[str, Any]]) -> bytes:
-    """A token as decoders of SentencePiece's kind read it: marks of spaces replaced, and `<0xE2>` one byte."""
+    """Decode a SentencePiece token: space markers become spaces, and `<0xE2>` a single byte."""
     for step in steps:
         if step["type"] == "ByteFallback" and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])

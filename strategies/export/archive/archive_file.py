@@ -1,16 +1,16 @@
-"""Deep Compression's archive: shared weights, relative positions of what pruning left, Huffman codes (Han et al. 2016).
+"""The Deep Compression archive: weight sharing, pruning with relative positions, Huffman codes (Han et al. 2016).
 
 An archive is a safetensors file. For each coded tensor NAME it holds
 
-    codebook/NAME       [levels] the values that weights share, the commonest first
-    index/NAME          [bytes] Huffman codes of each weight's place in the codebook, in row-major order
+    codebook/NAME       [levels] the shared values, most frequent first
+    index/NAME          [bytes] Huffman codes of each weight's index in the codebook, in row-major order
     index_lengths/NAME  [alphabet] lengths of these codes, which are canonical
-    gap/NAME            [bytes], and gap_lengths/NAME: where weights of the first value are left out, as pruned ones are
-    scale/NAME, zero_point/NAME     (outputs, groups): only of a quantized layer; weight = scale * (value - zero_point)
+    gap/NAME            [bytes], and gap_lengths/NAME: positions, if weights of the first value are left out (pruned)
+    scale/NAME, zero_point/NAME     (outputs, groups): only for a quantized layer; weight = scale * (value - zero_point)
 
-and raw/NAME for every other tensor. The metadata `coded` is JSON: by NAME `shape`, `dtype`, and for `index` and `gap`
-the `levels`, `block` and `count` of `huffman.Stream`. `same` is JSON of names whose tensors are another's. `sha256` is
-that of the whole file with 64 zeros in its place.
+and raw/NAME for every other tensor. The metadata `coded` is JSON: for each NAME its `shape`, `dtype`, and for `index`
+and `gap` the `levels`, `block` and `count` of a `huffman.Stream`. `same` is JSON that maps names of tied tensors to the
+name that is stored. `sha256` is the checksum of the whole file with 64 zeros in its place.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from strategies.export.archive.huffman import Stream, compress, entropy_bits, ex
 from strategies.export.quantized_layers import Quantized, part_name, quantized_layers, weight_name
 
 FORMAT = "limbeck-deep-compression-1"
-GAP_BITS = (5, 8)  # of a position, as the paper has for linear layers and for convolutions: the cheaper is taken
+GAP_BITS = (5, 8)  # bits of a position, the paper's for linear layers and for convolutions; the smaller result is used
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
-_PARTS = ("first_ratio", "log_ratio", "scale", "zero_point")  # of a quantized layer, in the archive in another form
+_PARTS = ("first_ratio", "log_ratio", "scale", "zero_point")  # of a quantized layer; stored in another form here
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ArchiveReport:
-    """Bytes of an archive.
+    """The size of an archive.
 
     Attributes:
         bytes: of the file.
-        entropy_bytes: what no code for single weights can go below: the entropy of the values of each tensor, its
-            codebook and scales, and the tensors that are not coded.
-        header_bytes: of the file, names, shapes and code lengths.
-        dense_bytes: of all tensors as the model has them.
-        weights: that are coded.
+        entropy_bytes: lower bound for any code of single weights: the entropy of the values of each tensor, plus its
+            codebook and scales, plus the tensors that are not coded.
+        header_bytes: part of the file taken by names, shapes and code lengths.
+        dense_bytes: of all tensors in the model's dtypes.
+        weights: number of weights that are coded.
     """
 
     bytes: int
@@ -68,22 +68,22 @@ class ArchiveReport:
 
 def write_archive(file: Path | str, model: nn.Module, bits: int = 5, rules: Sequence[tuple[str, int | None]] = (),
                   ignore: Iterable[str] = ()) -> ArchiveReport:
-    """Write a model whose weights share values, pruned ones left out, Huffman-coded (Han et al. 2016, sections 2-4).
+    """Write a model with shared weights, pruned ones left out, Huffman-coded (Han et al. 2016, sections 2-4).
 
-    Matrices, kernels and embeddings are clustered into 2^bits values each; weights that are exactly zero count as
-    pruned, and stay zero. Layers that are quantized already keep their own numbers and scales, so that what is read is
-    what training saw. All else is stored as it is. Written beside and renamed.
+    Matrices, kernels and embeddings are clustered into 2^bits values each. Weights that are exactly zero count as
+    pruned and stay zero. Quantized layers keep their integers and scales, so that the archive has the weights that
+    training used. Everything else is stored unchanged. The file is written under another name and then renamed.
 
     Args:
-        file: where; replaced if it exists.
+        file: the target; replaced if it exists.
         model: any module.
-        bits: 1 to 8, for each tensor that no rule is for.
-        rules: shell-style patterns of tensor names with bits of their own, or None to store as it is; the first that
-            matches decides.
-        ignore: patterns of tensors to store as they are.
+        bits: 1 to 8, for each tensor without a rule.
+        rules: shell-style patterns of tensor names with their own bits, or None to store a tensor unchanged; the first
+            match applies.
+        ignore: patterns of tensors to store unchanged.
 
     Raises:
-        ValueError: bits that there are none of, a pattern that matches nothing, weights that are not finite.
+        ValueError: bits are out of range, a pattern matches nothing, or weights are not finite.
     """
     patterns = [(pattern, None) for pattern in ignore] + list(rules)
     state, layers = model.state_dict(), {
@@ -113,13 +113,13 @@ def write_archive(file: Path | str, model: nn.Module, bits: int = 5, rules: Sequ
 
 
 def read_archive(file: Path | str, most_bytes: int = 2**34) -> Tensors:
-    """The tensors of an archive by the names that the model had: a state dict for the plain model.
+    """Read the tensors of an archive by their names in the model: a state dict for the unquantized model.
 
     Args:
-        most_bytes: refuse files whose tensors would take more; what they claim is looked at before any is made.
+        most_bytes: refuse files whose tensors would take more; declared sizes are checked before anything is allocated.
 
     Raises:
-        ValueError: the file is not an archive, was cut or changed, or claims what it does not hold.
+        ValueError: the file is not an archive, is truncated or modified, or its content does not match its metadata.
     """
     size = Path(file).stat().st_size
     if size > most_bytes or not Path(file).is_file():
@@ -152,7 +152,7 @@ Values = tuple[torch.Tensor, numpy.ndarray, Tensors]
 
 
 def _values(name: str, tensor: torch.Tensor, layer: Quantized | None, bits: int | None) -> Values | None:
-    """Codebook, each weight's place in it (count,), and scales of a quantized layer; None for what is not coded."""
+    """Codebook, index of each weight (count,), and scales of a quantized layer; None if a tensor is not coded."""
     if layer is not None:
         return _numbers(layer)
     if bits is None or not tensor.is_floating_point() or tensor.ndim < 2 or tensor.numel() <= 2**bits:
@@ -164,14 +164,14 @@ def _values(name: str, tensor: torch.Tensor, layer: Quantized | None, bits: int 
     if not kept.any():
         return torch.zeros(1, dtype=tensor.dtype), index, {}
     centroids, index[kept] = cluster(weights.numpy()[kept], 2**bits)
-    if not kept.all():  # zeros have a place of their own, so that they stay zero
+    if not kept.all():  # zeros have their own codebook entry, so that they stay zero
         centroids = numpy.concatenate([[0.0], centroids])
         index[kept] += 1
     return torch.from_numpy(centroids).to(tensor.dtype), index, {}
 
 
 def _numbers(layer: Quantized) -> Values:
-    """The numbers that a quantized layer multiplies with, as they are."""
+    """The integers, scales and zero points of a quantized layer, unchanged."""
     if layer.matrix is not layer.weight:
         raise ValueError(f"an archive has the rows of a layer as they are, and a {type(layer).__name__} is not stored "
                          "in rows: leave it in full precision")
@@ -188,12 +188,12 @@ def _numbers(layer: Quantized) -> Values:
 # ---- streams
 
 def _coded(index: numpy.ndarray, levels: int) -> tuple[Tensors, dict[str, Any]]:
-    """Parts and their description: all weights, or positions and values of those that are not at place 0 if it is less.
+    """Encode indices as tensors and their description: all of them, or nonzero ones with positions if that is smaller.
 
-    The paper leaves out zeros. The commonest value is another one where few weights are far from all others.
+    The paper leaves out zeros; here index 0 is the most frequent value, which may be another one.
     """
     found, kept = [{"index": compress(index, levels)}], numpy.flatnonzero(index)
-    if 0 < len(kept) < 0.5 * len(index):  # else positions alone take a bit for each weight
+    if 0 < len(kept) < 0.5 * len(index):  # else positions alone take a bit per weight
         values = compress(index[kept] - 1, levels - 1)
         found += [{"index": values, "gap": compress(relative_positions(kept, len(index), 2**bits), 2**bits)}
                   for bits in GAP_BITS]
@@ -210,7 +210,7 @@ def _size(stream: Stream) -> int:
 
 
 def _claim(entry: dict[str, Any]) -> int:
-    """Bytes that a coded tensor would take, from its description alone."""
+    """Bytes that a coded tensor takes once decoded, from its description alone."""
     streams = [entry[part] for part in ("index", "gap") if part in entry]
     numbers = [*entry["shape"], *(value for stream in streams for value in stream.values())]
     if not all(type(number) is int and number >= 0 for number in numbers):
@@ -219,7 +219,7 @@ def _claim(entry: dict[str, Any]) -> int:
 
 
 def _decoded(parts: Tensors, entry: dict[str, Any]) -> torch.Tensor:
-    """A tensor of its parts; what is made is no larger than its shape, which the streams must fill."""
+    """Decode a tensor; allocations are bounded by its shape, which the streams must fill exactly."""
     total, codebook, scale = math.prod(entry["shape"]), parts["codebook"], parts.get("scale")
     index = _expanded(parts, entry, "index")
     if "gap" in entry:
@@ -261,14 +261,14 @@ def _check_asked(state: Tensors, bits: int, patterns: Sequence[tuple[str, int | 
 
 
 def _sealed(tensors: Tensors, metadata: dict[str, str]) -> bytes:
-    """A safetensors file that holds its own checksum."""
+    """The bytes of a safetensors file that contains its own checksum."""
     data = save(tensors, {**metadata, "sha256": "0" * 64})
     begin, end = _DIGEST.search(data).span(1)
     return data[:begin] + hashlib.sha256(data).hexdigest().encode() + data[end:]
 
 
 def _opened(data: bytes) -> dict[str, str]:
-    """The metadata of a file whose checksum is right."""
+    """Verify the checksum of a file and return its metadata."""
     length = int.from_bytes(data[:8], "little")
     found = _DIGEST.search(data, 8, 8 + length) if 8 + length <= len(data) else None
     if found is None:

@@ -1,4 +1,4 @@
-"""Weights that share values, and where those are that pruning left (Han et al. 2016, sections 2 and 3)."""
+"""Weight sharing by clustering, and relative positions of unpruned weights (Han et al. 2016, sections 2 and 3)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import numpy
 
 
 def cluster(values: numpy.ndarray, levels: int, iterations: int = 300) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """k-means of numbers, from centroids evenly spaced between the extremes (Han et al. 2016, section 3.2).
+    """One-dimensional k-means, initialized with evenly spaced centroids (Han et al. 2016, section 3.2).
 
-    Lloyd's iteration until no number changes its cluster. In one dimension clusters are runs of the sorted numbers, so
-    that an iteration takes a search for each boundary. Clusters that are empty at the end are left out.
+    Lloyd's algorithm, until no value changes its cluster. In one dimension, clusters are runs of the sorted values, so
+    that an iteration only needs a binary search for each boundary. Clusters that end up empty are dropped.
 
     Args:
         values: (count,), finite.
+        levels: largest number of clusters.
+        iterations: most iterations.
 
     Returns:
-        Centroids, rising, in float64, and the cluster of each number, uint16.
+        Centroids in ascending order, float64, and the cluster of each value, uint16.
     """
     ordered = numpy.sort(values.astype(numpy.float64))
     sums = numpy.concatenate([[0.0], numpy.cumsum(ordered)])
@@ -36,7 +38,7 @@ def _edges(centroids: numpy.ndarray) -> numpy.ndarray:
 
 
 def commonest_first(index: numpy.ndarray, levels: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Places (count,) in a codebook that begins with what is commonest: its order [levels], and the new places."""
+    """Sort a codebook by frequency, most frequent first: its new order [levels], and the new indices (count,)."""
     order = numpy.argsort(-numpy.bincount(index, minlength=levels), stable=True)
     places = numpy.empty(levels, dtype=numpy.uint16)
     places[order] = numpy.arange(levels)
@@ -44,15 +46,15 @@ def commonest_first(index: numpy.ndarray, levels: int) -> tuple[numpy.ndarray, n
 
 
 def relative_positions(places: numpy.ndarray, total: int, span: int) -> numpy.ndarray:
-    """Relative positions (Han et al. 2016, section 2): a number below span - 1 skips so many zeros, then is a weight.
+    """Relative positions (Han et al. 2016, section 2): a gap below span - 1 is that many zeros followed by a weight.
 
-    Span - 1 is a filler: it skips as many zeros, and no weight follows; the paper has a weight of zero there. Zeros at
-    the end are skipped by fillers, too, so that a tensor is no longer than what is in the file says.
+    A gap of span - 1 is a filler: that many zeros without a weight, where the paper inserts a weight of zero. Trailing
+    zeros take fillers too, so that the gaps determine the length of the tensor.
 
     Args:
-        places: (count,) of weights that are not zero, rising, of at least one.
-        total: number of weights and zeros.
-        span: above the largest number.
+        places: (count,) positions of nonzero weights, ascending, at least one.
+        total: number of weights including zeros.
+        span: one more than the largest gap.
     """
     skipped = numpy.diff(places, prepend=-1) - 1
     tail = total - 1 - int(places[-1])
@@ -63,7 +65,7 @@ def relative_positions(places: numpy.ndarray, total: int, span: int) -> numpy.nd
 
 
 def positions(gaps: numpy.ndarray, total: int, span: int) -> numpy.ndarray:
-    """Where the weights are; the inverse of `relative_positions`.
+    """Positions of the nonzero weights: the inverse of `relative_positions`.
 
     Raises:
         ValueError: the gaps do not end where a tensor of `total` does.

@@ -1,4 +1,4 @@
-"""Huffman codes: canonical, of single symbols or of blocks of them, encoded and decoded at machine speed."""
+"""Canonical Huffman codes of single symbols or blocks of symbols, with compiled encoding and decoding."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import numba
 import numpy
 
-LONGEST = 56  # bits of a code: a 64-bit window at any bit of a byte holds it
-LARGEST_ALPHABET = 4096  # of blocks; beyond it the lengths that are stored cost more than they save
-_TABLE_BITS = 12  # codes up to here are looked up at once
+LONGEST = 56  # most bits of a code, so that it fits a 64-bit window from any bit of a byte
+LARGEST_ALPHABET = 4096  # of blocks; beyond it, stored code lengths cost more than longer blocks save
+_TABLE_BITS = 12  # codes of up to this length are decoded by a table lookup
 
 _compiled = numba.njit(cache=True, nogil=True)
 
 
 def code_lengths(counts: numpy.ndarray) -> numpy.ndarray:
-    """Lengths of the codes that take the fewest bits (Huffman 1952), uint8; 0 where a symbol does not occur.
+    """Lengths of an optimal prefix code (Huffman 1952), uint8; 0 for a symbol that does not occur.
 
-    A lone symbol has one bit, so that no stream of symbols is empty.
+    If there is only one symbol it gets one bit, so that no stream of symbols is empty.
 
     Args:
-        counts: [alphabet] how often each symbol occurs.
+        counts: [alphabet] number of occurrences of each symbol.
     """
     heap = [(int(count), symbol, (symbol,)) for symbol, count in enumerate(counts) if count]
     lengths = numpy.zeros(len(counts), dtype=numpy.uint8)
@@ -38,7 +38,7 @@ def code_lengths(counts: numpy.ndarray) -> numpy.ndarray:
 
 
 def canonical(lengths: numpy.ndarray) -> numpy.ndarray:
-    """Codes that follow from their lengths alone, uint64: shorter ones first, then by symbol, counting up."""
+    """Canonical codes, uint64, which follow from their lengths alone: counted up by length, then by symbol."""
     codes = numpy.zeros(len(lengths), dtype=numpy.uint64)
     code, before = 0, 0
     for symbol in numpy.lexsort((numpy.arange(len(lengths)), lengths)):
@@ -50,7 +50,7 @@ def canonical(lengths: numpy.ndarray) -> numpy.ndarray:
 
 
 def encode(symbols: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
-    """Codes of the symbols one after the other, uint8, the highest bit first; the last byte is filled with zeros."""
+    """The concatenated codes of symbols as uint8, highest bit first; the last byte is padded with zeros."""
     bits = int(lengths.astype(numpy.int64)[symbols].sum())
     stream = numpy.zeros(-(-bits // 8), dtype=numpy.uint8)
     _write(symbols.astype(numpy.int64), canonical(lengths), lengths.astype(numpy.int64), stream)
@@ -58,17 +58,17 @@ def encode(symbols: numpy.ndarray, lengths: numpy.ndarray) -> numpy.ndarray:
 
 
 def decode(stream: numpy.ndarray, lengths: numpy.ndarray, count: int) -> numpy.ndarray:
-    """The symbols that `encode` was given, uint16.
+    """The symbols that were passed to `encode`, uint16.
 
-    Nothing is allocated that the stream is not long enough for.
+    Allocation is bounded by the length of the stream.
 
     Args:
         stream: bytes, uint8.
-        lengths: [alphabet] uint8.
-        count: of symbols.
+        lengths: [alphabet] uint8 code lengths.
+        count: number of symbols.
 
     Raises:
-        ValueError: these are no lengths of a complete code, or the stream does not have exactly this many symbols.
+        ValueError: the lengths are not those of a complete code, or the stream does not have exactly `count` symbols.
     """
     _check(lengths)
     if not 0 <= count <= 8 * len(stream):
@@ -86,7 +86,7 @@ def decode(stream: numpy.ndarray, lengths: numpy.ndarray, count: int) -> numpy.n
 
 
 def _check(lengths: numpy.ndarray) -> None:
-    """Every bit pattern must begin with exactly one code, but for a lone symbol, whose code is 0."""
+    """Raise a ValueError unless the code is complete: each bit pattern begins with one code. A lone symbol's is 0."""
     present = lengths[lengths > 0].astype(numpy.int64)
     if len(lengths) > LARGEST_ALPHABET or (len(present) and present.max() > LONGEST):
         raise ValueError(f"no code of ours has {len(lengths):,} symbols or {present.max(initial=0)} bits")
@@ -96,7 +96,7 @@ def _check(lengths: numpy.ndarray) -> None:
 
 
 def _firsts(lengths: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """By length: the first code, and where its symbols begin in canonical order; a last entry that ends them."""
+    """For each length, the first code, and the index of its symbol in canonical order, with a final sentinel."""
     counts = numpy.bincount(lengths, minlength=LONGEST + 2)
     counts[0] = 0
     first, offset = numpy.zeros(LONGEST + 2, dtype=numpy.int64), numpy.zeros(LONGEST + 2, dtype=numpy.int64)
@@ -107,7 +107,7 @@ def _firsts(lengths: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def _table(lengths: numpy.ndarray) -> numpy.ndarray:
-    """[2^12] what the next 12 bits begin with: 64 * symbol + length, or -1 for a code that is longer or none."""
+    """[2^12] lookup table by the next 12 bits: 64 * symbol + length of the first code, or -1 if longer or invalid."""
     table = numpy.full(1 << _TABLE_BITS, -1, dtype=numpy.int64)
     codes = canonical(lengths)
     for symbol in numpy.flatnonzero((lengths > 0) & (lengths <= _TABLE_BITS)):
@@ -122,7 +122,7 @@ def _write(symbols, codes, lengths, stream):
     position, held, bits = 0, numpy.uint64(0), 0
     for symbol in symbols:
         length = lengths[symbol]
-        held = (held << numpy.uint64(length)) | codes[symbol]  # at most 7 bits are held over
+        held = (held << numpy.uint64(length)) | codes[symbol]  # at most 7 bits are carried over
         bits += length
         while bits >= 8:
             bits -= 8
@@ -135,7 +135,7 @@ def _write(symbols, codes, lengths, stream):
 
 @_compiled
 def _read(stream, total, order, first, offset, table, longest, symbols):
-    """Fill `symbols`; returns the bits that were read, -1 where there is no code or no bit left."""
+    """Fill `symbols` and return the number of bits read; -1 on an invalid code or the end of the stream."""
     position = 0
     for index in range(symbols.size):
         byte = position >> 3
@@ -165,14 +165,14 @@ def _read(stream, total, order, first, offset, table, longest, symbols):
 
 @dataclass(frozen=True)
 class Stream:
-    """Symbols of one alphabet, coded.
+    """Encoded symbols.
 
     Attributes:
-        bits: the codes, uint8.
-        lengths: [levels ** block] of the codes, uint8.
-        levels: symbols are 0 to levels - 1.
-        block: how many symbols a code is for.
-        count: of symbols; zeros fill the last block.
+        bits: the concatenated codes, uint8.
+        lengths: [levels ** block] code lengths, uint8.
+        levels: size of the alphabet; symbols are 0 to levels - 1.
+        block: number of symbols that share a code.
+        count: number of symbols; the last block is padded with zeros.
     """
 
     bits: numpy.ndarray
@@ -183,17 +183,17 @@ class Stream:
 
 
 def entropy_bits(symbols: numpy.ndarray) -> float:
-    """The fewest bits that any code for single symbols can need on average, all together (Shannon 1948)."""
+    """The total entropy in bits, a lower bound for any code of single symbols (Shannon 1948)."""
     counts = numpy.bincount(symbols.ravel())
     counts = counts[counts > 0]
     return float((counts * numpy.log2(counts.sum() / counts)).sum())
 
 
 def compress(symbols: numpy.ndarray, levels: int) -> Stream:
-    """Code symbols in the blocks that take the fewest bytes, code lengths counted.
+    """Encode symbols with the block size that takes the fewest bytes, including code lengths.
 
-    A code of single symbols has at least a bit for each, and up to a few percent more than the entropy; one of blocks
-    of n symbols has an n-th of that excess.
+    A code of single symbols takes at least one bit for each, and up to a few percent more than the entropy; a code of
+    blocks of n symbols has an n-th of that excess.
     """
     best: tuple[int, int, numpy.ndarray] | None = None
     for block in range(1, _most_symbols(levels) + 1):
@@ -211,7 +211,7 @@ def expand(stream: Stream) -> numpy.ndarray:
     """The symbols of a stream, uint16.
 
     Raises:
-        ValueError: as `decode`, or alphabet and block do not belong to each other.
+        ValueError: as in `decode`, or alphabet and block size do not match.
     """
     if stream.levels < 1 or not 1 <= stream.block <= _most_symbols(stream.levels):
         raise ValueError(f"no stream of ours has {stream.levels} levels in blocks of {stream.block}")
@@ -227,7 +227,7 @@ def expand(stream: Stream) -> numpy.ndarray:
 
 
 def _most_symbols(levels: int) -> int:
-    """How many symbols a code can be for."""
+    """The largest block size for an alphabet."""
     block = 1
     while block < 12 and max(2, levels) ** (block + 1) <= LARGEST_ALPHABET:
         block += 1
@@ -235,7 +235,7 @@ def _most_symbols(levels: int) -> int:
 
 
 def _joined(symbols: numpy.ndarray, levels: int, block: int) -> numpy.ndarray:
-    """Numbers whose digits in base `levels` are the symbols of a block, the first the highest."""
+    """Join each block of symbols into one number, whose digits in base `levels` they are, highest first."""
     if block == 1:
         return symbols.astype(numpy.int64)
     padded = numpy.concatenate([symbols, numpy.zeros(-len(symbols) % block, dtype=symbols.dtype)])

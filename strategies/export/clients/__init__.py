@@ -1,1 +1,1 @@
-"""Clients of exported files: processes of their own, which import nothing of this project."""
+"""Scripts that load and measure exported files in a process of their own, without importing this project."""

@@ -1,10 +1,10 @@
-"""A reader of GGUF files: a process of its own that knows only `gguf`, `numpy`, `torch` and `transformers`.
+"""Load and measure GGUF files in a separate process, with only `gguf`, `numpy`, `torch` and `transformers`.
 
     python gguf_client.py request.json answer.json
 
-Request and answer are those of `transformers_client.py`. The model is made from the file's metadata alone,
-its weights by gguf's own functions. What llama.cpp computes with them is rounded further, since it quantizes
-activations on its way: `benchmarks/quantization/llama_cpp.py` measures that.
+Request and answer are those of `transformers_client.py`. The model is built from the file's metadata alone,
+and its weights are dequantized by gguf's own functions. llama.cpp's results are rounded further, since it
+also quantizes activations: `benchmarks/quantization/llama_cpp.py` measures that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 
 @torch.no_grad()
 def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: dict[str, Any]) -> dict[str, Any]:
-    """What `client.measure` finds, of a GGUF file."""
+    """The measurements of `transformers_client.measure`, for a GGUF file."""
     reader = gguf.GGUFReader(which["path"])
     fields = {name: field.contents() for name, field in reader.fields.items()}
     model = model_of(fields, reader.tensors)
@@ -48,7 +48,7 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
 
 
 def sample_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, request: dict[str, Any]) -> str:
-    """The most probable continuation of the prompt, by the file's own tokenizer."""
+    """The greedy continuation of the prompt, with the file's own tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return sample(model, folder, {}, {**request, "tokenizer": folder})
@@ -57,7 +57,7 @@ def sample_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, reques
 # ---- the model
 
 def model_of(fields: dict[str, Any], tensors: list[Any]) -> torch.nn.Module:
-    """The model of transformers that a file describes, in float32."""
+    """The transformers model that a file describes, in float32."""
     kind, held = fields["general.architecture"], {tensor.name: tensor for tensor in tensors}
     model = AutoModelForCausalLM.from_config(config_of(fields, set(held)), dtype=torch.float32).eval()
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
@@ -79,7 +79,7 @@ def model_of(fields: dict[str, Any], tensors: list[Any]) -> torch.nn.Module:
 
 
 def config_of(fields: dict[str, Any], names: set[str]) -> Any:
-    """The configuration that the metadata gives."""
+    """The configuration that follows from the metadata."""
     kind = fields["general.architecture"]
     of = {name.removeprefix(f"{kind}."): value for name, value in fields.items() if name.startswith(f"{kind}.")}
     rope = {"rope_type": of.get("rope.scaling.type", "default"), "rope_theta": of["rope.freq_base"]}
@@ -104,14 +104,14 @@ def weights_of(tensor: Any) -> torch.Tensor:
 
 
 def unrotated(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """(heads * width, ...) rows of which neighbors are rotated, as those of which halves of a head are."""
+    """Reorder rows (heads * width, ...) from llama.cpp's rotary layout, adjacent pairs, to transformers', halves."""
     return rows.unflatten(0, (-1, width // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 # ---- the tokenizer
 
 def tokenizer_of(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer that the metadata gives."""
+    """The tokenizer that follows from the metadata."""
     of = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()
           if name.startswith("tokenizer.ggml.")}
     types, cut = of["token_type"], PRETOKENIZERS[of["pre"]]

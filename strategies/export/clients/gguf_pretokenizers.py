@@ -1,7 +1,7 @@
-"""Where text is cut before byte pairs are merged, by llama.cpp's names for it. Imports nothing: clients read it too.
+"""llama.cpp's pre-tokenizers by name. This module imports nothing, since clients read it too.
 
-For each name, what a tokenizer.json has for the same (`steps`, in order), and whether a word that is a token is taken
-whole, without a look at the merges (`ignore_merges`).
+Each has the equivalent `steps` of a tokenizer.json, in order, and `ignore_merges`: whether a word that is itself a
+token is kept whole without applying merges.
 """
 
 _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"

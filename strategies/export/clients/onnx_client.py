@@ -1,9 +1,9 @@
-"""A real client of ONNX files: a process of its own that knows only ONNX Runtime, NumPy and the tokenizer.
+"""Load and measure ONNX files in a separate process, with only ONNX Runtime, NumPy and the tokenizer.
 
     python onnx_client.py request.json answer.json
 
-It takes the requests of `transformers_client.py` and gives the same answers. It imports nothing of this project,
-so what it can load and compute is what anybody can.
+Request and answer are those of `transformers_client.py`. The script imports nothing of this project, so whatever
+it can load and compute, anybody can.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 IGNORED = -100
-OUTPUT = "/output"  # behind the name of a quantized layer, in the graph
+OUTPUT = "/output"  # suffix of a quantized layer's name, for its output in the graph
 
 
 def main(request_file: str, answer_file: str) -> None:
@@ -34,14 +34,14 @@ def main(request_file: str, answer_file: str) -> None:
 
 
 def measure(which: dict[str, Any], held_out: dict[str, np.ndarray], request: dict[str, Any]) -> dict[str, Any]:
-    """Bits per byte, tokens per second, parameters and a sample of one folder; its logits, where they are wanted."""
+    """Bits per byte, tokens per second, parameters and a sample of one folder; also its logits, if requested."""
     folder = Path(which["path"])
     session = open_session(folder, request["threads"])
     if which.get("logits"):
         part, length = slice(0, request["logit_rows"]), request["logit_length"]
         save_file({"logits": logits_of(session, held_out, part, length)}, which["logits"])
     else:
-        logits_of(session, held_out, slice(0, 1), None)  # buffers are made at the first call: not what is timed
+        logits_of(session, held_out, slice(0, 1), None)  # warmup: the first call allocates buffers
     if which.get("layers"):
         save_file(layer_outputs(folder, held_out, request["threads"]), which["layers"])
     nats, speeds = 0.0, []
@@ -61,14 +61,14 @@ def measure(which: dict[str, Any], held_out: dict[str, np.ndarray], request: dic
 
 
 def layer_outputs(folder: Path, held_out: dict[str, np.ndarray], threads: int) -> dict[str, np.ndarray]:
-    """What each quantized layer gives on the first row, by its name in the model."""
+    """The output of each quantized layer on the first row, by its name in the model."""
     import onnx
 
     shown, graph = folder / ".layers.onnx", onnx.load(folder / "model.onnx", load_external_data=False)
     names = [name for node in graph.graph.node for name in node.output if name.endswith(OUTPUT)]
     graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
     try:
-        onnx.save(graph, shown)  # beside the weights, which it names
+        onnx.save(graph, shown)  # next to the weight file that it refers to
         outputs = open_session(folder, threads, shown.name).run(names, inputs_of(held_out, slice(0, 1), None))
     finally:
         shown.unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def layer_outputs(folder: Path, held_out: dict[str, np.ndarray], threads: int) -
 
 
 def open_session(folder: Path, threads: int, file: str = "model.onnx") -> onnxruntime.InferenceSession:
-    """A folder's graph, on the CPU."""
+    """Open a folder's graph on the CPU."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
@@ -91,13 +91,13 @@ def logits_of(session: onnxruntime.InferenceSession, held_out: dict[str, np.ndar
 
 
 def inputs_of(held_out: dict[str, np.ndarray], rows: slice, length: int | None) -> dict[str, np.ndarray]:
-    """What a graph is given of packed held-out rows."""
+    """The inputs of a graph for packed held-out rows."""
     return {name: np.ascontiguousarray(held_out[name][rows, :length], dtype=np.int64)
             for name in ("input_ids", "position_ids")}
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Nats of all targets (rows, length) that count; `logits` (rows, length, vocabulary) are overwritten."""
+    """Summed nats of all targets (rows, length) in the loss; `logits` (rows, length, vocabulary) are overwritten."""
     counts = targets != IGNORED
     wanted = np.take_along_axis(logits, np.where(counts, targets, 0)[..., None], -1)[..., 0].astype(np.float64)
     largest = logits.max(-1)
@@ -107,7 +107,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def sample(session: onnxruntime.InferenceSession, folder: Path, request: dict[str, Any]) -> str:
-    """The most probable continuation of the prompt; all of it is read again for each token."""
+    """The greedy continuation of the prompt, computed without a KV cache."""
     tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or folder, trust_remote_code=False)
     settings = json.loads((folder / "config.json").read_text())
     generation = folder / "generation_config.json"

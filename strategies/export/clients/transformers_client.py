@@ -1,8 +1,8 @@
-"""A real client: a process of its own that knows only `transformers`, loads exported folders and measures them.
+"""Load and measure exported folders in a separate process, with only `transformers`.
 
     python transformers_client.py request.json answer.json
 
-It imports nothing of this project, so what it can load and compute is what anybody can.
+The script imports nothing of this project, so whatever it can load and compute, anybody can.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(measured: Measured, request_file: str, answer_file: str) -> None:
 
 @torch.no_grad()
 def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: dict[str, Any]) -> dict[str, Any]:
-    """Bits per byte, tokens per second, parameters and a sample of one model; its logits, where they are wanted."""
+    """Bits per byte, tokens per second, parameters and a sample of one model; also its logits, if requested."""
     options = {"revision": which["revision"]} if which.get("revision") else {}
     model = _load(which["path"], dtype=which.get("dtype", "auto"), use_safetensors=True,
                   trust_remote_code=which.get("trust_remote_code", False), **options).to(request["device"]).eval()
@@ -48,13 +48,13 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
         save_file({"logits": logits_of(model, held_out, slice(0, rows), length).float().cpu().contiguous()},
                   which["logits"])
     else:
-        logits_of(model, held_out, slice(0, 1), None)  # packed weights unpack at the first call: not what is timed
+        logits_of(model, held_out, slice(0, 1), None)  # warmup: the first call unpacks weights
     if which.get("layers"):
         save_file({name: output.cpu() for name, output in layer_outputs(
             model, lambda: logits_of(model, held_out, slice(0, 1), None)).items()}, which["layers"])
     return {
         **read_through(model, held_out, request),
-        # Scales and shapes of quantized weights are kept as parameters too; they are no weights of the model.
+        # Scales and shapes of quantized weights are parameters too, but do not count as weights of the model.
         "parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
                           if not name.endswith(("_scale", "_shape", "_zero_point"))),
         "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
@@ -63,7 +63,7 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
 
 
 def _load(path: str, **options: Any) -> Any:
-    """A causal model; or one of text and images or sound, whose language model a teacher is."""
+    """Load a causal model, or a multimodal one, whose language model may serve as a teacher."""
     try:
         return AutoModelForCausalLM.from_pretrained(path, **options)
     except ValueError as error:
@@ -73,7 +73,7 @@ def _load(path: str, **options: Any) -> Any:
 
 
 def layer_outputs(model: torch.nn.Module, run: Callable[[], Any]) -> dict[str, torch.Tensor]:
-    """What each innermost layer gave when it was first called, in fp32, in the order of calls."""
+    """The output of each leaf module at its first call, in fp32, in the order of calls."""
     found: dict[str, torch.Tensor] = {}
     hooks = []
     for name, module in model.named_modules():
@@ -91,7 +91,7 @@ def layer_outputs(model: torch.nn.Module, run: Callable[[], Any]) -> dict[str, t
 
 def read_through(model: torch.nn.Module, held_out: dict[str, torch.Tensor], request: dict[str, Any]
                  ) -> dict[str, float]:
-    """Bits per byte of all held-out rows, and the median speed of a micro-batch in tokens per second."""
+    """Bits per byte over all held-out rows, and the median tokens per second of a micro-batch."""
     nats, speeds = 0.0, []
     for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
         part = slice(begin, begin + request["micro_batch"])
@@ -110,7 +110,7 @@ def read_through(model: torch.nn.Module, held_out: dict[str, torch.Tensor], requ
 def logits_of(model: Any, held_out: dict[str, torch.Tensor], rows: slice, length: int | None) -> torch.Tensor:
     """(rows, length, vocabulary) logits of packed held-out rows.
 
-    Where rotary frequencies depend on the largest position of a batch, each document is read alone.
+    If rotary frequencies depend on the largest position in a batch, each document gets a forward of its own.
     """
     inputs = {name: held_out[name][rows, :length].to(model.device) for name in ("input_ids", "position_ids")}
     if not any("longrope" in str(getattr(module, "rope_type", "")) for module in model.modules()):
@@ -125,14 +125,15 @@ def logits_of(model: Any, held_out: dict[str, torch.Tensor], rows: slice, length
 
 
 def sample(model: Any, path: str, options: dict[str, Any], request: dict[str, Any]) -> str:
-    """The most probable continuation of the prompt."""
+    """The greedy continuation of the prompt."""
     own = {} if request.get("tokenizer") else options
     tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or path, trust_remote_code=False, **own)
     ids = tokenizer(request["prompt"], return_tensors="pt", add_special_tokens=True).input_ids.to(model.device)
     count = request["sample_tokens"]
     room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + count
     count = max(1, min(count, room - ids.shape[1]))
-    # A call takes what it leaves out from the model's own settings, which may hold penalties; of these the ends count.
+    # generate() takes what is left out from the model's generation config, which may hold penalties. Only its
+    # end-of-sequence tokens are wanted.
     ends = model.generation_config.eos_token_id
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = GenerationConfig(max_new_tokens=count, eos_token_id=ends, pad_token_id=padding)

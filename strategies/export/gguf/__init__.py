@@ -1,1 +1,1 @@
-"""The student for llama.cpp."""
+"""Export to GGUF files for llama.cpp."""

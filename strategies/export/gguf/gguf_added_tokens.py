@@ -1,8 +1,8 @@
-"""How llama.cpp reads text with a tokenizer's added tokens in it, beside how transformers does.
+"""Check whether llama.cpp tokenizes text with a tokenizer's added tokens as transformers does.
 
-A tokenizer.json says of an added token whether it takes the blanks before (`lstrip`) or behind it (`rstrip`), whether
-it is found as a word alone (`single_word`), and whether text is normalized before it is looked for (`normalized`). A
-GGUF file has no room for any of it: llama.cpp finds the token wherever its characters are, and leaves blanks be.
+A tokenizer.json says of an added token whether it absorbs whitespace before (`lstrip`) or after it (`rstrip`), whether
+it must be a whole word (`single_word`), and whether text is normalized before the search for it (`normalized`). GGUF
+has no fields for any of these: llama.cpp matches the token wherever its characters occur, and keeps whitespace.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 from tokenizers import Tokenizer
 
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-AROUND = ("a {} b", "a{}b", "a  {}\n\nb", "{} {}", "a.{}.b")  # that a token is looked for in
-NAMED = 8  # tokens that a message names
+AROUND = ("a {} b", "a{}b", "a  {}\n\nb", "{} {}", "a.{}.b")  # texts in which a token is tried
+NAMED = 8  # most tokens that a message names
 
 
 class GgufReading:
-    """Text read as llama.cpp reads it, by a file made of a tokenizer.
+    """Tokenizes text as llama.cpp does with a GGUF file of a tokenizer.
 
-    Text is first cut at the tokens that were added, the longest ones first, and what lies between is cut and merged as
-    ever (`tokenizer_st_partition` and `cache_special_tokens` of its llama-vocab.cpp).
+    Text is first split at added tokens, longest first; the parts between are pre-tokenized and merged as usual
+    (`tokenizer_st_partition` and `cache_special_tokens` in llama-vocab.cpp).
 
     Args:
-        tokenizer: fast, of transformers; how it cuts and merges plain text is what llama.cpp is known to do.
+        tokenizer: a fast transformers tokenizer, which must treat plain text as llama.cpp does.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -37,7 +37,7 @@ class GgufReading:
         self._plain = Tokenizer.from_str(json.dumps(plain))
 
     def ids(self, text: str) -> list[int]:
-        """Numbers of tokens."""
+        """The token ids of a text."""
         parts: list[str | int] = [text]
         for content in self.longest:
             if content and content in text:
@@ -57,7 +57,7 @@ class GgufReading:
 
 
 def read_otherwise(tokenizer: Any, texts: Iterable[str]) -> Iterator[str]:
-    """The texts that llama.cpp would give other tokens than transformers."""
+    """Yield the texts that llama.cpp would tokenize differently than transformers."""
     reading = GgufReading(tokenizer)
     for text in texts:
         if reading.ids(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
@@ -65,15 +65,15 @@ def read_otherwise(tokenizer: Any, texts: Iterable[str]) -> Iterator[str]:
 
 
 def check_added_tokens(tokenizer: Any, texts: list[str]) -> list[str]:
-    """What is to be said of added tokens that llama.cpp reads otherwise, where no text that matters has them.
+    """Notes on added tokens that llama.cpp tokenizes differently, if they cannot occur in text that matters.
 
     Args:
-        tokenizer: fast, of transformers.
-        texts: of the data.
+        tokenizer: a fast transformers tokenizer.
+        texts: samples of the training data.
 
     Raises:
-        ValueError: it reads one of the texts otherwise, a token that the chat template writes, or one that is no
-            special token and so can be in any text.
+        ValueError: llama.cpp would tokenize differently one of the texts, a token that the chat template uses, or one
+            that is not a special token and so can occur in any text.
     """
     wrong = next(read_otherwise(tokenizer, texts), None)
     reading, apart = GgufReading(tokenizer), []
@@ -102,7 +102,7 @@ def _named(tokens: list[tuple[str, list[str]]]) -> str:
 
 
 def _part(tokenizer: Any, text: str) -> str:
-    """The beginning of where two readings part."""
+    """The first tokens in which the two tokenizations differ."""
     ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], GgufReading(tokenizer).ids(text)
     place = next((number for number, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other),
                  min(len(ours), len(theirs)))

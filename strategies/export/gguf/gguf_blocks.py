@@ -1,4 +1,4 @@
-"""Numbers and scales of a quantized layer as blocks of llama.cpp's types, each of which gives the same weights."""
+"""Pack the integers and scales of a quantized layer into llama.cpp's block types, so that weights stay identical."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Parts = tuple[numpy.ndarray, ...]
 
 @dataclass(frozen=True)
 class GgufBlock:
-    """A type of GGUF: some neighboring weights with one scale, a block of bytes.
+    """A GGUF block type: a block of bytes for a number of adjacent weights that share a scale.
 
     Attributes:
-        name: as llama.cpp has it.
-        kind: of the numbers.
-        bits: of a number.
-        zero_point: whether there is one.
-        weights: of a block.
-        bytes: of a block.
-        parts: from numbers (blocks, weights) int16, scales (blocks, 2) and zero points (blocks, 1) uint8, counted from
-            the smallest number, to the fields of blocks in order, each (blocks, bytes of it) uint8.
+        name: llama.cpp's name.
+        kind: of the quantized values, like a quantizer's `kind`.
+        bits: per value.
+        zero_point: whether the type has zero points.
+        weights: number of weights in a block.
+        bytes: size of a block.
+        parts: maps values (blocks, weights) int16, scales (blocks, 2) uint8, and zero points (blocks, 1) uint8, offset
+            so that the smallest value is 0, to the fields of blocks in order, each (blocks, bytes of the field) uint8.
     """
 
     name: str
@@ -37,10 +37,10 @@ class GgufBlock:
     parts: Callable[[numpy.ndarray, numpy.ndarray, numpy.ndarray], Parts]
 
     def holds(self, quantizer: Quantizer, inputs: int) -> bool:
-        """Whether every weight such a quantizer makes of rows of `inputs` is in the type, bit for bit.
+        """Whether the type represents every weight of such a quantizer exactly, for rows of `inputs` weights.
 
-        A larger group has its scale repeated. Where the type has no zero points, q - zero_point is written, which may
-        need one bit more; a symmetric number never gets more bits than it was trained with.
+        The scale of a larger group is repeated. If the type has no zero points, q - zero_point is stored, which needs
+        one more bit; symmetric values never get more bits than they were trained with.
         """
         if self.kind != quantizer.kind or (quantizer.group_size or inputs) % self.weights:
             return False
@@ -49,15 +49,15 @@ class GgufBlock:
 
     @property
     def bits_per_weight(self) -> float:
-        """With the scale."""
+        """Bits per weight, including the scale."""
         return 8 * self.bytes / self.weights
 
 
 def block_for(layer: Quantized, name: str) -> GgufBlock:
-    """The smallest type that holds a layer.
+    """The smallest type that represents a layer exactly.
 
     Raises:
-        ValueError: there is none; the message says which schemes have one.
+        ValueError: there is none; the message lists the supported schemes.
     """
     quantizer, inputs = layer.quantizer, layer.weight.shape[-1]
     if layer.activations is not None:
@@ -91,11 +91,11 @@ def blocks_of(layer: Quantized, block: GgufBlock, name: str = "weight", rows: to
     """A layer's weight (outputs, inputs) as (outputs, bytes of a row), uint8.
 
     Args:
-        name: of the layer, for messages.
-        rows: (outputs,) the order of outputs, where it is another one.
+        name: of the layer, for error messages.
+        rows: (outputs,) order in which outputs are written; None for unchanged.
 
     Raises:
-        ValueError: a scale that was given to the layer is no number of float16.
+        ValueError: a scale of the layer is not exactly representable in float16.
     """
     grid, numbers = layer.grid(), layer.numbers()
     scale = grid.scale.to(torch.float16)
@@ -107,7 +107,7 @@ def blocks_of(layer: Quantized, block: GgufBlock, name: str = "weight", rows: to
     count = inputs // block.weights
 
     def of_blocks(values: torch.Tensor) -> torch.Tensor:
-        """(outputs, groups) to (outputs, blocks of a row), in the order of `rows`."""
+        """Repeat (outputs, groups) to (outputs, blocks of a row), in the order of `rows`."""
         values = values.expand(outputs, -1)
         values = values.repeat_interleave(count // values.shape[1], dim=1)
         return values if rows is None else values[rows]
@@ -124,12 +124,13 @@ def blocks_of(layer: Quantized, block: GgufBlock, name: str = "weight", rows: to
     return found.reshape(outputs, -1)
 
 
-# ---- layouts, which ggml's `ggml-common.h` defines
+# ---- layouts, as defined in ggml's `ggml-common.h`
 
 def _packed(numbers: numpy.ndarray, bits: int, width: int) -> numpy.ndarray:
-    """Numbers (blocks, weights) of few bits, in bytes (blocks, weights * bits / 8).
+    """Pack values (blocks, weights) of a few bits into bytes (blocks, weights * bits / 8).
 
-    `width` neighbors go into as many bytes, the next ones into higher bits of the same bytes until these are full.
+    `width` adjacent values go into as many bytes, and the next ones into higher bits of the same bytes until these are
+    full.
     """
     fields = numbers.astype(numpy.uint8).reshape(len(numbers), -1, 8 // bits, width)
     shifts = numpy.arange(0, 8, bits, dtype=numpy.uint8).reshape(1, 1, -1, 1)
@@ -157,7 +158,7 @@ def _eight(numbers: numpy.ndarray, scale: numpy.ndarray, _: numpy.ndarray) -> Pa
     return scale, numbers.astype(numpy.int8).view(numpy.uint8)
 
 
-# Types for 256 weights have a small whole number for each 16 or 32 of them that the scale is multiplied with: here one.
+# Types of 256 weights have an integer factor on the scale for each 16 or 32 weights, which is 1 here.
 
 def _two_of_256(numbers: numpy.ndarray, scale: numpy.ndarray, zero: numpy.ndarray) -> Parts:
     return (1 | zero << 4).repeat(16, 1), _packed(numbers + 2, 2, 32), scale, scale
@@ -165,12 +166,12 @@ def _two_of_256(numbers: numpy.ndarray, scale: numpy.ndarray, zero: numpy.ndarra
 
 def _three_of_256(numbers: numpy.ndarray, scale: numpy.ndarray, _: numpy.ndarray) -> Parts:
     numbers = numbers + 4
-    ones = _constant(scale, *[0x11] * 8, *[0xAA] * 4)  # 33 sixteen times, low four bits first: 32 is subtracted
+    ones = _constant(scale, *[0x11] * 8, *[0xAA] * 4)  # 33 sixteen times, low four bits first: readers subtract 32
     return _packed(numbers >> 2, 1, 32), _packed(numbers & 3, 2, 32), ones, scale
 
 
 def _ones_and(zero: numpy.ndarray) -> numpy.ndarray:
-    """Eight ones and eight zero points (blocks, 12), each of six bits, of the last four of which two are elsewhere."""
+    """Eight factors of 1 and eight zero points in 6 bits each (blocks, 12); the last four have two bits elsewhere."""
     return numpy.concatenate([_constant(zero, 1, 1, 1, 1), (zero | zero >> 4 << 6).repeat(4, 1),
                               (1 | zero << 4).repeat(4, 1)], axis=1)
 

@@ -1,4 +1,4 @@
-"""The student as a GGUF file, for llama.cpp and what is built on it: numbers and scales of training, as they are."""
+"""Export to a GGUF file for llama.cpp and tools built on it, with the integers and scales of training unchanged."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from strategies.export.gguf.gguf_blocks import GgufBlock, block_for, blocks_of
 from strategies.export.gguf.gguf_vocabulary import Vocabulary, vocabulary_of
 from strategies.export.quantized_layers import Quantized, quantized_layers
 
-GRID = ("first_ratio", "log_ratio", "scale", "zero_point")  # of a quantized layer, beside its weight
+GRID = ("first_ratio", "log_ratio", "scale", "zero_point")  # what quantization adds to a layer
 SUFFIXES = (".weight", ".bias")
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # llama.cpp's, by ours
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # llama.cpp's by ours
 PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-QUANTIZATION_VERSION = 2  # of ggml's blocks
+QUANTIZATION_VERSION = 2  # version of ggml's block formats
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Entry:
     """A tensor of the file.
 
     Attributes:
-        name: llama.cpp's.
+        name: llama.cpp's name.
         shape: rows first.
-        type: the name of a GGUF type.
-        bytes: of its data.
-        source: a quantized layer and its type, or a tensor.
-        rows: (outputs,) the order of rows, where it is another one.
+        type: name of the GGUF type.
+        bytes: size of its data.
+        source: a quantized layer and its block type, or a tensor.
+        rows: (outputs,) order in which rows are written; None for unchanged.
     """
 
     name: str
@@ -47,20 +47,21 @@ class Entry:
 
 
 def write_gguf(file: Path | str, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float16) -> None:
-    """Write a model so that llama.cpp loads it. One tensor is in memory at a time.
+    """Write a model so that llama.cpp loads it, converting one tensor at a time to save memory.
 
-    Quantized layers are written in the smallest type that gives the same weights, q - zero_point times scale in fp32:
-    see `gguf_blocks.BLOCKS`. Embeddings whose weights are the head's are written once. Written beside and renamed.
+    Quantized layers are written in the smallest type that gives the same weights, scale * (q - zero_point) in fp32; see
+    `gguf_blocks.BLOCKS`. Embeddings that are tied to the head are written once. The file is written under another name
+    and then renamed.
 
     Args:
-        file: where; replaced if it exists.
-        model: a causal language model of transformers, its quantized layers still fake-quantizing.
-        tokenizer: byte-level BPE, of transformers.
-        dtype: of matrices that are not quantized. Vectors are rounded to it, and stored in float32, as llama.cpp wants
+        file: the target; replaced if it exists.
+        model: a transformers causal language model, whose quantized layers still fake-quantize.
+        tokenizer: a byte-level BPE tokenizer of transformers.
+        dtype: of matrices that are not quantized. Vectors are rounded to it but stored in float32, as llama.cpp expects
             them.
 
     Raises:
-        ValueError: the model, a layer or the tokenizer is what llama.cpp has nothing for.
+        ValueError: llama.cpp does not support the model, a layer, or the tokenizer.
     """
     check_gguf(model)
     if dtype not in PLAIN:
@@ -89,7 +90,7 @@ def write_gguf(file: Path | str, model: nn.Module, tokenizer: Any, dtype: torch.
 
 
 def check_gguf(model: nn.Module) -> None:
-    """Raise `ValueError` where a model, of which shapes are enough, is what GGUF or llama.cpp cannot hold."""
+    """Raise `ValueError` if GGUF or llama.cpp does not support a model; only shapes are needed, not weights."""
     _library()
     config = model.config
     if config.model_type not in ARCHITECTURES:
@@ -113,15 +114,15 @@ def check_gguf(model: nn.Module) -> None:
 
 
 def read_by_gguf(tokenizer: Any, size: int, texts: list[str]) -> list[str]:
-    """What is to be said of how llama.cpp reads text, by a file with a tokenizer; see `check_added_tokens`.
+    """Notes on how llama.cpp would tokenize text with an exported tokenizer; see `check_added_tokens`.
 
     Args:
-        tokenizer: of transformers.
-        size: tokens that the model has logits for.
-        texts: that it has to read as transformers does.
+        tokenizer: a transformers tokenizer.
+        size: number of the model's logits.
+        texts: texts that must be tokenized as transformers does.
 
     Raises:
-        ValueError: llama.cpp has no such tokenizer, or would read the texts otherwise.
+        ValueError: llama.cpp has no such tokenizer, or would tokenize the texts differently.
     """
     vocabulary_of(tokenizer, size)
     return check_added_tokens(tokenizer, texts)
@@ -129,9 +130,9 @@ def read_by_gguf(tokenizer: Any, size: int, texts: list[str]) -> list[str]:
 
 @torch.no_grad()
 def dequantized_reference(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:
-    """A plain copy of a model, in float32, with the weights that its file gives: what a reader has to reproduce.
+    """A plain float32 copy of a model with the weights of its GGUF file, which a reader of the file has to reproduce.
 
-    Quantized weights are scale * (q - zero_point) in fp32, of which a dtype of 16 bits would round some.
+    Quantized weights are scale * (q - zero_point) in fp32; some of these would be rounded in a 16-bit dtype.
     """
     layers, state = dict(quantized_layers(model)), {}
     for name, tensor in model.state_dict().items():
@@ -143,7 +144,7 @@ def dequantized_reference(model: nn.Module, dtype: torch.dtype = torch.float16) 
     plain = type(model)(copy.deepcopy(model.config)).float()
     plain.load_state_dict(state)
     for name, tensor in plain.state_dict().items():
-        if not torch.equal(tensor, state[name].to(tensor)):  # of two that the configuration takes for one
+        if not torch.equal(tensor, state[name].to(tensor)):  # tied by the configuration, yet trained separately
             raise ValueError(f"{name} is lost where a model is made from this configuration, and was trained")
     return plain.to(next(model.parameters()).device).eval()
 
@@ -168,7 +169,7 @@ def _library() -> Any:
 # ---- tensors
 
 def _entries(model: nn.Module, dtype: torch.dtype) -> Iterator[Entry]:
-    """Every tensor once; of those that are tied, the first."""
+    """Yield every tensor once; of tied ones, the first."""
     config, names = model.config, _names(model.config)
     layers, seen = dict(quantized_layers(model)), set()
     yield from _frequencies(model)
@@ -189,20 +190,20 @@ def _entries(model: nn.Module, dtype: torch.dtype) -> Iterator[Entry]:
 
 
 def _names(config: Any) -> Any:
-    """llama.cpp's names of tensors by ours."""
+    """The map from transformers' tensor names to llama.cpp's."""
     gguf = _library()
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
     return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
 
 def _within(name: str, layers: dict[str, Quantized]) -> bool:
-    """Whether a tensor is part of the blocks that a quantized layer is written as."""
+    """Whether a tensor belongs to a quantized layer's scales, which are written inside its blocks."""
     owner, _, part = name.rpartition(".")
     return owner in layers and part in GRID
 
 
 def _rotary_rows(name: str, config: Any) -> torch.Tensor | None:
-    """The order of a query's or key's rows, where llama.cpp rotates neighbors and transformers halves of a head."""
+    """The order of query or key rows if llama.cpp rotates adjacent pairs, where transformers pairs halves of a head."""
     if ARCHITECTURES[config.model_type] != "llama" or ".q_proj." not in name and ".k_proj." not in name:
         return None
     heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
@@ -214,7 +215,7 @@ def _head_width(config: Any) -> int:
 
 
 def _frequencies(model: nn.Module) -> Iterator[Entry]:
-    """By what llama.cpp divides the frequencies of positions, (head_dim / 2,), for positions of the kind `llama3`."""
+    """Divisors (head_dim / 2,) that llama.cpp applies to rotary frequencies, for `rope_type` `llama3`."""
     parameters = model.config.rope_parameters
     if parameters["rope_type"] == "llama3":
         scaled = model.model.rotary_emb.original_inv_freq.double().cpu()
@@ -224,7 +225,7 @@ def _frequencies(model: nn.Module) -> Iterator[Entry]:
 
 @torch.no_grad()
 def _data(entry: Entry, dtype: torch.dtype) -> numpy.ndarray:
-    """The bytes of a tensor."""
+    """The data of a tensor as uint8."""
     if isinstance(entry.source, tuple):
         return blocks_of(*entry.source, entry.name, entry.rows)
     tensor = entry.source.detach() if entry.rows is None else entry.source.detach()[entry.rows]
@@ -238,7 +239,7 @@ def _data(entry: Entry, dtype: torch.dtype) -> numpy.ndarray:
 # ---- metadata
 
 def _describe(writer: Any, model: nn.Module, vocabulary: Vocabulary, entries: list[Entry]) -> None:
-    """Everything that is not a tensor."""
+    """Write the file's metadata."""
     gguf, config, rope = _library(), model.config, model.config.rope_parameters
     width = _head_width(config)
     writer.add_type("model")
@@ -266,7 +267,7 @@ def _describe(writer: Any, model: nn.Module, vocabulary: Vocabulary, entries: li
 
 
 def _file_type(gguf: Any, most: str) -> int:
-    """llama.cpp's number for files mostly of a type."""
+    """llama.cpp's enum value for files whose tensors are mostly of one type."""
     names = {kind.name: kind for kind in gguf.LlamaFileType}
     return names["ALL_F32"] if most == "F32" else next(
         kind for name, kind in names.items() if name in (f"MOSTLY_{most}", f"MOSTLY_{most}_S"))

@@ -1,4 +1,4 @@
-"""The tokenizer as GGUF has it: tokens, merges, and where text is cut."""
+"""Convert a tokenizer to GGUF: tokens, merges, and the pre-tokenizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Vocabulary:
     """A byte-level BPE tokenizer.
 
     Attributes:
-        tokens: by number, as many as the model has.
-        types: of tokens, as llama.cpp numbers them.
-        merges: pairs with a space between, first those that are merged first.
-        pretokenizer: llama.cpp's name for how text is cut.
-        special: numbers of `bos`, `eos`, `pad` and `unk`, of those there are.
-        add_bos, add_eos: whether text gets them.
-        chat_template: in Jinja.
+        tokens: strings by id, one for each of the model's logits.
+        types: llama.cpp's type of each token.
+        merges: pairs separated by a space, in order of priority.
+        pretokenizer: llama.cpp's name of the pre-tokenizer.
+        special: ids of `bos`, `eos`, `pad` and `unk`, as far as they exist.
+        add_bos, add_eos: whether they are added to text.
+        chat_template: a Jinja template, or None.
     """
 
     tokens: list[str]
@@ -36,14 +36,14 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
-    """What GGUF needs of a fast tokenizer.
+    """Convert a fast tokenizer to its GGUF form.
 
     Args:
-        tokenizer: of transformers.
-        size: tokens that the model has logits for; those without text are marked unused.
+        tokenizer: a transformers tokenizer.
+        size: number of the model's logits; ids without a token are marked unused.
 
     Raises:
-        ValueError: llama.cpp has no tokenizer that cuts and merges text alike.
+        ValueError: llama.cpp has no equivalent tokenizer.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} has no tokenizer.json, which tokens and merges are taken from")
@@ -66,20 +66,20 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
 
 
 def _pretokenizer(spec: dict[str, Any]) -> str:
-    """llama.cpp's name for how a tokenizer.json cuts text.
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json, found by comparing its definition.
 
-    Its own converter takes a name by what a tokenizer makes of a test string; two that differ elsewhere are one to it.
+    llama.cpp's own converter goes by the tokens of a test string, and so confuses two that differ only on other text.
     """
     model, normalizer = spec["model"], spec["normalizer"]
     if model["type"] != "BPE" or model.get("byte_fallback") or model.get("continuing_subword_prefix") or model.get(
             "end_of_word_suffix"):
         raise ValueError(f"the tokenizer is a {model['type']} that does not work on bytes alone: GGUF is written with "
                          "byte-level BPE, which `train_vocabulary` trains")
-    # NFC is what models are shipped with whose files say nothing of it: llama.cpp takes text to be composed already.
+    # NFC is accepted: GGUF files of models that have it do not record it, as llama.cpp expects composed text.
     if normalizer is not None and normalizer["type"] != "NFC":
         raise ValueError(f"the tokenizer changes text first ({normalizer['type']}), and llama.cpp does not")
     steps = spec["pre_tokenizer"] or {}
-    steps = [{key: value for key, value in step.items() if key != "trim_offsets"}  # of offsets, not of tokens
+    steps = [{key: value for key, value in step.items() if key != "trim_offsets"}  # affects offsets, not tokens
              for step in steps.get("pretokenizers", [steps])]
     for name, known in PRETOKENIZERS.items():
         if known == {"steps": steps, "ignore_merges": bool(model.get("ignore_merges"))}:

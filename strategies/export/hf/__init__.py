@@ -1,1 +1,1 @@
-"""The student as a transformers folder."""
+"""Export to a folder that transformers loads."""

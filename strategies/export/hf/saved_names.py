@@ -1,4 +1,4 @@
-"""Names of tensors in a file: transformers keeps some weights otherwise in memory than on disk, experts above all."""
+"""Names of tensors on disk: transformers stores some weights differently in memory, above all those of experts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.core_model_loading import revert_weight_conversion
 
-MADE_FROM = "_weight_conversions"  # what a loaded model remembers of its file, old names among it
+MADE_FROM = "_weight_conversions"  # the conversions, including old names, that a loaded model remembers of its file
 
 
 def as_saved(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a model under the names, and in the pieces, that its own `save_pretrained` writes.
+    """Tensors of a model under the names and in the pieces that its own `save_pretrained` writes.
 
-    They are those of a model that was made from its configuration, whatever file its weights once came from: a student
-    has the same names after every engine.
+    The names are those of a model made from its configuration, whatever file its weights came from, so that a student
+    has the same names with every sharding engine.
     """
     with _made_afresh(model):
         return dict(revert_weight_conversion(model, dict(tensors)))
@@ -26,23 +26,23 @@ def as_saved(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str,
 def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors under the names that `save_pretrained` writes, but in the pieces that the model has in memory.
 
-    What a file has in other pieces keeps its name, which transformers reads as well.
+    A tensor that a file would have in other pieces keeps its name, which transformers can read too.
     """
     names = {id(tensor): name for name, tensor in as_saved(model, tensors).items()}
     return {names.get(id(tensor), name): tensor for name, tensor in tensors.items()}
 
 
 def saved_rows(model: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, dict[str, torch.Tensor]]:
-    """For each weight, the names that its rows have in a file, and which rows those are.
+    """For each weight, the tensors of the file that hold its rows, and which rows each holds.
 
-    Found by writing row numbers in place of weights, so that it holds for whatever transformers does with them.
+    They are found by converting row indices in place of weights, so the result is right whatever transformers does.
 
     Args:
         shapes: of weights (..., outputs, inputs) by name; rows are counted over all but the last dimension.
 
     Returns:
-        By weight: name in the file -> numbers (rows,) of the rows that it has. Empty where a file mixes rows of several
-        weights, turns them around or has more than two dimensions for them.
+        For each weight, a dict from a name in the file to the indices (rows,) of its rows. It is empty if the file
+        mixes rows of several weights, transposes them, or stores them in more than two dimensions.
     """
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in shapes}
     with unset_fake_temporarily(), torch.device("cpu"):

@@ -1,4 +1,4 @@
-"""The student as a transformers folder: safetensors, integer weights bit-packed in the compressed-tensors format."""
+"""Export to a transformers folder: safetensors, with quantized weights in the compressed-tensors format."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from strategies.export.quantized_layers import (
 from strategies.export.weight_reads import weight_reads
 
 PARTS = ("weight", "first_ratio", "log_ratio", "scale", "zero_point", "input_scale")  # of a layer; see `_packed`
-EXPERTS = r"re:.*\.experts\.\d+\..*"  # that files have apart: transformers looks for a pattern with this word
+EXPERTS = r"re:.*\.experts\.\d+\..*"  # separate in files; transformers looks for a pattern with the word "experts"
 
 
 def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> None:
     """Write a model so that `AutoModelForCausalLM.from_pretrained(folder)` loads it.
 
-    Written beside and renamed: an interrupted export leaves no folder that looks finished.
+    The folder is written under another name and then renamed: an interrupted export leaves none that looks finished.
 
     Args:
-        folder: where; replaced if it exists.
-        model: the trained model, its quantized layers still fake-quantizing: each has its `quantizer`.
-        tokenizer: saved with it.
+        folder: the target; replaced if it exists.
+        model: the trained model, whose quantized layers still fake-quantize: each has a `quantizer`.
+        tokenizer: saved with the model.
         dtype: dtype of everything that is not quantized, and of the scales.
 
     Raises:
-        ValueError: a layer is what the format cannot hold.
+        ValueError: the format cannot represent one of the layers.
     """
     check_folder(model)
     folder = Path(folder)
@@ -55,7 +55,7 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     partial.mkdir(parents=True)
     dense = _dense(model, dtype, skip={part_name(name, layer, part) for name, layer in quantized.items()
                                        for part in PARTS} | {weight_name(*item) for item in quantized.items()})
-    # Of a quantized file transformers takes experts apart only where they are packed: others stay as they are.
+    # In a quantized file, transformers expects separate experts only if they are packed; others keep their layout.
     tensors = renamed(model, dense) if quantized else as_saved(model, dense)
     tensors |= _pieces(model, _once(quantized))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -69,7 +69,7 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
 
 
 def _remove(folder: Path) -> None:
-    """A folder, or a link to one, whose own content stays."""
+    """Remove a folder; of a symbolic link to one, remove only the link."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -77,7 +77,7 @@ def _remove(folder: Path) -> None:
 
 
 def _dense(model: nn.Module, dtype: torch.dtype, skip: set[str]) -> dict[str, torch.Tensor]:
-    """Full-precision tensors by name; of tensors that are tied, the first name."""
+    """Full-precision tensors by name; tied tensors once, under their first name."""
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         identity = (tensor.data_ptr(), tensor.shape)
@@ -90,11 +90,11 @@ def _dense(model: nn.Module, dtype: torch.dtype, skip: set[str]) -> dict[str, to
 
 
 def check_folder(model: nn.Module) -> None:
-    """Raise `ValueError` where a quantized layer is what a folder cannot hold, so that transformers reloads it.
+    """Raise `ValueError` if transformers could not reload one of the quantized layers from a folder.
 
-    What it can and cannot was tried with compressed-tensors 0.20 and transformers 5.24: packed weights with zero points
-    of groups or channels, and embeddings, load where weights are dequantized at once, which forgets activations and
-    takes all layers for one kind.
+    The limits were found with compressed-tensors 0.20 and transformers 5.24. Packed weights with zero points of groups
+    or channels, and embeddings, load only if weights are dequantized at load time, which ignores the quantization of
+    activations and treats all layers as quantized alike.
     """
     layers = dict(quantized_layers(model))
     whole, read = next(iter(_dequantized(model, layers)), None), weight_reads(model).read
@@ -122,7 +122,7 @@ def check_folder(model: nn.Module) -> None:
 
 
 def must_be_alike(model: nn.Module) -> str | None:
-    """A quantized layer that transformers takes for one with the numbers of others; None where each has its own."""
+    """A layer that transformers can load only if others are quantized like it; None if each may have its own scheme."""
     layers = dict(quantized_layers(model))
     whole = _dequantized(model, layers)
     experts = [name for name, layer in layers.items() if not is_module(layer)]
@@ -130,10 +130,10 @@ def must_be_alike(model: nn.Module) -> str | None:
 
 
 def no_place(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
-    """Layers that a folder has no place for, quantized in whatever way, each with the reason.
+    """Layers that a folder cannot represent however they are quantized, each with the reason.
 
     Args:
-        layers: of the model, quantized or still to be.
+        layers: layers of the model by name, quantized or still to be.
     """
     shapes = {name: layer.weight.shape for name, layer in layers.items() if not is_module(layer)}
     kept, found, used = saved_rows(model, shapes), {}, weight_reads(model).used
@@ -148,7 +148,7 @@ def no_place(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cannot_hold(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, str]:
-    """Quantized layers that the format has no place for as they are, each with the reason."""
+    """Quantized layers that the format cannot represent with their present scheme, each with the reason."""
     found, experts = no_place(model, layers), {name: layer for name, layer in layers.items() if not is_module(layer)}
     first = next(iter(experts.values()), None)
     for name, layer in layers.items():
@@ -166,27 +166,27 @@ def _cannot_hold(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, st
 
 
 def _dequantized(model: nn.Module, layers: Mapping[str, Quantized]) -> list[str]:
-    """Quantized layers that transformers can load only if it dequantizes all of them at once."""
+    """Quantized layers because of which transformers must dequantize all layers at load time."""
     read = weight_reads(model).read
     return [name for name, layer in layers.items() if _loads_dequantized(layer)
             or (name in read and folder_format(layer) == "pack-quantized")]
 
 
 def _loads_dequantized(layer: Quantized) -> bool:
-    """Whether transformers can load a layer only if it dequantizes it at once."""
+    """Whether transformers can load a layer only by dequantizing it at load time."""
     quantizer = layer.quantizer
     return isinstance(layer, nn.Embedding) or is_turned(layer) or (
         not quantizer.symmetric and not quantizer.per_tensor and folder_format(layer) == "pack-quantized")
 
 
 def _once(quantized: dict[str, Quantized]) -> dict[str, Quantized]:
-    """Of layers that share a weight, the first."""
+    """The first of the layers that share a weight."""
     first: dict[int, str] = {}
     return {name: layer for name, layer in quantized.items() if first.setdefault(id(layer.weight), name) == name}
 
 
 def _pieces(model: nn.Module, quantized: dict[str, Quantized]) -> dict[str, torch.Tensor]:
-    """The tensors of quantized layers, those of experts apart, by the names that they have in a file."""
+    """The tensors of quantized layers by their names in a file, with one tensor for each expert."""
     rows = saved_rows(model, {weight_name(name, layer): layer.weight.shape for name, layer in quantized.items()})
     tensors = {}
     for name, layer in quantized.items():
@@ -200,10 +200,10 @@ def _pieces(model: nn.Module, quantized: dict[str, Quantized]) -> dict[str, torc
 
 @torch.no_grad()
 def _packed(layer: Quantized, saved: dict[str, torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Numbers, scales and zero points of one layer, as the compressed-tensors format names them.
+    """Yield integers, scales and zero points of a layer under the names of the compressed-tensors format.
 
     Args:
-        saved: rows of the layer by the name of a weight in the file; None for all.
+        saved: the layer's rows in each weight of the file, by name; None for all rows.
     """
     quantizer, grid, every = layer.quantizer, layer.grid(), layer.numbers().cpu()
     scales, zeros = grid.scale.cpu(), None if grid.zero_point is None else grid.zero_point.to(torch.int8).cpu()
@@ -228,12 +228,12 @@ def _packed(layer: Quantized, saved: dict[str, torch.Tensor | None]) -> Iterator
 
 
 def format_bits(quantizer: Quantizer) -> int:
-    """Bits that the format gives a number: it has no numbers of a bit that are one step from zero on either side."""
+    """Bits of an integer in the file: 1-bit values, which are one step above or below zero, take 2 bits there."""
     return max(2, quantizer.bits)
 
 
 def folder_format(layer: Quantized) -> str:
-    """How the format names what a layer is written as."""
+    """The compressed-tensors name of the format that a layer is written in."""
     if layer.quantizer.kind == "fp8":
         return "float-quantized" if layer.activations is not None else "naive-quantized"
     return "int-quantized" if layer.activations is not None and layer.quantizer.bits == 8 else "pack-quantized"
@@ -266,7 +266,7 @@ def _scheme(layer: Quantized, names: list[str]) -> QuantizationScheme:
     quantizer = layer.quantizer
     strategy = "tensor" if quantizer.per_tensor else "group" if quantizer.group_size else "channel"
     size: dict[str, Any] = {"strategy": strategy, "group_size": quantizer.group_size}
-    if is_turned(layer) and strategy == "group":  # of inputs, which are the rows of what is stored
+    if is_turned(layer) and strategy == "group":  # groups of inputs, which are the rows of the stored matrix
         size = {"strategy": "block", "block_structure": [quantizer.group_size, 1]}
     weights = QuantizationArgs(num_bits=format_bits(quantizer), type="float" if quantizer.kind == "fp8" else "int",
                                symmetric=quantizer.symmetric, **size)
@@ -283,5 +283,5 @@ def _inputs(activations: Activations | None) -> QuantizationArgs | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, in order; none where it is no folder here."""
+    """The weight files of a folder, sorted; empty if it is not a local folder."""
     return sorted(folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The config.json of a student, for tools of today and of yesterday, and the code that a model brings along."""
+"""Write config.json so that transformers 4 and 5 both read it right, along with a model's custom code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
-# Names that transformers 4 has for the base of all layers, and of those with a window, where they are its own.
+# Model types for which transformers 4 has its own names for the rotary base: of all layers, and of sliding-window ones.
 BASES = {"gemma3_text": ("rope_theta", "rope_local_base_freq"), "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
          "modernbert": ("global_rope_theta", "local_rope_theta"),
          "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
@@ -21,23 +21,23 @@ SHARES = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
 
 
 def config_of(model: nn.Module, dtype: torch.dtype) -> Any:
-    """A copy of a model's configuration that says what the model is, as it is written.
+    """A copy of a model's configuration that describes the model as it is exported.
 
-    Where head and embeddings are two, it says so, whatever it said before.
+    If head and embeddings are separate tensors, `tie_word_embeddings` is set to False, whatever it was before.
     """
     config = type(model.config)(**model.config.to_dict())
     config.architectures, config.dtype = [type(model).__name__], dtype
     if getattr(config, "tie_word_embeddings", False) and _two(model):
         config.tie_word_embeddings = False
-    if isinstance(known := getattr(config, "auto_map", None), dict):  # the code lies beside it, not where it came from
+    if isinstance(known := getattr(config, "auto_map", None), dict):  # its code is copied next to it
         config.auto_map = {name: value.rpartition("--")[2] if isinstance(value, str) else value
                            for name, value in known.items()}
     return config
 
 
 def write_config(config: Any, folder: Path, model: nn.Module) -> None:
-    """Write config.json, and beside it the code of a model that brings its own."""
-    if getattr(model, "_auto_class", None) is not None:  # its class is code that came with it, and goes with it
+    """Write config.json, and next to it the custom code of a model that has some."""
+    if getattr(model, "_auto_class", None) is not None:  # a class from custom code, which is exported too
         custom_object_save(model, folder, config=config)
         if type(model.config).__module__.startswith("transformers_modules"):
             custom_object_save(model.config, folder)
@@ -48,16 +48,15 @@ def write_config(config: Any, folder: Path, model: nn.Module) -> None:
 
 
 def with_old_keys(config: Any, written: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What a configuration is written as, with the keys that transformers 4 reads beside those of transformers 5.
+    """The JSON of a configuration, with the keys that transformers 4 reads in addition to those of transformers 5.
 
-    transformers 5 keeps all that it knows of rotary positions in `rope_parameters`, of which 4.57 knows nothing: it
-    takes the base of its own defaults, without a word. Keys that transformers 5 would take for something else are left
-    out.
+    transformers 5 keeps everything about rotary embeddings in `rope_parameters`, which 4.57 ignores: it silently uses
+    its default base. Keys that transformers 5 would interpret differently are left out.
 
     Args:
-        config: as it is.
+        config: the configuration.
         written: the same as JSON.
-        model: what it is of.
+        model: the model that it belongs to.
     """
     old = {"torch_dtype": written["dtype"]} if "dtype" in written else {}
     if getattr(config, "tie_word_embeddings", None) is not None:
@@ -70,7 +69,7 @@ def with_old_keys(config: Any, written: dict[str, Any], model: nn.Module) -> dic
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """Rotary positions as transformers 4 has them; nothing where it has no keys for them."""
+    """The rotary embedding settings under transformers 4's keys; empty if it has no keys for them."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = {name: value for name, value in parameters.items() if isinstance(value, dict)}
     kinds = {name: value for name, value in kinds.items() if "rope_theta" in value}
@@ -93,7 +92,7 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def _turns(model: nn.Module, share: float) -> bool:
-    """Whether a model turns this share of each head, and not all of it whatever its configuration says."""
+    """Whether a model really rotates this share of each head, and not all of it despite its configuration."""
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     turned = {2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
@@ -102,7 +101,7 @@ def _turns(model: nn.Module, share: float) -> bool:
 
 def _scaling(config: Any, whole: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in whole.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    if config.model_type.startswith("phi3"):  # of which 4.57 wants three keys
+    if config.model_type.startswith("phi3"):  # for which 4.57 expects three keys
         wanted = {"type": kept["rope_type"], **{name: kept[name] for name in FACTORS if name in kept}}
     else:
         wanted = kept
@@ -112,22 +111,22 @@ def _scaling(config: Any, whole: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reads_alike(config: Any, values: dict[str, Any]) -> bool:
-    """Whether transformers 5 makes the same rotary positions of a config.json."""
+    """Whether transformers 5 reads the same rotary settings from a config.json."""
     try:
-        again = type(config)(**copy.deepcopy(values))  # which it writes into
-    except Exception:  # a configuration of other people's code may have no room for more keys
+        again = type(config)(**copy.deepcopy(values))  # it modifies its arguments
+    except Exception:  # the configuration class of custom code may reject additional keys
         return False
     found = {**(again.rope_parameters or {})}
-    found.pop("type", None)  # what 4.57 calls `rope_type` in some
+    found.pop("type", None)  # 4.57's name for `rope_type` in some models
     return found == config.rope_parameters
 
 
 def _two(model: nn.Module) -> bool:
-    """Whether weights that the configuration takes for one are two."""
+    """Whether weights that are tied by the configuration are in fact separate."""
     for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         try:
             if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(other):
                 return True
-        except AttributeError:  # of a layer that holds its numbers otherwise
+        except AttributeError:  # of a layer that stores its weight in another form
             continue
     return False

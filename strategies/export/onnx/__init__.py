@@ -1,1 +1,1 @@
-"""The student for ONNX Runtime."""
+"""Export to ONNX for ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""The student for ONNX Runtime: a graph whose packed weights and scales are those of training."""
+"""Export to ONNX for ONNX Runtime, with the packed integers and scales of training."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ from strategies.export.onnx.onnx_layers import DOMAIN, stand_in, stand_of
 from strategies.export.quantized_layers import Quantized, quantized_layers
 
 FILE = "model.onnx"
-BITS = (2, 4, 8)  # of a number that ONNX Runtime can multiply with
+BITS = (2, 4, 8)  # bit widths that ONNX Runtime has products for
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Architectures, by what transformers calls them, of which torch was seen to make a graph; others are tried.
+# Model types of transformers that torch is known to export to ONNX; others are tried first.
 TRIED = ("bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama",
          "mistral", "olmo2", "opt", "phi", "qwen2", "qwen3", "stablelm", "starcoder2")
-GROUPS = (16, 32, 64, 128, 256)  # neighboring inputs to which it gives one scale
+GROUPS = (16, 32, 64, 128, 256)  # group sizes that it supports
 
 
 def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> None:
     """Write a causal language model as a folder with `model.onnx`, for ONNX Runtime.
 
-    The graph takes `input_ids` and `position_ids` (rows, length), both int64, and gives `logits` (rows, length,
-    vocabulary) in fp32. Positions that begin again keep packed documents apart, as they do in the model. Quantized
-    linear layers are `MatMulNBits` nodes of the domain com.microsoft, with the numbers and scales of training. Written
-    beside and renamed: an interrupted export leaves no folder that looks finished. The model is left as it is.
+    The graph takes `input_ids` and `position_ids` (rows, length), both int64, and returns `logits` (rows, length,
+    vocabulary) in fp32. Positions that restart at 0 separate packed documents, as in the model. Quantized linear layers
+    are `MatMulNBits` nodes of the domain com.microsoft, with the integers and scales of training. The folder is written
+    under another name and then renamed: an interrupted export leaves none that looks finished. The model is not
+    changed.
 
     Args:
-        folder: where; replaced if it exists.
-        model: a causal language model of transformers with fp32 weights, its quantized layers still fake-quantizing.
-        tokenizer: saved with it.
-        dtype: what everything that is not quantized is stored in; it is multiplied in fp32. Layers whose scales are of
-            half precision are dequantized as the file is loaded, since only then is the product rounded as in training:
-            with fp32 scales they stay packed in memory.
+        folder: the target; replaced if it exists.
+        model: a transformers causal language model with fp32 weights, whose quantized layers still fake-quantize.
+        tokenizer: saved with the model.
+        dtype: storage dtype of everything that is not quantized; products are in fp32. Layers with half-precision
+            scales are dequantized when the file is loaded, since only then are weights rounded as in training; with
+            fp32 scales they stay packed in memory.
 
     Raises:
-        ValueError: a layer is what ONNX Runtime cannot multiply, or a package is missing; see `check_onnx`.
+        ValueError: ONNX Runtime does not support a layer, or a package is missing; see `check_onnx`.
     """
     check_onnx(model)
     folder = Path(folder)
@@ -64,13 +65,13 @@ def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtyp
 
 
 def write_onnx_module(file: Path, module: nn.Module, example: torch.Tensor) -> None:
-    """Write a module of one input and one output, both tensors, as an ONNX file.
+    """Write a module with one input and one output tensor as an ONNX file.
 
     Args:
-        file: ends with .onnx; weights lie beside it in a file with .data behind its name.
-        module: its quantized layers still fake-quantizing. Convolutions of 8 bits with a scale for each channel are
-            stored as int8 before a `DequantizeLinear`.
-        example: an input (batch, ...) of two rows or more, of which the first dimension may be another later.
+        file: ends with .onnx; weights are stored next to it, in a file with .data appended to the name.
+        module: its quantized layers still fake-quantize. 8-bit convolutions with a scale for each channel are stored as
+            int8 followed by a `DequantizeLinear`.
+        example: an input (batch, ...) of at least two rows; the first dimension of the graph's input is dynamic.
 
     Raises:
         ValueError: see `check_onnx`.
@@ -88,9 +89,9 @@ def write_onnx_module(file: Path, module: nn.Module, example: torch.Tensor) -> N
 
 
 def check_onnx(model: nn.Module) -> None:
-    """Raise `ValueError` where ONNX Runtime has no product for a quantized layer, or a package is missing.
+    """Raise `ValueError` if ONNX Runtime does not support a quantized layer, or a package is missing.
 
-    What it has was tried with 1.32 on a CPU. Shapes are enough: weights are not read.
+    Support was determined with version 1.32 on a CPU. Only shapes are needed: weights are not read.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
@@ -108,11 +109,11 @@ def check_onnx(model: nn.Module) -> None:
 
 
 def try_onnx(model: nn.Module) -> None:
-    """Raise `ValueError` where torch makes no ONNX graph of a model, of which one with random weights is enough."""
+    """Raise `ValueError` if torch cannot export a model to ONNX; a model with random weights is enough."""
     with tempfile.TemporaryDirectory(prefix="limbeck-trial-") as folder:
         try:
             _write(Path(folder) / FILE, _Logits(model.eval()), _examples("cpu"), "logits", (0, 1), torch.float32)
-        except Exception as error:  # it ends in every kind of it, of many lines
+        except Exception as error:  # the exporter raises many types, with long messages
             causes = [error]
             while causes[-1].__cause__ is not None:
                 causes.append(causes[-1].__cause__)
@@ -123,7 +124,7 @@ def try_onnx(model: nn.Module) -> None:
 
 
 def _examples(device: Any) -> dict[str, torch.Tensor]:
-    """Inputs that a model is traced with, by name."""
+    """Example inputs by name, with which a model is traced."""
     positions = torch.tensor([0, 1, 2, 0, 1], device=device).repeat(3, 1)
     return {"input_ids": torch.zeros(3, 5, dtype=torch.long, device=device), "position_ids": positions}
 
@@ -156,7 +157,7 @@ class _Logits(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on packages that are not needed and on what it will change."""
+    """Within the context, the exporter's warnings about optional packages and upcoming changes are suppressed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -170,12 +171,12 @@ def _quiet() -> Iterator[None]:
 @torch.no_grad()
 def _write(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor], output: str, dynamic: tuple[int, ...],
            dtype: torch.dtype) -> None:
-    """Trace, fill in what is quantized, save.
+    """Trace the module, fill in its quantized layers, and save the graph.
 
     Args:
-        inputs: examples by name, in the order of the module's arguments.
-        output: its name.
-        dynamic: dimensions of every input that may be another later.
+        inputs: example inputs by name, in the order of the module's arguments.
+        output: name of the output.
+        dynamic: dimensions of every input whose size may vary.
     """
     import onnx_ir as ir
 
@@ -190,13 +191,13 @@ def _write(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor], outpu
     fill_in(graph, dict(quantized_layers(module)))
     if dtype is not torch.float32:
         store_as(graph, dtype)
-    ir.passes.common.ClearMetadataAndDocStringPass()(graph)  # stack traces, at ten times the bytes of the graph
+    ir.passes.common.ClearMetadataAndDocStringPass()(graph)  # stack traces take ten times the bytes of the graph
     graph.metadata_props["parameters"] = str(sum(parameter.numel() for parameter in _weights(module).values()))
     ir.save(graph, file, external_data=f"{file.name}.data")
 
 
 def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights by name, tied ones once, without the scales of quantized layers."""
+    """Weights by name, tied ones once, without the scales and zero points of quantized layers."""
     scales = {id(getattr(layer, part, None)) for _, layer in quantized_layers(module)
               for part in ("first_ratio", "log_ratio", "scale", "zero_point", "input_scale")}
     return {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in scales}

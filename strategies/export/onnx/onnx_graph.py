@@ -1,4 +1,4 @@
-"""The arithmetic of quantized layers in an ONNX graph: their numbers packed, their scales as training had them."""
+"""Build the arithmetic of quantized layers in an ONNX graph, with packed integers and the scales of training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from strategies.export.hf.transformers_folder import format_bits
 from strategies.export.onnx.onnx_layers import DOMAIN
 from strategies.export.quantized_layers import Quantized
 
-BLOCKS = (16, 32, 64, 128, 256)  # neighboring inputs that a product can give one scale; 2 bits know no larger ones
+BLOCKS = (16, 32, 64, 128, 256)  # group sizes that a product supports; with 2 bits, no larger ones
 MICROSOFT = "com.microsoft"
-OUTPUT = "/output"  # behind the name of a layer: what it gives, by which readers can tell layers apart
+OUTPUT = "/output"  # suffix of a layer's name for its output, by which readers find it
 FP32, HALF = ir.DataType.FLOAT, {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
 
 def fill_in(model: ir.Model, layers: dict[str, Quantized]) -> None:
-    """Put the arithmetic of `layers`, by name, in the place of the nodes that `onnx_layers` traced.
+    """Replace the placeholder nodes that `onnx_layers` traced by the arithmetic of `layers`, by name.
 
-    Initializers are computed when they are written, one after the other. Layers that share a weight share them.
+    Initializers are computed lazily, one by one as they are written. Layers that share a weight share them.
     """
     graph, kept = model.graph, {}
     for node in [node for node in graph if node.domain == DOMAIN]:
@@ -42,16 +42,16 @@ FILLS = {"Product": "product", "IntegerProduct": "integer_product", "Rows": "row
 
 
 def block_size(group_size: int | None, inputs: int) -> int:
-    """Inputs that a product gives one scale: a group, or the largest of `BLOCKS` that divides a whole channel."""
+    """Number of inputs that share a scale in a product: a group, or the largest of `BLOCKS` that divides a channel."""
     return group_size or max((block for block in BLOCKS if inputs % block == 0), default=BLOCKS[0])
 
 
 class _Weight:
     """One quantized layer in a graph.
 
-    Numbers are stored as q + 2^(bits - 1), low bits first, in bytes (outputs, blocks, bytes of a block): the layout of
-    `MatMulNBits`. A scale or zero point of a channel or of the tensor is stored once and repeated over blocks in the
-    graph, which a runtime does once, as it loads.
+    Integers are stored as q + 2^(bits - 1), low bits first, in bytes (outputs, blocks, bytes of a block): the layout of
+    `MatMulNBits`. A scale or zero point of a whole channel or tensor is stored once, and repeated over blocks by the
+    graph, which a runtime does once, at load time.
     """
 
     def __init__(self, graph: ir.Graph, tape: ir.tape.Tape, name: str, layer: Quantized,
@@ -69,22 +69,22 @@ class _Weight:
     # ---- what stands in for a layer
 
     def itself(self, output: ir.Value) -> ir.Value:
-        """What the layer gives, which is there already."""
+        """The layer's output, which exists already."""
         return output
 
     def product(self, values: ir.Value) -> ir.Value:
-        """(..., inputs) times packed numbers, in fp32."""
+        """Multiply (..., inputs) by the packed weight, in fp32."""
         inputs = [values, self.codes(), self._blockwise(self.scale(), self.blocks)]
         if not self.quantizer.symmetric:
             inputs.append(self._blockwise(self.zero_point(), math.ceil(self.blocks * self.bits / 8)))
         return self.tape.op("MatMulNBits", inputs, domain=MICROSOFT, attributes={
             "K": self.inputs, "N": self.outputs, "bits": self.bits, "block_size": self.block,
-            "accuracy_level": 1})  # fp32; what is faster rounds activations to 8 bits, which training has not seen
+            "accuracy_level": 1})  # fp32; faster levels round activations to 8 bits, unlike training
 
     def integer_product(self, numbers: ir.Value) -> ir.Value:
-        """Whole numbers (..., inputs), of 8 bits, times 8-bit numbers; times the scale of an output.
+        """Multiply 8-bit integers (..., inputs) by the 8-bit weight, and the result by the scale of each output.
 
-        Both are unsigned: products of signed ones saturate on processors that sum them in 16 bits.
+        Both operands are unsigned: products of signed ones saturate on CPUs that accumulate them in 16 bits.
         """
         shifted = self.tape.op("Cast", [self.tape.op("Add", [numbers, self.constant(128.0)])],
                                {"to": ir.DataType.UINT8})
@@ -98,7 +98,7 @@ class _Weight:
         return self.tape.op("Mul", [self.tape.op("Cast", [sums], {"to": FP32}), scale])
 
     def rows(self, ids: ir.Value) -> ir.Value:
-        """The dequantized rows (..., inputs) that `ids` (...) name."""
+        """Look up and dequantize the rows (..., inputs) of `ids` (...)."""
         op, flat = self.tape.op, self.tape.op("Reshape", [ids, self.constant([-1])])
         codes, scale, zero = op("Gather", [self.codes(), flat]), self.scale(), self.zero_point()
         if not self.quantizer.per_tensor:
@@ -108,7 +108,7 @@ class _Weight:
         return op("Reshape", [found, shape])
 
     def dequantized(self) -> ir.Value:
-        """The whole weight."""
+        """The whole weight, dequantized."""
         kernels = self.layer.weight.ndim > 2
         if kernels and self.bits == 8 and self.groups == 1 and self.scale_dtype is torch.float32:
             return self._dequantized_by_runtime()
@@ -116,7 +116,7 @@ class _Weight:
         return self.tape.op("Reshape", [found, self.constant(list(self.layer.weight.shape))])
 
     def _dequantized_by_runtime(self) -> ir.Value:
-        """Kernels of 8 bits and a scale of a channel as signed numbers, which runtimes know well."""
+        """8-bit kernels with scales of channels, as int8 and a `DequantizeLinear`, which runtimes support well."""
         shape, of = list(self.layer.weight.shape), self.constant([] if self.quantizer.per_tensor else [-1])
         inputs = [self._initializer("weight", ir.DataType.INT8, shape, self.layer.numbers),
                   self.tape.op("Reshape", [self.scale(), of])]
@@ -145,12 +145,12 @@ class _Weight:
             zero = op("Cast", [zero], {"to": FP32})
         scale = op("Reshape", [op("Cast", [scale], {"to": FP32}), each])
         found = op("Mul", [op("Sub", [op("Cast", [numbers], {"to": FP32}), zero]), scale])
-        if self.scale_dtype in HALF:  # the product of two fp32 numbers of so few bits is exact: it is rounded once
+        if self.scale_dtype in HALF:  # the fp32 product of so few bits is exact, so it is rounded once
             found = op("Cast", [op("Cast", [found], {"to": HALF[self.scale_dtype]})], {"to": FP32})
         return found
 
     def _unpacked(self, packed: ir.Value, count: int, wanted: int) -> ir.Value:
-        """The first `wanted` of `count` unsigned numbers of each row of bytes (rows, ...): (rows, wanted)."""
+        """Unpack `count` unsigned integers from each row of bytes (rows, ...) and keep the first: (rows, wanted)."""
         op, bits = self.tape.op, self.bits
         if bits < 8:
             shifts = self.constant(list(range(0, 8, bits)), ir.DataType.UINT8)
@@ -164,18 +164,18 @@ class _Weight:
     # ---- what is stored
 
     def codes(self) -> ir.Value:
-        """Numbers (outputs, blocks, bytes of a block)."""
+        """Packed integers (outputs, blocks, bytes of a block)."""
         shape = [self.outputs, self.blocks, self.block * self.bits // 8]
         return self._initializer("weight_packed", ir.DataType.UINT8, shape,
                                  lambda: packed(self._unsigned(), self.bits, self.block).view(shape))
 
     def scale(self) -> ir.Value:
-        """(outputs or 1, groups), in the dtype that training rounds it to."""
+        """Scales (outputs or 1, groups), in the dtype that training rounds them to."""
         return self._initializer("weight_scale", HALF.get(self.scale_dtype, FP32), [self.scales, self.groups],
                                  lambda: self.layer.grid().scale.contiguous())
 
     def zero_point(self) -> ir.Value | None:
-        """(outputs or 1, bytes) packed as numbers are; that of a channel or of the tensor fills its byte."""
+        """Zero points (outputs or 1, bytes), packed like the integers; that of a channel or tensor fills its byte."""
         if self.quantizer.symmetric:
             return None
 
@@ -190,7 +190,7 @@ class _Weight:
         return math.ceil(self.groups * self.bits / 8)
 
     def _unsigned(self) -> torch.Tensor:
-        """Numbers (outputs, inputs) above zero."""
+        """Integers (outputs, inputs), shifted to be unsigned."""
         return (self.layer.numbers().flatten(1).to(torch.int16) + self.offset).to(torch.uint8)
 
     def _initializer(self, part: str, dtype: ir.DataType, shape: list[int], compute: Callable[[], torch.Tensor]
@@ -199,7 +199,7 @@ class _Weight:
             lambda: ir.tensor(compute().detach().cpu()), dtype, ir.Shape(shape), name=name))
 
     def constant(self, values: float | list[int], dtype: ir.DataType | None = None) -> ir.Value:
-        """A small tensor."""
+        """A small constant tensor."""
         dtype = dtype or (FP32 if isinstance(values, float) else ir.DataType.INT64)
         return self._kept((dtype, str(values)), f"{DOMAIN}.{len(self.kept)}",
                           lambda name: ir.tensor(values, dtype=dtype, name=name))
@@ -213,23 +213,23 @@ class _Weight:
         return self.kept[key]
 
     def _blockwise(self, value: ir.Value, count: int) -> ir.Value:
-        """(outputs or 1, groups) -> (outputs, count): what a channel or the tensor has, for each of its blocks."""
+        """(outputs or 1, groups) -> (outputs, count): repeat the values of a channel or tensor for each block."""
         if value.shape == (self.outputs, count):
             return value
         return self.tape.op("Expand", [value, self.constant([self.outputs, count])])
 
 
 def packed(numbers: torch.Tensor, bits: int, block: int) -> torch.Tensor:
-    """Unsigned numbers (rows, count) in bytes (rows, bytes), low bits first, zeros behind up to whole blocks."""
+    """Pack unsigned integers (rows, count) into bytes (rows, bytes), low bits first, zero-padded to whole blocks."""
     numbers = nn.functional.pad(numbers, (0, -numbers.shape[1] % block))
     numbers = numbers.unflatten(1, (-1, 8 // bits))
     return sum(numbers[..., place] << (bits * place) for place in range(8 // bits))
 
 
 def store_as(model: ir.Model, dtype: torch.dtype) -> None:
-    """Store in half precision what is not quantized, wherever nothing is lost by it; it is multiplied in fp32.
+    """Store unquantized tensors in half precision wherever that is lossless; products stay in fp32.
 
-    Scales and zero points of quantized layers are stored as they are.
+    Scales and zero points of quantized layers are not changed.
     """
     graph = model.graph
     for value in list(graph.initializers.values()):

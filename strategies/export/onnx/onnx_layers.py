@@ -1,6 +1,6 @@
-"""What stands for quantized layers while a model is traced: nodes that name their layer, and are filled in afterwards.
+"""Stand-ins for quantized layers while a model is traced: placeholder nodes that are filled in afterwards.
 
-No weight that is quantized enters the traced graph, so it can neither be stored in full precision nor folded.
+Quantized weights do not enter the traced graph, so they can be neither stored in full precision nor constant-folded.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import nn
 
 from strategies.export.quantized_layers import Activations, Quantized, quantized_layers
 
-DOMAIN = "limbeck"  # of the nodes that are filled in; no file has it
+DOMAIN = "limbeck"  # of the placeholder nodes; it does not occur in finished files
 
 
 def stand_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A model for tracing that shares its tensors with the one given, which stays as it is.
+    """A copy of a model for tracing, which shares its tensors; the model is not changed.
 
     Args:
         model: with quantized layers.
-        dtype: what is saved and not quantized is rounded to it. In float32 nothing is copied.
+        dtype: tensors of the state dict that are not quantized are rounded to it. With float32 nothing is copied.
     """
     quantized = {id(layer.weight) for _, layer in quantized_layers(model)}
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
@@ -38,7 +38,7 @@ def stand_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _named_output(stand: _Stand, _: tuple, output: torch.Tensor) -> torch.Tensor:
-    """Have the graph know what a layer gives by the layer's name."""
+    """Add a node that names a layer's output after the layer."""
     return node("Output", stand.name, (output,), output.shape)
 
 
@@ -48,20 +48,20 @@ def _rounded_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def multiplies_integers(layer: Quantized) -> bool:
-    """Whether a layer is a product of 8-bit numbers with 8-bit numbers: a scale of an output, and one of a token."""
+    """Whether a layer can run as an 8-bit integer product, with a scale for each output and each token."""
     quantizer = layer.quantizer
     return (layer.activations is not None and quantizer.bits == 8 and quantizer.group_size is None
             and layer.weight.ndim == 2 and layer.grid().scale.dtype is torch.float32)
 
 
 def node(operation: str, layer: str, inputs: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
-    """The fp32 output, of this shape, of a node of `DOMAIN` that is filled in after tracing."""
+    """The fp32 output, of the given shape, of a placeholder node of `DOMAIN` that is filled in after tracing."""
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{operation}", tuple(inputs), {"layer": layer}, dtype=torch.float32,
                                    shape=tuple(shape), version=1)
 
 
 class _Stand(nn.Module):
-    """Keeps of a layer what is traced: its bias, and how its inputs are rounded."""
+    """The parts of a layer that are traced: its bias, and the quantization of its inputs."""
 
     def __init__(self, name: str, layer: Quantized) -> None:
         super().__init__()
@@ -71,10 +71,10 @@ class _Stand(nn.Module):
         self.input_scale = getattr(layer, "input_scale", None)
 
     def numbers(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whole numbers that activations (..., width) become, in fp32, and their scales (..., 1) or (1,).
+        """Quantize activations (..., width) to integers, in fp32, and return their scales (..., 1) or (1,) too.
 
-        The largest magnitude of a token is 127.5, as readers of compressed-tensors files have it; where there is
-        nothing, the scale is the smallest step of fp32.
+        With dynamic scales of 8 bits, the largest magnitude of a token maps to 127.5, as in readers of
+        compressed-tensors files; if a token is all zeros, its scale is fp32's machine epsilon.
         """
         bits = self.activations.bits
         if self.activations.dynamic:
@@ -85,7 +85,7 @@ class _Stand(nn.Module):
         return (values / scale).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).round(), scale
 
     def as_seen(self, values: torch.Tensor) -> torch.Tensor:
-        """What enters the layer, as it is rounded."""
+        """The layer's input after quantization and dequantization, if it quantizes its activations."""
         if self.activations is None:
             return values
         numbers, scale = self.numbers(values)
@@ -93,7 +93,7 @@ class _Stand(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight, for whoever reads it."""
+        """The dequantized weight."""
         return node("Weight", self.name, (), self.shape)
 
 
@@ -103,7 +103,7 @@ class LinearStand(_Stand):
     def __init__(self, name: str, layer: Quantized) -> None:
         super().__init__(name, layer)
         self.integers = multiplies_integers(layer)
-        # A scale of half precision rounds the dequantized weights, which products of packed numbers do not.
+        # With half-precision scales, dequantized weights are rounded, which packed products would not do.
         self.packed = layer.grid().scale.dtype is torch.float32
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ class LinearStand(_Stand):
 
 
 class EmbeddingStand(_Stand):
-    """An embedding whose rows are dequantized as they are read."""
+    """An embedding whose rows are dequantized on lookup."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(...) -> (..., width)"""
@@ -140,7 +140,7 @@ class ConvolutionStand(_Stand):
 
 
 class OutlierStand(LinearStand):
-    """A linear layer some of whose input columns have weights of their own, in full precision."""
+    """A linear layer with full-precision weights for some of its input columns."""
 
     def __init__(self, name: str, layer: Quantized) -> None:
         super().__init__(name, layer)
@@ -160,7 +160,7 @@ STANDS = {nn.Linear: LinearStand, nn.Embedding: EmbeddingStand, nn.Conv1d: Convo
 
 
 def stand_of(layer: Quantized) -> type[_Stand] | None:
-    """What stands for a layer; None where nothing does."""
+    """The stand-in class for a layer; None if it is not supported."""
     if hasattr(layer, "outliers"):
         return OutlierStand
     return next((stand for plain, stand in STANDS.items() if isinstance(layer, plain)), None)
