@@ -573,7 +573,7 @@ def test_trackers_go_on_without_doubled_points(write_experiment, train_here, tmp
     identity = (tmp_path / "tracked" / "tracker.id").read_text()
     assert len(identity) == 16
     time.sleep(1)  # event files are read in the order of the seconds in their names
-    assert train_here("tracked", **changes).step == 40
+    assert train_here("tracked", **changes).state.step == 40
     assert (tmp_path / "tracked" / "tracker.id").read_text() == identity
     (folder,) = {path.parent for path in (tmp_path / "tracked" / "limbeck").glob("events*")}
     assert len(list(folder.glob("events*"))) == 2

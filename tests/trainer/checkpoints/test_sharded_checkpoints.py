@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_model_is_said(train_here):
     assert f"the checkpoint {newest(folder.path)} cannot be gone on from" in said
     assert "goes on from step-00000002, the checkpoint before it" in said
     shutil.rmtree(newest(folder.path))
-    assert train_here("other", **changes).step == 4 and len(losses(folder.path)) == 4
+    assert train_here("other", **changes).state.step == 4 and len(losses(folder.path)) == 4
 
 
 @pytest.mark.timeout(600)
