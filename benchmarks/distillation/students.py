@@ -86,7 +86,7 @@ def train_all(chosen: argparse.Namespace, room: Path) -> list[dict]:
     # A run of its own, as `teacher: {train: ...}` makes it: seeds of the students share it, and it has figures.
     rows = [trained(TEACHER, 0, chosen, room)]
     for seed in range(chosen.seeds):
-        rows += [trained(student, seed, chosen, room) for student in (CONTROL, *chosen.teacher_targets)]
+        rows += [trained(student, seed, chosen, room) for student in (CONTROL, *chosen.taught)]
     return rows
 
 

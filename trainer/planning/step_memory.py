@@ -153,13 +153,14 @@ class _Made:
     def of(cls, experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, sharded: bool,
            place: str, tile: int | None) -> _Made:
         settings = experiment.teacher if experiment.uses_teacher else None
-        check_sizes(settings, student, teacher)
+        tokens = known_size(experiment.data.tokenizer, experiment.with_weights)
+        check_sizes(settings, student, teacher, tokens)
         small, large = empty_student(experiment.form, student), resident_teacher(settings, teacher)
         attach_projections(experiment.objective, experiment.seed, small, teacher)
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
         objective, precision = experiment.objective.build(teacher is not None), experiment.precision.build(place)
-        common = sizes(student, teacher, known_size(experiment.data.tokenizer, experiment.with_weights),
+        common = sizes(student, teacher, tokens,
                        apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
 
         temperature = experiment.objective.divergence.temperature

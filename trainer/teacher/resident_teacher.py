@@ -110,9 +110,15 @@ def sizes(student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: i
     return None if least == student.vocab_size == teacher.vocab_size else SharedVocabulary(least)
 
 
-def check_sizes(settings: Teacher | None, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
-    """Raise `UserError` if the teacher's targets are cached by token id and the vocabularies differ in size."""
+def check_sizes(settings: Teacher | None, student: PretrainedConfig, teacher: PretrainedConfig | None,
+                tokens: int | None = None) -> None:
+    """Raise `UserError` if the teacher's targets are cached by token id and the vocabularies differ in size.
+
+    Args:
+        tokens: the tokenizer's, if known; heads may be padded beyond them, each to a size of its own.
+    """
     by_number = settings is not None and settings.targets.source in ("samples", "top_k")
-    if by_number and sizes(student, teacher) is not None:
+    padded = teacher is not None and tokens is not None and tokens <= min(student.vocab_size, teacher.vocab_size)
+    if by_number and not padded and sizes(student, teacher) is not None:
         raise UserError("teacher.targets.source", "student and teacher have vocabularies of different sizes",
                         value=settings.targets.source, way_out="use `live` or `hidden`")

@@ -21,8 +21,9 @@ def test_every_shipped_experiment_dry_runs_without_network_and_leaves_nothing(fi
     assert not list(tmp_path.iterdir())
 
 
-def test_readmes_launch_on_two_ranks_is_possible():
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("launch/two_cpu"))
+def test_the_launch_on_two_ranks_of_the_documents_is_possible():
+    page = (ROOT / "docs" / "how-to" / "many-nodes.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("launch/two_cpu"))
     script, *arguments = line.split()
     assert script == "launch/two_cpu_ranks.sh"
     done = launch(*arguments, "--dry-run", processes=2)

@@ -15,8 +15,8 @@ RECORD = {"loss": 1.25, "tokens_per_second": 1234.0, "gradient_norm": 0.5, "loss
           "memory_peak": 3 * 2**20, "memory_kind": "rss"}
 CODE = f"""
 import time
-from trainer.run.metrics import Ticker
-ticker = Ticker("run", 40, 0, 10, True)
+from trainer.run.metrics import ProgressReporter
+ticker = ProgressReporter("run", 40, 0, 10, True)
 for number in range(1, 41):
     ticker.step(number, {RECORD!r})
     time.sleep(0.01)

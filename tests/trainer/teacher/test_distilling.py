@@ -75,7 +75,8 @@ def test_cached_hidden_states_teach_as_the_teacher_does(train_here, family, caps
     live = losses(train_here("live", **family))
     cached = train_here("hidden", **with_(family, teacher={"targets": {"source": "hidden"}}))
     assert relative(live, losses(cached)) < 1e-6
-    assert cached.teacher is None and sum(p.numel() for p in cached.cached.head.parameters()) == 300 * 48, "its head alone"
+    head = cached.cached.head
+    assert cached.teacher is None and sum(p.numel() for p in head.parameters()) == 300 * 48, "its head alone"
     assert "192.0 bytes each" in capsys.readouterr().out, "stated before it starts"
 
 
