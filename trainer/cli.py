@@ -63,8 +63,7 @@ def _run_experiment(source: Source) -> int:
             pipeline.run_experiment(source)
     except Stopped as stop:
         if process == 0:
-            note.leave(str(stop), signals.AGAIN_LATER, step=stop.step, signal=stop.signal,
-                          process=stop.process)
+            note.leave(str(stop), signals.AGAIN_LATER, step=stop.step, signal=stop.signal, process=stop.process)
             print(stop, file=sys.stderr, flush=True)
         else:
             note.wait(OTHERS_WAIT)

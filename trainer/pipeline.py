@@ -204,7 +204,7 @@ def _check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None
         check_early_causal(experiment.teacher, "teacher", teacher)
     if experiment.student.from_teacher is None:
         check_early_causal(experiment.student, "student", student)
-    if experiment.student.from_teacher is not None and not experiment.teacher.trust_remote_code:
+    elif not experiment.teacher.trust_remote_code:
         try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
     with torch.device("meta"):
         check_runtimes(experiment.export, experiment.form, export_skeleton(experiment.form, student))
@@ -283,7 +283,8 @@ def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | 
            student: nn.Module, how: Launched) -> Plan:
     """Check the captured graphs of the plan against the real student, and plan again without those that differ.
 
-    A block is captured from its shapes; with its weights it may compute something else, and is then run as it is.
+    A block is captured from its shapes; with its weights it may compute something else. Then it keeps all or only its
+    input, or, where it cannot run twice either, runs as it is.
     Sharded weights have not been gathered yet at this point, and are not checked.
     """
     if plan.step is None or RankSetup.of(experiment, plan.topology).is_sharded:

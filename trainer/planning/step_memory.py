@@ -162,7 +162,6 @@ class _Made:
         objective, precision = experiment.objective.build(teacher is not None), experiment.precision.build(place)
         common = sizes(student, teacher, tokens,
                        apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
-
         temperature = experiment.objective.divergence.temperature
 
         def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
