@@ -148,30 +148,34 @@ def _experiment(parser: Parser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=OVERRIDES)
 
 
+def _sentence(says: str) -> str:
+    return says[0].upper() + says[1:]  # str.capitalize would write "json"
+
+
 def _init(verbs: Any) -> None:
     says = "write a starting experiment into a folder"
     parser = verbs.add_parser(
-        "init", help=says, usage="limbeck init FOLDER", description=f"{says.capitalize()}: experiment.yaml with its "
+        "init", help=says, usage="limbeck init FOLDER", description=f"{_sentence(says)}: experiment.yaml with its "
         "schema for editors,\ntrain.py, and launch/ with topologies for accelerate and Slurm. No file is overwritten.")
     parser.add_argument("folder", metavar="FOLDER", help="a new one, or one that has none of these files")
 
 
 def _schema(verbs: Any) -> None:
     says = "write the JSON Schema of experiment files, for editors"
-    parser = verbs.add_parser("schema", help=says, usage="limbeck schema [FILE]", description=says.capitalize() + ".")
+    parser = verbs.add_parser("schema", help=says, usage="limbeck schema [FILE]", description=_sentence(says) + ".")
     parser.add_argument("file", metavar="FILE", nargs="?", help="where to (default: standard output)")
 
 
 def _show_data(verbs: Any) -> None:
     says = "show a few records of the training data as they will be learned"
     parser = verbs.add_parser("show-data", help=says, usage="limbeck show-data --config FILE [key=value ...]",
-                              description=f"{says.capitalize()},\nand where rows cut them off.")
+                              description=f"{_sentence(says)},\nand where rows cut them off.")
     _experiment(parser)
 
 
 def _status(verbs: Any) -> None:
     says = "tell how a run is doing or how it ended"
-    parser = verbs.add_parser("status", help=says, description=says.capitalize() + ".", epilog=STATUS_CODES,
+    parser = verbs.add_parser("status", help=says, description=_sentence(says) + ".", epilog=STATUS_CODES,
                               usage="limbeck status RUN\n       limbeck status --config FILE [key=value ...]")
     parser.add_argument("--config", metavar="FILE", action=_Once, help="the experiment whose run is meant")
     parser.add_argument("overrides", metavar="RUN | key=value", nargs="*", default=[],
@@ -180,13 +184,13 @@ def _status(verbs: Any) -> None:
 
 def _report(verbs: Any) -> None:
     says = "write report.md and its pictures of a run folder again"
-    parser = verbs.add_parser("report", help=says, usage="limbeck report RUN", description=says.capitalize() + ".")
+    parser = verbs.add_parser("report", help=says, usage="limbeck report RUN", description=_sentence(says) + ".")
     parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
 
 
 def _export(verbs: Any) -> None:
     says = "write a finished run's student for another runtime"
-    parser = verbs.add_parser("export", help=says, description=f"{says.capitalize()}, and check it there.",
+    parser = verbs.add_parser("export", help=says, description=f"{_sentence(says)}, and check it there.",
                               usage=f"limbeck export RUN --to {'|'.join(RUNTIMES)} [--trust-remote-code]")
     parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--to", metavar="RUNTIME", choices=RUNTIMES, required=True, help=" or ".join(RUNTIMES))

@@ -97,7 +97,8 @@ def run_experiment(source: Source) -> Path:
     experiment, folder = source.experiment, RunFolder(source.experiment.folder)
     folder.check(experiment)
     accelerator, topology = start(experiment)
-    say = console.print if accelerator.is_main_process else lambda *_: None
+    how = Launched(accelerator, topology)
+    say = how.say
     values = experiment.model_dump(mode="json")
     again = folder.afterwards(values) if folder.finished else []
     if folder.finished and not again:
@@ -108,8 +109,8 @@ def run_experiment(source: Source) -> Path:
     if again:
         say(f"{folder.path} is trained; its student, receipts and report are made again, with other values of "
             f"{', '.join(again)}")
-    begun = begin(experiment, Launched(accelerator, topology))
-    experiment, how, text = begun.experiment, begun.how, begun.text
+    begun = begin(experiment, how)
+    experiment, text = begun.experiment, begun.text
     done = train_one(source.experiment, experiment, folder, folder.unverified, how, text)
     if experiment.uses_teacher and experiment.report.control:
         control = RunFolder(folder.control)
@@ -141,6 +142,11 @@ class Launched:
     topology: Topology
     plans: Plans = field(default_factory=Plans)
 
+    def say(self, text: str) -> None:
+        """Print a line for the user, on the main process."""
+        if self.accelerator.is_main_process:
+            console.print(text)
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -158,8 +164,7 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
         UserError: a mistake in the experiment or its data; in this case only the cache has been written to.
         RunFailed: the training of the teacher failed.
     """
-    accelerator, name = how.accelerator, experiment.name
-    say = console.print if accelerator.is_main_process else lambda *_: None
+    accelerator, say, name = how.accelerator, how.say, experiment.name
     check_batch(experiment.training, experiment.optimizer, how.topology)
     if experiment.memory.bytes is not None:
         say(f"{name}: planning memory")
@@ -248,9 +253,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     rows = len(text.train) if hasattr(text.train, "__len__") else None
     plan = how.plans.resolve(experiment, how.topology, *shapes, rows)
     assert plan.steps is not None, "the length of the data is known once it is tokenized"
-    if accelerator.is_main_process:
-        for note in plan.notes:
-            console.print(f"{name}  {note}")
+    for note in plan.notes:
+        how.say(f"{name}  {note}")
     check_space(folder.checkpoints, planned_bytes(experiment, student_shape, teacher_shape),
                 keep=experiment.training.keep_checkpoints,
                 written=-(-plan.steps // experiment.training.checkpoint_every))
@@ -344,8 +348,8 @@ def _with_teacher(experiment: Experiment, how: Launched, text: PreparedData) -> 
     if not folder.student.exists():
         own = experiment.as_teacher(str(folder.path))
         train_one(own, own, folder, folder.student, how, text)
-    elif accelerator.is_main_process:
-        console.print(f"{experiment.name}: teacher from the cache, {folder.path}")
+    else:
+        how.say(f"{experiment.name}: teacher from the cache, {folder.path}")
     teacher = experiment.teacher.model_copy(update={"path": str(folder.student), "train": None, "architecture": None})
     return experiment.model_copy(update={"teacher": teacher})
 

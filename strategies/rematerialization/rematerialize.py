@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price.costs import DEVICES, Prices, this_device
 from strategies.rematerialization.price.gpu_attention import attention_as_on_gpus
 from strategies.rematerialization.price.option_store import OptionStore
-from strategies.rematerialization.price.step_trace import Hooks, Step, gradients_kept, trace_step, without
+from strategies.rematerialization.price.step_trace import Hooks, Shared, Step, gradients_kept, trace_step, without
 from strategies.rematerialization.price.uncaptured_options import fallback_options
 from strategies.rematerialization.recompute_plan import RecomputePlan
 
@@ -95,7 +95,7 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
     """
     budget = parse_bytes(budget)
     settings: dict[str, Any] = {"optimizer": optimizer, "loss": loss, "autocast": autocast, "accumulate": accumulate,
-                                "others": others, "reserved": _buckets(model), "solver": solver,
+                                "others": others, "shared": Shared(), "reserved": _buckets(model), "solver": solver,
                                 "cache": None if cache is None else Path(cache) / "plans"}
     planner = study(model, example_batch, regions=False, **settings)
     if not planner.fits_as_it_is(budget):
@@ -110,7 +110,8 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
           autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
           device: str | None = None, reserved: Mapping[str, int] | None = None, residency: Residency | None = None,
           in_backward: Hooks | None = None, regions: bool = True, measure: bool | None = None,
-          refuted: Mapping[str, Refuted] | None = None, solver: str = "auto", cache: Path | None = None) -> Planner:
+          refuted: Mapping[str, Refuted] | None = None, solver: str = "auto", cache: Path | None = None,
+          shared: Shared | None = None) -> Planner:
     """Analyze one training step and return the planner that makes plans for any budget; see `rematerialize`.
 
     Args:
@@ -126,6 +127,8 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
         measure: whether operations are timed on the present device; None times them if the model has data.
         refuted: blocks by name that are not to be captured or, if unfit, that run unchanged.
         cache: folder in which solutions for each block are kept, created if its parent exists.
+        shared: what other studies of this step have found; they may differ from this one in `regions` and in how the
+            loss goes about its computation.
     """
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise ValueError(f"autocast is a dtype such as torch.bfloat16, not {autocast!r}")
@@ -150,13 +153,15 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
     standing = {name: module for name, module in model.named_modules() if stood_in(module)}
     with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # bypass an installed plan
         return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions, residency,
-                      in_backward, measure, refuted or {}, solver, None if cache is None else OptionStore(cache))
+                      in_backward, measure, refuted or {}, solver, None if cache is None else OptionStore(cache),
+                      shared or Shared())
 
 
 def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], torch.Tensor],
            optimizer: torch.optim.Optimizer | None, accumulate: bool, others: Sequence[object], device: str | None,
            reserved: Mapping[str, int], regions: bool, residency: Residency | None, in_backward: Hooks | None,
-           measure: bool | None, refuted: Mapping[str, Refuted], solver: str, store: OptionStore | None) -> Planner:
+           measure: bool | None, refuted: Mapping[str, Refuted], solver: str, store: OptionStore | None, shared: Shared
+           ) -> Planner:
     kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     pretended = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     blocks = None if residency is None else residency.blocks
@@ -167,12 +172,14 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     named = device not in (None, "cpu")  # a GPU, which need not be present
     elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and named else nullcontext
     around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
-    with without_data(*around) if pretended else nullcontext((None, None)) as (mode, _), mode or nullcontext(), \
-            elsewhere():
-        calls = record(modules, lambda: step(model, batch if mode is None else fake_batch(mode, batch)), around,
-                       {name: why.reason for name, why in refuted.items()}) if modules else []
-    calls = _plannable(calls)
-    _warn_of([call for call in calls if call.captured is None], "keeps all or only its input")
+    if modules and shared.calls is None:
+        with without_data(*around) if pretended else nullcontext((None, None)) as (mode, _), mode or nullcontext(), \
+                elsewhere():
+            recorded = record(modules, lambda: step(model, batch if mode is None else fake_batch(mode, batch)), around,
+                              {name: why.reason for name, why in refuted.items()})
+        shared.calls = _plannable(recorded)
+        _warn_of([call for call in shared.calls if call.captured is None], "keeps all or only its input")
+    calls = [replace(call) for call in shared.calls or ()] if modules else []
     known = DEVICES[device] if device else this_device(kind)
     if kind == "cuda" and not pretended:
         reserved = {**reserved, "held besides": held_besides(
@@ -182,7 +189,8 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     with gradients_kept(around, optimizer), without_data(*around) as (mode, stand_in), elsewhere():
         calls, frame = trace_step(calls, Step(
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
-            accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward), mode)
+            accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward), mode,
+            shared)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls  # type: ignore[arg-type]  # it ran
                     if call.captured is None}
     prices = Prices(known, measure=not pretended if measure is None else measure, store=store)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from trainer.checkpoints.finding import latest, listed
-from trainer.distributed.rank_memory import RankSetup, optimizer_bytes
+from trainer.distributed.rank_memory import RankSetup, step_bytes
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
@@ -30,7 +30,7 @@ def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: Pr
         if experiment.optimizer.name == "adamw8bit":
             return (4 + MOMENTS_8BIT) * weights
         setup = RankSetup.of(experiment, Topology()).sharding_setup(model, on_gpu=False)
-        state, _ = optimizer_bytes(experiment.optimizer.build(model), setup)
+        state, _ = step_bytes(experiment.optimizer, model, setup)
     return 4 * weights + state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def known_size(own: TokenizerSettings, loaded: Sequence[Origin]) -> int | None:
         return own.train_vocabulary
     for path, revision in [(own.path, own.revision)] if own.path else [one[1:] for one in loaded]:
         try:
-            return vocabulary_size(_loaded_tokenizer("data.tokenizer", path, revision, local_files_only=True))
+            return _local_size(path, revision, _stamp(path))
         except UserError:  # the error is reported when the tokenizer is needed
             continue
     return None
@@ -77,10 +78,21 @@ def apart_size(teacher: Teacher | None, student: Student, divergence: str) -> in
     if teacher is None or teacher.path is None or student.from_teacher is not None or divergence != "uld":
         return None
     try:
-        return vocabulary_size(_loaded_tokenizer("data.tokenizer", teacher.path, teacher.revision,
-                                                 local_files_only=True))
+        return _local_size(teacher.path, teacher.revision, _stamp(teacher.path))
     except UserError:
         return None
+
+
+@lru_cache(maxsize=16)
+def _local_size(path: str, revision: str | None, stamp: tuple) -> int:
+    """Embedding rows for a tokenizer that is there; read once in a process, because every study of a step asks."""
+    return vocabulary_size(_loaded_tokenizer("data.tokenizer", path, revision, local_files_only=True))
+
+
+def _stamp(path: str) -> tuple:
+    """Changes whenever the files of a local tokenizer do."""
+    found = [(name, (Path(path) / name).stat()) for name in sorted(OF_A_TOKENIZER) if (Path(path) / name).is_file()]
+    return tuple((name, of.st_size, of.st_mtime_ns) for name, of in found)
 
 
 def check_models(loaded: Sequence[Origin], tokenizer: PreTrainedTokenizerBase, divergence: str, layers: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,9 @@ from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Optimizer, Sharding, Training
 from trainer.experiment.precision import DTYPES
+
+REMEMBERED = 64  # most optimizers whose bytes a process keeps
+_found: OrderedDict[tuple[Any, ...], tuple[int, int]] = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,25 @@ class RankSetup:
     def residency(self, student: nn.Module, teacher: nn.Module | None, on_gpu: bool) -> Residency:
         """Resident memory of rank 0; the models hold fake tensors, and the caller has entered the fake-tensor mode."""
         setup = self.sharding_setup(student, on_gpu)
-        optimizer = self.optimizer.build(student)
-        groups = [list(group["params"]) for group in optimizer.param_groups]
-        state, update = optimizer_bytes(optimizer, setup)
+        groups = [list(group["params"]) for group in self.optimizer.build(student).param_groups]
+        state, update = step_bytes(self.optimizer, student, setup)
         return residency(student, groups, setup, optimizer_state=state, update=update, teacher=teacher,
                          teacher_compute=None if teacher is None else self.gathered_dtype(teacher))
+
+
+def step_bytes(settings: Optimizer, model: nn.Module, setup: ShardingSetup) -> tuple[int, int]:
+    """`optimizer_bytes` of the optimizer that an experiment has for a model.
+
+    Planning asks several times for the same model, and gets what was found the first time.
+    """
+    shapes = tuple((name, parameter.shape, parameter.dtype, parameter.device.type, parameter.requires_grad)
+                   for name, parameter in model.named_parameters())
+    key = settings.model_dump_json(), setup, type(model), shapes
+    if key not in _found:
+        _found[key] = optimizer_bytes(settings.build(model), setup)
+        if len(_found) > REMEMBERED:
+            _found.popitem(last=False)
+    return _found[key]
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: ShardingSetup) -> tuple[int, int]:

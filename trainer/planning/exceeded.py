@@ -13,7 +13,7 @@ from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Memory
 from trainer.planning.refusal import BudgetUnmet
-from trainer.planning.step_memory import MemoryPlan, study_experiment
+from trainer.planning.step_memory import MemoryPlan, StepStudy
 from trainer.planning.step_plan import choose
 from trainer.run.metrics import readable
 
@@ -73,11 +73,9 @@ def ways_out(experiment: Experiment, teacher: PretrainedConfig | None, student: 
     memory = experiment.memory.model_copy(update={"reserve": str(reserve)})
     with_reserve = f"memory.reserve={reserve}"
 
-    def again(changed: Experiment, regions: bool, tile: int | None):  # noqa: ANN202 - a Planner
-        return study_experiment(changed, teacher, student, topology, regions, tile)
-
     try:
-        found = choose(experiment.model_copy(update={"memory": memory}), again, topology)
+        found = choose(experiment.model_copy(update={"memory": memory}),
+                       lambda changed: StepStudy(changed, teacher, student, topology), topology)
     except BudgetUnmet as unmet:
         return f"{larger} {with_reserve}; or {with_reserve} with one of these: {unmet.way_out}"
     except (CannotPlan, UserError, RuntimeError, NotImplementedError):

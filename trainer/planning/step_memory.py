@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from strategies.memory.plot import curve, thinned
 from strategies.memory.residency import Residency
 from strategies.memory.units import parse_bytes
 from strategies.rematerialization.planner import Planner
-from strategies.rematerialization.price.step_trace import off_the_path
+from strategies.rematerialization.price.step_trace import Shared, off_the_path
 from strategies.rematerialization.recompute_plan import RecomputePlan
 from strategies.rematerialization.rematerialize import Refuted, study
 from trainer.data.batches import Batch
@@ -83,38 +84,60 @@ def example_batch(rows: int, length: int, packed: bool, device: torch.device | s
     return {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "targets": ids.clone()}
 
 
-def study_experiment(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                     topology: Topology, regions: bool, tile: int | None = None, refuted: Mapping[str, Refuted] = NONE
-                     ) -> Planner:
-    """Study the memory of a step from shapes alone: models, batch and optimizer are created on fake tensors.
+class StepStudy:
+    """Studies the memory of a step from shapes alone: models, batch and optimizer are created on fake tensors.
 
     Args:
-        regions: whether to capture the blocks as regions whose schedules can be planned; if not, the model runs
-            unchanged.
-        tile: bytes of a tile of logits in the loss; None for the device's default.
+        experiment: the experiment.
+        teacher, student: configurations of its models.
+        topology: the ranks that share a step.
         refuted: blocks that do not compute what their captured graphs compute, by name.
-
-    Raises:
-        UserError: a layer cannot be quantized, or cached teacher targets do not fit the student's vocabulary.
-        RuntimeError, NotImplementedError: the architecture cannot run without data.
     """
-    setup = RankSetup.of(experiment, topology)
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    held = reserved(experiment, topology, place)
-    if place == "cuda" and experiment.memory.device is None:
-        held["held besides"] = held_besides(torch.device(place), [])
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(place):
-        made = _Made.of(experiment, teacher, student, setup.is_sharded, place, tile)
-        small, large = made.model, made.teacher
-        how: dict[str, Any] = {
-            "optimizer": experiment.optimizer.build(small), "in_backward": setup.in_backward,
-            "accumulate": setup.gradients_stay}
-        if setup.is_sharded:
-            how = {"residency": _shared(setup, small, large, place == "cuda" or experiment.memory.device is not None)}
-    return study(small.train(), made.batch, loss=made.loss_of, others=[large] if large is not None else [],
-                 device=experiment.memory.device, reserved=held, regions=regions,
-                 measure=experiment.memory.device is None and topology.ranks == 1, refuted=refuted,
-                 solver=experiment.memory.solver, cache=plans_cache(experiment.run), **how)
+
+    def __init__(self, experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
+                 topology: Topology, refuted: Mapping[str, Refuted] = NONE) -> None:
+        self.experiment, self.topology, self.refuted = experiment, topology, refuted
+        self._configs = teacher, student
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._shared = Shared()
+
+    def __call__(self, regions: bool, tile: int | None = None) -> Planner:
+        """Study the step.
+
+        Args:
+            regions: whether to capture the blocks as regions whose schedules can be planned; if not, the model runs
+                unchanged.
+            tile: bytes of a tile of logits in the loss; None for the device's default.
+
+        Raises:
+            UserError: a layer cannot be quantized, or cached teacher targets do not fit the student's vocabulary.
+            RuntimeError, NotImplementedError: the architecture cannot run without data.
+        """
+        experiment, (made, how) = self.experiment, self._made
+        return study(made.model.train(), made.batch, loss=lambda model, batch: made.loss_of(model, batch, tile),
+                     others=[made.teacher] if made.teacher is not None else [], device=experiment.memory.device,
+                     regions=regions, measure=experiment.memory.device is None and self.topology.ranks == 1,
+                     refuted=self.refuted, solver=experiment.memory.solver, cache=plans_cache(experiment.run),
+                     shared=self._shared, **how)
+
+    @cached_property
+    def _made(self) -> tuple[_Made, dict[str, Any]]:
+        """The models and the batch, and what else takes memory beside them."""
+        experiment, setup = self.experiment, RankSetup.of(self.experiment, self.topology)
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+        held = reserved(experiment, self.topology, place)
+        if place == "cuda" and experiment.memory.device is None:
+            held["held besides"] = held_besides(torch.device(place), [])
+        with self._mode, torch.device(place):
+            made = _Made.of(experiment, *self._configs, setup.is_sharded, place)
+            how: dict[str, Any] = {"reserved": held}
+            if setup.is_sharded:
+                on_gpu = place == "cuda" or experiment.memory.device is not None
+                how["residency"] = _shared(setup, made.model, made.teacher, on_gpu)
+            else:
+                how |= {"optimizer": experiment.optimizer.build(made.model), "in_backward": setup.in_backward,
+                        "accumulate": setup.gradients_stay}
+        return made, how
 
 
 def plans_cache(run: Run) -> Path:
@@ -131,7 +154,7 @@ def without_gradient(experiment: Experiment, teacher: PretrainedConfig | None, s
     place = "cuda" if torch.cuda.is_available() else "cpu"
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.device(place):
-        made = _Made.of(experiment, teacher, student, False, place, None)
+        made = _Made.of(experiment, teacher, student, False, place)
     made.model.train()
     try:
         idle = off_the_path(made, mode)
@@ -147,11 +170,11 @@ class _Made:
     model: nn.Module
     teacher: nn.Module | None
     batch: Batch
-    loss_of: Callable[[nn.Module, Batch], torch.Tensor]
+    loss_of: Callable[[nn.Module, Batch, int | None], torch.Tensor]
 
     @classmethod
     def of(cls, experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, sharded: bool,
-           place: str, tile: int | None) -> _Made:
+           place: str) -> _Made:
         settings = experiment.teacher if experiment.uses_teacher else None
         tokens = known_size(experiment.data.tokenizer, experiment.with_weights)
         check_sizes(settings, student, teacher, tokens)
@@ -164,7 +187,7 @@ class _Made:
                        apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
         temperature = experiment.objective.divergence.temperature
 
-        def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        def loss(model: nn.Module, batch: Batch, tile: int | None) -> torch.Tensor:
             distillation = Distillation(objective, model, live(large), tile=tile, common=common,
                                         intermediate=build_intermediate(experiment.objective, model, live(large)),
                                         balancing=balancing_weight(experiment.objective, student))
@@ -175,7 +198,7 @@ class _Made:
         return cls(small, large, batch, loss)
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        return self.loss_of(self.model, batch)
+        return self.loss_of(self.model, batch, None)
 
 
 def _shared(setup: RankSetup, student: nn.Module, teacher: nn.Module | None, on_gpu: bool) -> Residency:

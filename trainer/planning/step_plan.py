@@ -21,7 +21,7 @@ from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.planning.refusal import Fit, refuse
-from trainer.planning.step_memory import NONE, MemoryPlan, describe, named_parts, study_experiment
+from trainer.planning.step_memory import NONE, MemoryPlan, StepStudy, describe, named_parts
 
 LEAST_TILE = 2**20  # bytes of a tile of logits in the loss when memory is short
 
@@ -80,11 +80,11 @@ def plan_step(experiment: Experiment, topology: Topology, teacher: PretrainedCon
         BudgetUnmet: no plan fits the budget.
         UserError: the budget cannot be promised for this architecture, because it cannot run without data.
     """
-    def again(changed: Experiment, regions: bool, tile: int | None) -> Planner:
-        return study_experiment(changed, teacher, student, topology, regions, tile, refuted)
+    def study(changed: Experiment) -> Study:
+        return StepStudy(changed, teacher, student, topology, refuted)
 
     try:
-        planner, schedule, tile, keep_all = choose(experiment, again, topology)
+        planner, schedule, tile, keep_all = choose(experiment, study, topology)
     except (RuntimeError, NotImplementedError) as error:  # some mixtures of experts branch on their data
         if experiment.memory.bytes is None:
             return None
@@ -93,7 +93,7 @@ def plan_step(experiment: Experiment, topology: Topology, teacher: PretrainedCon
     return StepPlan(describe(planner, schedule, tile, keep_all), schedule, planner)
 
 
-Again = Callable[[Experiment, bool, int | None], Planner]
+Study = Callable[[bool, int | None], Planner]  # given whether to capture the blocks, and the bytes of a tile
 
 
 class Chosen(NamedTuple):
@@ -124,11 +124,11 @@ class _Unmet(Exception):
         self.error, self.least = error, least
 
 
-def choose(experiment: Experiment, again: Again, topology: Topology) -> Chosen:
+def choose(experiment: Experiment, study: Callable[[Experiment], Study], topology: Topology) -> Chosen:
     """Study an experiment's step, and choose its schedule and the tile size of its loss.
 
     Args:
-        again: studies an experiment, given whether to capture its blocks for scheduling, and the bytes of a tile.
+        study: studies the step of an experiment.
 
     Raises:
         BudgetUnmet: no plan fits.
@@ -136,10 +136,10 @@ def choose(experiment: Experiment, again: Again, topology: Topology) -> Chosen:
             was not proven in time.
     """
     def attempt(changed: Experiment) -> _Trial:
-        return _Trial(changed.memory.bytes, lambda regions, tile: again(changed, regions, tile))
+        return _Trial(changed.memory.bytes, study(changed))
 
     try:
-        return _choose(experiment.memory.bytes, lambda regions, tile: again(experiment, regions, tile))
+        return _choose(experiment.memory.bytes, study(experiment))
     except NotExact as error:
         raise UserError("memory.solver", str(error), value=experiment.memory.solver,
                         way_out="use `auto`, which says how much a better schedule could save at most (the gap, "
@@ -148,7 +148,7 @@ def choose(experiment: Experiment, again: Again, topology: Topology) -> Chosen:
         raise refuse(experiment, unmet.error, *named_parts(unmet.least), attempt, topology) from unmet.error
 
 
-def _choose(budget: int | None, study: Callable[[bool, int | None], Planner]) -> Chosen:
+def _choose(budget: int | None, study: Study) -> Chosen:
     """See `choose`.
 
     If the model fits without recomputation, no schedule is searched, and the tile is as large as fits. Otherwise the
@@ -169,7 +169,7 @@ def _choose(budget: int | None, study: Callable[[bool, int | None], Planner]) ->
     return _planned(budget, study, usual)
 
 
-def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: int, hopeless: bool = False) -> Chosen:
+def _planned(budget: int, study: Study, usual: int, hopeless: bool = False) -> Chosen:
     """A schedule for the blocks, at the default or the smallest tile, whichever recomputes less; see `_choose`.
 
     Args:
@@ -194,7 +194,7 @@ def _planned(budget: int, study: Callable[[bool, int | None], Planner], usual: i
 class _Trial:
     """Implements `trainer.planning.refusal.Trial`."""
 
-    def __init__(self, budget: int, study: Callable[[bool, int | None], Planner]) -> None:
+    def __init__(self, budget: int, study: Study) -> None:
         self._budget, self._study = budget, cache(study)
 
     @cached_property

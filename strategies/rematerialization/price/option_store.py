@@ -35,7 +35,8 @@ class OptionStore:
 
     def find(self, key: tuple[Any, ...]) -> list[Any] | None:
         """What was kept under a key, or None."""
-        return _read(self._file(key))
+        file = self._file(key)
+        return _waiting[file] if file in _waiting else _read(file)
 
     def keep(self, key: tuple[Any, ...], found: list[Any]) -> None:
         """Keep a list under a key unless it is there already; if the disk is full or read-only, nothing is kept.

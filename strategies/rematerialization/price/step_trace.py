@@ -137,7 +137,29 @@ class Step:
         return [optimizer.state], optimizer.step
 
 
-def trace_step(calls: list[RegionCall], step: Step, mode: FakeTensorMode) -> tuple[list[RegionCall], NonRegionMemory]:
+@dataclass
+class Shared:
+    """What several studies of one model's step have in common, found by the first that needs it.
+
+    Attributes:
+        calls: captured regions in call order; None until they have been captured.
+        idle: names of the parameters in `Step.idle`; None until they are known.
+    """
+
+    calls: list[RegionCall] | None = None
+    idle: frozenset[str] | None = None
+
+    def of(self, step: Step, mode: FakeTensorMode) -> frozenset[int]:
+        """The parameters in `Step.idle`, by id."""
+        named = dict(step.model.named_parameters())
+        if self.idle is None:
+            idle = unreached(step, mode)
+            self.idle = frozenset(name for name, parameter in named.items() if id(parameter) in idle)
+        return frozenset(id(named[name]) for name in self.idle)
+
+
+def trace_step(calls: list[RegionCall], step: Step, mode: FakeTensorMode, shared: Shared
+               ) -> tuple[list[RegionCall], NonRegionMemory]:
     """The memory held outside the regions in a step, and the regions that take part in it.
 
     Regions that no gradient flows back to run unchanged. So do all regions, with a warning, if the model fails with
@@ -146,7 +168,7 @@ def trace_step(calls: list[RegionCall], step: Step, mode: FakeTensorMode) -> tup
     Raises:
         CannotPlan: the model does not run on fake tensors at all.
     """
-    step = replace(step, idle=unreached(step, mode))
+    step = replace(step, idle=shared.of(step, mode))
     while True:
         try:
             with quiet("torch._subclasses.fake_tensor"):

@@ -204,14 +204,14 @@ def test_a_step_above_its_budget_is_said_at_once_or_ends_the_run(write_experimen
 
 def test_each_model_of_a_run_is_studied_once_and_its_plan_is_written_once(run_experiment, monkeypatch, tmp_path):
     """Teacher, student and control; the plan that is there after training is the one from before, to the bit."""
-    from trainer.planning import step_plan
+    from trainer.planning.step_memory import StepStudy
     from trainer.training.loop import TrainLoop
 
-    studied, written, study, train = [], [], step_plan.study_experiment, TrainLoop.train
+    studied, written, study, train = [], [], StepStudy.__call__, TrainLoop.train
 
-    def counting(experiment, *arguments):
-        studied.append(experiment.name)
-        return study(experiment, *arguments)
+    def counting(self, *arguments):
+        studied.append(self.experiment.name)
+        return study(self, *arguments)
 
     def watching(loop):
         written.append((loop.folder.plan, loop.folder.plan.read_bytes()))
@@ -219,7 +219,7 @@ def test_each_model_of_a_run_is_studied_once_and_its_plan_is_written_once(run_ex
         assert not loop.folder.measured.exists() and loop.distillation.tile == loop.plan.memory.tile
         train(loop)
 
-    monkeypatch.setattr(step_plan, "study_experiment", counting)
+    monkeypatch.setattr(StepStudy, "__call__", counting)
     monkeypatch.setattr(TrainLoop, "train", watching)
     _, folder = run_experiment(teacher=TEACHER, memory={"budget": "1GiB"}, run={"cache": str(tmp_path / "cache")})
     assert sorted(studied) == ["tiny", "tiny-control", "tiny-teacher"]

@@ -233,7 +233,7 @@ def test_writers_killed_at_any_moment_leave_what_an_undisturbed_one_writes(ident
             with pytest.raises(CacheUnfinished, match=f"{rows_seen[-1]} of 60 rows"):
                 TargetCache(folder, identity)
     assert rows_seen == sorted(rows_seen), "a kill lost what was recorded"
-    write(folder, identity)
+    write(folder, identity, rows_per_shard=2)
     assert files(folder) == files(tmp_path / "whole")
     assert_same(TargetCache(folder, identity).read(range(60)), content_of(identity, list(range(60))))
 
