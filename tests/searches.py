@@ -2,7 +2,8 @@
 
 A run times the operations of its blocks and searches for ways to run them, which takes longer than all else of a small
 one, and most of the tests' blocks are alike. Here an operation is timed once for each rank, so that equal blocks have
-equal prices, and what was searched for with them lies in a folder of the session's.
+equal prices, and what was searched for with them lies in a folder of the session's. So do plans without a budget, of
+which every rank of every run makes one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +27,8 @@ def share() -> None:
     from strategies.rematerialization import planner
     from strategies.rematerialization.price import block_options, costs
 
+    if "trainer.planning.plan" in sys.modules:
+        _share_plans()
     if hasattr(planner.options, "kept"):
         return
 
@@ -41,13 +45,38 @@ def share() -> None:
             name, *searched(*args, **named))))
 
 
+def _share_plans() -> None:
+    """Plans without a budget, and what is planned around a step, where all that they depend on is equal."""
+    import torch
+
+    from trainer.planning import plan
+
+    if hasattr(plan._around, "kept"):
+        return
+
+    def step(*asked: Any) -> Any:
+        experiment, topology, teacher, student, *refuted = asked
+        if experiment.memory.bytes is not None or refuted:
+            return None  # it holds the models that were studied
+        return "step", plan._studied(experiment, topology, teacher, student), torch.cuda.is_available()
+
+    def around(experiment: Any, topology: Any, *asked: Any) -> Any:
+        *configs, rows = asked
+        return ("around", experiment.model_dump_json(exclude={"name", "run", "report"}),
+                topology.to_dict(), [None if config is None else config.to_json_string() for config in configs], rows,
+                plan._activations.__qualname__, torch.cuda.is_available())
+
+    plan.plan_step, plan._around = _kept(plan.plan_step, step), _kept(plan._around, around)
+
+
 def _kept(find: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose results are read from the session's folder where they are there."""
+    """A function whose results are read from the session's folder where they are there, unless they have no key."""
     @wraps(find)
     def again(*args: Any, **named: Any) -> Any:
-        if not os.environ.get(FOLDER):
+        name = key(*args, **named) if os.environ.get(FOLDER) else None
+        if name is None:
             return find(*args, **named)
-        file = Path(os.environ[FOLDER]) / hashlib.sha256(repr(key(*args, **named)).encode()).hexdigest()
+        file = Path(os.environ[FOLDER]) / hashlib.sha256(repr(name).encode()).hexdigest()
         with suppress(FileNotFoundError):
             return pickle.loads(file.read_bytes())
         found = find(*args, **named)

@@ -107,7 +107,7 @@ def foretold(run: dict) -> tuple[int, int, int]:
     asked = read_experiment(run["file"], run["overrides"]).experiment
     config = student_config(asked.student, None, None)
     plan = Plans().resolve(asked, Topology(data_parallel=2), None, config)
-    return plan.memory.peak, plan.step.planner.frame.base, plan.ledger.model_state
+    return plan.memory.peak, plan.step.base, plan.ledger.model_state
 
 
 def table(rows: list[dict]) -> str:

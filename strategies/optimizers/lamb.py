@@ -11,7 +11,7 @@ import torch
 
 from strategies.common.shards import add_over, layout_of, local, local_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
-from strategies.optimizers.transient import Sharing, traced
+from strategies.optimizers.transient import Sharing, traced_one_by_one
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Lamb(torch.optim.Optimizer):
 
     def transient_bytes(self, sharing: Sharing) -> int:
         """One update at a time and what its norms need, as traced; no kernel here allocates memory of its own."""
-        return traced(self)
+        return traced_one_by_one(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

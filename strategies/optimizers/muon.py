@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from strategies.common.shards import layout_of, local
 from strategies.optimizers.groups import embedding_weights, group_of, parameter_groups
 from strategies.optimizers.norms import check, evaluated
-from strategies.optimizers.transient import Sharing, traced
+from strategies.optimizers.transient import Sharing, traced_one_by_one
 
 RATE = "match_rms_adamw"
 """Scales updates like AdamW's, so that one rate fits: 0.2 sqrt(max(R, C)) (Liu et al. 2025, arXiv 2502.16982)."""
@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
 
     def transient_bytes(self, sharing: Sharing) -> int:
         """The products of one matrix at a time; if ranks share it, also its gathered fp32 update."""
-        return traced(self) + (4 * sharing.largest if sharing.ranks > 1 else 0)
+        return traced_one_by_one(self) + (4 * sharing.largest if sharing.ranks > 1 else 0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from strategies.memory.residency import Residency
 from strategies.memory.tracker import tensors_of
-from strategies.optimizers.transient import Sharing, gathers_updates, transient_bytes
+from strategies.optimizers.transient import Sharing, gathers_updates, one_of_each, transient_bytes
 from strategies.rematerialization.capture.fake_tensors import FakeItemMode
 from strategies.sharding.gather_units import sharing_blocks
 from strategies.sharding.rank_residency import SHARDED, ShardingSetup, residency, stand_ins
@@ -146,6 +147,15 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer, setup: ShardingSetup) -> t
     for part in parts:
         part.grad = torch.empty_like(part)
     with FakeItemMode():
-        optimizer.step()
+        _begin(optimizer)
         state = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(optimizer.state))
         return state, transient_bytes(optimizer, Sharing(setup.ranks, largest, on_cpu=setup.gloo))
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """Give all parameters the state that they have after a step, which is taken by one of each kind alone."""
+    with one_of_each(optimizer) as kinds:
+        optimizer.step()
+    for first, *others in kinds:
+        for part in others:
+            optimizer.state[part] = tree_map_only(torch.Tensor, torch.empty_like, optimizer.state[first])

@@ -32,13 +32,15 @@ class StepPlan:
 
     Attributes:
         memory: the plan as plain data.
-        schedule: the schedule of the student's blocks.
-        planner: the study of the step; installs schedules in a model.
+        base: bytes held when a step begins.
+        schedule: the schedule of the student's blocks; None if they run unchanged.
+        planner: installs that schedule in a model; None without one.
     """
 
     memory: MemoryPlan
-    schedule: RecomputePlan = field(repr=False)
-    planner: Planner = field(repr=False)
+    base: int
+    schedule: RecomputePlan | None = field(default=None, repr=False)
+    planner: Planner | None = field(default=None, repr=False)
 
     @property
     def tile(self) -> int | None:
@@ -51,7 +53,8 @@ class StepPlan:
         Args:
             inductor: run the schedule through Inductor instead of eager kernels.
         """
-        self.planner.install(self.schedule, inductor=inductor, model=student)
+        if self.planner is not None and self.schedule is not None:
+            self.planner.install(self.schedule, inductor=inductor, model=student)
 
     def refuted(self, student: nn.Module, run: Callable[[], object]) -> dict[str, Refuted]:
         """Run a student on real data, and find the blocks that do not compute what their captured graphs compute.
@@ -64,7 +67,7 @@ class StepPlan:
         Returns:
             Those blocks, by name, each with the reason.
         """
-        return try_blocks(self.planner, student, run)
+        return {} if self.planner is None else try_blocks(self.planner, student, run)
 
 
 def plan_step(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
@@ -90,7 +93,10 @@ def plan_step(experiment: Experiment, topology: Topology, teacher: PretrainedCon
             return None
         raise UserError("memory.budget", f"cannot be promised for this architecture: {error}",
                         value=experiment.memory.budget, way_out="leave memory.budget out") from error
-    return StepPlan(describe(planner, schedule, tile, keep_all), schedule, planner)
+    memory = describe(planner, schedule, tile, keep_all)
+    if not planner.calls:  # the models that were studied are not kept
+        return StepPlan(memory, planner.frame.base)
+    return StepPlan(memory, planner.frame.base, schedule, planner)
 
 
 Study = Callable[[bool, int | None], Planner]  # given whether to capture the blocks, and the bytes of a tile

@@ -33,7 +33,7 @@ def foretold(run):
     experiment = read_experiment(run["file"], run["overrides"]).experiment
     config = student_config(experiment.student, None, None)
     step = plan_step(experiment, Topology(data_parallel=2), None, config)
-    return step.memory.peak, step.planner.frame.base, step.schedule
+    return step.memory.peak, step.base, step.schedule
 
 
 def measured(found):
