@@ -6,6 +6,7 @@ It imports once what a client imports, and nothing of this project. Each request
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -18,12 +19,16 @@ import tempfile
 import time
 import traceback
 
+PYTHONPATH = os.environ.get("PYTHONPATH")  # as whoever runs the tests has set it
 CLIENTS = "LIMBECK_TESTS_CLIENTS"  # the environment's variable that holds the socket
 
 
 def ask(command: list[str], *, env: dict[str, str], **options: object) -> subprocess.CompletedProcess:
-    """As `subprocess.run` of a client's command: [interpreter, script, its arguments]."""
-    if not os.environ.get(CLIENTS):
+    """As `subprocess.run` of a client's command: [interpreter, script, its arguments].
+
+    An interpreter that is to look elsewhere for packages is started anew.
+    """
+    if not os.environ.get(CLIENTS) or env.get("PYTHONPATH") != PYTHONPATH:
         return subprocess.run(command, env=env, **options)
     with socket.socket(socket.AF_UNIX) as line, tempfile.NamedTemporaryFile("r") as said:
         deadline = time.monotonic() + 60  # it may be importing yet
@@ -42,6 +47,9 @@ def serve(path: str) -> None:
     import safetensors.torch  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    with contextlib.suppress(ImportError):  # of what is optional
+        import gguf  # noqa: F401
+        import onnxruntime  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who answers
     with socket.socket(socket.AF_UNIX) as server:

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from tests import durations, searches
+from tests import clients, durations, searches
 from tests.clients import CLIENTS
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,8 @@ def pytest_collection_finish() -> None:
     """What all tests have imported is looked through at no collection of garbage any more."""
     if "strategies.rematerialization.planner" in sys.modules:
         searches.share()
+    if "strategies.export.receipt" in sys.modules:
+        fork_clients()
     gc.collect()
     gc.freeze()
 
@@ -164,6 +167,7 @@ def run_experiment(write_experiment):
         from trainer.run.folder import RunFolder
 
         searches.share()
+        fork_clients()
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         source = limbeck.read_experiment(write_experiment(name, **changes))
@@ -258,6 +262,17 @@ def fork(environment: dict[str, str], said: list[Path], function: Callable[..., 
     process = FORKED.Process(target=_in_fork, args=(with_clients(environment), str(cwd), said, function, arguments))
     process.start()
     return process
+
+
+def fork_clients() -> None:
+    """Have what this process exports read by clients that are forked, as `tests/ready.py` has for forked processes."""
+    from strategies.export import receipt
+
+    def run(*command: Any, **options: Any) -> subprocess.CompletedProcess:
+        with_clients({})
+        return clients.ask(*command, **options)
+
+    receipt.subprocess = SimpleNamespace(run=run)
 
 
 def with_clients(environment: dict[str, str]) -> dict[str, str]:
