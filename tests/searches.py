@@ -3,17 +3,18 @@
 A run times the operations of its blocks and searches for ways to run them, which takes longer than all else of a small
 one, and most of the tests' blocks are alike. Here an operation is timed once for each rank, so that equal blocks have
 equal prices, and what was searched for with them lies in a folder of the session's. So do plans without a budget, of
-which every rank of every run makes one.
+which every rank of every run makes one; of ranks that need the same one, the others wait for the first.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
@@ -49,6 +50,7 @@ def _share_plans() -> None:
     """Plans without a budget, and what is planned around a step, where all that they depend on is equal."""
     import torch
 
+    from trainer import pipeline
     from trainer.planning import plan
 
     if hasattr(plan._around, "kept"):
@@ -62,11 +64,18 @@ def _share_plans() -> None:
 
     def around(experiment: Any, topology: Any, *asked: Any) -> Any:
         *configs, rows = asked
-        return ("around", experiment.model_dump_json(exclude={"name", "run", "report"}),
-                topology.to_dict(), [None if config is None else config.to_json_string() for config in configs], rows,
-                plan._activations.__qualname__, torch.cuda.is_available())
+        return ("around", described(experiment, configs), topology.to_dict(), rows, plan._activations.__qualname__,
+                torch.cuda.is_available())
+
+    def checkpoint(experiment: Any, *configs: Any) -> Any:
+        return "checkpoint", described(experiment, configs)
+
+    def described(experiment: Any, configs: Sequence[Any]) -> list[Any]:
+        return [experiment.model_dump_json(exclude={"name", "run", "report"}), *(
+            None if config is None else config.to_json_string(use_diff=False) for config in configs)]
 
     plan.plan_step, plan._around = _kept(plan.plan_step, step), _kept(plan._around, around)
+    pipeline.planned_bytes = _kept(pipeline.planned_bytes, checkpoint)
 
 
 def _kept(find: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,11 +88,15 @@ def _kept(find: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., An
         file = Path(os.environ[FOLDER]) / hashlib.sha256(repr(name).encode()).hexdigest()
         with suppress(FileNotFoundError):
             return pickle.loads(file.read_bytes())
-        found = find(*args, **named)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as whole:
-            pickle.dump(found, whole)
-        os.replace(whole.name, file)
-        return found
+        with open(f"{file}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, or its process dies
+            with suppress(FileNotFoundError):
+                return pickle.loads(file.read_bytes())
+            found = find(*args, **named)
+            with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as whole:
+                pickle.dump(found, whole)
+            os.replace(whole.name, file)
+            return found
 
     again.kept = True
     return again

@@ -9,21 +9,26 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from strategies.rematerialization import planner
 from strategies.rematerialization.execute import segments
 from strategies.rematerialization.execute.installed import Planned
 from strategies.rematerialization.price import block_options
 from strategies.rematerialization.solve.chain_program import Block, Segment
+from strategies.rematerialization.solve.solver import solve
 
 VOCABULARY, WIDTH, HEADS, ROWS, LENGTH = 48, 32, 4, 2, 12
 
 
 @contextmanager
 def quick(monkeypatch, levels: tuple[float, ...]) -> Iterator[None]:
-    """One thread, few options for each block, and segments that drop even the smallest tensors."""
+    """One thread, few options for each block, short searches, and segments that drop even the smallest tensors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(block_options, "LEVELS", levels)
     monkeypatch.setattr(segments, "SMALL", 0)
+    monkeypatch.setattr(planner, "LEAST_MOVES", 100_000)
+    monkeypatch.setattr(planner, "solve", lambda graph, budget, seconds, **asked: solve(graph, budget, min(seconds, 1),
+                                                                                       **asked))
     yield
     torch.set_num_threads(threads)
 
