@@ -11,7 +11,7 @@ import torch
 
 from strategies.common.shards import add_over, layout_of, local, local_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
-from strategies.optimizers.transient import Sharing, traced_one_by_one
+from strategies.optimizers.transient import Sharing, traced
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Lamb(torch.optim.Optimizer):
     gathers_updates = False
 
     def transient_bytes(self, sharing: Sharing) -> int:
-        """One update at a time and what its norms need, as traced; no kernel here allocates memory of its own."""
-        return traced_one_by_one(self)
+        """An update beside the one before and what norms need, as traced; no kernel here allocates memory of its own."""
+        return traced(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

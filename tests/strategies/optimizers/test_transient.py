@@ -9,9 +9,12 @@ from torch._subclasses import FakeTensorMode
 
 from strategies.common.shards import Layout, Piece, lay_out
 from strategies.memory.meter import measure
+from strategies.memory.tracker import tensors_of
 from strategies.optimizers.by_name import build
-from strategies.optimizers.transient import Sharing, gathers_updates, transient_bytes
+from strategies.optimizers.transient import Sharing, gathers_updates, traced, transient_bytes
 from strategies.rematerialization.capture.fake_tensors import FakeItemMode
+from strategies.sharding.rank_residency import ShardingSetup
+from trainer.distributed.rank_memory import optimizer_bytes
 from trainer.experiment.nodes import Optimizer
 
 NAMES = get_args(Optimizer.model_fields["name"].annotation)
@@ -64,3 +67,23 @@ def test_muon_gathers_a_whole_update_where_ranks_share_it():
         muon.step()
         alone, shared = (transient_bytes(muon, Sharing(ranks, largest=96 * 128)) for ranks in (1, 2))
     assert shared == alone + 4 * 96 * 128 and gathers_updates(muon) and not gathers_updates(adamw)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_tensor_of_each_kind_tells_what_all_take(name):
+    """A model of four equal layers: state of all, and the peak of a step of all."""
+    def made() -> torch.optim.Optimizer:
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)), nn.Linear(64, 32))
+        return build(model, name, lr=1e-3, betas=(0.9, 0.95), eps=None, weight_decay=0.1)
+
+    with FakeTensorMode(), FakeItemMode():
+        every = made()
+        for group in every.param_groups:
+            for tensor in group["params"]:
+                tensor.grad = torch.ones_like(tensor)
+        every.step()
+        state = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(every.state))
+        found = optimizer_bytes(made(), ShardingSetup("none", 1))
+        if name != "adamw8bit":  # whose bytes on CPU are no operations of torch that are seen
+            assert found[1] == pytest.approx(traced(every), abs=SCALARS)
+    assert found[0] == state > 0

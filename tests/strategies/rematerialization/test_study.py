@@ -16,6 +16,7 @@ from strategies.rematerialization.capture import joint_graph
 from strategies.rematerialization.capture.fake_tensors import fake_optimizer
 from strategies.rematerialization.price import block_options
 from strategies.rematerialization.price.block_options import bound_curve
+from strategies.rematerialization.price.step_trace import Shared
 from strategies.rematerialization.rematerialize import _buckets, loss_of, rematerialize, study
 from strategies.rematerialization.solve.chain_program import Block, Segment
 from tests.strategies.rematerialization.planning_cases import (
@@ -487,8 +488,29 @@ def test_what_the_loss_does_not_reach_has_no_gradient_and_no_state():
     tensors = sum(parameter.grad is not None for parameter in model.parameters())
     model.zero_grad(set_to_none=True)
     assert reached < sum(parameter.numel() for parameter in model.parameters())
-    for regions in (False, True):
-        found = study(model, batch, optimizer=torch.optim.AdamW(model.parameters()), regions=regions, accumulate=True)
+    shared = Shared()
+    for regions, asked in ((False, None), (True, None), (False, shared), (True, shared)):
+        found = study(model, batch, optimizer=torch.optim.AdamW(model.parameters()), regions=regions, accumulate=True,
+                      shared=asked)
         assert found.frame.parts["optimizer state"] == 8 * reached + 4 * tensors  # two fp32 moments, and a step each
         assert found.frame.parts["gradients"] == 4 * reached
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_studies_of_one_step_share_its_blocks_and_foretell_what_each_alone_does(monkeypatch):
+    """A plan looks at one step with other tiles of its loss; the model is captured for the first that plans blocks."""
+    recorded, record = [], sys.modules[rematerialize.__module__].record
+
+    def counting(modules, *asked):
+        recorded.append(list(modules))
+        return record(modules, *asked)
+
+    monkeypatch.setattr(sys.modules[rematerialize.__module__], "record", counting)
+    model, batch, shared = language_model("llama"), text_batch(), Shared()
+    losses = (loss_of, lambda model, batch: model(**batch).logits.exp().mean())
+    for regions, loss in ((False, losses[0]), (True, losses[0]), (True, losses[1])):
+        found, alone = (study(model, batch, loss=loss, regions=regions, shared=one) for one in (shared, None))
+        assert found.keep_all().peak == alone.keep_all().peak
+        assert [call.name for call in found.calls] == [call.name for call in alone.calls]
+        assert found.frame == alone.frame
+    assert len(recorded) == 1 + 2, "once for those that share, and for each of the others"
