@@ -76,7 +76,7 @@ class Lamb(torch.optim.Optimizer):
     gathers_updates = False
 
     def transient_bytes(self, sharing: Sharing) -> int:
-        """An update beside the one before and what norms need, as traced; no kernel here allocates memory of its own."""
+        """An update beside the one before, and what norms need, as traced; kernels here allocate nothing."""
         return traced(self)
 
     @torch.no_grad()
