@@ -21,7 +21,7 @@ from trainer.checkpoints import check_space, planned_bytes
 from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.data.sources import check_path
-from trainer.data.tokenizers import known_size, vocabulary_size
+from trainer.data.tokenizers import known_size, tokenizer_origin, vocabulary_size
 from trainer.distributed.launch import check_engine, start
 from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
@@ -81,6 +81,7 @@ def dry_run(source: Source, as_json: bool) -> None:
         topology = replace(topology, data_parallel=experiment.memory.processes)
     check_engine(experiment.sharding, experiment.optimizer, topology)
     _check_shapes_early(experiment, teacher, student)
+    tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
     plan = Plans().resolve(experiment, topology, teacher, student)
     if int(os.environ.get("RANK", 0)) == 0:
         print(plan_json(source, plan)) if as_json else show_plan(source, plan)
@@ -189,6 +190,7 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
     teacher, student = _configs(experiment, vocabulary)
     count_steps(experiment, None)
     _check_shapes_early(experiment, teacher, student)
+    tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
     own = None
     if experiment.teacher is not None and experiment.teacher.train is not None:
         own = experiment.as_teacher("")

@@ -63,7 +63,7 @@ class Data(Node):
     roles: dict[str, str] = {}
     """Mapping from role names in the data to standard ones, for example {human: user, gpt: assistant}."""
     prompt: str | None = None
-    """Field that holds an instruction; it is given as context, and masked out of the loss."""
+    """Field that holds an instruction, masked out of the loss; a chat template or a line break ends it."""
     response: str | None = None
     """Field that holds the answer to `prompt`; the loss covers only the answer."""
     validation: Validation = Validation()

@@ -159,9 +159,27 @@ def _explain(entry: dict[str, Any]) -> UserError:
     return UserError(key, message, value=entry["input"], way_out=f"it means: {meaning}" if meaning else "")
 
 
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr", "adam_beta1": "optimizer.betas", "max_grad_norm": "training.clip",
+    "num_train_epochs": "training.epochs", "num_epochs": "training.epochs", "max_steps": "training.steps",
+    "per_device_train_batch_size": "training.micro_batch", "micro_batch_size": "training.micro_batch",
+    "gradient_accumulation_steps": "training.batch_size", "train_batch_size": "training.batch_size",
+    "max_length": "data.sequence_length", "max_seq_length": "data.sequence_length",
+    "sequence_len": "data.sequence_length", "block_size": "data.sequence_length",
+    "lr_scheduler_type": "schedule.shape", "warmup_ratio": "schedule.warmup", "warmup_steps": "schedule.warmup",
+    "bf16": "precision.dtype", "fp16": "precision.dtype", "save_steps": "training.checkpoint_every",
+    "save_total_limit": "training.keep_checkpoints", "eval_steps": "training.evaluate_every",
+    "logging_steps": "run.log_every", "report_to": "run.trackers", "output_dir": "run.folder",
+    "model_name_or_path": "student.path", "dataset": "data.path", "datasets": "data.path",
+}
+"""What transformers, TRL and axolotl call it, and the key here."""
+
+
 def _nearest_key(key: str) -> str:
     """Suggest the valid key that the user probably meant, at this level or elsewhere in the tree."""
     parts = key.split(".")
+    if parts[-1] in ELSEWHERE:
+        return f"did you mean `{ELSEWHERE[parts[-1]]}`?"
     siblings = _node(".".join(parts[:-1]))
     names = list(siblings.model_fields) if siblings else []
     near = difflib.get_close_matches(parts[-1], names, 1, 0.6) or \

@@ -364,7 +364,7 @@ class Run(Node):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to log to as well, through Accelerate."""
     threads: Positive | None = None
-    """CPU threads per process; null divides the machine's cores among its processes."""
+    """CPU threads per process; null divides the machine's cores among its processes, whatever OMP_NUM_THREADS is."""
     timeout: Positive = 600
     """Seconds at one point of a step before several processes end as stuck; must exceed any batch or checkpoint."""
 

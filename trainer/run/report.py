@@ -235,8 +235,8 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
         rows += ["", f"Keeping everything would have needed {memory['keep_all']:,} bytes. Recomputation takes "
                      f"{memory['recomputed']:.1%} of the blocks' forward and backward time by prediction; a better "
                      f"schedule of the blocks could save at most {memory['gap']:.1%} of it."]
-    rows += ["", "Planned for a micro-batch whose rows hold several documents each; rows of one document need no mask, "
-                 "and a little less."]
+    rows += ["", "Planned for a micro-batch whose rows hold several documents each and in which every token is "
+                 "learned. Rows of one document need no mask, and tokens that are not learned no logits."]
     rows += [f"\nNot planned: {_plain(text)}." for text in memory["unplanned"]]
     draw_step(Curve(numpy.array(memory["curve"]), tuple(map(tuple, memory["marks"]))),
               Curve(numpy.array(found["curve"]), tuple(map(tuple, found["marks"]))), memory["budget"],

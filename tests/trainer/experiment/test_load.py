@@ -5,7 +5,7 @@ import pytest
 from trainer.errors import ExperimentErrors
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.explain import help_text, resolved_yaml, schema
-from trainer.experiment.load import all_keys, read_experiment
+from trainer.experiment.load import ELSEWHERE, all_keys, read_experiment
 from trainer.failures import messages
 
 GOOD = """\
@@ -55,6 +55,8 @@ def test_override_wins_and_is_remembered(tmp_path):
     (GOOD.replace("  lr", "  lrr"), (),
      ["e.yaml:5: optimizer.lrr = 0.001", "no such key", "did you mean `optimizer.lr`"]),
     (GOOD, ("data.sequence_lenght=64",), ["override `data.sequence_lenght=64`", "= 64", "`data.sequence_length`"]),
+    (GOOD, ("optimizer.learning_rate=1",), ["optimizer.learning_rate = 1: no such key", "did you mean `optimizer.lr`"]),
+    (GOOD, ("data.max_length=8",), ["data.max_length = 8: no such key", "did you mean `data.sequence_length`"]),
     (GOOD + "temperature: 3\n", (), ["e.yaml:7: temperature = 3", "did you mean `objective."]),
     (GOOD.replace("1e-3", "fast"), (), ["e.yaml:5: optimizer.lr = 'fast'", "valid number", "Peak learning rate"]),
     (GOOD.replace("1e-3", "-1"), (), ["e.yaml:5: optimizer.lr = -1", "greater than 0"]),
@@ -174,3 +176,9 @@ def test_schema_accepts_and_refuses_what_the_reader_does(tmp_path):
         assert not list(validator.iter_errors(yaml.safe_load(file.read_text()))), file
     wrong = yaml.safe_load(GOOD) | {"optimiser": {}}
     assert list(validator.iter_errors(wrong))
+
+
+def test_names_of_other_trainers_lead_to_keys_that_are_there():
+    there = all_keys(Experiment)
+    assert not [key for key in ELSEWHERE.values() if key not in there]
+    assert not [name for name in ELSEWHERE if name in {key.rpartition(".")[2] for key in there}]

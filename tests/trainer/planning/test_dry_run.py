@@ -36,6 +36,15 @@ def test_dry_run_sees_that_a_local_file_is_missing():
     assert done.returncode == 2 and "data.path = 'nope.jsonl': there is no such file or folder" in done.stderr
 
 
+def test_dry_run_sees_that_no_tokenizer_is_there_as_the_run_does(write_experiment):
+    file = str(write_experiment(data={"tokenizer": {"train_vocabulary": None}}))
+    for more in (["--dry-run"], []):
+        done = train_py("--config", file, *more)
+        assert done.returncode == 2 and "data.tokenizer: no model brings a tokenizer" in done.stderr, done.stderr
+    done = train_py("--config", file, "--dry-run", "data.tokenizer.train_vocabulary=2048")
+    assert done.returncode == 0, "the way out works"
+
+
 def test_plan_is_exact(write_experiment):
     file = write_experiment(training={"steps": 10, "batch_size": 12, "micro_batch": 3},
                             student={"quantization": {"bits": 4, "group_size": 16}},
