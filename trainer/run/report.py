@@ -64,7 +64,9 @@ def _write(folder: RunFolder) -> None:
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
         "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
         "![size against bits per byte](size.png)\n",
-        "## Training\n", "![training loss](loss.png)\n", "![held-out bits per byte](held_out.png)\n",
+        "## Training\n", "![training loss](loss.png)\n",
+        "Thin lines are single steps, thick ones a moving average over a thirtieth of the run, which lags where "
+        "the loss falls fast.\n", "![held-out bits per byte](held_out.png)\n",
         _training(curves["student"]), *(f"Text: {_plain(note)}." for note in plan.get("text", [])), "",
         "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
         "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan, folder), "",
@@ -241,7 +243,8 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
     draw_step(Curve(numpy.array(memory["curve"]), tuple(map(tuple, memory["marks"]))),
               Curve(numpy.array(found["curve"]), tuple(map(tuple, found["marks"]))), memory["budget"],
               folder.path / "memory.png")
-    return [*rows, "", "![memory over one step](memory.png)"]
+    return [*rows, "", "![memory over one step](memory.png)", "", "One micro-batch from its forward to the update, "
+            "allocation by allocation; the square and the circle are the peaks."]
 
 
 # ---- plots
