@@ -86,6 +86,13 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def show(table: str, found: dict, file: Path | None) -> None:
+    """Print what a benchmark found, and write it as JSON where a file is asked for."""
+    print("\n" + table)
+    if file:
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def machine() -> dict:
     """What the figures were measured on."""
     return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),

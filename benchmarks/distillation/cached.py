@@ -23,7 +23,6 @@ away, where the exact gradient is small. Of a teacher that runs in bf16 nothing 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -34,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quickstart import machine
+from benchmarks.quickstart import machine, show
 from strategies.distillation.losses.divergences import Divergence
 from strategies.distillation.losses.heads import Head
 from strategies.distillation.losses.response import ResponseObjective
@@ -73,9 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vocabulary of {vocabulary:,}: done", flush=True)
     settings = {name: value for name, value in vars(chosen).items() if name != "json"}
     found = {"settings": settings, "machine": machine(), "rows": rows}
-    print("\n" + table(found))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+    show(table(found), found, chosen.json)
     return 0
 
 

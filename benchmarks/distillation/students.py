@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 import limbeck
-from benchmarks.quickstart import machine
+from benchmarks.quickstart import machine, show
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import read_lines
 
@@ -54,9 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = train_all(chosen, chosen.folder or Path(room))
     settings = {name: value for name, value in vars(chosen).items() if name not in ("data", "folder", "json")}
     found = {"settings": settings, "machine": machine(), "rows": rows, "summary": summary(rows)}
-    print("\n" + table(found))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+    show(table(found), found, chosen.json)
     return 0
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.quantization.trained_quantized import train
-from benchmarks.quickstart import machine
+from benchmarks.quickstart import machine, show
 from strategies.export.gguf.gguf_file import dequantized_reference, write_gguf
 from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import WeightQuantizer
@@ -127,9 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
                         for key, value in rows[-1].items()), flush=True)
     found = {"settings": {name: value for name, value in vars(chosen).items() if name != "json"}, "machine": machine(),
              "versions": {name: version(name) for name in ("torch", "gguf", "xllamacpp")}, "rows": rows}
-    print("\n" + table(found))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+    show(table(found), found, chosen.json)
     return 0
 
 

@@ -12,7 +12,6 @@ its dtype.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
 from importlib import import_module
@@ -25,7 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.quickstart import machine
+from benchmarks.quickstart import machine, show
 from strategies.export.quantized_layers import quantized_layers
 from strategies.export.receipt import ask_client
 from strategies.quantization.activations import ActivationQuantizer
@@ -65,9 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = {"machine": machine(), "rows": rows, "versions": {
         name: version(name) for name in ("transformers", "compressed-tensors", "onnxruntime", "gguf")
         if find_spec(name.replace("-", "_"))}}
-    print("\n" + table(found))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+    show(table(found), found, chosen.json)
     return 0
 
 

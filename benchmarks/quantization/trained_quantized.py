@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.quickstart import machine
+from benchmarks.quickstart import machine, show
 from strategies.distillation.losses.divergences import Divergence
 from strategies.distillation.losses.response import IGNORED, ResponseObjective
 from strategies.memory.meter import measure
@@ -64,9 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = {"settings": {name: value for name, value in vars(chosen).items() if name != "json"}, "machine": machine(),
              "versions": {name: version(name) for name in ("torch", "torchao") if find_spec(name)},
              "rows": rows, "costs": costs(chosen.rounds)}
-    print("\n" + table(found))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+    show(table(found), found, chosen.json)
     return 0
 
 
