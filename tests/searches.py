@@ -63,9 +63,9 @@ def _share_plans() -> None:
         return "step", plan._studied(experiment, topology, teacher, student), torch.cuda.is_available()
 
     def around(experiment: Any, topology: Any, *asked: Any) -> Any:
-        *configs, rows = asked
-        return ("around", described(experiment, configs), topology.to_dict(), rows, plan._activations.__qualname__,
-                torch.cuda.is_available())
+        *configs, rows, done = asked
+        return ("around", described(experiment, configs), topology.to_dict(), rows, done,
+                plan._activations.__qualname__, torch.cuda.is_available())
 
     def checkpoint(experiment: Any, *configs: Any) -> Any:
         return "checkpoint", described(experiment, configs)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from trainer.command_line import limbeck_parser, parse_train
 from trainer.distributed import signals
-from trainer.errors import ExperimentErrors, RunFailed, Stopped, UserError
+from trainer.errors import ExperimentErrors, OtherRun, RunFailed, Stopped, UserError
 from trainer.experiment.explain import schema
 from trainer.experiment.load import Source, read_experiment
 from trainer.failures import FAILURE, OTHERS_WAIT, USER_ERROR, exit_code, failure, is_lost, messages, tell
@@ -69,7 +69,7 @@ def _run_experiment(source: Source) -> int:
             note.wait(OTHERS_WAIT)
         return signals.AGAIN_LATER
     except UserError as error:  # recorded, since the launcher now signals the other processes: no stop by a user
-        if error.key != "run.folder":  # with this key, the folder, and the note in it, belong to another run
+        if not isinstance(error, OtherRun):  # then the folder, and the note in it, are not of this run
             note.leave(messages(error, source), exit_code(error), process=process)
         raise
     except (RunFailed, OSError, RuntimeError) as error:

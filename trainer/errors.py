@@ -22,6 +22,10 @@ class UserError(ValueError):
         self.value = None if value is _UNSET else value
 
 
+class OtherRun(UserError):
+    """The run folder belongs to another experiment, or another run is using it now: nothing may be written to it."""
+
+
 class ExperimentErrors(ValueError):
     """All mistakes found while reading an experiment, reported together.
 

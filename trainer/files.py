@@ -10,14 +10,20 @@ from typing import Any
 
 
 def read_object(file: Path, most: int) -> dict[str, Any]:
-    """Read a file that consists of one JSON object.
+    """Read a file that consists of one JSON object; see `read_value`."""
+    return read_value(file, most, dict)
+
+
+def read_value(file: Path, most: int, kind: type) -> Any:
+    """Read a file that consists of one JSON value.
 
     Args:
         most: maximum size of the file in bytes.
+        kind: dict for an object, list for a list.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: not a regular file, too large, or not a JSON object; the message does not name the file.
+        ValueError: not a regular file, too large, or not such a value; the message does not name the file.
     """
     if not file.is_file():
         raise ValueError("no file")
@@ -27,8 +33,8 @@ def read_object(file: Path, most: int) -> dict[str, Any]:
         values = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {(str(error).splitlines() or [''])[0][:300]}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"no JSON object, but a {type(values).__name__}")
+    if not isinstance(values, kind):
+        raise ValueError(f"no JSON {'object' if kind is dict else kind.__name__}, but a {type(values).__name__}")
     return values
 
 

@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
-from strategies.export.hf.transformers_folder import write_folder
+from strategies.export.hf.transformers_folder import write_folder, write_model_files
 from strategies.quantization.freeze import freeze_quantized
-from trainer.checkpoints import check_space, planned_bytes
+from trainer import checkpoints
+from trainer.checkpoints import WarmStart, check_space, planned_bytes
 from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.data.sources import check_path
@@ -42,8 +43,9 @@ from trainer.run.folder import RunFolder, training_identity
 from trainer.run.metrics import console, read_lines
 from trainer.run.report import write_report
 from trainer.student.compare_student import compare, logits_of
-from trainer.student.export_student import check_runtimes, check_tokenizer, check_written, drop_stale, write_others
+from trainer.student.export_student import check_runtimes, check_tokenizer, check_written, write_others
 from trainer.student.quantize_student import check_calibration, finalize_student
+from trainer.student.remake import remake
 from trainer.student.weight_digests import check_digests, digests_in_training, save_digests
 from trainer.teacher.intermediate_losses import attach_projections, check_intermediate
 from trainer.teacher.target_cache import cached_targets
@@ -101,28 +103,33 @@ def run_experiment(source: Source) -> Path:
     how = Launched(accelerator, topology)
     say = how.say
     values = experiment.model_dump(mode="json")
-    again = folder.afterwards(values) if folder.finished else []
-    if folder.finished and not again:
-        say(f"{folder.path} is finished: see {folder.report}. To run again, choose another run.folder or remove it.")
+    more, again = folder.longer(values), folder.afterwards(values) if folder.finished else []
+    if folder.finished and not more and not again:
+        say(f"{folder.path} is finished: see {folder.report}. To train it for longer, raise training.steps (or "
+            "training.epochs); to run it again, choose another run.folder or remove it.")
         if changed := [key for key in folder.changed(values) if not key.startswith("run.")]:
             say(f"not used, since it is finished: {', '.join(changed)}")
         return folder.path
-    if again:
-        say(f"{folder.path} is trained; its student, receipts and report are made again, with other values of "
-            f"{', '.join(again)}")
+    if again and not more:
+        say(f"{folder.path} is trained; what {', '.join(again)} changes is made again, and nothing is trained")
     begun = begin(experiment, how)
-    experiment, text = begun.experiment, begun.text
-    done = train_one(source.experiment, experiment, folder, folder.unverified, how, text)
-    if experiment.uses_teacher and experiment.report.control:
-        control = RunFolder(folder.control)
+    experiment, text, done = begun.experiment, begun.text, None
+    if again and not more:
+        if accelerator.is_main_process:
+            folder.lock(wait=False)
+            remake(experiment, folder, text, again, accelerator.device)
+            folder.adopt(source.experiment)
+    else:
+        done = train_one(source.experiment, experiment, folder, folder.unverified, how, text)
+    control = RunFolder(folder.control)
+    wanted = experiment.uses_teacher and experiment.report.control
+    if wanted and (done is not None or not control.student.exists()):
         asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
         train_one(asked, lone, control, control.student, how, text)
     if accelerator.is_main_process:
-        compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
-        if again:
-            folder.adopt(source.experiment)
-            drop_stale(folder, experiment)
-        check_written(folder, done.failed)
+        if done is not None:
+            compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
+            check_written(folder, done.failed)
         write_report(folder.path)
         say(f"{experiment.name}: done, see {folder.report}")
     accelerator.end_training()
@@ -228,9 +235,7 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
     trained, exported, failed = torch.empty(0), torch.empty(0), []
     digests = digests_in_training(loop.engine, accelerator.device)
     if accelerator.is_main_process:
-        lines = [line for line in read_lines(folder.metrics) if "memory_peak" in line]
-        peak, kind = max(line["memory_peak"] for line in lines), lines[-1]["memory_kind"]
-        write_atomically(folder.measured, json.dumps({"memory_peak": peak, "kind": kind}, indent=2) + "\n")
+        _keep_measured(folder)
         dtype = DTYPES[experiment.export.dtype]
         whole = loop.whole()
         check_digests(digests, whole, "the student, put together after training,")
@@ -246,6 +251,14 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
     return Trained(trained, exported, failed)
 
 
+def _keep_measured(folder: RunFolder) -> None:
+    """Write the highest memory of a training into a file of its own."""
+    lines = [line for line in read_lines(folder.metrics) if "memory_peak" in line]
+    if lines:
+        peak, kind = max(line["memory_peak"] for line in lines), lines[-1]["memory_kind"]
+        write_atomically(folder.measured, json.dumps({"memory_peak": peak, "kind": kind}, indent=2) + "\n")
+
+
 def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: Launched, text: PreparedData
             ) -> TrainLoop:
     """Plan a run, build and check its models, claim its folder, and resume from its last checkpoint."""
@@ -253,7 +266,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     accelerator, name = how.accelerator, experiment.name
     teacher_shape, student_shape = shapes = _configs(experiment, vocabulary_size(text.tokenizer))
     rows = len(text.train) if hasattr(text.train, "__len__") else None
-    plan = how.plans.resolve(experiment, how.topology, *shapes, rows)
+    plan = how.plans.resolve(experiment, how.topology, *shapes, rows, checkpoints.progress(folder.checkpoints))
     assert plan.steps is not None, "the length of the data is known once it is tokenized"
     for note in plan.notes:
         how.say(f"{name}  {note}")
@@ -265,7 +278,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     teacher = None
     if experiment.uses_teacher or experiment.student.from_teacher is not None:
         teacher = build_teacher(experiment.teacher, teacher_shape)
-    student = build_student(experiment, student_shape, teacher, text.tokenizer)
+    other = None if experiment.student.from_run is None else WarmStart(experiment.student)
+    student = build_student(experiment, student_shape, teacher, text.tokenizer, other)
     attach_projections(experiment.objective, experiment.seed, student, teacher_shape)
     _try_out(experiment, teacher, student)
     related = match_vocabularies(experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
@@ -276,13 +290,31 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     if experiment.uses_teacher and experiment.teacher.targets.source != "live":
         teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
     plan = _tried(plan, experiment, shapes, student, how)
+    if (more := folder.longer(asked.model_dump(mode="json"))):
+        _say_longer(how, asked, folder, plan, more)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
+        write_model_files(folder.model, student, text.tokenizer)
     accelerator.wait_for_everyone()
     loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related)
     if experiment.run.trackers:
         _start_trackers(accelerator, asked, folder, loop.state.step)
     return loop
+
+
+def _say_longer(how: Launched, asked: Experiment, folder: RunFolder, plan: Plan, changed: list[str]) -> None:
+    """Say from where to where a run goes on for longer, and with which learning rates."""
+    step, then = folder.reached, folder.changed(asked.model_dump(mode="json"))
+    before = "; ".join(f"{key} was {then[key][0]} and is {then[key][1]}" for key in changed)
+    rate = asked.schedule.build(asked.optimizer.lr, plan.steps)
+    begin, end = rate.stretch(step)
+    how.say(f"{asked.name}: goes on from step {step:,} to {plan.steps:,} ({before}); what its earlier end made is kept "
+            f"in {folder.earlier}")
+    if begin != step:
+        how.say(f"{asked.name}: learning rates are those of one schedule over steps {begin:,} to {end:,}, so that the "
+                f"next is {rate(step):.2e}; `schedule.restarts: {[*asked.schedule.restarts, step]}` warms up and "
+                "decays anew from here")
 
 
 def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | None, PretrainedConfig],

@@ -26,10 +26,11 @@ that verifies; newer ones that do not are kept as `damaged-step-00000100`.
 
 from strategies.common.shards import Piece
 from trainer.checkpoints.commit import Checkpoints
-from trainer.checkpoints.finding import latest, listed, newest_good
+from trainer.checkpoints.finding import latest, listed, newest_good, progress
 from trainer.checkpoints.manifest import NAME, Unreadable, wrong_with
 from trainer.checkpoints.reading import Saved, load, load_whole, names
 from trainer.checkpoints.space import check_space, planned_bytes
+from trainer.checkpoints.warm_start import WarmStart
 
-__all__ = ["NAME", "Checkpoints", "Piece", "Saved", "Unreadable", "check_space", "latest", "listed", "load",
-           "load_whole", "names", "newest_good", "planned_bytes", "wrong_with"]
+__all__ = ["NAME", "Checkpoints", "Piece", "Saved", "Unreadable", "WarmStart", "check_space", "latest", "listed",
+           "load", "load_whole", "names", "newest_good", "planned_bytes", "progress", "wrong_with"]

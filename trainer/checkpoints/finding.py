@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoints.manifest import wrong_with
+from trainer.checkpoints.manifest import Unreadable, read_manifest, wrong_with
 from trainer.errors import RunFailed
 
 _NAME = re.compile(r"step-\d{8,}")
@@ -27,6 +27,17 @@ def listed(folder: Path) -> list[Path]:
 def latest(folder: Path) -> Path | None:
     """The newest committed checkpoint, without checking whether it is intact."""
     return max(listed(folder), default=None, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def progress(folder: Path) -> tuple[int, int]:
+    """Steps done by the newest committed checkpoint and the rows that these have taken; zeros if there is none."""
+    newest = latest(folder)
+    try:
+        state = {} if newest is None else read_manifest(newest)
+    except (Unreadable, OSError):  # said when the run resumes, from the one before
+        state = {}
+    rows = state.get("rows")
+    return (state["step"], rows) if type(rows) is int else (0, 0)
 
 
 def newest_good(folder: Path, *, rank: int = 0, ranks: int = 1, gather: Gather = list,

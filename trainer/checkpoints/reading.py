@@ -31,8 +31,8 @@ def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
     Raises:
         Unreadable: the checkpoint is damaged, or belongs to another model.
     """
-    with torch.no_grad(), _reading():
-        state, saved = _opened(checkpoint)
+    with torch.no_grad(), reading():
+        state, saved = opened(checkpoint)
         for tensor, layout in engine.tensors():
             flat = local_of(tensor)
             for piece in layout.pieces:
@@ -51,8 +51,8 @@ def load_whole(checkpoint: Path, model: nn.Module) -> None:
     Raises:
         Unreadable: the checkpoint is damaged, or belongs to another model.
     """
-    with torch.no_grad(), _reading():
-        _, saved = _opened(checkpoint)
+    with torch.no_grad(), reading():
+        _, saved = opened(checkpoint)
         for name, parameter in model.named_parameters():
             whole = Piece(name, tuple(parameter.shape), 0, parameter.numel())
             local_of(parameter).copy_(saved.read("model", name, whole))
@@ -65,7 +65,7 @@ def names(checkpoint: Path) -> list[str]:
     Raises:
         Unreadable: the checkpoint is damaged.
     """
-    with _reading():
+    with reading():
         return list(read_manifest(checkpoint)["shapes"])
 
 
@@ -134,16 +134,14 @@ class Saved:
         return PieceState(elementwise, whole)
 
 
-# ---- helpers
-
-def _opened(checkpoint: Path) -> tuple[dict[str, Any], Saved]:
+def opened(checkpoint: Path) -> tuple[dict[str, Any], Saved]:
     """Plain state and tensors of a checkpoint, after checking that no file is missing or truncated."""
     state = read_manifest(checkpoint)
     return state, Saved(checkpoint, state.pop("shapes"), state["files"])
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
     """Convert any error that damaged files may cause into `Unreadable`."""
     try:
         yield

@@ -34,21 +34,21 @@ class Order:
 class _MicroBatches(Sampler):
     """Endless sampler of row indices for one data-parallel replica's micro-batches, from a global position on.
 
-    With micro-batches of b rows, micro-batch m of the whole run covers positions m b to (m + 1) b - 1, and replica r
-    of W takes those with m = r modulo W. Positions from `end` on get index -1, a row of padding.
+    With micro-batches of b rows, the m-th micro-batch after the first `skip` positions covers positions skip + m b to
+    skip + (m + 1) b - 1, and replica r of W takes those with m = r modulo W. Positions from `end` on get index -1, a
+    row of padding.
     """
 
     def __init__(self, order: Order, micro_batch: int, replica: int, replicas: int, skip: int, end: int | None):
         self.order, self.micro_batch, self.end = order, micro_batch, end
-        self.first, self.stride = skip // micro_batch + replica, replicas
+        self.first, self.stride = skip + replica * micro_batch, replicas * micro_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        number = self.first
+        begin = self.first
         while True:
-            begin = number * self.micro_batch
             yield [self.order[position] if self.end is None or position < self.end else -1
                    for position in range(begin, begin + self.micro_batch)]
-            number += self.stride
+            begin += self.stride
 
 
 def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch: int, replica: int, replicas: int,
@@ -64,7 +64,8 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
         micro_batch: rows per micro-batch.
         replica: which data-parallel replica this process belongs to.
         replicas: number of data-parallel replicas.
-        skip: rows of the run that were trained on before; a multiple of the micro-batch times the replicas.
+        skip: rows of the run that were trained on before; for a stream a multiple of the micro-batch times the
+            replicas.
         workers: data-loader processes; a stream uses none.
         pin: whether to return tensors in pinned memory.
         end: number of rows in the run; a batch that reaches beyond it is filled with rows of padding, whose `row` is

@@ -25,6 +25,7 @@ from trainer.experiment.nodes import (
 )
 from trainer.experiment.objective_nodes import INSIDE, Divergence, Objective
 from trainer.experiment.quantization_nodes import Quantization
+from trainer.experiment.run_paths import model_of_run, within
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,28 @@ class Experiment(Node):
             self._cached()
         if objective.has_intermediate:
             self._looks_inside()
+        if self.training.steps == 0:
+            self._as_it_is()
+        if self.student.from_run is not None and within(self.student.from_run, self.folder):
+            raise UserError("student.from_run", "this is the run itself", value=self.student.from_run,
+                            way_out="remove it: a run that is started again goes on from its newest checkpoint; or "
+                            "choose another run.folder or name")
         if objective.on_policy is not None:
             self._on_policy()
         if self.optimizer.in_backward:
             self._steps_in_backward()
         return self
+
+    def _as_it_is(self) -> None:
+        """Check that a student which is not trained has weights already."""
+        student = self.student
+        if student.path is None and student.from_teacher is None and student.from_run is None:
+            raise UserError("training.steps", "nothing is trained, and a student made from its `architecture` alone "
+                            "has random weights", value=0, way_out="name its weights in `student.path` or "
+                            "`student.from_run`, or train it for some steps")
+        if student.quantization is not None and student.quantization.trained:
+            raise UserError("student.quantization.method", "qat is part of training, and nothing is trained",
+                            value=student.quantization.method, way_out="use gptq or rtn, or train for some steps")
 
     def _on_policy(self) -> None:
         """Check what on-policy distillation requires: a live teacher with a divergence, and unsharded weights."""
@@ -159,7 +177,8 @@ class Experiment(Node):
     def uses_teacher(self) -> bool:
         """Whether any loss term needs the teacher's outputs."""
         objective = self.objective
-        return self.teacher is not None and (objective.build(True).needs_teacher or objective.has_intermediate)
+        return self.teacher is not None and self.training.steps != 0 and (
+            objective.build(True).needs_teacher or objective.has_intermediate)
 
     @property
     def form(self) -> StudentForm:
@@ -172,9 +191,11 @@ class Experiment(Node):
     @property
     def with_weights(self) -> list[tuple[str, str, str | None]]:
         """(key, path, revision) of the models loaded with weights, each of which has its own vocabulary."""
-        return [(f"{key}.path", model.path, model.revision)
-                for key, model in (("student", self.student), ("teacher", self.teacher))
-                if model is not None and model.path]
+        run = self.student.from_run
+        brought = [] if run is None else [("student.from_run", str(model_of_run(run)), None)]
+        return brought + [(f"{key}.path", model.path, model.revision)
+                          for key, model in (("student", self.student), ("teacher", self.teacher))
+                          if model is not None and model.path]
 
     def as_teacher(self, folder: str) -> Experiment:
         """The experiment that trains this one's teacher: same data, full precision, and no teacher of its own."""
@@ -186,6 +207,7 @@ class Experiment(Node):
             "objective": Objective(),
             "optimizer": self.optimizer.model_copy(update={"lr": self.teacher.train.lr}),
             "training": self.training.model_copy(update={"steps": self.teacher.train.steps, "epochs": None}),
+            "schedule": self.schedule.model_copy(update={"restarts": ()}),
             "export": Export(),
             "report": self.report.model_copy(update={"control": False}),
             "run": self.run.model_copy(update={"folder": folder, "trackers": ()}),

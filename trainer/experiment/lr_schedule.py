@@ -6,7 +6,7 @@ It therefore does not depend on the number of processes, and resuming it needs n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class LearningRate:
         warmup: fraction of the run when below 1, number of steps otherwise.
         decay: fraction of the run over which `wsd` decays.
         final: learning rate reached after the last step, as a fraction of the peak: no step is taken at zero.
+        restarts: steps after which all of it begins anew, as in SGDR (Loshchilov & Hutter 2017): each stretch up to the
+            next restart, or to the end, has its own warm-up and decay.
     """
 
     peak: float
@@ -28,6 +30,7 @@ class LearningRate:
     warmup: float = 0.0
     decay: float = 0.2
     final: float = 0.0
+    restarts: tuple[int, ...] = ()
 
     @property
     def warmup_steps(self) -> int:
@@ -36,10 +39,18 @@ class LearningRate:
 
     def __call__(self, step: int) -> float:
         """Learning rate of optimizer step `step`, counted from 0."""
+        if self.restarts:
+            begin, end = self.stretch(step)
+            return replace(self, steps=end - begin, restarts=())(step - begin)
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         return self.peak * (self.final + (1 - self.final) * self._height(progress, step))
+
+    def stretch(self, step: int) -> tuple[int, int]:
+        """The steps (begin, end) between the restarts around a step; the end is not in it."""
+        return (max((one for one in self.restarts if one <= step), default=0),
+                min((one for one in self.restarts if step < one < self.steps), default=self.steps))
 
     def _height(self, progress: float, step: int) -> float:
         """Normalized height above `final`: 1 right after warm-up, 0 at the end."""

@@ -103,6 +103,8 @@ class Student(Model):
 
     from_teacher: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Start from these layers of the teacher (0 is the first), with its embeddings and head."""
+    from_run: PathName | None = None
+    """Start from the trained weights of another run: its folder (newest checkpoint), or one of its checkpoints."""
     quantization: Quantization | None = None
     """Quantize the student's weights and export them bit-packed; null keeps full precision."""
 
@@ -111,13 +113,19 @@ class Student(Model):
         if self.from_teacher is not None and (self.path or self.architecture):
             raise UserError("from_teacher", "the student has two origins: layers of the teacher, and its own model",
                             way_out="keep either `from_teacher` or `path`/`architecture`")
+        if self.from_run is not None and (self.from_teacher is not None or self.path or self.architecture):
+            raise UserError("from_run", "the student has two origins: another run, and "
+                            f"{'layers of the teacher' if self.from_teacher is not None else 'its own model'}",
+                            value=self.from_run, way_out="keep one of `from_run`, `from_teacher` and "
+                            "`path`/`architecture`; a run brings its student's architecture and tokenizer")
         if self.from_teacher is not None and (not self.from_teacher or sorted(set(self.from_teacher)) != list(
                 self.from_teacher)):
             raise UserError("from_teacher", "the layers must be listed once each, in rising order",
                             value=list(self.from_teacher), way_out="for example `from_teacher: [0, 2, 5]`")
-        if self.from_teacher is None and not self.path and not self.architecture:
+        if self.from_teacher is None and not self.path and not self.architecture and not self.from_run:
             raise UserError("", "the student has no origin",
-                            way_out="give `from_teacher` (layers), `path` (weights) or `architecture` (dimensions)")
+                            way_out="give `from_teacher` (layers), `path` (weights), `from_run` (the student of "
+                            "another run) or `architecture` (dimensions)")
         return self
 
 
@@ -156,12 +164,21 @@ class Schedule(Node):
     """Fraction of the run over which `wsd` decays."""
     final: Fraction = 0.1
     """Learning rate at the end, as a fraction of the peak."""
+    restarts: tuple[Positive, ...] = ()
+    """Steps after which the schedule begins anew, with its warm-up, over the steps up to the next one or the end."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Schedule:
+        if sorted(set(self.restarts)) != list(self.restarts):
+            raise UserError("restarts", "the steps must be listed once each, in rising order",
+                            value=list(self.restarts), way_out="for example `restarts: [1000, 2000]`")
+        return self
 
     def build(self, peak: float, steps: int) -> LearningRate:
         from trainer.experiment.lr_schedule import LearningRate
 
         return LearningRate(peak=peak, steps=steps, shape=self.shape, warmup=self.warmup, decay=self.decay,
-                            final=self.final)
+                            final=self.final, restarts=self.restarts)
 
 
 class LossScale(Node):
@@ -191,8 +208,8 @@ class Precision(Node):
 class Training(Node):
     """How long to train, in which batches, and how often to evaluate and save."""
 
-    steps: Positive | None = None
-    """Optimizer steps; null: as many as `epochs` needs."""
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps; 0 quantizes and exports the model as it is; null: as many as `epochs` needs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the data, when `steps` is null; the last step may have fewer rows, so that all are seen equally."""
     batch_size: Positive = 32

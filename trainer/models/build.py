@@ -9,10 +9,17 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
+from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from strategies.common.stored_weights import Experts, all_layers, as_matrix, multiplies
 from strategies.distillation.losses.fused_head import LogitShape, logit_shape
@@ -23,6 +30,7 @@ from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment, StudentForm
 from trainer.experiment.nodes import Model, Teacher
 from trainer.experiment.quantization_nodes import Quantization
+from trainer.experiment.run_paths import model_of_run
 from trainer.model_files import stored_dtypes
 from trainer.models.architecture_keys import set_token
 from trainer.models.configs import reach_model
@@ -43,14 +51,32 @@ def build_teacher(teacher: Teacher, config: PretrainedConfig) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+class Weights(Protocol):
+    """The trained weights of another run."""
+
+    def load(self, model: nn.Module) -> None:
+        """Load all weights of a model in full precision."""
+
+    def load_scales(self, model: nn.Module) -> None:
+        """Load the learned scales of a quantized model, if there are any that fit."""
+
+
 def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.Module | None,
-                  tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    """The student with fp32 weights, with fake quantization if it is trained that way."""
+                  tokenizer: PreTrainedTokenizerBase, other: Weights | None = None) -> nn.Module:
+    """The student with fp32 weights, with fake quantization if it is trained that way.
+
+    Args:
+        other: the weights that `student.from_run` names.
+    """
     student = experiment.student
     torch.manual_seed(experiment.seed)  # so that every process draws the same weights
     if student.path is not None:
         model = _load(student, "student", config, torch.float32)
         _freeze_again(model, experiment.form.trust)
+    elif other is not None:
+        model = from_config(config, experiment.form.trust)
+        other.load(model)
+        model.generation_config = GenerationConfig.from_pretrained(model_of_run(student.from_run))
     else:
         config.eos_token_id = tokenizer.eos_token_id
         set_token(config, "bos_token_id", tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -65,6 +91,8 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
     by_document(learn_padding(model))
     if student.quantization is not None and student.quantization.trained:
         quantize(experiment.form, model)
+        if other is not None:
+            other.load_scales(model)
     return model.train()
 
 

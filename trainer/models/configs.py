@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Model, Student, Teacher
+from trainer.experiment.run_paths import check_run, model_of_run
 from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, too_deep
 from trainer.models.architecture_keys import OF_A_FILE, check_arrived, model_values, without_foreign_ids
 from trainer.models.layer_settings import with_layers
@@ -29,7 +30,10 @@ def teacher_config(teacher: Teacher | None, vocabulary: int | None, offline: boo
 def student_config(
     student: Student, teacher: PretrainedConfig | None, vocabulary: int | None, offline: bool = False
 ) -> PretrainedConfig:
-    """The student's configuration: its own, or its teacher's with fewer layers."""
+    """The student's configuration: its own, that of the run it starts from, or its teacher's with fewer layers."""
+    if student.from_run is not None:
+        check_run(student.from_run)
+        student = student.model_copy(update={"path": str(model_of_run(student.from_run)), "from_run": None})
     if student.from_teacher is None:  # without a tokenizer, assume as many tokens as the teacher has
         return _config(student, "student", vocabulary or getattr(teacher, "vocab_size", None), offline)
     assert teacher is not None, "the experiment checks that layers come from a teacher"

@@ -59,7 +59,7 @@ class Plan:
         full_precision: which weights of a quantized student stay in full precision, in words; else None.
         balancing: whether the routers of a mixture of experts are balanced, in words; None if there is nothing to say.
         step: how the step of a micro-batch runs, and the bytes per rank at its peak; None where the architecture cannot
-            run without data.
+            run without data, or nothing is trained.
     """
 
     topology: Topology
@@ -110,22 +110,25 @@ class Plans:
         self._steps: dict[str, StepPlan | None] = {}
 
     def resolve(self, experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None,
-                student: PretrainedConfig, rows: int | None = None) -> Plan:
+                student: PretrainedConfig, rows: int | None = None, done: tuple[int, int] = (0, 0)) -> Plan:
         """Plan an experiment from its models' configurations.
 
         Args:
             rows: the number of training rows, if known.
+            done: steps done already, and the rows they have taken.
 
         Raises:
             BudgetUnmet: no plan fits the budget.
             UserError: the batch cannot be divided among the ranks, or a layer cannot be quantized.
         """
-        return replace(_around(experiment, topology, teacher, student, rows),
+        return replace(_around(experiment, topology, teacher, student, rows, done),
                        step=self.step(experiment, topology, teacher, student))
 
     def step(self, experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None,
              student: PretrainedConfig) -> StepPlan | None:
         """The planned step of an experiment, from the cache if possible; raises what `plan_step` raises."""
+        if experiment.training.steps == 0:
+            return None
         key = _studied(experiment, topology, teacher, student)
         if key not in self._steps:
             self._steps[key] = plan_step(experiment, topology, teacher, student)
@@ -162,12 +165,12 @@ def _studied(experiment: Experiment, topology: Topology, *configs: PretrainedCon
 
 
 def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
-            rows: int | None) -> Plan:
+            rows: int | None, done: tuple[int, int]) -> Plan:
     """A plan without its step."""
     training, sequence = experiment.training, experiment.data.sequence_length
     setup = RankSetup.of(experiment, topology)
     check_batch(training, experiment.optimizer, topology)
-    steps = count_steps(experiment, rows)
+    steps = count_steps(experiment, rows, done)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         small = empty_student(experiment.form, student)
         exported, asked_bits = export_skeleton(experiment.form, student), experiment.student.quantization
@@ -228,23 +231,41 @@ def check_batch(training: Training, optimizer: Optimizer, topology: Topology) ->
                         way_out=f"set training.batch_size={training.micro_batch * replicas}, or leave it out")
 
 
-def count_steps(experiment: Experiment, rows: int | None) -> int | None:
+def count_steps(experiment: Experiment, rows: int | None, done: tuple[int, int] = (0, 0)) -> int | None:
     """Optimizer steps of a run; None while the number of rows is unknown.
+
+    Args:
+        rows: the number of training rows.
+        done: steps done already and the rows they have taken, which may be fewer than full batches where an earlier
+            end of the run had a short last step.
 
     Raises:
         UserError: a stream is to be trained on for a number of epochs, or the warm-up is as long as the run.
     """
     training = experiment.training
-    if not training.steps and experiment.data.streaming:
+    if training.steps is None and experiment.data.streaming:
         raise UserError("training.epochs", "a stream has no known length", value=training.epochs,
                         way_out="give `training.steps` instead")
-    steps = training.steps
-    if not steps and rows is not None:
-        steps = -(-training.seen(rows) // training.batch_size)
-    if steps and experiment.schedule.warmup >= max(1, steps):
-        raise UserError("schedule.warmup", f"the warm-up never ends in a run of {steps} steps",
-                        value=experiment.schedule.warmup, way_out="use fewer steps, or a share such as 0.05")
+    steps, (step, taken) = training.steps, done
+    if steps is None and rows is not None:
+        steps = step + max(0, -(-(training.seen(rows) - taken) // training.batch_size))
+    if steps:
+        _check_schedule(experiment, steps)
     return steps
+
+
+def _check_schedule(experiment: Experiment, steps: int) -> None:
+    """Raise `UserError` for a schedule whose warm-up does not end, or that begins anew after the end of the run."""
+    schedule = experiment.schedule
+    if schedule.restarts and schedule.restarts[-1] >= steps:
+        raise UserError("schedule.restarts", f"the run has {steps} steps", value=list(schedule.restarts),
+                        way_out=f"name steps before {steps}, or raise the length of the run")
+    edges = [0, *schedule.restarts, steps]
+    shortest = min(end - begin for begin, end in zip(edges, edges[1:], strict=False))
+    if schedule.warmup >= max(1, shortest):
+        between = " between two restarts" if schedule.restarts else ""
+        raise UserError("schedule.warmup", f"the warm-up never ends in a run of {shortest} steps{between}",
+                        value=schedule.warmup, way_out="use fewer steps, or a share such as 0.05")
 
 
 def _activations(experiment: Experiment, config: PretrainedConfig, compute: torch.dtype) -> int | None:

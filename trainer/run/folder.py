@@ -1,4 +1,4 @@
-"""The run folder: `experiment.yaml`, `plan.json`, `metrics.jsonl`, `checkpoints/`, `student/`, `report.md`."""
+"""The run folder: its files, the experiment that it belongs to, and whether that may go on with other values."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
+from pydantic import BaseModel
+
+from trainer.errors import OtherRun, UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.explain import resolved_yaml
+from trainer.experiment.load import node_of
 from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.renamed import with_new_names
-from trainer.files import flatten, read_object, write_atomically
-
-# Keys that a resumed run may change: where it is kept, how it logs, how often it evaluates and saves. None of them
-# changes what is learned. Another micro-batch splits the same sum differently; with dropout it draws other masks, which
-# are as good. Another engine computes the same; in half precision it rounds at other points.
-FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
-        "training.keep_checkpoints", "training.background_saves", "training.micro_batch", "data.workers",
-        "export.tolerance", "export.to")
-
-# Keys that affect only the exported files and the report, if training does not use quantized weights.
-AFTERWARDS = ("student.quantization", "export", "report")
+from trainer.experiment.run_paths import CHECKPOINTS, MODEL, STUDENT
+from trainer.files import flatten, read_value, write_atomically
+from trainer.run.changes import AFTERWARDS, Changes, is_free, longer, refused, under
 
 LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; the largest runs write about a hundredth of this
 _LOCKS: dict[Path, Any] = {}  # file locks held by this process; the system releases them when it ends
@@ -38,15 +33,18 @@ class RunFolder:
         self.plan = self.path / "plan.json"
         self.measured = self.path / "measured.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / MODEL
+        self.checkpoints = self.path / CHECKPOINTS
         self.digests = self.path / "digests.json"
-        self.student = self.path / "student"
+        self.student = self.path / STUDENT
         self.unverified = self.path / ".student.unverified"
         self.receipt = self.student / "receipt.json"
         self.allocation = self.path / "allocation.json"
         self.comparison = self.path / "comparison.json"
         self.control = self.path / "control"
         self.report = self.path / "report.md"
+        self.history = self.path / "history.json"
+        self.earlier = self.path / "earlier"
 
     def student_for(self, runtime: str) -> Path:
         """Folder of the student exported for another runtime, with its own receipt."""
@@ -58,36 +56,47 @@ class RunFolder:
         return self.report.exists() and self.receipt.exists()
 
     def check(self, experiment: Experiment) -> None:
-        """Raise `UserError` if the folder belongs to another experiment or is not a run folder."""
+        """Raise `UserError` if the folder is not a run folder, and `OtherRun` if it belongs to another experiment.
+
+        Values that act only after training may differ, and so may those by which a run goes on for longer.
+        """
         for place in (self.path, *self.path.parents):
             if place.is_file():
                 raise UserError("run.folder", f"{place} is a file", value=str(self.path), way_out="name a folder")
         if not self.path.exists() or all(entry.name.startswith(".") for entry in self.path.iterdir()):
             return
-        way_out = "choose another `run.folder` or `name`, or move this folder away"
         if not self.experiment.exists():
-            raise UserError("run.folder", "the folder exists and is not a run folder", value=str(self.path),
-                            way_out=way_out)
+            raise OtherRun("run.folder", "the folder exists and is not a run folder", value=str(self.path),
+                           way_out="choose another `run.folder` or `name`, or move this folder away")
         asked = experiment.model_dump(mode="json")
-        later = self.afterwards(asked)
-        changed = [(key, *values) for key, values in self.changed(asked).items()
-                   if not _free(key) and key not in later]
-        if changed:
-            shown = "; ".join(f"{key} was {was!r} and is {now!r}" for key, was, now in changed[:3])
-            more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError("run.folder", f"the folder belongs to another experiment: {shown}{more}",
-                            value=str(self.path), way_out=way_out)
+        allowed, changes = {*self.afterwards(asked), *self.longer(asked)}, self.changed(asked)
+        if wrong := [key for key in changes if not is_free(key) and key not in allowed]:
+            raise refused(self.path, changes, wrong, self.reached)
 
-    def changed(self, asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    @property
+    def reached(self) -> int:
+        """The step of the newest checkpoint; 0 if there is none."""
+        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*")
+                    if path.name.removeprefix("step-").isdecimal()), default=0)
+
+    def changed(self, asked: dict[str, Any]) -> Changes:
         """Keys whose values differ from the experiment recorded in the folder, with their values then and now.
 
         Args:
             asked: the values of the present experiment, as plain data.
         """
-        then = flatten(self._values())
-        now = flatten(asked)
-        return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now}) if then.get(key) != now.get(key)
-                and not (key.endswith(".revision") and now.get(key) is None)}  # a run pins revisions when it begins
+        if not self.experiment.exists():
+            return {}
+        then, now, usual = flatten(self._values()), flatten(asked), flatten(_defaults(asked))
+        # A key that the version before did not have is as it is by default, and a run pins revisions when it begins.
+        return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now})
+                if then.get(key, usual.get(key)) != now.get(key)
+                and not (key.endswith(".revision") and now.get(key) is None)}
+
+    def longer(self, asked: dict[str, Any]) -> list[str]:
+        """Changed keys by which the run goes on for longer; none if it cannot go on with those values."""
+        quantization = asked["student"].get("quantization") or {}
+        return longer(self.changed(asked), self.reached, bool(quantization.get("bits_schedule")))
 
     def afterwards(self, asked: dict[str, Any]) -> list[str]:
         """Changed keys that act only after training, so that their results can be made again from a checkpoint.
@@ -97,17 +106,17 @@ class RunFolder:
         """
         methods = {(one["student"].get("quantization") or {}).get("method") for one in (self._values(), asked)}
         places = AFTERWARDS if "qat" not in methods else ("report", "export.to", "export.tolerance")
-        return [key for key in self.changed(asked) if _under(key, places)]
+        return [key for key in self.changed(asked) if under(key, places)]
 
     def _values(self) -> dict[str, Any]:
         """The values of the experiment recorded in the folder, under the names of this version."""
         return with_new_names(read_values(self.experiment)[0])
 
     def adopt(self, experiment: Experiment) -> None:
-        """Record the changed values with which the exported files and the report have been made again."""
+        """Record changed values: the exported files and the report were made again with them, or the run goes on."""
         values, asked = self._values(), experiment.model_dump(mode="json")
-        for key in self.afterwards(asked):
-            name = next(one for one in AFTERWARDS if _under(key, (one,)))
+        for key in [*self.afterwards(asked), *self.longer(asked)]:
+            name = next((one for one in AFTERWARDS if under(key, (one,))), key)
             *above, last = name.split(".")
             inner, new = values, asked
             for part in above:
@@ -119,14 +128,44 @@ class RunFolder:
     def claim(self, experiment: Experiment, plan: dict[str, Any]) -> None:
         """Create the folder and write the resolved experiment and the plan; call on the main process only.
 
+        If the run goes on for longer, what its earlier end made is kept in `earlier/`.
+
         Raises:
-            UserError: another run is using the folder.
+            OtherRun: another run is using the folder.
         """
         self.lock(wait=False)
         if not self.experiment.exists():
             write_atomically(self.experiment, f"# Resolved by Limbeck: every value, defaults included.\n"
                              f"{resolved_yaml(experiment)}")
+        elif keys := self.longer(asked := experiment.model_dump(mode="json")):
+            changes = self.changed(asked)
+            self._set_aside(self.earlier / f"step-{self.reached:08d}")
+            write_atomically(self.history, json.dumps([*self.extensions(), {
+                "step": self.reached, "changed": {key: changes[key] for key in keys}}], indent=2) + "\n")
+            self.adopt(experiment)
         write_atomically(self.plan, json.dumps(plan, indent=2) + "\n")
+
+    def extensions(self) -> list[dict[str, Any]]:
+        """Where the run has gone on for longer: the step, and values before and after; none if it never did."""
+        if not self.history.exists():
+            return []
+        found = read_json(self.history, list)
+        if all(isinstance(one, dict) and isinstance(one.get("step"), int) and isinstance(one.get("changed"), dict)
+               for one in found):
+            return found
+        raise not_written(self.history, "an entry has no step or no changes")
+
+    def _set_aside(self, folder: Path) -> None:
+        """Move what the end of a run made; the report first, without which the run does not look finished.
+
+        If the process is killed in between, the next one moves the rest.
+        """
+        made = [self.report, self.comparison, *sorted(self.path.glob("*.png")), self.allocation, self.digests,
+                self.measured, *sorted(self.path.glob("student-*")), self.student]
+        for path in made:
+            if path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                os.replace(path, folder / path.name)
 
     def lock(self, wait: bool) -> None:
         """Lock the folder against other runs until this process ends, however it ends.
@@ -135,7 +174,7 @@ class RunFolder:
             wait: whether to wait for another run to release it.
 
         Raises:
-            UserError: another run holds the lock, and `wait` is false.
+            OtherRun: another run holds the lock, and `wait` is false.
         """
         if self.path in _LOCKS:
             return
@@ -145,7 +184,7 @@ class RunFolder:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             handle.close()
-            raise UserError("run.folder", "another run is using this folder now", value=str(self.path),
+            raise OtherRun("run.folder", "another run is using this folder now", value=str(self.path),
                             way_out="wait for it to end, or choose another `run.folder` or `name`") from error
         _LOCKS[self.path] = handle
 
@@ -159,16 +198,37 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, kind: type = dict) -> Any:
     """Read a JSON file written by a run, which may have been edited since.
 
+    Args:
+        kind: dict for an object, list for a list.
+
     Raises:
-        UserError: the file is no longer a JSON object.
+        UserError: the file is no longer JSON of that kind.
     """
     try:
-        return read_object(file, LARGEST_JSON)
+        return read_value(file, LARGEST_JSON, kind)
     except ValueError as error:
         raise not_written(file, str(error)) from error
+
+
+def _defaults(asked: dict[str, Any]) -> dict[str, Any]:
+    """The default of each key below the nodes that an experiment has, as plain data."""
+    return _defaults_of(Experiment, asked)
+
+
+def _defaults_of(node: type[BaseModel], asked: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, info in node.model_fields.items():
+        inner = node_of(info.annotation)
+        if inner is not None and isinstance(asked.get(name), dict):
+            found[name] = _defaults_of(inner, asked[name])
+        elif not info.is_required():
+            default = info.get_default(call_default_factory=True)
+            found[name] = default.model_dump(mode="json") if isinstance(default, BaseModel) else (
+                list(default) if isinstance(default, tuple) else default)
+    return found
 
 
 def not_written(file: Path, why: str) -> UserError:
@@ -180,12 +240,4 @@ def not_written(file: Path, why: str) -> UserError:
 def training_identity(experiment: Experiment) -> dict[str, Any]:
     """The values of an experiment that determine the trained weights, by dotted key."""
     values = flatten(experiment.model_dump(mode="json"))
-    return {key: value for key, value in values.items() if key != "name" and not _free(key)}
-
-
-def _free(key: str) -> bool:
-    return _under(key, FREE)
-
-
-def _under(key: str, places: tuple[str, ...]) -> bool:
-    return any(key == place or key.startswith(f"{place}.") for place in places)
+    return {key: value for key, value in values.items() if key != "name" and not is_free(key)}

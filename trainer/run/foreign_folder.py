@@ -13,7 +13,8 @@ from trainer.run.metrics import console
 TRUST = "--trust-remote-code"
 # Paths that are read, or written to, after the training is over.
 READ = {"data.path": "text", "data.validation.path": "held-out text", "data.tokenizer.path": "the tokenizer",
-        "student.path": "the student's tokenizer", "teacher.path": "the teacher's tokenizer",
+        "student.path": "the student's tokenizer", "student.from_run": "the student's tokenizer",
+        "teacher.path": "the teacher's tokenizer",
         "run.cache": "what is cached (and written there)"}
 
 

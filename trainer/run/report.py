@@ -53,8 +53,11 @@ def _write(folder: RunFolder) -> None:
     if control.metrics.exists():
         curves["control"] = read_lines(control.metrics)
     meaning = MEANING if experiment["teacher"] else {"student": "fine-tuned without a teacher"}
-    _plot_loss(curves, folder.path / "loss.png")
-    _plot_held_out(curves, found, folder.path / "held_out.png")
+    if experiment["training"]["steps"] == 0:
+        meaning = {**MEANING, "student": "exported as it is, without any training"}
+    if experiment["training"]["steps"] != 0:
+        _plot_loss(curves, folder.path / "loss.png")
+        _plot_held_out(curves, found, folder.path / "held_out.png")
     _plot_size(found, folder.path / "size.png")
     parts = [
         f"# {_plain(experiment['name'])}\n",
@@ -64,10 +67,8 @@ def _write(folder: RunFolder) -> None:
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
         "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
         "![size against bits per byte](size.png)\n",
-        "## Training\n", "![training loss](loss.png)\n",
-        "Thin lines are single steps, thick ones a moving average over a thirtieth of the run, which lags where "
-        "the loss falls fast.\n", "![held-out bits per byte](held_out.png)\n",
-        _training(curves["student"]), *(f"Text: {_plain(note)}." for note in plan.get("text", [])), "",
+        "## Training\n", *_curves(experiment), _training(curves["student"]),
+        *_went_on(folder), *(f"Text: {_plain(note)}." for note in plan.get("text", [])), "",
         "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
         "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan, folder), "",
         "## Samples\n",
@@ -127,6 +128,21 @@ def _models(found: dict[str, Any], meaning: dict[str, str]) -> str:
         rows.append(f"| {name} | {meaning[name]} | {entry['bits_per_byte']:.4f} | {entry['bytes_on_disk']:,} | "
                     f"{entry['parameters']:,} | {entry['tokens_per_second']:,.0f} |")
     return "\n".join(rows)
+
+
+def _curves(experiment: dict[str, Any]) -> list[str]:
+    """The pictures of a training and their caption; nothing where nothing was trained."""
+    if experiment["training"]["steps"] == 0:
+        return []
+    return ["![training loss](loss.png)\n", "Thin lines are single steps, thick ones a moving average over a thirtieth "
+            "of the run, which lags where the loss falls fast.\n", "![held-out bits per byte](held_out.png)\n"]
+
+
+def _went_on(folder: RunFolder) -> list[str]:
+    """Where the run went on for longer than it was first to."""
+    return [f"The run went on at step {one['step']:,}: " + ", ".join(
+        f"{_plain(key)} {_plain(then)} → {_plain(now)}" for key, (then, now) in sorted(
+            one["changed"].items(), reverse=True)) + "." for one in folder.extensions()]
 
 
 def _training(lines: list[dict[str, Any]]) -> str:

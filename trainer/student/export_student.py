@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +25,7 @@ from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment, StudentForm
 from trainer.experiment.load import read_experiment
 from trainer.experiment.nodes import Export
+from trainer.experiment.quantization_nodes import Quantization
 from trainer.model_files import first_line
 from trainer.models.build import DTYPES, from_config, quiet_libraries
 from trainer.run.folder import RunFolder
@@ -115,10 +116,15 @@ def check_tokenizer(settings: Export, text: PreparedData, size: int) -> list[str
     return [note for name in settings.to for note in _reads(name, text, size)]
 
 
-def write_others(experiment: Experiment, folder: RunFolder, model: nn.Module, text: PreparedData) -> list[str]:
-    """Write the student for each runtime in `export.to`; returns a message for each one that failed."""
+def write_others(experiment: Experiment, folder: RunFolder, model: nn.Module, text: PreparedData,
+                 without: Collection[str] = ()) -> list[str]:
+    """Write the student for each runtime in `export.to`; returns a message for each one that failed.
+
+    Args:
+        without: runtimes for which it is there already.
+    """
     failed = []
-    for name in experiment.export.to:
+    for name in (one for one in experiment.export.to if one not in without):
         try:
             write_for(name, experiment, folder, model, text)
         except Exception as error:  # converters can raise anything, and the student for transformers exists already
@@ -127,17 +133,16 @@ def write_others(experiment: Experiment, folder: RunFolder, model: nn.Module, te
     return failed
 
 
-def drop_stale(folder: RunFolder, experiment: Experiment) -> None:
+def drop_stale(folder: RunFolder, name: str, asked: Quantization | None, settings: Export) -> None:
     """Remove exports and plots of an earlier version of the student, and print how to write the exports again."""
-    asked = experiment.student.quantization
     if asked is None or asked.budget is None:
         for file in (folder.allocation, folder.allocation.with_suffix(".png")):
             file.unlink(missing_ok=True)
-    for name in set(RUNTIMES) - set(experiment.export.to):
-        if folder.student_for(name).exists():
-            shutil.rmtree(folder.student_for(name))
-            console.print(f"{experiment.name}: {folder.student_for(name)} was of the student before, and is removed: "
-                          f"`limbeck export {folder.path} --to {name}` writes it again")
+    for runtime in set(RUNTIMES) - set(settings.to):
+        if folder.student_for(runtime).exists():
+            shutil.rmtree(folder.student_for(runtime))
+            console.print(f"{name}: {folder.student_for(runtime)} was of the student before, and is removed: "
+                          f"`limbeck export {folder.path} --to {runtime}` writes it again")
 
 
 def check_written(folder: RunFolder, failed: list[str]) -> None:

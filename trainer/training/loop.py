@@ -43,7 +43,7 @@ from trainer.training.evaluation import Evaluator
 from trainer.training.memory_check import MemoryCheck
 from trainer.training.nonfinite import Backward, diagnosis, locate_nonfinite
 from trainer.training.saving import Saver
-from trainer.training.step_input import StepInput, StepInputs, Writer, batches_of
+from trainer.training.step_input import StepInput, StepInputs, Writer, batches_of, rows_in_all
 from trainer.training.train_state import TrainState
 
 LEAVING = 10.0  # seconds that a run which ends early waits for a checkpoint that is still being committed
@@ -127,7 +127,7 @@ class TrainLoop:
         return StepInputs(self._batches(), self.plan, self.ranks, writer, writer.writes)
 
     def _batches(self) -> Iterator[Batch]:
-        return batches_of(self.experiment, self.plan, self.ranks, self.text, self.state.step)
+        return batches_of(self.experiment, self.plan, self.ranks, self.text, self.state.rows)
 
     def train(self) -> None:
         """Train from the state's step to the last one, with evaluations and checkpoints in between.
@@ -143,7 +143,7 @@ class TrainLoop:
                                     self.ranks.main)
         if state.step:
             progress.say(f"resumed at step {state.step}")
-        inputs = self.inputs()
+        inputs, end = self.inputs(), rows_in_all(settings, self.text)
         try:
             with signals.defer_signals(), self.ranks.watch.on():
                 if self._lacks_evaluation():
@@ -156,7 +156,7 @@ class TrainLoop:
                         record = self.train_step(inputs)
                     if record is None:
                         self.saver.stop(state, self.experiment.name)
-                    state.step += 1
+                    state.advance(self.plan.batch_size, end)
                     self._log(record, metrics, progress)
                     if measured is not None and "empty" not in record:
                         peak = self.memory.report(state.step, measured, metrics, progress)
@@ -168,6 +168,8 @@ class TrainLoop:
                     if state.nonfinite >= settings.nonfinite_limit:
                         self._saved_now()
                         raise RunFailed(diagnosis(record, state.nonfinite, self.folder.checkpoints))
+                if not self.steps:
+                    self.saver.save(state)
                 self.saver.finish()
                 if state.empty_steps:
                     progress.say(f"{state.empty_steps} of {self.steps} steps had no target token and taught nothing")
@@ -315,7 +317,7 @@ class TrainLoop:
     def _evaluates(self) -> bool:
         """Whether an evaluation is due after the last step."""
         step = self.state.step
-        return step > 0 and (step % self.experiment.training.evaluate_every == 0 or step == self.steps)
+        return step == self.steps or (step > 0 and step % self.experiment.training.evaluate_every == 0)
 
     def _lacks_evaluation(self) -> bool:
         """Whether the run was interrupted after a step was saved but before its evaluation was recorded."""

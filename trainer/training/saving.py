@@ -31,7 +31,7 @@ class Saver:
 
     def __init__(self, folder: RunFolder, settings: Training, engine: Engine, ranks: RankGroup,
                  say: Callable[[str], None]) -> None:
-        self.folder, self.engine, self.ranks = folder.checkpoints, engine, ranks
+        self.folder, self.settings, self.engine, self.ranks = folder.checkpoints, settings, engine, ranks
         self.checkpoints = checkpoints.Checkpoints(
             folder.checkpoints, settings.keep_checkpoints, rank=ranks.index, ranks=ranks.topology.ranks,
             gather=ranks.gather_objects, background=settings.background_saves, say=say,
@@ -103,7 +103,7 @@ class Saver:
             wrong = str(error)
         self._check(newest, wrong)
         self.engine.refresh()
-        state.load_state_dict(found)
+        state.load_state_dict(found, self.settings.batch_size)
         self.engine.load_scale_state(found["engine"], state.precision.loss_scale)
 
     def _check(self, checkpoint: Path, wrong: str | None) -> None:

@@ -17,6 +17,7 @@ from trainer.data.dataset import PreparedData
 from trainer.distributed import signals
 from trainer.distributed.rank_group import RankGroup
 from trainer.experiment.experiment import Experiment
+from trainer.experiment.nodes import Training
 from trainer.experiment.objective_nodes import OnPolicy
 from trainer.planning.plan import Plan
 
@@ -148,11 +149,15 @@ class Writer:
         return {**batch, **whole, "written": torch.ones(())}
 
 
-def batches_of(experiment: Experiment, plan: Plan, ranks: RankGroup, text: PreparedData, step: int) -> Iterator[Batch]:
-    """This process's micro-batches, starting at a given step."""
-    training = experiment.training
+def rows_in_all(training: Training, text: PreparedData) -> int | None:
+    """Rows that a run takes in all; None if that follows from its number of steps."""
+    return training.seen(len(text.train)) if training.epochs else None
+
+
+def batches_of(experiment: Experiment, plan: Plan, ranks: RankGroup, text: PreparedData, rows: int) -> Iterator[Batch]:
+    """This process's micro-batches, after the first `rows` rows of the run."""
     with signals.block_signals_in_children():
         return training_batches(
             text.train, seed=experiment.seed, micro_batch=plan.micro_batch, replica=ranks.replica,
-            replicas=plan.topology.data_parallel, skip=step * plan.batch_size, workers=experiment.data.workers,
-            pin=ranks.device.type == "cuda", end=training.seen(len(text.train)) if training.epochs else None)
+            replicas=plan.topology.data_parallel, skip=rows, workers=experiment.data.workers,
+            pin=ranks.device.type == "cuda", end=rows_in_all(experiment.training, text))

@@ -68,6 +68,26 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     os.rename(partial, folder)
 
 
+def write_model_files(folder: Path, model: nn.Module, tokenizer: Any) -> None:
+    """Write what describes a model, without its weights: configuration, generation settings, tokenizer.
+
+    Args:
+        folder: the target; left as it is if it exists.
+        model: a transformers model, before or after it is quantized.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    _remove(partial)
+    partial.mkdir(parents=True)
+    write_config(config_of(model, torch.float32), partial, model)
+    settings: Any = model.generation_config
+    settings.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    os.rename(partial, folder)
+
+
 def _remove(folder: Path) -> None:
     """Remove a folder; of a symbolic link to one, remove only the link."""
     if folder.is_symlink():

@@ -132,7 +132,7 @@ def test_aliases_of_aliases_do_not_exhaust_memory(tmp_path):
 
 
 def test_several_mistakes_are_told_together(tmp_path):
-    said = message(tmp_path, GOOD, "optimizer.lr=x", "training.steps=0")
+    said = message(tmp_path, GOOD, "optimizer.lr=x", "training.steps=-1")
     assert said.count("error: ") == 2
 
 

@@ -26,7 +26,7 @@ def test_quantization_export_and_report_change_on_a_trained_run(run_experiment, 
     capsys.readouterr()
     run_experiment("run", **FOUR)
     out = " ".join(capsys.readouterr().out.split())
-    assert "is trained; its student, receipts and report are made again" in out and "quantization.bits" in out
+    assert "is trained; what export.dtype" in out and "quantization.bits" in out and "nothing is trained" in out
     assert "was of the student before, and is removed" in out and "--to gguf` writes it again" in out
     assert not folder.student_for("gguf").exists() and not folder.allocation.exists()
     assert not folder.allocation.with_suffix(".png").exists()

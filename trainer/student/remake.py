@@ -1,0 +1,52 @@
+"""Makes again what values that act only after training have changed: the exported student, a receipt, the report."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterable
+
+import torch
+
+from strategies.export.hf.transformers_folder import write_folder
+from strategies.quantization.freeze import freeze_quantized
+from trainer.data.dataset import PreparedData
+from trainer.experiment.experiment import Experiment
+from trainer.models.build import DTYPES
+from trainer.run.changes import under
+from trainer.run.folder import RunFolder
+from trainer.student.compare_student import compare, logits_of, rebuilt
+from trainer.student.export_student import RUNTIMES, check_written, drop_stale, write_others
+
+EXPORTED = ("student.quantization", "export.dtype")  # keys that change the exported files themselves
+
+
+def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, changed: Iterable[str],
+           device: torch.device) -> None:
+    """Make again what changed values act on, from the last checkpoint, on one process; nothing is trained.
+
+    Quantization and dtype change the exported student, and so everything after it. Otherwise its files stay as they
+    are: a tolerance or a prompt needs another comparison, and `export.to` only the runtimes that are new.
+
+    Args:
+        changed: the changed keys.
+
+    Raises:
+        RunFailed: the student cannot be taken from the last checkpoint, or the reloaded one differs from it; the one
+            before stays.
+    """
+    whole = any(under(key, EXPORTED) for key in changed)
+    model, dtype = rebuilt(experiment, folder, folder.student, text), DTYPES[experiment.export.dtype]
+    if whole:
+        write_folder(folder.unverified, model, text.tokenizer, dtype)
+    else:
+        shutil.rmtree(folder.unverified, ignore_errors=True)
+        shutil.copytree(folder.student, folder.unverified)
+    trained = logits_of(model, text)
+    exported = trained if dtype is torch.float32 else logits_of(freeze_quantized(copy.deepcopy(model), dtype), text)
+    there = () if whole else [name for name in RUNTIMES if (folder.student_for(name) / "receipt.json").exists()]
+    failed = write_others(experiment, folder, model, text, without=there)
+    compare(experiment, folder, trained, exported, text, device)
+    if whole:
+        drop_stale(folder, experiment.name, experiment.student.quantization, experiment.export)
+    check_written(folder, failed)
