@@ -69,6 +69,8 @@ def reader_folder(tmp_path_factory):
     student = folder / "runs" / "my-distill" / "student"
     student.mkdir(parents=True)
     (student / "config.json").write_text(json.dumps({**TINY, "architectures": ["LlamaForCausalLM"]}))
+    (student.parent / "experiment.yaml").write_text((folder / "my-distill.yaml").read_text())
+    (student.parent / "checkpoints" / "step-00000100").mkdir(parents=True)
     (folder / "my-chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}) + "\n")
     return folder
 
