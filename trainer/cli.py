@@ -179,5 +179,17 @@ def _export(options: Namespace) -> int:
     return 0
 
 
+def _push(options: Namespace) -> int:
+    from trainer.student.push_student import push
+
+    try:
+        print(push(Path(options.run), options.to, options.runtime, options.private))
+    except KeyboardInterrupt:
+        tell("interrupted: until all of it has arrived, the repository is as it was before, or empty; start the same "
+             "command again")
+        return signals.AT_ONCE
+    return 0
+
+
 VERBS = {"init": _init, "schema": _schema, "show-data": _show_data, "status": _status, "report": _report,
-         "export": _export}
+         "export": _export, "push": _push}

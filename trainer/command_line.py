@@ -134,7 +134,7 @@ def limbeck_parser() -> Parser:
     parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
                         help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="limbeck")
-    for add in (_init, _schema, _show_data, _status, _report, _export):
+    for add in (_init, _schema, _show_data, _status, _report, _export, _push):
         add(verbs)
     for name, verb in verbs.choices.items():
         verb.siblings = {other: one for other, one in verbs.choices.items() if other != name}
@@ -196,3 +196,14 @@ def _export(verbs: Any) -> None:
     parser.add_argument("--to", metavar="RUNTIME", choices=RUNTIMES, required=True, help=" or ".join(RUNTIMES))
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with its model: "
                         "only if you say so here, whatever the folder says")
+
+
+def _push(verbs: Any) -> None:
+    says = "upload a finished run's student to the Hugging Face hub"
+    parser = verbs.add_parser("push", help=says, description=f"{_sentence(says)}, with its model card, in one commit.",
+                              usage="limbeck push RUN --to OWNER/NAME [--runtime RUNTIME] [--private]")
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("--to", metavar="OWNER/NAME", required=True, help="the repository, which is created if needed")
+    parser.add_argument("--runtime", metavar="RUNTIME", choices=("transformers", *RUNTIMES), default="transformers",
+                        help="which of its students: transformers (default), " + " or ".join(RUNTIMES))
+    parser.add_argument("--private", action="store_true", help="create it so that nobody else can see it")

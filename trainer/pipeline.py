@@ -40,10 +40,11 @@ from trainer.planning.plan import Plan, Plans, check_batch, count_steps
 from trainer.planning.show_plan import plan_json, show_plan
 from trainer.planning.step_memory import example_batch
 from trainer.run.folder import RunFolder, training_identity
+from trainer.run.hints import hints
 from trainer.run.metrics import console, read_lines
 from trainer.run.report import write_report
 from trainer.student.compare_student import compare, logits_of
-from trainer.student.export_student import check_runtimes, check_tokenizer, check_written, write_others
+from trainer.student.export_student import check_runtimes, check_tokenizer, check_written, end_answers, write_others
 from trainer.student.quantize_student import check_calibration, finalize_student
 from trainer.student.remake import remake
 from trainer.student.weight_digests import check_digests, digests_in_training, save_digests
@@ -131,6 +132,8 @@ def run_experiment(source: Source) -> Path:
             compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
             check_written(folder, done.failed)
         write_report(folder.path)
+        for hint in hints(folder):
+            say(f"{experiment.name}: hint: {hint}")
         say(f"{experiment.name}: done, see {folder.report}")
     accelerator.end_training()
     return folder.path
@@ -240,6 +243,7 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         whole = loop.whole()
         check_digests(digests, whole, "the student, put together after training,")
         save_digests(folder.digests, digests)
+        end_answers(whole, text.tokenizer, experiment.data)
         model = finalize_student(experiment, whole, text, folder)
         write_folder(student, model, text.tokenizer, dtype)
         exported = trained = logits_of(model, text)
@@ -271,8 +275,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     for note in plan.notes:
         how.say(f"{name}  {note}")
     check_space(folder.checkpoints, planned_bytes(experiment, student_shape, teacher_shape),
-                keep=experiment.training.keep_checkpoints,
-                written=-(-plan.steps // experiment.training.checkpoint_every))
+                keep=experiment.training.keep_checkpoints, written=experiment.training.saves(plan.steps),
+                best=experiment.training.keep_best is not None)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     teacher = None

@@ -30,7 +30,9 @@ def package_imports() -> dict[str, set[str]]:
 def diagram() -> str:
     """The arrows as a Mermaid flowchart, without those that follow from others and without what all import."""
     found = package_imports()
-    shown = {name: others - _common(found) for name, others in found.items() if name not in _common(found)}
+    # Of those that have a place in the picture: `trainer.__version__`, for one, is no module.
+    common = _common(found)
+    shown = {name: (others & found.keys()) - common for name, others in found.items() if name not in common}
     lines = ["```mermaid", "flowchart TB"]
     for home in HOMES:
         names = [name for name in shown if name.startswith(f"{home}.")]

@@ -88,7 +88,8 @@ def ask_client(
         models: by name, with `path`, and optionally `revision`, `dtype`, and `compare: True` to get its logits.
         client: the script in `clients` for the runtime.
         held_out: held-out rows as the data set gives them.
-        request: `device`, `threads`, `micro_batch`, `logit_rows`, `logit_length`, `prompt`, `sample_tokens`.
+        request: `device`, `threads`, `micro_batch`, `logit_rows`, `logit_length`, `sample_tokens`, and `prompt`, a text
+            to continue; for transformers also `prompts`, each of which is a text or a chat.
 
     Returns:
         For each model the result of the client's `measure`, and the logits of those with `compare`.
@@ -136,13 +137,8 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         notes: see `Receipt`.
     """
     difference = (exported - theirs).abs()
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            for block in iter(lambda: handle.read(2**20), b""):
-                digest.update(block)
     return Receipt(
-        sha256=digest.hexdigest(),
+        sha256=digest_of(files),
         bytes_on_disk=sum(file.stat().st_size for file in files),
         parameters=found["parameters"],
         bits_per_byte=found["bits_per_byte"],
@@ -157,3 +153,18 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         versions={name: version(name) for name in libraries},
         notes=list(notes),
     )
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file of an exported folder holds weights, whose bytes and digest a receipt has."""
+    return path.suffix in (".safetensors", ".onnx", ".data", ".gguf")
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """SHA-256 of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            for block in iter(lambda: handle.read(2**20), b""):
+                digest.update(block)
+    return digest.hexdigest()

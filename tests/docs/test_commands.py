@@ -172,14 +172,14 @@ def script(words, folder):
 def verb(words, folder):
     """A verb of `limbeck`: a known one with known options; an experiment is read."""
     known = {"schema": {}, "show-data": {"--config"}, "status": {"--config"}, "report": {}, "init": {},
-             "export": {"--to", "--trust-remote-code"}}
+             "export": {"--to", "--trust-remote-code"}, "push": {"--to", "--private", "--runtime"}}
     assert words[1] in known and {word for word in words if word.startswith("--")} <= set(known[words[1]])
     if "--config" in words:
         experiment_of(words)
-    if "--to" in words:
+    for option in {"export": ["--to"], "push": ["--runtime"]}.get(words[1], ()):
         from trainer.student.export_student import RUNTIMES
 
-        assert words[words.index("--to") + 1] in RUNTIMES
+        assert option not in words or words[words.index(option) + 1] in RUNTIMES
     reference = PAGES["docs/reference/command-line.md"]
     assert f"## limbeck {words[1]}\n" in reference
 

@@ -14,7 +14,7 @@ from trainer.command_line import RUNTIMES, limbeck_parser, parse_train
 from trainer.errors import UserError
 
 HEAVY = "{'torch', 'transformers', 'datasets', 'accelerate', 'numpy'}"
-VERBS = ("init", "schema", "show-data", "status", "report", "export")
+VERBS = ("init", "schema", "show-data", "status", "report", "export", "push")
 
 
 def typed(*arguments, capsys):

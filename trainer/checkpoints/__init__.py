@@ -18,7 +18,8 @@ A folder becomes a checkpoint when it gets the name `step-00000100`, which happe
 2. Every process syncs its files, drops them from the page cache, hashes what reads back from the disk, and reports the
    result in `rank-1.json`.
 3. The first process writes the manifest, syncs the folder, renames it, and syncs its parent folder.
-4. Only then, and after the manifest has been read back, checkpoints older than the `keep` newest are removed.
+4. Only then, and after the manifest has been read back, checkpoints older than the `keep` newest are removed, except
+   that of the best evaluation.
 
 A run killed at any moment finds either its previous checkpoint or the new one. On start it takes the newest checkpoint
 that verifies; newer ones that do not are kept as `damaged-step-00000100`.
@@ -26,11 +27,11 @@ that verifies; newer ones that do not are kept as `damaged-step-00000100`.
 
 from strategies.common.shards import Piece
 from trainer.checkpoints.commit import Checkpoints
-from trainer.checkpoints.finding import latest, listed, newest_good, progress
+from trainer.checkpoints.finding import best_kept, latest, listed, newest_good, progress
 from trainer.checkpoints.manifest import NAME, Unreadable, wrong_with
 from trainer.checkpoints.reading import Saved, load, load_whole, names
 from trainer.checkpoints.space import check_space, planned_bytes
 from trainer.checkpoints.warm_start import WarmStart
 
-__all__ = ["NAME", "Checkpoints", "Piece", "Saved", "Unreadable", "WarmStart", "check_space", "latest", "listed",
-           "load", "load_whole", "names", "newest_good", "planned_bytes", "progress", "wrong_with"]
+__all__ = ["NAME", "Checkpoints", "Piece", "Saved", "Unreadable", "WarmStart", "best_kept", "check_space", "latest",
+           "listed", "load", "load_whole", "names", "newest_good", "planned_bytes", "progress", "wrong_with"]

@@ -11,7 +11,7 @@ from threading import Thread
 from typing import Any
 
 from strategies.sharding.engine import Engine
-from trainer.checkpoints.finding import Gather, listed, newest_good, remove
+from trainer.checkpoints.finding import Gather, best_kept, listed, newest_good, remove
 from trainer.checkpoints.manifest import MANIFEST, NAME, Entry, Unreadable, read_manifest, sealed, settled, sync
 from trainer.checkpoints.space import free_bytes
 from trainer.checkpoints.writing import Draft, drafts, shapes_of, write
@@ -32,7 +32,8 @@ class Checkpoints:
 
     Args:
         folder: the run's `checkpoints` folder.
-        keep: number of checkpoints to keep, including a new one.
+        keep: number of checkpoints to keep, including a new one; that of the best evaluation is kept beside them, if
+            the stored state names one in `best`.
         rank: index of this process.
         ranks: number of processes.
         gather: takes a list of one object on every process, and returns the objects of all processes.
@@ -178,9 +179,11 @@ class Checkpoints:
         sync(self.folder)
         read_manifest(final)
         self.last = final
+        spared = best_kept(self.folder) if "best" in values else None
         for old in listed(self.folder)[:-self.keep]:
             try:
-                remove(old)
+                if old != spared:
+                    remove(old)
             except OSError as error:
                 self._say(f"the old checkpoint {old.name} could not be removed: {_words(error)}")
 

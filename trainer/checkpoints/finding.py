@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoints.manifest import Unreadable, read_manifest, wrong_with
+from trainer.checkpoints.manifest import NAME, Unreadable, read_manifest, wrong_with
 from trainer.errors import RunFailed
 
 _NAME = re.compile(r"step-\d{8,}")
@@ -73,6 +74,20 @@ def newest_good(folder: Path, *, rank: int = 0, ranks: int = 1, gather: Gather =
     raise RunFailed(f"there is no checkpoint in {folder} to go on from; none is as it was written:{each}\n"
                     "  -> put one back from a copy, or move that folder away and start the same command again: the run "
                     "then begins anew")
+
+
+def best_kept(folder: Path) -> Path | None:
+    """The checkpoint of the best evaluation, as the newest checkpoint knows it that names one which is there.
+
+    A best checkpoint that could not be written, for example to a full disk, is passed over for the one before it.
+    """
+    for checkpoint in reversed(listed(folder)):
+        with suppress(Unreadable):
+            best = read_manifest(checkpoint).get("best")
+            step = best.get("step") if isinstance(best, dict) else None
+            if type(step) is int and (folder / NAME.format(step)).is_dir():
+                return folder / NAME.format(step)
+    return None
 
 
 def set_aside(checkpoint: Path) -> str:

@@ -34,7 +34,7 @@ def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: Pr
     return 4 * weights + state
 
 
-def check_space(folder: Path, planned: int, *, keep: int, written: int) -> None:
+def check_space(folder: Path, planned: int, *, keep: int, written: int, best: bool = False) -> None:
     """Check, before training, that a run's checkpoints will fit on their disk.
 
     Args:
@@ -42,6 +42,7 @@ def check_space(folder: Path, planned: int, *, keep: int, written: int) -> None:
         planned: predicted bytes of a checkpoint; if there is one already, its actual size counts instead.
         keep: number of checkpoints that are kept; while a new one is written there is one more.
         written: number of checkpoints that the whole run writes.
+        best: whether one more is kept, that of the best evaluation.
 
     Raises:
         UserError: the checkpoints do not fit.
@@ -49,7 +50,7 @@ def check_space(folder: Path, planned: int, *, keep: int, written: int) -> None:
     there = listed(folder)
     newest = latest(folder)
     one = planned if newest is None else _held(newest)
-    count, free = min(keep + 1, written), free_bytes(folder)
+    count, free = min(keep + 1 + best, written), free_bytes(folder)
     needed = count * one - sum(map(_held, there[-count:]))
     if needed <= free:
         return

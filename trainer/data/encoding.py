@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data.chat import ChatTemplate, Sample
-from trainer.data.messages import read_conversation, shown
+from trainer.data.messages import Message, read_conversation, shown
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 
@@ -58,8 +59,8 @@ class Encoder:
         empty = tokenizer("")["input_ids"]
         self.start = [tokenizer.bos_token_id] if empty[:1] == [tokenizer.bos_token_id] != [None] else []
         key = "messages" if data.messages else "prompt"
-        self.chat = None if not data.messages and not (data.prompt and tokenizer.chat_template) else \
-            ChatTemplate(tokenizer, f"data.{key}", getattr(data, key), data.tools is not None)
+        self.chat = None if not learns_chats(tokenizer, data) else ChatTemplate(
+            tokenizer, f"data.{key}", getattr(data, key), data.tools is not None)
 
     def __call__(self, records: list[dict[str, Any]]) -> list[Document]:
         """Encode a batch of records."""
@@ -126,6 +127,24 @@ class Encoder:
             bytes=np.concatenate([np.zeros(len(start), np.int32), sizes.astype(np.int32),
                                   np.zeros(len(end), np.int32)]),
         )
+
+
+def learns_chats(tokenizer: PreTrainedTokenizerBase, data: Data) -> bool:
+    """Whether records become chats, written with the tokenizer's template, rather than texts."""
+    return bool(data.messages or (data.prompt and tokenizer.chat_template))
+
+
+def sample_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[str | list[Message]]:
+    """Prompts as a student of this data meets them: of chats, each a conversation with one message of the user's."""
+    chat = Encoder(tokenizer, data).chat
+    return list(texts) if chat is None else [chat.shape.fit([{"role": "user", "content": text}]) for text in texts]
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase, data: Data) -> int | None:
+    """The token that ends an answer, as a student of chats learns it; None for texts, or if several tokens end it."""
+    chat = Encoder(tokenizer, data).chat
+    closing = tokenizer.encode((chat.shape.closing or "").strip(), add_special_tokens=False) if chat else []
+    return closing[0] if len(closing) == 1 and closing[0] in tokenizer.added_tokens_decoder else None
 
 
 def field_of(record: dict[str, Any], key: str, name: str, kind: type, place: str = "") -> Any:

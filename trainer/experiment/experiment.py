@@ -15,7 +15,6 @@ from trainer.experiment.nodes import (
     Memory,
     Optimizer,
     Precision,
-    Report,
     Run,
     Schedule,
     Sharding,
@@ -25,6 +24,7 @@ from trainer.experiment.nodes import (
 )
 from trainer.experiment.objective_nodes import INSIDE, Divergence, Objective
 from trainer.experiment.quantization_nodes import Quantization
+from trainer.experiment.report_node import Report
 from trainer.experiment.run_paths import model_of_run, within
 
 

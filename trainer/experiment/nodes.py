@@ -224,6 +224,12 @@ class Training(Node):
     """Optimizer steps between checkpoints; the last step always writes one."""
     keep_checkpoints: Positive = 2
     """Checkpoints to keep; an older one is removed only after a newer one is safely written."""
+    keep_best: Literal["bits_per_byte", "cross_entropy"] | None = None
+    """Keep the checkpoint of the evaluation with the lowest such value, and export it; null exports the last step."""
+    early_stopping: Positive | None = None
+    """End training after this many evaluations in a row that do not improve `keep_best`; null trains all steps."""
+    min_delta: Weight | None = None
+    """How much lower a value must be to count as improvement for `early_stopping`; null: any amount."""
     background_saves: bool = True
     """Sync, hash and commit checkpoint files while training continues; what is saved is the same."""
     nonfinite_limit: Positive = 5
@@ -238,6 +244,21 @@ class Training(Node):
             raise UserError("micro_batch", f"micro_batch must divide batch_size ({self.batch_size})",
                             value=self.micro_batch, way_out=f"try {divisors(self.batch_size)}")
         return self
+
+    @model_validator(mode="after")
+    def _improvement(self) -> Training:
+        if self.early_stopping is not None and self.keep_best is None:
+            raise UserError("early_stopping", "nothing says what has to improve", value=self.early_stopping,
+                            way_out="add `keep_best: bits_per_byte`, which also exports the best evaluation's student")
+        if self.min_delta is not None and self.early_stopping is None:
+            raise UserError("min_delta", "it is for `early_stopping`, which is not given", value=self.min_delta,
+                            way_out="add `early_stopping: 3`, or leave it out")
+        return self
+
+    def saves(self, steps: int) -> int:
+        """The most checkpoints that a run of this many steps writes."""
+        evaluations = 0 if self.keep_best is None else ceil(steps / self.evaluate_every)
+        return ceil(steps / self.checkpoint_every) + evaluations
 
     def seen(self, rows: int) -> int | None:
         """Rows seen in all epochs together, for `rows` rows per epoch; None if the number of steps is given instead."""
@@ -354,19 +375,10 @@ class Export(Node):
     """Dtype of the weights that are not quantized, and of the scales."""
     tolerance: Annotated[float, Field(ge=0)] = 1e-5
     """Largest logit difference allowed between training and the reloaded file, relative to the largest logit."""
+    license: Annotated[str, Field(min_length=1)] | None = None
+    """License for the model card, as the hub names it (apache-2.0); null: that of a local base model, if it has one."""
     to: tuple[Literal["onnx", "gguf"], ...] = ()
     """Also export for ONNX Runtime (onnx) or llama.cpp (gguf); `limbeck export RUN --to onnx` does it later."""
-
-
-class Report(Node):
-    """What `report.md` compares."""
-
-    control: bool = True
-    """Also train the same student on the same tokens without its teacher."""
-    prompt: Annotated[str, Field(min_length=1)] = "The"
-    """Prompt that every model continues as a text sample."""
-    sample_tokens: Positive = 64
-    """Tokens generated for a text sample."""
 
 
 class Run(Node):

@@ -157,3 +157,7 @@ class Quantization(Node):
         """Bit width at a step, or None without a `bits_schedule`."""
         begun = [bits for share, bits in self.bits_schedule if step >= share * steps]
         return begun[-1] if begun else None
+
+    def has_final_bits(self, step: int, steps: int) -> bool:
+        """Whether layers have the bits of the exported student at a step; a `bits_schedule` may give them more yet."""
+        return self.bits_at(step, steps) in (None, self.bits_schedule[-1][1] if self.bits_schedule else None)

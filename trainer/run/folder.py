@@ -20,6 +20,10 @@ from trainer.experiment.run_paths import CHECKPOINTS, MODEL, STUDENT
 from trainer.files import flatten, read_value, write_atomically
 from trainer.run.changes import AFTERWARDS, Changes, is_free, longer, refused, under
 
+# Keys that came later, and count for the identity of a training only where they are set: what earlier versions cached
+# under the others is still found.
+LATER = ("training.keep_best", "training.early_stopping", "training.min_delta")
+
 LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; the largest runs write about a hundredth of this
 _LOCKS: dict[Path, Any] = {}  # file locks held by this process; the system releases them when it ends
 
@@ -35,6 +39,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / MODEL
         self.checkpoints = self.path / CHECKPOINTS
+        self.best = self.path / "best.json"
         self.digests = self.path / "digests.json"
         self.student = self.path / STUDENT
         self.unverified = self.path / ".student.unverified"
@@ -105,7 +110,7 @@ class RunFolder:
         change, since they are part of its training then.
         """
         methods = {(one["student"].get("quantization") or {}).get("method") for one in (self._values(), asked)}
-        places = AFTERWARDS if "qat" not in methods else ("report", "export.to", "export.tolerance")
+        places = AFTERWARDS if "qat" not in methods else ("report", "export.to", "export.tolerance", "export.license")
         return [key for key in self.changed(asked) if under(key, places)]
 
     def _values(self) -> dict[str, Any]:
@@ -161,7 +166,7 @@ class RunFolder:
         If the process is killed in between, the next one moves the rest.
         """
         made = [self.report, self.comparison, *sorted(self.path.glob("*.png")), self.allocation, self.digests,
-                self.measured, *sorted(self.path.glob("student-*")), self.student]
+                self.best, self.measured, *sorted(self.path.glob("student-*")), self.student]
         for path in made:
             if path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -240,4 +245,5 @@ def not_written(file: Path, why: str) -> UserError:
 def training_identity(experiment: Experiment) -> dict[str, Any]:
     """The values of an experiment that determine the trained weights, by dotted key."""
     values = flatten(experiment.model_dump(mode="json"))
-    return {key: value for key, value in values.items() if key != "name" and not is_free(key)}
+    return {key: value for key, value in values.items() if key != "name" and not is_free(key)
+            and not (key in LATER and value is None)}

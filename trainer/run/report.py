@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,10 @@ from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.plain_yaml import read_values
 from trainer.files import write_atomically
 from trainer.run.folder import RunFolder, not_written, read_json
+from trainer.run.hints import hints
+from trainer.run.markdown import block, code, plain
 from trainer.run.metrics import read_lines, readable
+from trainer.run.model_card import CARD, write_cards
 from trainer.run.quantization_loss import rises
 
 COLORS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
@@ -22,7 +24,10 @@ MEANING = {"teacher": "the large model", "student": "distilled from the teacher"
 
 
 def write_report(path: Path) -> Path:
-    """Write `report.md` and its PNG plots into a run folder, and return the path of the report.
+    """Write `report.md` and its PNG plots into a run folder, and the model cards of its students.
+
+    Returns:
+        The path of the report.
 
     Raises:
         UserError: the folder does not hold a finished run, or one of its files is malformed.
@@ -34,6 +39,7 @@ def write_report(path: Path) -> Path:
                             way_out="pass a run folder whose training has ended, for example runs/quickstart")
     try:
         _write(folder)
+        write_cards(folder)
     except ExperimentErrors as error:
         raise UserError("", f"{error.place}: {error}", way_out=error.errors[0].way_out) from error
     except UserError:
@@ -60,42 +66,46 @@ def _write(folder: RunFolder) -> None:
         _plot_held_out(curves, found, folder.path / "held_out.png")
     _plot_size(found, folder.path / "size.png")
     parts = [
-        f"# {_plain(experiment['name'])}\n",
-        _verdict(found, receipt), "",
+        f"# {plain(experiment['name'])}\n",
+        _verdict(found, receipt), "", *_hints(folder),
         "## Models\n", _models(found, meaning), "",
         "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
         "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
         "![size against bits per byte](size.png)\n",
-        "## Training\n", *_curves(experiment), _training(curves["student"]),
-        *_went_on(folder), *(f"Text: {_plain(note)}." for note in plan.get("text", [])), "",
+        "## Training\n", *_curves(experiment), _training(curves["student"]), *_best(folder),
+        *_went_on(folder), *(f"Text: {plain(note)}." for note in plan.get("text", [])), "",
         "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
         "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan, folder), "",
-        "## Samples\n",
-        f"Each model continues {_code(experiment['report']['prompt'])} with its most probable tokens.\n",
-        *[f"**{name}**\n\n{_block(found[name]['sample'])}\n" for name in _ordered(found)],
+        "## Samples\n", *_samples(found, experiment["report"]),
         "Run it again: `accelerate launch train.py --config experiment.yaml run.folder=...` with the "
         "`experiment.yaml` in this folder.\n",
     ]
     write_atomically(folder.report, "\n".join(parts))
 
 
-def _plain(text: str) -> str:
-    """Escape text for Markdown, on one line."""
-    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(str(text).split()))
+def _samples(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """What each model writes to each prompt: texts that it continues, or chats that it answers."""
+    def of(name: str) -> list[dict[str, Any]]:  # earlier versions had one text of each model, and no prompt beside it
+        entry = found[name]
+        return entry["samples"] if "samples" in entry else [{"prompt": asked["prompt"], "text": entry["sample"]}]
+
+    names, parts = _ordered(found), []
+    for number, prompt in enumerate(one["prompt"] for one in of(names[0])):
+        if isinstance(prompt, str):
+            parts.append(f"Each model continues {code(prompt)} with its most probable tokens.\n")
+        else:
+            parts += [f"**user**\n\n{block(_said(prompt))}\n",
+                      "Each model answers with its most probable tokens, up to its end token.\n"]
+        parts += [f"**{name}**\n\n{block(of(name)[number]['text'])}\n" for name in names]
+    return parts
 
 
-def _code(text: str) -> str:
-    """Format any text as inline code."""
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    room = " " if "`" in text else ""
-    return f"{fence}{room}{' '.join(text.split())}{room}{fence}"
-
-
-def _block(text: str) -> str:
-    """Format any text as a code block."""
-    fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
-    return f"{fence}text\n{text}\n{fence}"
+def _said(messages: list[dict[str, Any]]) -> str:
+    """The contents of a prompt's messages."""
+    contents = [message["content"] for message in messages]
+    return "\n".join(content if isinstance(content, str) else "".join(part["text"] for part in content)
+                     for content in contents)
 
 
 def _ordered(found: dict[str, Any]) -> list[str]:
@@ -121,6 +131,11 @@ def _verdict(found: dict[str, Any], receipt: dict[str, Any]) -> str:
     return " ".join(lines)
 
 
+def _hints(folder: RunFolder) -> list[str]:
+    found = [f"- {plain(hint)}" for hint in hints(folder)]
+    return ["Hints:\n", *found, ""] if found else []
+
+
 def _models(found: dict[str, Any], meaning: dict[str, str]) -> str:
     rows = ["| model | | bits per byte | bytes | parameters | tokens/s |", "|---|---|---:|---:|---:|---:|"]
     for name in _ordered(found):
@@ -141,7 +156,7 @@ def _curves(experiment: dict[str, Any]) -> list[str]:
 def _went_on(folder: RunFolder) -> list[str]:
     """Where the run went on for longer than it was first to."""
     return [f"The run went on at step {one['step']:,}: " + ", ".join(
-        f"{_plain(key)} {_plain(then)} → {_plain(now)}" for key, (then, now) in sorted(
+        f"{plain(key)} {plain(then)} → {plain(now)}" for key, (then, now) in sorted(
             one["changed"].items(), reverse=True)) + "." for one in folder.extensions()]
 
 
@@ -159,6 +174,12 @@ def _training(lines: list[dict[str, Any]]) -> str:
     return text + (f" Steps skipped because loss or gradient was not finite: {skipped}." if skipped else "")
 
 
+def _best(folder: RunFolder) -> list[str]:
+    """Which step is exported, if not simply the last one."""
+    found = {"Student": folder, "Control": RunFolder(folder.control)}
+    return [f"{name}: {plain(read_json(one.best)['outcome'])}." for name, one in found.items() if one.best.exists()]
+
+
 def _receipt(receipt: dict[str, Any]) -> str:
     rows = ["| | |", "|---|---:|"]
     for name, value in receipt.items():
@@ -168,7 +189,7 @@ def _receipt(receipt: dict[str, Any]) -> str:
             value = f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
         elif isinstance(value, int) and not isinstance(value, bool):
             value = f"{value:,}"
-        rows.append(f"| {_plain(name.replace('_', ' '))} | {_plain(value)} |")
+        rows.append(f"| {plain(name.replace('_', ' '))} | {plain(value)} |")
     meaning = ("Largest and mean difference are between logits of the reloaded file and of the student in the dtype of "
                "the export; the difference from training is from the fake-quantized student in fp32.")
     return "\n".join([*rows, "", meaning])
@@ -182,11 +203,11 @@ def _allotted(folder: RunFolder) -> list[str]:
     layers: dict[str, list[str]] = {}
     for name, quantizer in found["chosen"]["choice"].items():
         layers.setdefault(f"{quantizer['bits']}", []).append(name)
-    rows = [f"| {bits} | {len(names)} | {_plain(', '.join(names[:4]))}{' ...' if len(names) > 4 else ''} |"
+    rows = [f"| {bits} | {len(names)} | {plain(', '.join(names[:4]))}{' ...' if len(names) > 4 else ''} |"
             for bits, names in sorted(layers.items(), reverse=True)]
     size = read_json(folder.receipt)["bytes_on_disk"]
     beside = sum(file.stat().st_size for file in folder.student.iterdir() if file.is_file()
-                 and file.suffix != ".safetensors" and file != folder.receipt)
+                 and file.suffix != ".safetensors" and file != folder.receipt and file.name != CARD)
     fits = (f"{size:,} bytes of weights on disk, {'within' if size <= found['budget'] else 'ABOVE'} the budget of "
             f"{found['budget']:,}. {found['rest']:,} of them are not quantized, and at most {found.get('header', 0):,} "
             f"name the tensors. Beside them, not counted: tokenizer and configuration, {beside:,} bytes.")
@@ -207,7 +228,7 @@ def _elsewhere(folder: RunFolder) -> list[str]:
     rows = []
     for file in sorted(folder.path.glob("student-*/receipt.json")):
         found = read_json(file)
-        rows.append(f"| {_code(file.parent.name + '/')} | {found['bytes_on_disk']:,} | {found['bits_per_byte']:.4f} | "
+        rows.append(f"| {code(file.parent.name + '/')} | {found['bytes_on_disk']:,} | {found['bits_per_byte']:.4f} | "
                     f"{found['largest_difference']:.2g} | {found['argmax_agreement']:.1%} | "
                     f"{found['tokens_per_second']:,.0f} |")
     if not rows:
@@ -222,7 +243,7 @@ def _ledger(plan: dict[str, Any], folder: RunFolder) -> str:
     rows = []
     if plan.get("memory") is None:
         rows = ["| part | planned bytes per process |", "|---|---:|"]
-        rows += [f"| {_plain(name.replace('_', ' '))} | {count:,} |"
+        rows += [f"| {plain(name.replace('_', ' '))} | {count:,} |"
                  for name, count in plan["ledger"].items() if count]
     # Earlier versions kept what was measured in the plan.
     measured = read_json(folder.measured) if folder.measured.exists() else plan.get("measured")
@@ -240,8 +261,8 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
     if memory is None or measured is None:
         return []
     found = measured["memory"]
-    rows = [f"| at the peak ({_plain(memory['moment'])}) | planned bytes per process |", "|---|---:|"]
-    rows += [f"| {_plain(name)} | {count:,} |"
+    rows = [f"| at the peak ({plain(memory['moment'])}) | planned bytes per process |", "|---|---:|"]
+    rows += [f"| {plain(name)} | {count:,} |"
              for name, count in sorted(memory["parts"].items(), key=lambda part: -part[1]) if count]
     rows += [f"| **planned peak** | {memory['peak']:,} |", f"| **measured peak**, step {measured['step']} | "
                                                            f"{found['peak']:,} |"]
@@ -255,7 +276,7 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
                      f"schedule of the blocks could save at most {memory['gap']:.1%} of it."]
     rows += ["", "Planned for a micro-batch whose rows hold several documents each and in which every token is "
                  "learned. Rows of one document need no mask, and tokens that are not learned no logits."]
-    rows += [f"\nNot planned: {_plain(text)}." for text in memory["unplanned"]]
+    rows += [f"\nNot planned: {plain(text)}." for text in memory["unplanned"]]
     draw_step(Curve(numpy.array(memory["curve"]), tuple(map(tuple, memory["marks"]))),
               Curve(numpy.array(found["curve"]), tuple(map(tuple, found["marks"]))), memory["budget"],
               folder.path / "memory.png")

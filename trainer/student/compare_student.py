@@ -20,10 +20,11 @@ from strategies.quantization.freeze import freeze_quantized
 from trainer import checkpoints
 from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData
+from trainer.data.encoding import sample_prompts
 from trainer.data.rows import StreamedRows
 from trainer.errors import RunFailed, error_context
 from trainer.experiment.experiment import Experiment
-from trainer.experiment.nodes import Report
+from trainer.experiment.report_node import Report
 from trainer.files import write_atomically
 from trainer.model_files import check_files
 from trainer.models.build import DTYPES, empty_student
@@ -38,13 +39,13 @@ SHOWN = 256  # rows of training text and of held-out text on which a runtime's t
 
 
 def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: PreparedData) -> nn.Module:
-    """Rebuild the trained student from a run's last checkpoint and the configuration in its exported folder.
+    """Rebuild the trained student from the checkpoint that it is exported from and the configuration in its folder.
 
     Args:
         like: the exported folder.
 
     Raises:
-        RunFailed: the last checkpoint is missing or damaged, or the rebuilt student is not the one that was trained.
+        RunFailed: that checkpoint is missing or damaged, or the rebuilt student is not the one that was trained.
     """
     check_files(str(like), "student")
     with error_context("student", value=str(like), way_out="put the folder back from a copy"):
@@ -53,21 +54,36 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Prepare
         del config.quantization_config
     model = empty_student(experiment.form, config)
     model.generation_config = GenerationConfig.from_pretrained(like)
-    newest = checkpoints.latest(folder.checkpoints)
-    if newest is None:
-        raise RunFailed(f"{folder.checkpoints} has no checkpoint to take the student from")
-    steps, wrong = read_json(folder.plan).get("steps"), checkpoints.wrong_with(newest)
-    if newest.name != checkpoints.NAME.format(steps if isinstance(steps, int) else 0):
-        wrong = f"the run went on to step {steps}, whose checkpoint is not there"
-    if wrong is not None:
-        raise RunFailed(f"the student cannot be taken from {newest}: {wrong}.\n  -> put that folder back from a copy; "
-                        "or run the experiment again, in another run.folder")
-    checkpoints.load_whole(newest, model)
-    what = f"the student, made again from {newest} and {like / 'config.json'},"
-    check_names(checkpoints.names(newest), model, what)
+    checkpoint = exported_checkpoint(folder)
+    checkpoints.load_whole(checkpoint, model)
+    what = f"the student, made again from {checkpoint} and {like / 'config.json'},"
+    check_names(checkpoints.names(checkpoint), model, what)
     if (trained := read_digests(folder.digests)) is not None:
         check_digests(trained, model, what)
     return finalize_student(experiment, model.eval(), text, folder)
+
+
+def exported_checkpoint(folder: RunFolder) -> Path:
+    """The checkpoint that a finished run's student is taken from: the last one, or that of the best evaluation.
+
+    Raises:
+        RunFailed: it is missing or damaged.
+    """
+    newest = checkpoints.latest(folder.checkpoints)
+    if newest is None:
+        raise RunFailed(f"{folder.checkpoints} has no checkpoint to take the student from")
+    best = folder.best.exists()
+    steps = read_json(folder.best if best else folder.plan).get("step" if best else "steps")
+    found = folder.checkpoints / checkpoints.NAME.format(steps if isinstance(steps, int) else 0)
+    if not found.is_dir():
+        found, wrong = newest, (f"step {steps} had the best evaluation" if best else f"the run went on to step {steps}"
+                                ) + ", whose checkpoint is not there"
+    else:
+        wrong = checkpoints.wrong_with(found)
+    if wrong is not None:
+        raise RunFailed(f"the student cannot be taken from {found}: {wrong}.\n  -> put that folder back from a copy; "
+                        "or run the experiment again, in another run.folder")
+    return found
 
 
 def compare(
@@ -98,7 +114,8 @@ def compare(
         models["control"] = {"path": str(RunFolder(folder.control).student), "trust_remote_code": trust}
     console.print(f"{experiment.name}: reloading in a fresh process and comparing")
     found, logits = ask_about(models, experiment.training.micro_batch, experiment.report, text, exported, device.type,
-                           tokenizer=str(folder.unverified))
+                              tokenizer=str(folder.unverified), prompts=sample_prompts(
+                                  experiment.report.texts, text.tokenizer, experiment.data))
     for name, entry in found.items():
         path = Path(models[name]["path"])
         files = weight_files(path)
@@ -176,7 +193,7 @@ def ask_about(models: dict[str, dict[str, Any]], micro_batch: int, sample: Repor
         return ask_client(
             models, text.held_out, device=device, threads=torch.get_num_threads(),
             micro_batch=micro_batch, logit_rows=rows, logit_length=length,
-            prompt=sample.prompt, sample_tokens=sample.sample_tokens, **more)
+            prompt=sample.texts[0], sample_tokens=sample.sample_tokens, **more)
     except RuntimeError as error:
         raise RunFailed(str(error)) from error
 

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from strategies.export.gguf.gguf_file import dequantized_reference
 from strategies.export.onnx.onnx_folder import TRIED, try_onnx
 from strategies.export.quantized_layers import quantized_layers
-from strategies.export.receipt import Receipt, make_receipt
+from strategies.export.receipt import Receipt, is_weight_file, make_receipt
 from strategies.quantization.freeze import freeze_quantized
 from trainer.data.dataset import PreparedData, prepare_text
+from trainer.data.encoding import answer_end
 from trainer.errors import RunFailed, UserError, error_context
+from trainer.experiment.data_nodes import Data
 from trainer.experiment.experiment import Experiment, StudentForm
 from trainer.experiment.load import read_experiment
 from trainer.experiment.nodes import Export
@@ -116,6 +118,19 @@ def check_tokenizer(settings: Export, text: PreparedData, size: int) -> list[str
     return [note for name in settings.to for note in _reads(name, text, size)]
 
 
+def end_answers(model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+    """Have the model's settings for generation end where it has learned to end an answer, if the data are chats.
+
+    A model of texts alone often names the end of a text there, and not the token that its chat template ends a turn
+    with; a student that says the second would never be stopped.
+    """
+    end, settings = answer_end(tokenizer, data), copy.deepcopy(model.generation_config)
+    known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    if end is not None and end not in known:
+        settings.eos_token_id = [end, *(token for token in known if token is not None)]
+        model.generation_config = settings
+
+
 def write_others(experiment: Experiment, folder: RunFolder, model: nn.Module, text: PreparedData,
                  without: Collection[str] = ()) -> list[str]:
     """Write the student for each runtime in `export.to`; returns a message for each one that failed.
@@ -182,7 +197,7 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
                            experiment.report, text, exported, "cpu",
                            tokenizer=str(folder.student if folder.student.exists() else folder.unverified),
                            client=runtime.client)
-    files = [file for file in sorted(partial.rglob("*")) if file.suffix in (".onnx", ".data", ".gguf")]
+    files = [file for file in sorted(partial.rglob("*")) if is_weight_file(file)]
     rounds = any(layer.activations is not None for _, layer in quantized_layers(model))
     receipt = make_receipt(found["student"], trained, exported, logits["student"], files,
                            ROUNDED if rounds else runtime.tolerance, runtime.libraries, notes)

@@ -39,6 +39,8 @@ from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak,
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate, without_projections
 from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.target_cache import CachedTargets
+from trainer.training.best_evaluation import BestEvaluation
+from trainer.training.cadence import Cadence
 from trainer.training.evaluation import Evaluator
 from trainer.training.memory_check import MemoryCheck
 from trainer.training.nonfinite import Backward, diagnosis, locate_nonfinite
@@ -56,6 +58,7 @@ class TrainLoop:
     Attributes:
         plan: the plan being carried out.
         state: steps done, counters, loss scale.
+        exported: the step whose weights the student has after training; None until then.
         engine: holds the student and its optimizer, sharded or replicated; `student` is the module to call.
         ranks: the processes of the run.
         evaluate: evaluates the student on the held-out rows.
@@ -87,7 +90,9 @@ class TrainLoop:
         live = teacher if self.cached is None and experiment.uses_teacher else None
         shapes = shape_of(student), None if live is None else shape_of(live)  # before they are wrapped or sharded
         self.precision = experiment.precision.build(accelerator.device.type)
-        self.state, self.steps = TrainState(self.precision), plan.steps
+        self.steps = plan.steps
+        self.state = TrainState(self.precision, BestEvaluation.of(experiment.training, self.steps))
+        self.cadence = Cadence(experiment.training, self.steps)
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, self.steps)
         self.teacher = None if live is None else place_teacher(setup, accelerator, live)
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
@@ -107,6 +112,7 @@ class TrainLoop:
         seed_everything(experiment.seed * 1_000_003 + self.ranks.index + 1)  # each process draws its own dropout masks
         self.saver = Saver(folder, experiment.training, self.engine, self.ranks, self._say)
         self.saver.resume(self.state)
+        self.exported: int | None = None
         self._measured_at = min(self.state.step + MEASURED, self.steps) - 1
         self._tracks = bool(experiment.run.trackers)  # a teacher or control that is trained along the way has none
 
@@ -132,23 +138,26 @@ class TrainLoop:
     def train(self) -> None:
         """Train from the state's step to the last one, with evaluations and checkpoints in between.
 
+        With `training.keep_best` the student then has the weights of the best evaluation, which may also have ended the
+        training early.
+
         Raises:
             Stopped: a process received a stop signal.
             BudgetUnmet: the measured step exceeded the budget, with `memory.exceeded: stop`.
             RunFailed: too many steps in a row were not finite, the weights are not finite, or another process is gone.
         """
-        settings, state = self.experiment.training, self.state
+        state = self.state
         metrics = Metrics(self.folder.metrics, self.ranks.main, state.step)
         progress = ProgressReporter(self.experiment.name, self.steps, state.step, self.experiment.run.log_every,
                                     self.ranks.main)
         if state.step:
             progress.say(f"resumed at step {state.step}")
-        inputs, end = self.inputs(), rows_in_all(settings, self.text)
+        inputs, end = self.inputs(), rows_in_all(self.experiment.training, self.text)
         try:
             with signals.defer_signals(), self.ranks.watch.on():
                 if self._lacks_evaluation():
                     self._evaluate(metrics, progress)
-                while state.step < self.steps:
+                while not self.cadence.ends(state):
                     measured = None
                     if state.step == self._measured_at:
                         record, measured = self.memory.measured(lambda: self.train_step(inputs))
@@ -161,11 +170,11 @@ class TrainLoop:
                     if measured is not None and "empty" not in record:
                         peak = self.memory.report(state.step, measured, metrics, progress)
                         self.memory.keep_budget(state.step, peak, metrics, progress, self._saved_now)
-                    if self._evaluates():
+                    if self.cadence.evaluates(state):
                         self._evaluate(metrics, progress)
-                    if state.step % settings.checkpoint_every == 0 or state.step == self.steps:
+                    if self.cadence.saves(state):
                         self.saver.save(state)
-                    if state.nonfinite >= settings.nonfinite_limit:
+                    if state.nonfinite >= self.experiment.training.nonfinite_limit:
                         self._saved_now()
                         raise RunFailed(diagnosis(record, state.nonfinite, self.folder.checkpoints))
                 if not self.steps:
@@ -177,6 +186,7 @@ class TrainLoop:
             self.saver.finish(LEAVING)
             progress.close()
             metrics.close()
+        self.exported = self.saver.take_best(state)
 
     def train_step(self, inputs: StepInputs) -> dict[str, Any] | None:
         """Run one optimizer step over the plan's micro-batches on every process, and return the record to log.
@@ -285,8 +295,8 @@ class TrainLoop:
     def whole(self) -> nn.Module:
         """The unsharded student, for the main process.
 
-        A sharded student is rebuilt and loaded from the last checkpoint. This is not a collective: nothing is gathered,
-        and no other process takes part.
+        A sharded student is rebuilt and loaded from the last checkpoint, or the best one. This is not a collective:
+        nothing is gathered, and no other process takes part.
 
         Raises:
             RunFailed: the student is sharded and its last checkpoint could not be written.
@@ -294,15 +304,16 @@ class TrainLoop:
         if not self.engine.sharded:
             return without_projections(self.unwrapped)
         self.saver.finish()
-        newest = self.saver.last
-        if newest is None or newest.name != checkpoints.NAME.format(self.state.step):
+        own, newest = self.folder.checkpoints / checkpoints.NAME.format(
+            self.state.step if self.exported is None else self.exported), self.saver.last
+        if not own.is_dir():
             raise RunFailed("the student is shared out over processes, and is put together from its last checkpoint, "
                             f"which could not be written to {self.folder.checkpoints}.\n  -> make room there and start "
                             "the same command again: the run goes on from "
                             + ("its beginning" if newest is None else newest.name))
         model = whole_student(self.experiment.form, self.unwrapped)
         attach_projections(self.experiment.objective, self.experiment.seed, model, self.teacher_config)
-        checkpoints.load_whole(newest, model)
+        checkpoints.load_whole(own, model)
         return without_projections(model)
 
     def release(self) -> None:
@@ -314,16 +325,12 @@ class TrainLoop:
 
     # ---- helpers
 
-    def _evaluates(self) -> bool:
-        """Whether an evaluation is due after the last step."""
-        step = self.state.step
-        return step == self.steps or (step > 0 and step % self.experiment.training.evaluate_every == 0)
-
     def _lacks_evaluation(self) -> bool:
         """Whether the run was interrupted after a step was saved but before its evaluation was recorded."""
-        if not self._evaluates():
+        if not self.cadence.evaluates(self.state):
             return False
-        done = self.ranks.main and any(
+        best = self.state.best
+        done = self.ranks.main and (best is None or best.evaluated == self.state.step) and any(
             line["step"] == self.state.step and "held_out" in line for line in read_lines(self.folder.metrics))
         return not any(self.ranks.gather_objects([done]))
 
@@ -332,6 +339,10 @@ class TrainLoop:
         found = self.evaluate(self.student, self.state.step)
         if found is None:
             self.saver.stop(self.state, self.experiment.name)
+        if self.state.best is not None:
+            asked = self.experiment.student.quantization
+            counts = asked is None or asked.has_final_bits(self.state.step - 1, self.steps)
+            self.state.best.take_in(self.state.step, found, counts)
         metrics.write({"step": self.state.step, "held_out": found})
         self._track({f"held_out/{name}": value for name, value in found.items()})
         progress.say(f"step {self.state.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte")

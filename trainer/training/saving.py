@@ -32,6 +32,7 @@ class Saver:
     def __init__(self, folder: RunFolder, settings: Training, engine: Engine, ranks: RankGroup,
                  say: Callable[[str], None]) -> None:
         self.folder, self.settings, self.engine, self.ranks = folder.checkpoints, settings, engine, ranks
+        self.run, self.say = folder, say
         self.checkpoints = checkpoints.Checkpoints(
             folder.checkpoints, settings.keep_checkpoints, rank=ranks.index, ranks=ranks.topology.ranks,
             gather=ranks.gather_objects, background=settings.background_saves, say=say,
@@ -106,10 +107,52 @@ class Saver:
         state.load_state_dict(found, self.settings.batch_size)
         self.engine.load_scale_state(found["engine"], state.precision.loss_scale)
 
+    def take_best(self, state: TrainState) -> int:
+        """Give the engine the weights to export, and return their step: the last, or that of the best evaluation.
+
+        With `training.keep_best`, the main process says and records which it is. A collective call.
+
+        Raises:
+            RunFailed: the best checkpoint is not as it was written.
+        """
+        if state.best is None:
+            return state.step
+        exported = self._load_best(state)
+        if self.ranks.main:
+            self.say(state.best.outcome(exported, state.step))
+            state.best.record(self.run.best, exported, state.step)
+        return exported
+
+    def _load_best(self, state: TrainState) -> int:
+        """Load the weights of the best evaluation's checkpoint into the engine; returns its step. A collective call.
+
+        Where none is kept, as without a finite evaluation, the weights stay those of the last step.
+
+        Raises:
+            RunFailed: the checkpoint is not as it was written.
+        """
+        best = self.ranks.gather_objects([checkpoints.best_kept(self.folder) if self.ranks.main else None])[0]
+        if best is None or best.name == checkpoints.NAME.format(state.step):
+            return state.step
+        wrong = self._agreed(checkpoints.wrong_with(best, self.ranks.index, self.ranks.topology.ranks))
+        if wrong is None:
+            try:
+                found = checkpoints.load(best, self.engine, self.ranks.index)
+            except checkpoints.Unreadable as error:
+                wrong = str(error)
+        if (wrong := self._agreed(wrong)) is not None:
+            raise RunFailed(f"the checkpoint {best}, of the best evaluation, cannot be exported: {wrong}.\n"
+                            "  -> put that folder back from a copy; or run the experiment again, in another run.folder")
+        self.engine.refresh()
+        return found["step"]
+
+    def _agreed(self, wrong: str | None) -> str | None:
+        """What is wrong on the first process where something is."""
+        return next(filter(None, self.ranks.gather_objects([wrong])), None)
+
     def _check(self, checkpoint: Path, wrong: str | None) -> None:
         """Raise `RunFailed` on every process if one of them cannot load an intact checkpoint."""
-        wrong = next(filter(None, self.ranks.gather_objects([wrong])), None)
-        if wrong is not None:
+        if (wrong := self._agreed(wrong)) is not None:
             before = [path.name for path in checkpoints.listed(self.folder) if path.name < checkpoint.name]
             raise RunFailed(f"the checkpoint {checkpoint} cannot be gone on from: {wrong}.\n"
                             "  -> start again with the model and the version that wrote it; or move that folder away: "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.experiment.precision import MixedPrecision
+from trainer.training.best_evaluation import BestEvaluation
 
 
 @dataclass
@@ -14,6 +15,7 @@ class TrainState:
 
     Attributes:
         precision: holds the dynamic loss scale.
+        best: the best evaluation so far, if the run keeps its checkpoint; else None.
         step: optimizer steps done.
         rows: rows of the data that these have taken: full batches, except where the run ended within one.
         empty_steps: total number of steps without any target token.
@@ -21,6 +23,7 @@ class TrainState:
     """
 
     precision: MixedPrecision
+    best: BestEvaluation | None = None
     step: int = 0
     rows: int = 0
     empty_steps: int = 0
@@ -34,7 +37,8 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """The state as plain data."""
         return {"step": self.step, "rows": self.rows, "precision": self.precision.state_dict(),
-                "nonfinite": self.nonfinite, "empty_steps": self.empty_steps}
+                "nonfinite": self.nonfinite, "empty_steps": self.empty_steps,
+                **({} if self.best is None else {"best": self.best.state_dict()})}
 
     def load_state_dict(self, state: dict[str, Any], batch_size: int) -> None:
         """Restore a `state_dict`, except for `nonfinite`, which restarts at 0: a restart is a new chance.
@@ -45,3 +49,5 @@ class TrainState:
         self.precision.load_state_dict(state["precision"])
         self.step, self.empty_steps, self.nonfinite = state["step"], state.get("empty_steps", 0), 0
         self.rows = state.get("rows", self.step * batch_size)
+        if self.best is not None and "best" in state:
+            self.best.load_state_dict(state["best"])

@@ -58,7 +58,8 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
         "parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
                           if not name.endswith(("_scale", "_shape", "_zero_point"))),
         "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        "sample": sample(model, which["path"], options, request),
+        **({"samples": samples(model, which["path"], options, request)} if "prompts" in request else
+           {"sample": sample(model, which["path"], options, request)}),
     }
 
 
@@ -125,20 +126,39 @@ def logits_of(model: Any, held_out: dict[str, torch.Tensor], rows: slice, length
 
 
 def sample(model: Any, path: str, options: dict[str, Any], request: dict[str, Any]) -> str:
-    """The greedy continuation of the prompt."""
+    """The greedy continuation of the request's one prompt."""
+    return samples(model, path, options, {**request, "prompts": [request["prompt"]]})[0]["text"]
+
+
+def samples(model: Any, path: str, options: dict[str, Any], request: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a model writes to each prompt of the request, with its most probable tokens.
+
+    A text is continued, and the result begins with it. A chat (a list of messages) is answered, and the result is the
+    answer alone.
+    """
     own = {} if request.get("tokenizer") else options
     tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or path, trust_remote_code=False, **own)
-    ids = tokenizer(request["prompt"], return_tensors="pt", add_special_tokens=True).input_ids.to(model.device)
-    count = request["sample_tokens"]
+    return [{"prompt": prompt, "text": _written(model, tokenizer, prompt, request["sample_tokens"])}
+            for prompt in request["prompts"]]
+
+
+def _written(model: Any, tokenizer: Any, prompt: str | list[dict[str, Any]], count: int) -> str:
+    chat = not isinstance(prompt, str)
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                                        ).input_ids if chat else \
+        tokenizer(prompt, return_tensors="pt", add_special_tokens=True).input_ids
+    ids = ids.to(model.device)
     room = getattr(model.config, "max_position_embeddings", None) or ids.shape[1] + count
     count = max(1, min(count, room - ids.shape[1]))
     # generate() takes what is left out from the model's generation config, which may hold penalties. Only its
     # end-of-sequence tokens are wanted.
     ends = model.generation_config.eos_token_id
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(max_new_tokens=count, eos_token_id=ends, pad_token_id=padding)
+    own, model.generation_config = model.generation_config, GenerationConfig(
+        max_new_tokens=count, eos_token_id=ends, pad_token_id=padding)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False)
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    model.generation_config = own
+    return tokenizer.decode(out[0, ids.shape[1]:] if chat else out[0], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def test_prompts_and_samples_stay_text_in_the_report(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     found = json.loads((run / "comparison.json").read_text())
-    found["student"]["sample"] = "x\n````\n<img src=x onerror=alert(1)>\n```\n# heading"
+    found["student"]["samples"][0]["text"] = "x\n````\n<img src=x onerror=alert(1)>\n```\n# heading"
     (run / "comparison.json").write_text(json.dumps(found))
     plan = json.loads((run / "plan.json").read_text())
     (run / "plan.json").write_text(json.dumps({**plan, "text": ["a <b>note</b> [x](javascript:y)\n# two"]}))

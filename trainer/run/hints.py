@@ -1,0 +1,115 @@
+"""Hints for a finished run: settings that would pay, each with what it would save, computed from the run's files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from trainer.experiment.plain_yaml import read_values
+from trainer.run.folder import RunFolder, read_json
+from trainer.run.metrics import read_lines
+
+MOST = 3
+PAYS = 0.10  # least share of the file that a hint about its size has to save
+WORSE = 0.01  # least relative rise of held-out bits per byte after their lowest value
+FULL = 0.6  # rows that are less full than this waste steps
+WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "F8_E4M3": 1, "I64": 8, "U8": 1, "F64": 8, "BOOL": 1}
+
+Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+def hints(folder: RunFolder) -> list[str]:
+    """At most three settings that would pay for the run in a folder, the largest savings first."""
+    values, config = read_values(folder.experiment)[0], folder.student / "config.json"
+    shape = read_json(config) if config.exists() else {}
+    found = [*_about_size(values, list(_tensors(folder.student)), shape), *_about_the_best_step(values, folder),
+             *_about_rows(values, folder)]
+    return found[:MOST]
+
+
+def _tensors(student: Path) -> Iterator[Tensor]:
+    for file in sorted(student.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - it is no dictionary
+                    part = weights.get_slice(name)
+                    yield name, part.get_dtype(), tuple(part.get_shape())
+        except (OSError, SafetensorError):
+            return
+
+
+def _bytes(tensor: Tensor) -> int:
+    return WIDTHS.get(tensor[1], 0) * prod(tensor[2])
+
+
+def _about_size(values: dict[str, Any], tensors: list[Tensor], config: dict[str, Any]) -> Iterator[str]:
+    """What would make the weight file smaller by more than a tenth, in one line.
+
+    Args:
+        tensors: those of the weight file.
+        config: the student's configuration, with the rows of its embeddings and of its head.
+    """
+    asked, dtype, total = values["student"].get("quantization"), values["export"]["dtype"], sum(map(_bytes, tensors))
+    wide = [tensor for tensor in tensors if tensor[1] in ("F32", "BF16", "F16")]
+    rows = [tensor for tensor in wide if len(tensor[2]) == 2 and tensor[2][0] == config.get("vocab_size")]
+    inner = [tensor for tensor in wide if len(tensor[2]) == 2 and tensor not in rows]
+    saved = {
+        "student.quantization: {method: rtn, bits: 8}": _saved(inner, 8) if asked is None else 0,
+        "student.quantization.embeddings: true": _saved_by_embeddings(rows, asked, config),
+        "export.dtype: bfloat16": sum(map(_bytes, wide)) / 2 if dtype == "float32" else 0}
+    ways = {key: saving / total for key, saving in saved.items() if saving > PAYS * total}
+    if not ways:
+        return
+    of_rows = asked is not None and "student.quantization.embeddings: true" in ways
+    share = sum(map(_bytes, rows if of_rows else wide)) / total
+    again = "in a new run, since the student is trained quantized" if asked and asked["method"] == "qat" else \
+        "without another training"
+    yield (f"{share:.0%} of this file are {dtype.replace('float32', 'fp32')} {'embeddings' if of_rows else 'weights'}: "
+           f"{' or '.join(f'{key} (saves {part:.0%} of the file)' for key, part in ways.items())}, {again}")
+
+
+def _saved(tensors: list[Tensor], bits: float) -> float:
+    """Bytes that fewer bits for each number of some tensors save."""
+    return sum(max(0.0, 1 - bits / (8 * WIDTHS[tensor[1]])) * _bytes(tensor) for tensor in tensors)
+
+
+def _saved_by_embeddings(embeddings: list[Tensor], asked: dict[str, Any] | None, config: dict[str, Any]) -> float:
+    """Bytes that `quantization.embeddings` would save, or 0 where a folder could not hold such embeddings.
+
+    A head that is not tied to the embeddings is quantized by `ignore`, not by this. With quantized activations, layers
+    of several kinds, or matrices that are stored (inputs, outputs), as in GPT-2, which are loaded dequantized although
+    they have no zero points, transformers could not load the embeddings. A budget has its own size whatever is in it.
+    """
+    if asked is None:
+        return 0.0
+    turned = asked.get("symmetric", True) and (config.get("quantization_config") or {}).get("dequantize")
+    other = any(asked.get(key) for key in ("embeddings", "activations", "layers", "budget"))
+    if turned or other or asked.get("kind", "int") != "int":
+        return 0.0
+    scale = 32 / asked["group_size"] if asked.get("group_size") else 0.0
+    return _saved([tensor for tensor in embeddings if not any(
+        fnmatchcase(tensor[0].removesuffix(".weight"), pattern) for pattern in asked["ignore"])],
+        (asked.get("bits") or 4) + scale)
+
+
+def _about_the_best_step(values: dict[str, Any], folder: RunFolder) -> Iterator[str]:
+    curve = [(line["held_out"]["bits_per_byte"], line["step"]) for line in read_lines(folder.metrics)
+             if "held_out" in line]
+    if values["training"].get("keep_best") is None and curve and curve[-1][0] > (1 + WORSE) * min(curve)[0]:
+        lowest, step = min(curve)
+        yield (f"held-out bits per byte were lowest at step {step} ({lowest:.4f}, and {curve[-1][0]:.4f} at the end): "
+               "training.keep_best: bits_per_byte exports the best evaluation's student, in a new run")
+
+
+def _about_rows(values: dict[str, Any], folder: RunFolder) -> Iterator[str]:
+    notes = " ".join(str(note) for note in read_json(folder.plan).get("text", []))
+    full = re.search(r"([\d.]+)% full", notes)
+    if full and not values["data"].get("packing", True) and float(full[1]) / 100 < FULL:
+        yield (f"rows are {full[1]}% full: with data.packing: true the same text takes about that share of the steps, "
+               "in a new run")

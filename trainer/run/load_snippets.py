@@ -1,0 +1,82 @@
+"""Code that loads an exported student in its runtime, as a model card shows it: what is shown runs as it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Prompt = str | list[dict[str, Any]]
+
+TITLES = {"transformers": "transformers", "onnx": "ONNX Runtime", "gguf": "llama.cpp"}
+INSTALL = {"transformers": "pip install torch transformers compressed-tensors",
+           "onnx": "pip install onnxruntime transformers huggingface_hub"}
+HERE = "  # this folder"
+TOKENS = 64  # that a snippet generates
+
+
+def snippet(runtime: str, path: str, prompt: Prompt, *, hub: bool, trust: bool = False) -> tuple[str, str] | None:
+    """(language, code) that loads a student and has it answer a prompt; None for a runtime without a snippet here.
+
+    Args:
+        runtime: a key of `TITLES`.
+        path: the student's folder, or with `hub` the id of its repository.
+        prompt: a text to continue, or the messages of a chat to answer.
+        trust: whether the student needs Python code that ships with it.
+    """
+    if runtime == "transformers":
+        return "python", _transformers(path, prompt, trust)
+    if runtime == "onnx":
+        return "python", _onnx(path, prompt, hub)
+    return ("sh", _llama_cpp(path, prompt, hub)) if runtime == "gguf" else None
+
+
+def _ids(prompt: Prompt, tensors: str) -> str:
+    """Code for `inputs` from a prompt, as tensors of a library."""
+    if isinstance(prompt, str):
+        return f"inputs = tokenizer({prompt!r}, return_tensors={tensors!r})"
+    return (f"chat = {prompt!r}\ninputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, "
+            f"return_tensors={tensors!r},\n                                       return_dict=True)")
+
+
+def _transformers(path: str, prompt: Prompt, trust: bool) -> str:
+    more = ", trust_remote_code=True" * trust
+    cut = "" if isinstance(prompt, str) else "inputs.input_ids.shape[1]:"
+    return f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = {path!r}{HERE * (path == ".")}
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path{more})
+{_ids(prompt, "pt")}
+tokens = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=False,
+                        max_new_tokens={TOKENS})
+print(tokenizer.decode(tokens[0{cut and f", {cut}"}], skip_special_tokens=True))
+"""
+
+
+def _onnx(path: str, prompt: Prompt, hub: bool) -> str:
+    where = f"snapshot_download({path!r})" if hub else repr(path) + HERE * (path == ".")
+    return f"""\
+import numpy as np
+{"from huggingface_hub import snapshot_download" + chr(10) if hub else ""}from onnxruntime import InferenceSession
+from transformers import AutoTokenizer
+
+path = {where}
+tokenizer = AutoTokenizer.from_pretrained(path)
+session = InferenceSession(f"{{path}}/model.onnx")
+{_ids(prompt, "np")}
+ids = inputs.input_ids
+for _ in range({TOKENS}):
+    positions = np.arange(ids.shape[1])[None]
+    logits = session.run(["logits"], {{"input_ids": ids, "position_ids": positions}})[0]
+    ids = np.append(ids, logits[:, -1:].argmax(-1), axis=1)
+print(tokenizer.decode(ids[0]))
+"""
+
+
+def _llama_cpp(path: str, prompt: Prompt, hub: bool) -> str:
+    asked = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+    quoted = "'" + asked.replace("'", "'\\''") + "'"
+    fetch = f"hf download {path} student.gguf --local-dir .\n" if hub else ""
+    file = "student.gguf" if hub or path == "." else f"{path}/student.gguf"
+    answer = "" if isinstance(prompt, str) else "-st "  # a single turn of a chat, written with the file's template
+    return f"{fetch}llama-cli -m {file} {answer}-p {quoted} -n {TOKENS} --temp 0\n"

@@ -1,0 +1,227 @@
+"""The model card of an exported student: `README.md` as the hub reads it, from the files of a run folder alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+
+from trainer import __version__
+from trainer.experiment.objective_nodes import INSIDE
+from trainer.experiment.plain_yaml import read_values
+from trainer.experiment.run_paths import STUDENT, run_of
+from trainer.files import write_atomically
+from trainer.run.folder import RunFolder, read_json
+from trainer.run.load_snippets import INSTALL, TITLES, Prompt, snippet
+from trainer.run.markdown import block, code, plain
+from trainer.run.metrics import readable
+
+CARD = "README.md"
+MARK = "<!-- Written by limbeck, which writes it again; remove this line to keep what you change. -->"
+LIBRARIES = {"transformers": "transformers", "onnx": "onnx", "gguf": "gguf"}  # as the hub names them
+RECEIPT = {"bytes_on_disk": "bytes on disk", "parameters": "parameters",
+           "bits_per_byte": "bits per byte of held-out text", "argmax_agreement": "same most probable token",
+           "largest_difference": "largest logit difference", "largest_logit": "largest logit",
+           "tokens_compared": "tokens compared"}
+
+
+def write_cards(folder: RunFolder) -> None:
+    """Write the card of each exported student that has a receipt, except for cards that somebody has made his own."""
+    for student in students(folder).values():
+        card = student / CARD
+        if is_ours(card):
+            write_atomically(card, model_card(folder, student))
+
+
+def is_ours(card: Path) -> bool:
+    """Whether a card is missing, or is still as it was written here."""
+    return not card.is_file() or MARK in card.read_text(encoding="utf-8", errors="replace")
+
+
+def students(folder: RunFolder) -> dict[str, Path]:
+    """The exported students of a run that have a receipt, by runtime."""
+    found = {"transformers": folder.student, **{path.name.removeprefix("student-"): path
+                                                for path in sorted(folder.path.glob("student-*"))}}
+    return {runtime: path for runtime, path in found.items() if (path / "receipt.json").is_file()}
+
+
+def model_card(folder: RunFolder, student: Path, repository: str | None = None) -> str:
+    """The card of an exported student.
+
+    Args:
+        student: its folder.
+        repository: the repository on the hub that it goes to; None for a card that is read in the folder.
+    """
+    values, receipt = read_values(folder.experiment)[0], read_json(student / "receipt.json")
+    runtime = next(name for name, path in students(folder).items() if path == student)
+    parts = [f"---\n{_front_matter(values, runtime, folder)}---\n", f"# {plain(values['name'])}\n",
+             f"{_opening(values, receipt)}\n", "## Load it\n", *_loading(folder, values, student, repository),
+             "## Receipt\n", *_receipt(receipt, folder), "## Data\n", _data(values, folder), "",
+             "## Recipe\n", _recipe(values, folder), "", MARK, ""]
+    return "\n".join(parts)
+
+
+# ---- the front matter
+
+def _front_matter(values: dict[str, Any], runtime: str, folder: RunFolder) -> str:
+    base, quantization = _base(values), values["student"].get("quantization")
+    tags = ["limbeck", *["distillation"] * _distilled(values), *["quantized"] * bool(quantization),
+            *([] if runtime == "transformers" else [runtime])]
+    return ModelCardData(
+        license=license_of(values), base_model=base if base and _on_hub(base, values) else None,
+        datasets=[path for path in _data_paths(values) if _is_hub_id(path)] or None,
+        library_name=LIBRARIES.get(runtime), pipeline_tag="text-generation", tags=tags).to_yaml() + "\n"
+
+
+def license_of(values: dict[str, Any]) -> str | None:
+    """The license: `export.license`, or that of the base model if a local card of it names one."""
+    if own := values["export"].get("license"):
+        return str(own)
+    base = _base(values)
+    card = Path(base) / CARD if base else None
+    try:
+        found = (metadata_load(card) or {}).get("license") if card is not None and card.is_file() else None
+    except (ValueError, OSError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _base(values: dict[str, Any]) -> str | None:
+    """The path of the model that the student's weights come from."""
+    if (run := values["student"].get("from_run")) is not None:
+        return str(run_of(run) / STUDENT)
+    from_teacher = values["student"].get("from_teacher") is not None
+    model = values["teacher"] if from_teacher else values["student"]
+    return None if model is None else model.get("path")
+
+
+def _on_hub(path: str, values: dict[str, Any]) -> bool:
+    return _is_hub_id(path) or any(model and model.get("path") == path and model.get("revision")
+                                   for model in (values["teacher"], values["student"]))
+
+
+def _is_hub_id(path: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path)) and not Path(path).exists() and \
+        Path(path).suffix not in (".jsonl", ".json", ".txt", ".parquet", ".csv", ".tsv")
+
+
+def _data_paths(values: dict[str, Any]) -> list[str]:
+    data = values["data"]
+    given = [data.get("path"), *(source.get("path") for source in data.get("sources") or ())]
+    return [path for path in given if isinstance(path, str)]
+
+
+def _distilled(values: dict[str, Any]) -> bool:
+    return values["teacher"] is not None and (values["objective"]["divergence"].get("weight") != 0)
+
+
+# ---- sections
+
+def _name(path: str, values: dict[str, Any]) -> str:
+    """A hub id, or only the end of a local path: a card is public, and says nothing about a machine."""
+    parts = Path(path).parts[-2 if Path(path).name.startswith("student") else -1:]  # runs/NAME/student: of which run
+    return code(path if _on_hub(path, values) else "/".join(parts))
+
+
+def _opening(values: dict[str, Any], receipt: dict[str, Any]) -> str:
+    base, teacher = _base(values), values["teacher"]
+    text = f"A causal language model of {receipt['parameters']:,} parameters in {readable(receipt['bytes_on_disk'])}"
+    if _distilled(values):
+        text += f", distilled from {_name(teacher['path'], values) if teacher.get('path') else 'a teacher of its own'}"
+    layers = values["student"].get("from_teacher")
+    if layers is not None:
+        text += f", begun with {len(layers)} of its layers" if _distilled(values) else \
+            f", begun with {len(layers)} layers of {_name(base, values) if base else 'a teacher of its own'}"
+    elif base:
+        text += f", begun as {_name(base, values)}"
+    stated = license_of(values)
+    return f"{text}. License: {plain(stated) if stated else 'not stated'}. Made with Limbeck {__version__}."
+
+
+def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repository: str | None) -> list[str]:
+    """How to load the student: in its own runtime, and beside it in the folder, those for others."""
+    every, prompt = students(folder), _prompt(values, folder)
+    trust = any(model and model.get("trust_remote_code") for model in (values["student"], values["teacher"]))
+    parts = []
+    for runtime in sorted(every, key=lambda name: every[name] != student):
+        own = every[runtime] == student
+        path = repository or ("." if own else f"../{every[runtime].name}")
+        shown = snippet(runtime, path, prompt, hub=repository is not None, trust=trust)
+        if shown is None or (repository is not None and not own):
+            continue
+        where = "" if own else f", exported beside this folder in {code(every[runtime].name)}"
+        install = f" ({code(INSTALL[runtime])})" if runtime in INSTALL else ""
+        parts += [f"With {TITLES[runtime]}{install}{where}:\n", block(shown[1].rstrip("\n"), shown[0]), ""]
+    return parts
+
+
+def _prompt(values: dict[str, Any], folder: RunFolder) -> Prompt:
+    """The first prompt of the report, as a chat if the student learned chats."""
+    sampled = read_json(folder.comparison).get("student", {}).get("samples")
+    return sampled[0]["prompt"] if sampled else values["report"]["prompt"]
+
+
+def _receipt(receipt: dict[str, Any], folder: RunFolder) -> list[str]:
+    """What the fresh process found that loaded this folder, and what the other models of the run need."""
+    rows = [f"| {what} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items()]
+    versions = ", ".join(f"{library} {number}" for library, number in receipt["versions"].items())
+    found = read_json(folder.comparison)
+    others = [f"{name} {found[name]['bits_per_byte']:.4f}" for name in ("teacher", "control") if name in found]
+    return ["A fresh process loaded the exported file and compared it with the model in training; differences are "
+            "between logits.\n", "| | |", "|---|---:|", *rows, f"| loaded by | {plain(versions)} |", "",
+            *([f"On the same text, bits per byte of others: {', '.join(others)}.\n"] if others else []),
+            *(f"{plain(note)}.\n" for note in receipt.get("notes", []))]
+
+
+def _figure(name: str, value: float) -> str:
+    if name == "argmax_agreement":
+        return f"{value:.2%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
+def _data(values: dict[str, Any], folder: RunFolder) -> str:
+    data, plan = values["data"], read_json(folder.plan)
+    form = "chats" if data.get("messages") else "prompts and their answers, of which the answers were learned" \
+        if data.get("prompt") else "text"
+    notes = "".join(f"\n\n{plain(note)}." for note in plan.get("text", []))
+    did = "Trained" if plan["steps"] else "Compared, not trained,"
+    return (f"{did} on {', '.join(_name(path, values) for path in _data_paths(values))} ({form}), in sequences of "
+            f"{data['sequence_length']:,} tokens.{notes}")
+
+
+def _recipe(values: dict[str, Any], folder: RunFolder) -> str:
+    training, optimizer, schedule = values["training"], values["optimizer"], values["schedule"]
+    steps = read_json(folder.plan)["steps"]
+    rows = {} if steps == 0 else {
+        "training": f"{steps:,} steps of {training['batch_size']} sequences, seed {values['seed']}",
+        "objective": _objective(values),
+        "optimizer": f"{optimizer['name']}, learning rate {optimizer['lr']:g} ({schedule['shape']}), weight decay "
+                     f"{optimizer['weight_decay']:g}",
+        "precision": f"{values['precision']['dtype']} forward and backward, fp32 weights and updates"}
+    rows |= {"quantization": _quantization(values["student"].get("quantization")),
+            "exported weights": values["export"]["dtype"]}
+    if folder.best.exists():
+        rows["exported step"] = read_json(folder.best)["outcome"]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {plain(value)} |" for name, value in rows.items())])
+
+
+def _objective(values: dict[str, Any]) -> str:
+    objective, terms = values["objective"], []
+    if objective["cross_entropy"]:
+        terms.append(f"{objective['cross_entropy']:g} cross-entropy")
+    if _distilled(values):
+        asked = objective["divergence"]
+        weight = 1.0 if asked["weight"] is None else asked["weight"]
+        terms.append(f"{weight:g} {asked['name']} from the teacher at temperature {asked['temperature']:g}")
+    return " + ".join(terms + [name for name in (*INSIDE, "on_policy") if objective.get(name)])
+
+
+def _quantization(asked: dict[str, Any] | None) -> str:
+    if asked is None:
+        return "none"
+    size = "within a budget of bytes" if asked.get("budget") else (
+        f"{asked['bits'] or 4} bits" if asked["kind"] == "int" else asked["kind"])
+    groups = f", groups of {asked['group_size']}" if asked.get("group_size") else ""
+    return f"{asked['method']}, {size}{groups}{', embeddings too' if asked.get('embeddings') else ''}"
