@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, TINY, _train, fork, launch, train_py
+from trainer.run.folder import RunFolder
 from trainer.run.metrics import read_lines
+from trainer.run.run_status import STATUS, Life, status
+from trainer.run.watch import Watch
 
 DISTIL = {
     "teacher": {"architecture": TINY, "train": {"steps": 6, "lr": 3e-3}},
@@ -40,9 +45,55 @@ def finished(tmp_path_factory, corpus, cache):
     del values["student"]["architecture"]
     file = folder / "whole.yaml"
     file.write_text(yaml.safe_dump(values))
-    done = launch("--config", str(file))
+    with watched(folder / "run") as WATCHED[folder / "run"]:
+        done = launch("--config", str(file))
     assert done.returncode == 0, done.stderr[-4000:]
     return file, folder / "run", done
+
+
+WATCHED = {}  # by run folder: what `limbeck status` and `limbeck watch` said meanwhile, of each model that was made
+
+
+@contextmanager
+def watched(run):
+    """Look at a run from its folder while it goes on."""
+    said, over = [], threading.Event()
+
+    def look():
+        watch = models = None
+        while not over.wait(0.02):
+            life = Life.of(RunFolder(run))
+            if not life.content:
+                continue
+            watch = watch or Watch(run)
+            frame, code = watch.frame(100)
+            if life.content["model"] != models or len(frame) > len(said[-1][2]):
+                models, last = life.content["model"], said.pop() if said and models == said[-1][0] else None
+                said.append((models, last[1] if last else status(run)[0], frame, code))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield said
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_run_is_watched_from_its_folder_from_planning_to_its_end(finished, capsys):
+    _, run, _ = finished
+    models = [model for model, *_ in WATCHED[run]]
+    assert [model for model in models if model] == ["teacher", "student", "control"] and models[0] is None
+    for model, told, frame, code in WATCHED[run]:
+        assert code is None, "it goes on"
+        if model:
+            assert f": running, {model}: " in told
+            assert frame[0].startswith("whole  ") and "step " in frame[1] and " learned)" in "".join(frame)
+    assert not (run / STATUS).exists()
+    frame, code = Watch(run).frame(80)
+    assert code == 0 and frame[0] == f"whole  finished, see {run / 'report.md'}"[:80]
+    assert frame[1].startswith("step 6/6 ━━━━━━━━━━━━━━━━━━━━ 100%") and "held-out, bits per byte" in frame
+    assert "newest checkpoint step-00000006" in " ".join(frame)
 
 
 def test_run_folder_holds_everything(finished):

@@ -22,7 +22,7 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.files import write_atomically
 from trainer.run.folder import RunFolder
-from trainer.run.working import going, warnings
+from trainer.run.working import going, listeners, warnings
 
 # Both are hidden: a run that is being planned, or that is stopped early, has no other file in its folder yet.
 STATUS, ENDED = ".status.json", ".ended.json"
@@ -47,16 +47,18 @@ class RunStatus:
         self.name, self.folder, self.file, self._check = name, folder, folder.path / STATUS, check
         self._over, self._thread, self._made = threading.Event(), None, []
         self._written: dict[str, Any] = {}
-        self._beaten = 0.0
+        self._beaten, self._lock = 0.0, threading.Lock()
 
     def __enter__(self) -> RunStatus:
         if int(os.environ.get("RANK", 0)) == 0 and _may_write(self.folder, self._check):
             path = self.folder.path
             self._over.clear()
+            self._written = {}
             self._made = [one for one in (path, *path.parents) if not one.exists()]  # deepest first
             with suppress(OSError):
                 path.mkdir(parents=True, exist_ok=True)
             self.beat()
+            listeners.append(self.beat)
             self._thread = threading.Thread(target=self._beats, daemon=True, name="signs of life")
             self._thread.start()
         return self
@@ -66,6 +68,7 @@ class RunStatus:
         if self._thread is None:
             return
         self._over.set()
+        listeners.remove(self.beat)
         self._thread.join()
         self._thread = None
         with suppress(OSError):
@@ -75,14 +78,12 @@ class RunStatus:
 
     def beat(self) -> None:
         """Write what is being done if that has changed, else renew the file's time; a full disk is no reason to end."""
-        now, content = time.monotonic(), self.content()
-        moved = {"done", "total", "unit"}
-        other = {key: value for key, value in content.items() if key not in moved} != {
-            key: value for key, value in self._written.items() if key not in moved}
-        if not other and now - self._beaten < BEAT:
-            return
-        self._beaten = now
-        with suppress(OSError):
+        with self._lock, suppress(OSError):
+            now, content = time.monotonic(), self.content()
+            same = {**content, **{key: self._written.get(key) for key in ("done", "total", "unit")}} == self._written
+            if same and now - self._beaten < BEAT:
+                return
+            self._beaten = now
             if content == self._written:
                 os.utime(self.file)
             else:

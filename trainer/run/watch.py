@@ -34,6 +34,7 @@ from trainer.run.text_curve import text_curve
 NARROW, WIDE = 40, 100  # columns of a frame
 CURVE = 8  # most rows of a curve
 SHOWN = 4  # warnings
+STRANGE = "a record of metrics.jsonl is not as a run writes it"
 QUIET = 15.0  # seconds without a sign of life from which on they are shown
 ENDING = 1.0  # seconds between the two looks at a run that has ended
 
@@ -112,14 +113,14 @@ class Watched:
             if "held_out" in record:
                 self.held_out.append((step, float(record["held_out"]["bits_per_byte"])))
             elif record.get("loss") is not None:
-                self.last = record
                 self.loss.append((step, float(record["loss"])))
+                self.last = record
             if "nonfinite" in record:
                 self.troubles.append(f"step {step}: non-finite loss or gradient, step skipped")
             if "exceeded" in record:
                 self.troubles.append(f"step {step}: {record['exceeded'].get('problem', 'above the memory budget')}")
         except (TypeError, ValueError, KeyError, AttributeError):
-            self.troubles.append(f"step {step}: a record of metrics.jsonl is not as a run writes it")
+            self.troubles.append(f"step {step}: {STRANGE}")
 
 
 class Watch:
@@ -184,12 +185,15 @@ class Watch:
     def _figures(self, model: Watched, columns: int) -> list[str]:
         if model.last is None:
             there = model.folder.path.exists()
-            return [] if there else [f"its figures are in {model.folder.path}, which is not to be seen from here"]
+            return [] if there else [f"its folder is not to be seen from here: {model.folder.path}"]
         step, steps = model.pace.step, model.steps or model.pace.step
         full = round(20 * min(1.0, step / max(1, steps)))
         begin = f"step {step:,}/{steps:,} {'━' * full}{'─' * (20 - full)} {step / max(1, steps):.0%}"
         lines = [begin]
-        parts = figures(model.last, model.pace)
+        try:
+            parts = figures(model.last, model.pace)
+        except (TypeError, ValueError, KeyError):
+            parts = [STRANGE]
         if model.held_out:
             at, best = min(model.held_out, key=lambda point: point[1])
             parts.append(f"held-out {model.held_out[-1][1]:.4f} bits per byte, best {best:.4f} at step {at:,}")

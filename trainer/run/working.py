@@ -27,6 +27,7 @@ BETWEEN = 30.0  # seconds between two lines on how far work has come, where ther
 TICK = 0.5  # seconds between looks at the clock
 
 _going: list[Work] = []  # outermost first
+listeners: list[Callable[[], None]] = []  # called when work on another model begins or ends
 warnings: deque[str] = deque(maxlen=5)
 """The newest warnings of this process's run, for `limbeck watch`."""
 
@@ -118,6 +119,7 @@ def working(name: str, words: str, *, quiet: bool = False, at_once: bool = False
     say, shown = (_to_stderr, None) if to_stderr else (console.print, bars if console.is_terminal else None)
     work = Work(name, words, quiet=quiet or not main, at_once=at_once and main, say=say, bars=shown, facts=facts)
     _going.append(work)
+    _announce(work)
     over = threading.Event()
     thread = None if work.quiet else threading.Thread(target=_ticks, args=(work, over), daemon=True, name="words")
     if thread is not None:
@@ -132,6 +134,7 @@ def working(name: str, words: str, *, quiet: bool = False, at_once: bool = False
         if thread is not None:
             thread.join()
         _going.remove(work)
+        _announce(work)
         work.end(failed)
 
 
@@ -145,6 +148,11 @@ def noted(text: str) -> str:
     if text.startswith("warning"):
         warnings.append(text)
     return text
+
+
+def _announce(work: Work) -> None:
+    for listener in listeners if work.facts else ():
+        listener()
 
 
 def _to_stderr(text: str) -> None:
