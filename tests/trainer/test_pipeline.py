@@ -51,25 +51,25 @@ def finished(tmp_path_factory, corpus, cache):
     return file, folder / "run", done
 
 
-WATCHED = {}  # by run folder: what `limbeck status` and `limbeck watch` said meanwhile, of each model that was made
+WATCHED = {}  # by run folder and model: what `limbeck status` and `limbeck watch` said while it was made
 
 
 @contextmanager
 def watched(run):
     """Look at a run from its folder while it goes on."""
-    said, over = [], threading.Event()
+    said, over = {}, threading.Event()
 
     def look():
-        watch = models = None
+        watch, folder = None, RunFolder(run)
         while not over.wait(0.02):
-            life = Life.of(RunFolder(run))
-            if not life.content:
+            if (model := Life.of(folder).content.get("model", over)) is over:
                 continue
             watch = watch or Watch(run)
-            frame, code = watch.frame(100)
-            if life.content["model"] != models or len(frame) > len(said[-1][2]):
-                models, last = life.content["model"], said.pop() if said and models == said[-1][0] else None
-                said.append((models, last[1] if last else status(run)[0], frame, code))
+            told, (frame, code) = status(run)[0], watch.frame(100)
+            before, codes = said.setdefault(model, (("", []), set()))
+            codes.add(code)
+            if Life.of(folder).content.get("model", over) == model and len(frame) >= len(before[1]):
+                said[model] = (told, frame), codes
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -80,15 +80,14 @@ def watched(run):
         thread.join()
 
 
-def test_a_run_is_watched_from_its_folder_from_planning_to_its_end(finished, capsys):
+def test_a_run_is_watched_from_its_folder_from_planning_to_its_end(finished):
     _, run, _ = finished
-    models = [model for model, *_ in WATCHED[run]]
-    assert [model for model in models if model] == ["teacher", "student", "control"] and models[0] is None
-    for model, told, frame, code in WATCHED[run]:
-        assert code is None, "it goes on"
+    assert list(WATCHED[run]) == [None, "teacher", "student", "control"]
+    for model, ((told, frame), codes) in WATCHED[run].items():
+        assert None in codes and codes <= {None, 0}, "it goes on"
         if model:
             assert f": running, {model}: " in told
-            assert frame[0].startswith("whole  ") and "step " in frame[1] and " learned)" in "".join(frame)
+            assert frame[0].startswith(f"whole  {model}: ") and "step " in frame[1] and " learned)" in "".join(frame)
     assert not (run / STATUS).exists()
     frame, code = Watch(run).frame(80)
     assert code == 0 and frame[0] == f"whole  finished, see {run / 'report.md'}"[:80]

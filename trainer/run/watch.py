@@ -144,12 +144,16 @@ class Watch:
         code, phase = self._ended(life, end)
         model = self._model(life)
         columns = max(NARROW, min(columns, WIDE))
-        head = [f"{_name(self.folder, self.path)}  {phase}", *self._figures(model, columns)]
+        head = [f"{self._name(life)}  {phase}", *self._figures(model, columns)]
         notes = [*model.troubles, *(text for text in life.content.get("warnings") or () if isinstance(text, str))]
         foot = [line for note in notes[-SHOWN:] for line in note.split("\n")[:1]]
         height = min(CURVE, (rows - len(head) - len(foot) - 6) // 2 - 2)
         lines = [*head, *(self._curves(model, columns, height) if height >= 2 else ()), *foot]
         return [_printable(line)[:columns] for line in lines], code
+
+    def _name(self, life: Life) -> str:
+        name = life.content.get("name", _values(self.folder).get("name"))
+        return name if isinstance(name, str) else self.path.name
 
     def _ended(self, life: Life, end: dict[str, Any] | None) -> tuple[int | None, str]:
         """The exit code, None while the run goes on, and the run's phase in words."""
@@ -256,11 +260,6 @@ def _values(folder: RunFolder) -> dict[str, Any]:
         return read_values(folder.experiment)[0]
     except (ExperimentErrors, OSError):
         return {}
-
-
-def _name(folder: RunFolder, path: Path) -> str:
-    name = _values(folder).get("name")
-    return name if isinstance(name, str) else path.name
 
 
 def _printable(text: str) -> str:
