@@ -188,7 +188,8 @@ class Watch:
 
     def _figures(self, model: Watched, columns: int) -> list[str]:
         if model.last is None:
-            there = model.folder.path.exists()
+            place = model.folder.path  # which is made when its training begins
+            there = place.is_relative_to(self.path) or place.exists() or place.absolute().parents[1].exists()
             return [] if there else [f"its folder is not to be seen from here: {model.folder.path}"]
         step, steps = model.pace.step, model.steps or model.pace.step
         full = round(20 * min(1.0, step / max(1, steps)))

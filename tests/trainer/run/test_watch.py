@@ -100,7 +100,7 @@ def test_the_training_of_a_teacher_or_control_is_shown_while_it_goes_on(run, tmp
                 assert limbeck(["status", str(folder.path)]) == 1
                 assert (f"running, {model}: training; newest checkpoint step-0000000{steps - 1}, of {steps} steps"
                         in capsys.readouterr().out)
-        with working("mine", "training", quiet=True, model="teacher", folder=str(tmp_path / "elsewhere")):
+        with working("mine", "training", quiet=True, model="teacher", folder=str(tmp_path / "on" / "another" / "disk")):
             assert "its folder is not to be seen from here: " in "".join(Watch(folder.path).frame(200)[0])
 
 
@@ -129,6 +129,8 @@ def test_how_a_run_ended(run, capsys, monkeypatch):
     out = Console(file=io.StringIO(), width=200)
     assert watch(folder.path, 1.0, False, out) == 0, "where there is no terminal, once"
     assert out.file.getvalue() == f"mine  finished, see {folder.report}\n"
+    assert limbeck(["watch", str(folder.path), "--once", "--every", "3"]) == 0
+    assert capsys.readouterr().out.startswith("mine  finished, see ")
     with living(*run):
         assert status(folder.path) == (f"{folder.path}: running, starting; no checkpoint yet, of 40 steps", 1), \
             "it makes its student again"
