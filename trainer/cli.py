@@ -18,6 +18,7 @@ from trainer.experiment.explain import schema
 from trainer.experiment.load import Source, read_experiment
 from trainer.failures import FAILURE, OTHERS_WAIT, USER_ERROR, exit_code, failure, is_lost, messages, tell
 from trainer.run.folder import RunFolder
+from trainer.run.run_status import status
 
 
 def train(arguments: list[str]) -> int:
@@ -150,17 +151,32 @@ def _show_data(options: Namespace) -> int:
 
 
 def _status(options: Namespace) -> int:
-    """Print the status of a run, given by its folder or by the arguments of `train.py`."""
-    if options.config is not None:
-        folder = read_experiment(options.config, options.overrides).experiment.folder
-    elif len(options.overrides) == 1:
-        folder = options.overrides[0]
-    else:
-        raise UserError("", "name one run",
-                        way_out="limbeck status RUN, or limbeck status --config FILE [key=value ...]")
-    said, code = signals.status(Path(folder))
+    said, code = status(_run_named(options))
     print(said)
     return code
+
+
+def _run_named(options: Namespace) -> Path:
+    """The folder of a run, given by itself or by the arguments of `train.py`."""
+    if options.config is not None:
+        return Path(read_experiment(options.config, options.overrides).experiment.folder)
+    if len(options.overrides) != 1:
+        verb = options.verb
+        raise UserError("", "name one run", way_out=f"limbeck {verb} RUN, or limbeck {verb} --config FILE "
+                        "[key=value ...]")
+    return Path(options.overrides[0])
+
+
+def _watch(options: Namespace) -> int:
+    from trainer.run.watch import watch
+
+    if not 0 < options.every < float("inf"):
+        raise UserError("", f"--every {options.every:g} is no time between two looks",
+                        way_out="give seconds, for example --every 5")
+    try:
+        return watch(_run_named(options), options.every, options.once, Console(highlight=False))
+    except KeyboardInterrupt:
+        return signals.AT_ONCE
 
 
 def _report(options: Namespace) -> int:
@@ -191,5 +207,5 @@ def _push(options: Namespace) -> int:
     return 0
 
 
-VERBS = {"init": _init, "schema": _schema, "show-data": _show_data, "status": _status, "report": _report,
-         "export": _export, "push": _push}
+VERBS = {"init": _init, "schema": _schema, "show-data": _show_data, "status": _status, "watch": _watch,
+         "report": _report, "export": _export, "push": _push}

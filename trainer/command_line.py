@@ -134,7 +134,7 @@ def limbeck_parser() -> Parser:
     parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
                         help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="limbeck")
-    for add in (_init, _schema, _show_data, _status, _report, _export, _push):
+    for add in (_init, _schema, _show_data, _status, _watch, _report, _export, _push):
         add(verbs)
     for name, verb in verbs.choices.items():
         verb.siblings = {other: one for other, one in verbs.choices.items() if other != name}
@@ -175,8 +175,25 @@ def _show_data(verbs: Any) -> None:
 
 def _status(verbs: Any) -> None:
     says = "tell how a run is doing or how it ended"
-    parser = verbs.add_parser("status", help=says, description=_sentence(says) + ".", epilog=STATUS_CODES,
-                              usage="limbeck status RUN\n       limbeck status --config FILE [key=value ...]")
+    _run(verbs.add_parser("status", help=says, description=_sentence(says) + ".", epilog=STATUS_CODES,
+                          usage="limbeck status RUN\n       limbeck status --config FILE [key=value ...]"))
+
+
+def _watch(verbs: Any) -> None:
+    says = "show how a run is doing until it has ended"
+    parser = verbs.add_parser("watch", help=says, epilog=f"{STATUS_CODES} Ctrl-C: 130.",
+                              description=f"{_sentence(says)}: what it does, its figures, and curves as text.\nOnly "
+                              "its folder is read, and nothing written or locked: it may be on another machine.",
+                              usage="limbeck watch RUN [--every SECONDS] [--once]\n"
+                              "       limbeck watch --config FILE [key=value ...] [--every SECONDS] [--once]")
+    _run(parser)
+    parser.add_argument("--every", metavar="SECONDS", type=float, default=2.0, help="seconds between looks (default: "
+                        "2)")
+    parser.add_argument("--once", action="store_true", help="look once and end, as always where the output is no "
+                        "terminal")
+
+
+def _run(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE", action=_Once, help="the experiment whose run is meant")
     parser.add_argument("overrides", metavar="RUN | key=value", nargs="*", default=[],
                         help="the run's folder; with --config, what train.py was given besides")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
-import secrets
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
-from trainer.files import fingerprint, flatten, write_atomically
+from trainer.files import fingerprint, write_atomically
 from trainer.models.build import DTYPES, build_student, build_teacher, export_skeleton, quiet_libraries
 from trainer.models.configs import check_shapes, student_config, teacher_config
 from trainer.models.language_part import check_places
@@ -43,6 +41,9 @@ from trainer.run.folder import RunFolder, training_identity
 from trainer.run.hints import hints
 from trainer.run.metrics import console, read_lines
 from trainer.run.report import write_report
+from trainer.run.run_status import RunStatus
+from trainer.run.trackers import start_trackers
+from trainer.run.working import working
 from trainer.student.compare_student import compare, logits_of
 from trainer.student.export_student import check_runtimes, check_tokenizer, check_written, end_answers, write_others
 from trainer.student.quantize_student import check_calibration, finalize_student
@@ -85,7 +86,8 @@ def dry_run(source: Source, as_json: bool) -> None:
     check_engine(experiment.sharding, experiment.optimizer, topology)
     _check_shapes_early(experiment, teacher, student)
     tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
-    plan = Plans().resolve(experiment, topology, teacher, student)
+    with working(experiment.name, "planning memory", to_stderr=True):  # standard output may be read as JSON
+        plan = Plans().resolve(experiment, topology, teacher, student)
     if int(os.environ.get("RANK", 0)) == 0:
         print(plan_json(source, plan)) if as_json else show_plan(source, plan)
 
@@ -97,8 +99,14 @@ def run_experiment(source: Source) -> Path:
         UserError: a mistake in the experiment or its data; in this case only the cache has been written to.
         RunFailed: training or the comparison failed; checkpoints are kept.
     """
+    folder = RunFolder(source.experiment.folder)
+    with RunStatus(source.experiment.name, folder, lambda: folder.check(source.experiment)):
+        return _run(source, folder)
+
+
+def _run(source: Source, folder: RunFolder) -> Path:
     quiet_libraries()
-    experiment, folder = source.experiment, RunFolder(source.experiment.folder)
+    experiment = source.experiment
     folder.check(experiment)
     accelerator, topology = start(experiment)
     how = Launched(accelerator, topology)
@@ -121,17 +129,20 @@ def run_experiment(source: Source) -> Path:
             remake(experiment, folder, text, again, accelerator.device)
             folder.adopt(source.experiment)
     else:
-        done = train_one(source.experiment, experiment, folder, folder.unverified, how, text)
+        with working(experiment.name, "training", quiet=True, model="student", folder=str(folder.path)):
+            done = train_one(source.experiment, experiment, folder, folder.unverified, how, text)
     control = RunFolder(folder.control)
     wanted = experiment.uses_teacher and experiment.report.control
     if wanted and (done is not None or not control.student.exists()):
         asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
-        train_one(asked, lone, control, control.student, how, text)
+        with working(experiment.name, "training", quiet=True, model="control", folder=str(control.path)):
+            train_one(asked, lone, control, control.student, how, text)
     if accelerator.is_main_process:
         if done is not None:
             compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
             check_written(folder, done.failed)
-        write_report(folder.path)
+        with working(experiment.name, "writing the report"):
+            write_report(folder.path)
         for hint in hints(folder):
             say(f"{experiment.name}: hint: {hint}")
         say(f"{experiment.name}: done, see {folder.report}")
@@ -177,12 +188,11 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
     """
     accelerator, say, name = how.accelerator, how.say, experiment.name
     check_batch(experiment.training, experiment.optimizer, how.topology)
-    if experiment.memory.bytes is not None:
-        say(f"{name}: planning memory")
-    check_early(experiment, how.topology, how.plans)
+    with working(name, "planning memory", at_once=experiment.memory.bytes is not None):
+        check_early(experiment, how.topology, how.plans)
     say(f"{name}: {how.topology.ranks} process(es) on {accelerator.device.type}, {experiment.precision.dtype}")
-    say(f"{name}: reading and tokenizing {experiment.data.path}")
-    with accelerator.main_process_first():
+    with working(name, f"reading and tokenizing {experiment.data.path}", at_once=True), \
+            accelerator.main_process_first():
         text = prepare_text(experiment)
     for note in text.notes:
         say(f"{name}  {note}")
@@ -236,7 +246,8 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
     loop, accelerator = prepare(asked, experiment, folder, how, text), how.accelerator
     loop.train()
     trained, exported, failed = torch.empty(0), torch.empty(0), []
-    digests = digests_in_training(loop.engine, accelerator.device)
+    with working(experiment.name, "hashing the weights"):
+        digests = digests_in_training(loop.engine, accelerator.device)
     if accelerator.is_main_process:
         _keep_measured(folder)
         dtype = DTYPES[experiment.export.dtype]
@@ -245,10 +256,11 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         save_digests(folder.digests, digests)
         end_answers(whole, text.tokenizer, experiment.data)
         model = finalize_student(experiment, whole, text, folder)
-        write_folder(student, model, text.tokenizer, dtype)
-        exported = trained = logits_of(model, text)
-        if dtype is not torch.float32:
-            exported = logits_of(freeze_quantized(copy.deepcopy(model), dtype), text)
+        with working(experiment.name, "writing the student"):
+            write_folder(student, model, text.tokenizer, dtype)
+            exported = trained = logits_of(model, text)
+            if dtype is not torch.float32:
+                exported = logits_of(freeze_quantized(copy.deepcopy(model), dtype), text)
         failed = write_others(experiment, folder, model, text)
     loop.release()
     accelerator.wait_for_everyone()
@@ -270,7 +282,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     accelerator, name = how.accelerator, experiment.name
     teacher_shape, student_shape = shapes = _configs(experiment, vocabulary_size(text.tokenizer))
     rows = len(text.train) if hasattr(text.train, "__len__") else None
-    plan = how.plans.resolve(experiment, how.topology, *shapes, rows, checkpoints.progress(folder.checkpoints))
+    with working(name, "planning memory"):
+        plan = how.plans.resolve(experiment, how.topology, *shapes, rows, checkpoints.progress(folder.checkpoints))
     assert plan.steps is not None, "the length of the data is known once it is tokenized"
     for note in plan.notes:
         how.say(f"{name}  {note}")
@@ -280,12 +293,14 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     teacher = None
-    if experiment.uses_teacher or experiment.student.from_teacher is not None:
-        teacher = build_teacher(experiment.teacher, teacher_shape)
     other = None if experiment.student.from_run is None else WarmStart(experiment.student)
-    student = build_student(experiment, student_shape, teacher, text.tokenizer, other)
-    attach_projections(experiment.objective, experiment.seed, student, teacher_shape)
-    _try_out(experiment, teacher, student)
+    with working(name, "loading models"):
+        if experiment.uses_teacher or experiment.student.from_teacher is not None:
+            teacher = build_teacher(experiment.teacher, teacher_shape)
+        student = build_student(experiment, student_shape, teacher, text.tokenizer, other)
+        attach_projections(experiment.objective, experiment.seed, student, teacher_shape)
+    with working(name, "trying the models on small inputs"):
+        _try_out(experiment, teacher, student)
     related = match_vocabularies(experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
     if related[0] is not None and related[0].student is not None and experiment.teacher.targets.source in (
             "samples", "top_k"):
@@ -293,7 +308,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
                         value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
     if experiment.uses_teacher and experiment.teacher.targets.source != "live":
         teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
-    plan = _tried(plan, experiment, shapes, student, how)
+    with working(name, "trying the plan on the student"):
+        plan = _tried(plan, experiment, shapes, student, how)
     if (more := folder.longer(asked.model_dump(mode="json"))):
         _say_longer(how, asked, folder, plan, more)
     accelerator.wait_for_everyone()
@@ -301,9 +317,10 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
         write_model_files(folder.model, student, text.tokenizer)
     accelerator.wait_for_everyone()
-    loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related)
+    with working(name, "placing the models"):
+        loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related)
     if experiment.run.trackers:
-        _start_trackers(accelerator, asked, folder, loop.state.step)
+        start_trackers(accelerator, experiment.run.trackers, asked.model_dump(mode="json"), folder, loop.state.step)
     return loop
 
 
@@ -381,40 +398,17 @@ def _with_teacher(experiment: Experiment, how: Launched, text: PreparedData) -> 
     folder = RunFolder(Path(experiment.run.cache) / "teachers" / fingerprint(identity))
     accelerator = how.accelerator
     if accelerator.is_main_process and not folder.student.exists():
-        folder.lock(wait=True)  # another run may be training the same teacher
+        with working(experiment.name, "waiting for another run that trains the same teacher"):
+            folder.lock(wait=True)
     accelerator.wait_for_everyone()
     if not folder.student.exists():
         own = experiment.as_teacher(str(folder.path))
-        train_one(own, own, folder, folder.student, how, text)
+        with working(experiment.name, "training", quiet=True, model="teacher", folder=str(folder.path)):
+            train_one(own, own, folder, folder.student, how, text)
     else:
         how.say(f"{experiment.name}: teacher from the cache, {folder.path}")
     teacher = experiment.teacher.model_copy(update={"path": str(folder.student), "train": None, "architecture": None})
     return experiment.model_copy(update={"teacher": teacher})
-
-
-def _start_trackers(accelerator: Accelerator, experiment: Experiment, folder: RunFolder, step: int) -> None:
-    """Start the experiment trackers; a resumed run continues its earlier tracker runs, from the step it resumes at."""
-    identity = _tracker_id(folder) if accelerator.is_main_process else ""
-    known = {"wandb": {"id": identity, "resume": "allow"},
-             "trackio": {"name": f"{experiment.name}-{identity}", "resume": "allow"},
-             "tensorboard": {"purge_step": step + 1}}  # drops the points of steps that are run again
-    values = {key: value if isinstance(value, (int, float, str, bool)) else str(value)
-              for key, value in flatten(experiment.model_dump(mode="json")).items()}
-    try:
-        accelerator.init_trackers("limbeck", config=values, init_kwargs=known)
-    except Exception as error:  # each tracker raises its own errors, for example for a missing login
-        raise UserError("run.trackers", f"a tracker could not start: {error}", value=list(experiment.run.trackers),
-                        way_out="log in to it, or remove it; metrics.jsonl is always written") from error
-
-
-def _tracker_id(folder: RunFolder) -> str:
-    """The id of this run for trackers, created at its first start and kept in `tracker.id`."""
-    file = folder.path / "tracker.id"
-    known = file.read_text() if file.exists() else ""
-    if not re.fullmatch("[0-9a-f]{16}", known):
-        known = secrets.token_hex(8)
-        write_atomically(file, known)
-    return known
 
 
 def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> Experiment:

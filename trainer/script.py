@@ -11,6 +11,8 @@ from trainer.models.build import quiet_libraries
 from trainer.pipeline import Launched, begin, prepare
 from trainer.planning.plan import Plan
 from trainer.run.folder import RunFolder
+from trainer.run.run_status import RunStatus
+from trainer.run.working import working
 
 
 class Trainer:
@@ -45,6 +47,7 @@ class Trainer:
     def __init__(self, source: Source) -> None:
         quiet_libraries()
         experiment, folder = source.experiment, RunFolder(source.experiment.folder)
+        self._status = RunStatus(experiment.name, folder, lambda: folder.check(experiment))
         folder.check(experiment)
         begun = begin(experiment, Launched(*start(experiment)))
         self.loop = prepare(experiment, begun.experiment, folder, begun.how, begun.text)
@@ -58,7 +61,8 @@ class Trainer:
             RunFailed: too many consecutive steps were not finite, or another process is missing; checkpoints are kept.
             BudgetUnmet: a measured step exceeded the budget, with `memory.exceeded: stop`.
         """
-        self.loop.train()
+        with self._status, working(self._status.name, "training", quiet=True, model="student"):
+            self.loop.train()
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the student in its present state on the held-out set; a collective call on all processes.

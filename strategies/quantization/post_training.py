@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, Seen, collect, token_mask, watch
+from strategies.common.progress import report
 from strategies.common.stored_weights import Experts, as_matrix, multiplies
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.gptq import Factor, factorize, round_to_nearest, round_weights
@@ -138,7 +139,7 @@ class _Rounding:
 
     def __init__(self, model: nn.Module, chosen: dict[str, tuple[nn.Module, WeightQuantizer]], how: _How,
                  tell: Callable[[str], object]) -> None:
-        self._left, self._how, self._tell = dict(chosen), how, tell
+        self._left, self._how, self._tell, self._count = dict(chosen), how, tell, len(chosen)
         self._tied = shared_weights(model)
         self._first: dict[int, Quantized] = {}  # by weight: layers that share a weight share its grid
 
@@ -213,6 +214,7 @@ class _Rounding:
         if whole is not None:
             keep_whole(module, whole)
         self._tell(name)
+        report("layers", self._count - len(self._left), self._count)
 
 
 def _without(inputs: torch.Tensor, whole: torch.Tensor | None, dim: int) -> torch.Tensor:

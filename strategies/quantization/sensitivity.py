@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import nn
 
+from strategies.common.progress import tracked
 from strategies.common.stored_weights import as_matrix, as_weight
 from strategies.memory.packed import packed_bytes
 from strategies.quantization.activations import ActivationQuantizer
@@ -69,7 +70,7 @@ def measure(model: nn.Module, choices: Sequence[Candidate], loss: Callable[[nn.M
     with torch.no_grad():
         before = _finite(loss(model), "the model in full precision")
         rises = numpy.zeros((len(groups), len(choices)))
-        for row, members in enumerate(groups):
+        for row, members in enumerate(tracked(groups, "layers")):
             for column, quantizer in enumerate(choices):
                 if quantizer is not None:
                     with _quantized(members, quantizer):

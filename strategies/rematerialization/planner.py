@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from torch import nn
 
+from strategies.common.progress import tracked
 from strategies.rematerialization.capture.joint_graph import Captured, problem
 from strategies.rematerialization.capture.regions import RegionCall
 from strategies.rematerialization.execute.installed import Planned, whole
@@ -90,6 +91,8 @@ class Planner:
     @cached_property
     def links(self) -> list[Link]:
         """The regions with their options, as links of the chain."""
+        for call in tracked(self._kinds, "kinds of blocks"):
+            self._ways(call)
         return [self._link(index, *self._ways(call)) for index, call in enumerate(self.calls)]
 
     @cached_property
@@ -165,6 +168,8 @@ class Planner:
             option = self._own(captured, option_of(captured, self._problem(captured), found.order))
             return replace(self._plan(None, whole(1), [self._link(0, (option,), self._forward(self.calls[0]))], 0.0),
                            solver="auto")
+        for call in tracked(self._kinds, "kinds of blocks"):
+            self._steady_ways(call)
         steady = [self._link(index, *self._steady_ways(call)) for index, call in enumerate(self.calls)]
         low, high = self.least_bound, self.keep_all().peak
         best = whole(len(self.calls))
@@ -264,6 +269,15 @@ class Planner:
         if captured.signature not in self._problems:
             self._problems[captured.signature] = problem(captured, *self.prices.price(captured))
         return self._problems[captured.signature]
+
+    @property
+    def _kinds(self) -> list[RegionCall]:
+        """The first region of each kind that was captured: searches for others of its kind are the same."""
+        kinds: dict[str, RegionCall] = {}
+        for call in self.calls:
+            if call.captured is not None:
+                kinds.setdefault(call.captured.signature, call)
+        return list(kinds.values())
 
     def _ways(self, call: RegionCall) -> tuple[tuple[Option, ...], float]:
         if call.captured is None:

@@ -172,7 +172,8 @@ def script(words, folder):
 def verb(words, folder):
     """A verb of `limbeck`: a known one with known options; an experiment is read."""
     known = {"schema": {}, "show-data": {"--config"}, "status": {"--config"}, "report": {}, "init": {},
-             "export": {"--to", "--trust-remote-code"}, "push": {"--to", "--private", "--runtime"}}
+             "watch": {"--config", "--every", "--once"}, "export": {"--to", "--trust-remote-code"},
+             "push": {"--to", "--private", "--runtime"}}
     assert words[1] in known and {word for word in words if word.startswith("--")} <= set(known[words[1]])
     if "--config" in words:
         experiment_of(words)

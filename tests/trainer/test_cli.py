@@ -14,7 +14,7 @@ from trainer.command_line import RUNTIMES, limbeck_parser, parse_train
 from trainer.errors import UserError
 
 HEAVY = "{'torch', 'transformers', 'datasets', 'accelerate', 'numpy'}"
-VERBS = ("init", "schema", "show-data", "status", "report", "export", "push")
+VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push")
 
 
 def typed(*arguments, capsys):
@@ -89,7 +89,7 @@ def test_overrides_reach_the_experiment(write_experiment, capsys):
 
 @pytest.mark.parametrize("arguments, parts", [
     ("exprot", ["no such verb: exprot", "did you mean export?"]),
-    ("disitll", ["no such verb: disitll", "one of init, schema, show-data, status, report, export"]),
+    ("disitll", ["no such verb: disitll", "one of init, schema, show-data, status, watch, report, export"]),
     ("--wrong", ["no such option: --wrong", "see limbeck --help"]),
     ("--to onnx", ["--to goes with export"]),
     ("schema --out", ["no such option: --out", "see limbeck schema --help"]),
@@ -100,11 +100,16 @@ def test_overrides_reach_the_experiment(write_experiment, capsys):
     ("export r --to onxx", ["no such runtime: onxx", "did you mean onnx?"]),
     ("export r --ot onnx", ["no such option: --ot", "did you mean --to?"]),
     ("report r --trust-remote-code", ["--trust-remote-code goes with export"]),
-    ("report r --config x", ["--config goes with show-data and status"]),
+    ("report r --config x", ["--config goes with show-data and status and watch"]),
     ("report nowhere", ["not a finished run: experiment.yaml is missing"]),
     ("show-data", ["no experiment given", "limbeck show-data --config FILE [key=value ...]"]),
     ("status", ["name one run", "limbeck status RUN, or limbeck status --config FILE"]),
     ("status a b", ["name one run"]),
+    ("watch", ["name one run", "limbeck watch RUN, or limbeck watch --config FILE"]),
+    ("watch nowhere", ["error: command line: 'nowhere': this is not a run folder"]),
+    ("watch r --every 0", ["--every 0 is no time between two looks", "give seconds, for example --every 5"]),
+    ("watch r --every soon", ["--every: invalid float value: 'soon'", "limbeck watch RUN [--every SECONDS]"]),
+    ("status r --once", ["--once goes with watch"]),
     ("status nowhere", ["error: command line: 'nowhere': this is not a run folder"]),
 ])
 def test_mistakes_after_limbeck(arguments, parts, capsys, tmp_path, monkeypatch):

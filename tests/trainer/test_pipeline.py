@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, TINY, _train, fork, launch, train_py
+from trainer.run.folder import RunFolder
 from trainer.run.metrics import read_lines
+from trainer.run.run_status import STATUS, Life, status
+from trainer.run.watch import Watch
 
 DISTIL = {
     "teacher": {"architecture": TINY, "train": {"steps": 6, "lr": 3e-3}},
@@ -40,9 +45,54 @@ def finished(tmp_path_factory, corpus, cache):
     del values["student"]["architecture"]
     file = folder / "whole.yaml"
     file.write_text(yaml.safe_dump(values))
-    done = launch("--config", str(file))
+    with watched(folder / "run") as WATCHED[folder / "run"]:
+        done = launch("--config", str(file))
     assert done.returncode == 0, done.stderr[-4000:]
     return file, folder / "run", done
+
+
+WATCHED = {}  # by run folder and model: what `limbeck status` and `limbeck watch` said while it was made
+
+
+@contextmanager
+def watched(run):
+    """Look at a run from its folder while it goes on."""
+    said, over = {}, threading.Event()
+
+    def look():
+        watch, folder = None, RunFolder(run)
+        while not over.wait(0.02):
+            if (model := Life.of(folder).content.get("model", over)) is over:
+                continue
+            watch = watch or Watch(run)
+            told, (frame, code) = status(run)[0], watch.frame(100)
+            before, codes = said.setdefault(model, (("", []), set()))
+            codes.add(code)
+            if Life.of(folder).content.get("model", over) == model and len(frame) >= len(before[1]):
+                said[model] = (told, frame), codes
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield said
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_run_is_watched_from_its_folder_from_planning_to_its_end(finished):
+    _, run, _ = finished
+    assert list(WATCHED[run]) == [None, "teacher", "student", "control"]
+    for model, ((told, frame), codes) in WATCHED[run].items():
+        assert None in codes and codes <= {None, 0}, "it goes on"
+        if model:
+            assert f": running, {model}: " in told
+            assert frame[0].startswith(f"whole  {model}: ") and "step " in frame[1] and " learned)" in "".join(frame)
+    assert not (run / STATUS).exists()
+    frame, code = Watch(run).frame(80)
+    assert code == 0 and frame[0] == f"whole  finished, see {run / 'report.md'}"[:80]
+    assert frame[1].startswith("step 6/6 ━━━━━━━━━━━━━━━━━━━━ 100%") and "held-out, bits per byte" in frame
+    assert "newest checkpoint step-00000006" in " ".join(frame)
 
 
 def test_run_folder_holds_everything(finished):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from strategies.common.progress import report
 from trainer.data.encoding import Document, Encoder
 from trainer.data.packing import build_row, cuts, pack
 from trainer.errors import UserError
@@ -48,6 +49,8 @@ def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encode
                     handle.write(getattr(document, name).astype(FILES[name]).tobytes())
                 total += len(document)
                 ends.append(total)
+                if len(ends) % BATCH == 0:
+                    report("records", len(ends), None)
         np.asarray(ends, np.int64).tofile(partial / "ends.bin")
         (partial / "manifest.json").write_text(json.dumps({"documents": len(ends), "tokens": total}))
         keep_one(partial, folder)

@@ -8,7 +8,6 @@ incomplete work there is never mistaken for complete.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -24,13 +23,13 @@ from typing import Any, NoReturn
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.run.folder import RunFolder
+from trainer.run.run_status import AGAIN_LATER, ENDED
 
-AGAIN_LATER, AT_ONCE = 75, 130  # exit codes: EX_TEMPFAIL of BSD's sysexits.h, and the shell's code for SIGINT
+AT_ONCE = 130  # exit code: the shell's for SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 APART = 0.5  # seconds; a SIGINT that follows sooner is the same Ctrl-C, forwarded by a launcher
 GRACE = 3.0  # seconds for the main thread to clean up incomplete work
 LOOK = 1.0  # seconds between checks that the launcher is still alive
-ENDED = ".ended.json"  # hidden, since a run that is stopped early has no other file in its folder yet
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and torchrun
 
 
@@ -265,53 +264,3 @@ class EndNote:
         except (UserError, OSError):
             return False
         return True
-
-
-def status(path: Path) -> tuple[str, int]:
-    """Describe the state of a run, with an exit code: 0 if finished, 75 if stopped by a signal, else 1.
-
-    Raises:
-        UserError: there is no such run.
-    """
-    folder = RunFolder(path)
-    end = _how_it_ended(folder)
-    if end is None and not folder.experiment.exists():
-        raise UserError("", "this is not a run folder", value=str(path), way_out="name one, for example runs/NAME, "
-                        "or the experiment: limbeck status --config FILE")
-    if folder.finished:
-        return f"{path}: finished, see {folder.report}", 0
-    newest = max((one.name for one in folder.checkpoints.glob("step-*")), default=None)
-    steps = _read(folder.plan).get("steps")
-    reached = "no checkpoint yet" if newest is None else f"newest checkpoint {newest}"
-    reached += "" if steps is None else f", of {steps:,} steps"
-    if _in_use(folder):
-        return f"{path}: running; {reached}", 1
-    if end is None:
-        return f"{path}: ended without a word, and not finished; {reached}", 1
-    return f"{path}: {end['said']}\n  {reached}", AGAIN_LATER if end["code"] == AGAIN_LATER else 1
-
-
-def _how_it_ended(folder: RunFolder) -> dict[str, Any] | None:
-    end = _read(folder.path / ENDED)
-    return end if isinstance(end.get("said"), str) and isinstance(end.get("code"), int) else None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Read a JSON file; {} if it is missing, unreadable, or just being written."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _in_use(folder: RunFolder) -> bool:
-    """Whether a process holds the folder's lock."""
-    try:
-        with (folder.path / ".lock").open("r") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -60,6 +60,11 @@ class RunFolder:
         """Whether the run is complete: the student is exported and the report is written."""
         return self.report.exists() and self.receipt.exists()
 
+    @property
+    def locked(self) -> bool:
+        """Whether this process holds the folder's lock."""
+        return self.path in _LOCKS
+
     def check(self, experiment: Experiment) -> None:
         """Raise `UserError` if the folder is not a run folder, and `OtherRun` if it belongs to another experiment.
 

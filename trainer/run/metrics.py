@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 from trainer.files import write_atomically
+from trainer.run.bars import Bars
 from trainer.run.folder import not_written
+from trainer.run.pace import Pace, figures, fitting
+from trainer.run.pace import readable as readable  # for all who print bytes
+
+if TYPE_CHECKING:
+    import torch
 
 NEWLINE = b"\n"
-WIDE = 130  # columns that the bar with all its figures needs
+LINE = 120  # columns of a line where there is no terminal
 
 # On a terminal rich wraps and colors; elsewhere lines are not wrapped, whatever width is assumed for a pipe.
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), markup=False)
+bars = Bars(console)
 
 
 class Metrics:
@@ -28,20 +33,27 @@ class Metrics:
 
     A resumed run drops the lines of steps that it will run again. If the disk is full, lines are kept in memory until
     there is room.
+
+    Attributes:
+        pace: what the lines of the run so far say about its speed, those of earlier starts included.
     """
 
-    def __init__(self, file: Path, active: bool, step: int):
-        self._handle, self._waiting = None, b""
+    def __init__(self, file: Path, active: bool, step: int, pace: Pace | None = None):
+        self._handle, self._waiting, self.pace = None, b"", pace or Pace(1, 1, 1)
         if not active:
             return
         kept = [line for line in read_lines(file) if line["step"] <= step] if file.exists() else []
+        for line in kept:
+            self.pace.add(line)
+        self.pace.start()
         write_atomically(file, "".join(json.dumps(line) + "\n" for line in kept))
         self._handle = file.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, unbuffered; it is in the file on return, unless the disk is full."""
+        self.pace.add(record)
         if self._handle:
-            self._waiting += json.dumps(record).encode() + b"\n"
+            self._waiting += json.dumps({name: _plain(value) for name, value in record.items()}).encode() + b"\n"
             self._flush()
 
     def close(self) -> None:
@@ -86,25 +98,26 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 class ProgressReporter:
-    """Shows progress on the main process: a bar on a terminal, elsewhere a line every `every` steps."""
+    """Shows progress on the main process: a bar on a terminal, elsewhere a line every `every` steps.
 
-    def __init__(self, name: str, steps: int, done: int, every: int, active: bool):
+    Args:
+        pace: the run's speed, from which the time left follows.
+    """
+
+    def __init__(self, name: str, steps: int, done: int, every: int, active: bool, pace: Pace | None = None):
         self.name, self.steps, self.every, self.active = name, steps, every, active
-        self._bar = None
-        if active and console.is_terminal:
-            whole = {"table_column": Column(no_wrap=True, overflow="crop", min_width=9)}
-            self._bar = Progress(TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-                                 BarColumn(bar_width=20 if console.width >= WIDE else 8), MofNCompleteColumn(**whole),
-                                 TimeRemainingColumn(**whole), TextColumn("{task.fields[figures]}"), console=console)
-            self._bar.start()
-            self._task = self._bar.add_task(name, total=steps, completed=done, figures="")
+        self.pace = pace or Pace(steps, steps, steps)
+        self._bar = bars.add(name, steps, done) if active and console.is_terminal else None
 
     def step(self, number: int, record: dict[str, Any]) -> None:
         """Show optimizer step `number`, counted from 1."""
-        if self._bar:
-            self._bar.update(self._task, completed=number, figures=_figures(record, console.width < WIDE))
+        parts = figures(record, self.pace)
+        if self._bar is not None:
+            beside = len(self.name) + 2 * len(str(self.steps)) + bars.width + 5
+            bars.update(self._bar, number, self.steps, fitting(parts, console.width - beside))
         elif self.active and (number % self.every == 0 or number == self.steps):
-            console.print(f"{self.name}  step {number}/{self.steps}  {_figures(record)}")
+            begin = f"{self.name}  step {number}/{self.steps}  "
+            console.print(begin + fitting(parts, LINE - len(begin)))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -113,34 +126,20 @@ class ProgressReporter:
 
     def close(self) -> None:
         """Stop the progress bar."""
-        if self._bar:
-            self._bar.stop()
+        if self._bar is not None:
+            bars.remove(self._bar, keep=True)
 
 
-def _figures(record: dict[str, Any], short: bool = False) -> str:
-    if record["loss"] is None:
-        return "no target tokens"
-    parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:,.0f} tokens/s"]
-    if short:  # metrics.jsonl has the rest
-        return "  ".join(parts)
-    parts.append(f"grad norm {record['gradient_norm']:.3g}")
-    if record["loss_scale"] != 1:
-        parts.append(f"scale {record['loss_scale']:g} ({record['skipped']} skipped)")
-    return "  ".join([*parts, f"{record['memory_kind']} peak {readable(record['memory_peak'])}"])
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it: JSON has no NaN or infinity, so these become strings."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def memory_peak(device: torch.device) -> tuple[int, str]:
     """Peak memory so far in bytes, and what it measures: "cuda" for CUDA's allocator, "rss" for resident memory."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device), "cuda"
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "rss"
-
-
-def readable(count: float) -> str:
-    """Format a number of bytes in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"

@@ -31,6 +31,7 @@ from trainer.models.build import DTYPES, empty_student
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.metrics import console, readable
 from trainer.run.quantization_loss import say_rise
+from trainer.run.working import working
 from trainer.student.quantize_student import finalize_student
 from trainer.student.weight_digests import check_digests, check_names, read_digests
 from trainer.teacher.vocabularies import reads_alike
@@ -112,10 +113,10 @@ def compare(
                              "trust_remote_code": experiment.teacher.trust_remote_code}
     if RunFolder(folder.control).student.exists():
         models["control"] = {"path": str(RunFolder(folder.control).student), "trust_remote_code": trust}
-    console.print(f"{experiment.name}: reloading in a fresh process and comparing")
-    found, logits = ask_about(models, experiment.training.micro_batch, experiment.report, text, exported, device.type,
-                              tokenizer=str(folder.unverified), prompts=sample_prompts(
-                                  experiment.report.texts, text.tokenizer, experiment.data))
+    with working(experiment.name, "reloading in a fresh process and comparing", at_once=True):
+        found, logits = ask_about(models, experiment.training.micro_batch, experiment.report, text, exported,
+                                  device.type, tokenizer=str(folder.unverified), prompts=sample_prompts(
+                                      experiment.report.texts, text.tokenizer, experiment.data))
     for name, entry in found.items():
         path = Path(models[name]["path"])
         files = weight_files(path)

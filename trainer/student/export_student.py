@@ -34,6 +34,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.foreign_folder import only_if_trusted, show_links, show_paths
 from trainer.run.metrics import console
 from trainer.run.report import write_report
+from trainer.run.working import working
 from trainer.student.compare_student import (
     ask_about,
     differs,
@@ -71,6 +72,7 @@ class Runtime:
 # The tolerance with quantized activations, in any runtime: if a token's value lies between two integers, the last bit
 # of a sum decides which it is rounded to, and one step is 1/127 of the token's largest value.
 ROUNDED = 2e-2
+WORDS = "writing for {}, reloading in a fresh process and comparing"
 TRIAL = 3e8  # most weights of the small model that is built to test whether torch can export its graph
 RUNTIMES = {
     "onnx": Runtime("onnx.onnx_folder", "onnx_client.py", "", 1e-4, ("onnxruntime",)),
@@ -141,7 +143,8 @@ def write_others(experiment: Experiment, folder: RunFolder, model: nn.Module, te
     failed = []
     for name in (one for one in experiment.export.to if one not in without):
         try:
-            write_for(name, experiment, folder, model, text)
+            with working(experiment.name, WORDS.format(name), at_once=True):
+                write_for(name, experiment, folder, model, text)
         except Exception as error:  # converters can raise anything, and the student for transformers exists already
             said = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {first_line(error)}"
             failed.append(f"for {name}: {said}")
@@ -182,7 +185,6 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     shutil.rmtree(partial, ignore_errors=True)
     path = partial / runtime.file if runtime.file else partial
     path.parent.mkdir(parents=True, exist_ok=True)
-    console.print(f"{experiment.name}: writing for {name}, reloading in a fresh process and comparing")
     dtype = DTYPES[experiment.export.dtype]
     _of(name, "write")(path, model, text.tokenizer, dtype)
     reference = (
@@ -235,7 +237,8 @@ def export(run: Path, name: str, trust_remote_code: bool = False) -> Path:
     experiment = only_if_trusted(experiment, folder, trust_remote_code)
     show_paths(folder, experiment)
     text = prepare_text(experiment)
-    write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)
+    with working(experiment.name, WORDS.format(name), at_once=True):
+        write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)
     write_report(folder.path)
     return folder.student_for(name)
 

@@ -30,6 +30,7 @@ from trainer.models.full_precision import ignored, without_place
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import console, readable
 from trainer.run.quantization_loss import keep_together
+from trainer.run.working import working
 from trainer.student.weight_digests import check_digests, digests_of
 
 SENSED = 8  # most rows on which the sensitivity of layers is measured
@@ -55,14 +56,14 @@ def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedDat
     fresh.generation_config = model.generation_config
     fresh.to(next(model.parameters()).device).eval()
     dtype = DTYPES[experiment.export.dtype]
-    console.print(f"{experiment.name}: quantizing ({asked.method})")
     batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch,
                           next(fresh.parameters()).device)
     ignore = ignored(asked, without_place(fresh, asked, dtype))
     rules = asked.rules(dtype) if asked.budget is None else _allotted(
         experiment, fresh, batches, folder, ignore).rules
     moved = None if asked.budget is None else divergence_from(fresh, batches)
-    with error_context("student.quantization.calibration_rows", value=asked.calibration_rows, way_out="give more rows"):
+    with working(experiment.name, f"quantizing ({asked.method})", at_once=True), error_context(
+            "student.quantization.calibration_rows", value=asked.calibration_rows, way_out="give more rows"):
         post_training.quantize(
             fresh, batches, asked.build(dtype), method=asked.method, ignore=ignore, rules=rules,
             activations=asked.activations and asked.activations.build(), smooth=asked.smooth,
@@ -111,8 +112,9 @@ def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, 
     """Allocate bits to each layer within the byte budget, by its sensitivity; writes the allocation and its curve."""
     asked = experiment.student.quantization
     assert asked is not None and asked.bytes is not None
-    console.print(f"{experiment.name}: measuring how sensitive layers are")
-    found = sensitivity(DTYPES[experiment.export.dtype], model, batches, asked.model_copy(update={"ignore": ignore}))
+    with working(experiment.name, "measuring how sensitive layers are", at_once=True):
+        found = sensitivity(DTYPES[experiment.export.dtype], model, batches,
+                            asked.model_copy(update={"ignore": ignore}))
     rest = exported_bytes(model, DTYPES[experiment.export.dtype]) - sum(
         model.get_parameter(f"{names[0]}.weight").numel() for names in found.layers) * DTYPES[
             experiment.export.dtype].itemsize

@@ -45,7 +45,8 @@ from trainer.experiment.nodes import Targets as TargetSettings
 from trainer.experiment.nodes import Teacher
 from trainer.files import fingerprint
 from trainer.models.build import shape_of
-from trainer.run.metrics import console, readable
+from trainer.run.metrics import readable
+from trainer.run.working import working
 from trainer.teacher.resident_teacher import TeacherHead
 
 SAMPLED = 4096  # about how many elements of each weight are hashed to identify a teacher
@@ -193,14 +194,15 @@ def _write(
     size, device = micro_batch, next(teacher.parameters()).device
     with TargetWriter(folder, identity, stated=stated) as writer:
         left = list(writer.rows_left())
-        console.print(f"{name}: writing what the teacher says about {tokens:,} tokens, at most "
-                      f"{bytes_per_token(identity):,.1f} bytes each, {readable(stated)} in all: {len(left):,} of "
-                      f"{len(text.train):,} rows")
-        for begin in range(0, len(left), size):
-            rows = left[begin:begin + size]
-            batch = {name: torch.stack([text.train[row][name] for row in rows]).to(device)
-                     for name in ("input_ids", "position_ids", "targets")}
-            writer.add(rows, _said(identity, teacher, shape, rows, batch))
+        words = (f"writing what the teacher says, about {tokens:,} tokens, at most {bytes_per_token(identity):,.1f} "
+                 f"bytes each, {readable(stated)} in all: {len(left):,} of {len(text.train):,} rows")
+        with working(name, words, at_once=True) as work:
+            for begin in range(0, len(left), size):
+                work.report("rows", begin, len(left))
+                rows = left[begin:begin + size]
+                batch = {name: torch.stack([text.train[row][name] for row in rows]).to(device)
+                         for name in ("input_ids", "position_ids", "targets")}
+                writer.add(rows, _said(identity, teacher, shape, rows, batch))
 
 
 def _said(identity: Identity, teacher: nn.Module, shape: LogitShape, rows: list[int], batch: Batch

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from strategies.common.progress import report
 from strategies.distillation.losses.fused_head import LogitShape
 from strategies.distillation.losses.response import IGNORED, ResponseObjective
 from strategies.distillation.step import Distillation
@@ -74,6 +75,7 @@ class Evaluator:
         sums = torch.zeros(2, dtype=ranks.wide, device=ranks.device)
         for begin in range(0, len(self.rows["input_ids"]), size * replicas):
             ranks.at(f"held-out rows from {begin} on, after step {step}")
+            report("held-out rows", begin, len(self.rows["input_ids"]))
             if ranks.asked_to_stop():
                 return None
             own = begin + ranks.replica * size

@@ -36,6 +36,9 @@ from trainer.planning.plan import Plan
 from trainer.planning.step_memory import without_gradient
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak, read_lines
+from trainer.run.pace import Pace
+from trainer.run.trackers import Trackers
+from trainer.run.working import noted, working
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate, without_projections
 from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.target_cache import CachedTargets
@@ -114,7 +117,8 @@ class TrainLoop:
         self.saver.resume(self.state)
         self.exported: int | None = None
         self._measured_at = min(self.state.step + MEASURED, self.steps) - 1
-        self._tracks = bool(experiment.run.trackers)  # a teacher or control that is trained along the way has none
+        self._begun = False
+        self.trackers = Trackers(accelerator, experiment.name, bool(experiment.run.trackers))
 
     @property
     def student(self) -> nn.Module:
@@ -146,10 +150,11 @@ class TrainLoop:
             BudgetUnmet: the measured step exceeded the budget, with `memory.exceeded: stop`.
             RunFailed: too many steps in a row were not finite, the weights are not finite, or another process is gone.
         """
-        state = self.state
-        metrics = Metrics(self.folder.metrics, self.ranks.main, state.step)
+        settings, state = self.experiment.training, self.state
+        metrics = Metrics(self.folder.metrics, self.ranks.main, state.step,
+                          Pace(self.steps, settings.evaluate_every, settings.checkpoint_every))
         progress = ProgressReporter(self.experiment.name, self.steps, state.step, self.experiment.run.log_every,
-                                    self.ranks.main)
+                                    self.ranks.main, metrics.pace)
         if state.step:
             progress.say(f"resumed at step {state.step}")
         inputs, end = self.inputs(), rows_in_all(self.experiment.training, self.text)
@@ -160,9 +165,9 @@ class TrainLoop:
                 while not self.cadence.ends(state):
                     measured = None
                     if state.step == self._measured_at:
-                        record, measured = self.memory.measured(lambda: self.train_step(inputs))
+                        record, measured = self.memory.measured(lambda: self._step(inputs))
                     else:
-                        record = self.train_step(inputs)
+                        record = self._step(inputs)
                     if record is None:
                         self.saver.stop(state, self.experiment.name)
                     state.advance(self.plan.batch_size, end)
@@ -173,8 +178,8 @@ class TrainLoop:
                     if self.cadence.evaluates(state):
                         self._evaluate(metrics, progress)
                     if self.cadence.saves(state):
-                        self.saver.save(state)
-                    if state.nonfinite >= self.experiment.training.nonfinite_limit:
+                        self._save(metrics)
+                    if state.nonfinite >= settings.nonfinite_limit:
                         self._saved_now()
                         raise RunFailed(diagnosis(record, state.nonfinite, self.folder.checkpoints))
                 if not self.steps:
@@ -207,18 +212,18 @@ class TrainLoop:
         if given.stops:
             return None
         if not given.tokens:
-            return self._empty(rate, started)
+            return self._empty(rate, given.seen, started)
         rows = [batch["row"] for batch in given.micro_batches]
         sums, finite = self._gradients(given)
         ahead = inputs.look_ahead(self.state.step)
         self.ranks.at(f"the sum of losses of step {number}")
-        *totals, tokens, stops = self.ranks.read_totals(*sums.values(), *ahead)
-        inputs.agree(tokens, stops)
-        means = {name: _mean(total, given.tokens) for name, total in zip(sums, totals, strict=True)}
+        totals = self.ranks.read_totals(*sums.values(), *ahead)
+        inputs.agree(*totals[len(sums):])
+        means = {name: _mean(total, given.tokens) for name, total in zip(sums, totals, strict=False)}
         self.ranks.at(f"the update of step {number}")
         mark("update")
         norm = self._update(math.isfinite(means["loss"]))
-        record = self._record(means, norm, rate, given.tokens)
+        record = self._record(means, norm, rate, given.tokens, given.seen)
         if self.state.nonfinite:
             record["nonfinite"] = locate_nonfinite(self.accelerator, rows, finite)
         record["seconds"] = time.perf_counter() - started
@@ -252,17 +257,17 @@ class TrainLoop:
 
     # ---- parts of a step
 
-    def _record(self, means: dict[str, float | None], norm: float | None, learning_rate: float, tokens: int
+    def _record(self, means: dict[str, float | None], norm: float | None, learning_rate: float, tokens: int, seen: int
                 ) -> dict[str, Any]:
         """The log record of a step."""
         return {"step": self.state.step + 1, **means, "gradient_norm": norm, "learning_rate": learning_rate,
-                "tokens": tokens, "loss_scale": self.precision.loss_scale, "skipped": self.precision.skipped,
-                "growths": self.precision.growths}
+                "tokens": tokens, "tokens_seen": seen, "loss_scale": self.precision.loss_scale,
+                "skipped": self.precision.skipped, "growths": self.precision.growths}
 
-    def _empty(self, learning_rate: float, started: float) -> dict[str, Any]:
+    def _empty(self, learning_rate: float, seen: int, started: float) -> dict[str, Any]:
         """The record of a step in which no process has a target token: no loss, no update; the schedule moves on."""
         self.state.empty_steps += 1
-        return {**self._record({"loss": None}, None, learning_rate, 0), "empty": True,
+        return {**self._record({"loss": None}, None, learning_rate, 0, seen), "empty": True,
                 "empty_steps": self.state.empty_steps, "seconds": time.perf_counter() - started}
 
     def _set_bits(self, step: int) -> None:
@@ -336,15 +341,17 @@ class TrainLoop:
 
     def _evaluate(self, metrics: Metrics, progress: ProgressReporter) -> None:
         """Evaluate, then log and print the result; stop if a process received a stop signal."""
-        found = self.evaluate(self.student, self.state.step)
+        begun = time.perf_counter()
+        with working(self.experiment.name, "evaluating"):
+            found = self.evaluate(self.student, self.state.step)
         if found is None:
             self.saver.stop(self.state, self.experiment.name)
         if self.state.best is not None:
             asked = self.experiment.student.quantization
             counts = asked is None or asked.has_final_bits(self.state.step - 1, self.steps)
             self.state.best.take_in(self.state.step, found, counts)
-        metrics.write({"step": self.state.step, "held_out": found})
-        self._track({f"held_out/{name}": value for name, value in found.items()})
+        metrics.write({"step": self.state.step, "held_out": found, "seconds": time.perf_counter() - begun})
+        self.trackers.log({f"held_out/{name}": value for name, value in found.items()}, self.state.step)
         progress.say(f"step {self.state.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte")
 
     def _autocast(self) -> AbstractContextManager:
@@ -355,6 +362,21 @@ class TrainLoop:
         teacher = self.teacher if self.cached is None else self.cached.head
         return [*self.engine.resident(), *([] if teacher is None else [teacher])]
 
+    def _step(self, inputs: StepInputs) -> dict[str, Any] | None:
+        """`train_step`, and a word before the first one of this process if that takes long: it may compile."""
+        if self._begun:
+            return self.train_step(inputs)
+        self._begun = True
+        with working(self.experiment.name, f"step {self.state.step + 1}, the first one here"):
+            return self.train_step(inputs)
+
+    def _save(self, metrics: Metrics) -> None:
+        begun = time.perf_counter()
+        with working(self.experiment.name, "saving"):
+            self.saver.save(self.state)
+        metrics.write({"step": self.state.step, "checkpoint": checkpoints.NAME.format(self.state.step),
+                       "seconds": time.perf_counter() - begun})
+
     def _saved_now(self) -> str:
         """Write a checkpoint now and wait until it is committed; returns a message naming the newest checkpoint."""
         self.saver.save(self.state)
@@ -364,7 +386,7 @@ class TrainLoop:
 
     def _say(self, text: str) -> None:
         if self.ranks.main:
-            console.print(f"{self.experiment.name}  {text}")
+            console.print(f"{self.experiment.name}  {noted(text)}")
 
     def _log(self, record: dict[str, Any], metrics: Metrics, progress: ProgressReporter) -> None:
         record["tokens_per_second"] = record["tokens"] / record["seconds"]
@@ -376,24 +398,10 @@ class TrainLoop:
             progress.say(f"step {self.state.step}: no target token in the whole batch, so that there is no loss and "
                          "nothing is learned; more such steps are counted in metrics.jsonl as empty_steps, and not "
                          "told")
-        metrics.write({name: _plain(value) for name, value in record.items()})
-        self._track({name: value for name, value in record.items() if isinstance(value, (int, float))})
+        metrics.write(record)
+        self.trackers.log({name: value for name, value in record.items() if isinstance(value, (int, float))},
+                          self.state.step)
         progress.step(self.state.step, record)
-
-    def _track(self, values: dict[str, float]) -> None:
-        if not self._tracks:
-            return
-        try:
-            self.accelerator.log(values, self.state.step)
-        except OSError as error:  # such as a full disk, which is no reason to end the run
-            self._tracks = False
-            console.print(f"{self.experiment.name}  warning: trackers are told no more, since one cannot write: "
-                          f"{error.strerror or error}; metrics.jsonl has everything")
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: JSON has no NaN or infinity, so these become strings."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(total: float, tokens: int) -> float:

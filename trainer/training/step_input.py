@@ -29,11 +29,13 @@ class StepInput:
     Attributes:
         micro_batches: this process's micro-batches, on the CPU.
         tokens: target tokens of the step, summed over all processes.
+        seen: all tokens of the step but padding, summed over all processes.
         stops: whether any process received a stop signal before the step; the same on all processes.
     """
 
     micro_batches: list[Batch]
     tokens: int
+    seen: int
     stops: bool
 
 
@@ -69,7 +71,7 @@ class StepInputs:
             given.stops = signals.asked() is not None
         return given
 
-    def look_ahead(self, step: int) -> tuple[float, float]:
+    def look_ahead(self, step: int) -> tuple[float, float, float]:
         """Fetch the input of the step after `step`, and return the counts to sum over processes for `agree`."""
         following = step + 1
         if following < self.plan.steps and not self._written(following):
@@ -77,10 +79,10 @@ class StepInputs:
             self._ahead = self._fetch()
         return self._counts(self._ahead or [])
 
-    def agree(self, tokens: float, stops: float) -> None:
+    def agree(self, tokens: float, seen: float, stops: float) -> None:
         """Accept the sums over processes of what `look_ahead` returned."""
         if self._ahead is not None:
-            self._agreed, self._ahead = StepInput(self._ahead, int(tokens), bool(stops)), None
+            self._agreed, self._ahead = StepInput(self._ahead, int(tokens), int(seen), bool(stops)), None
 
     def _first(self, step: int) -> StepInput:
         """The input of a step that could not be prefetched: the first one, or one that the student generates."""
@@ -90,19 +92,20 @@ class StepInputs:
             self.ranks.at(f"the texts that the student writes for step {step + 1}")
             micro_batches = [self._write(batch, step, index) for index, batch in enumerate(micro_batches)]
         self.ranks.at(f"the sum of target tokens of step {step + 1}")
-        tokens, stops = self._counts(micro_batches)
+        tokens, seen, stops = self._counts(micro_batches)
         if self.ranks.topology.ranks > 1:
-            tokens, stops = self.ranks.read_totals(tokens, stops)
-        return StepInput(micro_batches, int(tokens), bool(stops))
+            tokens, seen, stops = self.ranks.read_totals(tokens, seen, stops)
+        return StepInput(micro_batches, int(tokens), int(seen), bool(stops))
 
     def _fetch(self) -> list[Batch]:
         return [next(self.batches) for _ in range(self.plan.accumulation)]
 
     @staticmethod
-    def _counts(micro_batches: list[Batch]) -> tuple[float, float]:
-        """Target tokens of this process, and whether it received a stop signal."""
-        return float(sum(int((batch["targets"] != IGNORED).sum()) for batch in micro_batches)), float(
-            signals.asked() is not None)
+    def _counts(micro_batches: list[Batch]) -> tuple[float, float, float]:
+        """Target tokens and all tokens of this process, and whether it received a stop signal."""
+        learned = sum(int((batch["targets"] != IGNORED).sum()) for batch in micro_batches)
+        seen = sum(int(batch["length"].sum()) for batch in micro_batches)
+        return float(learned), float(seen), float(signals.asked() is not None)
 
 
 class Writer:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from strategies.common.progress import report
 from strategies.memory.meter import resident_tensors
 from strategies.rematerialization.capture.compile_region import (
     compiled,
@@ -186,6 +187,7 @@ def record(
             elif not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
                 call.unfit = "it hands out no tensors, or only inside of objects"
             calls.append(call)
+            report("captured blocks", len(calls), len(modules))
 
             def cut(leaf: object) -> object:
                 turns = isinstance(leaf, torch.Tensor) and leaf.requires_grad
