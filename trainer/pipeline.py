@@ -7,8 +7,9 @@ import json
 import os
 import re
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,13 +21,14 @@ from strategies.quantization.freeze import freeze_quantized
 from trainer import checkpoints
 from trainer.checkpoints import WarmStart, check_space, planned_bytes
 from trainer.data.batches import model_inputs
-from trainer.data.dataset import PreparedData, prepare_text
+from trainer.data.dataset import PreparedData, for_each_source, prepare_text
 from trainer.data.sources import check_path
 from trainer.data.tokenizers import known_size, tokenizer_origin, vocabulary_size
 from trainer.distributed.launch import check_engine, start
 from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
+from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
 from trainer.files import fingerprint, flatten, write_atomically
@@ -75,7 +77,7 @@ def dry_run(source: Source, as_json: bool) -> None:
     quiet_libraries()
     experiment = source.experiment
     vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
-    check_path(experiment.data.path, "data.path")
+    for_each_source(experiment.data, lambda _, part: check_path(part.path, "data.path"))
     teacher, student = _configs(experiment, vocabulary, offline=True)
     device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
     topology = Topology.launched(device)
@@ -178,7 +180,7 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
         say(f"{name}: planning memory")
     check_early(experiment, how.topology, how.plans)
     say(f"{name}: {how.topology.ranks} process(es) on {accelerator.device.type}, {experiment.precision.dtype}")
-    say(f"{name}: reading and tokenizing {experiment.data.path}")
+    say(f"{name}: reading and tokenizing {', '.join(source_names(experiment.data))}")
     with accelerator.main_process_first():
         text = prepare_text(experiment)
     for note in text.notes:
@@ -294,7 +296,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         _say_longer(how, asked, folder, plan, more)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
+        folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), **_described(text)})
         write_model_files(folder.model, student, text.tokenizer)
     accelerator.wait_for_everyone()
     loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related)
@@ -315,6 +317,12 @@ def _say_longer(how: Launched, asked: Experiment, folder: RunFolder, plan: Plan,
         how.say(f"{asked.name}: learning rates are those of one schedule over steps {begin:,} to {end:,}, so that the "
                 f"next is {rate(step):.2e}; `schedule.restarts: {[*asked.schedule.restarts, step]}` warms up and "
                 "decays anew from here")
+
+
+def _described(text: PreparedData) -> dict[str, Any]:
+    """What `plan.json` says of the data."""
+    mixture = {"mixture": [asdict(one) for one in text.mixture]} if text.mixture else {}
+    return {"text": text.notes, **mixture}
 
 
 def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | None, PretrainedConfig],

@@ -70,6 +70,27 @@ class TemplateShape:
         given = self._write(self.fit([USER]), [TOOL])
         return given is None or WORD in given
 
+    @cached_property
+    def system_prompt(self) -> str:
+        """The system prompt that the template adds to a conversation without one; "" if it adds none, or is unknown."""
+        given, alone = self._with_system, self._write(self.fit([USER]))
+        if given is None or alone is None or given.count(WORD) != 1:
+            return ""
+        before, _, after = given.partition(WORD)
+        adds = alone.startswith(before) and alone.endswith(after) and len(alone) > len(before) + len(after)
+        return alone[len(before):len(alone) - len(after)] if adds else ""
+
+    @cached_property
+    def writes_system(self) -> bool:
+        """Whether the template writes a system message."""
+        return self._with_system is not None and WORD in self._with_system
+
+    @cached_property
+    def can_be_silenced(self) -> bool:
+        """Whether an empty system message takes the place of the system prompt that the template adds."""
+        silent = self._write(self.fit([{"role": "system", "content": ""}, USER]))
+        return silent is not None and self.system_prompt not in silent
+
     def writes(self, key: str) -> bool:
         """Whether the template writes a field of the assistant's message other than its content.
 
@@ -102,6 +123,10 @@ class TemplateShape:
         return followed is not None and ANSWER in followed and not followed.rpartition(ANSWER)[2].startswith(closing)
 
     # ---- probes
+
+    @cached_property
+    def _with_system(self) -> str | None:
+        return self._write(self.fit([{"role": "system", "content": WORD}, USER]))
 
     @cached_property
     def _answer(self) -> list[Message]:
