@@ -21,6 +21,7 @@ from strategies.quantization.freeze import freeze_quantized
 from trainer import checkpoints
 from trainer.checkpoints import WarmStart, check_space, planned_bytes
 from trainer.data.batches import model_inputs
+from trainer.data.data_preview import preview
 from trainer.data.dataset import PreparedData, for_each_source, prepare_text
 from trainer.data.sources import check_path
 from trainer.data.tokenizers import known_size, tokenizer_origin, vocabulary_size
@@ -73,7 +74,7 @@ class Trained:
 
 
 def dry_run(source: Source, as_json: bool) -> None:
-    """Show what would run, without writing any file."""
+    """Show what would run, and what the first records of local data are, without leaving any file."""
     quiet_libraries()
     experiment = source.experiment
     vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
@@ -85,10 +86,11 @@ def dry_run(source: Source, as_json: bool) -> None:
         topology = replace(topology, data_parallel=experiment.memory.processes)
     check_engine(experiment.sharding, experiment.optimizer, topology)
     _check_shapes_early(experiment, teacher, student)
-    tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
+    origin = tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
     plan = Plans().resolve(experiment, topology, teacher, student)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(plan_json(source, plan)) if as_json else show_plan(source, plan)
+        data = preview(experiment.data, origin)
+        print(plan_json(source, plan, data)) if as_json else show_plan(source, plan, data)
 
 
 def run_experiment(source: Source) -> Path:

@@ -127,16 +127,16 @@ class ChatTemplate:
         if self.system and not self.shape.writes_system:
             raise UserError("data.system", "this tokenizer's chat template writes no system prompt", value=self.system,
                             way_out="put it at the beginning of the prompts in the data, and leave `data.system` out")
-        if self.system in (False, "") and self.shape.system_prompt and not self.shape.can_be_silenced:
+        if self.system in (False, "") and self.shape.added_prompt and not self.shape.can_be_silenced:
             raise UserError("data.system", "the chat template adds its system prompt whatever it is given: "
-                            f"{self.shape.system_prompt[:100]!r}", value=self.system,
+                            f"{self.shape.added_prompt[:100]!r}", value=self.system,
                             way_out=f"take it out of the template, {COPY}")
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         """The messages with the system prompt that was asked for, unless they begin with their own."""
         if self.system is None or messages[0]["role"] in ("system", "developer"):
             return messages
-        if not self.system and not self.shape.system_prompt:
+        if not self.system and not self.shape.added_prompt:
             return messages
         return [{"role": "system", "content": self.system or ""}, *messages]
 
@@ -167,7 +167,7 @@ class ChatTemplate:
         return [*self._notes_on_system(), *self.shape.notes(None if not self._marked(None) else self._marked_text)]
 
     def _notes_on_system(self) -> list[str]:
-        own, again = self.shape.system_prompt.strip(), "; give the same to a server"
+        own, again = self.shape.added_prompt, "; give the same to a server"
         if self.system:
             return [f"conversations without a system prompt get data.system{again}"]
         if not own:

@@ -74,6 +74,25 @@ def open_corpus(data: Data, cache: Path) -> Corpus:
     return Corpus(parts["train"], parts["test"])
 
 
+def open_training(data: Data, cache: Path) -> Documents:
+    """Open the training documents alone, with those that will be held out; raises the errors of `open_corpus`."""
+    train = _open(data, data.path, data.split, "data.path", cache)
+    _check_fields(train, data)
+    return train.take(data.max_documents) if data.max_documents else train
+
+
+def is_local(path: str) -> bool:
+    """Whether data is read without a network."""
+    return path == PYTHON_LIBRARY or os.path.isdir(path) or bool(_local_files(path))
+
+
+def files_of(path: str) -> list[str]:
+    """The local files of a path; none for `python-library`."""
+    if os.path.isdir(path):
+        return sorted(str(file) for file in Path(path).rglob("*") if file.suffix in BUILDERS and file.is_file())
+    return _local_files(path)
+
+
 def fields(data: Data) -> list[str]:
     """Names of the record fields that the experiment reads."""
     return [getattr(data, key) for key in read_keys(data)]
@@ -103,11 +122,17 @@ def _open(data: Data, path: str, split: str, key: str, cache: Path) -> Documents
             raise
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if "corresponds to no data" in str(error):  # a table that has only its header
+            raise _empty(key, path) from error
         raise UserError(key, f"cannot read this data set: {_last_line(error)}", value=path,
                         way_out="check that every file is valid, and `data.name` and `data.split`") from error
     if empty:
-        raise UserError(key, "the data set is empty", value=path, way_out="name data with at least one record")
+        raise _empty(key, path)
     return documents
+
+
+def _empty(key: str, path: str) -> UserError:
+    return UserError(key, "the data set is empty", value=path, way_out="name data with at least one record")
 
 
 def check_path(path: str, key: str) -> None:
@@ -166,7 +191,7 @@ def _kind(files: list[str], path: str, key: str) -> str:
         raise UserError(key, "these files are not all text, all JSONL, all CSV or all Parquet", value=path,
                         way_out=f"known endings: {', '.join(BUILDERS)}")
     if all(os.path.getsize(file) == 0 for file in files):
-        raise UserError(key, "the data set is empty", value=path, way_out="name data with at least one record")
+        raise _empty(key, path)
     return kinds.pop()
 
 

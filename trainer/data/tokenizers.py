@@ -153,9 +153,9 @@ def _check_teacher(path: str, name: str, tokenizer: PreTrainedTokenizerBase, oth
                         "of the student's family")
 
 
-def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(key: str, path: str, revision: str | None, **options: bool) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer; if it has no padding token, it pads with its end-of-sequence token."""
-    tokenizer = _loaded_tokenizer(key, path, revision)
+    tokenizer = _loaded_tokenizer(key, path, revision, **options)
     if not tokenizer.is_fast:
         raise UserError(key, "this tokenizer has no fast version, which label masks need", value=path,
                         way_out="name a folder with tokenizer.json in `data.tokenizer.path`")
