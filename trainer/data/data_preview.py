@@ -43,7 +43,7 @@ class Preview:
         source: its name.
         weight: its share of the tokens.
         not_looked_at: why it was not read; "" if it was.
-        exact: whether the figures are those of a run; else they are estimates from the records that were read.
+        exact: whether the figures are those of a run; else they are estimates.
         read: records that were read.
         records: records to train on; None if it is not known how many there are.
         rows: rows to train on.
@@ -92,9 +92,14 @@ def preview(data: Data, origin: Origin | None) -> list[Preview]:
             if documents is None or tokenizer is None:
                 found.not_looked_at = found.not_looked_at or "its tokenizer is not on this machine"
                 return found
-            return _counted(found, part, documents, tokenizer, trained=origin is None)
+            return _counted(found, part, documents, tokenizer)
 
-        return for_each_source(data, look)
+        looked_at = for_each_source(data, look)
+    if origin is None and not all(one.exact for one in looked_at):
+        for one in looked_at:
+            one.exact = False
+            one.notes.append("the tokenizer of the run is trained on more text than what was read here")
+    return looked_at
 
 
 def _opened(data: Data, found: Preview, folder: Path) -> sources.Documents | None:
@@ -142,8 +147,8 @@ def _tokenizer(origin: Origin | None, looked: Sequence[tuple[Data, Records]], fo
         return None
 
 
-def _counted(found: Preview, data: Data, documents: sources.Documents, tokenizer: PreTrainedTokenizerBase,
-             trained: bool) -> Preview:
+def _counted(found: Preview, data: Data, documents: sources.Documents, tokenizer: PreTrainedTokenizerBase
+             ) -> Preview:
     """Encode the first records of a source, and count and show what is learned of them."""
     records = _first(documents, found.exact)
     encoder = encoder_for(tokenizer, data, documents)
@@ -163,8 +168,6 @@ def _counted(found: Preview, data: Data, documents: sources.Documents, tokenizer
     found.records, times = (len(records), 1.0) if found.exact else _whole(data, documents, records)
     if found.records is not None:
         found.rows, found.tokens = round(rows * times), round(tokens * times)
-    if trained and not found.exact:
-        found.notes.append("the tokenizer of the run is trained on more text than what was read here")
     return found
 
 

@@ -71,11 +71,10 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
 def _data_rows(data: Preview) -> list[tuple[str, ...]]:
     if data.not_looked_at:
         return [("not looked at", data.not_looked_at)]
-    unknown = "unknown, how many records there are"
     about = "" if data.exact else "about "
-    rows = [("read", f"{data.read:,} records: all that are trained on" if data.exact else f"the first {data.read:,} "
-             "records; what follows is estimated from them"),
-            ("records", unknown if data.records is None else f"{about}{data.records:,} to train on")]
+    rows = [("read", f"{data.read:,} records" + ("" if data.exact else "; what follows is estimated from them")),
+            ("records", "it is not known how many there are" if data.records is None else
+             f"{about}{data.records:,} to train on")]
     if data.rows is not None:
         rows += [("rows", f"{about}{data.rows:,}"), ("tokens", f"{about}{data.tokens:,}")]
     rows.append(("learned", f"{data.learned:.1%} of the tokens"))

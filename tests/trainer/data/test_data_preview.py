@@ -56,7 +56,8 @@ def test_each_source_of_a_mixture_is_looked_at_and_what_is_not_here_is_not(write
     data = Data(sources=sources, tokenizer={"train_vocabulary": 300}, sequence_length=48)
     asked, table, hub = preview(data, None)
     assert (asked.weight, hub.weight) == (0.25, 0.5) and table.learned > 0.9 > asked.learned
-    assert table.exact and table.records == 20 - 1 and "no local data" in hub.not_looked_at
+    assert table.records == 20 - 1 and "no local data" in hub.not_looked_at
+    assert not table.exact and "more text" in table.notes[-1], "the tokenizer is trained on what is on the hub, too"
     assert preview(Data(path=talks["path"], text="q"), ("student.path", "some/model", None))[0].not_looked_at == \
         "its tokenizer is not on this machine"
     sources[1]["text"] = "body"

@@ -55,7 +55,8 @@ def test_a_record_keeps_its_own():
 
 
 @pytest.mark.parametrize(("template", "system", "said"), [
-    (REFUSING, "Be brief.", "writes no system prompt"), (STUBBORN, False, "whatever it is given: '<|system|>You are a cat.'"),
+    (REFUSING, "Be brief.", "writes no system prompt"),
+    (STUBBORN, False, "whatever it is given: '<|system|>You are a cat.'"),
     (None, "Be brief.", "no chat template to write a system prompt with")])
 def test_what_a_template_cannot_is_said(template, system, said):
     with pytest.raises(UserError) as caught:
