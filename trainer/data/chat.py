@@ -173,8 +173,9 @@ class ChatTemplate:
         if not own:
             return []
         if self.system is None:
+            ours = "sets or drops it" if self.shape.can_be_silenced else "is written beside it"
             return [f"to a conversation without one, the chat template adds the system prompt {own[:100]!r}; "
-                    "data.system sets or drops it"]
+                    f"data.system {ours}"]
         return [f"in the place of the chat template's own system prompt stands an empty one{again}"]
 
     # ---- turns
