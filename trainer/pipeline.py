@@ -7,9 +7,8 @@ import json
 import os
 import re
 import secrets
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -298,7 +297,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         _say_longer(how, asked, folder, plan, more)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), **_described(text)})
+        folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), **text.described})
         write_model_files(folder.model, student, text.tokenizer)
     accelerator.wait_for_everyone()
     loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related)
@@ -319,12 +318,6 @@ def _say_longer(how: Launched, asked: Experiment, folder: RunFolder, plan: Plan,
         how.say(f"{asked.name}: learning rates are those of one schedule over steps {begin:,} to {end:,}, so that the "
                 f"next is {rate(step):.2e}; `schedule.restarts: {[*asked.schedule.restarts, step]}` warms up and "
                 "decays anew from here")
-
-
-def _described(text: PreparedData) -> dict[str, Any]:
-    """What `plan.json` says of the data."""
-    mixture = {"mixture": [asdict(one) for one in text.mixture]} if text.mixture else {}
-    return {"text": text.notes, **mixture}
 
 
 def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | None, PretrainedConfig],

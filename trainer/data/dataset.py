@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +56,11 @@ class PreparedData:
     notes: list[str]
     held_out_of: dict[str, slice] = field(default_factory=dict)
     mixture: list[Ingredient] = field(default_factory=list)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What `plan.json` says of the data."""
+        return {"text": self.notes, **({"mixture": [asdict(one) for one in self.mixture]} if self.mixture else {})}
 
 
 @dataclass(frozen=True)

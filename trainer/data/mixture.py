@@ -38,7 +38,7 @@ class Ingredient:
     share: float | None = None
 
     def __str__(self) -> str:
-        if not self.tokens:
+        if not self.tokens or not self.trained:
             return f"{self.name} {self.weight:.1%}"
         return f"{self.name} {self.share:.1%} ({self.tokens:,} tokens, seen {self.trained / self.tokens:.2g} times)"
 
