@@ -18,13 +18,15 @@ from strategies.quantization.freeze import freeze_quantized
 from trainer import checkpoints
 from trainer.checkpoints import WarmStart, check_space, planned_bytes
 from trainer.data.batches import model_inputs
-from trainer.data.dataset import PreparedData, prepare_text
+from trainer.data.data_preview import preview
+from trainer.data.dataset import PreparedData, for_each_source, prepare_text
 from trainer.data.sources import check_path
 from trainer.data.tokenizers import known_size, tokenizer_origin, vocabulary_size
 from trainer.distributed.launch import check_engine, start
 from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
+from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
 from trainer.files import fingerprint, write_atomically
@@ -73,11 +75,11 @@ class Trained:
 
 
 def dry_run(source: Source, as_json: bool) -> None:
-    """Show what would run, without writing any file."""
+    """Show what would run, and what the first records of local data are, without leaving any file."""
     quiet_libraries()
     experiment = source.experiment
     vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
-    check_path(experiment.data.path, "data.path")
+    for_each_source(experiment.data, lambda _, part: check_path(part.path, "data.path"))
     teacher, student = _configs(experiment, vocabulary, offline=True)
     device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
     topology = Topology.launched(device)
@@ -85,11 +87,12 @@ def dry_run(source: Source, as_json: bool) -> None:
         topology = replace(topology, data_parallel=experiment.memory.processes)
     check_engine(experiment.sharding, experiment.optimizer, topology)
     _check_shapes_early(experiment, teacher, student)
-    tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
+    origin = tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
     with working(experiment.name, "planning memory", to_stderr=True):  # standard output may be read as JSON
         plan = Plans().resolve(experiment, topology, teacher, student)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(plan_json(source, plan)) if as_json else show_plan(source, plan)
+        data = preview(experiment.data, origin)
+        print(plan_json(source, plan, data)) if as_json else show_plan(source, plan, data)
 
 
 def run_experiment(source: Source) -> Path:
@@ -191,7 +194,7 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
     with working(name, "planning memory", at_once=experiment.memory.bytes is not None):
         check_early(experiment, how.topology, how.plans)
     say(f"{name}: {how.topology.ranks} process(es) on {accelerator.device.type}, {experiment.precision.dtype}")
-    with working(name, f"reading and tokenizing {experiment.data.path}", at_once=True), \
+    with working(name, f"reading and tokenizing {', '.join(source_names(experiment.data))}", at_once=True), \
             accelerator.main_process_first():
         text = prepare_text(experiment)
     for note in text.notes:
@@ -314,7 +317,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         _say_longer(how, asked, folder, plan, more)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), "text": text.notes})
+        folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), **text.described})
         write_model_files(folder.model, student, text.tokenizer)
     accelerator.wait_for_everyone()
     with working(name, "placing the models"):

@@ -45,7 +45,8 @@ def _heading(node: dict[str, Any], key: str) -> Iterator[str]:
 
 def _node(tree: dict[str, Any], field: dict[str, Any]) -> dict[str, Any] | None:
     """The node that a field holds, or holds a list of."""
-    for part in (field, *field.get("anyOf", ()), field.get("items", {})):
+    parts = (field, *field.get("anyOf", ()))
+    for part in (*parts, *(part.get("items", {}) for part in parts)):
         name = part.get("$ref", "").rpartition("/")[2]
         if name and "properties" in tree["$defs"][name]:
             return tree["$defs"][name]

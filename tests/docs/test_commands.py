@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from docs.generate import pages
 from tests.conftest import ROOT, merge
+from tests.trainer.teacher.test_distilling import bpe
+from trainer.data.tokenizers import END
 
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in pages()
          if "_build" not in page.parts and page.name != "log.md"}
@@ -71,6 +73,7 @@ def reader_folder(tmp_path_factory):
     (student / "config.json").write_text(json.dumps({**TINY, "architectures": ["LlamaForCausalLM"]}))
     (student.parent / "experiment.yaml").write_text((folder / "my-distill.yaml").read_text())
     (student.parent / "checkpoints" / "step-00000100").mkdir(parents=True)
+    PreTrainedTokenizerFast(tokenizer_object=bpe(300), eos_token=END, pad_token=END).save_pretrained(student)
     (folder / "my-chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}) + "\n")
     return folder
 

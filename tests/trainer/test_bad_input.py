@@ -86,7 +86,7 @@ def test_model_that_is_not_there_or_not_safe(write_experiment, tmp_path):
     pickled.mkdir()
     (pickled / "config.json").write_text(json.dumps({**TINY, "vocab_size": 300, "architectures": ["LlamaForCausalLM"]}))
     (pickled / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
-    train_tokenizer([{"text": "some text"}], Data(tokenizer=Tokenizer(train_vocabulary=300)), pickled)
+    train_tokenizer([(Data(tokenizer=Tokenizer(train_vocabulary=300)), [{"text": "some text"}])], pickled)
     refused(file, tmp_path, f"student.path={pickled}", parts=["student.path", "pickled weights only", "safetensors"])
     refused(file, tmp_path, "student.path=no/such-model", "run.threads=2",
             parts=["student.path = 'no/such-model'", "cannot load this model", "check the name and the network"])
@@ -96,7 +96,7 @@ def saved_model(folder, vocabulary_text="some text", **changes):
     """A whole model with its tokenizer, as a hub folder is."""
     config = AutoConfig.for_model(**{**TINY, **changes}, vocab_size=300)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    train_tokenizer([{"text": vocabulary_text}] * 5, Data(tokenizer=Tokenizer(train_vocabulary=300)), folder)
+    train_tokenizer([(Data(tokenizer=Tokenizer(train_vocabulary=300)), [{"text": vocabulary_text}] * 5)], folder)
     return folder
 
 

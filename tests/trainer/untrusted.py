@@ -69,7 +69,7 @@ def assert_refused(answers: list[tuple[int, str]], wanted: dict[str, str]) -> No
 
 def saved_tokenizer(folder: Path) -> Path:
     """A trained tokenizer."""
-    train_tokenizer([{"text": sentences(1, 50)}] * 5, Data(tokenizer=Tokenizer(train_vocabulary=300)), folder)
+    train_tokenizer([(Data(tokenizer=Tokenizer(train_vocabulary=300)), [{"text": sentences(1, 50)}] * 5)], folder)
     return folder
 
 

@@ -5,30 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from strategies.distillation.losses.tiled_loss import IGNORED
-from trainer.data.rows import PackedRows, StreamedRows
+from trainer.data.mixture import Rows
+from trainer.data.row_order import MixedOrder, Order
+from trainer.data.rows import StreamedRows
 
 Batch = dict[str, torch.Tensor]
-
-
-class Order:
-    """Maps each global position of an endless run to a row: every epoch is its own permutation of all rows."""
-
-    def __init__(self, rows: int, seed: int):
-        self.rows, self.seed = rows, seed
-        self._permutations: dict[int, np.ndarray] = {}
-
-    def __getitem__(self, position: int) -> int:
-        epoch, offset = divmod(position, self.rows)
-        if epoch not in self._permutations:
-            if len(self._permutations) > 1:  # a batch spans at most two epochs, unless there are very few rows
-                del self._permutations[min(self._permutations)]
-            self._permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-        return int(self._permutations[epoch][offset])
 
 
 class _MicroBatches(Sampler):
@@ -39,7 +24,8 @@ class _MicroBatches(Sampler):
     row of padding.
     """
 
-    def __init__(self, order: Order, micro_batch: int, replica: int, replicas: int, skip: int, end: int | None):
+    def __init__(self, order: Order | MixedOrder, micro_batch: int, replica: int, replicas: int, skip: int,
+                 end: int | None):
         self.order, self.micro_batch, self.end = order, micro_batch, end
         self.first, self.stride = skip + replica * micro_batch, replicas * micro_batch
 
@@ -51,8 +37,8 @@ class _MicroBatches(Sampler):
             begin += self.stride
 
 
-def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch: int, replica: int, replicas: int,
-                     skip: int, workers: int, pin: bool, end: int | None = None) -> Iterator[Batch]:
+def training_batches(rows: Rows, *, seed: int, micro_batch: int, replica: int, replicas: int, skip: int, workers: int,
+                     pin: bool, end: int | None = None) -> Iterator[Batch]:
     """Iterate over this replica's micro-batches, after the first `skip` rows of the run.
 
     Each micro-batch has `input_ids`, `position_ids` and `targets`, of shape (micro_batch, sequence), and `bytes`,
@@ -79,7 +65,7 @@ def training_batches(rows: PackedRows | StreamedRows, *, seed: int, micro_batch:
                "generator": torch.Generator()}
     if isinstance(rows, StreamedRows):
         return iter(DataLoader(rows.share(micro_batch, replica, replicas, skip), batch_size=None, **options))
-    sampler = _MicroBatches(Order(len(rows), seed), micro_batch, replica, replicas, skip, end)
+    sampler = _MicroBatches(rows.order(seed), micro_batch, replica, replicas, skip, end)
     return iter(DataLoader(rows, batch_sampler=sampler, **options))
 
 

@@ -65,13 +65,16 @@ class ChatTemplate:
         key: key of the experiment that error messages refer to, for example `data.messages`.
         value: value of that key.
         tools: whether conversations have tools.
+        system: the system prompt of conversations without one; "" or false for none, None for the template's own.
 
     Raises:
-        UserError: there is no template, it does not write tools, or it begins an answer after every conversation.
+        UserError: there is no template, it does not write tools or a system prompt, or it begins an answer after every
+            conversation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str, value: Any, tools: bool = False):
-        self.tokenizer, self.key, self.value = tokenizer, key, value
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, key: str, value: Any, tools: bool = False,
+                 system: str | bool | None = None):
+        self.tokenizer, self.key, self.value, self.system = tokenizer, key, value, system
         if not tokenizer.chat_template:
             raise UserError(key, "this tokenizer has no chat template to write messages with", value=value,
                             way_out="name another `data.tokenizer.path`, or use `data.prompt` and `data.response`, "
@@ -85,6 +88,7 @@ class ChatTemplate:
             raise UserError(key, "the chat template begins another answer at the end of every conversation, which "
                             "would be learned", value=value,
                             way_out=f"write that in {{% if add_generation_prompt %}} alone, {COPY}")
+        self._check_system()
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """Samples of a conversation: one, or several with a common beginning.
@@ -96,7 +100,7 @@ class ChatTemplate:
         if not messages:
             return []
         self._check_fields(messages)
-        messages = self.shape.fit(messages)
+        messages = self.shape.fit(self._with_system(messages))
         text = self._attempt(messages, tools)
         if text is None and any("content" not in message for message in messages):
             messages = self._said_nothing(messages)
@@ -118,6 +122,23 @@ class ChatTemplate:
             if upto == last + 1 or left[last] is None:
                 raise self._not_found(messages)
             text, upto = left[last].text, last + 1
+
+    def _check_system(self) -> None:
+        if self.system and not self.shape.writes_system:
+            raise UserError("data.system", "this tokenizer's chat template writes no system prompt", value=self.system,
+                            way_out="put it at the beginning of the prompts in the data, and leave `data.system` out")
+        if self.system in (False, "") and self.shape.added_prompt and not self.shape.can_be_silenced:
+            raise UserError("data.system", "the chat template adds its system prompt whatever it is given: "
+                            f"{self.shape.added_prompt[:100]!r}", value=self.system,
+                            way_out=f"take it out of the template, {COPY}")
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """The messages with the system prompt that was asked for, unless they begin with their own."""
+        if self.system is None or messages[0]["role"] in ("system", "developer"):
+            return messages
+        if not self.system and not self.shape.added_prompt:
+            return messages
+        return [{"role": "system", "content": self.system or ""}, *messages]
 
     def _check_fields(self, messages: list[Message]) -> None:
         """Raise `UserError` if the template would drop a tool call or reasoning, and only the rest would be learned."""
@@ -143,7 +164,19 @@ class ChatTemplate:
     @cached_property
     def notes(self) -> list[str]:
         """Remarks for the user on the template."""
-        return self.shape.notes(None if not self._marked(None) else self._marked_text)
+        return [*self._notes_on_system(), *self.shape.notes(None if not self._marked(None) else self._marked_text)]
+
+    def _notes_on_system(self) -> list[str]:
+        own, again = self.shape.added_prompt, "; give the same to a server"
+        if self.system:
+            return [f"conversations without a system prompt get data.system{again}"]
+        if not own:
+            return []
+        if self.system is None:
+            ours = "sets or drops it" if self.shape.can_be_silenced else "is written beside it"
+            return [f"to a conversation without one, the chat template adds the system prompt {own[:100]!r}; "
+                    f"data.system {ours}"]
+        return [f"in the place of the chat template's own system prompt stands an empty one{again}"]
 
     # ---- turns
 

@@ -60,7 +60,11 @@ class Encoder:
         self.start = [tokenizer.bos_token_id] if empty[:1] == [tokenizer.bos_token_id] != [None] else []
         key = "messages" if data.messages else "prompt"
         self.chat = None if not learns_chats(tokenizer, data) else ChatTemplate(
-            tokenizer, f"data.{key}", getattr(data, key), data.tools is not None)
+            tokenizer, f"data.{key}", getattr(data, key), data.tools is not None, data.system)
+        if data.system and self.chat is None:
+            raise UserError("data.system", "this tokenizer has no chat template to write a system prompt with",
+                            value=data.system, way_out="put it at the beginning of the prompts in the data, and leave "
+                            "`data.system` out")
 
     def __call__(self, records: list[dict[str, Any]]) -> list[Document]:
         """Encode a batch of records."""
@@ -79,7 +83,10 @@ class Encoder:
     @property
     def notes(self) -> list[str]:
         """Remarks for the user on how records are rendered."""
-        return self.chat.notes if self.chat else []
+        if self.chat is None:
+            return []
+        by_template = ["prompt and response are written by the chat template, as user and assistant"]
+        return [*(by_template if self.data.prompt else []), *self.chat.notes]
 
     # ---- texts and the spans that the loss covers
 

@@ -1,8 +1,9 @@
-"""Dataset builder for local text and JSON files: strict, line by line, at most `LONGEST` bytes per document."""
+"""Dataset builder for local text, JSON and CSV files: strict, line by line, at most `LONGEST` bytes per document."""
 
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 import os
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ import pyarrow
 from datasets.builder import Key
 
 from trainer.data.encoding import LONGEST, field_of
+from trainer.data.missing_fields import no_such_field
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 
 LISTS = ("messages", "tools")  # keys whose fields hold lists, or JSON text of a list
+IDS = ("input_ids", "labels")  # keys whose fields hold lists of integers, or JSON text of one
 TABLE = 16 * 2**20  # characters per Arrow table, unless a single document is longer
 
 
@@ -26,7 +29,14 @@ def read_keys(data: Data) -> tuple[str, ...]:
     """The keys of `data` that name the fields to read."""
     if data.messages:
         return ("messages", "tools") if data.tools else ("messages",)
+    if data.input_ids:
+        return IDS if data.labels else IDS[:1]
     return ("prompt", "response") if data.prompt and data.response else ("text",)
+
+
+def is_integers(value: Any) -> bool:
+    """Whether a value is a list of 64-bit integers."""
+    return isinstance(value, (list, tuple)) and all(type(one) is int and -2**63 <= one < 2**63 for one in value)
 
 
 @dataclass
@@ -36,7 +46,7 @@ class _Files(datasets.BuilderConfig):
     Attributes:
         splits: files by split.
         versions: size and modification time of each file.
-        kind: `text` or `json`.
+        kind: `text`, `json` or `csv`.
         read: key of `data` -> record field that it names.
     """
 
@@ -47,7 +57,7 @@ class _Files(datasets.BuilderConfig):
 
 
 class LocalFiles(datasets.ArrowBasedBuilder):
-    """Builder for text files, one document each, and for JSON records, reduced to the fields that are read.
+    """Builder for text files, one document each, and for JSON and CSV records, reduced to the fields that are read.
 
     Attributes:
         asked: (key, path) in the experiment, for error messages.
@@ -58,11 +68,11 @@ class LocalFiles(datasets.ArrowBasedBuilder):
     _fields: dict[str, None]
 
     def _info(self) -> datasets.DatasetInfo:
-        plain, own = datasets.Value("string"), datasets.Json()
-        read = self.config.read
+        plain, read = datasets.Value("string"), self.config.read
+        kinds = {**dict.fromkeys(LISTS, datasets.Json()), **dict.fromkeys(IDS, datasets.List(datasets.Value("int64")))}
         return datasets.DatasetInfo(features=datasets.Features(
-            {name: own if key in LISTS else plain for key, name in read.items()} if self.config.kind == "json"
-            else {"text": plain}))
+            {"text": plain} if self.config.kind == "text" else
+            {name: kinds.get(key, plain) for key, name in read.items()}))
 
     def _split_generators(self, _: Any) -> list[datasets.SplitGenerator]:
         return [datasets.SplitGenerator(name=split, gen_kwargs={"files": files})
@@ -72,7 +82,7 @@ class LocalFiles(datasets.ArrowBasedBuilder):
         schema = self.info.features.arrow_schema
         self._fields = {}
         for number, file in enumerate(files):
-            rows: list[dict[str, str]] = []
+            rows: list[dict[str, Any]] = []
             part = size = 0
             for record in self._records(file, first=number == 0):
                 own = sum(map(len, record.values()))
@@ -88,14 +98,14 @@ class LocalFiles(datasets.ArrowBasedBuilder):
             raise UserError("data.tools", "no record has such a field", value=name,
                             way_out=f"their fields are {', '.join(str(one)[:40] for one in list(self._fields)[:20])}")
 
-    def _records(self, file: str, first: bool) -> Iterator[dict[str, str]]:
+    def _records(self, file: str, first: bool) -> Iterator[dict[str, Any]]:
         if self.config.kind == "text":
             with open(file, "rb") as handle:
                 content = handle.read(LONGEST + 1)
             text = self._decoded(content, file, 1)
             yield {"text": text.replace("\r\n", "\n").replace("\r", "\n")}
             return
-        for place, value in self._values(file):
+        for place, value in (self._lines if self.config.kind == "csv" else self._values)(file):
             yield self._read(value, place, first)
             first = False
 
@@ -115,16 +125,46 @@ class LocalFiles(datasets.ArrowBasedBuilder):
                 if line.strip():
                     yield f"{file}:{number}", self._parsed(line, file, number)
 
-    def _read(self, value: Any, place: str, first: bool) -> dict[str, str]:
-        """Reduce a record to the fields that are read, as strings; lists become JSON text."""
+    def _lines(self, file: str) -> Iterator[tuple[str, dict[str, str]]]:
+        """(place, fields) of each line of a CSV file after the first, which names the fields."""
+        csv.field_size_limit(LONGEST)
+        with open(file, "rb") as handle:
+            lines = (self._decoded(line, file, number) for number, line in enumerate(
+                iter(lambda: handle.readline(LONGEST + 1), b""), 1))
+            reader = csv.reader(lines, delimiter="\t" if file.endswith(".tsv") else ",", strict=True)
+            names: list[str] | None = None
+            try:
+                for values in reader:
+                    place = f"{file}:{reader.line_num}"
+                    if names is None:
+                        names = self._header(values, place)
+                    elif len(values) != len(names) and values:
+                        raise self._wrong(f"{place} has {len(values)} fields, and the first line names {len(names)}",
+                                          "mend or remove this line; a field with commas or line breaks is quoted")
+                    elif values:
+                        yield place, dict(zip(names, values, strict=True))
+            except csv.Error as error:
+                raise self._wrong(f"{file}:{reader.line_num} is not CSV: {error}",
+                                  "mend or remove this line") from error
+
+    def _header(self, names: list[str], place: str) -> list[str]:
+        names[:1] = [name.removeprefix("\ufeff") for name in names[:1]]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise self._wrong(f"{place} names the field {twice!r} twice", "the first line names the fields: write one")
+        return names
+
+    def _read(self, value: Any, place: str, first: bool) -> dict[str, Any]:
+        """Reduce a record to the fields that are read: strings, lists of integers, and JSON text of other lists."""
         if not isinstance(value, dict):
             raise self._wrong(f"{place} is not a JSON object, but {type(value).__name__}", "write a {...} on each line")
         record, read = {}, self.config.read
         self._fields.update(dict.fromkeys(one for one in value if first or one == read.get("tools")))
         for key, name in read.items():
             if first and name not in value and key != "tools":  # tools may appear only in later records
-                raise UserError(f"data.{key}", f"the records have no such field, {place} for one", value=name,
-                                way_out=f"their fields are {', '.join(str(one)[:40] for one in list(value)[:20])}")
+                raise no_such_field(key, name, value, place)
+            if key in IDS:
+                record[name] = self._integers(value.get(name), key, place)
+                continue
             kind, field = list if key in LISTS else str, value.get(name)
             if kind is list and isinstance(field, str) or key == "tools":
                 field = self._list(field)
@@ -137,6 +177,14 @@ class LocalFiles(datasets.ArrowBasedBuilder):
                 raise self._wrong(f"{place} has half a character, {record[name][error.start]!r}, in {name}",
                                   "mend or remove this record") from error
         return record
+
+    def _integers(self, field: Any, key: str, place: str) -> list[int]:
+        field = self._list(field) if isinstance(field, str) else field
+        if not is_integers(field):
+            raise UserError(f"data.{key}", f"{place} has no list of integers in this field, but "
+                            f"{json.dumps(field, ensure_ascii=False)[:100]}", value=self.config.read[key],
+                            way_out="mend or remove this record")
+        return field
 
     @staticmethod
     def _list(field: Any) -> Any:
@@ -183,7 +231,7 @@ def local_builder(splits: dict[str, list[str]], kind: str, data: Data, path: str
     """The builder for local files, given by split; no file is read yet.
 
     Args:
-        kind: `text` or `json`.
+        kind: `text`, `json` or `csv`.
         path: path of the data as in the experiment, under `key`.
     """
     stats = [os.stat(file) for files in splits.values() for file in files]

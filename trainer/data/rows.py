@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from strategies.common.progress import report
-from trainer.data.encoding import Document, Encoder
+from trainer.data.encoding import Document
 from trainer.data.packing import build_row, cuts, pack
+from trainer.data.row_order import Order
 from trainer.errors import UserError
 
+Row = dict[str, torch.Tensor]
+Encode = Callable[[list[dict[str, Any]]], list[Document]]
 BATCH, CHARACTERS = 256, 4 * 2**20  # limits of one tokenizer call: number of records, and characters in them
 FILES = {"tokens": np.int32, "loss_mask": np.bool_, "bytes": np.int32}
 ON_DISK = {"loss_mask": "learnt"}  # file name from the first version, kept so that its caches stay readable
@@ -32,7 +36,7 @@ def file_of(folder: Path, name: str) -> Path:
     return folder / f"{ON_DISK.get(name, name)}.bin"
 
 
-def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encoder) -> None:
+def encode_to(folder: Path, documents: Iterable[dict[str, Any]], encoder: Encode) -> None:
     """Tokenize documents into `folder`: flat files of tokens, loss mask and bytes, and the offsets of document ends.
 
     The files are written to a temporary folder that is then renamed, so that an interrupted run leaves nothing that
@@ -69,12 +73,12 @@ def keep_one(partial: Path, folder: Path) -> None:
         shutil.rmtree(partial)
 
 
-def _encoded(documents: Iterable[dict[str, Any]], encoder: Encoder) -> Iterator[Document]:
+def _encoded(documents: Iterable[dict[str, Any]], encoder: Encode) -> Iterator[Document]:
     batch: list[dict[str, Any]] = []
     size = 0
     for record in documents:
         batch.append(record)
-        size += sum(len(value) for value in record.values() if isinstance(value, str))
+        size += sum(len(value) for value in record.values() if isinstance(value, (str, list)))
         if len(batch) == BATCH or size > CHARACTERS:
             yield from encoder(batch)
             batch, size = [], 0
@@ -114,6 +118,25 @@ class PackedRows(Dataset):
     def cut(self) -> int:
         """Number of tokens in no row: ends of long records, and documents without a target."""
         return (int(self.ends[-1]) if len(self.ends) else 0) - self.tokens
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(rows,) tokens of each row, without padding."""
+        return np.fromiter((sum(map(len, row)) for row in self.rows), np.int64, len(self.rows))
+
+    @property
+    def learned(self) -> int:
+        """Number of targets in all rows; the first token of a document is none."""
+        mask = self.flat["loss_mask"]
+        return sum(int(mask[piece.start + 1:piece.stop].sum()) for row in self.rows for piece in row)
+
+    def order(self, seed: int) -> Order:
+        """The order in which a run with this seed takes the rows."""
+        return Order(len(self), seed)
+
+    def token_counts(self, size: int) -> np.ndarray:
+        """(size or more,) how often each token is in the data."""
+        return np.bincount(self.flat["tokens"], minlength=size)
 
     def _pieces(self, plain: bool) -> Iterator[range]:
         """Pieces of documents, as index ranges into the flat files."""
@@ -157,7 +180,7 @@ class PackedRows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Row:
         """The row at `index`; -1 gives a row of padding without targets."""
         parts = [Document(**{name: flat[piece.start:piece.stop] for name, flat in self.flat.items()})
                  for piece in (self.rows[index] if index >= 0 else ())]
@@ -171,7 +194,7 @@ class StreamedRows(IterableDataset):
     of processes.
     """
 
-    def __init__(self, documents: datasets.IterableDataset, encoder: Encoder, capacity: int, packing: bool,
+    def __init__(self, documents: datasets.IterableDataset, encoder: Encode, capacity: int, packing: bool,
                  plain: bool, padding: int, shuffle: tuple[int, int] | None):
         self.documents, self.encoder, self.capacity = documents, encoder, capacity
         self.packing, self.plain, self.padding, self.shuffle = packing, plain, padding, shuffle
@@ -183,7 +206,7 @@ class StreamedRows(IterableDataset):
         shared.micro_batch, shared.replica, shared.replicas, shared.skip = micro_batch, replica, replicas, skip
         return shared
 
-    def rows(self) -> Iterator[dict[str, torch.Tensor]]:
+    def rows(self) -> Iterator[Row]:
         """All rows of the stream in order: endless with shuffling, a single epoch without."""
         documents = self.documents
         if self.shuffle:
@@ -204,8 +227,8 @@ class StreamedRows(IterableDataset):
                                 way_out="check the fields, or raise `data.sequence_length`")
             epoch += 1
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        batch: list[dict[str, torch.Tensor]] = []
+    def __iter__(self) -> Iterator[Row]:
+        batch: list[Row] = []
         for number, row in enumerate(self.rows()):
             micro = number // self.micro_batch
             if number < self.skip or micro % self.replicas != self.replica:

@@ -11,10 +11,12 @@ from rich.text import Text as Line
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data import sources
-from trainer.data.dataset import cache_folder, encoder_for, tokenizer_for
+from trainer.data.dataset import cache_folder, encoder_for, for_each_source, tokenizer_for
 from trainer.data.encoding import Document, Encoder
 from trainer.data.messages import notes_on_calls, read_conversation, thoughts_of
 from trainer.data.packing import cuts
+from trainer.data.token_ids import IdEncoder
+from trainer.experiment.data_nodes import Data, source_names, weights_of
 from trainer.experiment.experiment import Experiment
 
 SHOWN, COUNTED = 3, 200  # records to print, and records to compute statistics over
@@ -26,27 +28,40 @@ def show_data(experiment: Experiment, console: Console) -> None:
     Raises:
         UserError: as in a run, for mistakes in the data and tokenizer; only the first records are read.
     """
-    data, plain = experiment.data, not (experiment.data.messages or experiment.data.prompt)
-    corpus = sources.open_corpus(data, cache_folder(experiment.run))
-    tokenizer = tokenizer_for(experiment, corpus)
-    encoder = encoder_for(tokenizer, data, corpus.train)
-    read = list(islice(iter(corpus.train), COUNTED))
+    data, cache = experiment.data, cache_folder(experiment.run)
+    corpora = for_each_source(data, lambda _, part: sources.open_corpus(part, cache))
+    tokenizer = tokenizer_for(experiment, corpora)
+    names = source_names(data)
+
+    def show(number: int, part: Data) -> None:
+        if data.sources is not None:
+            console.print(Line(f"{names[number]}, {weights_of(data)[number]:.1%} of the tokens", style="bold"))
+        read = list(islice(iter(corpora[number].train), COUNTED))
+        _show_records(read, encoder_for(tokenizer, part, corpora[number].train), console)
+
+    for_each_source(data, show)
+
+
+def _show_records(read: list[dict[str, Any]], encoder: Encoder | IdEncoder, console: Console) -> None:
+    """Print the first of some records, and statistics over all of them."""
+    data, tokenizer = encoder.data, encoder.tokenizer
     records = [encoder([record]) for record in read]
     for number, documents in enumerate(records[:SHOWN], 1):
         for part, document in enumerate(documents, 1):
             of = f", sample {part} of {len(documents)}" if len(documents) > 1 else ""
-            console.print(
-                Line(
-                    f"record {number}{of}: {len(document):,} tokens, {int(document.loss_mask.sum()):,} learned",
-                    style="bold",
-                )
-            )
-            console.print(shown_document(tokenizer, document, data.sequence_length, plain, console.is_terminal),
+            console.print(Line(f"record {number}{of}: {learned_of(document)}", style="bold"))
+            console.print(shown_document(tokenizer, document, data.sequence_length, data.is_plain, console.is_terminal),
                           soft_wrap=True)
     documents = [document for record in records for document in record]
-    thoughts = left_out_thoughts(tokenizer, encoder, zip(read, records, strict=True))
-    console.print(Line("\n".join([*summary(documents, len(records), data.sequence_length, plain), *thoughts,
+    thoughts = [] if isinstance(encoder, IdEncoder) else left_out_thoughts(
+        tokenizer, encoder, zip(read, records, strict=True))
+    console.print(Line("\n".join([*summary(documents, len(records), data.sequence_length, data.is_plain), *thoughts,
                                   *encoder.notes, *notes_on_calls(read, data)])), soft_wrap=True)
+
+
+def learned_of(document: Document) -> str:
+    """How long a document is, and how much of it is learned."""
+    return f"{len(document):,} tokens, {int(document.loss_mask.sum()):,} learned"
 
 
 def summary(documents: list[Document], records: int, capacity: int, plain: bool) -> list[str]:

@@ -1,7 +1,7 @@
 """Open the documents of an experiment: a hub id, a folder, a file or glob, or Python's own standard library.
 
-Local text and JSON files are read by `LocalFiles`; Parquet and hub data are read by `datasets`, restricted to formats
-that hold plain records: nothing is executed, unpickled or unpacked.
+Local text, JSON and CSV files are read by `LocalFiles`; Parquet and hub data are read by `datasets`, restricted to
+formats that hold plain records: nothing is executed, unpickled or unpacked.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from pyarrow import parquet
 
 from trainer.data.encoding import LONGEST
 from trainer.data.local_files import local_builder, read_keys
+from trainer.data.missing_fields import no_such_field
 from trainer.errors import UserError
-from trainer.experiment.data_nodes import Data
+from trainer.experiment.data_nodes import DEFAULT_PATH, Data
 
-PYTHON_LIBRARY = "python-library"
+PYTHON_LIBRARY = DEFAULT_PATH
+NUMBER = "limbeck record number"  # added to records of token ids: the number of each in its source, from 1
 UNPACKED = 200  # largest decompression ratio of a Parquet file: ten times that of text
 RECORDS = ("arrow", "cache", "csv", "json", "parquet", "text")  # builders of `datasets` that may be used
 BUILDERS = {".txt": "text", ".md": "text", ".rst": "text", ".py": "text", ".jsonl": "json", ".json": "json",
-            ".parquet": "parquet"}
+            ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 Documents = datasets.Dataset | datasets.IterableDataset
 
 
@@ -72,6 +74,25 @@ def open_corpus(data: Data, cache: Path) -> Corpus:
     return Corpus(parts["train"], parts["test"])
 
 
+def open_training(data: Data, cache: Path) -> Documents:
+    """Open the training documents alone, with those that will be held out; raises the errors of `open_corpus`."""
+    train = _open(data, data.path, data.split, "data.path", cache)
+    _check_fields(train, data)
+    return train.take(data.max_documents) if data.max_documents else train
+
+
+def is_local(path: str) -> bool:
+    """Whether data is read without a network."""
+    return path == PYTHON_LIBRARY or os.path.isdir(path) or bool(_local_files(path))
+
+
+def files_of(path: str) -> list[str]:
+    """The local files of a path; none for `python-library`."""
+    if os.path.isdir(path):
+        return sorted(str(file) for file in Path(path).rglob("*") if file.suffix in BUILDERS and file.is_file())
+    return _local_files(path)
+
+
 def fields(data: Data) -> list[str]:
     """Names of the record fields that the experiment reads."""
     return [getattr(data, key) for key in read_keys(data)]
@@ -90,6 +111,8 @@ def _open(data: Data, path: str, split: str, key: str, cache: Path) -> Documents
             else:
                 builder.download_and_prepare()
                 documents = builder.as_dataset(split=split)
+        if data.input_ids:
+            documents = _numbered(documents)
         empty = not len(documents) if not data.streaming else next(iter(documents), None) is None
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise UserError(key, f"no such file or folder here, and no such data set on the hub: {_last_line(error)}",
@@ -99,11 +122,17 @@ def _open(data: Data, path: str, split: str, key: str, cache: Path) -> Documents
             raise
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if "corresponds to no data" in str(error):  # a table that has only its header
+            raise _empty(key, path) from error
         raise UserError(key, f"cannot read this data set: {_last_line(error)}", value=path,
                         way_out="check that every file is valid, and `data.name` and `data.split`") from error
     if empty:
-        raise UserError(key, "the data set is empty", value=path, way_out="name data with at least one record")
+        raise _empty(key, path)
     return documents
+
+
+def _empty(key: str, path: str) -> UserError:
+    return UserError(key, "the data set is empty", value=path, way_out="name data with at least one record")
 
 
 def check_path(path: str, key: str) -> None:
@@ -114,7 +143,8 @@ def check_path(path: str, key: str) -> None:
         raise UserError(key, what, value=path,
                         way_out="name an existing path, a glob such as texts/*.txt, or a hub id")
     if os.path.isdir(path) and not any(file.is_file() for file in Path(path).rglob("*")):
-        raise UserError(key, "this folder is empty", value=path, way_out="name a folder with text, JSONL or Parquet")
+        raise UserError(key, "this folder is empty", value=path,
+                        way_out="name a folder with text, JSONL, CSV or Parquet")
 
 
 def _local_files(path: str) -> list[str]:
@@ -149,8 +179,8 @@ def _builder(data: Data, path: str, key: str, cache: str) -> datasets.DatasetBui
         if outside := next((file for file in files if not os.path.abspath(file).startswith(inside)), None):
             raise UserError(key, f"the folder's README.md names a file outside of it: {outside}", value=path,
                             way_out="mend or remove its `configs`")
-        if builder.name == "json":
-            return local_builder(splits, "json", data, path, key, cache)
+        if builder.name in ("json", "csv"):
+            return local_builder(splits, builder.name, data, path, key, cache)
         _check_packed(files, path, key)
     return builder
 
@@ -158,10 +188,10 @@ def _builder(data: Data, path: str, key: str, cache: str) -> datasets.DatasetBui
 def _kind(files: list[str], path: str, key: str) -> str:
     kinds = {BUILDERS.get(Path(file).suffix) for file in files}
     if len(kinds) != 1 or None in kinds:
-        raise UserError(key, "these files are not all text, all JSONL or all Parquet", value=path,
+        raise UserError(key, "these files are not all text, all JSONL, all CSV or all Parquet", value=path,
                         way_out=f"known endings: {', '.join(BUILDERS)}")
     if all(os.path.getsize(file) == 0 for file in files):
-        raise UserError(key, "the data set is empty", value=path, way_out="name data with at least one record")
+        raise _empty(key, path)
     return kinds.pop()
 
 
@@ -202,13 +232,19 @@ def _python_library(streaming: bool) -> Documents:
     return documents.to_iterable_dataset() if streaming else documents
 
 
+def _numbered(documents: Documents) -> Documents:
+    """The documents with a field that has the number of each, which is lost when they are shuffled."""
+    if isinstance(documents, datasets.Dataset):
+        return documents.add_column(NUMBER, range(1, len(documents) + 1))
+    return documents.map(lambda record, number: {**record, NUMBER: number + 1}, with_indices=True)
+
+
 def _check_fields(documents: Documents, data: Data) -> None:
-    columns = documents.column_names or list(next(iter(documents)))
-    for key in ("messages", "tools", "prompt", "response", "text"):
-        name = getattr(data, key)
-        if name in fields(data) and name not in columns:
-            raise UserError(f"data.{key}", "the records have no such field", value=name,
-                            way_out=f"their fields are {', '.join(columns)}")
+    first = next(iter(documents))
+    columns = documents.column_names or list(first)
+    for key in read_keys(data):
+        if getattr(data, key) not in columns:
+            raise no_such_field(key, getattr(data, key), {**dict.fromkeys(columns), **first})
 
 
 def _cut_in_two(documents: datasets.Dataset, data: Data, fraction: float) -> datasets.Dataset:

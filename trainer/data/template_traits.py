@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property
+from os.path import commonprefix
 from typing import Any
 
 from trainer.data.messages import Message
@@ -70,6 +72,44 @@ class TemplateShape:
         given = self._write(self.fit([USER]), [TOOL])
         return given is None or WORD in given
 
+    @cached_property
+    def added_prompt(self) -> str:
+        """The system prompt that the template adds to a conversation without one; "" if it adds none.
+
+        Of a template that joins it with a given one, all that it writes before the first message of a user only.
+        """
+        return self._default_system or (self._opening if re.search(r"\w+ \w+", self._opening) else "")
+
+    @cached_property
+    def _opening(self) -> str:
+        """The text before the first message of a user that is not there before a later one."""
+        alone = self._write(self.fit([USER]))
+        later = self._write(self.fit([{**USER, "content": WORD}, {"role": "assistant", "content": ANSWER}, USER]))
+        if alone is None or later is None:
+            return ""
+        head, other = alone.partition(USER["content"])[0], later.rpartition(USER["content"])[0]
+        return head[:len(head) - len(commonprefix([head[::-1], other[::-1]]))].strip()
+
+    @cached_property
+    def _default_system(self) -> str:
+        given, alone = self._with_system, self._write(self.fit([USER]))
+        if given is None or alone is None or given.count(WORD) != 1:
+            return ""
+        before, _, after = given.partition(WORD)
+        adds = alone.startswith(before) and alone.endswith(after) and len(alone) > len(before) + len(after)
+        return alone[len(before):len(alone) - len(after)].strip() if adds else ""
+
+    @cached_property
+    def writes_system(self) -> bool:
+        """Whether the template writes a system message."""
+        return self._with_system is not None and WORD in self._with_system
+
+    @cached_property
+    def can_be_silenced(self) -> bool:
+        """Whether an empty system message takes the place of the system prompt that the template adds."""
+        silent = self._write(self.fit([{"role": "system", "content": ""}, USER]))
+        return silent is not None and self.added_prompt not in silent
+
     def writes(self, key: str) -> bool:
         """Whether the template writes a field of the assistant's message other than its content.
 
@@ -102,6 +142,10 @@ class TemplateShape:
         return followed is not None and ANSWER in followed and not followed.rpartition(ANSWER)[2].startswith(closing)
 
     # ---- probes
+
+    @cached_property
+    def _with_system(self) -> str | None:
+        return self._write(self.fit([{"role": "system", "content": WORD}, USER]))
 
     @cached_property
     def _answer(self) -> list[Message]:

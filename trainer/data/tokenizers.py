@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.data.messages import texts_of
-from trainer.data.sources import Documents, fields
+from trainer.data.sources import fields
 from trainer.errors import UserError, error_context
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.data_nodes import Tokenizer as TokenizerSettings
@@ -152,9 +153,9 @@ def _check_teacher(path: str, name: str, tokenizer: PreTrainedTokenizerBase, oth
                         "of the student's family")
 
 
-def load_tokenizer(key: str, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(key: str, path: str, revision: str | None, **options: bool) -> PreTrainedTokenizerBase:
     """Load a fast tokenizer; if it has no padding token, it pads with its end-of-sequence token."""
-    tokenizer = _loaded_tokenizer(key, path, revision)
+    tokenizer = _loaded_tokenizer(key, path, revision, **options)
     if not tokenizer.is_fast:
         raise UserError(key, "this tokenizer has no fast version, which label masks need", value=path,
                         way_out="name a folder with tokenizer.json in `data.tokenizer.path`")
@@ -177,22 +178,36 @@ def _loaded_tokenizer(key: str, path: str, revision: str | None, **options: bool
                         way_out="name a hub id or a folder with tokenizer.json in `data.tokenizer.path`") from error
 
 
-def train_tokenizer(documents: Documents, data: Data, folder: Path) -> None:
-    """Train a byte-level BPE tokenizer (Sennrich et al. 2016, on bytes as in GPT-2) and save it to `folder`."""
+def train_tokenizer(sources: Sequence[tuple[Data, Iterable[dict[str, Any]]]], folder: Path) -> None:
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016, on bytes as in GPT-2) and save it to `folder`.
+
+    Args:
+        sources: the sources of the text, each with its records.
+        folder: where to save it.
+
+    Raises:
+        UserError: a source holds token ids, which belong to another tokenizer.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=data.tokenizer.train_vocabulary, special_tokens=[END],
+    trainer = trainers.BpeTrainer(vocab_size=sources[0][0].tokenizer.train_vocabulary, special_tokens=[END],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(_texts(documents, data), trainer=trainer)
+    tokenizer.train_from_iterator(_texts(sources), trainer=trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
                             ).save_pretrained(folder)
 
 
-def _texts(documents: Documents, data: Data) -> Iterator[str]:
-    for record in islice(documents, TRAINING_DOCUMENTS):
-        for name in fields(data):
-            if name == data.messages:
-                yield from texts_of(record, data)
-            elif isinstance(record[name], str):
-                yield record[name]
+def _texts(sources: Sequence[tuple[Data, Iterable[dict[str, Any]]]]) -> Iterator[str]:
+    """Text of the first records of each source, equally many of each."""
+    for data, documents in sources:
+        if data.input_ids:
+            raise UserError("data.tokenizer.train_vocabulary", "the data holds token ids of another tokenizer",
+                            value=data.tokenizer.train_vocabulary,
+                            way_out="name the tokenizer that made them in `data.tokenizer.path`")
+        for record in islice(documents, TRAINING_DOCUMENTS // len(sources)):
+            for name in fields(data):
+                if name == data.messages:
+                    yield from texts_of(record, data)
+                elif isinstance(record[name], str):
+                    yield record[name]

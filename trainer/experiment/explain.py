@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source, all_keys, node_of
+from trainer.experiment.node import Node
 
 
 def help_text() -> str:
@@ -50,9 +51,15 @@ def resolved_table(source: Source) -> list[tuple[str, str, str]]:
             continue
         if value is None and any(_get(source.experiment, above) is None for above in _above(key)):
             continue  # the whole node is absent, and has a row of its own
-        shown = value.model_dump() if hasattr(value, "model_dump") else value
-        rows.append((key, json.dumps(shown), source.origins.get(tuple(key.split(".")), "default")))
+        rows.append((key, json.dumps(_plain(value)), source.origins.get(tuple(key.split(".")), "default")))
     return rows
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; of the nodes in a list, what was given."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, Node) else value
 
 
 def _above(key: str) -> list[str]:

@@ -8,7 +8,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -136,6 +136,10 @@ def _explain(entry: dict[str, Any]) -> UserError:
         explained.has_value, explained.value = cause.has_value, cause.value
         return explained
     if entry["type"] == "extra_forbidden":
+        if key.rpartition(".")[2] in ("chosen", "rejected"):
+            return UserError(key, "preferences are not learned: there is no loss on pairs of answers",
+                             value=entry["input"], way_out="to fine-tune on the chosen answers alone, name them in "
+                             "`data.messages`, in `data.response` beside `data.prompt`, or in `data.text`")
         return UserError(key, "no such key", value=entry["input"], way_out=_nearest_key(key))
     if entry["type"] == "missing":
         return UserError(key, "this key is required", way_out=f"it means: {_help(key)}")
@@ -143,8 +147,9 @@ def _explain(entry: dict[str, Any]) -> UserError:
         node = _node(key)
         names = list(node.model_fields) if node else []
         path = "path" in names and isinstance(entry["input"], str)
+        name = key.rpartition(".")[2]
         return UserError(key, "expected keys of its own, not a single value", value=entry["input"],
-                         way_out=f"write {key.rpartition('.')[2]}: {{path: {entry['input']}}}" if path
+                         way_out=f"write {'' if name.isdigit() else f'{name}: '}{{path: {entry['input']}}}" if path
                          else f"its keys are {', '.join(names)}")
     if entry["type"] == "string_pattern_mismatch":
         return UserError(key, "only letters, digits, '.', '_' and '-' can be used, beginning with a letter or digit",
@@ -170,7 +175,7 @@ ELSEWHERE = {
     "bf16": "precision.dtype", "fp16": "precision.dtype", "save_steps": "training.checkpoint_every",
     "save_total_limit": "training.keep_checkpoints", "eval_steps": "training.evaluate_every",
     "logging_steps": "run.log_every", "report_to": "run.trackers", "output_dir": "run.folder",
-    "model_name_or_path": "student.path", "dataset": "data.path", "datasets": "data.path",
+    "model_name_or_path": "student.path", "dataset": "data.path", "datasets": "data.sources",
 }
 """What transformers, TRL and axolotl call it, and the key here."""
 
@@ -213,15 +218,35 @@ def node_of(annotation: Any) -> type[Node] | None:
     return None
 
 
+def item_node_of(annotation: Any) -> type[Node] | None:
+    """The `Node` class of the items in an annotation such as `tuple[DataSource, ...] | None`; None if there is none."""
+    if get_origin(annotation) is tuple:
+        return node_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return next((found for part in get_args(annotation) if (found := item_node_of(part))), None)
+    return None
+
+
 def _node(key: str) -> type[Node] | None:
     if not key:
         return Experiment
-    info = all_keys(Experiment).get(key)
+    info = _field(key)
+    if key.rpartition(".")[2].isdigit():
+        info = _field(key.rpartition(".")[0])
+        return item_node_of(info.annotation) if info else None
     return node_of(info.annotation) if info else None
 
 
+def _field(key: str) -> Any:
+    """The pydantic field of a dotted key, which may lead through an item of a list; None if there is none."""
+    above, _, name = key.rpartition(".")
+    if above.rpartition(".")[2].isdigit() and (node := _node(above)) is not None:
+        return node.model_fields.get(name)
+    return all_keys(Experiment).get(key)
+
+
 def _help(key: str) -> str:
-    info = all_keys(Experiment).get(key)
+    info = _field(key)
     if info is None:  # an item of a list: use the help text of the list
         info = all_keys(Experiment).get(key.rpartition(".")[0])
     return (info.description or "") if info else ""

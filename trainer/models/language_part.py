@@ -69,13 +69,13 @@ def check_alone(alone: nn.Module, origin: PretrainedConfig, key: str, value: str
 
 def check_places(models: Mapping[str, Model | None], text: PreparedData) -> None:
     """Raise `UserError` if the text contains placeholder tokens for images, video or sound."""
-    if not hasattr(text.train, "flat"):
+    if not hasattr(text.train, "token_counts"):
         return  # a stream cannot be searched in advance
     places = {token: key for key, model in models.items() if model is not None and model.path is not None
               for token in _places(model)}
-    used = torch.from_numpy(text.train.flat["tokens"].astype("int64"))
+    counts = text.train.token_counts(1 + max(places, default=0))
     for token, key in places.items():
-        if count := int((used == token).sum()):
+        if count := int(counts[token]):
             name = text.tokenizer.convert_ids_to_tokens(token)
             raise UserError(f"{key}.path", f"the text has the token {name!r} {count:,} times, in whose place this "
                             "model is given pictures or sound, and its language model alone is used",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from strategies.rematerialization.recompute_plan import PROVEN
+from trainer.data.data_preview import Preview
 from trainer.experiment.explain import resolved_table
 from trainer.experiment.load import Source
 from trainer.planning.plan import NOMINAL_STEPS, Plan
@@ -15,8 +17,8 @@ from trainer.run.metrics import console, readable
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def show_plan(source: Source, plan: Plan) -> None:
-    """Print the plan, and the resolved experiment with the origin of each value."""
+def show_plan(source: Source, plan: Plan, data: Sequence[Preview]) -> None:
+    """Print the plan, the resolved experiment with the origin of each value, and what the data is."""
     _print_columns(f"Experiment {source.experiment.name}: key, value, where it was written", resolved_table(source))
     _print_columns("Plan", _plan_rows(plan))
     _print_columns("Ledger: bytes per process, each part at its largest", [
@@ -25,6 +27,11 @@ def show_plan(source: Source, plan: Plan) -> None:
         _print_columns("Memory at the peak of a step: predicted bytes per process", _memory_rows(plan.memory))
     else:
         console.print("  activations and the peak are not in it: this architecture cannot be run without data")
+    for one in data:
+        of = f", {one.weight:.1%} of the tokens" if len(data) > 1 else ""
+        _print_columns(f"Data: {one.source}{of}", _data_rows(one))
+        for example in one.examples:
+            console.print(f"  {example}", style="dim" if console.is_terminal else None)
 
 
 def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
@@ -61,6 +68,21 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
+def _data_rows(data: Preview) -> list[tuple[str, ...]]:
+    if data.not_looked_at:
+        return [("not looked at", data.not_looked_at)]
+    about = "" if data.exact else "about "
+    rows = [("read", f"{data.read:,} records" + ("" if data.exact else "; what follows is estimated from them")),
+            ("records", "it is not known how many there are" if data.records is None else
+             f"{about}{data.records:,} to train on")]
+    if data.rows is not None:
+        rows += [("rows", f"{about}{data.rows:,}"), ("tokens", f"{about}{data.tokens:,}")]
+    rows.append(("learned", f"{data.learned:.1%} of the tokens"))
+    rows.append(("cut", f"{data.cut:.1%} of the records are longer than a row; {data.left_out:.1%} of all tokens are "
+                        "left out"))
+    return [*rows, *(("note", note) for note in data.notes)]
+
+
 def _memory_rows(memory: MemoryPlan) -> list[tuple[str, ...]]:
     rows = [(name, f"{count:>15,}", readable(count))
             for name, count in sorted(memory.parts.items(), key=lambda part: -part[1]) if count]
@@ -95,8 +117,8 @@ def _block_rows(memory: MemoryPlan) -> list[tuple[list[str], int, str]]:
     return rows
 
 
-def plan_json(source: Source, plan: Plan) -> str:
-    """The resolved experiment and the plan as JSON."""
+def plan_json(source: Source, plan: Plan, data: Sequence[Preview]) -> str:
+    """The resolved experiment, the plan and what the data is as JSON."""
     return json.dumps({"experiment": source.experiment.model_dump(mode="json"),
                        "origins": {key: origin for key, _, origin in resolved_table(source)},
-                       "plan": plan.to_dict()}, indent=2)
+                       "plan": plan.to_dict(), "data": [asdict(one) for one in data]}, indent=2)

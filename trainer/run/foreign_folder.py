@@ -53,12 +53,19 @@ def show_paths(folder: RunFolder, experiment: Experiment) -> None:
 def _paths(experiment: Experiment, folder: RunFolder) -> Iterator[str]:
     values = experiment.model_dump(mode="json")
     for key, what in READ.items():
+        if key == "data.path" and experiment.data.sources is not None:
+            continue
         section, _, rest = key.partition(".")
         value = values.get(section)
         for name in rest.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         if isinstance(value, str) and not _inside(Path(value), folder):
             yield f"{what} is read from {_place(value)!r} ({key})"
+    for number, source in enumerate(values["data"]["sources"] or ()):
+        held_out = (source["validation"] or {}).get("path")
+        for what, key, value in (("text", "path", source["path"]), ("held-out text", "validation.path", held_out)):
+            if value is not None and not _inside(Path(value), folder):
+                yield f"{what} is read from {_place(value)!r} (data.sources.{number}.{key})"
 
 
 def _place(value: str) -> str:

@@ -75,6 +75,7 @@ def _write(folder: RunFolder) -> None:
         "![size against bits per byte](size.png)\n",
         "## Training\n", *_curves(experiment), _training(curves["student"]), *_best(folder),
         *_went_on(folder), *(f"Text: {plain(note)}." for note in plan.get("text", [])), "",
+        *_mixture(plan, curves["student"]),
         "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
         "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan, folder), "",
         "## Samples\n", *_samples(found, experiment["report"]),
@@ -178,6 +179,23 @@ def _best(folder: RunFolder) -> list[str]:
     """Which step is exported, if not simply the last one."""
     found = {"Student": folder, "Control": RunFolder(folder.control)}
     return [f"{name}: {plain(read_json(one.best)['outcome'])}." for name, one in found.items() if one.best.exists()]
+
+
+def _mixture(plan: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
+    """Table of the sources of a mixture, with what the student needs for the held-out text of each at the end."""
+    if "mixture" not in plan:
+        return []
+    last: dict[str, Any] = next((line["held_out"].get("sources", {}) for line in reversed(lines)
+                                 if "held_out" in line), {})
+    rows = ["| source | weight | of the trained tokens | tokens | learned of them | seen | held-out bits per byte |",
+            "|---|---:|---:|---:|---:|---:|---:|"]
+    for one in plan["mixture"]:
+        known = ["streamed", "", "", ""] if one["tokens"] is None else [
+            f"{one['share']:.2%}", f"{one['tokens']:,}", f"{one['learned'] / one['tokens']:.0%}",
+            f"{one['trained'] / one['tokens']:.2g} times"]
+        held_out = f"{last[one['name']]:.4f}" if one["name"] in last else ""
+        rows.append(f"| {code(one['name'])} | {one['weight']:.2%} | {' | '.join(known)} | {held_out} |")
+    return [*rows, ""]
 
 
 def _receipt(receipt: dict[str, Any]) -> str:

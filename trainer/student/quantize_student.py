@@ -18,7 +18,7 @@ from strategies.export.sizes import exported_bytes, header_bound
 from strategies.quantization import post_training
 from strategies.quantization.allocation import Allocation, allocate, curve, draw_curve, rows, uniform
 from strategies.quantization.sensitivity import Sensitivity, measure
-from trainer.data.batches import Order, model_inputs
+from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData
 from trainer.data.rows import StreamedRows
 from trainer.errors import UserError, error_context
@@ -100,7 +100,7 @@ def calibration(text: PreparedData, count: int, seed: int, micro_batch: int, dev
     if isinstance(text.train, StreamedRows):
         chosen = list(islice(text.train.rows(), count))
     else:
-        order = Order(len(text.train), seed)
+        order = text.train.order(seed)
         chosen = [text.train[order[number]] for number in range(min(count, len(text.train)))]
     stacked = {name: torch.stack([row[name] for row in chosen]).to(device) for name in ("input_ids", "position_ids")}
     return [model_inputs({name: tensor[begin:begin + micro_batch] for name, tensor in stacked.items()})

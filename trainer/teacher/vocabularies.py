@@ -15,6 +15,7 @@ from strategies.distillation.tokenizers.input_adapters import (
 from strategies.distillation.tokenizers.shared_vocabulary import align, same_roles
 from strategies.distillation.tokenizers.span_alignment import SpanAligner
 from trainer.data.dataset import PreparedData
+from trainer.data.rows import StreamedRows
 from trainer.data.tokenizers import own_tokenizer, vocabulary_size
 from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
@@ -118,9 +119,9 @@ def _check_cache(teacher: Teacher, what: str) -> None:
 
 def _check_known(text: PreparedData, to_teacher: torch.Tensor) -> None:
     """Raise `UserError` if the text has tokens that the teacher does not have."""
-    if not hasattr(text.train, "flat"):
+    if isinstance(text.train, StreamedRows):
         return  # a stream cannot be searched in advance
-    used = torch.bincount(torch.from_numpy(text.train.flat["tokens"].astype("int64")), minlength=len(to_teacher)) > 0
+    used = torch.from_numpy(text.train.token_counts(len(to_teacher)) > 0)
     unknown = torch.argwhere(used[:len(to_teacher)] & (to_teacher < 0))
     if len(unknown):
         token = text.tokenizer.convert_ids_to_tokens(int(unknown[0, 0]))

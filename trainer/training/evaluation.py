@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,18 +39,20 @@ class Evaluator:
         micro_batch: rows per forward pass on each process.
         ranks: the processes that share the rows.
         autocast: returns the autocast context for a forward pass.
+        sources: of a mixture, which rows are of which source.
     """
 
     def __init__(self, student: nn.Module, shape: LogitShape | None, rows: Rows, micro_batch: int, ranks: RankGroup,
-                 autocast: Callable[[], AbstractContextManager]) -> None:
+                 autocast: Callable[[], AbstractContextManager], sources: Mapping[str, slice] | None = None) -> None:
         check_held_out(rows)
         self.rows, self.micro_batch, self.ranks = rows, micro_batch, ranks
+        self.sources = dict(sources or {})
         self._autocast = autocast
         self._loss = Distillation(ResponseObjective(divergences=()), student, shapes=(shape, None))
 
     @torch.no_grad()
-    def __call__(self, called: nn.Module, step: int) -> dict[str, float] | None:
-        """Return bits per byte, and cross-entropy per token in nats.
+    def __call__(self, called: nn.Module, step: int) -> dict[str, Any] | None:
+        """Return bits per byte, and cross-entropy per token in nats; of a mixture also bits per byte of each source.
 
         Returns None if a process received a stop signal. All processes agree on that before each micro-batch.
 
@@ -58,28 +61,39 @@ class Evaluator:
             step: the number of steps done, for the message about a process that fails to arrive.
         """
         called.eval()
+        whole, sums = slice(0, len(self.rows["input_ids"])), []
         try:
-            sums = self._sums(called, step)
+            for part in self.sources.values() or [whole]:
+                if (own := self._sums(called, step, part)) is None:
+                    return None
+                sums.append(own)
         finally:
             called.train()
-        if sums is None:
-            return None
         self.ranks.at(f"the held-out loss after step {step}")
-        nats, tokens = self.ranks.read_totals(*sums)
-        return {"bits_per_byte": nats / math.log(2) / max(1, int(self.rows["bytes"].sum())),
-                "cross_entropy": nats / tokens}
+        totals = self.ranks.read_totals(*(one for own in sums for one in own))
+        nats, tokens = totals[::2], totals[1::2]
+        found: dict[str, Any] = {"bits_per_byte": self._per_byte(sum(nats), whole),
+                                 "cross_entropy": sum(nats) / sum(tokens)}
+        if self.sources:
+            found["sources"] = {name: self._per_byte(own, part)
+                                for (name, part), own in zip(self.sources.items(), nats, strict=True)}
+        return found
 
-    def _sums(self, called: nn.Module, step: int) -> torch.Tensor | None:
-        """(2,) summed nats and target tokens of this process's rows; None if a process received a stop signal."""
+    def _per_byte(self, nats: float, part: slice) -> float:
+        """Bits per byte of text in some rows."""
+        return nats / math.log(2) / max(1, int(self.rows["bytes"][part].sum()))
+
+    def _sums(self, called: nn.Module, step: int, part: slice) -> torch.Tensor | None:
+        """(2,) summed nats and targets of this process's rows in a part; None if a process received a stop signal."""
         size, replicas, ranks = self.micro_batch, self.ranks.topology.data_parallel, self.ranks
         sums = torch.zeros(2, dtype=ranks.wide, device=ranks.device)
-        for begin in range(0, len(self.rows["input_ids"]), size * replicas):
+        for begin in range(part.start, part.stop, size * replicas):
             ranks.at(f"held-out rows from {begin} on, after step {step}")
             report("held-out rows", begin, len(self.rows["input_ids"]))
             if ranks.asked_to_stop():
                 return None
             own = begin + ranks.replica * size
-            batch = self._batch(slice(own, own + size))
+            batch = self._batch(slice(own, max(own, min(own + size, part.stop))))
             with self._autocast():
                 sums[0] += self._loss(called, model_inputs(batch), batch["targets"])[0].to(ranks.wide)
             sums[1] += (batch["targets"] != IGNORED).sum()

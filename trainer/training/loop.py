@@ -29,6 +29,7 @@ from trainer.distributed.rank_group import RankGroup
 from trainer.distributed.rank_memory import RankSetup
 from trainer.errors import RunFailed
 from trainer.experiment.experiment import Experiment
+from trainer.files import flatten
 from trainer.models.build import shape_of, whole_student
 from trainer.models.router_balance import balancing_weight
 from trainer.planning.exceeded import ways_out
@@ -101,7 +102,7 @@ class TrainLoop:
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
                                  lambda: without_gradient(experiment, teacher_config, student.config))
         self.evaluate = Evaluator(self.unwrapped, shapes[0], text.held_out, plan.micro_batch, self.ranks,
-                                  self._autocast)
+                                  self._autocast, text.held_out_of)
         self.distillation = Distillation(
             experiment.objective.build(teacher is not None), self.unwrapped, self.teacher, shapes=shapes,
             common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
@@ -351,8 +352,10 @@ class TrainLoop:
             counts = asked is None or asked.has_final_bits(self.state.step - 1, self.steps)
             self.state.best.take_in(self.state.step, found, counts)
         metrics.write({"step": self.state.step, "held_out": found, "seconds": time.perf_counter() - begun})
-        self.trackers.log({f"held_out/{name}": value for name, value in found.items()}, self.state.step)
-        progress.say(f"step {self.state.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte")
+        self.trackers.log({f"held_out/{name}": value for name, value in flatten(found).items()}, self.state.step)
+        of_sources = ", ".join(f"{value:.4f} of {name}" for name, value in found.get("sources", {}).items())
+        progress.say(f"step {self.state.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte"
+                     + (f": {of_sources}" if of_sources else ""))
 
     def _autocast(self) -> AbstractContextManager:
         return self.precision.autocast(self.engine.casts)

@@ -79,8 +79,8 @@ def turns(messages, f, end):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([{"text": "a question about cats and an answer, naïve café"}] * 3,
-                    Data(tokenizer=Tokenizer(train_vocabulary=300)), folder)
+    train_tokenizer([(Data(tokenizer=Tokenizer(train_vocabulary=300)),
+                      [{"text": "a question about cats and an answer, naïve café"}] * 3)], folder)
     one = PreTrainedTokenizerFast.from_pretrained(folder)
     one.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": SPECIAL[1:]})
     one.save_pretrained(folder)

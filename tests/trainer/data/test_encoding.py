@@ -17,7 +17,7 @@ TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}" + END +
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     records = [{"text": "a question about cats and the answer, naïve café 日本 🐈"}] * 3
-    train_tokenizer(records, Data(tokenizer=Tokenizer(train_vocabulary=300)), folder)
+    train_tokenizer([(Data(tokenizer=Tokenizer(train_vocabulary=300)), records)], folder)
     return load_tokenizer("data.tokenizer.path", str(folder), None)
 
 

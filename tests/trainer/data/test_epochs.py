@@ -9,7 +9,8 @@ from strategies.distillation.losses.response import IGNORED
 from tests.conftest import sentences
 from tests.trainer.teacher.test_distilling import bpe, save, with_
 from tests.trainer.training.test_loop import losses
-from trainer.data.batches import Order, training_batches
+from trainer.data.batches import training_batches
+from trainer.data.row_order import Order
 from trainer.experiment.nodes import Training
 from trainer.run.metrics import read_lines
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from trainer.data.batches import Order, training_batches
+from trainer.data.batches import training_batches
 from trainer.data.dataset import prepare_text
+from trainer.data.row_order import Order
 from trainer.experiment.load import read_experiment
 
 

@@ -80,7 +80,7 @@ def test_python_library_is_real_text_in_a_fixed_order(room):
     ({"path": "void"}, "data.path", "this folder is empty"),
     ({"path": "broken.jsonl"}, "data.path", "broken.jsonl:2 is not JSON"),
     ({"path": "{mixed/a.txt,mixed/b.jsonl}"}, "data.path", "no such file"),
-    ({"path": "mixed/*"}, "data.path", "not all text, all JSONL or all Parquet"),
+    ({"path": "mixed/*"}, "data.path", "not all text, all JSONL, all CSV or all Parquet"),
     ({"path": "records.jsonl", "text": "body"}, "data.text", "the records have no such field"),
     ({"path": "records.jsonl", "prompt": "q", "response": "b"}, "data.response", "no such field"),
     ({"path": "records.jsonl", "messages": "turns"}, "data.messages", "their fields"),
