@@ -100,7 +100,7 @@ class ChatTemplate:
         if not messages:
             return []
         self._check_fields(messages)
-        messages = self.shape.fit(self._with_system(messages))
+        messages = self.shape.fit(self.with_system(messages))
         text = self._attempt(messages, tools)
         if text is None and any("content" not in message for message in messages):
             messages = self._said_nothing(messages)
@@ -132,7 +132,7 @@ class ChatTemplate:
                             f"{self.shape.added_prompt[:100]!r}", value=self.system,
                             way_out=f"take it out of the template, {COPY}")
 
-    def _with_system(self, messages: list[Message]) -> list[Message]:
+    def with_system(self, messages: list[Message]) -> list[Message]:
         """The messages with the system prompt that was asked for, unless they begin with their own."""
         if self.system is None or messages[0]["role"] in ("system", "developer"):
             return messages

@@ -143,13 +143,19 @@ def learns_chats(tokenizer: PreTrainedTokenizerBase, data: Data) -> bool:
 
 def sample_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, data: Data) -> list[str | list[Message]]:
     """Prompts as a student of this data meets them: of chats, each a conversation with one message of the user's."""
-    chat = Encoder(tokenizer, data).chat
-    return list(texts) if chat is None else [chat.shape.fit([{"role": "user", "content": text}]) for text in texts]
+    chat = _chat_of(tokenizer, data)
+    return list(texts) if chat is None else [
+        chat.shape.fit(chat.with_system([{"role": "user", "content": text}])) for text in texts]
+
+
+def _chat_of(tokenizer: PreTrainedTokenizerBase, data: Data) -> ChatTemplate | None:
+    """The chat template by which a student learns chats, of the first source that has some; None for texts alone."""
+    return next((Encoder(tokenizer, part).chat for part in data.parts if learns_chats(tokenizer, part)), None)
 
 
 def answer_end(tokenizer: PreTrainedTokenizerBase, data: Data) -> int | None:
     """The token that ends an answer, as a student of chats learns it; None for texts, or if several tokens end it."""
-    chat = Encoder(tokenizer, data).chat
+    chat = _chat_of(tokenizer, data)
     closing = tokenizer.encode((chat.shape.closing or "").strip(), add_special_tokens=False) if chat else []
     return closing[0] if len(closing) == 1 and closing[0] in tokenizer.added_tokens_decoder else None
 

@@ -109,7 +109,7 @@ def _is_hub_id(path: str) -> bool:
 
 def _data_paths(values: dict[str, Any]) -> list[str]:
     data = values["data"]
-    given = [data.get("path"), *(source.get("path") for source in data.get("sources") or ())]
+    given = [source.get("path") for source in data.get("sources") or [data]]
     return [path for path in given if isinstance(path, str)]
 
 
@@ -183,8 +183,10 @@ def _figure(name: str, value: float) -> str:
 
 def _data(values: dict[str, Any], folder: RunFolder) -> str:
     data, plan = values["data"], read_json(folder.plan)
-    form = "chats" if data.get("messages") else "prompts and their answers, of which the answers were learned" \
-        if data.get("prompt") else "text"
+    parts = [data, *(data.get("sources") or ())]
+    form = "chats" if any(part.get("messages") for part in parts) else \
+        "prompts and their answers, of which the answers were learned" if any(part.get("prompt") for part in parts) \
+        else "text"
     notes = "".join(f"\n\n{plain(note)}." for note in plan.get("text", []))
     did = "Trained" if plan["steps"] else "Compared, not trained,"
     return (f"{did} on {', '.join(_name(path, values) for path in _data_paths(values))} ({form}), in sequences of "
