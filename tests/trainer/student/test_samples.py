@@ -23,7 +23,7 @@ PROMPTS = ["What does the cat see?", "Who likes milk?\nSay it."]
 def chats(tmp_path_factory):
     """Chats, and a tokenizer whose end of a text is not what its template ends a turn with."""
     folder, lines = tmp_path_factory.mktemp("chats"), sentences(7, 60).split("\n")
-    train_tokenizer([{"text": line} for line in lines] * 4, Data(tokenizer=Tokenizer(train_vocabulary=300)), folder)
+    train_tokenizer([(Data(tokenizer=Tokenizer(train_vocabulary=300)), [{"text": line} for line in lines] * 4)], folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
     tokenizer.chat_template = TEMPLATE
