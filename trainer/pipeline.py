@@ -72,6 +72,17 @@ class Trained:
 
 def dry_run(source: Source, as_json: bool) -> None:
     """Show what would run, without writing any file."""
+    plan = planned(source)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(plan_json(source, plan)) if as_json else show_plan(source, plan)
+
+
+def planned(source: Source) -> Plan:
+    """The plan of an experiment on the device that is there, or on that of `memory`, without writing any file.
+
+    Raises:
+        UserError: a mistake that shows from shapes alone, or a budget that cannot be met.
+    """
     quiet_libraries()
     experiment = source.experiment
     vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
@@ -84,9 +95,7 @@ def dry_run(source: Source, as_json: bool) -> None:
     check_engine(experiment.sharding, experiment.optimizer, topology)
     _check_shapes_early(experiment, teacher, student)
     tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
-    plan = Plans().resolve(experiment, topology, teacher, student)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(plan_json(source, plan)) if as_json else show_plan(source, plan)
+    return Plans().resolve(experiment, topology, teacher, student)
 
 
 def run_experiment(source: Source) -> Path:

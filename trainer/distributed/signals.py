@@ -31,6 +31,7 @@ APART = 0.5  # seconds; a SIGINT that follows sooner is the same Ctrl-C, forward
 GRACE = 3.0  # seconds for the main thread to clean up incomplete work
 LOOK = 1.0  # seconds between checks that the launcher is still alive
 ENDED = ".ended.json"  # hidden, since a run that is stopped early has no other file in its folder yet
+SWEEP = "LIMBECK_SWEEP"  # set by a sweep for its runs: the number of its process
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and torchrun
 
 
@@ -82,7 +83,7 @@ class Signals:
 
     def listen(self, wire: socket.socket) -> None:
         """Body of the thread: read signal numbers that Python's C handler writes to the wakeup socket, until a 0."""
-        launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
+        launcher = _launcher()
         wire.settimeout(LOOK)
         while True:
             numbers = b""
@@ -95,6 +96,14 @@ class Signals:
                     self.hear(signal.Signals(number).name)
             if launcher not in (None, os.getppid()):  # `accelerate launch` with one process forwards no signals
                 self.hear("the end of its launcher")
+
+
+def _launcher() -> int | None:
+    """Number of the process whose end this one is to notice; a sweep's own, since the sweep may be gone by now."""
+    sweep = os.environ.get(SWEEP, "")
+    if sweep.isdecimal():
+        return int(sweep)
+    return os.getppid() if any(name in os.environ for name in LAUNCHED) else None
 
 
 _heard: Signals | None = None
@@ -284,7 +293,7 @@ def status(path: Path) -> tuple[str, int]:
     steps = _read(folder.plan).get("steps")
     reached = "no checkpoint yet" if newest is None else f"newest checkpoint {newest}"
     reached += "" if steps is None else f", of {steps:,} steps"
-    if _in_use(folder):
+    if in_use(folder.path):
         return f"{path}: running; {reached}", 1
     if end is None:
         return f"{path}: ended without a word, and not finished; {reached}", 1
@@ -305,10 +314,10 @@ def _read(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _in_use(folder: RunFolder) -> bool:
+def in_use(folder: Path) -> bool:
     """Whether a process holds the folder's lock."""
     try:
-        with (folder.path / ".lock").open("r") as handle:
+        with (folder / ".lock").open("r") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

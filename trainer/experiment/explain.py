@@ -10,12 +10,13 @@ from pydantic_core import PydanticUndefined
 
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source, all_keys, node_of
+from trainer.experiment.node import Node
 
 
-def help_text() -> str:
-    """Help text for `train.py --help`: every key with its one-line meaning and its default."""
+def help_text(root: type[Node] = Experiment) -> str:
+    """Help text for `--help`: every key of a file with its one-line meaning and its default."""
     lines = ["Keys of the file, with their defaults:", ""]
-    for key, info in all_keys(Experiment).items():
+    for key, info in all_keys(root).items():
         depth, name = key.count("."), key.rsplit(".", 1)[-1]
         head = "  " * (depth + 1) + name + (":" if node_of(info.annotation) else f": {_default(info)}")
         lines.append(f"{head:<42} {info.description}")

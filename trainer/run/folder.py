@@ -55,6 +55,11 @@ class RunFolder:
         """Whether the run is complete: the student is exported and the report is written."""
         return self.report.exists() and self.receipt.exists()
 
+    def holds(self, experiment: Experiment) -> bool:
+        """Whether the folder has all that this experiment asks for, so that running it again would do nothing."""
+        asked = experiment.model_dump(mode="json")
+        return self.finished and not self.afterwards(asked) and all(map(_free, self.changed(asked)))
+
     def check(self, experiment: Experiment) -> None:
         """Raise `UserError` if the folder is not a run folder, and `OtherRun` if it belongs to another experiment.
 
