@@ -5,21 +5,43 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from trainer.distributed.signals import AGAIN_LATER, APART, AT_ONCE, SIGNALS, SWEEP
 
 LOOK = 0.1  # seconds between looks at the children
 MOST_SAID = 1500  # characters of a message that a run ended with
+
+
+class Process(Protocol):
+    """What is needed of a process: the part of `subprocess.Popen` that is used here."""
+
+    returncode: int
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs; negative for a signal."""
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+
+
+Spawn = Callable[[Sequence[str], dict[str, str], IO[str]], Process]
+
+
+def start_process(command: Sequence[str], environment: dict[str, str], log: IO[str]) -> Process:
+    """Start a command in a session of its own, with all it prints in the log."""
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                            start_new_session=True)
 
 
 @dataclass
@@ -35,7 +57,7 @@ class Job:
     """
 
     run: Any
-    process: subprocess.Popen
+    process: Process
     log: tuple[Path, int]
     slot: int
     since: float
@@ -50,14 +72,15 @@ class Jobs:
     Args:
         most: number of jobs at a time.
         devices: names of the GPUs, as CUDA_VISIBLE_DEVICES has them; each job gets one, in turn.
+        spawn: starts a process from its command, environment and log.
 
     Attributes:
         asked: name of the signal that asked the sweep to stop, or None.
         at_once: whether a second Ctrl-C asked it to stop at once.
     """
 
-    def __init__(self, most: int, devices: Sequence[str]) -> None:
-        self.most, self._devices = most, devices
+    def __init__(self, most: int, devices: Sequence[str], spawn: Spawn = start_process) -> None:
+        self.most, self._devices, self._spawn = most, devices, spawn
         self.running: list[Job] = []
         self.asked: str | None = None
         self.at_once, self._since = False, 0.0
@@ -78,8 +101,7 @@ class Jobs:
             handle.write(f"$ {shlex.join(command)}\n")
             handle.flush()
             begin = handle.tell()
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, env=environment,
-                                       start_new_session=True)
+            process = self._spawn(command, environment, handle)
         self.running.append(Job(run, process, (log, begin), slot, time.monotonic()))
         if self.asked is not None:  # by a signal that came while the process was being started
             _send(process, signal.SIGTERM)
@@ -119,7 +141,7 @@ class Jobs:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _send(process: subprocess.Popen, number: int) -> None:
+def _send(process: Process, number: int) -> None:
     with suppress(ProcessLookupError):
         process.send_signal(number)
 
@@ -147,8 +169,6 @@ def last_words(job: Job) -> str:
 
 def visible_devices() -> list[str]:
     """Names of the GPUs that runs can be given, as CUDA_VISIBLE_DEVICES has them; none without a GPU."""
-    import shutil
-
     if shutil.which("nvidia-smi") is None:
         return []
     script = "import torch; print(torch.cuda.device_count())"  # in a process of its own, which gives its memory back

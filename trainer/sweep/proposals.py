@@ -1,8 +1,8 @@
 """Settings that optuna proposes from the results of earlier ones.
 
 The record of the sweep is all that is kept: each proposal is made by a study that is built anew from it, in memory. So
-a sweep that was killed at any moment goes on with the proposals it would have had, which files of optuna's own would not
-promise (a journal whose last line is torn cannot be read again).
+a sweep that was killed at any moment goes on with the proposals it would have had, which files of optuna's own would
+not promise (a journal whose last line is torn cannot be read again).
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from pathlib import Path
 from trainer.distributed.signals import AGAIN_LATER, AT_ONCE, in_use
 from trainer.errors import UserError
 from trainer.files import write_atomically
-from trainer.sweep.jobs import Job, Jobs, cores, last_words, visible_devices, was_stopped
+from trainer.sweep.jobs import Job, Jobs, Spawn, cores, last_words, start_process, visible_devices, was_stopped
 from trainer.sweep.sweep_file import read_sweep
 from trainer.sweep.sweep_metrics import figures
 from trainer.sweep.sweep_plan import SweepPlan, console
 from trainer.sweep.sweep_record import RunRecord, SweepFolder, SweepRecord
-from trainer.sweep.sweep_table import failures, markdown, number, table, verdict
+from trainer.sweep.sweep_table import failures, markdown, number, rows_of, table, verdict
 
 
 class Conductor:
@@ -23,13 +23,14 @@ class Conductor:
     Args:
         plan: the sweep.
         command: the words that start `train.py`.
+        spawn: starts a process, see `Jobs`.
     """
 
-    def __init__(self, plan: SweepPlan, command: Sequence[str]) -> None:
+    def __init__(self, plan: SweepPlan, command: Sequence[str], spawn: Spawn = start_process) -> None:
         self._plan, self._command = plan, command
         self._record, self._folder = plan.record, plan.folder
         sweep = plan.source.sweep
-        self._jobs = Jobs(sweep.jobs, visible_devices())
+        self._jobs = Jobs(sweep.jobs, visible_devices(), spawn)
         self._threads = max(1, cores() // sweep.jobs)
         self._waiting = [run for run in self._record.runs if run.state != "finished"]
         self._durations: list[float] = []
@@ -76,15 +77,11 @@ class Conductor:
                 self._say(f"{record.title}: {self._record.metric} {number(record.figures[self._record.metric])}, "
                           f"{seconds:.0f} s; {self._progress()}")
         elif was_stopped(job, self._jobs.asked is not None):
-            record.state, record.said = "stopped", "stopped by a signal; it goes on when the sweep is started again"
+            record.state, record.said = "stopped", ""
             self._say(f"{record.title}: stopped")
         else:
             record.state, record.said = "failed", last_words(job)
             self._say(f"{record.title}: failed with code {code}: {record.said}")
-        self._write()
-
-    def _write(self) -> None:
-        self._folder.write(self._record)
         write_page(self._folder, self._record)
 
     def _progress(self) -> str:
@@ -106,13 +103,15 @@ class Conductor:
         console.print(f"{self._record.name}  {text}")
 
 
-def run_sweep(file: Path, command: Sequence[str], dry_run: Callable[[SweepPlan], None] | None = None) -> int:
+def run_sweep(file: Path, command: Sequence[str], dry_run: Callable[[SweepPlan], None] | None = None,
+              spawn: Spawn = start_process) -> int:
     """Run a sweep, or go on with it, and print and write its results. Returns the exit code.
 
     Args:
         file: the sweep file.
         command: the words that start `train.py`, in front of its arguments.
         dry_run: shows what would run, in the place of running it.
+        spawn: starts a process, see `Jobs`.
 
     Raises:
         ExperimentErrors: a mistake in the sweep or one of its experiments; nothing has been started.
@@ -129,7 +128,7 @@ def run_sweep(file: Path, command: Sequence[str], dry_run: Callable[[SweepPlan],
     if plan.others:
         console.print(f"{record.name}: {plan.others} other runs are in {plan.folder.path}, and not of this sweep")
     plan.folder.write(record)
-    code = Conductor(plan, command).carry_out()
+    code = Conductor(plan, command, spawn).carry_out()
     print_results(plan.folder, record)
     return code
 
@@ -159,9 +158,8 @@ def write_results(folder: SweepFolder, record: SweepRecord) -> None:
     """Write record, page and picture."""
     from trainer.sweep.sweep_plot import draw_sweep
 
-    folder.write(record)
-    draw_sweep(record, folder.picture)
     write_page(folder, record)
+    draw_sweep(record, folder.picture)
 
 
 def sweep_status(path: Path) -> tuple[str, int]:
@@ -180,5 +178,6 @@ def _duration(seconds: float) -> str:
 
 def write_page(folder: SweepFolder, record: SweepRecord) -> None:
     """Write `sweep.md`."""
+    folder.write(record, [row.to_dict() for row in rows_of(record)])
     write_atomically(folder.table, markdown(record))
 

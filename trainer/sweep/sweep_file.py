@@ -75,8 +75,15 @@ class Search(Node):
     """Settings to try; each is run on every seed, and judged by the mean of the metric."""
     seed: Seed = 0
     """Random seed of the proposals; those of the runs are `seeds` of the sweep."""
-    space: Annotated[dict[str, Annotated[Parameter, BeforeValidator(_range_or_values)]], Field(min_length=1)]
+    space: dict[str, Annotated[Parameter, BeforeValidator(_range_or_values)]]
     """Key of the experiment -> what it may be: `[4, 8]`, or `{low: 1e-5, high: 1e-2, log: true}`."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Search:
+        if not self.space:
+            raise UserError("space", "nothing is searched", value={},
+                            way_out="name a key: {optimizer.lr: {low: 1e-5, high: 1e-2, log: true}}")
+        return self
 
 
 class Sweep(Node):
@@ -96,7 +103,7 @@ class Sweep(Node):
     """Settings to run, each by its own overrides; `{}` is the experiment as it is."""
     search: Search | None = None
     """A search by optuna (`pip install 'limbeck[search]'`)."""
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
+    seeds: tuple[Seed, ...] | None = None
     """Seeds that each setting is run with; null: the experiment's own alone."""
     jobs: Positive = 1
     """Runs at a time on this machine. They share its cores; with GPUs each has one, in turn."""
@@ -105,6 +112,9 @@ class Sweep(Node):
 
     @model_validator(mode="after")
     def _whole(self) -> Sweep:
+        if self.seeds == ():
+            raise UserError("seeds", "the list is empty, so there would be no run", value=[],
+                            way_out="name a seed, or leave it out for the experiment's own")
         for index, seed in enumerate(self.seeds or ()):
             if seed in self.seeds[:index]:
                 raise UserError("seeds", f"the seed {seed} stands twice, and would make the same run twice",

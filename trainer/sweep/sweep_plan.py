@@ -112,7 +112,7 @@ class SweepPlan:
         deadline = time.monotonic() + PATIENCE
         busy = [run for run in self.record.runs if in_use(self.folder.run(run).path)]
         if any(run.state == "running" for run in busy):
-            console.print(f"{self.record.name}: waiting for {len(busy)} runs of a sweep that was killed to save and end")
+            console.print(f"{self.record.name}: waiting for {len(busy)} runs of a killed sweep to save and end")
         for record in busy:
             folder = self.folder.run(record).path
             while in_use(folder):

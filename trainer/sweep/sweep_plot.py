@@ -77,6 +77,9 @@ def _dots(panel: Any, rows: list[Row]) -> None:
         panel.plot([min(row.found), max(row.found)], [place, place], color=SPREAD, linewidth=2, alpha=0.5)
         panel.scatter(row.found, [place] * len(row.found), s=14, alpha=0.6, color=DOT)
         panel.scatter([row.mean], [place], marker="|", s=120, color=DOT)
+    if not shown:
+        panel.set_title("no run has finished", fontsize=9)
+        return
     left = f" (best {MOST_ROWS} of {len(rows)})" if len(rows) > MOST_ROWS else ""
     panel.set(ylim=(len(shown) - 0.5, -0.5), title=f"each dot a run, the bar its setting's mean{left}")
     panel.title.set_fontsize(9)
@@ -94,6 +97,8 @@ def _panel(panel: Any, key: str, rows: list[Row]) -> None:
     panel.set_xlabel(f"{key}; the best is circled", fontsize=9)
     if at is values:
         _scale(panel, values)
+        if all(isinstance(value, int) for value in values) and len(names) <= MOST_LINES:
+            panel.set_xticks(sorted({*values}))
     else:
         panel.set_xticks(range(len(names)), [name[:20] for name in names], fontsize=8)
 

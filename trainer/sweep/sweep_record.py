@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, computed_field
 
 from trainer.distributed.signals import in_use
 from trainer.errors import UserError
@@ -51,8 +51,13 @@ class SweepRecord(BaseModel):
     keys: dict[str, str]
     searched: bool
     total: int
-    finished: bool = False
     runs: list[RunRecord]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def finished(self) -> bool:
+        """Whether all runs have finished; what is not there yet is never taken for a result."""
+        return self.count("finished") == self.total
 
     def count(self, state: State) -> int:
         """Number of runs in a state."""
@@ -76,7 +81,6 @@ class SweepFolder:
         self.record = self.path / "sweep.json"
         self.table = self.path / "sweep.md"
         self.picture = self.path / "sweep.png"
-        self._lock: Any = None
 
     def run(self, run: RunRecord) -> RunFolder:
         """The folder of a run."""
@@ -92,9 +96,8 @@ class SweepFolder:
         if not self.record.exists():
             raise UserError("folder", "the folder exists and is not the folder of a sweep", value=str(self.path),
                             way_out="choose another `folder` or `name`, or move this folder away")
-        if self._lock is None and in_use(self.path):
-            raise UserError("folder", "another sweep is using this folder now", value=str(self.path),
-                            way_out="wait for it to end, or choose another `folder` or `name`")
+        if in_use(self.path):
+            raise self._busy()
 
     def lock(self) -> None:
         """Lock the folder against other sweeps until this process ends, however it ends.
@@ -102,20 +105,19 @@ class SweepFolder:
         Raises:
             UserError: another sweep holds the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = (self.path / ".lock").open("a")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
-            self.check()
-            raise
-        self._lock = handle
+            RunFolder(self.path).lock(wait=False)
+        except UserError as error:
+            raise self._busy() from error
 
-    def write(self, record: SweepRecord) -> None:
-        """Replace the record."""
-        record.finished = len(record.runs) == record.total and record.count("finished") == record.total
-        write_atomically(self.record, json.dumps(record.model_dump(mode="json"), indent=2) + "\n")
+    def _busy(self) -> UserError:
+        return UserError("folder", "another sweep is using this folder now", value=str(self.path),
+                         way_out="wait for it to end, or choose another `folder` or `name`")
+
+    def write(self, record: SweepRecord, settings: Sequence[dict[str, Any]] = ()) -> None:
+        """Replace the record; `settings` are summaries that are written for other readers, and never read back."""
+        values = {**record.model_dump(mode="json"), "settings": list(settings)}
+        write_atomically(self.record, json.dumps(values, indent=2) + "\n")
 
     def read(self) -> SweepRecord:
         """The record, with every run as its folder shows it now.
@@ -130,7 +132,6 @@ class SweepFolder:
             raise not_written(self.record, f"{place}: {error.errors()[0]['msg']}") from error
         for run in record.runs:
             self.look(run, record.metric)
-        record.finished = record.count("finished") == record.total
         return record
 
     def look(self, run: RunRecord, metric: str) -> None:

@@ -100,8 +100,9 @@ def verdict(record: SweepRecord) -> str:
 
 
 def failures(record: SweepRecord) -> str:
-    """A line for each run that failed or was stopped, with its last words."""
-    lines = [f"- {run.title} {run.state}: {_cell(run.said or 'it left no word')} (see {run.log})"
+    """A line for each run that failed, with its last words, and for each that was stopped."""
+    lines = [f"- {run.title} failed: {_cell(run.said or 'it left no word')} (see {run.log})" if run.state == "failed"
+             else f"- {run.title} was stopped, and goes on when the sweep is started again"
              for run in record.runs if run.state in ("failed", "stopped")]
     return "\n".join(lines)
 
@@ -121,7 +122,7 @@ def number(value: float | None) -> str:
     """A figure, short enough for a table."""
     if value is None:
         return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.5g}"
 
 
 def _range(row: Row) -> str:
