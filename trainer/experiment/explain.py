@@ -30,9 +30,9 @@ def _default(info: Any) -> str:
     return json.dumps(default)
 
 
-def schema() -> dict[str, Any]:
+def schema(root: type[Node] = Experiment) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of experiment files, for completion and validation in editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root.model_json_schema()}
 
 
 def resolved_yaml(experiment: Experiment) -> str:

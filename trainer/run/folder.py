@@ -55,9 +55,12 @@ class RunFolder:
         """Whether the run is complete: the student is exported and the report is written."""
         return self.report.exists() and self.receipt.exists()
 
-    def holds(self, experiment: Experiment) -> bool:
-        """Whether the folder has all that this experiment asks for, so that running it again would do nothing."""
-        asked = experiment.model_dump(mode="json")
+    def holds(self, asked: dict[str, Any]) -> bool:
+        """Whether the folder has all that an experiment asks for, so that running it again would do nothing.
+
+        Args:
+            asked: the values of the experiment, as plain data.
+        """
         return self.finished and not self.afterwards(asked) and all(map(_free, self.changed(asked)))
 
     def check(self, experiment: Experiment) -> None:

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,8 @@ class Settings:
         same: dict[str, int] = {}
         for number, (place, values) in enumerate(self._combinations()):
             found.append(self.make(values, place))
+            if found[-1].label in {one.label for one in found[:-1]}:
+                found[-1] = replace(found[-1], label=f"{found[-1].label}-{fingerprint(values)[:8]}")
             experiment = fingerprint(found[-1].source.experiment.model_dump(mode="json"))
             if experiment in same:
                 first = found[same[experiment]]
@@ -220,5 +222,5 @@ def text_of(value: Any) -> tuple[str, bool]:
         text = f"{value:.6g}"
         return text.replace("e+", "e"), float(text) == value
     raw = value if isinstance(value, str) else json.dumps(value)
-    clean = re.sub(r"[^A-Za-z0-9.-]+", "-", raw)[:LONGEST_VALUE].strip("-" if isinstance(value, str) else "")
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", raw)[:LONGEST_VALUE].strip("-" if isinstance(value, str) else "")
     return clean or "empty", clean == raw

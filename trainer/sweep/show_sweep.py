@@ -30,7 +30,8 @@ def show_sweep(plan: SweepPlan, planned: Callable[[Source], Any]) -> None:
     if plan.source.sweep.search is not None:
         console.print(f"  {plan.source.sweep.search.trials - len(by_label)} settings are yet to be proposed within "
                       f"{', '.join(record.keys)}")
-    console.print("\nRuns, in their order:")
+    if record.runs:
+        console.print("\nRuns, in their order:")
     for run in record.runs:
         console.print(f"  {run.title}  {run.state}  {plan.folder.run(run).path}")
 

@@ -82,7 +82,7 @@ class SweepPlan:
         folder, experiment = self.folder.run(record), self.runs[record.label, record.seed].source.experiment
         with self.source.locating():
             folder.check(experiment)
-            if folder.holds(experiment):
+            if folder.holds(experiment.model_dump(mode="json")):
                 record.state, record.said, record.figures = "finished", "", figures(folder, self.record.metric)
 
     def propose(self) -> list[RunRecord]:

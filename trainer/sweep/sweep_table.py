@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -34,6 +34,11 @@ class Row:
     def values(self) -> dict[str, Any]:
         """What the setting varies."""
         return self.runs[0].values
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Seed -> value of the metric, for the finished runs."""
+        return dict(zip((run.seed for run in self.runs if run.state == "finished"), self.found, strict=True))
 
     @property
     def mean(self) -> float:
@@ -66,15 +71,18 @@ def rows_of(record: SweepRecord) -> list[Row]:
 
 def table(record: SweepRecord) -> str:
     """The table in Markdown, in columns that line up in a terminal, too."""
-    several = any(len(row.runs) > 1 for row in rows_of(record))
+    rows = rows_of(record)
+    several = any(len(row.runs) > 1 for row in rows)
     others = [name for name in ALWAYS if name != record.metric]
     head = [*(_cell(record.keys[key]) for key in record.keys), *([] if record.keys else ["setting"]), record.metric,
-            *(["least to greatest"] if several else []), *(name.replace("_", " ") for name in others), "runs"]
+            *(["least to greatest", "behind the best"] if several else []),
+            *(name.replace("_", " ") for name in others), "runs"]
     lines = [head]
-    for row in rows_of(record):
+    for row in rows:
         named = [_value(row.values[key]) if key in row.values else "" for key in record.keys]
         lines.append([*named, *([] if record.keys else [row.label]), number(row.mean) if row.found else "none",
-                      *([_range(row)] if several else []), *(number(row.figure(name)) for name in others),
+                      *([_range(row.found, number), _range(gaps(rows[0], row, record.metric), _signed)]
+                        if several else []), *(number(row.figure(name)) for name in others),
                       _states(row)])
     return _aligned(lines, left=max(1, len(record.keys)))
 
@@ -90,13 +98,29 @@ def verdict(record: SweepRecord) -> str:
             f"{number(best.mean)} ({metric.better})"
     if len(rows) == 1:
         return f"{said}."
-    said += f"; next {_cell(rows[1].label)}, {number(rows[1].mean)}."
-    if len(best.found) < 2 or len(rows[1].found) < 2:
-        return said + " They ran on one seed each, so how much of the difference is chance is not known."
-    apart = max(min(best.found), min(rows[1].found)) > min(max(best.found), max(rows[1].found))
-    return said + (f" Every seed of the one is better than every seed of the other, {len(best.found)} and "
-                   f"{len(rows[1].found)} of them." if apart else
-                   " Their ranges over the seeds overlap, so chance may be all that is between them.")
+    return f"{said}; next {_cell(rows[1].label)}, {number(rows[1].mean)}. {_apart(best, rows[1], record.metric)}"
+
+
+def _apart(best: Row, other: Row, metric: str) -> str:
+    """Whether a setting is better than another on each seed that both have run on.
+
+    Seed by seed, since a seed moves all settings alike: it decides order of the data, and a teacher trained by the run.
+    """
+    behind = gaps(best, other, metric)
+    if len(behind) < 2:
+        return "They share no more than one seed, so how much of the difference is chance is not known."
+    if min(behind) <= 0:
+        lost = sum(gap <= 0 for gap in behind)
+        return (f"On {lost} of the {len(behind)} seeds that both ran on it is not the better one, so chance may be all "
+                "that is between them.")
+    return (f"It is better on each of the {len(behind)} seeds that both ran on, by {_range(behind, _short)}; of two "
+            f"equal settings one would be that in {0.5 ** (len(behind) - 1):.2g} of cases.")
+
+
+def gaps(best: Row, other: Row, metric: str) -> list[float]:
+    """How far a setting is behind the best one, on each seed that both have finished; below zero where it is ahead."""
+    first, second, sign = best.by_seed, other.by_seed, 1 if METRICS[metric].highest else -1
+    return [sign * (first[seed] - second[seed]) for seed in first if seed in second and other is not best]
 
 
 def failures(record: SweepRecord) -> str:
@@ -112,7 +136,9 @@ def markdown(record: SweepRecord) -> str:
     metric = METRICS[record.metric]
     parts = [f"# {record.name}", f"{record.experiment}, {record.progress}.", verdict(record), table(record),
              f"{record.metric}: {metric.meaning}; {metric.better}. Each row is a setting; its figures are means over "
-             "the runs that finished, one for each seed, and the range is from the least to the greatest of them."]
+             "the runs that finished, one for each seed, and their range is from the least to the greatest. How far it "
+             "is behind the best setting is told seed by seed, least to greatest, since a seed moves all settings "
+             "alike."]
     if failed := failures(record):
         parts += ["## Not finished", failed]
     return "\n\n".join([*parts, "![results](sweep.png)"]) + "\n"
@@ -125,8 +151,16 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.5g}"
 
 
-def _range(row: Row) -> str:
-    return f"{number(min(row.found))} to {number(max(row.found))}" if row.found else ""
+def _range(values: Sequence[float], shown: Callable[[float], str]) -> str:
+    return f"{shown(min(values))} to {shown(max(values))}" if values else ""
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + _short(value)
 
 
 def _states(row: Row) -> str:

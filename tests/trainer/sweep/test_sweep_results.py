@@ -33,7 +33,7 @@ def cells(text):
 
 def test_rows_are_means_and_ranges_in_order():
     head, rule, *rows = cells(table(record()))
-    assert head == ["lr", "method", "bits_per_byte", "least to greatest", "bytes on disk", "runs"]
+    assert head == ["lr", "method", "bits_per_byte", "least to greatest", "behind the best", "bytes on disk", "runs"]
     assert rule[0].startswith("---") and rule[2].endswith(":")
     order = sorted(FOUND, key=lambda values: mean(FOUND[values]))
     assert [(float(row[0]), row[1]) for row in rows] == order
@@ -41,7 +41,9 @@ def test_rows_are_means_and_ranges_in_order():
         least, greatest = row[3].split(" to ")
         assert float(row[2]) == round(mean(FOUND[values]), 4)
         assert (float(least), float(greatest)) == (min(FOUND[values]), max(FOUND[values]))
-        assert row[4:] == [f"{1000 + list(FOUND).index(values):,}", "3 of 3"]
+        behind = [ours - best for ours, best in zip(FOUND[values], FOUND[order[0]], strict=True)]
+        assert row[4] == ("" if values == order[0] else f"{min(behind):+.3g} to {max(behind):+.3g}")
+        assert row[5:] == [f"{1000 + list(FOUND).index(values):,}", "3 of 3"]
     best = rows_of(record())[0].to_dict()
     assert (best["least"], best["greatest"], best["finished"], best["of"]) == (1.0, 1.375, 3, 3)
     assert abs(best["sd"] - numpy.std(FOUND[1e-2, "gptq"], ddof=1)) < 1e-12
@@ -54,11 +56,18 @@ def test_highest_first_where_more_is_better():
 
 
 def test_the_sentence_says_whether_seeds_could_explain_it():
-    assert "Every seed of the one is better than every seed of the other, 3 and 3" in verdict(record())
-    near = {(1e-3, "rtn"): (1.0, 2.0), (1e-2, "rtn"): (1.5, 1.75)}
-    assert "ranges over the seeds overlap, so chance may be all" in verdict(record(near))
+    """Seed by seed: ranges that overlap tell nothing where every setting has the same good and bad seeds."""
+    apart = {(1e-3, "rtn"): (1.0, 2.0, 3.0), (1e-2, "rtn"): (1.25, 2.125, 3.0625)}
+    assert "It is better on each of the 3 seeds that both ran on, by 0.0625 to 0.25" in verdict(record(apart))
+    assert "one would be that in 0.25 of cases" in verdict(record(apart))
+    near = {(1e-3, "rtn"): (1.0, 2.0), (1e-2, "rtn"): (2.0, 1.5)}
+    assert "On 1 of the 2 seeds that both ran on it is not the better one, so chance may" in verdict(record(near))
+    more = {(1e-3, "rtn"): (1.0, 2.0), (1e-2, "rtn"): (2.0, 2.5)}
+    assert "better on each of the 2 seeds" in verdict(record(more, metric="tokens_per_second"))
+    other = {(1e-3, "rtn"): (None, 2.0, 2.0), (1e-2, "rtn"): (1.5, None, 2.5)}
     single = {(1e-3, "rtn"): (1.0,), (1e-2, "rtn"): (1.5,)}
-    assert "one seed each, so how much of the difference is chance is not known" in verdict(record(single))
+    for one in (other, single):
+        assert "no more than one seed, so how much of the difference is chance is not known" in verdict(record(one))
     assert "least to greatest" not in table(record(single))
 
 
@@ -67,8 +76,8 @@ def test_what_is_missing_is_never_left_out():
     assert not part.finished and part.progress == "13 of 21 runs finished, 3 failed"
     assert verdict(part).startswith("Not finished: 13 of 21 runs finished, 3 failed. Best so far: setting-3")
     *_, fourth, last = cells(table(part))
-    assert fourth[2:] == ["3.0000", "3.0000 to 3.0000", "1,005", "1 of 3, 1 failed, 1 waiting"]
-    assert last[2:] == ["none", "", "", "0 of 3, 2 failed, 1 waiting"]
+    assert fourth[2:] == ["3.0000", "3.0000 to 3.0000", "+1.75 to +1.75", "1,005", "1 of 3, 1 failed, 1 waiting"]
+    assert last[2:] == ["none", "", "", "", "0 of 3, 2 failed, 1 waiting"]
     assert failures(part).count("failed: error: a\\|b") == 3 and "logs/setting-4.seed-2.log" in failures(part)
     page = markdown(part)
     assert "13 of 21 runs finished" in page.splitlines()[2] and "![results](sweep.png)" in page

@@ -113,8 +113,8 @@ def test_a_sweep_that_is_killed_stopped_and_gone_on_with(sweep, capsys, monkeypa
     assert "seed 5: failed with code 2: base.yaml:3: student.architecture" in done.stdout, done.stdout
     resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", log.read_text())]
     assert len(resumed) == 2 and 6 <= resumed[0] <= resumed[1] < 300, "each start went on where the one before ended"
-    lines = Path("out/runs/steps-300/seed-5/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if "loss" in line] == [*range(1, 301)]
+    lines = map(json.loads, Path("out/runs/steps-300/seed-5/metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 301)]
 
     table = Path("out/sweep.md").read_text()
     rows = [line for line in table.splitlines() if re.match(r"\| \d", line)]
