@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,15 +117,15 @@ class Settings:
         same: dict[str, int] = {}
         for number, (place, values) in enumerate(self._combinations()):
             found.append(self.make(values, place))
-            if found[-1].label in {one.label for one in found[:-1]}:
-                found[-1] = replace(found[-1], label=f"{found[-1].label}-{fingerprint(values)[:8]}")
             experiment = fingerprint(found[-1].source.experiment.model_dump(mode="json"))
             if experiment in same:
                 first = found[same[experiment]]
                 raise self._source.wrong(place, f"{found[-1].label} is the same experiment as {first.label}: setting "
                                          f"{number + 1} as setting {same[experiment] + 1}", way_out="name each once")
             same[experiment] = number
-        return found
+        labels = Counter(one.label for one in found)
+        return [one if labels[one.label] == 1 else replace(one, label=f"{one.label}-{fingerprint(one.values)[:8]}")
+                for one in found]
 
     def make(self, values: dict[str, Any], place: str) -> Setting:
         """The setting with these values, read as an experiment.

@@ -62,9 +62,10 @@ def _lines(panel: Any, axis: str, record: SweepRecord, rows: list[Row]) -> None:
         below = [row.mean - min(row.found) for row in line]
         above = [max(row.found) - row.mean for row in line]
         drawn = panel.errorbar(at, means, yerr=[below, above], marker="o", markersize=4, capsize=3, label=other)
-        for row in line:
-            panel.scatter([row.values[axis]] * len(row.found), row.found, s=9, alpha=0.5, color=drawn[0].get_color())
-    panel.set_xlabel(f"{axis}; bars from the least to the greatest of the seeds", fontsize=9)
+        for seed in sorted({seed for row in line for seed in row.by_seed}):
+            points = [(row.values[axis], row.by_seed[seed]) for row in line if seed in row.by_seed]
+            panel.plot(*zip(*points, strict=True), ".-", linewidth=0.7, alpha=0.4, color=drawn[0].get_color())
+    panel.set_xlabel(f"{axis}; thick: means, with bars from the least to the greatest; thin: single seeds", fontsize=9)
     _scale(panel, [row.values[axis] for row in rows])
     if len(record.keys) > 1:
         panel.legend(frameon=False, fontsize=8)

@@ -144,6 +144,14 @@ def test_settings_are_experiments_with_names_of_their_own(sweep_file):
         assert (experiment.optimizer.lr, experiment.training.steps, experiment.training.batch_size) == (rate, 7, 8)
 
 
+def test_labels_that_are_alike_are_told_apart(sweep_file):
+    """Here the end of a key is in a value, where it reads as another key."""
+    source = read_sweep(sweep_file("list:", "- {report.prompt: a_steps-7}", "- {report.prompt: a, training.steps: 7}",
+                                   "- {report.prompt: b}"))
+    first, second, third = (one.label for one in Settings(source).named())
+    assert first != second and first.startswith("prompt-a_steps-7-") and second.startswith("prompt-a_steps-7-") and third == "prompt-b"
+
+
 def test_words_are_read_back_as_they_were():
     import yaml
 

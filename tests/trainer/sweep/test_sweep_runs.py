@@ -133,4 +133,4 @@ def test_a_sweep_that_is_killed_stopped_and_gone_on_with(sweep, capsys, monkeypa
     Path("base.yaml").write_text(Path("base.yaml").read_text().replace("lr: 0.003", "lr: 0.004"))
     assert cli.limbeck(["sweep", "s.yaml"]) == 2
     assert "s.yaml:2: folder = 'out/runs/steps-300/seed-5': the folder belongs to another experiment: optimizer.lr " \
-           "was 0.003 and is now 0.004" in capsys.readouterr().err
+           "was 0.003 and is 0.004" in capsys.readouterr().err
