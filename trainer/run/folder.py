@@ -61,7 +61,7 @@ class RunFolder:
         Args:
             asked: the values of the experiment, as plain data.
         """
-        return self.finished and not self.afterwards(asked) and all(map(_free, self.changed(asked)))
+        return self.finished and not self.afterwards(asked) and all(map(is_free, self.changed(asked)))
 
     def check(self, experiment: Experiment) -> None:
         """Raise `UserError` if the folder is not a run folder, and `OtherRun` if it belongs to another experiment.

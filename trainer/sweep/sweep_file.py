@@ -158,15 +158,15 @@ class SweepSource:
         return ExperimentErrors([UserError(key, problem, **more)], self.origins, self.file)
 
     @contextmanager
-    def locating(self) -> Iterator[None]:
-        """Context manager that locates mistakes about folders of runs in the sweep file."""
+    def locating(self, origins: dict[Key, str] | None = None) -> Iterator[None]:
+        """Context manager that locates mistakes about the folder of the sweep, or of a run with its own origins."""
         try:
             yield
         except UserError as error:
-            key = "folder" if error.key == "run.folder" else error.key
-            more = {"value": error.value} if error.has_value else {}
-            raise self.wrong(key, error.problem, way_out=error.way_out.replace("`run.folder`", "`folder`"), **more
-                             ) from error
+            error.key = "folder" if error.key == "run.folder" else error.key
+            error.way_out = error.way_out.replace("`run.folder` or `name`", "`folder` or `name` of the sweep")
+            places = {**(origins or {}), ("folder",): self.origins.get(("folder",), self.file)}
+            raise ExperimentErrors([error], {**self.origins, **places}, self.file) from error
 
 
 def read_sweep(file: str | Path) -> SweepSource:

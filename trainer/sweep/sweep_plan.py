@@ -79,10 +79,10 @@ class SweepPlan:
         Raises:
             ExperimentErrors: its folder is that of another experiment.
         """
-        folder, experiment = self.folder.run(record), self.runs[record.label, record.seed].source.experiment
-        with self.source.locating():
-            folder.check(experiment)
-            if folder.holds(experiment.model_dump(mode="json")):
+        folder, source = self.folder.run(record), self.runs[record.label, record.seed].source
+        with self.source.locating(source.origins):
+            folder.check(source.experiment)
+            if folder.holds(source.experiment.model_dump(mode="json")):
                 record.state, record.said, record.figures = "finished", "", figures(folder, self.record.metric)
 
     def propose(self) -> list[RunRecord]:

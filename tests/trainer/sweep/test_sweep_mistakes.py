@@ -149,7 +149,8 @@ def test_labels_that_are_alike_are_told_apart(sweep_file):
     source = read_sweep(sweep_file("list:", "- {report.prompt: a_steps-7}", "- {report.prompt: a, training.steps: 7}",
                                    "- {report.prompt: b}"))
     first, second, third = (one.label for one in Settings(source).named())
-    assert first != second and first.startswith("prompt-a_steps-7-") and second.startswith("prompt-a_steps-7-") and third == "prompt-b"
+    assert first != second and third == "prompt-b"
+    assert first.startswith("prompt-a_steps-7-") and second.startswith("prompt-a_steps-7-")
 
 
 def test_words_are_read_back_as_they_were():

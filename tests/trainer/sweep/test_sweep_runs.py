@@ -132,5 +132,7 @@ def test_a_sweep_that_is_killed_stopped_and_gone_on_with(sweep, capsys, monkeypa
 
     Path("base.yaml").write_text(Path("base.yaml").read_text().replace("lr: 0.003", "lr: 0.004"))
     assert cli.limbeck(["sweep", "s.yaml"]) == 2
-    assert "s.yaml:2: folder = 'out/runs/steps-300/seed-5': the folder belongs to another experiment: optimizer.lr " \
-           "was 0.003 and is 0.004" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.match(r"error: base.yaml:\d+: optimizer.lr = 0.004: out/runs/steps-300/seed-5 belongs to another "
+                    r"experiment: optimizer.lr was 0.003 and is 0.004\n  -> ", said), said
+    assert "another `folder` or `name` of the sweep" in said
