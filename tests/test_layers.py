@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 # From the bottom up: a room imports those before it, and `trainer`'s own modules, which are of everybody.
 TRAINER = ("experiment", "data", "run", "models", "distributed", "teacher", "checkpoints", "planning", "training",
-           "student")
+           "student", "sweep")
 BELOW_ALL = ("errors", "files", "model_files")
 ABOVE_ALL = ("pipeline", "script", "command_line", "failures", "starter", "cli")
 REMATERIALIZATION = ("solve", "capture", "price", "execute")

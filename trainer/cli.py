@@ -151,7 +151,13 @@ def _show_data(options: Namespace) -> int:
 
 
 def _status(options: Namespace) -> int:
-    said, code = status(_run_named(options))
+    folder = _run_named(options)
+    if (folder / "sweep.json").exists():
+        from trainer.sweep.run_sweep import sweep_status
+
+        said, code = sweep_status(folder)
+    else:
+        said, code = status(folder)
     print(said)
     return code
 
@@ -184,7 +190,12 @@ def _report(options: Namespace) -> int:
     from trainer.run.report import write_report
 
     show_links(RunFolder(options.run))
-    print(write_report(Path(options.run)))
+    if (Path(options.run) / "sweep.json").exists():
+        from trainer.sweep.run_sweep import report_sweep
+
+        report_sweep(Path(options.run))
+    else:
+        print(write_report(Path(options.run)))
     return 0
 
 
@@ -207,5 +218,21 @@ def _push(options: Namespace) -> int:
     return 0
 
 
+def _sweep(options: Namespace) -> int:
+    """Run a sweep in child processes of `train.py`."""
+    from trainer.starter import shipped
+    from trainer.sweep.run_sweep import run_sweep
+    from trainer.sweep.sweep_plan import SweepPlan
+
+    def dry_run(plan: SweepPlan) -> None:
+        from trainer import pipeline  # a heavy import
+        from trainer.sweep.show_sweep import show_sweep
+
+        show_sweep(plan, pipeline.planned)
+
+    return run_sweep(Path(options.sweep), [sys.executable, str(shipped("train.py"))],
+                     dry_run if options.dry_run else None)
+
+
 VERBS = {"init": _init, "schema": _schema, "show-data": _show_data, "status": _status, "watch": _watch,
-         "report": _report, "export": _export, "push": _push}
+         "report": _report, "export": _export, "push": _push, "sweep": _sweep}

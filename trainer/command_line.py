@@ -12,6 +12,7 @@ from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.explain import help_text
 from trainer.experiment.load import all_keys
+from trainer.sweep.sweep_file import Sweep
 
 EXAMPLE = "configs/quickstart.yaml"
 RUNTIMES = ("onnx", "gguf")
@@ -27,6 +28,15 @@ Exit codes:
   130  stopped at once by a second Ctrl-C
 """
 STATUS_CODES = "Exit codes: 0 finished, 75 stopped by a signal and to be started again, 1 anything else, 2 no such run."
+
+SWEEP_CODES = """\
+Exit codes:
+  0    all runs are finished
+  1    some runs failed; their messages are in the table
+  2    a mistake in the sweep or in one of its experiments: nothing has been started
+  75   stopped by a signal, and its runs saved: start the same command again to go on
+  130  stopped at once by a second Ctrl-C
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -134,7 +144,7 @@ def limbeck_parser() -> Parser:
     parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
                         help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="limbeck")
-    for add in (_init, _schema, _show_data, _status, _watch, _report, _export, _push):
+    for add in (_init, _schema, _show_data, _status, _watch, _report, _export, _push, _sweep):
         add(verbs)
     for name, verb in verbs.choices.items():
         verb.siblings = {other: one for other, one in verbs.choices.items() if other != name}
@@ -196,13 +206,13 @@ def _watch(verbs: Any) -> None:
 def _run(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE", action=_Once, help="the experiment whose run is meant")
     parser.add_argument("overrides", metavar="RUN | key=value", nargs="*", default=[],
-                        help="the run's folder; with --config, what train.py was given besides")
+                        help="the folder of a run or a sweep; with --config, what train.py was given besides")
 
 
 def _report(verbs: Any) -> None:
     says = "write report.md and its pictures of a run folder again"
     parser = verbs.add_parser("report", help=says, usage="limbeck report RUN", description=_sentence(says) + ".")
-    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run, or of a sweep")
 
 
 def _export(verbs: Any) -> None:
@@ -224,3 +234,14 @@ def _push(verbs: Any) -> None:
     parser.add_argument("--runtime", metavar="RUNTIME", choices=("transformers", *RUNTIMES), default="transformers",
                         help="which of its students: transformers (default), " + " or ".join(RUNTIMES))
     parser.add_argument("--private", action="store_true", help="create it so that nobody else can see it")
+
+
+def _sweep(verbs: Any) -> None:
+    says = "run one experiment with other values, settings and seeds, and compare the results"
+    parser = verbs.add_parser(
+        "sweep", help=says, usage="limbeck sweep SWEEP [--dry-run]", description=f"{_sentence(says)}.\nStarted again, "
+        "it goes on: finished runs are kept, stopped ones resume, failed ones are tried again.",
+        epilog=f"{SWEEP_CODES}\n{help_text(Sweep)}")
+    parser.add_argument("sweep", metavar="SWEEP", help="the sweep, a YAML file (see configs/sweep-learning-rate.yaml)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="show the runs, and steps and bytes of each setting, and start none")

@@ -76,6 +76,19 @@ class Trained:
 
 def dry_run(source: Source, as_json: bool) -> None:
     """Show what would run, and what the first records of local data are, without leaving any file."""
+    plan = planned(source)
+    if int(os.environ.get("RANK", 0)) == 0:
+        experiment = source.experiment
+        data = preview(experiment.data, tokenizer_origin(experiment.data.tokenizer, experiment.with_weights))
+        print(plan_json(source, plan, data)) if as_json else show_plan(source, plan, data)
+
+
+def planned(source: Source) -> Plan:
+    """The plan of an experiment on the device that is there, or on that of `memory`, without writing any file.
+
+    Raises:
+        UserError: a mistake that shows from shapes alone, or a budget that cannot be met.
+    """
     quiet_libraries()
     experiment = source.experiment
     vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
@@ -87,12 +100,9 @@ def dry_run(source: Source, as_json: bool) -> None:
         topology = replace(topology, data_parallel=experiment.memory.processes)
     check_engine(experiment.sharding, experiment.optimizer, topology)
     _check_shapes_early(experiment, teacher, student)
-    origin = tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
+    tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
     with working(experiment.name, "planning memory", to_stderr=True):  # standard output may be read as JSON
-        plan = Plans().resolve(experiment, topology, teacher, student)
-    if int(os.environ.get("RANK", 0)) == 0:
-        data = preview(experiment.data, origin)
-        print(plan_json(source, plan, data)) if as_json else show_plan(source, plan, data)
+        return Plans().resolve(experiment, topology, teacher, student)
 
 
 def run_experiment(source: Source) -> Path:

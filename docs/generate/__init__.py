@@ -16,13 +16,14 @@ from pathlib import Path
 
 from benchmarks.tables import ROOT, with_tables
 from docs.generate.command_lines import command_lines
-from docs.generate.configuration import configuration
+from docs.generate.configuration import configuration, sweep_file
 from docs.generate.packages import diagram, import_table
 from docs.generate.python_api import python_api
 
 PARTS: dict[str, Callable[[], str | None]] = {
     "command-lines": command_lines,
     "configuration": configuration,
+    "sweep-file": sweep_file,
     "python-api": python_api,
     "diagram": diagram,
     "imports": import_table,

@@ -1,4 +1,4 @@
-"""The configuration reference: every key of an experiment, from the tree that reads experiments."""
+"""The configuration references: every key of an experiment and of a sweep, from the trees that read them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.experiment.explain import schema
+from trainer.sweep.sweep_file import Sweep
 
 LIMITS = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "exclusiveMaximum": "< {}", "maximum": "≤ {}",
           "minLength": "{} character or more", "pattern": "matches `{}`"}
@@ -15,6 +16,12 @@ LIMITS = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "exclusiveMaximum": "
 def configuration() -> str:
     """A section for each node of the tree: what it is for, and a table of its keys."""
     tree = schema()
+    return "\n".join(_sections(tree, tree, ""))
+
+
+def sweep_file() -> str:
+    """The same for sweep files."""
+    tree = schema(Sweep)
     return "\n".join(_sections(tree, tree, ""))
 
 
@@ -45,9 +52,9 @@ def _heading(node: dict[str, Any], key: str) -> Iterator[str]:
 
 def _node(tree: dict[str, Any], field: dict[str, Any]) -> dict[str, Any] | None:
     """The node that a field holds, or holds a list of."""
-    parts = (field, *field.get("anyOf", ()))
-    for part in (*parts, *(part.get("items", {}) for part in parts)):
-        name = part.get("$ref", "").rpartition("/")[2]
+    parts = (field, *field.get("anyOf", ()), field.get("additionalProperties", {}))
+    for part in (*parts, *(part.get("items", {}) for part in parts if isinstance(part, dict))):
+        name = (part if isinstance(part, dict) else {}).get("$ref", "").rpartition("/")[2]
         if name and "properties" in tree["$defs"][name]:
             return tree["$defs"][name]
     return None

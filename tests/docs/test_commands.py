@@ -45,6 +45,10 @@ COMMANDS = [(page, marked, command) for page, text in PAGES.items() for marked, 
             for command in block.replace("\\\n", " ").strip().split("\n")]
 
 
+SWEEPS = [(page, block) for page, block in YAMLS if yaml.safe_load(block).keys() & {"grid", "list", "search"}]
+YAMLS_OF_EXPERIMENTS = [one for one in YAMLS if one not in SWEEPS]
+
+
 def whole(block):
     """An experiment that a block is, or that it becomes with what it leaves out."""
     values = yaml.safe_load(block)
@@ -61,7 +65,7 @@ def whole(block):
 
 @pytest.fixture(scope="module")
 def reader_folder(tmp_path_factory):
-    """A folder as a reader has it who has distilled a student and saved the pages' experiments."""
+    """A folder as a reader has it who has distilled a student and saved the pages' experiments and sweeps."""
     folder = tmp_path_factory.mktemp("reader")
     for name in ("configs", "launch", "docs", "train.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -78,7 +82,8 @@ def reader_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("page", "block"), YAMLS, ids=[f"{page}-{number}" for number, (page, _) in enumerate(YAMLS)])
+@pytest.mark.parametrize(("page", "block"), YAMLS_OF_EXPERIMENTS,
+                         ids=[f"{page}-{number}" for number, (page, _) in enumerate(YAMLS_OF_EXPERIMENTS)])
 def test_every_yaml_is_an_experiment(page, block, tmp_path):
     from trainer.experiment.load import read_experiment
 
@@ -92,6 +97,16 @@ def test_every_yaml_is_an_experiment(page, block, tmp_path):
         with torch.device("meta"):
             form = experiment.form
             check_runtimes(experiment.export, form, export_skeleton(form, LlamaConfig(**TINY)))
+
+
+@pytest.mark.parametrize(("page", "block"), SWEEPS, ids=[f"{page}-{number}" for number, (page, _) in enumerate(SWEEPS)])
+def test_every_sweep_is_one_of_experiments(page, block, reader_folder, tmp_path, monkeypatch):
+    from trainer.sweep.sweep_file import read_sweep
+    from trainer.sweep.sweep_plan import SweepPlan
+
+    monkeypatch.chdir(reader_folder)
+    (tmp_path / "block.yaml").write_text(block)
+    assert SweepPlan(read_sweep(tmp_path / "block.yaml")).record.total > 1
 
 
 def test_saved_experiments_have_names_of_their_own():
@@ -176,10 +191,15 @@ def verb(words, folder):
     """A verb of `limbeck`: a known one with known options; an experiment is read."""
     known = {"schema": {}, "show-data": {"--config"}, "status": {"--config"}, "report": {}, "init": {},
              "watch": {"--config", "--every", "--once"}, "export": {"--to", "--trust-remote-code"},
-             "push": {"--to", "--private", "--runtime"}}
+             "push": {"--to", "--private", "--runtime"}, "sweep": {"--dry-run"}}
     assert words[1] in known and {word for word in words if word.startswith("--")} <= set(known[words[1]])
     if "--config" in words:
         experiment_of(words)
+    if words[1] == "sweep":
+        from trainer.sweep.sweep_file import read_sweep
+        from trainer.sweep.sweep_plan import SweepPlan
+
+        assert SweepPlan(read_sweep(words[2])).record.total > 1
     for option in {"export": ["--to"], "push": ["--runtime"]}.get(words[1], ()):
         from trainer.student.export_student import RUNTIMES
 

@@ -14,7 +14,7 @@ from trainer.command_line import RUNTIMES, limbeck_parser, parse_train
 from trainer.errors import UserError
 
 HEAVY = "{'torch', 'transformers', 'datasets', 'accelerate', 'numpy'}"
-VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push")
+VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push", "sweep")
 
 
 def typed(*arguments, capsys):
@@ -89,7 +89,8 @@ def test_overrides_reach_the_experiment(write_experiment, capsys):
 
 @pytest.mark.parametrize("arguments, parts", [
     ("exprot", ["no such verb: exprot", "did you mean export?"]),
-    ("disitll", ["no such verb: disitll", "one of init, schema, show-data, status, watch, report, export"]),
+    ("disitll", ["no such verb: disitll",
+                 "one of init, schema, show-data, status, watch, report, export, push, sweep"]),
     ("--wrong", ["no such option: --wrong", "see limbeck --help"]),
     ("--to onnx", ["--to goes with export"]),
     ("schema --out", ["no such option: --out", "see limbeck schema --help"]),
@@ -102,6 +103,10 @@ def test_overrides_reach_the_experiment(write_experiment, capsys):
     ("report r --trust-remote-code", ["--trust-remote-code goes with export"]),
     ("report r --config x", ["--config goes with show-data and status and watch"]),
     ("report nowhere", ["not a finished run: experiment.yaml is missing"]),
+    ("sweep", ["the following arguments are required: SWEEP", "limbeck sweep SWEEP [--dry-run]"]),
+    ("sweep a b", ["one word too many: b"]),
+    ("sweep a --jobs 2", ["no such option: --jobs"]),
+    ("sweep nowhere.yaml", ["error: nowhere.yaml: there is no such file"]),
     ("show-data", ["no experiment given", "limbeck show-data --config FILE [key=value ...]"]),
     ("status", ["name one run", "limbeck status RUN, or limbeck status --config FILE"]),
     ("status a b", ["name one run"]),

@@ -30,6 +30,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 APART = 0.5  # seconds; a SIGINT that follows sooner is the same Ctrl-C, forwarded by a launcher
 GRACE = 3.0  # seconds for the main thread to clean up incomplete work
 LOOK = 1.0  # seconds between checks that the launcher is still alive
+SWEEP = "LIMBECK_SWEEP"  # set by a sweep for its runs: the number of its process
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch and torchrun
 
 
@@ -81,7 +82,7 @@ class Signals:
 
     def listen(self, wire: socket.socket) -> None:
         """Body of the thread: read signal numbers that Python's C handler writes to the wakeup socket, until a 0."""
-        launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
+        launcher = _launcher()
         wire.settimeout(LOOK)
         while True:
             numbers = b""
@@ -94,6 +95,14 @@ class Signals:
                     self.hear(signal.Signals(number).name)
             if launcher not in (None, os.getppid()):  # `accelerate launch` with one process forwards no signals
                 self.hear("the end of its launcher")
+
+
+def _launcher() -> int | None:
+    """Number of the process whose end this one is to notice; a sweep's own, since the sweep may be gone by now."""
+    sweep = os.environ.get(SWEEP, "")
+    if sweep.isdecimal():
+        return int(sweep)
+    return os.getppid() if any(name in os.environ for name in LAUNCHED) else None
 
 
 _heard: Signals | None = None

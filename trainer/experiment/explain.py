@@ -13,10 +13,10 @@ from trainer.experiment.load import Source, all_keys, node_of
 from trainer.experiment.node import Node
 
 
-def help_text() -> str:
-    """Help text for `train.py --help`: every key with its one-line meaning and its default."""
+def help_text(root: type[Node] = Experiment) -> str:
+    """Help text for `--help`: every key of a file with its one-line meaning and its default."""
     lines = ["Keys of the file, with their defaults:", ""]
-    for key, info in all_keys(Experiment).items():
+    for key, info in all_keys(root).items():
         depth, name = key.count("."), key.rsplit(".", 1)[-1]
         head = "  " * (depth + 1) + name + (":" if node_of(info.annotation) else f": {_default(info)}")
         lines.append(f"{head:<42} {info.description}")
@@ -30,9 +30,9 @@ def _default(info: Any) -> str:
     return json.dumps(default)
 
 
-def schema() -> dict[str, Any]:
+def schema(root: type[Node] = Experiment) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of experiment files, for completion and validation in editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root.model_json_schema()}
 
 
 def resolved_yaml(experiment: Experiment) -> str:

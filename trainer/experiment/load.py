@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -38,24 +38,32 @@ class Source:
         return nearest_origin(self.origins, tuple(key.split(".")) if key else (), "default")
 
 
-def read_experiment(file: str | Path, overrides: Sequence[str] = ()) -> Source:
+def read_experiment(file: str | Path, overrides: Sequence[str] = (), places: Mapping[str, str] | None = None
+                    ) -> Source:
     """Read and validate an experiment.
 
     Args:
         file: path of the YAML file.
         overrides: `dotted.key=value` strings; each value is parsed as YAML.
+        places: override -> the place where it is written, for messages; without one, they show the override itself.
 
     Raises:
         ExperimentErrors: all mistakes found, each with its key, `file:line` or override, value and suggested fix.
     """
     values, origins = read_values(Path(file))
     for override in overrides:
-        _apply(override, values, origins)
+        shown = override if len(override) <= 200 else override[:197] + "..."
+        _apply(override, values, origins, (places or {}).get(override, f"override `{shown}`"))
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:
-        raise ExperimentErrors([_explain(entry) for entry in _distinct(error)], origins, str(file)) from error
+        raise ExperimentErrors(mistakes(error), origins, str(file)) from error
     return Source(experiment, str(file), origins)
+
+
+def mistakes(error: ValidationError, root: type[Node] = Experiment) -> list[UserError]:
+    """Pydantic's errors on the values of a node such as an experiment, one for each key, reworded for users."""
+    return [_explain(entry, root) for entry in _distinct(error)]
 
 
 def describe(error: UserError, origins: dict[Key, str], fallback: str) -> str:
@@ -81,10 +89,9 @@ def _show(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> None:
+def _apply(override: str, values: dict[str, Any], origins: dict[Key, str], place: str) -> None:
     """Apply one `dotted.key=value` override to the values read from the file, in place."""
     name, equals, text = override.partition("=")
-    place = f"override `{override if len(override) <= 200 else override[:197] + '...'}`"
     if not equals or not name:
         raise ExperimentErrors([UserError("", "an override is written key=value",
                                           way_out="for example optimizer.lr=1e-4")], {}, place)
@@ -127,7 +134,7 @@ def _distinct(error: ValidationError) -> list[dict[str, Any]]:
     return list(seen.values())
 
 
-def _explain(entry: dict[str, Any]) -> UserError:
+def _explain(entry: dict[str, Any], root: type[Node]) -> UserError:
     key = ".".join(str(part) for part in entry["loc"])
     cause = entry.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
@@ -140,11 +147,11 @@ def _explain(entry: dict[str, Any]) -> UserError:
             return UserError(key, "preferences are not learned: there is no loss on pairs of answers",
                              value=entry["input"], way_out="to fine-tune on the chosen answers alone, name them in "
                              "`data.messages`, in `data.response` beside `data.prompt`, or in `data.text`")
-        return UserError(key, "no such key", value=entry["input"], way_out=_nearest_key(key))
+        return UserError(key, "no such key", value=entry["input"], way_out=_nearest_key(key, root))
     if entry["type"] == "missing":
-        return UserError(key, "this key is required", way_out=f"it means: {_help(key)}")
+        return UserError(key, "this key is required", way_out=f"it means: {_help(key, root)}")
     if entry["type"] in ("model_type", "model_attributes_type"):
-        node = _node(key)
+        node = _node(key, root)
         names = list(node.model_fields) if node else []
         path = "path" in names and isinstance(entry["input"], str)
         name = key.rpartition(".")[2]
@@ -153,14 +160,14 @@ def _explain(entry: dict[str, Any]) -> UserError:
                          else f"its keys are {', '.join(names)}")
     if entry["type"] == "string_pattern_mismatch":
         return UserError(key, "only letters, digits, '.', '_' and '-' can be used, beginning with a letter or digit",
-                         value=entry["input"], way_out=f"it means: {_help(key)}")
+                         value=entry["input"], way_out=f"it means: {_help(key, root)}")
     if entry["type"] == "literal_error" and isinstance(entry["input"], str):
         names = re.findall(r"'([^']*)'", entry["ctx"]["expected"])
         if near := difflib.get_close_matches(entry["input"], names, 1, 0.5):
             return UserError(key, f"must be {entry['ctx']['expected']}", value=entry["input"],
                              way_out=f"did you mean `{near[0]}`?")
     message = entry["msg"].replace("Input should be", "must be").replace("Value error, ", "")
-    meaning = _help(key)
+    meaning = _help(key, root)
     return UserError(key, message, value=entry["input"], way_out=f"it means: {meaning}" if meaning else "")
 
 
@@ -180,18 +187,18 @@ ELSEWHERE = {
 """What transformers, TRL and axolotl call it, and the key here."""
 
 
-def _nearest_key(key: str) -> str:
+def _nearest_key(key: str, root: type[Node]) -> str:
     """Suggest the valid key that the user probably meant, at this level or elsewhere in the tree."""
     parts = key.split(".")
-    if parts[-1] in ELSEWHERE:
+    if root is Experiment and parts[-1] in ELSEWHERE:
         return f"did you mean `{ELSEWHERE[parts[-1]]}`?"
-    siblings = _node(".".join(parts[:-1]))
+    siblings = _node(".".join(parts[:-1]), root)
     names = list(siblings.model_fields) if siblings else []
     near = difflib.get_close_matches(parts[-1], names, 1, 0.6) or \
         [name for name in names if name in parts[-1] or parts[-1] in name]
     if near:
         return f"did you mean `{'.'.join([*parts[:-1], near[0]])}`?"
-    everywhere = {name.rsplit(".", 1)[-1]: name for name in all_keys(Experiment)}
+    everywhere = {name.rsplit(".", 1)[-1]: name for name in all_keys(root)}
     near = difflib.get_close_matches(parts[-1], everywhere, 1, 0.75)
     if near:
         return f"did you mean `{everywhere[near[0]]}`?"
@@ -227,26 +234,26 @@ def item_node_of(annotation: Any) -> type[Node] | None:
     return None
 
 
-def _node(key: str) -> type[Node] | None:
+def _node(key: str, root: type[Node]) -> type[Node] | None:
     if not key:
-        return Experiment
-    info = _field(key)
+        return root
+    info = _field(key, root)
     if key.rpartition(".")[2].isdigit():
-        info = _field(key.rpartition(".")[0])
+        info = _field(key.rpartition(".")[0], root)
         return item_node_of(info.annotation) if info else None
     return node_of(info.annotation) if info else None
 
 
-def _field(key: str) -> Any:
+def _field(key: str, root: type[Node]) -> Any:
     """The pydantic field of a dotted key, which may lead through an item of a list; None if there is none."""
     above, _, name = key.rpartition(".")
-    if above.rpartition(".")[2].isdigit() and (node := _node(above)) is not None:
+    if above.rpartition(".")[2].isdigit() and (node := _node(above, root)) is not None:
         return node.model_fields.get(name)
-    return all_keys(Experiment).get(key)
+    return all_keys(root).get(key)
 
 
-def _help(key: str) -> str:
-    info = _field(key)
+def _help(key: str, root: type[Node]) -> str:
+    info = _field(key, root)
     if info is None:  # an item of a list: use the help text of the list
-        info = all_keys(Experiment).get(key.rpartition(".")[0])
+        info = all_keys(root).get(key.rpartition(".")[0])
     return (info.description or "") if info else ""

@@ -65,6 +65,14 @@ class RunFolder:
         """Whether this process holds the folder's lock."""
         return self.path in _LOCKS
 
+    def holds(self, asked: dict[str, Any]) -> bool:
+        """Whether the folder has all that an experiment asks for, so that running it again would do nothing.
+
+        Args:
+            asked: the values of the experiment, as plain data.
+        """
+        return self.finished and not self.afterwards(asked) and all(map(is_free, self.changed(asked)))
+
     def check(self, experiment: Experiment) -> None:
         """Raise `UserError` if the folder is not a run folder, and `OtherRun` if it belongs to another experiment.
 

@@ -113,7 +113,7 @@ def _may_write(folder: RunFolder, check: Callable[[], None]) -> bool:
     except (UserError, OSError):
         return False
     found = Life.of(folder)
-    return folder.locked or not (found.lives and found.pid != os.getpid() or in_use(folder))
+    return folder.locked or not (found.lives and found.pid != os.getpid() or in_use(folder.path))
 
 
 # ---- for those who look at a run
@@ -190,7 +190,7 @@ def status(path: Path) -> tuple[str, int]:
     folder = RunFolder(path)
     life, end = Life.of(folder), how_it_ended(folder)
     check_run(folder)
-    if end is None and (life.lives or not folder.finished and in_use(folder)):
+    if end is None and (life.lives or not folder.finished and in_use(folder.path)):
         phase = f", {life.phase}" if life.lives and life.phase else ""
         return f"{path}: running{phase}; {_reached(RunFolder(path / life.training))}", 1
     if folder.finished:
@@ -227,10 +227,10 @@ def read_lenient(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def in_use(folder: RunFolder) -> bool:
+def in_use(folder: Path) -> bool:
     """Whether a process holds the folder's lock."""
     try:
-        with (folder.path / ".lock").open("r") as handle:
+        with (folder / ".lock").open("r") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
