@@ -61,7 +61,7 @@ def watched(run):
 
     def look():
         watch, folder = None, RunFolder(run)
-        while not over.wait(0.02):
+        while not over.wait(0.1):
             if (model := Life.of(folder).content.get("model", over)) is over:
                 continue
             watch = watch or Watch(run)

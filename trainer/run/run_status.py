@@ -50,7 +50,7 @@ class RunStatus:
         self._beaten, self._lock = 0.0, threading.Lock()
 
     def __enter__(self) -> RunStatus:
-        if int(os.environ.get("RANK", 0)) == 0 and _may_write(self.folder, self._check):
+        if int(os.environ.get("RANK", 0)) == 0 and self._belongs():
             path = self.folder.path
             self._over.clear()
             self._written = {}
@@ -72,13 +72,16 @@ class RunStatus:
         self._thread.join()
         self._thread = None
         with suppress(OSError):
-            self.file.unlink(missing_ok=True)
+            if self._written:
+                self.file.unlink(missing_ok=True)
             for folder in self._made:
                 folder.rmdir()
 
     def beat(self) -> None:
         """Write what is being done if that has changed, else renew the file's time; a full disk is no reason to end."""
         with self._lock, suppress(OSError):
+            if not self._written and _others(self.folder):
+                return
             now, content = time.monotonic(), self.content()
             same = {**content, **{key: self._written.get(key) for key in ("done", "total", "unit")}} == self._written
             if same and now - self._beaten < BEAT:
@@ -102,18 +105,22 @@ class RunStatus:
                 "since": None if last is None else last.began, "done": last and last.done, "total": last and last.total,
                 "unit": last and last.unit, "warnings": list(warnings)}
 
+    def _belongs(self) -> bool:
+        try:
+            self._check()
+        except (UserError, OSError):
+            return False
+        return True
+
     def _beats(self) -> None:
         while not self._over.wait(LOOK):
             self.beat()
 
 
-def _may_write(folder: RunFolder, check: Callable[[], None]) -> bool:
-    try:
-        check()
-    except (UserError, OSError):
-        return False
-    found = Life.of(folder)
-    return folder.locked or not (found.lives and found.pid != os.getpid() or in_use(folder.path))
+def _others(folder: RunFolder) -> bool:
+    """Whether another process seems to run in the folder; once this one has locked it, none does."""
+    life = Life.of(folder)
+    return not folder.locked and (life.lives and life.pid != os.getpid() or in_use(folder.path))
 
 
 # ---- for those who look at a run

@@ -96,7 +96,6 @@ class TrainLoop:
         self.precision = experiment.precision.build(accelerator.device.type)
         self.steps = plan.steps
         self.state = TrainState(self.precision, BestEvaluation.of(experiment.training, self.steps))
-        self.cadence = Cadence(experiment.training, self.steps)
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, self.steps)
         self.teacher = None if live is None else place_teacher(setup, accelerator, live)
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
@@ -130,6 +129,11 @@ class TrainLoop:
     def unwrapped(self) -> nn.Module:
         """The student without wrappers: for saving and later evaluation, never for a training step."""
         return self.engine.student
+
+    @property
+    def cadence(self) -> Cadence:
+        """When the run evaluates, saves and ends."""
+        return Cadence(self.experiment.training, self.steps)
 
     def inputs(self) -> StepInputs:
         """The inputs of the remaining steps, starting at the state's step."""

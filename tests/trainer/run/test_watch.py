@@ -187,9 +187,15 @@ def test_the_folder_of_a_refused_experiment_is_not_left_and_that_of_another_not_
     with RunStatus("other", folder, refuse):
         assert not (folder.path / STATUS).exists()
     (folder.path / STATUS).write_text(json.dumps({"host": "another", "pid": 1, "name": "first"}))
-    with living(*run):
-        assert Life.of(folder).content["name"] == "first", "another run goes on here"
+    with living(*run) as ours:
+        ours.beat()
+        assert Life.of(folder).content["name"] == "first", "another run seems to go on here"
     assert (folder.path / STATUS).exists()
+    with living(*run) as ours:
+        folder.lock(wait=False)
+        ours.beat()
+        assert Life.of(folder).content["name"] == "mine", "it was killed on a machine that cannot be asked"
+    assert not (folder.path / STATUS).exists()
 
 
 @pytest.mark.parametrize("content", [
