@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from strategies.export.gguf.gguf_file import dequantized_reference
 from strategies.export.onnx.onnx_folder import TRIED, try_onnx
 from strategies.export.quantized_layers import quantized_layers
-from strategies.export.receipt import Receipt, make_receipt
+from strategies.export.receipt import CACHED, Receipt, make_receipt
 from strategies.quantization.freeze import freeze_quantized
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.errors import RunFailed, UserError, error_context
@@ -169,7 +169,7 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     path.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{experiment.name}: writing for {name}, reloading in a fresh process and comparing")
     dtype = DTYPES[experiment.export.dtype]
-    _of(name, "write")(path, model, text.tokenizer, dtype)
+    notes += _of(name, "write")(path, model, text.tokenizer, dtype) or []
     reference = (
         dequantized_reference(model, dtype)
         if name == "gguf"
@@ -185,7 +185,8 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     files = [file for file in sorted(partial.rglob("*")) if file.suffix in (".onnx", ".data", ".gguf")]
     rounds = any(layer.activations is not None for _, layer in quantized_layers(model))
     receipt = make_receipt(found["student"], trained, exported, logits["student"], files,
-                           ROUNDED if rounds else runtime.tolerance, runtime.libraries, notes)
+                           ROUNDED if rounds else runtime.tolerance, runtime.libraries, notes,
+                           logits.get("student" + CACHED))
     receipt.write(partial / "receipt.json")
     if not receipt.holds:
         where = first_difference(str(path), reference, text, receipt.tolerance, runtime.client)

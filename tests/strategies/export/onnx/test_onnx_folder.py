@@ -157,6 +157,13 @@ STUDENTS = {  # model, how it is prepared, dtype, largest difference as a share 
     "qwen2": (build("qwen2", tied=False), {
         "quantizer": WeightQuantizer(8, symmetric=False), "embeddings": True, "ignore": (),
         "rules": [("*.down_proj", WeightQuantizer(2, 16, rule="learned"))]}, torch.float32, CLOSE),
+    "gemma2": (build("gemma2", num_hidden_layers=2, head_dim=16, num_key_value_heads=2, sliding_window=4,
+                     attn_logit_softcapping=2.0), {"quantizer": WeightQuantizer(4, 32)}, torch.float32, CLOSE),
+    "gemma3": (build("gemma3_text", num_hidden_layers=2, head_dim=16, sliding_window=5,
+                     layer_types=["sliding_attention", "full_attention"]),
+               {"quantizer": WeightQuantizer(8)}, torch.float32, CLOSE),
+    "gpt2": (build("gpt2"), {"quantizer": WeightQuantizer(8), "rules": [("*.c_*", None)], "embeddings": True},
+             torch.float32, CLOSE),
     "gpt_neox": (build("gpt_neox", tied=False), {"quantizer": WeightQuantizer(kind="ternary")}, torch.float32, CLOSE),
     "half": (build("llama"), {"quantizer": WeightQuantizer(2, 32, torch.bfloat16, symmetric=False), "embeddings": True},
              torch.bfloat16, CLOSE),
@@ -216,7 +223,8 @@ def test_packed_documents_stay_apart(answers, name):
     changed = torch.where(torch.arange(12) < 7, ids.flip(1), ids)
 
     def run(tokens, places):
-        return session.run(None, {"input_ids": tokens.numpy(), "position_ids": places.numpy()})[0][0, -5:]
+        return onnx_client.logits_of(session, {"input_ids": tokens.numpy(), "position_ids": places.numpy()},
+                                     slice(None), None)[0, -5:]
 
     assert (run(ids, positions) == run(changed, positions)).all()
     assert abs(run(ids, positions) - run(ids[:, 7:], positions[:, 7:])).max() < 1e-6
