@@ -178,13 +178,14 @@ def sample(session: onnxruntime.InferenceSession, folder: Path, request: dict[st
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def greedy(session: onnxruntime.InferenceSession, prompt: list[int], count: int) -> Iterator[int]:
-    """Yield the `count` most probable next tokens, one after the other."""
+def greedy(session: onnxruntime.InferenceSession, prompt: list[int], count: int, cached: bool = True) -> Iterator[int]:
+    """Yield the `count` most probable next tokens; without a cache, all before a token are computed again for it."""
     row, cache, begin = np.array([prompt], dtype=np.int64), empty_cache(session, 1), 0
     for _ in range(count):
         places = np.arange(begin, row.shape[1], dtype=np.int64)[None]
-        logits, cache = step(session, row[:, begin:], np.ones_like(row), places, cache)
-        begin = row.shape[1] if cache else 0
+        logits, after = step(session, row[:, begin:], np.ones_like(row), places, cache)
+        if cached and after:
+            cache, begin = after, row.shape[1]
         row = np.append(row, [[logits[0, -1].argmax()]], 1)
         yield int(row[0, -1])
 

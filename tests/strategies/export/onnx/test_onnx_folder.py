@@ -2,9 +2,11 @@
 
 import ast
 import copy
+import json
 import subprocess
 import sys
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -12,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from strategies.export.clients import onnx_client
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.export.onnx.onnx_folder import check_onnx, write_onnx, write_onnx_module
-from strategies.export.receipt import ask_client
+from strategies.export.receipt import CACHED, ask_client
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.freeze import freeze_quantized
 from strategies.quantization.outliers import keep_whole
@@ -159,11 +161,10 @@ STUDENTS = {  # model, how it is prepared, dtype, largest difference as a share 
         "rules": [("*.down_proj", WeightQuantizer(2, 16, rule="learned"))]}, torch.float32, CLOSE),
     "gemma2": (build("gemma2", num_hidden_layers=2, head_dim=16, num_key_value_heads=2, sliding_window=4,
                      attn_logit_softcapping=2.0), {"quantizer": WeightQuantizer(4, 32)}, torch.float32, CLOSE),
-    "gemma3": (build("gemma3_text", num_hidden_layers=2, head_dim=16, sliding_window=5,
-                     layer_types=["sliding_attention", "full_attention"]),
+    "gemma3": (build("gemma3_text", head_dim=16, sliding_window=5, layer_types=["sliding_attention"]),
                {"quantizer": WeightQuantizer(8)}, torch.float32, CLOSE),
-    "gpt2": (build("gpt2"), {"quantizer": WeightQuantizer(8), "rules": [("*.c_*", None)], "embeddings": True},
-             torch.float32, CLOSE),
+    "gpt2": (build("gpt2", max_position_embeddings=128),
+             {"quantizer": WeightQuantizer(8), "rules": [("*.c_*", None)], "embeddings": True}, torch.float32, CLOSE),
     "gpt_neox": (build("gpt_neox", tied=False), {"quantizer": WeightQuantizer(kind="ternary")}, torch.float32, CLOSE),
     "half": (build("llama"), {"quantizer": WeightQuantizer(2, 32, torch.bfloat16, symmetric=False), "embeddings": True},
              torch.bfloat16, CLOSE),
@@ -182,7 +183,7 @@ def answers(tmp_path_factory):
         model.train()
         kinds = [type(module) for module in model.modules()]
         before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        write_onnx(folder / name, model, tokenizer(), dtype)
+        assert write_onnx(folder / name, model, tokenizer(), dtype) == []
         assert model.training and kinds == [type(module) for module in model.modules()]
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
         model.eval()
@@ -209,6 +210,7 @@ def test_the_reloaded_student_is_the_one_in_training(answers, name):
     ours = logits(reference, rows["input_ids"][:4, :20], rows["position_ids"][:4, :20])
     assert (theirs[name] - ours).abs().max() <= close * ours.abs().max()
     assert torch.equal(theirs[name].argmax(-1), ours.argmax(-1))
+    assert (theirs[name + CACHED] - ours).abs().max() <= close * ours.abs().max()
     whole = logits(reference, rows["input_ids"], rows["position_ids"])
     nats = nn.functional.cross_entropy(whole.flatten(0, 1).double(), rows["targets"].flatten(), reduction="sum")
     assert found[name]["bits_per_byte"] == pytest.approx(float(nats) / 0.6931471805599453 / 350, rel=max(close, 1e-6))
@@ -229,6 +231,68 @@ def test_packed_documents_stay_apart(answers, name):
     assert (run(ids, positions) == run(changed, positions)).all()
     assert abs(run(ids, positions) - run(ids[:, 7:], positions[:, 7:])).max() < 1e-6
     assert abs(run(ids, positions) - run(ids, torch.arange(12)[None])).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "gpt2", "gpt_neox"])
+def test_text_from_the_cache_is_that_of_transformers(answers, name):
+    """64 tokens of two prompts: each alone, and both at once with padding on the left of the shorter one."""
+    model = STUDENTS[name][0]
+    session = onnx_client.open_session(answers[0] / name, threads=1)
+    prompts, found = [[3, 14, 15, 9, 26, 5], [35, 8, 79]], []
+    for prompt in prompts:
+        with torch.no_grad():
+            wanted = model.generate(torch.tensor([prompt]), generation_config=GenerationConfig(
+                max_new_tokens=64, do_sample=False, pad_token_id=0))[0, len(prompt):]
+        found.append(list(onnx_client.greedy(session, prompt, 64)))
+        assert found[-1] == wanted.tolist()
+    row, mask = np.array([prompts[0], [0, 0, 0, *prompts[1]]]), np.array([[1] * 6, [0] * 3 + [1] * 3])
+    ids, cache, together = row, onnx_client.empty_cache(session, 2), []
+    for _ in range(64):
+        places = (mask.cumsum(1) - 1).clip(min=0)[:, -ids.shape[1]:]
+        logits_now, cache = onnx_client.step(session, ids, mask, places, cache)
+        ids = logits_now[:, -1:].argmax(-1)
+        mask = np.concatenate([mask, np.ones_like(ids)], 1)
+        together.append(ids[:, 0])
+    assert np.array(together).T.tolist() == found
+
+
+def test_onnxruntime_genai_and_optimum_find_the_names_that_they_read(answers):
+    graph = onnx_client.open_session(answers[0] / "gemma2", threads=1)
+    tokens, cached = ["batch_size", "sequence_length"], ["batch_size", 2, "past_sequence_length", 16]
+    assert {value.name: value.shape for value in graph.get_inputs()} == {
+        "input_ids": tokens, "attention_mask": ["batch_size", "total_sequence_length"], "position_ids": tokens,
+        **{f"past_key_values.{layer}.{part}": cached for layer in (0, 1) for part in ("key", "value")}}
+    assert {value.name: value.shape for value in graph.get_outputs()} == {
+        "logits": [*tokens, 90], **{f"present.{layer}.{part}": ["batch_size", 2, "total_sequence_length", 16]
+                                    for layer in (0, 1) for part in ("key", "value")}}
+    decoder = json.loads((answers[0] / "gemma2" / "genai_config.json").read_text())["model"]["decoder"]
+    assert [decoder[key] for key in ("filename", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                                     "head_size")] == ["model.onnx", 2, 2, 2, 16]
+    for names, found in (("inputs", graph.get_inputs()), ("outputs", graph.get_outputs())):
+        told = {name % layer if "%d" in name else name for name in decoder[names].values() for layer in (0, 1)}
+        assert told == {value.name for value in found}
+
+
+def test_attention_is_the_operator_of_the_standard(answers):
+    graph = onnx.load(answers[0] / "llama" / "model.onnx", load_external_data=False)
+    assert next(one.version for one in graph.opset_import if one.domain == "") == 23
+    attention = [node for node in graph.graph.node if node.op_type == "Attention"]
+    assert [node.domain for node in attention] == [""]
+    assert {"past_key_values.0.key", "past_key_values.0.value"} <= {*attention[0].input}
+    assert {"present.0.key", "present.0.value"} <= {*attention[0].output}
+
+
+def test_a_model_whose_layers_cache_something_else_has_a_graph_without_a_cache(tmp_path):
+    model = build("bloom", n_head=2)
+    notes = write_onnx(tmp_path / "student", model, tokenizer())
+    assert len(notes) == 1 and "the graph of BloomForCausalLM has no cache, so that each token is computed" in notes[0]
+    session = onnx_client.open_session(tmp_path / "student", threads=1)
+    assert [value.name for value in session.get_inputs()] == ["input_ids", "position_ids"]
+    assert not (tmp_path / "student" / "genai_config.json").exists()
+    with torch.no_grad():
+        wanted = model.generate(torch.tensor([[3, 14, 15]]), generation_config=GenerationConfig(
+            max_new_tokens=8, do_sample=False, pad_token_id=0))[0, 3:]
+    assert list(onnx_client.greedy(session, [3, 14, 15], 8)) == wanted.tolist()
 
 
 def test_the_client_measures_what_the_client_of_transformers_measures(answers, tmp_path):
