@@ -208,8 +208,9 @@ def table(found: dict) -> str:
     lines += [f"| {row['runtime']} | {row['tokens_per_second']:.1f} | x{row['tokens_per_second'] / slow:.1f} | "
               f"{row['equal']} of {settings['tokens']} |" for row in rows]
     bits = f"{settings['bits']} bits" if settings["bits"] else "float32"
-    lines.append(f"\n{settings['model']} in {bits}, {settings['tokens']} tokens, {settings['threads']} threads; medians "
-                 f"of {max(len(row['seconds']) for row in rows)}, but what takes over {SLOW:.0f} s is measured once.")
+    runs = max(len(row["seconds"]) for row in rows)
+    lines.append(f"\n{settings['model']} in {bits}, {settings['tokens']} tokens, {settings['threads']} threads; "
+                 f"medians of {runs}, and what takes over {SLOW:.0f} s is measured once.")
     lines += [f"Left out: {name}: {why}." for name, why in found["skipped"].items()]
     return "\n".join(lines)
 

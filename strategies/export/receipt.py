@@ -115,7 +115,7 @@ def ask_client(
         done = subprocess.run(command, capture_output=True, text=True, env=_plain_environment())
         if done.returncode:
             raise RuntimeError("a fresh process could not use the exported model:\n" + done.stderr[-2000:])
-        logits = {}
+        logits: dict[str, torch.Tensor] = {}
         for name, model in models.items():
             if "logits" in model:
                 found = load_file(model["logits"])

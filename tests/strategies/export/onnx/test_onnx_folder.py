@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -25,7 +26,7 @@ from strategies.quantization.freeze import freeze_quantized
 from strategies.quantization.outliers import keep_whole
 from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import WeightQuantizer
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 
 CLOSE = 2e-6  # of the largest number: fp32 sums in another order, which are 1.3e-6 for 1,024 inputs of 4 bits
 RUN = """
@@ -254,6 +255,19 @@ def test_text_from_the_cache_is_that_of_transformers(answers, name):
         mask = np.concatenate([mask, np.ones_like(ids)], 1)
         together.append(ids[:, 0])
     assert np.array(together).T.tolist() == found
+
+
+def test_the_program_of_the_page_writes_what_transformers_writes(answers, capsys):
+    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "export.md").read_text(), re.DOTALL)
+    model, words = STUDENTS["gemma2"][0], tokenizer()
+    for theirs, ours in (("runs/my-finetune/student-onnx", str(answers[0] / "gemma2")), ('"The"', '"w1 w12 w13"')):
+        assert theirs in program
+        program = program.replace(theirs, ours)
+    exec(program, {})
+    with torch.no_grad():
+        wanted = model.generate(words("w1 w12 w13", return_tensors="pt").input_ids, generation_config=GenerationConfig(
+            max_new_tokens=64, do_sample=False, pad_token_id=0))
+    assert capsys.readouterr().out.strip() == words.decode(wanted[0])
 
 
 def test_onnxruntime_genai_and_optimum_find_the_names_that_they_read(answers):
