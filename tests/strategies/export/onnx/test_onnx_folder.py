@@ -2,33 +2,36 @@
 
 import ast
 import copy
-import json
-import re
 import subprocess
 import sys
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from strategies.export.clients import onnx_client
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.export.onnx.onnx_folder import check_onnx, write_onnx, write_onnx_module
-from strategies.export.receipt import CACHED, ask_client
+from strategies.export.receipt import CACHED
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.freeze import freeze_quantized
 from strategies.quantization.outliers import keep_whole
 from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import WeightQuantizer
-from tests.conftest import ROOT, TINY
+from tests.strategies.export.onnx.students import (
+    CLOSE,
+    ask,
+    build,
+    held_out,
+    logits,
+    says_what_transformers_says,
+    tokenizer,
+)
 
-CLOSE = 2e-6  # of the largest number: fp32 sums in another order, which are 1.3e-6 for 1,024 inputs of 4 bits
 RUN = """
 import sys, numpy, onnxruntime
 from safetensors.numpy import load_file, save_file
@@ -126,33 +129,6 @@ def test_convolutions_keep_their_numbers(tmp_path):
 
 # ---- language models
 
-WORDS = ["</s>", "<unk>", *(f"w{number}" for number in range(88))]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    found = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    found.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="</s>", unk_token="<unk>")
-
-
-def build(kind: str, tied: bool = True, **dimensions):
-    torch.manual_seed(3)
-    torch.set_num_threads(1)
-    dimensions = {**TINY, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 90, "tie_word_embeddings": tied,
-                  "model_type": kind, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, **dimensions}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**dimensions)).eval()
-
-
-def held_out() -> dict[str, torch.Tensor]:
-    """Rows in which documents begin again, at other places in each."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 90, (5, 24), generator=generator)
-    begins = torch.rand(5, 24, generator=generator) < 0.15
-    positions = torch.stack([torch.arange(24) - torch.cummax(torch.arange(24) * row, 0).values for row in begins])
-    targets = torch.where(positions.roll(-1, 1) == 0, -100, ids.roll(-1, 1))
-    return {"input_ids": ids, "position_ids": positions, "targets": targets, "bytes": torch.full((5,), 70)}
-
-
 STUDENTS = {  # model, how it is prepared, dtype, largest difference as a share of the largest logit
     "llama": (build("llama", hidden_size=192, vocab_size=8000, intermediate_size=512), {
         "quantizer": WeightQuantizer(4, 32), "embeddings": True,
@@ -160,12 +136,6 @@ STUDENTS = {  # model, how it is prepared, dtype, largest difference as a share 
     "qwen2": (build("qwen2", tied=False), {
         "quantizer": WeightQuantizer(8, symmetric=False), "embeddings": True, "ignore": (),
         "rules": [("*.down_proj", WeightQuantizer(2, 16, rule="learned"))]}, torch.float32, CLOSE),
-    "gemma2": (build("gemma2", num_hidden_layers=2, head_dim=16, num_key_value_heads=2, sliding_window=4,
-                     attn_logit_softcapping=2.0), {"quantizer": WeightQuantizer(4, 32)}, torch.float32, CLOSE),
-    "gemma3": (build("gemma3_text", head_dim=16, sliding_window=5, layer_types=["sliding_attention"]),
-               {"quantizer": WeightQuantizer(8)}, torch.float32, CLOSE),
-    "gpt2": (build("gpt2", max_position_embeddings=128),
-             {"quantizer": WeightQuantizer(8), "rules": [("*.c_*", None)], "embeddings": True}, torch.float32, CLOSE),
     "gpt_neox": (build("gpt_neox", tied=False), {"quantizer": WeightQuantizer(kind="ternary")}, torch.float32, CLOSE),
     "half": (build("llama"), {"quantizer": WeightQuantizer(2, 32, torch.bfloat16, symmetric=False), "embeddings": True},
              torch.bfloat16, CLOSE),
@@ -189,17 +159,6 @@ def answers(tmp_path_factory):
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
         model.eval()
     return folder, *ask(folder, list(STUDENTS), "onnx_client.py")
-
-
-def ask(folder, names, client):
-    return ask_client({name: {"path": str(folder / name), "compare": True} for name in names}, held_out(), client,
-                      device="cpu", threads=1, micro_batch=2, logit_rows=4, logit_length=20, prompt="w1 w2 w3",
-                      sample_tokens=8, tokenizer=str(folder / names[0]))
-
-
-def logits(model, ids, positions):
-    with torch.no_grad():
-        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -234,59 +193,6 @@ def test_packed_documents_stay_apart(answers, name):
     assert abs(run(ids, positions) - run(ids, torch.arange(12)[None])).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3", "gpt2", "gpt_neox"])
-def test_text_from_the_cache_is_that_of_transformers(answers, name):
-    """64 tokens of two prompts: each alone, and both at once with padding on the left of the shorter one."""
-    model = STUDENTS[name][0]
-    session = onnx_client.open_session(answers[0] / name, threads=1)
-    prompts, found = [[3, 14, 15, 9, 26, 5], [35, 8, 79]], []
-    for prompt in prompts:
-        with torch.no_grad():
-            wanted = model.generate(torch.tensor([prompt]), generation_config=GenerationConfig(
-                max_new_tokens=64, do_sample=False, pad_token_id=0))[0, len(prompt):]
-        found.append(list(onnx_client.greedy(session, prompt, 64)))
-        assert found[-1] == wanted.tolist()
-    row, mask = np.array([prompts[0], [0, 0, 0, *prompts[1]]]), np.array([[1] * 6, [0] * 3 + [1] * 3])
-    ids, cache, together = row, onnx_client.empty_cache(session, 2), []
-    for _ in range(64):
-        places = (mask.cumsum(1) - 1).clip(min=0)[:, -ids.shape[1]:]
-        logits_now, cache = onnx_client.step(session, ids, mask, places, cache)
-        ids = logits_now[:, -1:].argmax(-1)
-        mask = np.concatenate([mask, np.ones_like(ids)], 1)
-        together.append(ids[:, 0])
-    assert np.array(together).T.tolist() == found
-
-
-def test_the_program_of_the_page_writes_what_transformers_writes(answers, capsys):
-    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "export.md").read_text(), re.DOTALL)
-    model, words = STUDENTS["gemma2"][0], tokenizer()
-    for theirs, ours in (("runs/my-finetune/student-onnx", str(answers[0] / "gemma2")), ('"The"', '"w1 w12 w13"')):
-        assert theirs in program
-        program = program.replace(theirs, ours)
-    exec(program, {})
-    with torch.no_grad():
-        wanted = model.generate(words("w1 w12 w13", return_tensors="pt").input_ids, generation_config=GenerationConfig(
-            max_new_tokens=64, do_sample=False, pad_token_id=0))
-    assert capsys.readouterr().out.strip() == words.decode(wanted[0])
-
-
-def test_onnxruntime_genai_and_optimum_find_the_names_that_they_read(answers):
-    graph = onnx_client.open_session(answers[0] / "gemma2", threads=1)
-    tokens, cached = ["batch_size", "sequence_length"], ["batch_size", 2, "past_sequence_length", 16]
-    assert {value.name: value.shape for value in graph.get_inputs()} == {
-        "input_ids": tokens, "attention_mask": ["batch_size", "total_sequence_length"], "position_ids": tokens,
-        **{f"past_key_values.{layer}.{part}": cached for layer in (0, 1) for part in ("key", "value")}}
-    assert {value.name: value.shape for value in graph.get_outputs()} == {
-        "logits": [*tokens, 90], **{f"present.{layer}.{part}": ["batch_size", 2, "total_sequence_length", 16]
-                                    for layer in (0, 1) for part in ("key", "value")}}
-    decoder = json.loads((answers[0] / "gemma2" / "genai_config.json").read_text())["model"]["decoder"]
-    assert [decoder[key] for key in ("filename", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                                     "head_size")] == ["model.onnx", 2, 2, 2, 16]
-    for names, found in (("inputs", graph.get_inputs()), ("outputs", graph.get_outputs())):
-        told = {name % layer if "%d" in name else name for name in decoder[names].values() for layer in (0, 1)}
-        assert told == {value.name for value in found}
-
-
 def test_attention_is_the_operator_of_the_standard(answers):
     graph = onnx.load(answers[0] / "llama" / "model.onnx", load_external_data=False)
     assert next(one.version for one in graph.opset_import if one.domain == "") == 23
@@ -296,17 +202,9 @@ def test_attention_is_the_operator_of_the_standard(answers):
     assert {"present.0.key", "present.0.value"} <= {*attention[0].output}
 
 
-def test_a_model_whose_layers_cache_something_else_has_a_graph_without_a_cache(tmp_path):
-    model = build("bloom", n_head=2)
-    notes = write_onnx(tmp_path / "student", model, tokenizer())
-    assert len(notes) == 1 and "the graph of BloomForCausalLM has no cache, so that each token is computed" in notes[0]
-    session = onnx_client.open_session(tmp_path / "student", threads=1)
-    assert [value.name for value in session.get_inputs()] == ["input_ids", "position_ids"]
-    assert not (tmp_path / "student" / "genai_config.json").exists()
-    with torch.no_grad():
-        wanted = model.generate(torch.tensor([[3, 14, 15]]), generation_config=GenerationConfig(
-            max_new_tokens=8, do_sample=False, pad_token_id=0))[0, 3:]
-    assert list(onnx_client.greedy(session, [3, 14, 15], 8)) == wanted.tolist()
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox"])
+def test_text_from_the_cache_is_that_of_transformers(answers, name):
+    says_what_transformers_says(answers[0] / name, STUDENTS[name][0])
 
 
 def test_the_client_measures_what_the_client_of_transformers_measures(answers, tmp_path):
