@@ -4,7 +4,7 @@ import json
 from importlib.util import find_spec
 
 from benchmarks import generation
-from tests.strategies.export.onnx.students import build, tokenizer
+from tests.strategies.export.onnx.onnx_models import build, tokenizer
 
 
 def test_a_small_student_says_the_same_in_every_runtime(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from strategies.export.receipt import CACHED, make_receipt
 from strategies.quantization.qat import prepare
 from strategies.quantization.quantizer import WeightQuantizer
 from tests.conftest import ROOT
-from tests.strategies.export.onnx.students import (
+from tests.strategies.export.onnx.onnx_models import (
     CLOSE,
     ask,
     build,

@@ -22,7 +22,7 @@ from strategies.quantization.freeze import freeze_quantized
 from strategies.quantization.outliers import keep_whole
 from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import WeightQuantizer
-from tests.strategies.export.onnx.students import (
+from tests.strategies.export.onnx.onnx_models import (
     CLOSE,
     ask,
     build,
