@@ -15,6 +15,7 @@ from benchmarks.faults.cost import table as cost_table
 from benchmarks.faults.judging import table as faults_table
 from benchmarks.figures import FILES as FIGURES
 from benchmarks.figures import table as figures_table
+from benchmarks.generation import table as generation_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
 from benchmarks.quantization.trained_quantized import table as qat_table
@@ -91,6 +92,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "errors": ("distillation-losses-cpu.json", lambda found: errors_table(found["errors"])),
     "cached": ("distillation-cached-cpu.json", cached_table),
     "runtimes": ("quantization-runtimes-cpu.json", runtimes_table),
+    "generation": ("generation-cpu.json", generation_table),
     "allocation": ("quantization-allocation-cpu.json", lambda found: allocation_table(found["rows"])),
     "qat": ("quantization-qat-cpu.json", qat_table),
     "faults": ("faults-cpu.json", faults_table),

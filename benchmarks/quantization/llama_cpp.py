@@ -85,6 +85,14 @@ class LlamaCpp:
                 found[row, token["id"]] = token["logprob"]
         return found
 
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The `count` most probable next tokens, one after the other."""
+        said = self._server.handle_completions({"prompt": list(prompt), "max_tokens": count, "temperature": 0,
+                                                "logprobs": 1, "ignore_eos": True})
+        if "choices" not in said:
+            raise RuntimeError(f"llama.cpp: {said}")
+        return [token["id"] for token in said["choices"][0]["logprobs"]["content"]]
+
     def tokens(self, text: str) -> list[int]:
         """Text as llama.cpp reads it, with special tokens."""
         asked = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 TRANSFORMERS = ("torch", "transformers", "compressed-tensors", "safetensors")
+CACHED = " from its cache"
 LOGIT_BYTES = 64 * 2**20  # most bytes of fp32 logits to compare; the larger the vocabulary, the fewer tokens
 
 
@@ -42,6 +43,8 @@ class Receipt:
         tolerance: largest difference allowed, as a share of `largest_logit`.
         versions: of the libraries that loaded it.
         notes: what the file cannot represent of the student, and where that matters.
+        cache_difference: as `largest_difference`, where the file computes tokens one after the other and goes on from
+            its cache; None if it was not asked to.
     """
 
     sha256: str
@@ -58,11 +61,13 @@ class Receipt:
     tolerance: float
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    cache_difference: float | None = None
 
     @property
     def holds(self) -> bool:
         """Whether the file reproduces the student within `tolerance`."""
-        return self.largest_difference <= self.tolerance * max(self.largest_logit, 1e-30)
+        differences = [self.largest_difference, self.cache_difference or 0.0]
+        return all(difference <= self.tolerance * max(self.largest_logit, 1e-30) for difference in differences)
 
     def write(self, file: Path) -> None:
         """Write as JSON."""
@@ -92,7 +97,8 @@ def ask_client(
             to continue; for transformers also `prompts`, each of which is a text or a chat.
 
     Returns:
-        For each model the result of the client's `measure`, and the logits of those with `compare`.
+        For each model the result of the client's `measure`, and the logits of those with `compare`, by name; those
+        that a client has from a cache besides, by the name with `CACHED` appended.
 
     Raises:
         RuntimeError: the client could not load or run a model; the message ends with the end of its stderr.
@@ -110,7 +116,11 @@ def ask_client(
         done = subprocess.run(command, capture_output=True, text=True, env=_plain_environment())
         if done.returncode:
             raise RuntimeError("a fresh process could not use the exported model:\n" + done.stderr[-2000:])
-        logits = {name: load_file(model["logits"])["logits"] for name, model in models.items() if "logits" in model}
+        logits: dict[str, torch.Tensor] = {}
+        for name, model in models.items():
+            if "logits" in model:
+                found = load_file(model["logits"])
+                logits |= {name: found["logits"], **({name + CACHED: found["cached"]} if "cached" in found else {})}
         return json.loads((folder / "answer.json").read_text()), logits
 
 
@@ -123,7 +133,7 @@ def _plain_environment() -> dict[str, str]:
 
 def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.Tensor, theirs: torch.Tensor,
                  files: list[Path], tolerance: float, libraries: Sequence[str] = TRANSFORMERS,
-                 notes: Sequence[str] = ()) -> Receipt:
+                 notes: Sequence[str] = (), cached: torch.Tensor | None = None) -> Receipt:
     """Compare logits of the reloaded file with those of the student.
 
     Args:
@@ -135,6 +145,7 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         tolerance: largest difference from `exported` allowed, as a share of the largest logit.
         libraries: packages that loaded it.
         notes: see `Receipt`.
+        cached: logits of the reloaded file from its cache, if it has one.
     """
     difference = (exported - theirs).abs()
     return Receipt(
@@ -152,6 +163,7 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         tolerance=tolerance,
         versions={name: version(name) for name in libraries},
         notes=list(notes),
+        cache_difference=None if cached is None else float((exported - cached).abs().max()),
     )
 
 

@@ -64,11 +64,17 @@ path = {where}
 tokenizer = AutoTokenizer.from_pretrained(path)
 session = InferenceSession(f"{{path}}/model.onnx")
 {_ids(prompt, "np")}
-ids = inputs.input_ids
+caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
+past = {{value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in caches}}
+ids = new = inputs.input_ids
 for _ in range({TOKENS}):
-    positions = np.arange(ids.shape[1])[None]
-    logits = session.run(["logits"], {{"input_ids": ids, "position_ids": positions}})[0]
+    given = {{"input_ids": new, "position_ids": np.arange(ids.shape[1])[None, -new.shape[1]:], **past}}
+    if past:
+        given["attention_mask"] = np.ones_like(ids)
+    logits, *present = session.run(None, given)
+    past = dict(zip(past, present))
     ids = np.append(ids, logits[:, -1:].argmax(-1), axis=1)
+    new = ids[:, -1:] if past else ids
 print(tokenizer.decode(ids[0]))
 """
 

@@ -202,7 +202,10 @@ def ask_about(models: dict[str, dict[str, Any]], micro_batch: int, sample: Repor
 def differs(receipt: Receipt, kept: Path, tolerance: str, where: tuple[str, float] | None) -> str:
     hint = "; raise export.tolerance only if you know why they may differ" if tolerance == "export.tolerance" else ""
     first = "" if where is None else f"; the first layer that differs is {where[0]}, by {where[1]:.3g} of its output"
-    return (f"the reloaded student differs from the trained one by {receipt.largest_difference:.3g} (largest logit "
+    difference, how = receipt.largest_difference, ""
+    if receipt.cache_difference is not None and not receipt.cache_difference <= difference:
+        difference, how = receipt.cache_difference, ", when it goes on from its cache,"
+    return (f"the reloaded student differs from the trained one{how} by {difference:.3g} (largest logit "
             f"{receipt.largest_logit:.3g}), over {tolerance} {receipt.tolerance:g}{first}; it is kept in {kept}\n"
             f"  -> the training checkpoint is safe{hint}")
 

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from strategies.export.gguf.gguf_file import dequantized_reference
 from strategies.export.onnx.onnx_folder import TRIED, try_onnx
 from strategies.export.quantized_layers import quantized_layers
-from strategies.export.receipt import Receipt, is_weight_file, make_receipt
+from strategies.export.receipt import CACHED, Receipt, is_weight_file, make_receipt
 from strategies.quantization.freeze import freeze_quantized
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.data.encoding import answer_end
@@ -186,7 +186,7 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     path = partial / runtime.file if runtime.file else partial
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = DTYPES[experiment.export.dtype]
-    _of(name, "write")(path, model, text.tokenizer, dtype)
+    notes += _of(name, "write")(path, model, text.tokenizer, dtype) or []
     reference = (
         dequantized_reference(model, dtype)
         if name == "gguf"
@@ -202,7 +202,8 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     files = [file for file in sorted(partial.rglob("*")) if is_weight_file(file)]
     rounds = any(layer.activations is not None for _, layer in quantized_layers(model))
     receipt = make_receipt(found["student"], trained, exported, logits["student"], files,
-                           ROUNDED if rounds else runtime.tolerance, runtime.libraries, notes)
+                           ROUNDED if rounds else runtime.tolerance, runtime.libraries, notes,
+                           logits.get("student" + CACHED))
     receipt.write(partial / "receipt.json")
     if not receipt.holds:
         where = first_difference(str(path), reference, text, receipt.tolerance, runtime.client)

@@ -13,6 +13,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 IGNORED = -100
+PAST, PRESENT = "past_key_values", "present"  # how the names of a cache's inputs and outputs begin
+STEPS = 32  # tokens that are compared one by one
 OUTPUT = "/output"  # suffix of a quantized layer's name, for its output in the graph
 
 
@@ -39,7 +42,10 @@ def measure(which: dict[str, Any], held_out: dict[str, np.ndarray], request: dic
     session = open_session(folder, request["threads"])
     if which.get("logits"):
         part, length = slice(0, request["logit_rows"]), request["logit_length"]
-        save_file({"logits": logits_of(session, held_out, part, length)}, which["logits"])
+        compared = {"logits": logits_of(session, held_out, part, length)}
+        if has_cache(session):
+            compared["cached"] = cached_logits(session, held_out, part, length)
+        save_file(compared, which["logits"])
     else:
         logits_of(session, held_out, slice(0, 1), None)  # warmup: the first call allocates buffers
     if which.get("layers"):
@@ -69,7 +75,8 @@ def layer_outputs(folder: Path, held_out: dict[str, np.ndarray], threads: int) -
     graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
     try:
         onnx.save(graph, shown)  # next to the weight file that it refers to
-        outputs = open_session(folder, threads, shown.name).run(names, inputs_of(held_out, slice(0, 1), None))
+        session = open_session(folder, threads, shown.name)
+        outputs = session.run(names, inputs_of(session, held_out, slice(0, 1), None))
     finally:
         shown.unlink(missing_ok=True)
     return {name.removeprefix("model.").removesuffix(OUTPUT): output
@@ -87,13 +94,62 @@ def open_session(folder: Path, threads: int, file: str = "model.onnx") -> onnxru
 def logits_of(session: onnxruntime.InferenceSession, held_out: dict[str, np.ndarray], rows: slice, length: int | None
               ) -> np.ndarray:
     """(rows, length, vocabulary) fp32 logits of packed held-out rows."""
-    return session.run(["logits"], inputs_of(held_out, rows, length))[0]
+    return session.run(["logits"], inputs_of(session, held_out, rows, length))[0]
 
 
-def inputs_of(held_out: dict[str, np.ndarray], rows: slice, length: int | None) -> dict[str, np.ndarray]:
+def inputs_of(session: onnxruntime.InferenceSession, held_out: dict[str, np.ndarray], rows: slice, length: int | None
+              ) -> dict[str, np.ndarray]:
     """The inputs of a graph for packed held-out rows."""
-    return {name: np.ascontiguousarray(held_out[name][rows, :length], dtype=np.int64)
-            for name in ("input_ids", "position_ids")}
+    ids, positions = (np.ascontiguousarray(held_out[name][rows, :length], dtype=np.int64)
+                      for name in ("input_ids", "position_ids"))
+    return inputs(session, ids, np.ones_like(ids), positions, empty_cache(session, len(ids)))
+
+
+def inputs(session: onnxruntime.InferenceSession, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray,
+           cache: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs of a graph with or without a cache."""
+    found = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
+    return {value.name: found[value.name] for value in session.get_inputs()}
+
+
+def has_cache(session: onnxruntime.InferenceSession) -> bool:
+    """Whether a graph takes keys and values of earlier tokens."""
+    return any(value.name.startswith(PAST) for value in session.get_inputs())
+
+
+def empty_cache(session: onnxruntime.InferenceSession, rows: int) -> dict[str, np.ndarray]:
+    """No earlier tokens: arrays (rows, heads, 0, width)."""
+    return {value.name: np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
+            for value in session.get_inputs() if value.name.startswith(PAST)}
+
+
+def step(session: onnxruntime.InferenceSession, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray,
+         cache: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits of new tokens, and the cache with them."""
+    outputs = ["logits", *(name.replace(PAST, PRESENT) for name in cache)]
+    logits, *presents = session.run(outputs, inputs(session, ids, mask, positions, cache))
+    return logits, dict(zip(cache, presents, strict=True))
+
+
+def cached_logits(session: onnxruntime.InferenceSession, held_out: dict[str, np.ndarray], rows: slice, length: int
+                  ) -> np.ndarray:
+    """The logits of `logits_of`, from a cache: half of the tokens at once, then one by one, and the rest at once.
+
+    A cache does not tell documents apart, so that the mask hides those before the one that goes on.
+    """
+    ids, positions = (held_out[name][rows, :length].astype(np.int64) for name in ("input_ids", "position_ids"))
+    begins = np.concatenate([positions[:, :1] == 0, np.diff(positions) != 1], 1)
+    documents, count = begins.cumsum(1), ids.shape[1]
+    half = (count + 1) // 2
+    ends = [half, *range(half + 1, min(half + STEPS, count) + 1)]
+    cache, found, begin = empty_cache(session, len(ids)), [], 0
+    for end in ends if ends[-1] == count else [*ends, count]:
+        mask = np.ones((len(ids), end), np.int64)
+        mask[:, :begin] = documents[:, :begin] == documents[:, begin, None]
+        logits, cache = step(session, ids[:, begin:end], mask, positions[:, begin:end], cache)
+        found.append(logits)
+        begin = end
+    return np.concatenate(found, 1)
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -107,7 +163,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def sample(session: onnxruntime.InferenceSession, folder: Path, request: dict[str, Any]) -> str:
-    """The greedy continuation of the prompt, computed without a KV cache."""
+    """The greedy continuation of the prompt, from a cache if the graph has one."""
     tokenizer = AutoTokenizer.from_pretrained(request.get("tokenizer") or folder, trust_remote_code=False)
     settings = json.loads((folder / "config.json").read_text())
     generation = folder / "generation_config.json"
@@ -115,13 +171,23 @@ def sample(session: onnxruntime.InferenceSession, folder: Path, request: dict[st
     ends = set(ends) if isinstance(ends, list) else {ends}
     ids = tokenizer(request["prompt"], add_special_tokens=True).input_ids
     room = settings.get("max_position_embeddings") or len(ids) + request["sample_tokens"]
-    for _ in range(max(1, min(request["sample_tokens"], room - len(ids)))):
-        row = np.array([ids], dtype=np.int64)
-        logits = session.run(["logits"], {"input_ids": row, "position_ids": np.arange(len(ids), dtype=np.int64)[None]})
-        ids.append(int(logits[0][0, -1].argmax()))
-        if ids[-1] in ends:
+    for token in greedy(session, ids, max(1, min(request["sample_tokens"], room - len(ids)))):
+        ids.append(token)
+        if token in ends:
             break
     return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def greedy(session: onnxruntime.InferenceSession, prompt: list[int], count: int, cached: bool = True) -> Iterator[int]:
+    """Yield the `count` most probable next tokens; without a cache, all before a token are computed again for it."""
+    row, cache, begin = np.array([prompt], dtype=np.int64), empty_cache(session, 1), 0
+    for _ in range(count):
+        places = np.arange(begin, row.shape[1], dtype=np.int64)[None]
+        logits, after = step(session, row[:, begin:], np.ones_like(row), places, cache)
+        if cached and after:
+            cache, begin = after, row.shape[1]
+        row = np.append(row, [[logits[0, -1].argmax()]], 1)
+        yield int(row[0, -1])
 
 
 if __name__ == "__main__":

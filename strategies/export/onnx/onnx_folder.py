@@ -7,18 +7,22 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from strategies.export.hf.transformers_folder import format_bits
 from strategies.export.hf.written_config import config_of, write_config
-from strategies.export.onnx.onnx_layers import DOMAIN, stand_in, stand_of
+from strategies.export.onnx.genai_config import write_genai_config
+from strategies.export.onnx.onnx_cache import OPSET, CachedLogits, NoCache, Shape, cache_shapes, no_past
+from strategies.export.onnx.onnx_layers import DOMAIN, same_tensors, stand_in, stand_of
 from strategies.export.quantized_layers import Quantized, quantized_layers
 
 FILE = "model.onnx"
@@ -30,14 +34,21 @@ TRIED = ("bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", 
 GROUPS = (16, 32, 64, 128, 256)  # group sizes that it supports
 
 
-def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> None:
-    """Write a causal language model as a folder with `model.onnx`, for ONNX Runtime.
+def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Write a causal language model as a folder with `model.onnx`, for ONNX Runtime, onnxruntime-genai and optimum.
 
-    The graph takes `input_ids` and `position_ids` (rows, length), both int64, and returns `logits` (rows, length,
-    vocabulary) in fp32. Positions that restart at 0 separate packed documents, as in the model. Quantized linear layers
-    are `MatMulNBits` nodes of the domain com.microsoft, with the integers and scales of training. The folder is written
-    under another name and then renamed: an interrupted export leaves none that looks finished. The model is not
-    changed.
+    The graph takes `input_ids` and `position_ids` (batch_size, sequence_length), `attention_mask` (batch_size,
+    total_sequence_length), all int64, and for each layer i `past_key_values.i.key` and `.value` (batch_size, heads,
+    past_sequence_length, width) in fp32. It returns `logits` (batch_size, sequence_length, vocabulary) and
+    `present.i.key` and `.value` with the new tokens appended, in fp32. Of each axis with a name the size may vary; an
+    empty past begins a text. Positions that restart at 0 separate packed documents, as in the model.
+
+    A model without keys and values in every layer has a graph without a cache, which takes `input_ids` and
+    `position_ids` alone.
+
+    Quantized linear layers are `MatMulNBits` nodes of the domain com.microsoft, with the integers and scales of
+    training. The folder is written under another name and then renamed: an interrupted export leaves none that looks
+    finished. The model is not changed.
 
     Args:
         folder: the target; replaced if it exists.
@@ -47,6 +58,9 @@ def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtyp
             scales are dequantized when the file is loaded, since only then are weights rounded as in training; with
             fp32 scales they stay packed in memory.
 
+    Returns:
+        Notes on what the folder cannot do.
+
     Raises:
         ValueError: ONNX Runtime does not support a layer, or a package is missing; see `check_onnx`.
     """
@@ -55,13 +69,17 @@ def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtyp
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    device = next(model.parameters()).device
-    _write(partial / FILE, _Logits(model), _examples(device), "logits", (0, 1), dtype)
+    shapes, notes = _write_model(partial / FILE, model, dtype)
     write_config(config_of(model, dtype), partial, model)
     model.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    if len(set(shapes)) == 1:
+        write_genai_config(partial, model, FILE, shapes)
+    elif shapes:
+        notes.append("onnxruntime-genai cannot read it: its layers cache keys of different sizes")
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
+    return notes
 
 
 def write_onnx_module(file: Path, module: nn.Module, example: torch.Tensor) -> None:
@@ -81,7 +99,8 @@ def write_onnx_module(file: Path, module: nn.Module, example: torch.Tensor) -> N
     partial = file.with_name(f".{file.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write(partial / file.name, nn.Sequential(module), {"input": example}, "output", (0,), torch.float32)
+    interface = Interface({"input": ("batch_size", *(None,) * (example.ndim - 1))}, {"output": None})
+    _write(partial / file.name, nn.Sequential(module), (example,), interface, torch.float32)
     file.unlink(missing_ok=True)
     for part in sorted(partial.iterdir(), reverse=True):  # the graph last: weights alone do not look finished
         os.replace(part, file.with_name(part.name))
@@ -112,7 +131,7 @@ def try_onnx(model: nn.Module) -> None:
     """Raise `ValueError` if torch cannot export a model to ONNX; a model with random weights is enough."""
     with tempfile.TemporaryDirectory(prefix="limbeck-trial-") as folder:
         try:
-            _write(Path(folder) / FILE, _Logits(model.eval()), _examples("cpu"), "logits", (0, 1), torch.float32)
+            _write_model(Path(folder) / FILE, model.eval(), torch.float32)
         except Exception as error:  # the exporter raises many types, with long messages
             causes = [error]
             while causes[-1].__cause__ is not None:
@@ -123,10 +142,53 @@ def try_onnx(model: nn.Module) -> None:
             raise ValueError(f"torch makes no ONNX graph of {type(model).__name__}: {said[0][:300]}") from error
 
 
-def _examples(device: Any) -> dict[str, torch.Tensor]:
-    """Example inputs by name, with which a model is traced."""
+Axes = tuple[str | None, ...]  # a name for each axis whose size may vary
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Inputs and outputs of a graph by name, in order, with their axes, and the opset of its operators."""
+
+    inputs: dict[str, Axes]
+    outputs: dict[str, Axes | None]
+    opset: int | None = None
+
+
+def _write_model(file: Path, model: nn.Module, dtype: torch.dtype) -> tuple[list[Shape], list[str]]:
+    """Write a model's graph, with a cache if it can have one; returns the shapes of that, and notes."""
+    model = same_tensors(model).eval()
+    try:
+        shapes = cache_shapes(model)
+        _write(file, CachedLogits(model), _examples(model, shapes), _with_cache(len(shapes)), dtype)
+        return shapes, []
+    except (NoCache, torch.onnx.OnnxExporterError) as error:
+        _write(file, _Logits(model), _examples(model), Interface(
+            {"input_ids": TOKENS, "position_ids": TOKENS}, {"logits": (*TOKENS, None)}), dtype)
+        return [], [f"the graph of {type(model).__name__} has no cache, so that each token is computed with all before "
+                    f"it: {(str(error).strip().splitlines() or [''])[0][:200]}"]
+
+
+TOKENS = ("batch_size", "sequence_length")
+PAST, TOTAL = "past_sequence_length", "total_sequence_length"
+
+
+def _with_cache(layers: int) -> Interface:
+    """The interface of a language model with a cache, as onnxruntime-genai and optimum name it."""
+    parts = [f"{number}.{part}" for number in range(layers) for part in ("key", "value")]
+    return Interface(
+        {"input_ids": TOKENS, "attention_mask": (TOKENS[0], TOTAL), "position_ids": TOKENS}
+        | {f"past_key_values.{part}": (TOKENS[0], None, PAST, None) for part in parts},
+        {"logits": (*TOKENS, None)} | {f"present.{part}": (TOKENS[0], None, TOTAL, None) for part in parts}, OPSET)
+
+
+def _examples(model: nn.Module, shapes: Sequence[Shape] | None = None) -> tuple[Any, ...]:
+    """Example inputs, with which a model is traced."""
+    device = next(model.parameters()).device
     positions = torch.tensor([0, 1, 2, 0, 1], device=device).repeat(3, 1)
-    return {"input_ids": torch.zeros(3, 5, dtype=torch.long, device=device), "position_ids": positions}
+    ids = torch.zeros(3, 5, dtype=torch.long, device=device)
+    if shapes is None:
+        return ids, positions
+    return ids, torch.ones(3, 12, dtype=torch.long, device=device), positions, no_past(shapes, 3, 7, device)
 
 
 def _check(name: str, layer: Quantized) -> None:
@@ -169,28 +231,29 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _write(file: Path, module: nn.Module, inputs: dict[str, torch.Tensor], output: str, dynamic: tuple[int, ...],
-           dtype: torch.dtype) -> None:
+def _write(file: Path, module: nn.Module, examples: tuple[Any, ...], interface: Interface, dtype: torch.dtype) -> None:
     """Trace the module, fill in its quantized layers, and save the graph.
 
     Args:
-        inputs: example inputs by name, in the order of the module's arguments.
-        output: name of the output.
-        dynamic: dimensions of every input whose size may vary.
+        examples: the module's arguments, tensors or lists of them.
+        interface: names and axes of these, one by one, and of the outputs.
     """
     import onnx_ir as ir
 
-    from strategies.export.onnx.onnx_graph import fill_in, store_as
+    from strategies.export.onnx.onnx_graph import fill_in, name_axes, store_as
 
-    shapes = tuple(dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC) for _ in inputs)
+    axes = iter(interface.inputs.values())
+    dynamic = tree_map(lambda _: {at: torch.export.Dim.DYNAMIC for at, name in enumerate(next(axes)) if name}, examples)
     with _quiet():
         program = torch.onnx.export(
-            stand_in(module, dtype), tuple(inputs.values()), dynamo=True, verbose=False, dynamic_shapes=shapes,
-            input_names=list(inputs), output_names=[output], custom_opsets={DOMAIN: 1})
+            stand_in(module, dtype), examples, dynamo=True, verbose=False, dynamic_shapes=dynamic,
+            input_names=list(interface.inputs), output_names=list(interface.outputs), custom_opsets={DOMAIN: 1},
+            opset_version=interface.opset)
     graph = program.model
     fill_in(graph, dict(quantized_layers(module)))
     if dtype is not torch.float32:
         store_as(graph, dtype)
+    name_axes(graph, {**interface.inputs, **interface.outputs})
     ir.passes.common.ClearMetadataAndDocStringPass()(graph)  # stack traces take ten times the bytes of the graph
     graph.metadata_props["parameters"] = str(sum(parameter.numel() for parameter in _weights(module).values()))
     ir.save(graph, file, external_data=f"{file.name}.data")

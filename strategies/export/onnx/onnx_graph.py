@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -248,3 +248,14 @@ def store_as(model: ir.Model, dtype: torch.dtype) -> None:
         cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         graph.insert_before(graph[0], cast)
+
+
+def name_axes(model: ir.Model, axes: Mapping[str, Sequence[str | None] | None]) -> None:
+    """Name the axes of inputs and outputs, and drop the shapes between them, which go by the tracer's own names."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if axes[value.name] is not None and value.shape is not None:
+            value.shape = ir.Shape([name or size for name, size in zip(axes[value.name], value.shape, strict=True)])
+    outputs = set(model.graph.outputs)
+    for value in (value for node in model.graph for value in node.outputs if value not in outputs):
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = None

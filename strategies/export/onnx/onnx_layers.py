@@ -16,6 +16,11 @@ from strategies.export.quantized_layers import Activations, Quantized, quantized
 DOMAIN = "limbeck"  # of the placeholder nodes; it does not occur in finished files
 
 
+def same_tensors(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares its tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def stand_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a model for tracing, which shares its tensors; the model is not changed.
 

@@ -10,22 +10,28 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from strategies.export.clients import onnx_client
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.export.onnx.onnx_folder import check_onnx, write_onnx, write_onnx_module
-from strategies.export.receipt import ask_client
+from strategies.export.receipt import CACHED
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.freeze import freeze_quantized
 from strategies.quantization.outliers import keep_whole
 from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import WeightQuantizer
-from tests.conftest import TINY
+from tests.strategies.export.onnx.onnx_models import (
+    CLOSE,
+    ask,
+    build,
+    held_out,
+    logits,
+    says_what_transformers_says,
+    tokenizer,
+)
 
-CLOSE = 2e-6  # of the largest number: fp32 sums in another order, which are 1.3e-6 for 1,024 inputs of 4 bits
 RUN = """
 import sys, numpy, onnxruntime
 from safetensors.numpy import load_file, save_file
@@ -123,33 +129,6 @@ def test_convolutions_keep_their_numbers(tmp_path):
 
 # ---- language models
 
-WORDS = ["</s>", "<unk>", *(f"w{number}" for number in range(88))]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    found = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    found.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="</s>", unk_token="<unk>")
-
-
-def build(kind: str, tied: bool = True, **dimensions):
-    torch.manual_seed(3)
-    torch.set_num_threads(1)
-    dimensions = {**TINY, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 90, "tie_word_embeddings": tied,
-                  "model_type": kind, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, **dimensions}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**dimensions)).eval()
-
-
-def held_out() -> dict[str, torch.Tensor]:
-    """Rows in which documents begin again, at other places in each."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 90, (5, 24), generator=generator)
-    begins = torch.rand(5, 24, generator=generator) < 0.15
-    positions = torch.stack([torch.arange(24) - torch.cummax(torch.arange(24) * row, 0).values for row in begins])
-    targets = torch.where(positions.roll(-1, 1) == 0, -100, ids.roll(-1, 1))
-    return {"input_ids": ids, "position_ids": positions, "targets": targets, "bytes": torch.full((5,), 70)}
-
-
 STUDENTS = {  # model, how it is prepared, dtype, largest difference as a share of the largest logit
     "llama": (build("llama", hidden_size=192, vocab_size=8000, intermediate_size=512), {
         "quantizer": WeightQuantizer(4, 32), "embeddings": True,
@@ -175,22 +154,11 @@ def answers(tmp_path_factory):
         model.train()
         kinds = [type(module) for module in model.modules()]
         before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        write_onnx(folder / name, model, tokenizer(), dtype)
+        assert write_onnx(folder / name, model, tokenizer(), dtype) == []
         assert model.training and kinds == [type(module) for module in model.modules()]
         assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
         model.eval()
     return folder, *ask(folder, list(STUDENTS), "onnx_client.py")
-
-
-def ask(folder, names, client):
-    return ask_client({name: {"path": str(folder / name), "compare": True} for name in names}, held_out(), client,
-                      device="cpu", threads=1, micro_batch=2, logit_rows=4, logit_length=20, prompt="w1 w2 w3",
-                      sample_tokens=8, tokenizer=str(folder / names[0]))
-
-
-def logits(model, ids, positions):
-    with torch.no_grad():
-        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -202,6 +170,7 @@ def test_the_reloaded_student_is_the_one_in_training(answers, name):
     ours = logits(reference, rows["input_ids"][:4, :20], rows["position_ids"][:4, :20])
     assert (theirs[name] - ours).abs().max() <= close * ours.abs().max()
     assert torch.equal(theirs[name].argmax(-1), ours.argmax(-1))
+    assert (theirs[name + CACHED] - ours).abs().max() <= close * ours.abs().max()
     whole = logits(reference, rows["input_ids"], rows["position_ids"])
     nats = nn.functional.cross_entropy(whole.flatten(0, 1).double(), rows["targets"].flatten(), reduction="sum")
     assert found[name]["bits_per_byte"] == pytest.approx(float(nats) / 0.6931471805599453 / 350, rel=max(close, 1e-6))
@@ -216,11 +185,26 @@ def test_packed_documents_stay_apart(answers, name):
     changed = torch.where(torch.arange(12) < 7, ids.flip(1), ids)
 
     def run(tokens, places):
-        return session.run(None, {"input_ids": tokens.numpy(), "position_ids": places.numpy()})[0][0, -5:]
+        return onnx_client.logits_of(session, {"input_ids": tokens.numpy(), "position_ids": places.numpy()},
+                                     slice(None), None)[0, -5:]
 
     assert (run(ids, positions) == run(changed, positions)).all()
     assert abs(run(ids, positions) - run(ids[:, 7:], positions[:, 7:])).max() < 1e-6
     assert abs(run(ids, positions) - run(ids, torch.arange(12)[None])).max() > 1e-3
+
+
+def test_attention_is_the_operator_of_the_standard(answers):
+    graph = onnx.load(answers[0] / "llama" / "model.onnx", load_external_data=False)
+    assert next(one.version for one in graph.opset_import if one.domain == "") == 23
+    attention = [node for node in graph.graph.node if node.op_type == "Attention"]
+    assert [node.domain for node in attention] == [""]
+    assert {"past_key_values.0.key", "past_key_values.0.value"} <= {*attention[0].input}
+    assert {"present.0.key", "present.0.value"} <= {*attention[0].output}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_neox"])
+def test_text_from_the_cache_is_that_of_transformers(answers, name):
+    says_what_transformers_says(answers[0] / name, STUDENTS[name][0])
 
 
 def test_the_client_measures_what_the_client_of_transformers_measures(answers, tmp_path):
