@@ -40,20 +40,16 @@ from trainer.teacher.vocabularies import reads_alike
 SHOWN = 256  # rows of training text and of held-out text on which a runtime's tokenizer is compared
 
 
-def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: PreparedData) -> nn.Module:
+def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: PreparedData, final: bool = True) -> nn.Module:
     """Rebuild the student to export from a run's last checkpoint and the configuration in its exported folder.
 
     Args:
         like: the exported folder.
+        final: whether it is merged with its adapters and quantized; if not, it is as training left it.
 
     Raises:
         RunFailed: the last checkpoint is missing or damaged, or the rebuilt student is not the one that was trained.
     """
-    return finalize_student(experiment, trained_again(experiment, folder, like, text), text, folder)
-
-
-def trained_again(experiment: Experiment, folder: RunFolder, like: Path, text: PreparedData) -> nn.Module:
-    """The student as training left it, with adapters if it has some; see `rebuilt`."""
     asked, vocabulary = experiment.student, vocabulary_size(text.tokenizer)
     if asked.adapter is None:
         model = _like(like, experiment.form)
@@ -75,7 +71,7 @@ def trained_again(experiment: Experiment, folder: RunFolder, like: Path, text: P
     check_names(checkpoints.names(newest), model, what)
     if (trained := read_digests(folder.digests)) is not None:
         check_digests(trained, model, what)
-    return model.eval()
+    return finalize_student(experiment, model.eval(), text, folder) if final else model.eval()
 
 
 def _like(folder: Path, form: StudentForm) -> nn.Module:

@@ -11,7 +11,7 @@ from trainer.data.dataset import PreparedData
 from trainer.experiment.experiment import Experiment
 from trainer.run.changes import under
 from trainer.run.folder import RunFolder
-from trainer.student.compare_student import compare, trained_again
+from trainer.student.compare_student import compare, rebuilt
 from trainer.student.export_student import RUNTIMES, check_written, drop_stale, write_others
 from trainer.student.quantize_student import finalize_student
 from trainer.student.write_student import logits_to_compare, write_student
@@ -35,7 +35,7 @@ def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, change
     """
     whole = any(under(key, EXPORTED) for key in changed)
     student, export = experiment.student, experiment.export
-    before = trained_again(experiment, folder, folder.student, text)
+    before = rebuilt(experiment, folder, folder.student, text, final=False)
     model = finalize_student(experiment, before, text, folder)
     if whole:
         write_student(folder.unverified, before, model, student, export, text)
