@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from dataclasses import dataclass, field, replace
@@ -13,8 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
-from strategies.export.hf.transformers_folder import write_folder, write_model_files
-from strategies.quantization.freeze import freeze_quantized
+from strategies.adapters.low_rank import base_of
+from strategies.export.hf.transformers_folder import write_model_files
 from trainer import checkpoints
 from trainer.checkpoints import WarmStart, check_space, planned_bytes
 from trainer.data.batches import model_inputs
@@ -30,7 +29,14 @@ from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
 from trainer.files import fingerprint, write_atomically
-from trainer.models.build import DTYPES, build_student, build_teacher, export_skeleton, quiet_libraries
+from trainer.models.build import (
+    build_student,
+    build_teacher,
+    check_adapter,
+    export_skeleton,
+    from_config,
+    quiet_libraries,
+)
 from trainer.models.configs import check_shapes, student_config, teacher_config
 from trainer.models.language_part import check_places
 from trainer.models.model_trials import check_causal, check_early_causal, check_packing, check_padding, check_positions
@@ -46,11 +52,12 @@ from trainer.run.report import write_report
 from trainer.run.run_status import RunStatus
 from trainer.run.trackers import start_trackers
 from trainer.run.working import working
-from trainer.student.compare_student import compare, logits_of
+from trainer.student.compare_student import compare
 from trainer.student.export_student import check_runtimes, check_tokenizer, check_written, end_answers, write_others
 from trainer.student.quantize_student import check_calibration, finalize_student
 from trainer.student.remake import remake
 from trainer.student.weight_digests import check_digests, digests_in_training, save_digests
+from trainer.student.write_student import logits_to_compare, write_student
 from trainer.teacher.intermediate_losses import attach_projections, check_intermediate
 from trainer.teacher.target_cache import cached_targets
 from trainer.teacher.vocabularies import match_vocabularies
@@ -247,6 +254,8 @@ def _check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None
     elif not experiment.teacher.trust_remote_code:
         try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
     with torch.device("meta"):
+        if experiment.student.adapter is not None:
+            check_adapter(experiment.student.adapter, from_config(student, experiment.form.trust))
         check_runtimes(experiment.export, experiment.form, export_skeleton(experiment.form, student))
 
 
@@ -263,17 +272,14 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         digests = digests_in_training(loop.engine, accelerator.device)
     if accelerator.is_main_process:
         _keep_measured(folder)
-        dtype = DTYPES[experiment.export.dtype]
         whole = loop.whole()
         check_digests(digests, whole, "the student, put together after training,")
         save_digests(folder.digests, digests)
         end_answers(whole, text.tokenizer, experiment.data)
         model = finalize_student(experiment, whole, text, folder)
         with working(experiment.name, "writing the student"):
-            write_folder(student, model, text.tokenizer, dtype)
-            exported = trained = logits_of(model, text)
-            if dtype is not torch.float32:
-                exported = logits_of(freeze_quantized(copy.deepcopy(model), dtype), text)
+            write_student(student, whole, model, experiment.student, experiment.export, text)
+            trained, exported = logits_to_compare(whole, model, experiment.student, experiment.export, text)
         failed = write_others(experiment, folder, model, text)
     loop.release()
     accelerator.wait_for_everyone()
@@ -308,9 +314,11 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     teacher = None
     other = None if experiment.student.from_run is None else WarmStart(experiment.student)
     with working(name, "loading models"):
-        if experiment.uses_teacher or experiment.student.from_teacher is not None:
+        if (experiment.uses_teacher and not experiment.teacher_is_base) or experiment.student.from_teacher is not None:
             teacher = build_teacher(experiment.teacher, teacher_shape)
         student = build_student(experiment, student_shape, teacher, text.tokenizer, other)
+        if experiment.teacher_is_base:
+            teacher = base_of(student)
         attach_projections(experiment.objective, experiment.seed, student, teacher_shape)
     with working(name, "trying the models on small inputs"):
         _try_out(experiment, teacher, student)

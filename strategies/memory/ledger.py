@@ -113,7 +113,7 @@ def loss_bytes(positions: int, width: int, vocabularies: int, vocabulary: int, r
         positions: number of positions in a micro-batch.
         width: of the student's hidden states.
         vocabularies: size of the student's vocabulary, plus the teacher's if its logits are computed too.
-        vocabulary: size of the student's vocabulary.
+        vocabulary: size of the student's vocabulary; 0 if its head is frozen.
         rows: positions in a tile.
     """
     return 4 * rows * vocabularies + 4 * width * (positions + vocabulary)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from strategies.common.frozen_base import base_names
 from strategies.common.shards import Layout, Piece, local
 
 CLIP_EPS = 1e-6  # what torch.nn.utils.clip_grad_norm_ adds to the norm
@@ -137,6 +138,12 @@ class Engine:
         """The fp32 weights that this rank holds, as the optimizer has them, each with its layout."""
         for name, parameter in self.student.named_parameters():
             yield parameter, Layout((Piece(name, tuple(parameter.shape), 0, parameter.numel()),))
+
+    def saved(self) -> Iterator[tuple[torch.Tensor, Layout]]:
+        """`tensors` without those of the frozen base beneath adapters, which has files of its own."""
+        base = base_names(self.student)
+        yield from ((tensor, layout) for tensor, layout in self.tensors()
+                    if not base or any(piece.name not in base for piece in layout.pieces))
 
     def refresh(self) -> None:
         """Apply fp32 weights that were written into `tensors`."""

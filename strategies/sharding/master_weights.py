@@ -61,11 +61,12 @@ class Frozen:
     Args:
         model: the whole model.
         rank: this rank.
+        apart: whether to keep copies; if not, the engine leaves them as they are, and those are used.
     """
 
-    def __init__(self, model: nn.Module, rank: int) -> None:
+    def __init__(self, model: nn.Module, rank: int, apart: bool = True) -> None:
         self._rank = rank
-        self._kept = [(parameter, parameter.detach().to(torch.float32, copy=True),
+        self._kept = [(parameter, parameter.detach().to(torch.float32, copy=True) if apart else parameter,
                        Layout((Piece(name, tuple(parameter.shape), 0, parameter.numel()),)))
                       for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
@@ -76,6 +77,8 @@ class Frozen:
     def refresh(self) -> None:
         """Round them again into the weights that the forward uses."""
         for parameter, kept, _ in self._kept:
+            if kept is parameter:
+                continue
             if not hasattr(parameter, "ds_tensor"):
                 parameter.data.copy_(kept)
                 continue

@@ -149,26 +149,27 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
     units, size = units_of(model), setup.compute.itemsize
     sums = FP32 if setup.half else size
     outside, order = _outside(model, units), _order(units)
-    own, trained = (_rows_of(model.parameters(), setup.ranks, only) // setup.ranks for only in (False, True))
-    counts, summed = ([_rows_of(_parameters(model, names), setup.ranks, only) for names in order]
-                      for only in (False, True))
-    root, root_summed = (_rows_of(outside, setup.ranks, only) for only in (False, True))
-    fetched = [0 if setup.stage == 2 or units.tail and index == len(order) - 1 else size * count
+    own = sum(local_rows(parameter, setup.ranks) * parameter.element_size() for parameter in model.parameters())
+    trained = _rows_of(model.parameters(), setup.ranks, True) // setup.ranks
+    counts = [_gathered(_parameters(model, names), setup) for names in order]  # in bytes
+    summed = [_rows_of(_parameters(model, names), setup.ranks, True) for names in order]
+    root, root_summed = _gathered(outside, setup), _rows_of(outside, setup.ranks, True)
+    fetched = [0 if setup.stage == 2 or units.tail and index == len(order) - 1 else count
                for index, count in enumerate(counts)]  # each unit's, in backward
     turns = []
     for index, (names, count) in enumerate(zip(order, counts, strict=True)):
         following = summed[index + 1] if index + 1 < len(counts) else 0
         stays, before = not fetched[index], fetched[index - 1] if index else 0
-        forward, most = size * count * (1 if stays else 2), size * count + max(size * count, _arriving(count, setup))
+        forward, most = count * (1 if stays else 2), count + max(count, _arriving(count, setup))
         turns.append(ModuleTraffic(
             tuple(names), forward=forward, stays=stays,
-            arriving=size * (counts[index - 1] if index else root) + most - forward,
-            backward=size * count + before, buffers=sums * following,
+            arriving=(counts[index - 1] if index else root) + most - forward,
+            backward=count + before, buffers=sums * following,
             fetched=max(0, fetched[index] - before, _arriving(counts[index - 1], setup) if before else 0),
             # the previous buffer is freed before gradients are put into a new one
             reduced=max(0, _summing(model, names, setup, names[0] in units.ends) - sums * following),
             kept=0 if setup.accumulates or setup.in_backward else FP32 * summed[index] // setup.ranks))
-    parts = {"weights": FP32 * own, "buffers": _buffers(model), "optimizer state": state}
+    parts = {"weights": own, "buffers": _buffers(model), "optimizer state": state}
     trailing = sums * summed[0] if counts else 0
     if setup.accumulates:  # the last reduction's buffer stays
         last = sums * root_summed or trailing
@@ -180,20 +181,26 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
         parts = {"buffers": parts["buffers"]}
         turns = [replace(turn, kept=0) for turn in turns]
         trained, stay, update = 0, False, 0
-    return Residency(parts, tuple(turns), units.blocks, forward=size * root, update=0 if setup.in_backward else update,
+    return Residency(parts, tuple(turns), units.blocks, forward=root, update=0 if setup.in_backward else update,
                      gradients=FP32 * (max([root_summed, *summed]) // setup.ranks if setup.in_backward else trained
                                        ) if trained else 0,
                      rest=FP32 * root_summed // setup.ranks if stay else 0,
-                     landed=size * (counts[-1] if counts else root), trailing=trailing,
+                     landed=counts[-1] if counts else root, trailing=trailing,
                      end=max(0, _summing(model, (), setup)),
                      turning=0 if units.tail or not counts else fetched[-1],
                      turned=0 if units.tail or not counts else _arriving(counts[-1], setup))
 
 
 def _arriving(count: int, setup: ShardingSetup) -> int:
-    """Temporary bytes while a unit is gathered into its buffer: gloo's own, and the rank's part, cast."""
-    size = setup.compute.itemsize
-    return size * count * setup.gloo + (size * count // setup.ranks if setup.half else 0)
+    """Temporary bytes while a unit of `count` bytes is gathered into its buffer: gloo's own, and the rank's part, cast.
+    """
+    return count * setup.gloo + (count // setup.ranks if setup.half else 0)
+
+
+def _gathered(parameters: Iterable[nn.Parameter], setup: ShardingSetup) -> int:
+    """Bytes of parameters when gathered, with padding: in the dtype that is computed with, or else their own."""
+    return sum(setup.ranks * local_rows(parameter, setup.ranks) * (
+        setup.compute.itemsize if setup.half else parameter.element_size()) for parameter in parameters)
 
 
 def _summing(model: nn.Module, names: Sequence[str], setup: ShardingSetup, held: bool = False) -> int:
@@ -205,11 +212,11 @@ def _summing(model: nn.Module, names: Sequence[str], setup: ShardingSetup, held:
     root.
     """
     parameters = _parameters(model, names) if names else _outside(model, units_of(model))
-    whole, count = (_rows_of(parameters, setup.ranks, only) for only in (False, True))
+    whole, count = _gathered(parameters, setup), _rows_of(parameters, setup.ranks, True)
     size, sums = setup.compute.itemsize, FP32 if setup.half else setup.compute.itemsize
     copied = size * max((parameter.numel() for parameter in parameters), default=0) if setup.half and setup.gloo else 0
     summing = sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks
-    return max(sums * count + copied, summing - (0 if held else size * count)) - size * whole
+    return max(sums * count + copied, summing - (0 if held else size * count)) - whole
 
 
 def _rows_of(parameters: Iterable[nn.Parameter], ranks: int, trained: bool = False) -> int:
@@ -241,7 +248,7 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
     part = whole // setup.ranks
     frozen = _frozen(model)
     parts = {"weights": size * (whole + _numel(frozen)), "buffers": _buffers(model),
-             "fp32 weights": FP32 * _numel(frozen) if setup.gloo else 0}  # otherwise on the CPU
+             "fp32 weights": FP32 * _numel(frozen) if setup.gloo and setup.half else 0}  # with a GPU: on the CPU
     if not setup.offload_optimizer:
         parts |= {"fp32 weights": parts["fp32 weights"] + (FP32 * part if setup.half else 0), "optimizer state": state}
     compact = setup.half and setup.accumulates and setup.stage == 2  # accumulated in fp32, in its own buffer

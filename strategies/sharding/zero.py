@@ -136,7 +136,7 @@ class Zero(Engine):
         optimizer = make_optimizer(student)
         groups, rank = [list(group["params"]) for group in optimizer.param_groups], dist.get_rank()
         unrounded = OwnPart(groups, names, self.stage, rank, dist.get_world_size()) if self.casts else None
-        self._frozen = Frozen(student, rank)
+        self._frozen = Frozen(student, rank, apart=self.casts or self.stage == 3)
         if self.stage == 3:
             self._gather_by_block(student)
         with quiet_deepspeed():

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from strategies.common.frozen_base import base_names
 from strategies.common.shards import Piece, local_of
 from strategies.optimizers.optimizer_state import PieceState, write_state
 from strategies.sharding.engine import Engine
@@ -33,7 +34,7 @@ def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
     """
     with torch.no_grad(), reading():
         state, saved = opened(checkpoint)
-        for tensor, layout in engine.tensors():
+        for tensor, layout in engine.saved():
             flat = local_of(tensor)
             for piece in layout.pieces:
                 if piece.numel:
@@ -48,12 +49,17 @@ def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
 def load_whole(checkpoint: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into an unsharded model, whichever engine wrote them.
 
+    The base beneath a model's adapters is in no checkpoint, and stays as it is.
+
     Raises:
         Unreadable: the checkpoint is damaged, or belongs to another model.
     """
     with torch.no_grad(), reading():
         _, saved = opened(checkpoint)
+        base = base_names(model)
         for name, parameter in model.named_parameters():
+            if name in base:
+                continue
             whole = Piece(name, tuple(parameter.shape), 0, parameter.numel())
             local_of(parameter).copy_(saved.read("model", name, whole))
         _load_buffers(saved, model)

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
+from strategies.common.frozen_base import base_names
 from trainer.checkpoints.finding import latest, listed
 from trainer.distributed.rank_memory import RankSetup, step_bytes
 from trainer.distributed.topology import Topology
@@ -22,11 +23,12 @@ MOMENTS_8BIT = 8  # bytes saved per element for its two 8-bit moments, which are
 
 
 def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None) -> int:
-    """Bytes of a checkpoint's tensors over all processes: fp32 weights and optimizer state."""
+    """Bytes of a checkpoint's tensors over all processes: fp32 weights, no frozen base's, and optimizer state."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model = empty_student(experiment.form, student)
         attach_projections(experiment.objective, experiment.seed, model, teacher)
-        weights = sum(parameter.numel() for parameter in model.parameters())
+        base = base_names(model)
+        weights = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in base)
         if experiment.optimizer.name == "adamw8bit":
             return (4 + MOMENTS_8BIT) * weights
         setup = RankSetup.of(experiment, Topology()).sharding_setup(model, on_gpu=False)

@@ -79,7 +79,7 @@ def write(folder: Path, files: dict[str, Draft], engine: Engine, rank: int) -> N
 
 def shapes_of(engine: Engine) -> dict[str, tuple[int, ...]]:
     """Shapes of the unsharded parameters, by name."""
-    return {piece.name: piece.shape for _, layout in engine.tensors() for piece in layout.pieces}
+    return {piece.name: piece.shape for _, layout in engine.saved() for piece in layout.pieces}
 
 
 def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def _contents(engine: Engine, rank: int) -> Iterator[tuple[str, str, torch.Tensor]]:
     """File kind, key and tensor of everything that this process writes; the first one writes what is replicated."""
     yield from (("random", name, tensor) for name, tensor in random_state().items())
-    for tensor, layout in engine.tensors():
+    for tensor, layout in engine.saved():
         whole = layout.group is None
         if whole and rank:
             continue

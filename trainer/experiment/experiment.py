@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from trainer.errors import UserError
+from trainer.experiment.adapter_nodes import Adapter
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.node import Dtype, Node
 from trainer.experiment.nodes import (
@@ -36,11 +37,18 @@ class StudentForm:
         quantization: quantization of its layers; None for full precision.
         dtype: dtype of scales and unquantized weights in its exported file.
         trust: whether Python code that ships with its model, or with its teacher's, may run.
+        adapter: adapters on its layers, while it is trained; None if its own weights are trained.
     """
 
     quantization: Quantization | None
     dtype: Dtype
     trust: bool
+    adapter: Adapter | None = None
+
+    @property
+    def merged(self) -> StudentForm:
+        """The form without adapters, in which a student is exported."""
+        return replace(self, adapter=None)
 
 
 class Experiment(Node):
@@ -104,6 +112,10 @@ class Experiment(Node):
             self._on_policy()
         if self.optimizer.in_backward:
             self._steps_in_backward()
+        if self.student.adapter is not None:
+            self._adapter_sharded(self.student.adapter)
+        if self.export.adapter == "separate":
+            self._adapter_alone()
         return self
 
     def _as_it_is(self) -> None:
@@ -116,6 +128,37 @@ class Experiment(Node):
         if student.quantization is not None and student.quantization.trained:
             raise UserError("student.quantization.method", "qat is part of training, and nothing is trained",
                             value=student.quantization.method, way_out="use gptq or rtn, or train for some steps")
+        if student.adapter is not None:
+            raise UserError("student.adapter", "nothing is trained, and so is no adapter", value=student.adapter.kind,
+                            way_out="leave it out, or train for some steps")
+
+    def _adapter_sharded(self, adapter: Adapter) -> None:
+        """Reject engines that cannot shard a base or its adapters."""
+        sharding = self.sharding
+        if sharding.engine == "zero" and sharding.zero_stage == 3:
+            raise UserError("sharding.stage", "stage 3 empties the adapters' weights before their backward", value=3,
+                            way_out="set 2 or 1, or use engine fsdp2, which shards the base as well")
+        if adapter.base not in {"fsdp2": ("float32", "bfloat16"), "zero": ("float32",)}.get(
+                sharding.engine or "", (adapter.base,)):
+            raise UserError("student.adapter.base", f"{sharding.engine} casts numbers of one kind, and this base has "
+                            "several", value=adapter.base, way_out="use float32 (fsdp2 takes bfloat16, too), or engine "
+                            "ddp, where each process holds the base, small as it is")
+
+    def _adapter_alone(self) -> None:
+        """Reject settings with which an adapter cannot be exported without its base."""
+        student, way_out = self.student, "or set export.adapter: merged"
+        if student.adapter is None:
+            raise UserError("export.adapter", "the student has no adapter", value="separate",
+                            way_out="add `student.adapter`, or leave it out")
+        if student.path is None:
+            raise UserError("export.adapter", "its base is nowhere but in this run: layers of the teacher",
+                            value="separate", way_out=f"give the student a `path`, {way_out}")
+        if student.quantization is not None:
+            raise UserError("student.quantization", "an adapter alone is not quantized",
+                            way_out=f"remove it, {way_out}")
+        if self.export.to:
+            raise UserError("export.to", "other runtimes read no adapters", value=list(self.export.to),
+                            way_out=f"leave it out, {way_out}")
 
     def _on_policy(self) -> None:
         """Check what on-policy distillation requires: a live teacher with a divergence, and unsharded weights."""
@@ -186,7 +229,17 @@ class Experiment(Node):
         teacher, student = self.teacher, self.student
         trust = student.trust_remote_code or (student.from_teacher is not None and teacher is not None
                                               and teacher.trust_remote_code)
-        return StudentForm(student.quantization, self.export.dtype, trust)
+        return StudentForm(student.quantization, self.export.dtype, trust, student.adapter)
+
+    @property
+    def teacher_is_base(self) -> bool:
+        """Whether the live teacher is the very base of the student's adapter, so that they can share their weights."""
+        teacher, student = self.teacher, self.student
+        if teacher is None or student.adapter is None or not self.uses_teacher or student.path is None:
+            return False
+        return (teacher.path, teacher.revision, teacher.trust_remote_code, teacher.dtype, teacher.targets.source) == (
+            student.path, student.revision, student.trust_remote_code, student.adapter.base, "live"
+        ) and self.sharding.engine in (None, "none", "ddp")
 
     @property
     def with_weights(self) -> list[tuple[str, str, str | None]]:

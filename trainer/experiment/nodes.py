@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, error_context
+from trainer.experiment.adapter_nodes import Adapter
 from trainer.experiment.node import Bytes, DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
 from trainer.experiment.quantization_nodes import Quantization
 
@@ -107,6 +108,8 @@ class Student(Model):
     """Start from the trained weights of another run: its folder (newest checkpoint), or one of its checkpoints."""
     quantization: Quantization | None = None
     """Quantize the student's weights and export them bit-packed; null keeps full precision."""
+    adapter: Adapter | None = None
+    """Train adapters on the student's weights, which are frozen; null trains the weights themselves."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Student:
@@ -126,6 +129,20 @@ class Student(Model):
             raise UserError("", "the student has no origin",
                             way_out="give `from_teacher` (layers), `path` (weights), `from_run` (the student of "
                             "another run) or `architecture` (dimensions)")
+        return self
+
+    @model_validator(mode="after")
+    def _adapted(self) -> Student:
+        if self.adapter is not None and self.from_teacher is None and self.path is None and self.from_run is None:
+            raise UserError("adapter", "the student has random weights, which an adapter would leave as they are",
+                            value=self.adapter.kind, way_out="give it a `path` or `from_teacher`, or remove `adapter`")
+        if self.adapter is not None and self.from_run is not None:
+            raise UserError("from_run", "an adapter's base comes from files of its own", value=self.from_run,
+                            way_out="name the exported student of that run in `path`")
+        if self.adapter is not None and self.quantization is not None and self.quantization.trained:
+            raise UserError("quantization.method", "quantization-aware training changes weights that the adapter "
+                            "freezes", value="qat", way_out="use rtn or gptq, which quantize what is merged, or remove "
+                            "`adapter`")
         return self
 
 
@@ -375,6 +392,8 @@ class Export(Node):
     """Dtype of the weights that are not quantized, and of the scales."""
     tolerance: Annotated[float, Field(ge=0)] = 1e-5
     """Largest logit difference allowed between training and the reloaded file, relative to the largest logit."""
+    adapter: Literal["merged", "separate"] | None = None
+    """With `student.adapter`: the adapter alone, as peft reads it (separate), or merged into the base; null: merged."""
     license: Annotated[str, Field(min_length=1)] | None = None
     """License for the model card, as the hub names it (apache-2.0); null: that of a local base model, if it has one."""
     to: tuple[Literal["onnx", "gguf"], ...] = ()

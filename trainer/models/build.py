@@ -21,14 +21,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from strategies.adapters.frozen_weights import check_base
+from strategies.adapters.low_rank import attach, check_installed, target_names
 from strategies.common.stored_weights import Experts, all_layers, as_matrix, multiplies
 from strategies.distillation.losses.fused_head import LogitShape, logit_shape
 from strategies.export.hf.transformers_folder import check_folder, must_be_alike
 from strategies.export.sizes import exported_bytes, header_bound
+from strategies.export.weight_reads import weight_reads
 from strategies.quantization.qat import prepare
 from trainer.errors import UserError, error_context
+from trainer.experiment.adapter_nodes import Adapter
 from trainer.experiment.experiment import Experiment, StudentForm
-from trainer.experiment.nodes import Model, Teacher
+from trainer.experiment.nodes import Model, Student, Teacher
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.run_paths import model_of_run
 from trainer.model_files import stored_dtypes
@@ -93,6 +97,9 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
         quantize(experiment.form, model)
         if other is not None:
             other.load_scales(model)
+    if student.adapter is not None:
+        torch.manual_seed(experiment.seed)
+        adapt(student.adapter, model)
     return model.train()
 
 
@@ -112,11 +119,12 @@ def _precise(asked: Teacher, layers: Sequence[int], teacher: nn.Module, student:
     return needed(_load(asked, "teacher", teacher.config, torch.float32).state_dict(), lists, layers)
 
 
-def whole_student(form: StudentForm, like: nn.Module) -> nn.Module:
-    """An unsharded student on the CPU, of the same shape as `like`; its weights are still to be loaded."""
-    model = empty_student(form, like.config)
-    model.generation_config = like.generation_config
-    return model.train()
+def layers_above(student: Student, teacher: Teacher | None, config: PretrainedConfig | None) -> nn.Module | None:
+    """The teacher whose layers are the base of a student's adapter, loaded; None if it has another base."""
+    if student.from_teacher is None:
+        return None
+    assert teacher is not None and config is not None, "the experiment checks that layers come from a teacher"
+    return build_teacher(teacher, config)
 
 
 def empty_student(form: StudentForm, config: PretrainedConfig) -> nn.Module:
@@ -128,7 +136,34 @@ def empty_student(form: StudentForm, config: PretrainedConfig) -> nn.Module:
     model = from_config(config, form.trust)
     if form.quantization is not None and form.quantization.trained:
         quantize(form, model)
+    if form.adapter is not None:
+        adapt(form.adapter, model)
     return model
+
+
+def adapt(asked: Adapter, model: nn.Module) -> None:
+    """Freeze a student and put adapters on its layers, in place; raises what `check_adapter` raises."""
+    check_adapter(asked, model)
+    attach(model, asked.build())
+
+
+def check_adapter(asked: Adapter, model: nn.Module) -> None:
+    """Check that a student can have these adapters; shapes are enough.
+
+    Raises:
+        UserError: a target is no layer that can have one, or what they need is not installed.
+    """
+    with error_context("student.adapter.kind", value=asked.kind, way_out="pip install 'limbeck[adapters]'"):
+        check_installed()
+    with error_context("student.adapter.targets", value=None if asked.targets is None else list(asked.targets),
+                       way_out="name linear layers as they end, such as q_proj; or leave it out for all of them"):
+        names = target_names(model, asked.targets)
+        if passed := sorted(set(names) & weight_reads(model).used):
+            raise ValueError(f"the weight of {passed[0]} is computed with past the layer by the model's own code, "
+                             "which would not see an adapter")
+    with error_context("student.adapter.base", value=asked.base, way_out="use float32 or bfloat16; nf4 needs "
+                       "pip install 'limbeck[adapters]'"):
+        check_base(asked.base, ((name, model.get_submodule(name)) for name in names))
 
 
 def from_config(config: PretrainedConfig, trust: bool = False) -> nn.Module:
@@ -149,7 +184,7 @@ def export_skeleton(form: StudentForm, config: PretrainedConfig) -> nn.Module:
         UserError: as in `empty_student`; or the byte budget is too small, or layers that must share one bit width
             rule out a choice per layer.
     """
-    model, asked = empty_student(form, config), form.quantization
+    model, asked = empty_student(form.merged, config), form.quantization
     if asked is not None and not asked.trained:
         fewest = {"bits": min(asked.choices)} if asked.budget is not None else {}
         quantize(form, model, asked.model_copy(update=fewest))

@@ -146,9 +146,9 @@ class Plans:
         return replace(plan, step=self._steps[key])
 
 
-STUDIED = {"data": {"sequence_length", "packing"}, "student": {"quantization"}, "teacher": {"dtype", "targets"},
-           "training": {"batch_size", "micro_batch", "clip"}, "optimizer": True, "precision": True, "sharding": True,
-           "memory": True, "objective": True}
+STUDIED = {"data": {"sequence_length", "packing"}, "student": {"quantization", "adapter"},
+           "teacher": {"dtype", "targets"}, "training": {"batch_size", "micro_batch", "clip"}, "optimizer": True,
+           "precision": True, "sharding": True, "memory": True, "objective": True}
 # Keys that saving adds to a configuration, and special token ids: the memory of a step does not depend on them.
 LATER = {"_name_or_path", "architectures", "transformers_version", "dtype", "bos_token_id", "eos_token_id",
          "pad_token_id"}
@@ -160,8 +160,8 @@ def _studied(experiment: Experiment, topology: Topology, *configs: PretrainedCon
         key: value for key, value in config.to_dict().items() if key not in LATER} for config in configs]
     sizes = (known_size(experiment.data.tokenizer, experiment.with_weights),
              apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
-    return json.dumps([experiment.model_dump(mode="json", include=STUDIED), topology.to_dict(), shapes, sizes],
-                      sort_keys=True, default=str)
+    return json.dumps([experiment.model_dump(mode="json", include=STUDIED), topology.to_dict(), shapes, sizes,
+                       experiment.teacher_is_base], sort_keys=True, default=str)
 
 
 def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
@@ -176,7 +176,9 @@ def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfi
         exported, asked_bits = export_skeleton(experiment.form, student), experiment.student.quantization
         student_bytes = exported_bytes(exported, DTYPES[experiment.export.dtype])
         whole = asked_bits and tell_share(exported, asked_bits, DTYPES[experiment.export.dtype])
-        parameters = count_parameters(small)
+        parameters = {"student": count_parameters(empty_student(experiment.form.merged, student))}
+        if experiment.student.adapter is not None:
+            parameters["adapter"] = sum(one.numel() for one in small.parameters() if one.requires_grad)
         attach_projections(experiment.objective, experiment.seed, small, teacher)
         large = asked = resident_teacher(experiment.teacher if experiment.uses_teacher else None, teacher)
         if teacher is not None and live(asked) is None:
@@ -184,18 +186,19 @@ def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfi
         if setup.is_sharded:
             setup.check_blocks(student=small, teacher=live(asked))
         bucket = {"ddp": setup.sharding.bucket_bytes, "zero": setup.bucket(bucket_numel(small))}.get(setup.engine)
-        held = rank_residency(setup, small, asked, on_gpu=topology.on_gpu)
+        held = rank_residency(setup, small, None if experiment.teacher_is_base else asked, on_gpu=topology.on_gpu)
     positions = training.micro_batch * sequence
     vocabularies = student.vocab_size + (0 if asked is None else teacher.vocab_size)
     rows_at_once = tile_rows(positions, vocabularies, "cuda" if topology.on_gpu else "cpu")
     ledger = Ledger.of(held, _activations(experiment, student, setup.compute),
-                       loss_bytes(positions, student.hidden_size, vocabularies, student.vocab_size, rows_at_once))
+                       loss_bytes(positions, student.hidden_size, vocabularies,
+                                  0 if experiment.student.adapter else student.vocab_size, rows_at_once))
     return Plan(
         topology=topology, batch_size=training.batch_size, micro_batch=training.micro_batch,
         accumulation=training.batch_size // (training.micro_batch * topology.data_parallel),
         tokens_per_step=training.batch_size * sequence, steps=steps,
         learning_rates=_learning_rates(experiment, steps), precision=experiment.precision.dtype,
-        parameters={"student": parameters} | ({"teacher": count_parameters(large)} if large else {}),
+        parameters=parameters | ({"teacher": count_parameters(large)} if large else {}),
         student_bytes=student_bytes,
         teacher_bytes=_file_bytes(experiment, teacher, large) if large else 0, ledger=ledger,
         sharding=experiment.sharding.words(topology.ranks), bucket=bucket, full_precision=whole,

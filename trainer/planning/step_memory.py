@@ -14,6 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
+from strategies.adapters.low_rank import base_of
+from strategies.common.frozen_base import has_adapters
 from strategies.distillation.step import Distillation
 from strategies.memory.external import held_besides
 from strategies.memory.plot import curve, thinned
@@ -178,7 +180,8 @@ class _Made:
         settings = experiment.teacher if experiment.uses_teacher else None
         tokens = known_size(experiment.data.tokenizer, experiment.with_weights)
         check_sizes(settings, student, teacher, tokens)
-        small, large = empty_student(experiment.form, student), resident_teacher(settings, teacher)
+        small = empty_student(experiment.form, student)
+        large = base_of(small) if experiment.teacher_is_base else resident_teacher(settings, teacher)
         attach_projections(experiment.objective, experiment.seed, small, teacher)
         batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
                               experiment.data.packing, place)
@@ -204,9 +207,11 @@ class _Made:
 def _shared(setup: RankSetup, student: nn.Module, teacher: nn.Module | None, on_gpu: bool) -> Residency:
     """The residency of a rank of sharded models: what it holds, and what it gathers for use.
 
-    Casts the models' parameters to the compute dtype, in which they are gathered.
+    Casts the models' parameters to the dtype in which they are gathered: half precision, if they compute in that.
     """
     held = rank_residency(setup, student, teacher, on_gpu)
+    if setup.compute is torch.float32 and has_adapters(student):  # whose base may be held in bfloat16
+        return held
     for parameter in (*student.parameters(), *(() if teacher is None else teacher.parameters())):
         parameter.data = parameter.data.to(setup.compute)
     return held

@@ -22,16 +22,19 @@ from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData
 from trainer.data.encoding import sample_prompts
 from trainer.data.rows import StreamedRows
+from trainer.data.tokenizers import vocabulary_size
 from trainer.errors import RunFailed, error_context
-from trainer.experiment.experiment import Experiment
+from trainer.experiment.experiment import Experiment, StudentForm
 from trainer.experiment.report_node import Report
 from trainer.files import write_atomically
 from trainer.model_files import check_files
-from trainer.models.build import DTYPES, empty_student
+from trainer.models.build import DTYPES, build_student, empty_student, layers_above
+from trainer.models.configs import student_config, teacher_config
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.metrics import console, readable
 from trainer.run.quantization_loss import say_rise
 from trainer.run.working import working
+from trainer.student.merge_adapter import client_of, export_notes, libraries_of, student_entry
 from trainer.student.quantize_student import finalize_student
 from trainer.student.weight_digests import check_digests, check_names, read_digests
 from trainer.teacher.vocabularies import reads_alike
@@ -39,29 +42,44 @@ from trainer.teacher.vocabularies import reads_alike
 SHOWN = 256  # rows of training text and of held-out text on which a runtime's tokenizer is compared
 
 
-def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: PreparedData) -> nn.Module:
-    """Rebuild the trained student from the checkpoint that it is exported from and the configuration in its folder.
+def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: PreparedData, final: bool = True) -> nn.Module:
+    """Rebuild the student from the checkpoint that it is exported from and the configuration in its exported folder.
 
     Args:
         like: the exported folder.
+        final: whether it is merged with its adapters and quantized; if not, it is as training left it.
 
     Raises:
         RunFailed: that checkpoint is missing or damaged, or the rebuilt student is not the one that was trained.
     """
-    check_files(str(like), "student")
-    with error_context("student", value=str(like), way_out="put the folder back from a copy"):
-        config = AutoConfig.from_pretrained(like, trust_remote_code=experiment.form.trust)
-    if hasattr(config, "quantization_config"):  # the weights come from the checkpoint, which is not packed
-        del config.quantization_config
-    model = empty_student(experiment.form, config)
-    model.generation_config = GenerationConfig.from_pretrained(like)
+    asked, vocabulary = experiment.student, vocabulary_size(text.tokenizer)
+    if asked.adapter is None:
+        model = _like(like, experiment.form)
+    else:
+        above = teacher_config(experiment.teacher, vocabulary)
+        model = build_student(experiment, student_config(asked, above, vocabulary),
+                              layers_above(asked, experiment.teacher, above), text.tokenizer)
+        if (like / "generation_config.json").exists():  # it knows what ends an answer
+            model.generation_config = GenerationConfig.from_pretrained(like)
     checkpoint = exported_checkpoint(folder)
     checkpoints.load_whole(checkpoint, model)
     what = f"the student, made again from {checkpoint} and {like / 'config.json'},"
     check_names(checkpoints.names(checkpoint), model, what)
     if (trained := read_digests(folder.digests)) is not None:
         check_digests(trained, model, what)
-    return finalize_student(experiment, model.eval(), text, folder)
+    return finalize_student(experiment, model.eval(), text, folder) if final else model.eval()
+
+
+def _like(folder: Path, form: StudentForm) -> nn.Module:
+    """A student of the shape of an exported folder, with weights still to be loaded."""
+    check_files(str(folder), "student")
+    with error_context("student", value=str(folder), way_out="put the folder back from a copy"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=form.trust)
+    if hasattr(config, "quantization_config"):  # the weights come from the checkpoint, which is not packed
+        del config.quantization_config
+    model = empty_student(form, config)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def exported_checkpoint(folder: RunFolder) -> Path:
@@ -106,26 +124,32 @@ def compare(
     """
     trust = experiment.form.trust
     models: dict[str, dict[str, Any]] = {
-        "student": {"path": str(folder.unverified), "compare": True, "trust_remote_code": trust}}
+        "student": {**student_entry(experiment.student, experiment.export, folder.unverified), "compare": True,
+                    "trust_remote_code": trust}}
     if experiment.teacher is not None and reads_alike(experiment.teacher, experiment.student, text):
         models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
                              "dtype": experiment.teacher.dtype,
                              "trust_remote_code": experiment.teacher.trust_remote_code}
     if RunFolder(folder.control).student.exists():
-        models["control"] = {"path": str(RunFolder(folder.control).student), "trust_remote_code": trust}
+        models["control"] = {**student_entry(experiment.student, experiment.export, RunFolder(folder.control).student),
+                             "trust_remote_code": trust}
     with working(experiment.name, "reloading in a fresh process and comparing", at_once=True):
         found, logits = ask_about(models, experiment.training.micro_batch, experiment.report, text, exported,
                                   device.type, tokenizer=str(folder.unverified), prompts=sample_prompts(
-                                      experiment.report.texts, text.tokenizer, experiment.data))
+                                      experiment.report.texts, text.tokenizer, experiment.data),
+                                  client=client_of(experiment.export))
     for name, entry in found.items():
-        path = Path(models[name]["path"])
+        path = Path(models[name].get("adapter", models[name]["path"]))
         files = weight_files(path)
         # The plan knows the size of the teacher's files even if they are not local.
         kept = read_json(folder.plan).get("teacher_bytes") if name == "teacher" else None
         entry["bytes_on_disk"] = sum(file.stat().st_size for file in files) or kept or entry["parameter_bytes"]
     receipt = make_receipt(found["student"], trained, exported, logits["student"], weight_files(folder.unverified),
-                           experiment.export.tolerance)
+                           experiment.export.tolerance, libraries=libraries_of(experiment.student, experiment.export),
+                           notes=export_notes(experiment.student, experiment.export, trained, exported))
     receipt.write(folder.unverified / "receipt.json")
+    if not receipt.holds and experiment.export.adapter == "separate":
+        raise RunFailed(differs(receipt, folder.unverified, "export.tolerance", None))
     if not receipt.holds:
         reference = freeze_quantized(
             rebuilt(experiment, folder, folder.unverified, text), DTYPES[experiment.export.dtype]

@@ -31,13 +31,14 @@ from trainer.run.folder import RunFolder
 from trainer.run.metrics import console, readable
 from trainer.run.quantization_loss import keep_together
 from trainer.run.working import working
+from trainer.student.merge_adapter import merged_student
 from trainer.student.weight_digests import check_digests, digests_of
 
 SENSED = 8  # most rows on which the sensitivity of layers is measured
 
 
 def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedData, folder: RunFolder) -> nn.Module:
-    """The student to export, quantized here if it is to be quantized after training.
+    """The student to export: merged with its adapters, and quantized here if it is to be quantized after training.
 
     Args:
         model: the unsharded student, on one process; returned unchanged if nothing is left to do.
@@ -48,9 +49,12 @@ def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedDat
         UserError: there are too few calibration rows, or the budget cannot be met.
     """
     asked = experiment.student.quantization
+    if experiment.student.adapter is not None:
+        model = merged_student(experiment.form, model)
     if asked is None or asked.trained:
         return model
-    fresh = empty_student(experiment.form, model.config)  # without the schedules that training installed in its blocks
+    # Without the schedules that training installed in its blocks:
+    fresh = empty_student(experiment.form.merged, model.config)
     fresh.load_state_dict(model.state_dict())
     check_digests(digests_of(model), fresh, "the student, made again to be quantized,")
     fresh.generation_config = model.generation_config

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Iterable
 
 import torch
 
-from strategies.export.hf.transformers_folder import write_folder
-from strategies.quantization.freeze import freeze_quantized
 from trainer.data.dataset import PreparedData
 from trainer.experiment.experiment import Experiment
-from trainer.models.build import DTYPES
 from trainer.run.changes import under
 from trainer.run.folder import RunFolder
-from trainer.student.compare_student import compare, logits_of, rebuilt
+from trainer.student.compare_student import compare, rebuilt
 from trainer.student.export_student import RUNTIMES, check_written, drop_stale, write_others
+from trainer.student.quantize_student import finalize_student
+from trainer.student.write_student import logits_to_compare, write_student
 
-EXPORTED = ("student.quantization", "export.dtype")  # keys that change the exported files themselves
+EXPORTED = ("student.quantization", "export.dtype", "export.adapter")  # keys that change the exported files themselves
 
 
 def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, changed: Iterable[str],
@@ -36,14 +34,15 @@ def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, change
             before stays.
     """
     whole = any(under(key, EXPORTED) for key in changed)
-    model, dtype = rebuilt(experiment, folder, folder.student, text), DTYPES[experiment.export.dtype]
+    student, export = experiment.student, experiment.export
+    before = rebuilt(experiment, folder, folder.student, text, final=False)
+    model = finalize_student(experiment, before, text, folder)
     if whole:
-        write_folder(folder.unverified, model, text.tokenizer, dtype)
+        write_student(folder.unverified, before, model, student, export, text)
     else:
         shutil.rmtree(folder.unverified, ignore_errors=True)
         shutil.copytree(folder.student, folder.unverified)
-    trained = logits_of(model, text)
-    exported = trained if dtype is torch.float32 else logits_of(freeze_quantized(copy.deepcopy(model), dtype), text)
+    trained, exported = logits_to_compare(before, model, student, export, text)
     there = () if whole else [name for name in RUNTIMES if (folder.student_for(name) / "receipt.json").exists()]
     failed = write_others(experiment, folder, model, text, without=there)
     compare(experiment, folder, trained, exported, text, device)

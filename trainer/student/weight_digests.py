@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from strategies.common.frozen_base import base_names
 from strategies.common.shards import Layout, local_of
 from strategies.distillation.losses.features import NAME
 from strategies.sharding.engine import Engine
@@ -65,12 +66,13 @@ def check_digests(trained: Digests, model: nn.Module, what: str) -> None:
 
 
 def check_names(trained: Iterable[str], model: nn.Module, what: str) -> None:
-    """Check that a model has exactly the weights that were trained, by name; see `check_digests`.
+    """Check that a model has exactly the weights that a checkpoint holds, by name; see `check_digests`.
 
     Args:
         trained: names of the trained weights; tied ones have one name.
     """
-    there = {name: "" for name, _ in model.named_parameters()}
+    base = base_names(model)
+    there = {name: "" for name, _ in model.named_parameters() if name not in base}
     if (name := first_difference({name: "" for name in trained if not _besides(name)}, there)) is not None:
         raise RunFailed(_other(what, name))
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
+from strategies.common.frozen_base import base_digest
 from strategies.distillation.losses.teacher_targets import SharedVocabulary
 from strategies.distillation.step import Distillation
 from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter, identity_adapter
@@ -30,7 +31,7 @@ from trainer.distributed.rank_memory import RankSetup
 from trainer.errors import RunFailed
 from trainer.experiment.experiment import Experiment
 from trainer.files import flatten
-from trainer.models.build import shape_of, whole_student
+from trainer.models.build import build_student, empty_student, layers_above, shape_of
 from trainer.models.router_balance import balancing_weight
 from trainer.planning.exceeded import ways_out
 from trainer.planning.plan import Plan
@@ -97,6 +98,7 @@ class TrainLoop:
         self.steps = plan.steps
         self.state = TrainState(self.precision, BestEvaluation.of(experiment.training, self.steps))
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, self.steps)
+        base = base_digest(student) if self.ranks.main else None
         self.teacher = None if live is None else place_teacher(setup, accelerator, live)
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
                                  lambda: without_gradient(experiment, teacher_config, student.config))
@@ -113,7 +115,7 @@ class TrainLoop:
             experiment, teacher_config, self.unwrapped.config, plan.topology, excess))
         self.backward = Backward(self.unwrapped)
         seed_everything(experiment.seed * 1_000_003 + self.ranks.index + 1)  # each process draws its own dropout masks
-        self.saver = Saver(folder, experiment.training, self.engine, self.ranks, self._say)
+        self.saver = Saver(folder, experiment.training, self.engine, self.ranks, self._say, base)
         self.saver.resume(self.state)
         self.exported: int | None = None
         self._measured_at = min(self.state.step + MEASURED, self.steps) - 1
@@ -321,9 +323,13 @@ class TrainLoop:
                             f"which could not be written to {self.folder.checkpoints}.\n  -> make room there and start "
                             "the same command again: the run goes on from "
                             + ("its beginning" if newest is None else newest.name))
-        model = whole_student(self.experiment.form, self.unwrapped)
+        experiment, config = self.experiment, self.unwrapped.config
+        model = empty_student(experiment.form, config) if experiment.student.adapter is None else build_student(
+            experiment, config, layers_above(experiment.student, experiment.teacher, self.teacher_config),
+            self.text.tokenizer)  # with the base of its adapters, which no checkpoint holds
+        model.generation_config = self.unwrapped.generation_config
         attach_projections(self.experiment.objective, self.experiment.seed, model, self.teacher_config)
-        checkpoints.load_whole(own, model)
+        checkpoints.load_whole(own, model.train())
         return without_projections(model)
 
     def release(self) -> None:

@@ -79,7 +79,7 @@ def diagnosis(record: dict[str, Any], times: int, checkpoints: object) -> str:
 @torch.no_grad()
 def weights_finite(engine: Engine) -> torch.Tensor:
     """Whether all weights that this process holds are finite: a scalar tensor."""
-    held = [local_of(tensor) for tensor, _ in engine.tensors()]
+    held = [local_of(tensor) for tensor, _ in engine.saved()]
     # The maximum norm: unlike a 2-norm, it cannot overflow in a sum.
     largest = torch._foreach_norm([tensor for tensor in held if tensor.numel()], ord=math.inf)
     return torch.stack([value.float() for value in largest]).isfinite().all() if largest else torch.tensor(True)

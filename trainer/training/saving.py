@@ -27,12 +27,15 @@ class Saver:
         engine: holds weights and optimizer.
         ranks: the processes of the run, all of which take part.
         say: prints a line on the first process.
+        base: on the first process, the SHA-256 of the frozen base beneath the student's adapters, which is not saved;
+            None without one.
     """
 
     def __init__(self, folder: RunFolder, settings: Training, engine: Engine, ranks: RankGroup,
-                 say: Callable[[str], None]) -> None:
+                 say: Callable[[str], None], base: str | None = None) -> None:
         self.folder, self.settings, self.engine, self.ranks = folder.checkpoints, settings, engine, ranks
         self.run, self.say = folder, say
+        self._base = {} if base is None else {"base": base}
         self.checkpoints = checkpoints.Checkpoints(
             folder.checkpoints, settings.keep_checkpoints, rank=ranks.index, ranks=ranks.topology.ranks,
             gather=ranks.gather_objects, background=settings.background_saves, say=say,
@@ -61,7 +64,8 @@ class Saver:
                             f"that was taken: no checkpoint is made of them, {good}.\n"
                             "  -> lower optimizer.lr; then start the same command again, or another run")
         self.checkpoints.save(state.step, self.engine, {
-            **state.state_dict(), "engine": self.engine.scale_state(), "processes": self.ranks.topology.ranks})
+            **state.state_dict(), "engine": self.engine.scale_state(), "processes": self.ranks.topology.ranks,
+            **self._base})
 
     def finish(self, seconds: float | None = None) -> None:
         """Wait until the last checkpoint is committed or abandoned.
@@ -100,6 +104,8 @@ class Saver:
         found = wrong = None
         try:
             found = checkpoints.load(newest, self.engine, self.ranks.index)
+            if self._base and found.get("base") != self._base["base"]:
+                wrong = "the base beneath its adapters had other weights than student.path or the teacher has now"
         except checkpoints.Unreadable as error:
             wrong = str(error)
         self._check(newest, wrong)
