@@ -218,8 +218,8 @@ def test_folder_of_another_experiment_is_left_alone(finished):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     done = train_py("--config", str(file), "optimizer.lr=0.5")
     assert done.returncode == 2
-    assert f"run.folder = '{run}'" in done.stderr and "belongs to another experiment" in done.stderr
-    assert "optimizer.lr was 0.0003 and is 0.5" in done.stderr and "choose another" in done.stderr
+    assert f"optimizer.lr = 0.5: {run} belongs to another experiment" in done.stderr
+    assert "optimizer.lr was 0.0003 and is 0.5" in done.stderr and f"from_run: {run}" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 

@@ -26,7 +26,7 @@ def base(tmp_path_factory):
     shape = {key: value for key, value in TINY.items() if key != "model_type"}
     config = AutoConfig.for_model(TINY["model_type"], **{**shape, "num_hidden_layers": 2}, vocab_size=300)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    train_tokenizer([{"text": sentences(1, 50)}] * 5, Data(tokenizer=Tokenizer(train_vocabulary=300)), folder)
+    train_tokenizer([(Data(tokenizer=Tokenizer(train_vocabulary=300)), [{"text": sentences(1, 50)}] * 5)], folder)
     return folder
 
 
