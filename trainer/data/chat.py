@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.data.messages import CALLS, THOUGHTS, Conversation, Message, shown
 from trainer.data.template_remedies import COPY, remedy, system_to_user
-from trainer.data.template_traits import TOOL, TemplateShape
+from trainer.data.template_traits import TOOL, USER, TemplateShape
 from trainer.errors import UserError
 
 Span = tuple[int, int]
@@ -164,7 +164,8 @@ class ChatTemplate:
     @cached_property
     def notes(self) -> list[str]:
         """Remarks for the user on the template."""
-        return [*self._notes_on_system(), *self.shape.notes(None if not self._marked(None) else self._marked_text)]
+        return [*self._notes_on_system(), *self._notes_on_clock(),
+                *self.shape.notes(None if not self._marked(None) else self._marked_text)]
 
     def _notes_on_system(self) -> list[str]:
         own, again = self.shape.added_prompt, "; give the same to a server"
@@ -177,6 +178,21 @@ class ChatTemplate:
             return [f"to a conversation without one, the chat template adds the system prompt {own[:100]!r}; "
                     f"data.system {ours}"]
         return [f"in the place of the chat template's own system prompt stands an empty one{again}"]
+
+    def _notes_on_clock(self) -> list[str]:
+        """A remark on a template that writes the date: the same data then has other tokens on another day."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str) or "strftime_now" not in template:
+            return []
+        fixed = "{%- macro strftime_now(format) -%}on no day{%- endmacro -%}" + template
+        try:
+            texts = {self.tokenizer.apply_chat_template([USER], tokenize=False, chat_template=one)
+                     for one in (template, fixed)}
+        except Exception:  # templates refuse in many ways what they do not like, and are tried on real records later
+            return []
+        return ["the chat template writes the date of its use into conversations: tokenized on another day, the same "
+                "data has other tokens, also when a run resumes without its cache; to fix it, write a date in the "
+                f"place of strftime_now, {COPY}"] if len(texts) > 1 else []
 
     # ---- turns
 

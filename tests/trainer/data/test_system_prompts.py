@@ -62,3 +62,14 @@ def test_what_a_template_cannot_is_said(template, system, said):
     with pytest.raises(UserError) as caught:
         written(template, prompt="q", response="a", system=system)
     assert caught.value.key == "data.system" and said in caught.value.problem
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + TURNS
+
+
+@pytest.mark.parametrize(("template", "told"), [
+    (DATED, True), (TURNS, False), ("{% if strftime_now is not defined %}no clock{% endif %}" + TURNS, False)])
+def test_a_template_that_writes_the_date_is_told_of(template, told):
+    """Llama 3.1's, Cohere's and gpt-oss's do: what is tokenized tomorrow is not what was tokenized today."""
+    notes = written(template, messages="m")[1]
+    assert any("writes the date of its use" in note for note in notes) == told
