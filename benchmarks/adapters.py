@@ -1,6 +1,6 @@
 """Adapters on a frozen base: beside peft with the HF Trainer on the same rows, and in bytes beside full fine-tuning.
 
-    python -m benchmarks.adapters [--blocks 8] [--steps 8] [--json FILE]
+    python -m benchmarks.adapters [--blocks 8] [--steps 8] [--bases nf4 ...] [--json FILE]
 
 The model has the shapes of SmolLM2-135M with random weights, so that no network is needed; `--blocks` are those of the
 comparison with the HF Trainer, bytes are those of all 30. Each run is a process of its own. Peaks of processes are of
@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
         "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2048, "bos_token_id": 0,
         "eos_token_id": 0}
-RANK, ALPHA, RATE, ROWS, LENGTH, BLOCKS = 16, 32.0, 1e-3, 4, 128, 30
+RANK, ALPHA, RATE, BLOCKS = 16, 32.0, 1e-3, 30
+COMPARED, HELD = (8, 256), (4, 128)  # rows of a batch and tokens of a row: beside the HF Trainer, and of the bytes
 MIB = 2**20
 
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--bases", nargs="+", default=["float32", "bfloat16", "int8", "nf4"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -49,8 +51,9 @@ def main() -> None:
         make_base(room / "small", arguments.blocks)
         rows = [child("ours", room, room / "small", arguments.steps), child("hf_trainer", room, room / "small")]
         make_base(room / "whole", BLOCKS)
-        held = [child("bytes_of", room, room / "whole", kind) for kind in ("full", "float32", "bfloat16", "nf4")]
+        held = [child("bytes_of", room, room / "whole", kind) for kind in ("full", *arguments.bases)]
     result = {"command": " ".join(["python -m benchmarks.adapters", *sys.argv[1:]]), "blocks": arguments.blocks,
+              "rows and length": {"compared": COMPARED, "bytes": HELD},
               "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
               "machine": platform.processor() or platform.machine(), "rows": rows, "bytes": held,
               "summary": summary(*rows, held)}
@@ -66,7 +69,7 @@ def child(kind: str, room: Path, *words: Any) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found = json.loads(done.stdout.strip().split("\n")[-1])
-    print(f"{kind} {' '.join(map(str, words[1:]))}: done", flush=True)
+    print(f"{kind} {' '.join(map(str, words[1:]))}: {json.dumps(found)}", flush=True)
     return found
 
 
@@ -100,7 +103,7 @@ def make_text(room: Path) -> None:
     """Text with something to learn."""
     generator = torch.Generator().manual_seed(0)
     words = [f"word{number}" for number in range(500)]
-    lines = [" ".join(words[at] for at in torch.randint(0, 500, (40,), generator=generator)) for _ in range(400)]
+    lines = [" ".join(words[at] for at in torch.randint(0, 500, (40,), generator=generator)) for _ in range(800)]
     (room / "text").mkdir()
     (room / "text" / "all.txt").write_text("\n".join(lines))
 
@@ -119,17 +122,17 @@ def make_base(folder: Path, blocks: int) -> None:
                             ).save_pretrained(folder)
 
 
-def experiment_of(room: Path, base: str, name: str, steps: int, adapter: dict | None) -> Any:
+def experiment_of(room: Path, base: str, name: str, steps: int, adapter: dict | None, size: tuple[int, int]) -> Any:
     """The experiment of a run, read from its file."""
     from trainer.experiment.load import read_experiment
 
     file = room / f"{name}.yaml"
     file.write_text(yaml.safe_dump({
         "name": name, "student": {"path": base, "adapter": adapter},
-        "data": {"path": str(room / "text"), "sequence_length": LENGTH, "validation": {"rows": 4}},
+        "data": {"path": str(room / "text"), "sequence_length": size[1], "validation": {"rows": 4}},
         "optimizer": {"lr": RATE, "weight_decay": 0.0, "betas": [0.9, 0.999]}, "schedule": {"shape": "constant",
                                                                                            "warmup": 0},
-        "training": {"steps": steps, "batch_size": ROWS, "micro_batch": ROWS, "evaluate_every": steps,
+        "training": {"steps": steps, "batch_size": size[0], "micro_batch": size[0], "evaluate_every": steps,
                      "checkpoint_every": steps},
         "run": {"folder": str(room / name), "cache": str(room / "cache"), "threads": torch.get_num_threads()}}))
     return read_experiment(file).experiment
@@ -158,7 +161,7 @@ def ours(room: Path, base: str, steps: str) -> None:
     """Train adapters here; leaves the rows that it trained on, and the adapters that it began with."""
     from safetensors.torch import save_file
 
-    loop = loop_of(experiment_of(room, base, "ours", int(steps), {"rank": RANK, "alpha": ALPHA}))
+    loop = loop_of(experiment_of(room, base, "ours", int(steps), {"rank": RANK, "alpha": ALPHA}, COMPARED))
     begun = {name: tensor.detach().clone() for name, tensor in loop.unwrapped.named_parameters() if "lora_" in name}
     taken: dict[str, list[torch.Tensor]] = {"input_ids": [], "position_ids": [], "targets": []}
     own = loop._loss
@@ -210,9 +213,10 @@ def hf_trainer(room: Path, base: str) -> None:
             moments[-1] = time.perf_counter() - moments[-1]
 
     settings = TrainingArguments(
-        output_dir=str(room / "hf"), max_steps=len(data) // ROWS, per_device_train_batch_size=ROWS, learning_rate=RATE,
-        lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, logging_steps=1000,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False)
+        output_dir=str(room / "hf"), max_steps=len(data) // COMPARED[0], learning_rate=RATE,
+        per_device_train_batch_size=COMPARED[0], lr_scheduler_type="constant", warmup_steps=0,
+        weight_decay=0.0, max_grad_norm=1.0, logging_steps=1000, save_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True, remove_unused_columns=False)
     InOrder(model=model, args=settings, train_dataset=data, callbacks=[Watch()]).train()
     print()
     print(json.dumps({"system": "peft with HF Trainer", "losses": losses, "seconds": statistics.median(moments[1:]),
@@ -222,7 +226,7 @@ def hf_trainer(room: Path, base: str) -> None:
 def bytes_of(room: Path, base: str, kind: str) -> None:
     """Planned and measured bytes of the third step."""
     adapter = None if kind == "full" else {"rank": RANK, "alpha": ALPHA, "base": kind}
-    loop = loop_of(experiment_of(room, base, f"bytes-{kind}", 3, adapter))
+    loop = loop_of(experiment_of(room, base, f"bytes-{kind}", 3, adapter, HELD))
     loop.saver.save = lambda state: None
     loop.train()
     lines = [json.loads(line) for line in loop.folder.metrics.read_text().splitlines()]
