@@ -202,7 +202,7 @@ def _report(options: Namespace) -> int:
 def _export(options: Namespace) -> int:
     from trainer.student.export_student import export
 
-    print(export(Path(options.run), options.to, options.trust_remote_code))
+    print(export(Path(options.run), options.to, options.trust_remote_code, options.reader))
     return 0
 
 

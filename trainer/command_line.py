@@ -16,6 +16,7 @@ from trainer.sweep.sweep_file import Sweep
 
 EXAMPLE = "configs/quickstart.yaml"
 RUNTIMES = ("onnx", "gguf")
+READERS = ("llama-cpp", "openvino")
 OVERRIDES = "override a value of the file, for example optimizer.lr=1e-4 student.quantization.bits=8"
 
 EXIT_CODES = """\
@@ -218,9 +219,12 @@ def _report(verbs: Any) -> None:
 def _export(verbs: Any) -> None:
     says = "write a finished run's student for another runtime"
     parser = verbs.add_parser("export", help=says, description=f"{_sentence(says)}, and check it there.",
-                              usage=f"limbeck export RUN --to {'|'.join(RUNTIMES)} [--trust-remote-code]")
+                              usage=f"limbeck export RUN --to {'|'.join(RUNTIMES)} [--reader READER] "
+                                    "[--trust-remote-code]")
     parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--to", metavar="RUNTIME", choices=RUNTIMES, required=True, help=" or ".join(RUNTIMES))
+    parser.add_argument("--reader", metavar="READER", choices=READERS, action="append", default=[],
+                        help="also have it read by llama-cpp (what is for gguf) or openvino (onnx)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with its model: "
                         "only if you say so here, whatever the folder says")
 

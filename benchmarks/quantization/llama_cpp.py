@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
-import urllib.request
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.quantization.trained_quantized import train
 from benchmarks.quickstart import machine, show
 from strategies.export.gguf.gguf_file import dequantized_reference, write_gguf
+from strategies.export.gguf.gguf_rounding import round_inputs
 from strategies.quantization.qat import prepare, quantized_layers
 from strategies.quantization.quantizer import WeightQuantizer
 from trainer.data.dataset import PreparedData, prepare_text
@@ -49,74 +48,25 @@ OWN = ("Q8_0", "Q5_0", "Q4_0", "TQ2_0")  # types that gguf rounds weights to
 
 
 class LlamaCpp:
-    """A file in llama.cpp, on the CPU, with keys and values in float32.
-
-    Args:
-        file: GGUF.
-        context: tokens there is room for, at most the model's own.
-        threads: of the CPU.
-    """
+    """A file in llama.cpp, on the CPU, with keys and values in float32; see `llama_cpp_client.LlamaCpp`."""
 
     def __init__(self, file: Path | str, context: int, threads: int = 1):
-        import xllamacpp
+        from strategies.export.clients.llama_cpp_client import LlamaCpp as Runtime
 
-        how = xllamacpp.CommonParams()
-        how.model.path, how.n_ctx, how.n_parallel, how.warmup, how.verbosity = str(file), context, 1, False, -1
-        how.cpuparams.n_threads = threads
-        how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        how.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._server = xllamacpp.Server(how)
+        self._runtime = Runtime(file, context, threads)
+        self.tokens, self.greedy = self._runtime.tokens, self._runtime.greedy
 
     def log_probabilities(self, ids: Sequence[int], vocabulary: int, letter: int) -> torch.Tensor:
-        """(tokens, vocabulary) of what follows each beginning of `ids`.
-
-        Args:
-            vocabulary: tokens.
-            letter: a token of whole letters, which llama.cpp is made to say: of half a letter it tells nothing.
-        """
-        found = torch.full((len(ids), vocabulary), torch.nan)
-        for row in range(len(ids)):
-            said = self._server.handle_completions({  # the bias is that of sampling, not of what is told
-                "prompt": list(ids[:row + 1]), "max_tokens": 1, "temperature": 0, "logprobs": vocabulary,
-                "logit_bias": [[letter, 1000.0]]})
-            if "choices" not in said:
-                raise RuntimeError(f"llama.cpp: {said}")
-            for token in said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
-                found[row, token["id"]] = token["logprob"]
-        return found
-
-    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The `count` most probable next tokens, one after the other."""
-        said = self._server.handle_completions({"prompt": list(prompt), "max_tokens": count, "temperature": 0,
-                                                "logprobs": 1, "ignore_eos": True})
-        if "choices" not in said:
-            raise RuntimeError(f"llama.cpp: {said}")
-        return [token["id"] for token in said["choices"][0]["logprobs"]["content"]]
-
-    def tokens(self, text: str) -> list[int]:
-        """Text as llama.cpp reads it, with special tokens."""
-        asked = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
-        request = urllib.request.Request(f"{self._server.listening_address}/tokenize", asked,
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)["tokens"]
+        """(tokens, vocabulary) of what follows each beginning of `ids`."""
+        return torch.stack([torch.from_numpy(self._runtime.after(ids[:end + 1], vocabulary, letter))
+                            for end in range(len(ids))])
 
 
 def rounded_inputs(model: nn.Module, size: int) -> nn.Module:
-    """Have linear layers see what llama.cpp's see: 8 bits with a scale for `size` neighbors, in place.
-
-    32 is its Q8_0, which goes with weights in blocks of 32, and 256 its Q8_K (`ggml-quants.c`).
-    """
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        groups = inputs[0].unflatten(-1, (-1, size))
-        extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        inverse = -127 / extreme if size == 256 else 127 / extreme.abs()
-        scale = 1 / inverse if size == 256 else (extreme.abs() / 127).half().float()
-        return ((groups * inverse).round().clamp(max=127).mul(scale).flatten(-2),)
-
+    """Have all linear layers see what llama.cpp's see, in place: 8 bits with a scale for `size` neighbors."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            layer.register_forward_pre_hook(hook)
+            round_inputs(layer, size)
     return model
 
 

@@ -398,6 +398,8 @@ class Export(Node):
     """License for the model card, as the hub names it (apache-2.0); null: that of a local base model, if it has one."""
     to: tuple[Literal["onnx", "gguf"], ...] = ()
     """Also export for ONNX Runtime (onnx) or llama.cpp (gguf); `limbeck export RUN --to onnx` does it later."""
+    readers: tuple[Literal["llama-cpp", "openvino"], ...] = ()
+    """Further runtimes that must read these files, each with a receipt: llama-cpp of gguf, openvino of onnx."""
 
 
 class Run(Node):

@@ -123,7 +123,8 @@ class RunFolder:
         change, since they are part of its training then.
         """
         methods = {(one["student"].get("quantization") or {}).get("method") for one in (self._values(), asked)}
-        places = AFTERWARDS if "qat" not in methods else ("report", "export.to", "export.tolerance", "export.license")
+        places = AFTERWARDS if "qat" not in methods else (
+            "report", "export.to", "export.readers", "export.tolerance", "export.license")
         return [key for key in self.changed(asked) if under(key, places)]
 
     def _values(self) -> dict[str, Any]:

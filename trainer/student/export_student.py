@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -44,6 +44,7 @@ from trainer.student.compare_student import (
     some_text,
     tell_receipt,
 )
+from trainer.student.other_readers import Written, check_readers, read_by_others, readers_of
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def check_runtimes(settings: Export, form: StudentForm, model: nn.Module) -> Non
     Args:
         model: the student; shapes are enough.
     """
+    check_readers(settings)
     for name in settings.to:
         _check(name, model)
         if name == "onnx" and model.config.model_type not in TRIED:
@@ -208,13 +210,14 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     if not receipt.holds:
         where = first_difference(str(path), reference, text, receipt.tolerance, runtime.client)
         raise RunFailed(differs(receipt, partial, f"the tolerance of {name},", where))
+    read_by_others(experiment.name, experiment.export, Written(name, path, files, partial), model, reference, text)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(partial, final)
     tell_receipt(experiment.name, receipt, final)
     return receipt
 
 
-def export(run: Path, name: str, trust_remote_code: bool = False) -> Path:
+def export(run: Path, name: str, trust_remote_code: bool = False, readers: Sequence[str] = ()) -> Path:
     """Export the student of a finished run for another runtime; see `write_for`.
 
     Args:
@@ -222,6 +225,7 @@ def export(run: Path, name: str, trust_remote_code: bool = False) -> Path:
             first.
         name: name of the runtime.
         trust_remote_code: allow code that comes with a model to run, if the folder's experiment asks for it.
+        readers: further runtimes that must read it, besides those of the experiment.
 
     Raises:
         UserError: there is no such run or runtime, or the run needs code that is not trusted.
@@ -237,6 +241,10 @@ def export(run: Path, name: str, trust_remote_code: bool = False) -> Path:
     experiment = read_experiment(folder.experiment, [f"run.folder={json.dumps(str(run))}"]).experiment
     experiment = only_if_trusted(experiment, folder, trust_remote_code)
     show_paths(folder, experiment)
+    settings = experiment.export.model_copy(update={"to": (name,), "readers": tuple(dict.fromkeys(
+        [*readers, *readers_of(name, experiment.export)]))})
+    check_readers(settings)
+    experiment = experiment.model_copy(update={"export": settings})
     text = prepare_text(experiment)
     with working(experiment.name, WORDS.format(name), at_once=True):
         write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)

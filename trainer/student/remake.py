@@ -13,6 +13,7 @@ from trainer.run.changes import under
 from trainer.run.folder import RunFolder
 from trainer.student.compare_student import compare, rebuilt
 from trainer.student.export_student import RUNTIMES, check_written, drop_stale, write_others
+from trainer.student.other_readers import missing_receipts
 from trainer.student.quantize_student import finalize_student
 from trainer.student.write_student import logits_to_compare, write_student
 
@@ -43,7 +44,8 @@ def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, change
         shutil.rmtree(folder.unverified, ignore_errors=True)
         shutil.copytree(folder.student, folder.unverified)
     trained, exported = logits_to_compare(before, model, student, export, text)
-    there = () if whole else [name for name in RUNTIMES if (folder.student_for(name) / "receipt.json").exists()]
+    there = () if whole else [
+        name for name in RUNTIMES if not missing_receipts(folder.student_for(name), name, experiment.export)]
     failed = write_others(experiment, folder, model, text, without=there)
     compare(experiment, folder, trained, exported, text, device)
     if whole:

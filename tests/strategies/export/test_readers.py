@@ -1,0 +1,136 @@
+"""Further runtimes that read a student's files on a text that turns every rotary frequency."""
+
+import copy
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from strategies.export.gguf.gguf_file import dequantized_reference, write_gguf
+from strategies.export.gguf.gguf_rounding import rounded_reference
+from strategies.export.onnx.onnx_folder import write_onnx
+from strategies.export.readers import MOST, READERS, check_reader, long_text, read_by, slowest_turn
+from strategies.quantization.activations import ActivationQuantizer
+from strategies.quantization.freeze import freeze_quantized
+from strategies.quantization.qat import prepare
+from strategies.quantization.quantizer import WeightQuantizer
+from tests.strategies.export.gguf.test_gguf_file import MORE, SIZE, trained
+
+BASE, WIDTH = 100.0, 64
+LONGEST = 2 * math.pi * BASE ** ((WIDTH - 2) / WIDTH)  # wavelength of the slowest pair, in tokens
+SHAPES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "num_key_value_heads": 1, "head_dim": WIDTH, "max_position_embeddings": 1024, "vocab_size": SIZE + MORE}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": BASE, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 256}
+needs = {name: pytest.mark.skipif(not find_spec(reader.package), reason=f"pip install 'limbeck[{name}]'")
+         for name, reader in READERS.items()}
+
+
+def build(kind: str = "llama", **more):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, **{"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": BASE},
+                 **SHAPES, **more})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # attention that sees where a token is
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+    return model
+
+
+def quantized(model, scale_dtype=torch.float32, activations=None, **how):
+    prepare(model, WeightQuantizer(scale_dtype=scale_dtype, **how), activations=activations)
+    return model
+
+
+def with_base(model, base: float):
+    """The same weights with another base of the rotary frequencies."""
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": base}
+    other = AutoModelForCausalLM.from_config(config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(0, SIZE, (3, 200), generator=torch.Generator().manual_seed(0))
+
+
+def read(name, tmp_path, written, reference, dtype=torch.float32, tolerance=1e-4):
+    """The receipt of a reader for a written student, beside a reference."""
+    path, tokenizer = tmp_path / "student.gguf", trained()
+    if name == "openvino":
+        path = tmp_path / "student"
+        write_onnx(path, written, tokenizer, dtype)
+    else:
+        write_gguf(path, written, tokenizer, dtype)
+    files = [path] if path.is_file() else sorted(path.glob("*.onnx*"))
+    return read_by(name, path, files, reference, ids(), tolerance, threads=1,
+                   letter=tokenizer.convert_tokens_to_ids("a"))
+
+
+def test_a_text_is_as_long_as_the_slowest_turn_or_the_context():
+    text = long_text(build(), ids())
+    assert text.shape == (1, math.ceil(LONGEST)) and torch.equal(text[0, :600], ids().flatten()[:len(text[0])])
+    assert slowest_turn(build(), text.shape[1]) == pytest.approx(1, abs=2e-3)
+    assert long_text(build(max_position_embeddings=300), ids()).shape[1] == 299
+    far = build(max_position_embeddings=10**6, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    assert long_text(far, ids()).shape[1] == MOST and slowest_turn(far, MOST) < 0.01
+    assert long_text(build("gpt2", n_embd=32, n_head=2, n_layer=1, n_positions=64), ids()).shape[1] == 63
+
+
+def test_what_is_not_there_is_said_by_name(monkeypatch):
+    with pytest.raises(ValueError, match="llama-cpp reads what is exported for gguf, which `export.to` does not name"):
+        check_reader("llama-cpp", ["onnx"])
+    monkeypatch.setattr("strategies.export.readers.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"openvino needs .+ not installed: pip install 'limbeck\[openvino\]'"):
+        check_reader("openvino", ["onnx"])
+
+
+@needs["llama-cpp"]
+@pytest.mark.parametrize(("kind", "rope"), [
+    ("llama", {"rope_type": "default", "rope_theta": BASE}), ("llama", LLAMA3),
+    ("qwen3", {"rope_type": "linear", "rope_theta": BASE, "factor": 2.0})])
+def test_llama_cpp_reads_the_same_and_another_base_is_found(tmp_path, kind, rope):
+    model = build(kind, rope_parameters=rope)
+    receipt = read("llama-cpp", tmp_path, model, rounded_reference(model, torch.float32))
+    assert receipt.holds and receipt.argmax_agreement == 1 and receipt.tokens > 500, receipt
+    assert receipt.slowest_turn >= (0.99 if rope["rope_type"] == "default" else 0.1)
+    wrong = read("llama-cpp", tmp_path, with_base(model, BASE * 1.01), model)
+    assert not wrong.holds and wrong.largest_difference > 10 * receipt.largest_difference, wrong
+
+
+@needs["llama-cpp"]
+@pytest.mark.parametrize(("how", "dtype"), [
+    (None, torch.float16), (None, torch.bfloat16), ({"bits": 4, "group_size": 32}, torch.float16),
+    ({"bits": 8, "group_size": 32}, torch.float16)])
+def test_llama_cpp_rounds_what_enters_a_layer_as_its_reference(tmp_path, how, dtype):
+    model = build() if how is None else quantized(build(), torch.float16, **how)
+    plain, rounded = dequantized_reference(model, dtype), rounded_reference(model, dtype)
+    receipt = read("llama-cpp", tmp_path, model, rounded, dtype, 2e-2)
+    far = read("llama-cpp", tmp_path, model, plain, dtype, 2e-2)
+    assert receipt.holds and receipt.mean_difference < far.mean_difference, (receipt, far)
+    wrong = read("llama-cpp", tmp_path, model, with_base(rounded, BASE * 1.1), dtype, 2e-2)
+    assert not wrong.holds, wrong
+
+
+@needs["openvino"]
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": BASE}, LLAMA3])
+def test_openvino_reads_the_same_and_another_base_is_found(tmp_path, rope):
+    model = build(rope_parameters=rope)
+    receipt = read("openvino", tmp_path, model, model)
+    assert receipt.holds and receipt.argmax_agreement == 1 and receipt.tokens > 500, receipt
+    wrong = read("openvino", tmp_path, model, with_base(model, BASE * 1.01))
+    assert not wrong.holds and wrong.largest_difference > 10 * receipt.largest_difference, wrong
+
+
+@needs["openvino"]
+@pytest.mark.parametrize(("how", "dtype", "tolerance"), [
+    ({"bits": 4, "group_size": 32, "symmetric": False}, torch.float32, 1e-4),
+    ({"bits": 4, "group_size": 32}, torch.float16, 1e-3),
+    ({"bits": 8, "activations": ActivationQuantizer()}, torch.float32, 2e-2)])
+def test_openvino_reads_packed_numbers(tmp_path, how, dtype, tolerance):
+    model = quantized(build(), torch.float32 if dtype is torch.float32 else dtype, **how)
+    receipt = read("openvino", tmp_path, model, freeze_quantized(copy.deepcopy(model), dtype).float(), dtype, tolerance)
+    assert receipt.holds, receipt
