@@ -253,7 +253,19 @@ def _elsewhere(folder: RunFolder) -> list[str]:
         return []
     return ["In other runtimes, each loaded by it in a fresh process:\n",
             "| | bytes | bits per byte | largest logit difference | same token | tokens/s |",
-            "|---|---:|---:|---:|---:|---:|", *rows, ""]
+            "|---|---:|---:|---:|---:|---:|", *rows, "", *_readers(folder)]
+
+
+def _readers(folder: RunFolder) -> list[str]:
+    """A line for each further runtime that has read those files."""
+    lines = []
+    for file in sorted(folder.path.glob("student-*/receipt-*.json")):
+        found = read_json(file)
+        lines.append(f"- {plain(found['reader'])} reads {code(file.parent.name + '/')} too: largest difference of "
+                     f"{plain(found['compares'])} {found['largest_difference']:.2g} of {found['largest_value']:.3g}, "
+                     f"same token at {found['argmax_agreement']:.1%} of {found['tokens_compared']} places in "
+                     f"{found['tokens']:,} tokens")
+    return [*lines, ""] if lines else []
 
 
 def _ledger(plan: dict[str, Any], folder: RunFolder) -> str:

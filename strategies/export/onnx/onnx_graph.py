@@ -153,9 +153,11 @@ class _Weight:
         """Unpack `count` unsigned integers from each row of bytes (rows, ...) and keep the first: (rows, wanted)."""
         op, bits = self.tape.op, self.bits
         if bits < 8:
-            shifts = self.constant(list(range(0, 8, bits)), ir.DataType.UINT8)
-            packed = op("BitShift", [op("Unsqueeze", [packed, self.constant([-1])]), shifts], {"direction": "RIGHT"})
-            packed = op("BitwiseAnd", [packed, self.constant(2**bits - 1, ir.DataType.UINT8)])
+            # First the mask, so that the shift divides without a rest: OpenVINO 2026.4 rounds that to the nearest.
+            shifts = range(0, 8, bits)
+            masks = self.constant([(2**bits - 1) << shift for shift in shifts], ir.DataType.UINT8)
+            packed = op("BitwiseAnd", [op("Unsqueeze", [packed, self.constant([-1])]), masks])
+            packed = op("BitShift", [packed, self.constant(list(shifts), ir.DataType.UINT8)], {"direction": "RIGHT"})
         found = op("Reshape", [packed, self.constant([-1, count])])
         if wanted < count:
             found = op("Slice", [found, self.constant([0]), self.constant([wanted]), self.constant([1])])

@@ -1,0 +1,44 @@
+"""Further runtimes that read what a run exported, each with a receipt."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from strategies.export.readers import READERS
+from trainer import cli, command_line
+from trainer.errors import UserError
+
+needs_llama_cpp = pytest.mark.skipif(not find_spec("xllamacpp"), reason="pip install 'limbeck[llama-cpp]'")
+SHORT = {"training": {"steps": 2}, "report": {"control": False}}
+
+
+def test_readers_are_those_of_the_command_line():
+    assert tuple(READERS) == command_line.READERS
+
+
+@pytest.mark.parametrize(("to", "says", "way_out"), [
+    (["onnx"], "llama-cpp reads what is exported for gguf", "leave it out, or add gguf to export.to"),
+    (["gguf"], r"pip install 'limbeck\[llama-cpp\]'", "install it, or leave it out")])
+def test_a_reader_that_cannot_read_is_refused_before_anything_starts(run_experiment, tmp_path, monkeypatch, to, says,
+                                                                     way_out):
+    monkeypatch.setattr("strategies.export.readers.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=says) as error:
+        run_experiment(export={"to": to, "readers": ["llama-cpp"]})
+    assert (error.value.key, error.value.way_out) == ("export.readers", way_out) and not (tmp_path / "tiny").exists()
+
+
+@needs_llama_cpp
+def test_llama_cpp_reads_a_finished_run(run_experiment, capsys):
+    export = {"to": ["gguf"], "dtype": "float16", "tolerance": 1e-3}
+    _, folder = run_experiment(**SHORT, export=export)
+    assert cli.limbeck(["export", str(folder.path), "--to", "gguf", "--reader", "llama-cpp"]) == 0
+    assert "llama-cpp reads the same: largest difference of log-probabilities" in capsys.readouterr().out
+    student = folder.student_for("gguf")
+    receipt = json.loads((student / "receipt-llama-cpp.json").read_text())
+    assert receipt["holds"] and 0 < receipt["slowest_turn"] < 1 and receipt["tokens"] > 32
+    assert receipt["sha256"] == json.loads((student / "receipt.json").read_text())["sha256"]
+    assert "- llama-cpp reads `student-gguf/` too: largest difference of log-probab" in folder.report.read_text()
+    (student / "receipt-llama-cpp.json").unlink()
+    _, folder = run_experiment(**SHORT, export={**export, "readers": ["llama-cpp"]})  # of a finished run: made again
+    assert json.loads((student / "receipt-llama-cpp.json").read_text())["holds"]
