@@ -15,7 +15,7 @@ from trainer.experiment.load import all_keys
 from trainer.sweep.sweep_file import Sweep
 
 EXAMPLE = "configs/quickstart.yaml"
-RUNTIMES = ("onnx", "gguf")
+RUNTIMES = ("onnx", "gguf", "ctranslate2")
 READERS = ("llama-cpp", "openvino")
 OVERRIDES = "override a value of the file, for example optimizer.lr=1e-4 student.quantization.bits=8"
 

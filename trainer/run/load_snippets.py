@@ -6,9 +6,10 @@ from typing import Any
 
 Prompt = str | list[dict[str, Any]]
 
-TITLES = {"transformers": "transformers", "onnx": "ONNX Runtime", "gguf": "llama.cpp"}
+TITLES = {"transformers": "transformers", "onnx": "ONNX Runtime", "gguf": "llama.cpp", "ctranslate2": "CTranslate2"}
 INSTALL = {"transformers": "pip install torch transformers compressed-tensors",
-           "onnx": "pip install onnxruntime transformers huggingface_hub"}
+           "onnx": "pip install onnxruntime transformers huggingface_hub",
+           "ctranslate2": "pip install ctranslate2 transformers huggingface_hub"}
 HERE = "  # this folder"
 TOKENS = 64  # that a snippet generates
 
@@ -26,6 +27,8 @@ def snippet(runtime: str, path: str, prompt: Prompt, *, hub: bool, trust: bool =
         return "python", _transformers(path, prompt, trust)
     if runtime == "onnx":
         return "python", _onnx(path, prompt, hub)
+    if runtime == "ctranslate2":
+        return "python", _ctranslate2(path, prompt, hub)
     return ("sh", _llama_cpp(path, prompt, hub)) if runtime == "gguf" else None
 
 
@@ -76,6 +79,22 @@ for _ in range({TOKENS}):
     ids = np.append(ids, logits[:, -1:].argmax(-1), axis=1)
     new = ids[:, -1:] if past else ids
 print(tokenizer.decode(ids[0]))
+"""
+
+
+def _ctranslate2(path: str, prompt: Prompt, hub: bool) -> str:
+    where = f"snapshot_download({path!r})" if hub else repr(path) + HERE * (path == ".")
+    return f"""\
+{"from huggingface_hub import snapshot_download" + chr(10) if hub else ""}from ctranslate2 import Generator
+from transformers import AutoTokenizer
+
+path = {where}
+tokenizer = AutoTokenizer.from_pretrained(path)
+generator = Generator(path, compute_type="float32")
+{_ids(prompt, "np")}
+tokens = tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
+[found] = generator.generate_batch([tokens], max_length={TOKENS}, sampling_topk=1)
+print(tokenizer.decode(found.sequences_ids[0]))
 """
 
 

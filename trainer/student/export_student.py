@@ -78,6 +78,7 @@ TRIAL = 3e8  # most weights of the small model that is built to test whether tor
 RUNTIMES = {
     "onnx": Runtime("onnx.onnx_folder", "onnx_client.py", "", 1e-4, ("onnxruntime",)),
     "gguf": Runtime("gguf.gguf_file", "gguf_client.py", "student.gguf", 1e-4, ("gguf",), tokenizes=True),
+    "ctranslate2": Runtime("hf.ctranslate2_folder", "ctranslate2_client.py", "", 1e-4, ("ctranslate2",)),
 }
 
 

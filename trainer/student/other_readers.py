@@ -91,14 +91,16 @@ def tolerance(name: str, model: nn.Module, dtype: torch.dtype) -> float:
     layers = [layer for _, layer in quantized_layers(model)]
     if any(layer.activations is not None for layer in layers):
         return ROUNDED
+    if name == "ctranslate2":
+        return SUMS
     if name == "llama-cpp":
         return ROUNDED if layers or dtype is not torch.float32 else SUMS
     return HALF[dtype]
 
 
 def readers_of(runtime: str, settings: Export) -> list[str]:
-    """The readers of `export.readers` that read what is exported for a runtime."""
-    return [name for name in settings.readers if READERS[name].of == runtime]
+    """The readers of what is exported for a runtime: itself, if it is one, and those of `export.readers`."""
+    return [name for name, reader in READERS.items() if reader.of == runtime and name in (runtime, *settings.readers)]
 
 
 def _letter(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from strategies.export.gguf.gguf_file import dequantized_reference, write_gguf
 from strategies.export.gguf.gguf_rounding import rounded_reference
+from strategies.export.hf.ctranslate2_folder import check_ctranslate2, write_ctranslate2
 from strategies.export.onnx.onnx_folder import write_onnx
 from strategies.export.readers import MOST, READERS, check_reader, long_text, read_by, slowest_turn
 from strategies.quantization.freeze import freeze_quantized
@@ -62,9 +63,12 @@ def read(name, tmp_path, written, reference, dtype=torch.float32, tolerance=1e-4
     if name == "openvino":
         path = tmp_path / "student"
         write_onnx(path, written, tokenizer, dtype)
+    elif name == "ctranslate2":
+        path = tmp_path / "student"
+        write_ctranslate2(path, written, tokenizer, dtype)
     else:
         write_gguf(path, written, tokenizer, dtype)
-    files = [path] if path.is_file() else sorted(path.glob("*.onnx*"))
+    files = [path] if path.is_file() else [*path.glob("*.onnx*"), *path.glob("*.bin")]
     return read_by(name, path, files, reference, ids(), tolerance, threads=1,
                    letter=tokenizer.convert_tokens_to_ids("a"))
 
@@ -133,3 +137,39 @@ def test_openvino_unpacks_numbers_that_are_rounded_when_the_file_is_loaded(tmp_p
     reference = freeze_quantized(copy.deepcopy(model), torch.float16).float()
     receipt = read("openvino", tmp_path, model, reference, torch.float16, 2e-3)
     assert receipt.holds and receipt.argmax_agreement == 1, receipt
+
+
+@needs["ctranslate2"]
+@pytest.mark.parametrize(("kind", "more", "dtype"), [
+    ("llama", {"attention_bias": True, "mlp_bias": True}, torch.float32), ("qwen3", {"head_dim": 32}, torch.float16),
+    ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": BASE, "factor": 2.0}}, torch.bfloat16)])
+def test_ctranslate2_reads_the_same_and_another_base_is_found(tmp_path, kind, more, dtype):
+    model = freeze_quantized(build(kind, **more), dtype).float()
+    receipt = read("ctranslate2", tmp_path, model, model, dtype)
+    assert receipt.holds and receipt.argmax_agreement == 1 and receipt.tokens > 100, receipt
+    wrong = read_by("ctranslate2", tmp_path / "student", [], with_base(model, 1.01 * BASE), ids(), 1e-4, threads=1)
+    assert not wrong.holds and wrong.largest_difference > 10 * receipt.largest_difference, wrong
+
+
+@pytest.mark.parametrize(("model", "says"), [
+    (lambda: build(rope_parameters=LLAMA3), "ignores how rope_type llama3 scales positions"),
+    (lambda: build(head_dim=32), "not of 32"), (lambda: build("mistral"), "mistral models are not written for"),
+    (lambda: build(hidden_act="gelu"), "not gelu"),
+    (lambda: quantized(build(), torch.float32, bits=8), "q_proj is quantized")])
+def test_what_ctranslate2_would_compute_otherwise_is_refused(model, says, monkeypatch):
+    monkeypatch.setattr("strategies.export.hf.ctranslate2_folder.find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=says):
+        check_ctranslate2(model())
+
+
+def test_ctranslate2_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr("strategies.export.hf.ctranslate2_folder.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'limbeck\[ctranslate2\]'"):
+        check_ctranslate2(build())
+
+
+@needs["ctranslate2"]
+def test_ctranslate2_leaves_the_scaling_of_llama3_out_and_its_receipt_would_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("strategies.export.hf.ctranslate2_folder.ROPE", ("llama3",))
+    model = build(rope_parameters=LLAMA3)
+    assert not read("ctranslate2", tmp_path, model, model).holds

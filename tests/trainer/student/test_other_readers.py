@@ -14,7 +14,7 @@ SHORT = {"training": {"steps": 2}, "report": {"control": False}}
 
 
 def test_readers_are_those_of_the_command_line():
-    assert tuple(READERS) == command_line.READERS
+    assert tuple(name for name, reader in READERS.items() if reader.of != name) == command_line.READERS
 
 
 @pytest.mark.parametrize(("to", "says", "way_out"), [
@@ -42,3 +42,15 @@ def test_llama_cpp_reads_a_finished_run(run_experiment, capsys):
     (student / "receipt-llama-cpp.json").unlink()
     _, folder = run_experiment(**SHORT, export={**export, "readers": ["llama-cpp"]})  # of a finished run: made again
     assert json.loads((student / "receipt-llama-cpp.json").read_text())["holds"]
+
+
+@pytest.mark.skipif(not find_spec("ctranslate2"), reason="pip install 'limbeck[ctranslate2]'")
+def test_a_run_is_written_for_ctranslate2(run_experiment):
+    _, folder = run_experiment(**SHORT, export={"to": ["ctranslate2"]})
+    student = folder.student_for("ctranslate2")
+    receipt, other = (json.loads((student / f"{name}.json").read_text()) for name in ("receipt", "receipt-ctranslate2"))
+    plain = json.loads(folder.receipt.read_text())
+    assert receipt["holds"] and other["holds"] and receipt["sha256"] == other["sha256"]
+    assert receipt["parameters"] == plain["parameters"]
+    assert receipt["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-5)
+    assert receipt["bytes_on_disk"] == (student / "model.bin").stat().st_size
