@@ -73,7 +73,7 @@ def read_by_others(experiment: str, settings: Export, written: Written, model: n
     for name in readers_of(written.runtime, settings):
         ours = rounded_reference(model, dtype) if name == "llama-cpp" else reference
         try:
-            with working(experiment, f"reading {written.path.name} with {name}", at_once=True):
+            with working(experiment, f"reading what is for {written.runtime} with {name}", at_once=True):
                 receipt = read_by(name, written.path, written.files, ours, text.held_out["input_ids"],
                                   tolerance(name, model, dtype), threads=torch.get_num_threads(),
                                   letter=_letter(text.tokenizer))
