@@ -249,7 +249,8 @@ class EndNote:
         the experiment, which must leave nothing behind, the launcher signals the other processes as well.
         """
         makes = code == AGAIN_LATER and int(os.environ.get("RANK", 0)) == 0
-        if not self._is_own() or not (makes or self.folder.exists()):
+        # While a run is planned its folder may hold the sign that it lives, which goes if the experiment is refused.
+        if not self._is_own() or not (makes or RunFolder(self.folder).experiment.exists()):
             return True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
