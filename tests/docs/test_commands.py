@@ -96,7 +96,8 @@ def test_every_yaml_is_an_experiment(page, block, tmp_path):
 
         with torch.device("meta"):
             form = experiment.form
-            check_runtimes(experiment.export, form, export_skeleton(form, LlamaConfig(**TINY)))
+            here = experiment.export.model_copy(update={"readers": ()})  # their packages need not be installed
+            check_runtimes(here, form, export_skeleton(form, LlamaConfig(**TINY)))
 
 
 @pytest.mark.parametrize(("page", "block"), SWEEPS, ids=[f"{page}-{number}" for number, (page, _) in enumerate(SWEEPS)])

@@ -104,7 +104,8 @@ class StepInputs:
     def _counts(micro_batches: list[Batch]) -> tuple[float, float, float]:
         """Target tokens and all tokens of this process, and whether it received a stop signal."""
         learned = sum(int((batch["targets"] != IGNORED).sum()) for batch in micro_batches)
-        seen = sum(int(batch["length"].sum()) for batch in micro_batches)
+        seen = sum(batch["input_ids"].numel() if "length" not in batch else int(batch["length"].sum())
+                   for batch in micro_batches)
         return float(learned), float(seen), float(signals.asked() is not None)
 
 

@@ -75,7 +75,7 @@ def test_engines_and_numbers_of_processes_hand_a_run_on(write_experiment, train_
 
 def rows_of(trainer) -> list[list[int]]:
     """Rows of every step of a run on one process, sorted in each."""
-    done, trainer.state.step = trainer.state.step, 0
+    done, trainer.state.step, trainer.state.rows = trainer.state.step, 0, 0
     batches = trainer._batches()
     rows = [sorted(sum((next(batches)["row"].tolist() for _ in range(trainer.plan.accumulation)), []))
             for _ in range(trainer.steps)]

@@ -5,6 +5,8 @@ import signal
 import sys
 import time
 
+import pytest
+
 from trainer.distributed.signals import APART
 from trainer.sweep.jobs import Jobs, last_words, visible_devices, was_stopped
 
@@ -70,7 +72,15 @@ def test_what_failed_jobs_said(tmp_path):
                     "die": "killed by SIGKILL (too little memory?)"}
 
 
-def test_signals_reach_the_jobs_once_and_a_second_ctrl_c_ends_them(tmp_path):
+@pytest.fixture
+def hears_ctrl_c():
+    """Tests that a shell has put into the background are deaf to it, and so would the jobs be."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_reach_the_jobs_once_and_a_second_ctrl_c_ends_them(tmp_path, hears_ctrl_c):
     jobs = Jobs(2, [])
     logs = [start(jobs, tmp_path, "wait"), start(jobs, tmp_path, "stubborn")]
     until(lambda: all("None" in log.read_text() for log in logs))
