@@ -55,7 +55,7 @@ from trainer.run.working import working
 from trainer.student.compare_student import compare
 from trainer.student.export_student import check_runtimes, check_tokenizer, check_written, end_answers, write_others
 from trainer.student.quantize_student import check_calibration, finalize_student
-from trainer.student.remake import remake
+from trainer.student.remake import changes_files, remake
 from trainer.student.weight_digests import check_digests, digests_in_training, save_digests
 from trainer.student.write_student import logits_to_compare, write_student
 from trainer.teacher.intermediate_losses import attach_projections, check_intermediate
@@ -143,21 +143,21 @@ def _run(source: Source, folder: RunFolder) -> Path:
         say(f"{folder.path} is trained; what {', '.join(again)} changes is made again, and nothing is trained")
     begun = begin(experiment, how)
     experiment, text, done = begun.experiment, begun.text, None
-    if again and not more:
-        if accelerator.is_main_process:
-            folder.lock(wait=False)
-            remake(experiment, folder, text, again, accelerator.device)
-            folder.adopt(source.experiment)
-    else:
+    if not again or more:
         with working(experiment.name, "training", quiet=True, model="student", folder=str(folder.path)):
             done = train_one(source.experiment, experiment, folder, folder.unverified, how, text)
+    elif accelerator.is_main_process:
+        folder.lock(wait=False)
     control = RunFolder(folder.control)
-    wanted = experiment.uses_teacher and experiment.report.control
-    if wanted and (done is not None or not control.student.exists()):
+    needs = done is not None or changes_files(again) or not control.student.exists()
+    if experiment.uses_teacher and experiment.report.control and needs:  # exported as the student is
         asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
         with working(experiment.name, "training", quiet=True, model="control", folder=str(control.path)):
             train_one(asked, lone, control, control.student, how, text)
     if accelerator.is_main_process:
+        if done is None:
+            remake(experiment, folder, text, again, accelerator.device)
+            folder.adopt(source.experiment)
         if done is not None:
             compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
             check_written(folder, done.failed)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from trainer.errors import UserError
+from trainer.experiment.plain_yaml import read_values
 
 KEY = "student.from_run"
 CHECKPOINTS, MODEL, STUDENT = "checkpoints", "model", "student"
@@ -32,12 +33,24 @@ def check_run(path: str) -> None:
         if (Path(path) / "config.json").is_file():
             way_out = "it is a model: name it in `student.path` instead"
         raise UserError(KEY, "this is neither a run folder nor a checkpoint of one", value=path, way_out=way_out)
+    if adapted(run):
+        raise UserError(KEY, "its checkpoints hold an adapter, without the weights beneath it", value=path,
+                        way_out=f"name its merged student in `student.path`: {run / STUDENT}")
     if not any((run / CHECKPOINTS).glob("step-*")):
         raise UserError(KEY, "this run has no checkpoint yet", value=path,
                         way_out="start that run again, which writes one, or name another run")
     if not (model_of_run(path) / "config.json").is_file():
         raise UserError(KEY, f"the run does not say what its student looks like: {run / MODEL} is missing", value=path,
                         way_out="finish it with this version (start its command again), or put the folder back")
+
+
+def adapted(run: Path) -> bool:
+    """Whether a run trained an adapter; False where its experiment cannot be read, which is said elsewhere."""
+    try:
+        student = read_values(run / "experiment.yaml")[0].get("student")
+    except ValueError:
+        return False
+    return isinstance(student, dict) and bool(student.get("adapter"))
 
 
 def within(path: str, folder: str) -> bool:

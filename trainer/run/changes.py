@@ -54,7 +54,7 @@ def _shortens(then: Any, now: Any) -> bool:
     return then is None or now is None or now <= then
 
 
-def refused(path: Path, changes: Changes, keys: list[str], reached: int) -> OtherRun:
+def refused(path: Path, changes: Changes, keys: list[str], reached: int, student: dict[str, Any]) -> OtherRun:
     """The error for changed values with which a run cannot go on in its folder; names what can be done instead.
 
     Args:
@@ -62,21 +62,29 @@ def refused(path: Path, changes: Changes, keys: list[str], reached: int) -> Othe
         changes: values then and now, by dotted key.
         keys: those that are refused.
         reached: step of the newest checkpoint.
+        student: the recorded values of the student.
     """
     shown = "; ".join(f"{key} was {changes[key][0]!r} and is {changes[key][1]!r}" for key in keys[:3])
     more = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
     return OtherRun(keys[0], f"{path} belongs to another experiment: {shown}{more}", value=changes[keys[0]][1],
-                    way_out=_way_out(path, keys, reached))
+                    way_out=_way_out(path, keys, reached, student))
 
 
-def _way_out(path: Path, keys: list[str], reached: int) -> str:
+def _way_out(path: Path, keys: list[str], reached: int, student: dict[str, Any]) -> str:
     other = "choose another `run.folder` or `name`, or move this folder away"
+    origin = f"`student: {{from_run: {path}}}`"
+    if (student.get("quantization") or {}).get("bits_schedule") and all(key in LONGER for key in keys):
+        return ("its bits follow a schedule over the whole run, which cannot be made longer; to go on from its weights "
+                f"start a student with {origin}, in another `run.folder` or `name`")
+    if student.get("adapter"):
+        return (f"to go on from its weights, name the merged student as `student: {{path: {path}/student}}`, in "
+                f"another `run.folder` or `name`; to begin anew, {other}")
     if all(key in LONGER for key in keys):
         ends = [key for key in keys if key != "schedule.restarts"]
         hint = f"{reached} steps are done: a run can go on for longer with a higher " \
                f"{ends[0] if ends else 'training.steps'}, and its schedule restart at {reached} or later"
         return f"{hint}; for a run of its own, {other}"
     if reached and not any(key.startswith(("student.", "data.tokenizer", "name")) for key in keys):
-        return (f"to go on from its weights with other values, start the student with `student: {{from_run: {path}}}` "
+        return (f"to go on from its weights with other values, start the student with {origin} "
                 f"and no other origin, in another `run.folder` or `name`; to begin anew, {other}")
     return other

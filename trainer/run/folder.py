@@ -22,7 +22,9 @@ from trainer.run.changes import AFTERWARDS, Changes, is_free, longer, refused, u
 
 # Keys that came later, and count for the identity of a training only where they are set: what earlier versions cached
 # under the others is still found.
-LATER = ("training.keep_best", "training.early_stopping", "training.min_delta")
+LATER = ("training.keep_best", "training.early_stopping", "training.min_delta", "student.from_run", "student.adapter",
+         "data.sources", "data.system", "data.input_ids", "data.labels", "schedule.restarts", "export.adapter",
+         "export.readers")
 
 LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; the largest runs write about a hundredth of this
 _LOCKS: dict[Path, Any] = {}  # file locks held by this process; the system releases them when it ends
@@ -89,7 +91,7 @@ class RunFolder:
         asked = experiment.model_dump(mode="json")
         allowed, changes = {*self.afterwards(asked), *self.longer(asked)}, self.changed(asked)
         if wrong := [key for key in changes if not is_free(key) and key not in allowed]:
-            raise refused(self.path, changes, wrong, self.reached)
+            raise refused(self.path, changes, wrong, self.reached, self._values()["student"])
 
     @property
     def reached(self) -> int:
@@ -161,6 +163,8 @@ class RunFolder:
             self._set_aside(self.earlier / f"step-{self.reached:08d}")
             write_atomically(self.history, json.dumps([*self.extensions(), {
                 "step": self.reached, "changed": {key: changes[key] for key in keys}}], indent=2) + "\n")
+            self.adopt(experiment)
+        elif self.afterwards(asked):  # a run that goes on makes its student with the values of now
             self.adopt(experiment)
         write_atomically(self.plan, json.dumps(plan, indent=2) + "\n")
 
@@ -260,4 +264,4 @@ def training_identity(experiment: Experiment) -> dict[str, Any]:
     """The values of an experiment that determine the trained weights, by dotted key."""
     values = flatten(experiment.model_dump(mode="json"))
     return {key: value for key, value in values.items() if key != "name" and not is_free(key)
-            and not (key in LATER and value is None)}
+            and not (key in LATER and value in (None, [], ()))}

@@ -55,6 +55,8 @@ def _about_size(values: dict[str, Any], tensors: list[Tensor], config: dict[str,
         tensors: those of the weight file.
         config: the student's configuration, with the rows of its embeddings and of its head.
     """
+    if values["export"].get("adapter") == "separate":  # it is neither quantized nor rounded, and small
+        return
     asked, dtype, total = values["student"].get("quantization"), values["export"]["dtype"], sum(map(_bytes, tensors))
     wide = [tensor for tensor in tensors if tensor[1] in ("F32", "BF16", "F16")]
     rows = [tensor for tensor in wide if len(tensor[2]) == 2 and tensor[2][0] == config.get("vocab_size")]

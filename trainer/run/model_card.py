@@ -58,7 +58,7 @@ def model_card(folder: RunFolder, student: Path, repository: str | None = None) 
     runtime = next(name for name, path in students(folder).items() if path == student)
     parts = [f"---\n{_front_matter(values, runtime, folder)}---\n", f"# {plain(values['name'])}\n",
              f"{_opening(values, receipt)}\n", "## Load it\n", *_loading(folder, values, student, repository),
-             "## Receipt\n", *_receipt(receipt, folder), "## Data\n", _data(values, folder), "",
+             "## Receipt\n", *_receipt(receipt, folder, values), "## Data\n", _data(values, folder), "",
              "## Recipe\n", _recipe(values, folder), "", MARK, ""]
     return "\n".join(parts)
 
@@ -152,9 +152,14 @@ def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repositor
         if shown is None or (repository is not None and not own):
             continue
         where = "" if own else f", exported beside this folder in {code(every[runtime].name)}"
-        install = f" ({code(INSTALL[runtime])})" if runtime in INSTALL else ""
+        install = f" ({code(_install(runtime, values))})" if runtime in INSTALL else ""
         parts += [f"With {TITLES[runtime]}{install}{where}:\n", block(shown[1].rstrip("\n"), shown[0]), ""]
     return parts
+
+
+def _install(runtime: str, values: dict[str, Any]) -> str:
+    alone = runtime == "transformers" and values["export"].get("adapter") == "separate"
+    return INSTALL[runtime] + " peft" * alone
 
 
 def _prompt(values: dict[str, Any], folder: RunFolder) -> Prompt:
@@ -163,7 +168,7 @@ def _prompt(values: dict[str, Any], folder: RunFolder) -> Prompt:
     return sampled[0]["prompt"] if sampled else values["report"]["prompt"]
 
 
-def _receipt(receipt: dict[str, Any], folder: RunFolder) -> list[str]:
+def _receipt(receipt: dict[str, Any], folder: RunFolder, values: dict[str, Any]) -> list[str]:
     """What the fresh process found that loaded this folder, and what the other models of the run need."""
     rows = [f"| {what} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items()]
     versions = ", ".join(f"{library} {number}" for library, number in receipt["versions"].items())
@@ -172,7 +177,16 @@ def _receipt(receipt: dict[str, Any], folder: RunFolder) -> list[str]:
     return ["A fresh process loaded the exported file and compared it with the model in training; differences are "
             "between logits.\n", "| | |", "|---|---:|", *rows, f"| loaded by | {plain(versions)} |", "",
             *([f"On the same text, bits per byte of others: {', '.join(others)}.\n"] if others else []),
-            *(f"{plain(note)}.\n" for note in receipt.get("notes", []))]
+            *(f"{plain(_public(note, values))}.\n" for note in receipt.get("notes", []))]
+
+
+def _public(note: str, values: dict[str, Any]) -> str:
+    """A note with only the end of local paths: a card is public, and says nothing about a machine."""
+    given = {*_data_paths(values), *filter(None, [_base(values)])}
+    for path in sorted(given, key=len, reverse=True):
+        if not _on_hub(path, values):
+            note = note.replace(path, Path(path).name)
+    return note
 
 
 def _figure(name: str, value: float) -> str:
@@ -187,7 +201,7 @@ def _data(values: dict[str, Any], folder: RunFolder) -> str:
     form = "chats" if any(part.get("messages") for part in parts) else \
         "prompts and their answers, of which the answers were learned" if any(part.get("prompt") for part in parts) \
         else "text"
-    notes = "".join(f"\n\n{plain(note)}." for note in plan.get("text", []))
+    notes = "".join(f"\n\n{plain(_public(note, values))}." for note in plan.get("text", []))
     did = "Trained" if plan["steps"] else "Compared, not trained,"
     return (f"{did} on {', '.join(_name(path, values) for path in _data_paths(values))} ({form}), in sequences of "
             f"{data['sequence_length']:,} tokens.{notes}")

@@ -67,7 +67,7 @@ def _write(folder: RunFolder) -> None:
     _plot_size(found, folder.path / "size.png")
     parts = [
         f"# {plain(experiment['name'])}\n",
-        _verdict(found, receipt), "", *_hints(folder),
+        _verdict(found, receipt, experiment["export"].get("adapter") == "separate"), "", *_hints(folder),
         "## Models\n", _models(found, meaning), "",
         "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
@@ -113,13 +113,15 @@ def _ordered(found: dict[str, Any]) -> list[str]:
     return [name for name in COLORS if name in found]
 
 
-def _verdict(found: dict[str, Any], receipt: dict[str, Any]) -> str:
-    student = found["student"]
-    lines = [f"The student takes {readable(receipt['bytes_on_disk'])} on disk and needs "
-             f"{student['bits_per_byte']:.4f} bits per byte of held-out text."]
+def _verdict(found: dict[str, Any], receipt: dict[str, Any], adapter_alone: bool) -> str:
+    student, size = found["student"], readable(receipt["bytes_on_disk"])
+    lines = [f"The adapter takes {size} on disk, beside its base, with which it" if adapter_alone else
+             f"The student takes {size} on disk and", f"needs {student['bits_per_byte']:.4f} bits per byte of held-out "
+             "text."]
     if "teacher" in found:
         ratio = found["teacher"]["bytes_on_disk"] / receipt["bytes_on_disk"]
-        lines.append(f"It is {ratio:.1f} times smaller than its teacher, which needs "
+        lines.append(f"Its teacher needs {found['teacher']['bits_per_byte']:.4f}." if adapter_alone else
+                     f"It is {ratio:.1f} times smaller than its teacher, which needs "
                      f"{found['teacher']['bits_per_byte']:.4f}.")
         if student["bits_per_byte"] < found["teacher"]["bits_per_byte"]:
             lines.append("It went on learning from the text itself, and is better than its teacher here.")

@@ -23,7 +23,7 @@ from trainer.data.dataset import PreparedData
 from trainer.data.encoding import sample_prompts
 from trainer.data.rows import StreamedRows
 from trainer.data.tokenizers import vocabulary_size
-from trainer.errors import RunFailed, error_context
+from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment, StudentForm
 from trainer.experiment.report_node import Report
 from trainer.files import write_atomically
@@ -56,6 +56,10 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Prepare
     if asked.adapter is None:
         model = _like(like, experiment.form)
     else:
+        if asked.from_teacher is not None and experiment.teacher.path is None:
+            raise UserError("export.to", "the adapter's base is layers of a teacher that the run trained, which only "
+                            "the run itself finds", way_out="add the runtime to export.to, and start the run's command "
+                            "again")
         above = teacher_config(experiment.teacher, vocabulary)
         model = build_student(experiment, student_config(asked, above, vocabulary),
                               layers_above(asked, experiment.teacher, above), text.tokenizer)

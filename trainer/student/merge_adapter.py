@@ -67,7 +67,8 @@ def write_separate(folder: Path, model: nn.Module, student: Student, tokenizer: 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     assert student.path is not None
-    write_adapter(partial, model, student.path, student.revision)
+    local = Path(student.path)  # wherever the adapter is loaded from
+    write_adapter(partial, model, str(local.resolve()) if local.exists() else student.path, student.revision)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)

@@ -74,6 +74,11 @@ def _verified(folder: RunFolder, runtime: str) -> Path:
     receipt, again = read_json(student / "receipt.json"), "write it again, with limbeck export, or the run's command"
     if receipt.get("holds") is not True:
         raise UserError("", f"the receipt of {student} does not hold: the file is not the student", way_out=again)
+    base = read_json(student / "adapter_config.json").get("base_model_name_or_path") if (
+        student / "adapter_config.json").is_file() else None
+    if isinstance(base, str) and Path(base).is_absolute():
+        raise UserError("", f"{student} is an adapter alone, and its base, {base}, is a folder that nobody else has",
+                        way_out="set export.adapter: merged, and start the run's command again")
     weights = [file for file in sorted(student.rglob("*")) if is_weight_file(file)]
     if receipt.get("sha256") != digest_of(weights):
         raise UserError("", f"the weights in {student} are not those that its receipt is of", way_out=again)

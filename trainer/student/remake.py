@@ -20,6 +20,11 @@ from trainer.student.write_student import logits_to_compare, write_student
 EXPORTED = ("student.quantization", "export.dtype", "export.adapter")  # keys that change the exported files themselves
 
 
+def changes_files(changed: Iterable[str]) -> bool:
+    """Whether changed keys act on the exported files themselves."""
+    return any(under(key, EXPORTED) for key in changed)
+
+
 def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, changed: Iterable[str],
            device: torch.device) -> None:
     """Make again what changed values act on, from the last checkpoint, on one process; nothing is trained.
@@ -34,7 +39,7 @@ def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, change
         RunFailed: the student cannot be taken from the last checkpoint, or the reloaded one differs from it; the one
             before stays.
     """
-    whole = any(under(key, EXPORTED) for key in changed)
+    whole = changes_files(changed)
     student, export = experiment.student, experiment.export
     before = rebuilt(experiment, folder, folder.student, text, final=False)
     model = finalize_student(experiment, before, text, folder)
@@ -46,8 +51,12 @@ def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, change
     trained, exported = logits_to_compare(before, model, student, export, text)
     there = () if whole else [
         name for name in RUNTIMES if not missing_receipts(folder.student_for(name), name, experiment.export)]
+    for name in RUNTIMES if whole else ():  # of the student before; one that cannot be written again must not stay
+        if name in export.to:
+            shutil.rmtree(folder.student_for(name), ignore_errors=True)
     failed = write_others(experiment, folder, model, text, without=there)
     compare(experiment, folder, trained, exported, text, device)
+    folder.report.unlink(missing_ok=True)  # of the student before: until it is written again the run is not finished
     if whole:
         drop_stale(folder, experiment.name, experiment.student.quantization, experiment.export)
     check_written(folder, failed)

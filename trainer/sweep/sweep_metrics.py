@@ -48,7 +48,7 @@ def _held_out(name: str) -> Callable[[RunFolder], float]:
 
 
 def _seconds(folder: RunFolder) -> float:
-    return sum(line.get("seconds", 0.0) for line in _lines(folder))
+    return sum(line["seconds"] for line in _lines(folder) if "loss" in line)
 
 
 METRICS = {

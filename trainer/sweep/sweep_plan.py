@@ -57,7 +57,9 @@ class SweepPlan:
                                   keys=keys, searched=search is not None, total=total, runs=[])
         said = {(run.label, run.seed): run for run in earlier.runs} if earlier else {}
         for record in self.add(known):
-            if (before := said.get((record.label, record.seed))) is not None and record.state == "waiting":
+            before = said.get((record.label, record.seed))
+            # What was finished and waits now is to be run again: to train for longer, or to be exported otherwise.
+            if before is not None and record.state == "waiting" and before.state != "finished":
                 record.state, record.said = before.state, before.said
         self.others = len(said.keys() - self.runs.keys())
 

@@ -137,7 +137,7 @@ class Saver:
         Raises:
             RunFailed: the checkpoint is not as it was written.
         """
-        best = self.ranks.gather_objects([checkpoints.best_kept(self.folder) if self.ranks.main else None])[0]
+        best = self.ranks.gather_objects([self._best_kept(state) if self.ranks.main else None])[0]
         if best is None or best.name == checkpoints.NAME.format(state.step):
             return state.step
         wrong = self._agreed(checkpoints.wrong_with(best, self.ranks.index, self.ranks.topology.ranks))
@@ -151,6 +151,15 @@ class Saver:
                             "  -> put that folder back from a copy; or run the experiment again, in another run.folder")
         self.engine.refresh()
         return found["step"]
+
+    def _best_kept(self, state: TrainState) -> Path | None:
+        """The checkpoint of the best evaluation, or of the best before it where that could not be written.
+
+        The state knows of an evaluation after the last step, which a run that was stopped during it made up for.
+        """
+        own = None if state.best is None or state.best.step is None else \
+            self.folder / checkpoints.NAME.format(state.best.step)
+        return own if own is not None and own.is_dir() else checkpoints.best_kept(self.folder)
 
     def _agreed(self, wrong: str | None) -> str | None:
         """What is wrong on the first process where something is."""

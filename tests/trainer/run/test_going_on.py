@@ -13,7 +13,7 @@ from tests.trainer.data.test_epochs import LENGTHS, ten  # noqa: F401 - a fixtur
 from trainer.errors import OtherRun, UserError
 from trainer.experiment.load import read_experiment
 from trainer.experiment.lr_schedule import LearningRate
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, training_identity
 from trainer.run.metrics import read_lines
 
 ALONE = {"report": {"control": False}}
@@ -115,8 +115,9 @@ def test_bits_that_follow_a_schedule_do_not_move_again(write_experiment, train_h
     quantization = {"quantization": {"bits": 4, "group_size": 16, "bits_schedule": [[0, 8], [0.5, 4]]}}
     train_here("run", student=quantization)
     experiment = read_experiment(write_experiment("run", student=quantization, training={"steps": 8})).experiment
-    with pytest.raises(OtherRun, match="training.steps was 4 and is 8"):
+    with pytest.raises(OtherRun, match="training.steps was 4 and is 8") as refused:
         RunFolder(experiment.folder).check(experiment)
+    assert "cannot be made longer" in refused.value.way_out and "from_run: " in refused.value.way_out
 
 
 def test_the_command_line_names_the_line_of_the_changed_key(write_experiment, train_here):
@@ -127,6 +128,35 @@ def test_the_command_line_names_the_line_of_the_changed_key(write_experiment, tr
     assert done.returncode == 2, done.stdout
     assert f"{file}:{line}: optimizer.lr = 0.5: {folder.path} belongs to another" in done.stderr
     assert not (folder.path / "ended.json").exists()
+
+
+def test_a_control_is_exported_as_the_student_is_when_that_is_made_again(run_experiment):
+    """Otherwise the report would compare a student of few bits with a control of many."""
+    _, folder = run_experiment("run", teacher=TEACHER, report={"control": False})
+    run_experiment("run", teacher=TEACHER)
+    found = json.loads(folder.comparison.read_text())
+    assert "control" in found and "| control |" in folder.report.read_text()
+    run_experiment("run", teacher=TEACHER, student={"quantization": {"method": "rtn", "bits": 4, "group_size": 16}})
+    found = json.loads(folder.comparison.read_text())
+    assert found["control"]["bytes_on_disk"] == found["student"]["bytes_on_disk"]
+    assert "quantization_config" in json.loads((RunFolder(folder.control).student / "config.json").read_text())
+
+
+def test_what_a_stopped_run_is_to_export_may_change(run_experiment, train_here):
+    """Its folder tells of the values of now, and is not made again at the next start."""
+    train_here("run", training={"checkpoint_every": 2}, until=3, **ALONE)
+    changed = {"training": {"checkpoint_every": 2}, "export": {"dtype": "bfloat16"}, **ALONE}
+    _, folder = run_experiment("run", **changed)
+    assert yaml.safe_load(folder.experiment.read_text())["export"]["dtype"] == "bfloat16"
+    assert not folder.afterwards(read_experiment(folder.experiment).experiment.model_dump(mode="json"))
+
+
+def test_a_teacher_that_an_earlier_version_trained_is_found(write_experiment):
+    """Keys that came later count for nothing where they are not set."""
+    experiment = read_experiment(write_experiment(teacher=TEACHER)).experiment.as_teacher("")
+    named = training_identity(experiment)
+    assert not {key for key in named if key.startswith(("data.sources", "data.system", "data.input_ids", "data.label"))}
+    assert not {"schedule.restarts", "student.from_run", "student.adapter", "training.keep_best"} & named.keys()
 
 
 # ---- from another run
