@@ -2,10 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 from statistics import mean
 
 import numpy
 
+from trainer.experiment.explain import resolved_yaml
+from trainer.sweep.sweep_file import read_sweep
+from trainer.sweep.sweep_metrics import figures
+from trainer.sweep.sweep_plan import SweepPlan
 from trainer.sweep.sweep_plot import draw_sweep
 from trainer.sweep.sweep_record import RunRecord, SweepRecord
 from trainer.sweep.sweep_table import failures, markdown, rows_of, table, verdict
@@ -113,3 +118,30 @@ def test_pictures_of_all_kinds(tmp_path, recwarn):
     assert [label.get_text() for label in dots.axes[0].get_yticklabels()] == ["setting-0", "setting-1"]
     assert len(panels.axes) == 2 and "no run has finished" in empty.axes[0].get_title()
     assert not [warning for warning in recwarn if "singular" in str(warning.message)]
+
+
+def test_finished_runs_that_are_to_train_for_longer_wait_again(tmp_path, monkeypatch):
+    """What an earlier start of the sweep said of them counts no more; seconds are those of training steps alone."""
+    monkeypatch.chdir(tmp_path)
+    Path("e.yaml").write_text("student: {architecture: {model_type: llama}}\ntraining: {steps: 5}\n")
+
+    def planned(steps):
+        Path("s.yaml").write_text(f"experiment: e.yaml\nfolder: swept\noverrides: {{training.steps: {steps}}}\n"
+                                  "grid: {optimizer.lr: [0.001, 0.002]}\n")
+        return SweepPlan(read_sweep("s.yaml"))
+
+    plan = planned(5)
+    for run in plan.record.runs:
+        folder = plan.folder.run(run)
+        folder.student.mkdir(parents=True)
+        folder.experiment.write_text(resolved_yaml(plan.runs[run.label, run.seed].source.experiment))
+        folder.report.write_text("x")
+        folder.receipt.write_text('{"bytes_on_disk": 1}')
+        folder.comparison.write_text('{"student": {"bits_per_byte": 2.0}}')
+        folder.metrics.write_text('{"step": 5, "loss": 1.0, "seconds": 1.5}\n'
+                                  '{"step": 5, "held_out": {"bits_per_byte": 2.0}, "seconds": 10}\n')
+        run.state, run.figures = "finished", {"bits_per_byte": 2.0, "bytes_on_disk": 1}
+    plan.folder.write(plan.record)
+    assert [run.state for run in planned(5).record.runs] == ["finished"] * 2
+    assert [run.state for run in planned(10).record.runs] == ["waiting"] * 2
+    assert figures(plan.folder.run(plan.record.runs[0]), "seconds")["seconds"] == 1.5
