@@ -32,8 +32,8 @@ def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
     Raises:
         Unreadable: the checkpoint is damaged, or belongs to another model.
     """
-    with torch.no_grad(), reading():
-        state, saved = opened(checkpoint)
+    with torch.no_grad(), _reading():
+        state, saved = _opened(checkpoint)
         for tensor, layout in engine.saved():
             flat = local_of(tensor)
             for piece in layout.pieces:
@@ -54,8 +54,8 @@ def load_whole(checkpoint: Path, model: nn.Module) -> None:
     Raises:
         Unreadable: the checkpoint is damaged, or belongs to another model.
     """
-    with torch.no_grad(), reading():
-        _, saved = opened(checkpoint)
+    with torch.no_grad(), _reading():
+        _, saved = _opened(checkpoint)
         base = base_names(model)
         for name, parameter in model.named_parameters():
             if name in base:
@@ -71,7 +71,7 @@ def names(checkpoint: Path) -> list[str]:
     Raises:
         Unreadable: the checkpoint is damaged.
     """
-    with reading():
+    with _reading():
         return list(read_manifest(checkpoint)["shapes"])
 
 
@@ -140,14 +140,16 @@ class Saved:
         return PieceState(elementwise, whole)
 
 
-def opened(checkpoint: Path) -> tuple[dict[str, Any], Saved]:
+# ---- helpers
+
+def _opened(checkpoint: Path) -> tuple[dict[str, Any], Saved]:
     """Plain state and tensors of a checkpoint, after checking that no file is missing or truncated."""
     state = read_manifest(checkpoint)
     return state, Saved(checkpoint, state.pop("shapes"), state["files"])
 
 
 @contextmanager
-def reading() -> Iterator[None]:
+def _reading() -> Iterator[None]:
     """Convert any error that damaged files may cause into `Unreadable`."""
     try:
         yield

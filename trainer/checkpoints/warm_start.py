@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from strategies.common.shards import Piece
 from trainer.checkpoints.finding import listed
 from trainer.checkpoints.manifest import Unreadable, wrong_with
-from trainer.checkpoints.reading import load_whole, opened, reading
+from trainer.checkpoints.reading import load_whole
 from trainer.errors import UserError
 from trainer.experiment.nodes import Student
 from trainer.experiment.plain_yaml import read_values
@@ -42,14 +40,7 @@ class WarmStart:
             UserError: the checkpoint lacks a weight, or has it in another shape.
         """
         try:
-            with torch.no_grad(), reading():
-                _, saved = opened(self.checkpoint)
-                for name, parameter in model.named_parameters():
-                    whole = Piece(name, tuple(parameter.shape), 0, parameter.numel())
-                    parameter.view(-1).copy_(saved.read("model", name, whole))
-                for name, buffer in model.named_buffers():
-                    if saved.has("model", name):
-                        buffer.copy_(saved.whole("model", name))
+            load_whole(self.checkpoint, model)
         except Unreadable as error:
             raise self._error(f"its weights do not fit the student that {self.run} describes: {error}") from error
 

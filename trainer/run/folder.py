@@ -107,7 +107,7 @@ class RunFolder:
         """
         if not self.experiment.exists():
             return {}
-        then, now, usual = flatten(self._values()), flatten(asked), flatten(_defaults(asked))
+        then, now, usual = flatten(self._values()), flatten(asked), flatten(_defaults_of(Experiment, asked))
         # A key that the version before did not have is as it is by default, and a run pins revisions when it begins.
         return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now})
                 if then.get(key, usual.get(key)) != now.get(key)
@@ -236,12 +236,8 @@ def read_json(file: Path, kind: type = dict) -> Any:
         raise not_written(file, str(error)) from error
 
 
-def _defaults(asked: dict[str, Any]) -> dict[str, Any]:
-    """The default of each key below the nodes that an experiment has, as plain data."""
-    return _defaults_of(Experiment, asked)
-
-
 def _defaults_of(node: type[BaseModel], asked: dict[str, Any]) -> dict[str, Any]:
+    """The default of each key of a node, and below the nodes that an experiment's values have, as plain data."""
     found = {}
     for name, info in node.model_fields.items():
         inner = node_of(info.annotation)

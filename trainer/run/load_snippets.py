@@ -11,6 +11,7 @@ INSTALL = {"transformers": "pip install torch transformers compressed-tensors",
            "onnx": "pip install onnxruntime transformers huggingface_hub",
            "ctranslate2": "pip install ctranslate2 transformers huggingface_hub"}
 HERE = "  # this folder"
+FETCH = "from huggingface_hub import snapshot_download\n"
 TOKENS = 64  # that a snippet generates
 
 
@@ -30,6 +31,11 @@ def snippet(runtime: str, path: str, prompt: Prompt, *, hub: bool, trust: bool =
     if runtime == "ctranslate2":
         return "python", _ctranslate2(path, prompt, hub)
     return ("sh", _llama_cpp(path, prompt, hub)) if runtime == "gguf" else None
+
+
+def _place(path: str, hub: bool) -> str:
+    """Code for the folder of a student, which a runtime that knows no hub needs to have here."""
+    return f"snapshot_download({path!r})" if hub else repr(path) + HERE * (path == ".")
 
 
 def _ids(prompt: Prompt, tensors: str) -> str:
@@ -57,13 +63,12 @@ print(tokenizer.decode(tokens[0{cut and f", {cut}"}], skip_special_tokens=True))
 
 
 def _onnx(path: str, prompt: Prompt, hub: bool) -> str:
-    where = f"snapshot_download({path!r})" if hub else repr(path) + HERE * (path == ".")
     return f"""\
 import numpy as np
-{"from huggingface_hub import snapshot_download" + chr(10) if hub else ""}from onnxruntime import InferenceSession
+{FETCH * hub}from onnxruntime import InferenceSession
 from transformers import AutoTokenizer
 
-path = {where}
+path = {_place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
 session = InferenceSession(f"{{path}}/model.onnx")
 {_ids(prompt, "np")}
@@ -83,12 +88,11 @@ print(tokenizer.decode(ids[0]))
 
 
 def _ctranslate2(path: str, prompt: Prompt, hub: bool) -> str:
-    where = f"snapshot_download({path!r})" if hub else repr(path) + HERE * (path == ".")
     return f"""\
-{"from huggingface_hub import snapshot_download" + chr(10) if hub else ""}from ctranslate2 import Generator
+{FETCH * hub}from ctranslate2 import Generator
 from transformers import AutoTokenizer
 
-path = {where}
+path = {_place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
 generator = Generator(path, compute_type="float32")
 {_ids(prompt, "np")}
