@@ -44,6 +44,7 @@ docs: setup
 
 schema: setup
 	$(BIN)/limbeck schema configs/experiment.schema.json
+	$(BIN)/limbeck schema configs/sweep.schema.json --sweep
 
 clean:
 	rm -rf $(VENV) runs

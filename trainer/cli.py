@@ -123,7 +123,9 @@ def _init(options: Namespace) -> int:
 
 
 def _schema(options: Namespace) -> int:
-    text = json.dumps(schema(), indent=2) + "\n"
+    from trainer.sweep.sweep_schema import sweep_schema
+
+    text = json.dumps(sweep_schema() if options.sweep else schema(), indent=2) + "\n"
     if options.file is None:
         print(text, end="")
         return 0
@@ -222,6 +224,7 @@ def _sweep(options: Namespace) -> int:
     """Run a sweep in child processes of `train.py`."""
     from trainer.starter import shipped
     from trainer.sweep.run_sweep import run_sweep
+    from trainer.sweep.sweep_file import read_sweep
     from trainer.sweep.sweep_plan import SweepPlan
 
     def dry_run(plan: SweepPlan) -> None:
@@ -230,7 +233,7 @@ def _sweep(options: Namespace) -> int:
 
         show_sweep(plan, pipeline.planned)
 
-    return run_sweep(Path(options.sweep), [sys.executable, str(shipped("train.py"))],
+    return run_sweep(read_sweep(options.sweep, options.overrides), [sys.executable, str(shipped("train.py"))],
                      dry_run if options.dry_run else None)
 
 

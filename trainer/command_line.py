@@ -172,9 +172,11 @@ def _init(verbs: Any) -> None:
 
 
 def _schema(verbs: Any) -> None:
-    says = "write the JSON Schema of experiment files, for editors"
-    parser = verbs.add_parser("schema", help=says, usage="limbeck schema [FILE]", description=_sentence(says) + ".")
+    says = "write the JSON Schema of experiment files or of sweeps, for editors"
+    parser = verbs.add_parser("schema", help=says, usage="limbeck schema [FILE] [--sweep]",
+                              description=_sentence(says) + ".")
     parser.add_argument("file", metavar="FILE", nargs="?", help="where to (default: standard output)")
+    parser.add_argument("--sweep", action="store_true", help="that of sweep files")
 
 
 def _show_data(verbs: Any) -> None:
@@ -243,9 +245,12 @@ def _push(verbs: Any) -> None:
 def _sweep(verbs: Any) -> None:
     says = "run one experiment with other values, settings and seeds, and compare the results"
     parser = verbs.add_parser(
-        "sweep", help=says, usage="limbeck sweep SWEEP [--dry-run]", description=f"{_sentence(says)}.\nStarted again, "
-        "it goes on: finished runs are kept, stopped ones resume, failed ones are tried again.",
+        "sweep", help=says, usage="limbeck sweep SWEEP [--dry-run] [key=value ...]",
+        description=f"{_sentence(says)}.\nStarted again, it goes on: finished runs are kept, stopped ones resume, "
+        "failed ones are tried again.",
         epilog=f"{SWEEP_CODES}\n{help_text(Sweep)}")
     parser.add_argument("sweep", metavar="SWEEP", help="the sweep, a YAML file (see configs/sweep-learning-rate.yaml)")
     parser.add_argument("--dry-run", action="store_true",
                         help="show the runs, and steps and bytes of each setting, and start none")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override a key of the sweep, "
+                        "for example jobs=4, or one of the experiment in all runs: training.steps=200")

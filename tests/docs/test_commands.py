@@ -200,7 +200,8 @@ def verb(words, folder):
         from trainer.sweep.sweep_file import read_sweep
         from trainer.sweep.sweep_plan import SweepPlan
 
-        assert SweepPlan(read_sweep(words[2])).record.total > 1
+        overrides = [word for word in words[3:] if "=" in word]
+        assert SweepPlan(read_sweep(words[2], overrides)).record.total > 1
     for option in {"export": ["--to"], "push": ["--runtime"]}.get(words[1], ()):
         from trainer.student.export_student import RUNTIMES
 

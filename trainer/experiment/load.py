@@ -52,13 +52,17 @@ def read_experiment(file: str | Path, overrides: Sequence[str] = (), places: Map
     """
     values, origins = read_values(Path(file))
     for override in overrides:
-        shown = override if len(override) <= 200 else override[:197] + "..."
-        _apply(override, values, origins, (places or {}).get(override, f"override `{shown}`"))
+        _apply(override, values, origins, (places or {}).get(override) or place_of(override))
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:
         raise ExperimentErrors(mistakes(error), origins, str(file)) from error
     return Source(experiment, str(file), origins)
+
+
+def place_of(override: str) -> str:
+    """What messages say in the place of file and line for what an override has set."""
+    return f"override `{override if len(override) <= 200 else override[:197] + '...'}`"
 
 
 def mistakes(error: ValidationError, root: type[Node] = Experiment) -> list[UserError]:
@@ -91,21 +95,8 @@ def _show(value: Any) -> str:
 
 def _apply(override: str, values: dict[str, Any], origins: dict[Key, str], place: str) -> None:
     """Apply one `dotted.key=value` override to the values read from the file, in place."""
-    name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise ExperimentErrors([UserError("", "an override is written key=value",
-                                          way_out="for example optimizer.lr=1e-4")], {}, place)
+    name, value = read_override(override, place)
     key = tuple(name.split("."))
-    if not text.strip():
-        raise ExperimentErrors([UserError("", "the value is missing", way_out=f"for example {name}=1; {name}=null is "
-                                          "the value null")], {}, place)
-    try:
-        root = composed(text)
-        value = None if root is None else constructed(root, (), "", {})
-    except (yaml.YAMLError, Duplicate) as problem:
-        what = "a key stands twice" if isinstance(problem, Duplicate) else problem_with(problem, text)[0]
-        raise ExperimentErrors([UserError("", f"the value is not valid YAML: {what}", value=text,
-                                          way_out="quote it for the shell and for YAML")], {}, place) from problem
     node = values
     for depth, part in enumerate(key[:-1], 1):
         if not isinstance(node.get(part), dict):  # a null or missing node becomes an empty one
@@ -116,6 +107,33 @@ def _apply(override: str, values: dict[str, Any], origins: dict[Key, str], place
     for older in [known for known in origins if known[:len(key)] == key]:
         del origins[older]
     origins |= {key: place} | {(*key, *inner): place for inner in _inner_keys(value)}
+
+
+def read_override(override: str, place: str, example: str = "optimizer.lr=1e-4") -> tuple[str, Any]:
+    """Key and value of a `dotted.key=value` string, the value read as YAML.
+
+    Args:
+        override: the string.
+        place: where it is written, for messages.
+        example: one that would do.
+
+    Raises:
+        ExperimentErrors: it is none.
+    """
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ExperimentErrors([UserError("", "an override is written key=value", way_out=f"for example {example}")],
+                               {}, place)
+    if not text.strip():
+        raise ExperimentErrors([UserError("", "the value is missing", way_out=f"for example {name}=1; {name}=null is "
+                                          "the value null")], {}, place)
+    try:
+        root = composed(text)
+        return name, None if root is None else constructed(root, (), "", {})
+    except (yaml.YAMLError, Duplicate) as problem:
+        what = "a key stands twice" if isinstance(problem, Duplicate) else problem_with(problem, text)[0]
+        raise ExperimentErrors([UserError("", f"the value is not valid YAML: {what}", value=text,
+                                          way_out="quote it for the shell and for YAML")], {}, place) from problem
 
 
 def _inner_keys(value: Any) -> list[Key]:

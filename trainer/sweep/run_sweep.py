@@ -11,7 +11,7 @@ from trainer.errors import UserError
 from trainer.files import write_atomically
 from trainer.run.run_status import AGAIN_LATER, in_use
 from trainer.sweep.jobs import Job, Jobs, Spawn, cores, last_words, start_process, visible_devices, was_stopped
-from trainer.sweep.sweep_file import read_sweep
+from trainer.sweep.sweep_file import SweepSource
 from trainer.sweep.sweep_metrics import figures
 from trainer.sweep.sweep_plan import SweepPlan, console
 from trainer.sweep.sweep_record import RunRecord, SweepFolder, SweepRecord
@@ -104,12 +104,12 @@ class Conductor:
         console.print(f"{self._record.name}  {text}")
 
 
-def run_sweep(file: Path, command: Sequence[str], dry_run: Callable[[SweepPlan], None] | None = None,
+def run_sweep(source: SweepSource, command: Sequence[str], dry_run: Callable[[SweepPlan], None] | None = None,
               spawn: Spawn = start_process) -> int:
     """Run a sweep, or go on with it, and print and write its results. Returns the exit code.
 
     Args:
-        file: the sweep file.
+        source: the sweep.
         command: the words that start `train.py`, in front of its arguments.
         dry_run: shows what would run, in the place of running it.
         spawn: starts a process, see `Jobs`.
@@ -117,7 +117,7 @@ def run_sweep(file: Path, command: Sequence[str], dry_run: Callable[[SweepPlan],
     Raises:
         ExperimentErrors: a mistake in the sweep or one of its experiments; nothing has been started.
     """
-    plan = SweepPlan(read_sweep(file))
+    plan = SweepPlan(source)
     if dry_run is not None:
         dry_run(plan)
         return 0

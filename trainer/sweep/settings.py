@@ -15,6 +15,7 @@ from trainer.errors import ExperimentErrors
 from trainer.experiment.load import Source, nearest_origin, read_experiment
 from trainer.files import fingerprint
 from trainer.sweep.sweep_file import SweepSource
+from trainer.sweep.sweep_overrides import leaves
 
 MOST_RUNS = 1000
 LONGEST_VALUE, LONGEST_LABEL = 40, 100  # characters of a folder's name
@@ -196,15 +197,6 @@ def run_folder(sweep: Path, label: str, seed: int) -> Path:
 def word(key: str, value: Any) -> str:
     """An override as it is typed, with a value that YAML reads back unchanged."""
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
-def leaves(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a mapping: `{a: {b: 1}}` and `{a.b: 1}` say the same."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def short_names(keys: list[str]) -> dict[str, str]:

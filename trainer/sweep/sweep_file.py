@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.load import mistakes
 from trainer.experiment.node import Node, PathName, Positive
 from trainer.experiment.plain_yaml import Key, read_values
+from trainer.sweep.sweep_overrides import apply_overrides
 
 WAYS = ("grid", "list", "search")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -169,8 +170,12 @@ class SweepSource:
             raise ExperimentErrors([error], {**self.origins, **places}, self.file) from error
 
 
-def read_sweep(file: str | Path) -> SweepSource:
+def read_sweep(file: str | Path, overrides: Sequence[str] = ()) -> SweepSource:
     """Read and validate a sweep file; its experiment is not read yet.
+
+    Args:
+        file: path of the sweep file.
+        overrides: `key=value` strings, of the sweep's own keys or of keys of the experiment for all runs.
 
     Raises:
         ExperimentErrors: all mistakes found, each with its key, `file:line`, value and suggested fix.
@@ -184,6 +189,7 @@ def read_sweep(file: str | Path) -> SweepSource:
         raise ExperimentErrors([UserError("", "this is an experiment, and a sweep is needed here", way_out="write a "
                                           f"file with experiment: {file} and a grid; see limbeck sweep --help")], {},
                                str(file))
+    apply_overrides(overrides, values, origins, Sweep.model_fields)
     try:
         sweep = Sweep.model_validate(values)
     except ValidationError as error:

@@ -160,9 +160,10 @@ def test_shipped_schema_is_of_this_tree():
     import json
 
     from tests.conftest import ROOT
+    from trainer.sweep.sweep_schema import sweep_schema
 
-    shipped = json.loads((ROOT / "configs" / "experiment.schema.json").read_text())
-    assert shipped == schema(), "run `make schema`"
+    for name, now in {"experiment": schema(), "sweep": sweep_schema()}.items():
+        assert json.loads((ROOT / "configs" / f"{name}.schema.json").read_text()) == now, "run `make schema`"
 
 
 def test_schema_accepts_and_refuses_what_the_reader_does(tmp_path):

@@ -174,3 +174,52 @@ def test_short_names_tell_keys_apart():
 
 def test_every_metric_can_be_read():
     assert list(METRICS) == list(Sweep.model_fields["metric"].annotation.__args__)
+
+
+def test_the_schema_for_editors_knows_the_keys_of_both(sweep_file):
+    import jsonschema
+
+    from tests.conftest import ROOT
+    from trainer.experiment.plain_yaml import read_values
+    from trainer.sweep.sweep_schema import sweep_schema
+
+    validator = jsonschema.Draft202012Validator(sweep_schema())
+
+    def wrong(**keys):
+        return list(validator.iter_errors({"experiment": "a.yaml", **keys}))
+
+    assert not list(validator.iter_errors(read_values(ROOT / "configs" / "sweep-learning-rate.yaml")[0]))
+    assert not wrong(overrides={"objective": {"cross_entropy": 1}, "teacher.architecture.hidden_size": 3})
+    assert not wrong(search={"trials": 1, "space": {"optimizer.lr": {"low": 1, "high": 2}, "training.steps": [1, 2]}})
+    assert wrong(grid={"optimizer.lrr": [1]}) and wrong(grid={"optimizer.lr": ["x"]}) and wrong(grid={"seed": [1]})
+    assert wrong(overrides={"training.steps": "x"}) and wrong(list=[{"training.stepss": 1}]) and wrong(job=1)
+    assert wrong(search={"trials": 1, "space": {"optimizer.lr": {"lo": 1}}})
+
+
+def test_overrides_after_the_file_are_of_the_sweep_or_of_all_runs(sweep_file):
+    file = sweep_file("overrides: {training: {steps: 7, epochs: null}}", "seeds: [0, 1]", "grid:",
+                      "  optimizer.lr: [1e-3, 1e-2]")
+    source = read_sweep(file, ["jobs=2", "seeds=[5]", "training.steps=3", "grid.optimizer.lr=[0.1, 0.2, 0.3]",
+                               "overrides.report.prompt=a", "schedule={warmup: 0.5}"])
+    sweep = source.sweep
+    assert (sweep.jobs, sweep.seeds, sweep.grid) == (2, (5,), {"optimizer.lr": (0.1, 0.2, 0.3)})
+    first, *_ = found = Settings(source).named()
+    assert len(found) == 3
+    experiment = first.source.experiment
+    assert (experiment.training.steps, experiment.report.prompt, experiment.optimizer.lr) == (3, "a", 0.1)
+    assert experiment.schedule.warmup == 0.5
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["job=2"], ["override `job=2`: job = 2: no such key", "did you mean `jobs`?"]),
+    (["jobs=0"], ["override `jobs=0`: jobs = 0", "must be greater than 0"]),
+    (["training.step=5"], ["override `training.step=5`: training.step = 5: no such key", "`training.steps`"]),
+    (["optimizer.lr=1e-4"], ["override `optimizer.lr=1e-4`: overrides.optimizer.lr", "varied by this sweep"]),
+    (["seed=3"], ["override `seed=3`: overrides.seed = 3", "`seeds` of the sweep"]),
+    (["jobs"], ["override `jobs`: an override is written key=value", "jobs=2, or training.steps=200 for all runs"]),
+])
+def test_mistakes_in_overrides_name_them(sweep_file, capsys, words, parts):
+    assert cli.limbeck(["sweep", str(sweep_file(ONE)), "--dry-run", *words]) == 2
+    said = capsys.readouterr().err
+    for part in parts:
+        assert part in said

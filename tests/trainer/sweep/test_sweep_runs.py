@@ -56,8 +56,9 @@ def _exit_code(arguments):
 
 def _sweep(file):
     from trainer.sweep.run_sweep import run_sweep
+    from trainer.sweep.sweep_file import read_sweep
 
-    return run_sweep(Path(file), ["train.py"], spawn=Child)
+    return run_sweep(read_sweep(file), ["train.py"], spawn=Child)
 
 
 @pytest.fixture
