@@ -141,8 +141,9 @@ def experiment_of(room: Path, base: str, name: str, steps: int, adapter: dict | 
 def loop_of(experiment: Any) -> Any:
     """The training loop of an experiment, ready to run."""
     from trainer.data.dataset import prepare_text
+    from trainer.distributed.launch import start
     from trainer.models.build import quiet_libraries
-    from trainer.pipeline import Launched, prepare, start
+    from trainer.preparation import Launched, prepare
     from trainer.run.folder import RunFolder
 
     quiet_libraries()

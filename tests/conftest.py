@@ -141,8 +141,9 @@ def train_here(write_experiment):
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
         from trainer.data.dataset import prepare_text
+        from trainer.distributed.launch import start
         from trainer.experiment.load import read_experiment
-        from trainer.pipeline import Launched, prepare, start
+        from trainer.preparation import Launched, prepare
         from trainer.run.folder import RunFolder
 
         searches.share()

@@ -50,7 +50,7 @@ def _share_plans() -> None:
     """Plans without a budget, and what is planned around a step, where all that they depend on is equal."""
     import torch
 
-    from trainer import pipeline
+    from trainer import preparation
     from trainer.planning import plan
 
     if hasattr(plan._around, "kept"):
@@ -75,7 +75,7 @@ def _share_plans() -> None:
             None if config is None else config.to_json_string(use_diff=False) for config in configs)]
 
     plan.plan_step, plan._around = _kept(plan.plan_step, step), _kept(plan._around, around)
-    pipeline.planned_bytes = _kept(pipeline.planned_bytes, checkpoint)
+    preparation.planned_bytes = _kept(preparation.planned_bytes, checkpoint)
 
 
 def _kept(find: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:

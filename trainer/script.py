@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from trainer.distributed.launch import start
 from trainer.experiment.load import Source
 from trainer.models.build import quiet_libraries
-from trainer.pipeline import Launched, begin, prepare
+from trainer.pipeline import begin
 from trainer.planning.plan import Plan
+from trainer.preparation import Launched, prepare
 from trainer.run.folder import RunFolder
 from trainer.run.run_status import RunStatus
 from trainer.run.working import working

@@ -18,13 +18,13 @@ from benchmarks.architectures.verdicts import apart, judged, message, refused, r
 from benchmarks.sharding.sharded_runs import fresh
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.quantization.qat import quantized_layers
-from trainer import pipeline
+from trainer import preparation
 from trainer.data.batches import Batch, training_batches
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.distributed.launch import start
+from trainer.early_checks import check_early
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
-from trainer.pipeline import check_early
 from trainer.planning import plan
 from trainer.planning.step_memory import example_batch
 from trainer.run.folder import RunFolder
@@ -44,11 +44,11 @@ LEFT = 0.05  # share of a quantized student's block weights that may stay in ful
 def prepared(experiment: Experiment, text: PreparedData) -> TrainLoop:
     """What `train.py` makes of an experiment before the first step, refusals included."""
     fresh()
-    how = pipeline.Launched(*start(experiment))
+    how = preparation.Launched(*start(experiment))
     check_early(experiment, how.topology, how.plans)
     # Sums for the ledger and for the disk that no check is about.
-    with replaced(plan, "_activations", lambda *_: None), replaced(pipeline, "planned_bytes", lambda *_: 0):
-        return pipeline.prepare(experiment, experiment, RunFolder(experiment.folder), how, text)
+    with replaced(plan, "_activations", lambda *_: None), replaced(preparation, "planned_bytes", lambda *_: 0):
+        return preparation.prepare(experiment, experiment, RunFolder(experiment.folder), how, text)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from trainer.distributed.launch import start
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import read_experiment
 from trainer.models.build import quiet_libraries
-from trainer.pipeline import Launched, prepare
+from trainer.preparation import Launched, prepare
 from trainer.run.folder import RunFolder
 from trainer.training.loop import TrainLoop
 

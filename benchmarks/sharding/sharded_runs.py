@@ -130,8 +130,9 @@ def one(run: dict, folder: Path) -> None:
     """Train one experiment, and write what came of it."""
     from trainer.data.dataset import prepare_text
     from trainer.distributed.launch import start
+    from trainer.early_checks import check_early
     from trainer.models.build import quiet_libraries
-    from trainer.pipeline import Launched, check_early, prepare
+    from trainer.preparation import Launched, prepare
     from trainer.run.folder import RunFolder
 
     fresh()

@@ -3,10 +3,10 @@
 import pytest
 
 from tests.conftest import ROOT, train_py
+from trainer.distributed.launch import start
 from trainer.distributed.topology import Topology
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.load import read_experiment
-from trainer.pipeline import start
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.conftest import TINY, on_two_ranks, sentences
 from trainer import checkpoints
 from trainer.data.tokenizers import train_tokenizer
+from trainer.early_checks import check_early
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.data_nodes import Data, Tokenizer
 from trainer.experiment.load import read_experiment
-from trainer.pipeline import check_early
 from trainer.run.metrics import read_lines
 
 

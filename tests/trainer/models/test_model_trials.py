@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY
+from trainer.early_checks import check_early
 from trainer.errors import UserError
 from trainer.experiment.load import read_experiment
 from trainer.models import model_trials
@@ -23,7 +24,6 @@ from trainer.models.model_trials import (
     is_causal,
 )
 from trainer.models.reload_trial import check_reload
-from trainer.pipeline import check_early
 
 BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 64}

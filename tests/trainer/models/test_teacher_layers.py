@@ -8,11 +8,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import TINY
+from trainer.early_checks import check_early
 from trainer.errors import UserError
 from trainer.experiment.load import read_experiment
 from trainer.models.layer_settings import with_layers
 from trainer.models.teacher_layers import fill_from_layers, try_layers
-from trainer.pipeline import check_early
 
 IDS = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 FOUR = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

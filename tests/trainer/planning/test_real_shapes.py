@@ -12,8 +12,8 @@ from tests.conftest import sentences
 from tests.trainer.teacher.test_distilling import END, bpe
 from trainer.data.tokenizers import known_size
 from trainer.distributed.topology import Topology
+from trainer.early_checks import configs_of
 from trainer.experiment.load import read_experiment
-from trainer.pipeline import _configs
 from trainer.planning.refusal import BudgetUnmet
 from trainer.planning.step_plan import plan_step
 from trainer.run.metrics import read_lines, readable
@@ -43,7 +43,7 @@ def planned(file, *overrides):
     """What a dry run plans."""
     experiment = read_experiment(file, list(overrides)).experiment
     tokens = known_size(experiment.data.tokenizer, experiment.with_weights)
-    step = plan_step(experiment, Topology(), *_configs(experiment, tokens, offline=True))
+    step = plan_step(experiment, Topology(), *configs_of(experiment, tokens, offline=True))
     return step and step.memory
 
 

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import TINY, sentences
-from trainer import cli, pipeline
+from trainer import cli
 from trainer.data.dataset import prepare_text
+from trainer.early_checks import configs_of
 from trainer.errors import RunFailed, UserError
 from trainer.models.build import from_config
 from trainer.run.folder import RunFolder
@@ -100,7 +101,7 @@ def test_what_files_hold_decides_whether_head_and_embeddings_are_one(write_exper
     published(tmp_path / "published", tied, head, kind, **more)
     experiment = read_experiment(write_experiment(student={"architecture": None, "path": str(tmp_path / "published")})
                                  ).experiment
-    _, config = pipeline._configs(experiment, 300)
+    _, config = configs_of(experiment, 300)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "published")
     assert config.tie_word_embeddings is says
     assert says == (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight)
@@ -116,7 +117,7 @@ def test_equal_matrices_in_a_file_are_one(write_experiment, tmp_path):
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
               folder / "model.safetensors", metadata={"format": "pt"})
     experiment = read_experiment(write_experiment(student={"architecture": None, "path": str(folder)})).experiment
-    assert pipeline._configs(experiment, 300)[1].tie_word_embeddings is True
+    assert configs_of(experiment, 300)[1].tie_word_embeddings is True
 
 
 def tied_again(form, like):

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from tests.conftest import TINY, sentences
 from tests.trainer.teacher.test_distilling import END, bpe, save
 from trainer.data.tokenizers import known_size, load_tokenizer, vocabulary_size
+from trainer.early_checks import check_early
 from trainer.errors import UserError
 from trainer.experiment.load import read_experiment
-from trainer.pipeline import check_early
 
 
 def plain(folder: Path) -> PreTrainedTokenizerFast:

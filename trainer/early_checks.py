@@ -1,0 +1,67 @@
+"""Mistakes in an experiment that show from shapes alone, before data are read or anything is trained."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+
+from trainer.data.tokenizers import known_size, tokenizer_origin
+from trainer.distributed.topology import Topology
+from trainer.errors import UserError
+from trainer.experiment.experiment import Experiment
+from trainer.models.build import check_adapter, export_skeleton, from_config
+from trainer.models.configs import check_shapes, student_config, teacher_config
+from trainer.models.model_trials import check_early_causal
+from trainer.models.router_balance import balancing_weight
+from trainer.models.teacher_layers import try_layers
+from trainer.planning.plan import Plans, count_steps
+from trainer.student.export_student import check_runtimes
+from trainer.teacher.intermediate_losses import check_intermediate
+
+ALONE = Topology()
+
+
+def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans | None = None) -> None:
+    """Raise `UserError` for mistakes that show before any data is read, tokenized or trained on."""
+    vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
+    teacher, student = configs_of(experiment, vocabulary)
+    count_steps(experiment, None)
+    check_shapes_early(experiment, teacher, student)
+    tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
+    own = None
+    if experiment.teacher is not None and experiment.teacher.train is not None:
+        own = experiment.as_teacher("")
+        count_steps(own, None)
+    if experiment.memory.device is not None and not torch.cuda.is_available():
+        raise UserError("memory.device", "a run is on the device that is there, which is no GPU",
+                        value=experiment.memory.device, way_out="leave it out, or add --dry-run to plan for it")
+    plans = plans or Plans()
+    if experiment.memory.bytes is not None:
+        plans.step(experiment, topology, teacher, student)
+        if own is not None:
+            plans.step(own, topology, *configs_of(own, vocabulary))
+
+
+def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> None:
+    """Raise `UserError` for models whose shapes alone show that the student could not learn or be exported."""
+    if teacher is not None:
+        check_early_causal(experiment.teacher, "teacher", teacher)
+    if experiment.student.from_teacher is None:
+        check_early_causal(experiment.student, "student", student)
+    elif not experiment.teacher.trust_remote_code:
+        try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
+    with torch.device("meta"):
+        if experiment.student.adapter is not None:
+            check_adapter(experiment.student.adapter, from_config(student, experiment.form.trust))
+        check_runtimes(experiment.export, experiment.form, export_skeleton(experiment.form, student))
+
+
+def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = False
+             ) -> tuple[PretrainedConfig | None, PretrainedConfig]:
+    """Model configurations of teacher and student, checked against each other and against the tokenizer."""
+    teacher = teacher_config(experiment.teacher, vocabulary, offline)
+    student = student_config(experiment.student, teacher, vocabulary, offline)
+    check_shapes(experiment, teacher, student, vocabulary)
+    check_intermediate(experiment.objective, student, teacher)
+    balancing_weight(experiment.objective, student)
+    return teacher, student
