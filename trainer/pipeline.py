@@ -187,7 +187,7 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
     loop.train()
     trained, exported, failed = torch.empty(0), torch.empty(0), []
     with working(experiment.name, "hashing the weights"):
-        digests = digests_in_training(loop.engine, accelerator.device)
+        digests = digests_in_training(loop.engine, accelerator.device, loop.frozen_digests)
     if accelerator.is_main_process:
         _keep_measured(folder)
         whole = loop.whole()

@@ -160,7 +160,7 @@ def one(run: dict, folder: Path) -> None:
     trainer.train()
     every = gather_object([steps])
     dtypes = {str(tensor.dtype) for tensor, _ in trainer.engine.tensors()}
-    digests = digests_in_training(trainer.engine, accelerator.device)
+    digests = digests_in_training(trainer.engine, accelerator.device, trainer.frozen_digests)
     if accelerator.is_main_process:
         lines = read_lines(trainer.folder.metrics)
         steps = [line for line in lines if "loss" in line]

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-PART = 2**24  # elements that are hashed at a time
+from strategies.common.tensor_digest import PART, tensor_digest
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -24,6 +24,13 @@ def base_names(model: nn.Module) -> frozenset[str]:
     if not has_adapters(model):
         return frozenset()
     return frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+
+
+def base_digests(model: nn.Module, computed: bool = True) -> dict[str, str]:
+    """SHA-256 of each parameter of the base beneath a model's adapters, by name; "" if they are not `computed`."""
+    names = base_names(model)
+    return {name: tensor_digest(parameter, [parameter.detach().reshape(-1)]) if computed else ""
+            for name, parameter in model.named_parameters() if name in names}
 
 
 def base_digest(model: nn.Module) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from strategies.common.frozen_base import base_names
 from strategies.common.shards import Layout, Piece, local_of
 from strategies.sharding.zero_partitions import cuts
 
@@ -58,6 +59,8 @@ def clear_padding(tensor: torch.Tensor, layout: Layout) -> None:
 class Frozen:
     """The frozen parameters in fp32, whole on every rank, on the model's device.
 
+    Of a base beneath adapters, which has files of its own, no copies are kept.
+
     Args:
         model: the whole model.
         rank: this rank.
@@ -65,10 +68,11 @@ class Frozen:
     """
 
     def __init__(self, model: nn.Module, rank: int, apart: bool = True) -> None:
-        self._rank = rank
+        self._rank, left = rank, base_names(model) if apart else frozenset()
         self._kept = [(parameter, parameter.detach().to(torch.float32, copy=True) if apart else parameter,
                        Layout((Piece(name, tuple(parameter.shape), 0, parameter.numel()),)))
-                      for name, parameter in model.named_parameters() if not parameter.requires_grad]
+                      for name, parameter in model.named_parameters()
+                      if not parameter.requires_grad and name not in left]
 
     def tensors(self) -> list[tuple[torch.Tensor, Layout]]:
         """See `Engine`."""

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from strategies.common.frozen_base import has_adapters
 from strategies.common.shards import Layout, Piece, lay_out
 from strategies.memory.ledger import parameter_bytes
 from strategies.memory.residency import Bucket, ModuleTraffic, Residency
@@ -248,7 +249,7 @@ def _zero12(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: S
     part = whole // setup.ranks
     frozen = _frozen(model)
     parts = {"weights": size * (whole + _numel(frozen)), "buffers": _buffers(model),
-             "fp32 weights": FP32 * _numel(frozen) if setup.gloo and setup.half else 0}  # with a GPU: on the CPU
+             "fp32 weights": FP32 * _kept(model) if setup.gloo and setup.half else 0}  # with a GPU: on the CPU
     if not setup.offload_optimizer:
         parts |= {"fp32 weights": parts["fp32 weights"] + (FP32 * part if setup.half else 0), "optimizer state": state}
     compact = setup.half and setup.accumulates and setup.stage == 2  # accumulated in fp32, in its own buffer
@@ -324,7 +325,7 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
     sums = FP32 if setup.half and setup.accumulates else size
     frozen = _frozen(model)
     parts = {"buckets": size * setup.bucket, "buffers": _buffers(model),
-             "fp32 weights": FP32 * _numel(frozen) if setup.gloo else 0}
+             "fp32 weights": FP32 * _kept(model) if setup.gloo else 0}
     if not setup.offload_parameters:
         parts["weights"] = size * (part + sum(equal_part(parameter, setup.ranks) for parameter in frozen))
     if not setup.offload_optimizer:
@@ -336,7 +337,8 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
         count = sum(equal_part(parameter, setup.ranks) * setup.ranks for parameter in own)
         ahead, waits = min(setup.ahead, count), not units.tail and name in units.ends  # tied: complete at the end
         bucket.begin()
-        for parameter in own:
+        trained = [parameter for parameter in own if parameter.requires_grad]
+        for parameter in trained:
             if not (waits and parameter.ndim > 1):
                 bucket.add(parameter.numel())
             elif setup.gloo and parameter.numel() > setup.bucket:  # reduced by itself
@@ -344,7 +346,7 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
         staged = size * count if setup.gloo else 0  # gloo gathers via a copy
         head = name in units.ends[-1:]
         again = not waits or head  # a tied head's weights are still gathered for the embedding
-        alone = waits or any(not bucket.holds(parameter.numel()) for parameter in own)  # else via the bucket
+        alone = waits or any(not bucket.holds(parameter.numel()) for parameter in trained)  # else via the bucket
         turns.append(
             ModuleTraffic(
                 (name,),
@@ -407,6 +409,11 @@ def _parameters(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
 
 def _frozen(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if not parameter.requires_grad]
+
+
+def _kept(model: nn.Module) -> int:
+    """Elements of the frozen parameters that a rank has copies of: all but those of a base beneath adapters."""
+    return 0 if has_adapters(model) else _numel(_frozen(model))
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:

@@ -28,14 +28,17 @@ EVEN = 2  # DeepSpeed requires bucket sizes divisible by this
 
 
 def bucket_numel(model: nn.Module) -> int:
-    """Elements of a communication bucket that fits the model: its largest block, at most DeepSpeed's default.
+    """Elements of a bucket of gradients that fits the model: its largest block, at most DeepSpeed's default.
 
     DeepSpeed's default of half a billion elements takes 1 to 2 GB on each rank whatever the model.
     """
-    sizes = [sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
-             for name in units_of(model).blocks]
-    largest = max(sizes, default=sum(parameter.numel() for parameter in model.parameters()))
+    sizes = [_trained_numel(model.get_submodule(name)) for name in units_of(model).blocks]
+    largest = max(sizes, default=_trained_numel(model))
     return -(-min(largest, LARGEST_BUCKET) // EVEN) * EVEN
+
+
+def _trained_numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def deepspeed_config(*, stage: int, precision: str, micro_batch: int, clip: float | None, bucket: int, gathered: int,
@@ -93,6 +96,18 @@ def quiet_deepspeed() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def ask_for_gradients(model: nn.Module) -> None:
+    """Have frozen embeddings give what a gradient is asked for, as stage 3 needs for a base beneath adapters.
+
+    DeepSpeed learns from the gradient of a block's input that the block's backward is over. For an input without one
+    it concludes so at once, and empties the adapters' weights before their gradients are made.
+    """
+    embeddings = model.get_input_embeddings()
+    if not embeddings.weight.requires_grad:
+        embeddings.register_forward_hook(
+            lambda module, args, output: output.requires_grad_() if torch.is_grad_enabled() else output)
 
 
 def _seen_backward(block: nn.Module, args: tuple, output: Any) -> Any:
@@ -168,6 +183,7 @@ class Zero(Engine):
             block = student.get_submodule(name)  # by instance: others of its class need not be blocks
             set_z3_leaf_module(block, True)
             block.register_forward_hook(_seen_backward)
+        ask_for_gradients(student)
 
     def _share_fp32(self) -> None:
         """In fp32, use one copy both as the weights that are updated and as those that the forward uses.
@@ -272,7 +288,7 @@ class Zero(Engine):
     # ---- what a rank holds
 
     def tensors(self) -> Iterator[tuple[torch.Tensor, Layout]]:
-        """See `Engine`; frozen parameters are whole on every rank."""
+        """See `Engine`; frozen parameters are whole on every rank, but for a base that is cast or shared out."""
         yield from self._trained()
         yield from self._frozen.tensors()
 

@@ -63,6 +63,11 @@ class RankSetup:
         return self.engine in SHARDED
 
     @property
+    def changes_frozen(self) -> bool:
+        """Whether the engine holds a frozen base in other numbers, or shares it out, and keeps no copy of it."""
+        return self.engine == "zero" and (self.sharding.zero_stage == 3 or self.compute is not torch.float32)
+
+    @property
     def accumulates(self) -> bool:
         """Whether gradients are accumulated over several micro-batches per step."""
         return self.training.batch_size > self.training.micro_batch * self.topology.data_parallel

@@ -135,9 +135,6 @@ class Experiment(Node):
     def _adapter_sharded(self, adapter: Adapter) -> None:
         """Reject engines that cannot shard a base or its adapters."""
         sharding = self.sharding
-        if sharding.engine == "zero" and sharding.zero_stage == 3:
-            raise UserError("sharding.stage", "stage 3 empties the adapters' weights before their backward", value=3,
-                            way_out="set 2 or 1, or use engine fsdp2, which shards the base as well")
         if adapter.base not in {"fsdp2": ("float32", "bfloat16"), "zero": ("float32",)}.get(
                 sharding.engine or "", (adapter.base,)):
             raise UserError("student.adapter.base", f"{sharding.engine} casts numbers of one kind, and this base has "

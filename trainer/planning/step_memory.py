@@ -25,6 +25,7 @@ from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price.step_trace import Shared, off_the_path
 from strategies.rematerialization.recompute_plan import RecomputePlan
 from strategies.rematerialization.rematerialize import Refuted, study
+from strategies.sharding.zero import ask_for_gradients
 from trainer.data.batches import Batch
 from trainer.data.tokenizers import apart_size, known_size
 from trainer.distributed.rank_memory import RankSetup
@@ -133,6 +134,8 @@ class StepStudy:
         with self._mode, torch.device(place):
             made = _Made.of(experiment, *self._configs, setup.is_sharded, place)
             how: dict[str, Any] = {"reserved": held}
+            if setup.engine == "zero" and setup.sharding.zero_stage == 3:
+                ask_for_gradients(made.model)
             if setup.is_sharded:
                 on_gpu = place == "cuda" or experiment.memory.device is not None
                 how["residency"] = _shared(setup, made.model, made.teacher, on_gpu)

@@ -7,7 +7,6 @@ later is compared by name.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 
 from strategies.common.frozen_base import base_names
 from strategies.common.shards import Layout, local_of
+from strategies.common.tensor_digest import tensor_digest
 from strategies.distillation.losses.features import NAME
 from strategies.sharding.engine import Engine
 from trainer.errors import RunFailed
@@ -25,30 +25,31 @@ from trainer.files import write_atomically
 from trainer.run.folder import not_written, read_json
 
 Digests = dict[str, str]
-SENT = 2**24  # elements per message between ranks, and per hash update
+SENT = 2**24  # elements per message between ranks
 # RoPE schemes whose frequency buffers depend on the last input. The `original_inv_freq` buffers do not.
 BY_LENGTH = ("dynamic", "longrope")
 
 
 def digests_of(model: nn.Module) -> Digests:
     """SHA-256 of every parameter and buffer of an unsharded model, by name; tied ones under each of their names."""
-    found = {id(parameter): _digest(parameter, [local_of(parameter)]) for parameter in model.parameters()}
+    found = {id(parameter): tensor_digest(parameter, [local_of(parameter)]) for parameter in model.parameters()}
     return _by_name(model, found)
 
 
-def digests_in_training(engine: Engine, device: torch.device) -> Digests:
+def digests_in_training(engine: Engine, device: torch.device, frozen: Digests | None = None) -> Digests:
     """`digests_of` for a student held by an engine, sharded or not. A collective call; valid on the first rank only.
 
     Args:
         device: the device for communication between ranks.
+        frozen: of a frozen base that the engine holds in other numbers, or shared out, those from before.
     """
     names = dict(engine.student.named_parameters())
-    found = {}
+    found = {id(names[name]): digest for name, digest in (frozen or {}).items()}
     for tensor, layout in engine.tensors():
         flat = local_of(tensor)
         for piece, held in zip(layout.pieces, _held(layout), strict=True):
-            parts = _parts(piece.of(flat), held, layout, device)
-            found[id(names[piece.name])] = _digest(torch.empty(piece.shape, dtype=flat.dtype, device="meta"), parts)
+            like = torch.empty(piece.shape, dtype=flat.dtype, device="meta")
+            found[id(names[piece.name])] = tensor_digest(like, _parts(piece.of(flat), held, layout, device))
     return _by_name(engine.student, found)
 
 
@@ -122,7 +123,7 @@ def _by_name(model: nn.Module, found: dict[int, str]) -> Digests:
     named = {name: found[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if not _follows_length(model, name):
-            named[name] = _digest(buffer, [buffer.detach().contiguous().view(-1)])
+            named[name] = tensor_digest(buffer, [buffer.detach().contiguous().view(-1)])
     return {name: digest for name, digest in named.items() if not _besides(name)}
 
 
@@ -134,20 +135,6 @@ def _follows_length(model: nn.Module, name: str) -> bool:
         return False
     kind = getattr(module, "rope_type", None)
     return (kind.get(layer) if isinstance(kind, dict) else kind) in BY_LENGTH
-
-
-def _digest(like: torch.Tensor, parts: Iterator[torch.Tensor] | list[torch.Tensor]) -> str:
-    """SHA-256 of a tensor's dtype, shape and elements in row-major order.
-
-    Args:
-        like: gives dtype and shape.
-        parts: the elements, in consecutive parts.
-    """
-    digest = hashlib.sha256(f"{like.dtype} {tuple(like.shape)} ".encode())
-    for part in parts:
-        for piece in part.split(SENT) if part.numel() else ():
-            digest.update(piece.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _held(layout: Layout) -> list[list[tuple[int, int]]]:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
-from strategies.common.frozen_base import base_digest
+from strategies.common.frozen_base import base_digest, base_digests
 from strategies.distillation.losses.teacher_targets import SharedVocabulary
 from strategies.distillation.step import Distillation
 from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter, identity_adapter
@@ -64,6 +64,7 @@ class TrainLoop:
         plan: the plan being carried out.
         state: steps done, counters, loss scale.
         exported: the step whose weights the student has after training; None until then.
+        frozen_digests: of the base beneath adapters, where the engine holds it in other numbers or in parts.
         engine: holds the student and its optimizer, sharded or replicated; `student` is the module to call.
         ranks: the processes of the run.
         evaluate: evaluates the student on the held-out rows.
@@ -99,6 +100,7 @@ class TrainLoop:
         self.state = TrainState(self.precision, BestEvaluation.of(experiment.training, self.steps))
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, self.steps)
         base = base_digest(student) if self.ranks.main else None
+        self.frozen_digests = base_digests(student, self.ranks.main) if setup.changes_frozen else {}
         self.teacher = None if live is None else place_teacher(setup, accelerator, live)
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
                                  lambda: without_gradient(experiment, teacher_config, student.config))

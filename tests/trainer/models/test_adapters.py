@@ -99,16 +99,17 @@ def test_a_budget_recomputes_blocks_of_packed_weights(train_here, base):
     torch.testing.assert_close(losses(tight.folder.metrics), losses(free.folder.metrics), rtol=1e-6, atol=0)
 
 
-def test_two_ranks_that_share_base_and_adapters_are_as_one(write_experiment, train_here, base, tmp_path):
-    asked = adapted(base, base="bfloat16")
+@pytest.mark.parametrize("engine, held", [("fsdp2", "bfloat16"), ("zero", "float32")])
+def test_two_ranks_that_share_base_and_adapters_are_as_one(write_experiment, train_here, base, tmp_path, engine, held):
+    asked = adapted(base, base=held)
     one = train_here("one", **asked)
-    done = on_two_ranks("--config", str(write_experiment("two", **asked)), "sharding.engine=fsdp2")
+    done = on_two_ranks("--config", str(write_experiment("two", **asked)), f"sharding.engine={engine}")
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(losses(tmp_path / "two" / "metrics.jsonl"), losses(one.folder.metrics), rtol=1e-6,
                                atol=0)
     assert json.loads((tmp_path / "two" / "student" / "receipt.json").read_text())["holds"]
     measured, planned = peaks(tmp_path / "two")
-    assert abs(measured / planned - 1) < 0.03, (measured, planned)
+    assert measured / 1.005 < planned < 1.03 * measured, (measured, planned)
 
 
 @pytest.mark.parametrize("changes, key, said", [
@@ -120,7 +121,7 @@ def test_two_ranks_that_share_base_and_adapters_are_as_one(write_experiment, tra
     ({"export.adapter": "separate", "export.to": ["gguf"]}, "export.to", "other runtimes read no adapters"),
     ({"export.adapter": "separate", "student.adapter": None}, "export.adapter", "the student has no adapter"),
     ({"student.path": None, "student.architecture": TINY}, "student.adapter", "random weights"),
-    ({"sharding.engine": "zero"}, "sharding.stage", "stage 3 empties"),
+    ({"sharding.engine": "zero", "student.adapter.base": "int8"}, "student.adapter.base", "casts numbers of one kind"),
     ({"sharding.engine": "fsdp2", "student.adapter.base": "nf4"}, "student.adapter.base", "casts numbers of one kind"),
 ])
 def test_what_cannot_be_is_said_at_once(write_experiment, base, changes, key, said):
