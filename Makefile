@@ -7,14 +7,18 @@ BIN := $(VENV)/bin
 # Without an NVIDIA GPU, torch is pinned to a version that has a CPU build; with one, pip chooses (see README).
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: quickstart test test-fast typecheck faults docs setup schema clean
+.PHONY: quickstart test test-long test-fast typecheck faults docs setup schema clean
 
 quickstart: setup
 	$(BIN)/accelerate launch --quiet --config_file launch/one_process.yaml train.py --config configs/quickstart.yaml
 
 test: setup typecheck
 	$(BIN)/ruff check .
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not long"
+
+# The rest: whole runs on several processes, budgets and engines on many models, faults. Continuous integration runs both.
+test-long: setup
+	$(BIN)/pytest -m long
 
 typecheck: setup
 	$(BIN)/mypy

@@ -1,4 +1,4 @@
-"""How long tests take: which of them are slow, and the order in which files are handed to the workers.
+"""How long tests take: which of them are slow or long, and the order in which files are handed to the workers.
 
 `pytest --record-durations` writes durations.json anew, best on a machine that does nothing else. A run of some files
 changes what is known of those alone.
@@ -16,6 +16,7 @@ import pytest
 
 FILE = Path(__file__).with_name("durations.json")
 SLOW = 1.5  # seconds: `make test-fast` leaves out what takes longer, and what needs a fixture that does
+LONG = 15.0  # seconds: what takes longer is of `make test-long`, and not of `make test`
 WORTH_A_LINE = 0.5
 OPTION = "--record-durations"
 
@@ -26,16 +27,23 @@ def known() -> dict[str, dict[str, float]]:
 
 
 def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the slow tests; where there are workers, the longest files come first, so that they end together."""
+    """Mark slow and long tests; where there are workers, the longest files come first, so that they end together."""
     seconds = known()
+    long = {name for name, taken in seconds["tests"].items() if taken > LONG}
     slow = {kind: {name for name, taken in seconds[kind].items() if taken > SLOW} for kind in ("tests", "fixtures")}
     for item in items:
         file = item.nodeid.partition("::")[0]
         fixtures = {f"{file}::{name}" for name in getattr(item, "fixturenames", ())}
         if item.nodeid in slow["tests"] or fixtures & slow["fixtures"]:
             item.add_marker(pytest.mark.slow)
+        if item.nodeid in long:
+            item.add_marker(pytest.mark.long)
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: -seconds["files"].get(item.nodeid.partition("::")[0], 0.0))
+        left_out = long if "not long" in config.option.markexpr else ()
+        taken = defaultdict(float, seconds["files"])
+        for name in left_out:
+            taken[name.partition("::")[0]] -= seconds["tests"][name]
+        items.sort(key=lambda item: -taken[item.nodeid.partition("::")[0]])
 
 
 class Recorder:
