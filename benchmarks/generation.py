@@ -101,7 +101,7 @@ def written(room: Path, chosen: argparse.Namespace) -> dict[str, str]:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
             "llama", **{**SHAPE, "max_position_embeddings": 1024}, vocab_size=len(tokenizer)))
     if chosen.bits:
-        prepare(model, WeightQuantizer(chosen.bits, 32))
+        prepare(model, WeightQuantizer(chosen.bits, 32, torch.float16))  # as llama.cpp has scales
     model.eval()
     write_folder(room / "transformers", model, tokenizer)
     notes = write_onnx(room / "onnx", model, tokenizer)
