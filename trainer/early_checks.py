@@ -51,9 +51,10 @@ def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None,
     elif not experiment.teacher.trust_remote_code:
         try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
     with torch.device("meta"):
+        exported = export_skeleton(experiment.form, student)
         if experiment.student.adapter is not None:
-            check_adapter(experiment.student.adapter, from_config(student, experiment.form.trust))
-        check_runtimes(experiment.export, experiment.form, export_skeleton(experiment.form, student))
+            check_adapter(experiment.form, from_config(student, experiment.form.trust))
+        check_runtimes(experiment.export, experiment.form, exported)
 
 
 def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = False

@@ -23,7 +23,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.pytorch_utils import Conv1D
 
-from strategies.adapters.frozen_weights import check_base, store_base
+from strategies.adapters.frozen_weights import GivenNumbers, check_base, store_base
 from strategies.common.stored_weights import experts_of
 
 NAME = "default"  # of the adapter within peft
@@ -39,7 +39,7 @@ class LowRank:
         alpha: the product of the factors is multiplied by alpha / rank.
         dropout: share of a layer's inputs that are zeroed on their way into the adapter.
         targets: names of layers, whole or the last parts of them; None for all linear layers except the head.
-        base: numbers that the frozen weights are held in: float32, bfloat16, int8 or nf4.
+        base: numbers that the frozen weights are held in: float32, bfloat16, int8, nf4 or quantized.
     """
 
     kind: str = "lora"
@@ -50,11 +50,14 @@ class LowRank:
     base: str = "float32"
 
 
-def attach(model: nn.Module, asked: LowRank) -> nn.Module:
+def attach(model: nn.Module, asked: LowRank, given: GivenNumbers | None = None) -> nn.Module:
     """Freeze a model, and put adapters on its linear layers, in place; returns the same model.
 
     The first factors are random numbers of torch's generator, the second ones zero: the model computes the same as its
     base.
+
+    Args:
+        given: the numbers of a `quantized` base.
 
     Raises:
         ValueError: a target is no layer of the model or cannot have an adapter, the base's numbers do not fit the
@@ -69,7 +72,7 @@ def attach(model: nn.Module, asked: LowRank) -> nn.Module:
         for turned in (False, True):
             if part := [name for name, layer in zip(names, layers, strict=True) if isinstance(layer, Conv1D) is turned]:
                 inject(model, part, asked, turned)
-    store_base(model, asked.base, [f"{name}.base_layer" for name in names])
+    store_base(model, asked.base, [f"{name}.base_layer" for name in names], given)
     for name in names if asked.kind == "dora" else ():
         _begin_length(model.get_submodule(name))
     return model
@@ -182,6 +185,19 @@ def merged(model: nn.Module, plain: nn.Module) -> nn.Module:
     Raises:
         ValueError: a merged weight is not finite.
     """
+    weights = dict(bare(model, plain).named_parameters())
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            weight = _together(layer)
+            if not weight.isfinite().all():
+                raise ValueError(f"the merged weight of {name} is not finite")
+            weights[f"{name}.weight"].copy_(weight)
+    return plain
+
+
+@torch.no_grad()
+def bare(model: nn.Module, plain: nn.Module) -> nn.Module:
+    """Load into a plain model of the same shape the weights that the base has without its adapters, in fp32."""
     weights, seen = dict(plain.named_parameters()), dict(plain.named_buffers())
     for name, layer in base_of(model).named_modules():
         if "weight" in vars(type(layer)) or isinstance(getattr(layer, "weight", None), torch.Tensor):
@@ -189,12 +205,6 @@ def merged(model: nn.Module, plain: nn.Module) -> nn.Module:
         for key, tensor in [*layer._parameters.items(), *layer._buffers.items()]:
             if tensor is not None and key != "weight":
                 _take(weights.get(f"{name}.{key}".strip("."), seen.get(f"{name}.{key}".strip("."))), tensor)
-    for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A"):
-            weight = _together(layer)
-            if not weight.isfinite().all():
-                raise ValueError(f"the merged weight of {name} is not finite")
-            weights[f"{name}.weight"].copy_(weight)
     return plain
 
 

@@ -147,12 +147,18 @@ class Experiment(Node):
         if student.adapter is None:
             raise UserError("export.adapter", "the student has no adapter", value="separate",
                             way_out="add `student.adapter`, or leave it out")
-        if student.path is None:
+        if student.path is None and not student.adapter.is_exported:
             raise UserError("export.adapter", "its base is nowhere but in this run: layers of the teacher",
                             value="separate", way_out=f"give the student a `path`, {way_out}")
-        if student.quantization is not None:
+        if student.quantization is not None and not student.adapter.is_exported:
             raise UserError("student.quantization", "an adapter alone is not quantized",
-                            way_out=f"remove it, {way_out}")
+                            way_out="set student.adapter.base: quantized, with which the quantized base is exported "
+                            f"beside it, or remove it, {way_out}")
+        if student.quantization is not None and student.quantization.layers:
+            raise UserError("student.quantization.layers", "a base beneath an adapter is loaded dequantized, and "
+                            "transformers then takes all its layers for the same", value=[
+                                one.match for one in student.quantization.layers],
+                            way_out=f"leave it out, with those layers in student.quantization.ignore, {way_out}")
         if self.export.to:
             raise UserError("export.to", "other runtimes read no adapters", value=list(self.export.to),
                             way_out=f"leave it out, {way_out}")

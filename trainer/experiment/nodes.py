@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, error_context
-from trainer.experiment.adapter_nodes import Adapter
+from trainer.experiment.adapter_nodes import Adapter, check_adapter_quantization
 from trainer.experiment.node import Bytes, DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
 from trainer.experiment.quantization_nodes import Quantization
 
@@ -139,10 +139,8 @@ class Student(Model):
         if self.adapter is not None and self.from_run is not None:
             raise UserError("from_run", "an adapter's base comes from files of its own", value=self.from_run,
                             way_out="name the exported student of that run in `path`")
-        if self.adapter is not None and self.quantization is not None and self.quantization.trained:
-            raise UserError("quantization.method", "quantization-aware training changes weights that the adapter "
-                            "freezes", value="qat", way_out="use rtn or gptq, which quantize what is merged, or remove "
-                            "`adapter`")
+        if self.adapter is not None:
+            check_adapter_quantization(self.adapter, self.quantization)
         return self
 
 

@@ -30,7 +30,6 @@ from strategies.export.sizes import exported_bytes, header_bound
 from strategies.export.weight_reads import weight_reads
 from strategies.quantization.qat import prepare
 from trainer.errors import UserError, error_context
-from trainer.experiment.adapter_nodes import Adapter
 from trainer.experiment.experiment import Experiment, StudentForm
 from trainer.experiment.nodes import Model, Student, Teacher
 from trainer.experiment.quantization_nodes import Quantization
@@ -41,6 +40,7 @@ from trainer.models.configs import reach_model
 from trainer.models.full_precision import check_share, ignored, without_place
 from trainer.models.language_part import check_alone
 from trainer.models.model_origin import dense, learn_padding, loading, method_of, note, skeleton
+from trainer.models.quantized_base import check_quantized_base, given_numbers
 from trainer.models.rope_by_document import by_document
 from trainer.models.teacher_layers import fill_from_layers, needed, paired_lists
 from trainer.models.tied_weights import kept_apart
@@ -99,7 +99,7 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
             other.load_scales(model)
     if student.adapter is not None:
         torch.manual_seed(experiment.seed)
-        adapt(student.adapter, model)
+        adapt(experiment.form, model)
     return model.train()
 
 
@@ -137,22 +137,28 @@ def empty_student(form: StudentForm, config: PretrainedConfig) -> nn.Module:
     if form.quantization is not None and form.quantization.trained:
         quantize(form, model)
     if form.adapter is not None:
-        adapt(form.adapter, model)
+        adapt(form, model)
     return model
 
 
-def adapt(asked: Adapter, model: nn.Module) -> None:
-    """Freeze a student and put adapters on its layers, in place; raises what `check_adapter` raises."""
-    check_adapter(asked, model)
-    attach(model, asked.build())
+def adapt(form: StudentForm, model: nn.Module) -> None:
+    """Freeze a student and put the adapters of its form on its layers, in place.
+
+    Raises what `check_adapter` raises.
+    """
+    check_adapter(form, model)
+    assert form.adapter is not None
+    attach(model, form.adapter.build(), given_numbers(form, model) if form.adapter.is_exported else None)
 
 
-def check_adapter(asked: Adapter, model: nn.Module) -> None:
-    """Check that a student can have these adapters; shapes are enough.
+def check_adapter(form: StudentForm, model: nn.Module) -> None:
+    """Check that a student can have the adapters of its form; shapes are enough.
 
     Raises:
         UserError: a target is no layer that can have one, or what they need is not installed.
     """
+    asked = form.adapter
+    assert asked is not None
     with error_context("student.adapter.kind", value=asked.kind, way_out="pip install 'limbeck[adapters]'"):
         check_installed()
     with error_context("student.adapter.targets", value=None if asked.targets is None else list(asked.targets),
@@ -164,6 +170,8 @@ def check_adapter(asked: Adapter, model: nn.Module) -> None:
     with error_context("student.adapter.base", value=asked.base, way_out="use float32 or bfloat16; nf4 needs "
                        "pip install 'limbeck[adapters]'"):
         check_base(asked.base, ((name, model.get_submodule(name)) for name in names))
+    if asked.is_exported:
+        check_quantized_base(form, model)
 
 
 def from_config(config: PretrainedConfig, trust: bool = False) -> nn.Module:

@@ -16,6 +16,8 @@ FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "train
 
 # Keys that affect only the exported files and the report, if training does not use quantized weights.
 AFTERWARDS = ("student.quantization", "export", "report")
+# Those of them that affect only these even if it does.
+IN_ANY_CASE = ("report", "export.to", "export.readers", "export.tolerance", "export.license")
 
 # Keys by which a run goes on for longer. What was trained stays as it is.
 LONGER = ("training.steps", "training.epochs", "schedule.restarts")

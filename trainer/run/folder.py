@@ -18,7 +18,7 @@ from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.renamed import with_new_names
 from trainer.experiment.run_paths import CHECKPOINTS, MODEL, STUDENT
 from trainer.files import flatten, read_value, write_atomically
-from trainer.run.changes import AFTERWARDS, Changes, is_free, longer, refused, under
+from trainer.run.changes import AFTERWARDS, IN_ANY_CASE, Changes, is_free, longer, refused, under
 
 # Keys that came later, and count for the identity of a training only where they are set: what earlier versions cached
 # under the others is still found.
@@ -121,12 +121,14 @@ class RunFolder:
     def afterwards(self, asked: dict[str, Any]) -> list[str]:
         """Changed keys that act only after training, so that their results can be made again from a checkpoint.
 
-        Quantization settings are not among them if the student is trained with quantization (qat), before or after the
-        change, since they are part of its training then.
+        Quantization settings and the dtype of the export are not among them if the student is trained with quantization
+        (qat), or on a base that is held as it is exported, before or after the change: they are part of its training
+        then.
         """
-        methods = {(one["student"].get("quantization") or {}).get("method") for one in (self._values(), asked)}
-        places = AFTERWARDS if "qat" not in methods else (
-            "report", "export.to", "export.readers", "export.tolerance", "export.license")
+        students = [one["student"] for one in (self._values(), asked)]
+        trained = any((one.get("quantization") or {}).get("method") == "qat" for one in students)
+        held = any((one.get("adapter") or {}).get("base") == "quantized" for one in students)
+        places = IN_ANY_CASE if trained else (*IN_ANY_CASE, "export.adapter") if held else AFTERWARDS
         return [key for key in self.changed(asked) if under(key, places)]
 
     def _values(self) -> dict[str, Any]:

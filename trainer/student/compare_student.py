@@ -34,7 +34,7 @@ from trainer.run.folder import RunFolder, read_json
 from trainer.run.metrics import console, readable
 from trainer.run.quantization_loss import say_rise
 from trainer.run.working import working
-from trainer.student.merge_adapter import client_of, export_notes, libraries_of, student_entry
+from trainer.student.merge_adapter import BASE, client_of, export_notes, libraries_of, student_entry
 from trainer.student.quantize_student import finalize_student
 from trainer.student.weight_digests import check_digests, check_names, read_digests
 from trainer.teacher.vocabularies import reads_alike
@@ -63,8 +63,9 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Prepare
         above = teacher_config(experiment.teacher, vocabulary)
         model = build_student(experiment, student_config(asked, above, vocabulary),
                               layers_above(asked, experiment.teacher, above), text.tokenizer)
-        if (like / "generation_config.json").exists():  # it knows what ends an answer
-            model.generation_config = GenerationConfig.from_pretrained(like)
+        for known in (like, like / BASE):
+            if (known / "generation_config.json").exists():  # it knows what ends an answer
+                model.generation_config = GenerationConfig.from_pretrained(known)
     checkpoint = exported_checkpoint(folder)
     checkpoints.load_whole(checkpoint, model)
     what = f"the student, made again from {checkpoint} and {like / 'config.json'},"
@@ -144,11 +145,12 @@ def compare(
                                   client=client_of(experiment.export))
     for name, entry in found.items():
         path = Path(models[name].get("adapter", models[name]["path"]))
-        files = weight_files(path)
+        files = [*weight_files(path), *weight_files(path / BASE)]
         # The plan knows the size of the teacher's files even if they are not local.
         kept = read_json(folder.plan).get("teacher_bytes") if name == "teacher" else None
         entry["bytes_on_disk"] = sum(file.stat().st_size for file in files) or kept or entry["parameter_bytes"]
-    receipt = make_receipt(found["student"], trained, exported, logits["student"], weight_files(folder.unverified),
+    receipt = make_receipt(found["student"], trained, exported, logits["student"],
+                           [*weight_files(folder.unverified), *weight_files(folder.unverified / BASE)],
                            experiment.export.tolerance, libraries=libraries_of(experiment.student, experiment.export),
                            notes=export_notes(experiment.student, experiment.export, trained, exported))
     receipt.write(folder.unverified / "receipt.json")

@@ -11,11 +11,15 @@ import torch
 from torch import nn
 
 from strategies.adapters.low_rank import merged, write_adapter
+from strategies.export.hf.transformers_folder import write_folder
 from strategies.export.receipt import TRANSFORMERS
 from trainer.errors import RunFailed
 from trainer.experiment.experiment import StudentForm
 from trainer.experiment.nodes import Export, Student
-from trainer.models.build import empty_student
+from trainer.models.build import DTYPES, empty_student
+from trainer.models.quantized_base import quantized_base
+
+BASE = "base"  # folder within the student's, of a base that is exported with its adapter
 
 
 def merged_student(form: StudentForm, model: nn.Module) -> nn.Module:
@@ -50,6 +54,8 @@ def export_notes(student: Student, export: Export, trained: torch.Tensor, export
     adapter = student.adapter
     if adapter is None:
         return []
+    if export.adapter == "separate" and adapter.is_exported:
+        return [f"the adapter, and in {BASE}/ its base with the numbers that it was trained on"]
     if export.adapter == "separate":
         base = {"float32": "as its files have it, computed in float32"}.get(adapter.base, f"held in {adapter.base}")
         return [f"the adapter alone, for {student.path} {base}"]
@@ -57,18 +63,28 @@ def export_notes(student: Student, export: Export, trained: torch.Tensor, export
         return []
     before, after = trained.log_softmax(-1), exported.log_softmax(-1)
     lost = float((before.exp() * (before - after)).sum(-1).double().mean())
-    return [f"quantized after the adapter was merged: {lost:.3g} nats per token (KL) from the adapted model in "
+    again = ", the base's numbers made anew" if adapter.is_exported else ""
+    return [f"quantized after the adapter was merged{again}: {lost:.3g} nats per token (KL) from the adapted model in "
             f"training, {(trained.argmax(-1) == exported.argmax(-1)).float().mean():.2%} of predictions the same"]
 
 
-def write_separate(folder: Path, model: nn.Module, student: Student, tokenizer: Any) -> None:
-    """Write the adapter alone, with the tokenizer; an interrupted export leaves none that looks finished."""
+def write_separate(folder: Path, model: nn.Module, student: Student, form: StudentForm, tokenizer: Any) -> None:
+    """Write the adapter alone, with the tokenizer; an interrupted export leaves none that looks finished.
+
+    A base that is held as it is exported is written beside it, into a folder within.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    assert student.path is not None
-    local = Path(student.path)  # wherever the adapter is loaded from
-    write_adapter(partial, model, str(local.resolve()) if local.exists() else student.path, student.revision)
+    if form.adapter is not None and form.adapter.is_exported:
+        plain = empty_student(form.merged, model.config).to(next(model.parameters()).device)
+        write_folder(partial / BASE, quantized_base(form, model, plain), tokenizer, DTYPES[form.dtype],
+                     beneath_adapter=True)
+        write_adapter(partial, model, BASE)
+    else:
+        assert student.path is not None
+        local = Path(student.path)  # wherever the adapter is loaded from
+        write_adapter(partial, model, str(local.resolve()) if local.exists() else student.path, student.revision)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
@@ -92,5 +108,7 @@ def student_entry(student: Student, export: Export, folder: Path) -> dict[str, A
     if export.adapter != "separate":
         return {"path": str(folder)}
     assert student.adapter is not None
+    if student.adapter.is_exported:
+        return {"path": str(folder / BASE), "dtype": "float32", "adapter": str(folder), "base": "float32"}
     return {"path": student.path, "revision": student.revision, "dtype": "float32", "adapter": str(folder),
             "base": student.adapter.base}

@@ -33,7 +33,8 @@ PARTS = ("weight", "first_ratio", "log_ratio", "scale", "zero_point", "input_sca
 EXPERTS = r"re:.*\.experts\.\d+\..*"  # separate in files; transformers looks for a pattern with the word "experts"
 
 
-def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> None:
+def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32,
+                 beneath_adapter: bool = False) -> None:
     """Write a model so that `AutoModelForCausalLM.from_pretrained(folder)` loads it.
 
     The folder is written under another name and then renamed: an interrupted export leaves none that looks finished.
@@ -43,6 +44,8 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
         model: the trained model, whose quantized layers still fake-quantize: each has a `quantizer`.
         tokenizer: saved with the model.
         dtype: dtype of everything that is not quantized, and of the scales.
+        beneath_adapter: have transformers dequantize the weights when it loads them, since peft needs to find them.
+            All layers must then have the same numbers.
 
     Raises:
         ValueError: the format cannot represent one of the layers.
@@ -60,7 +63,10 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     tensors |= _pieces(model, _once(quantized))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    write_config(_config(model, dtype, quantized), partial, model)
+    config = _config(model, dtype, quantized)
+    if beneath_adapter and quantized:
+        config.quantization_config["dequantize"] = True
+    write_config(config, partial, model)
     settings: Any = model.generation_config
     settings.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
