@@ -13,9 +13,11 @@ INSTALL = {"transformers": "pip install torch transformers compressed-tensors",
 HERE = "  # this folder"
 FETCH = "from huggingface_hub import snapshot_download\n"
 TOKENS = 64  # that a snippet generates
+TRUST = ", trust_remote_code=True"
 
 
-def snippet(runtime: str, path: str, prompt: Prompt, *, hub: bool, trust: bool = False) -> tuple[str, str] | None:
+def snippet(runtime: str, path: str, prompt: Prompt, *, hub: bool, trust: bool = False, base: str | None = None
+            ) -> tuple[str, str] | None:
     """(language, code) that loads a student and has it answer a prompt; None for a runtime without a snippet here.
 
     Args:
@@ -23,9 +25,11 @@ def snippet(runtime: str, path: str, prompt: Prompt, *, hub: bool, trust: bool =
         path: the student's folder, or with `hub` the id of its repository.
         prompt: a text to continue, or the messages of a chat to answer.
         trust: whether the student needs Python code that ships with it.
+        base: of an adapter that is exported alone, the numbers that its base was held in (`student.adapter.base`).
     """
     if runtime == "transformers":
-        return "python", _transformers(path, prompt, trust)
+        return "python", _transformers(path, prompt, trust) if base is None else (
+            _peft_beside(path, prompt, hub, trust) if base == "quantized" else _peft(path, prompt, trust, base))
     if runtime == "onnx":
         return "python", _onnx(path, prompt, hub)
     if runtime == "ctranslate2":
@@ -47,14 +51,75 @@ def _ids(prompt: Prompt, tensors: str) -> str:
 
 
 def _transformers(path: str, prompt: Prompt, trust: bool) -> str:
-    more = ", trust_remote_code=True" * trust
-    cut = "" if isinstance(prompt, str) else "inputs.input_ids.shape[1]:"
     return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = {path!r}{HERE * (path == ".")}
 tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path{more})
+model = AutoModelForCausalLM.from_pretrained(path{TRUST * trust})
+{_answer(prompt)}"""
+
+
+# Code that rounds an adapted `weight` to the numbers that it was held in, and what that needs to import.
+ROUNDED = {
+    "int8": ("largest = weight.abs().amax(1, keepdim=True).clamp(min=1e-30)\n            "
+             "weight.copy_((weight * (127 / largest)).round() * (largest / 127))", ""),
+    "nf4": ("weight.copy_(dequantize_4bit(*quantize_4bit(weight.contiguous(), blocksize=64, quant_type=\"nf4\")))",
+            "from bitsandbytes.functional import dequantize_4bit, quantize_4bit\n")}
+
+
+def _peft(path: str, prompt: Prompt, trust: bool, base: str) -> str:
+    """Code that loads an adapter on its base, with the base in the numbers that the adapter was trained on."""
+    code, imports = ROUNDED.get(base, ("", ""))
+    torch = "" if base == "float32" else "import torch\n"
+    return f"""\
+{torch}{imports}from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = {path!r}{HERE * (path == ".")}
+tokenizer = AutoTokenizer.from_pretrained(path)
+of = PeftConfig.from_pretrained(path)
+base = AutoModelForCausalLM.from_pretrained(of.base_model_name_or_path, revision=of.revision,
+                                            dtype="float32"{TRUST * trust})
+model = PeftModel.from_pretrained(base, path)
+{_rounding(base, code)}{_answer(prompt)}"""
+
+
+def _peft_beside(path: str, prompt: Prompt, hub: bool, trust: bool) -> str:
+    """Code that loads an adapter on the base that was exported with it."""
+    return f"""\
+{FETCH * hub}from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = {_place(path, hub)}
+tokenizer = AutoTokenizer.from_pretrained(path)
+base = AutoModelForCausalLM.from_pretrained(f"{{path}}/base"{TRUST * trust})
+model = PeftModel.from_pretrained(base, path)
+{_answer(prompt)}"""
+
+
+def _rounding(base: str, code: str) -> str:
+    if base == "float32":
+        return ""
+    rest = "weight.ndim > 1 and \"lora_\" not in name:\n            weight.copy_(weight.bfloat16())\n"
+    if not code:
+        return f"""\
+with torch.no_grad():  # the numbers that the adapter was trained on
+    for name, weight in model.named_parameters():
+        if {rest}"""
+    return f"""\
+adapted = {{id(layer.base_layer.weight) for layer in model.modules() if hasattr(layer, "base_layer")}}
+with torch.no_grad():  # the numbers that the adapter was trained on: {base}, and bfloat16 where no adapter is
+    for name, weight in model.named_parameters():
+        if id(weight) in adapted:
+            {code}
+        elif {rest}"""
+
+
+def _answer(prompt: Prompt) -> str:
+    """Code in which `model` answers a prompt."""
+    cut = "" if isinstance(prompt, str) else "inputs.input_ids.shape[1]:"
+    return f"""\
 {_ids(prompt, "pt")}
 tokens = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=False,
                         max_new_tokens={TOKENS})

@@ -148,7 +148,7 @@ def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repositor
     for runtime in sorted(every, key=lambda name: every[name] != student):
         own = every[runtime] == student
         path = repository or ("." if own else f"../{every[runtime].name}")
-        shown = snippet(runtime, path, prompt, hub=repository is not None, trust=trust)
+        shown = snippet(runtime, path, prompt, hub=repository is not None, trust=trust, base=_adapter_base(values))
         if shown is None or (repository is not None and not own):
             continue
         where = "" if own else f", exported beside this folder in {code(every[runtime].name)}"
@@ -157,9 +157,19 @@ def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repositor
     return parts
 
 
+def _adapter_base(values: dict[str, Any]) -> str | None:
+    """The numbers that the base was held in, of an adapter that is exported alone."""
+    return values["student"]["adapter"]["base"] if values["export"].get("adapter") == "separate" else None
+
+
+def needs_its_base(values: dict[str, Any]) -> bool:
+    """Whether what is exported is an adapter alone, for a base that is elsewhere."""
+    return _adapter_base(values) not in (None, "quantized")
+
+
 def _install(runtime: str, values: dict[str, Any]) -> str:
-    alone = runtime == "transformers" and values["export"].get("adapter") == "separate"
-    return INSTALL[runtime] + " peft" * alone
+    base = _adapter_base(values) if runtime == "transformers" else None
+    return INSTALL[runtime] + " peft" * (base is not None) + " bitsandbytes" * (base == "nf4")
 
 
 def _prompt(values: dict[str, Any], folder: RunFolder) -> Prompt:

@@ -15,7 +15,7 @@ from trainer.run.folder import RunFolder, not_written, read_json
 from trainer.run.hints import hints
 from trainer.run.markdown import block, code, plain
 from trainer.run.metrics import read_lines, readable
-from trainer.run.model_card import CARD, write_cards
+from trainer.run.model_card import CARD, needs_its_base, write_cards
 from trainer.run.quantization_loss import rises
 
 COLORS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
@@ -67,7 +67,7 @@ def _write(folder: RunFolder) -> None:
     _plot_size(found, folder.path / "size.png")
     parts = [
         f"# {plain(experiment['name'])}\n",
-        _verdict(found, receipt, experiment["export"].get("adapter") == "separate"), "", *_hints(folder),
+        _verdict(found, receipt, needs_its_base(experiment)), "", *_hints(folder),
         "## Models\n", _models(found, meaning), "",
         "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "

@@ -40,6 +40,8 @@ SENSED = 8  # most rows on which the sensitivity of layers is measured
 def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedData, folder: RunFolder) -> nn.Module:
     """The student to export: merged with its adapters, and quantized here if it is to be quantized after training.
 
+    A student whose adapter is exported alone stays as it is, unless another runtime needs the whole.
+
     Args:
         model: the unsharded student, on one process; returned unchanged if nothing is left to do.
         text: the data, whose training rows are used for calibration.
@@ -48,7 +50,9 @@ def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedDat
     Raises:
         UserError: there are too few calibration rows, or the budget cannot be met.
     """
-    asked = experiment.student.quantization
+    asked, export = experiment.student.quantization, experiment.export
+    if export.adapter == "separate" and not export.to:
+        return model
     if experiment.student.adapter is not None:
         model = merged_student(experiment.form, model)
     if asked is None or asked.trained:

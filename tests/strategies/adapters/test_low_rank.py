@@ -5,10 +5,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from strategies.adapters.frozen_weights import PackedLinear, product
+from strategies.adapters.frozen_weights import GivenNumbers, PackedLinear, product
 from strategies.adapters.low_rank import LowRank, attach, base_of, merged, target_names
 from strategies.common.frozen_base import base_digest, base_names
 from strategies.memory.ledger import parameter_bytes
+from strategies.quantization.given_numbers import hold_numbers, packed_numbers
+from strategies.quantization.post_training import quantize
+from strategies.quantization.quantizer import WeightQuantizer
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -84,19 +87,47 @@ def test_packed_numbers_are_those_of_bitsandbytes():
 
     layer = torch.nn.Linear(64, 32)
     four, state = functional.quantize_4bit(layer.weight.contiguous(), blocksize=64, quant_type="nf4")
-    assert torch.equal(PackedLinear("nf4", layer).weight, functional.dequantize_4bit(four, state))
+    assert torch.equal(PackedLinear(layer, "nf4").weight, functional.dequantize_4bit(four, state))
     half = torch.nn.Linear(64, 32)
     half.weight.copy_(layer.weight.half().float())
     eight, largest, _ = functional.int8_vectorwise_quant(half.weight.half())
-    ours = PackedLinear("int8", half)
+    ours = PackedLinear(half, "int8")
     assert (ours.numbers - eight).abs().max() <= 1 and torch.allclose(ours.scales, largest.flatten().float())
     torch.testing.assert_close(ours.weight, half.weight, rtol=0, atol=float(largest.max()) / 127 / 2 + 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+QUANTIZERS = {
+    "fp8": WeightQuantizer(kind="fp8"), "ternary": WeightQuantizer(kind="ternary"),
+    "binary": WeightQuantizer(kind="binary"), "int2": WeightQuantizer(2, 17, rule="mse"),
+    "int3": WeightQuantizer(3, symmetric=False), "int4": WeightQuantizer(4, 17, torch.bfloat16, symmetric=False),
+    "int8": WeightQuantizer(8, None, torch.float16, symmetric=False), "tensor": WeightQuantizer(8, per_tensor=True)}
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_packed_numbers_are_those_of_quantization_after_training_and_come_back(kind):
+    quantizer, layer, again = QUANTIZERS[kind], torch.nn.Linear(51, 7), torch.nn.Linear(51, 7)  # rows end within a byte
+    usual = torch.nn.Sequential(torch.nn.Linear(51, 7))
+    usual[0].load_state_dict(layer.state_dict())
+    quantize(usual, None, quantizer)
+    held = PackedLinear(layer, *packed_numbers(quantizer, layer.weight))
+    hold_numbers(again, quantizer, *held.stored)
+    width = {"int2": 2, "ternary": 2, "binary": 2, "int3": 4, "int4": 4}.get(kind, 8)
+    assert held.numbers.nbytes == 7 * -(-51 * width // 8)
+    assert torch.equal(held.weight, usual[0].effective_weight) and torch.equal(held.weight, again.effective_weight)
+    assert torch.equal(again.numbers().float(), usual[0].numbers().float())
+    for one, other in zip(again.grid(), usual[0].grid(), strict=True):
+        assert (one is None and other is None) or (torch.equal(one, other) and one.dtype is other.dtype)
+
+
+def packed_layer(kind):
+    layer, quantizer = torch.nn.Linear(64, 32), WeightQuantizer(4, 16, symmetric=False)
+    return PackedLinear(layer, *packed_numbers(quantizer, layer.weight)) if kind == "int4" else PackedLinear(layer, kind)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "int4"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_frozen_products_are_dense_ones_and_save_no_dense_weight(kind, autocast):
-    layer = PackedLinear(kind, torch.nn.Linear(64, 32))
+    layer = packed_layer(kind)
     x, saved = torch.randn(3, 5, 64, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one), \
             torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -110,18 +141,41 @@ def test_frozen_products_are_dense_ones_and_save_no_dense_weight(kind, autocast)
     with torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
         saved.clear()
         layer(x)
-    assert {tuple(one.shape) for one in saved} == {tuple(layer.numbers.shape), tuple(layer.scales.shape)}
+    assert {tuple(one.shape) for one in saved} == {tuple(one.shape) for one in layer.stored}
+
+
+def given(one, dtype=torch.float32):
+    """Layers of the MLPs in two bits, whether they are adapted or not."""
+    quantizer = WeightQuantizer(2, 16, dtype, rule="mse")
+    return GivenNumbers({name: lambda weight: packed_numbers(quantizer, weight) for name, _ in one.named_modules()
+                         if name.endswith(("up_proj", "down_proj"))}, dtype)
 
 
 def test_bytes_of_a_base_are_known_from_shapes():
-    for base in ("float32", "bfloat16", "int8", "nf4"):
+    for base in ("float32", "bfloat16", "int8", "nf4", "quantized"):
         asked = LowRank("dora", 4, 8, base=base)
-        real = attach(model(), asked)
+        real = attach(model(), asked, given(model()) if base == "quantized" else None)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            fake = attach(model(), asked)
+            fake = attach(model(), asked, given(model()) if base == "quantized" else None)
         assert parameter_bytes(real) == parameter_bytes(fake)
         assert real.lm_head.weight is real.model.embed_tokens.weight  # tied still
         assert {parameter.dtype for parameter in real.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_quantized_base_has_the_numbers_of_its_file_everywhere(dtype):
+    whole = model()
+    whole.model.norm.weight += 1e-3  # which neither half precision has
+    before = whole.model.norm.weight.clone()
+    held = base_of(attach(whole, LowRank(targets=("q_proj", "up_proj"), base="quantized"), given(whole, dtype)))
+    packed = held.model.layers[0].mlp.down_proj  # has no adapter
+    assert isinstance(packed, PackedLinear) and packed.numbers.nbytes == packed.weight.numel() // 4
+    for name, tensor in held.state_dict().items():
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, tensor.to(dtype).to(tensor.dtype)), name
+    assert torch.equal(held.model.norm.weight, before) is (dtype is torch.float32)
+    assert held.lm_head.weight.dtype is (torch.float16 if dtype is torch.float16 else torch.bfloat16)
 
 
 def test_another_base_has_another_digest():
@@ -151,6 +205,6 @@ def test_targets_are_whole_names_or_the_end_of_them():
 
 
 def test_products_need_no_context_where_nothing_is_learned():
-    layer = PackedLinear("int8", torch.nn.Linear(8, 4))
+    layer = PackedLinear(torch.nn.Linear(8, 4), "int8")
     out = product(torch.ones(2, 8), None, "int8", (4, 8), layer.numbers, layer.scales)
     assert not out.requires_grad and torch.allclose(out, layer.weight.sum(1).expand(2, 4), atol=1e-6)
