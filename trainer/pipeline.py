@@ -196,7 +196,7 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         end_answers(whole, text.tokenizer, experiment.data)
         model = finalize_student(experiment, whole, text, folder)
         with working(experiment.name, "writing the student"):
-            write_student(student, whole, model, experiment, text)
+            write_student(student, whole, model, experiment.student, experiment.export, experiment.form, text)
             trained, exported = logits_to_compare(whole, model, experiment.student, experiment.export, text)
         failed = write_others(experiment, folder, model, text)
     loop.release()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from strategies.adapters.frozen_weights import GivenNumbers, PackedLinear
-from strategies.adapters.low_rank import base_of, bare
+from strategies.adapters.low_rank import bare, base_of
 from strategies.quantization.given_numbers import hold_numbers, packed_numbers
 from strategies.quantization.qat import choose
 from strategies.quantization.quantizer import WeightQuantizer

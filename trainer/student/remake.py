@@ -44,7 +44,7 @@ def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, change
     before = rebuilt(experiment, folder, folder.student, text, final=False)
     model = finalize_student(experiment, before, text, folder)
     if whole:
-        write_student(folder.unverified, before, model, experiment, text)
+        write_student(folder.unverified, before, model, student, export, experiment.form, text)
     else:
         shutil.rmtree(folder.unverified, ignore_errors=True)
         shutil.copytree(folder.student, folder.unverified)

@@ -11,25 +11,25 @@ from torch import nn
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.quantization.freeze import freeze_quantized
 from trainer.data.dataset import PreparedData
-from trainer.experiment.experiment import Experiment
+from trainer.experiment.experiment import StudentForm
 from trainer.experiment.nodes import Export, Student
 from trainer.models.build import DTYPES
 from trainer.student.compare_student import logits_of
 from trainer.student.merge_adapter import check_merge, write_separate
 
 
-def write_student(folder: Path, trained: nn.Module, model: nn.Module, experiment: Experiment, text: PreparedData
-                  ) -> None:
-    """Write the student as `experiment.export` asks, with its tokenizer.
+def write_student(folder: Path, trained: nn.Module, model: nn.Module, student: Student, export: Export,
+                  form: StudentForm, text: PreparedData) -> None:
+    """Write the student as `export` asks, with its tokenizer.
 
     Args:
         trained: the student as training left it, perhaps with adapters.
         model: the same merged and quantized.
     """
-    if experiment.export.adapter == "separate":
-        write_separate(folder, trained, experiment.student, experiment.form, text.tokenizer)
+    if export.adapter == "separate":
+        write_separate(folder, trained, student, form, text.tokenizer)
     else:
-        write_folder(folder, model, text.tokenizer, DTYPES[experiment.export.dtype])
+        write_folder(folder, model, text.tokenizer, DTYPES[export.dtype])
 
 
 def logits_to_compare(trained: nn.Module, model: nn.Module, student: Student, export: Export, text: PreparedData

@@ -121,7 +121,7 @@ def test_packed_numbers_are_those_of_quantization_after_training_and_come_back(k
 
 def packed_layer(kind):
     layer, quantizer = torch.nn.Linear(64, 32), WeightQuantizer(4, 16, symmetric=False)
-    return PackedLinear(layer, *packed_numbers(quantizer, layer.weight)) if kind == "int4" else PackedLinear(layer, kind)
+    return PackedLinear(layer, *(packed_numbers(quantizer, layer.weight) if kind == "int4" else (kind,)))
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "int4"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strategies.adapters.low_rank import LowRank, attach, write_adapter
 from strategies.common.packed_codes import pack
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.trainer.models.test_adapters import adapted, base, peaks  # noqa: F401 - a fixture among them
 from trainer.errors import UserError
 from trainer.experiment.load import read_experiment
@@ -72,8 +72,11 @@ def test_the_base_that_was_trained_on_is_exported_beside_its_adapter(
     found, said = run_of(code)
     assert said.startswith(read_json(folder.comparison)["student"]["samples"][0]["text"])
     named = AutoPeftModelForCausalLM.from_pretrained(".")  # the folder that the adapter names, from where it is
+    page = (ROOT / "docs/how-to/adapters.md").read_text().split("```python\n")[1].split("```")[0]
+    shown, _ = run_of(page.replace("runs/my-quantized-base/student", str(moved)))
     with torch.no_grad():
-        assert torch.equal(found["model"](input_ids=IDS).logits, named(input_ids=IDS).logits)
+        for one in (named, shown["model"]):
+            assert torch.equal(found["model"](input_ids=IDS).logits, one(input_ids=IDS).logits)
     shutil.move(moved, folder.student)
 
     run_experiment("run", **asked, export={"adapter": "merged", "dtype": "bfloat16"})  # made from the same checkpoint
