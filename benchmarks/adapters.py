@@ -4,7 +4,9 @@
 
 The model has the shapes of SmolLM2-135M with random weights, so that no network is needed; `--blocks` are those of the
 comparison with the HF Trainer, bytes are those of all 30. Each run is a process of its own. Peaks of processes are of
-their resident set; bytes are those that the plan foretells, and those that a measured step holds.
+their resident set; bytes are those that the plan foretells, and those that a measured step holds, for rows of several
+documents, and for rows that are pieces of a long one. (A plan is for rows of several: it counts their mask, and the
+keys and values that transformers repeats beside a mask. Pieces of one document do without both.)
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ SMOL = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num
         "eos_token_id": 0}
 RANK, ALPHA, RATE, BLOCKS = 16, 32.0, 1e-3, 30
 COMPARED, HELD = (8, 256), (4, 128)  # rows of a batch and tokens of a row: beside the HF Trainer, and of the bytes
+QUANTIZATION = {"method": "rtn", "bits": 4, "group_size": 64}  # of a base that is held as it is exported
+ROWS = ("several documents", "one document")
+WORDS = 10  # of a document, with about 8 tokens each, where a row of `HELD` has several
 MIB = 2**20
 
 
@@ -39,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--bases", nargs="+", default=["float32", "bfloat16", "int8", "nf4"])
+    parser.add_argument("--bases", nargs="+", default=["float32", "bfloat16", "int8", "nf4", "quantized"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -51,7 +56,8 @@ def main() -> None:
         make_base(room / "small", arguments.blocks)
         rows = [child("ours", room, room / "small", arguments.steps), child("hf_trainer", room, room / "small")]
         make_base(room / "whole", BLOCKS)
-        held = [child("bytes_of", room, room / "whole", kind) for kind in ("full", *arguments.bases)]
+        held = [child("bytes_of", room, room / "whole", kind, rows) for rows in ROWS
+                for kind in ("full", *(arguments.bases if rows == ROWS[0] else ["nf4"]))]
     result = {"command": " ".join(["python -m benchmarks.adapters", *sys.argv[1:]]), "blocks": arguments.blocks,
               "rows and length": {"compared": COMPARED, "bytes": HELD},
               "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
@@ -76,13 +82,14 @@ def child(kind: str, room: Path, *words: Any) -> dict[str, Any]:
 def summary(ours: dict, theirs: dict, held: list[dict]) -> dict[str, float]:
     """The figures that count."""
     pairs = list(zip(ours["losses"], theirs["losses"], strict=True))
-    by_kind = {row["kind"]: row for row in held}
+    by_kind = {(row["kind"], row["rows"]): row for row in held}
+    shares = {f"nf4_of_full, {rows}": by_kind["nf4", rows]["measured"] / by_kind["full", rows]["measured"]
+              for rows in ROWS}
+    plans = {rows: [row["planned"] / row["measured"] for row in held if row["rows"] == rows] for rows in ROWS}
     return {"largest_relative_loss_difference": max(abs(one / other - 1) for one, other in pairs),
             "step_time_ratio": ours["seconds"] / theirs["seconds"],
             "resident_set_ratio": ours["resident_set"] / theirs["resident_set"],
-            "nf4_of_full_planned": by_kind["nf4"]["planned"] / by_kind["full"]["planned"],
-            "nf4_of_full_measured": by_kind["nf4"]["measured"] / by_kind["full"]["measured"],
-            "largest_plan_error": max(abs(row["planned"] / row["measured"] - 1) for row in held)}
+            **shares, **{f"plan_of_measured, {rows}": [min(found), max(found)] for rows, found in plans.items()}}
 
 
 def table(result: dict) -> str:
@@ -90,11 +97,21 @@ def table(result: dict) -> str:
     lines = ["| | loss of the last step | seconds a step | peak resident set, MiB |", "|---|---:|---:|---:|"]
     lines += [f"| {row['system']} | {row['losses'][-1]:.6f} | {row['seconds']:.2f} | {row['resident_set'] / MIB:,.0f} |"
               for row in result["rows"]]
-    lines += ["", "| trained | planned MiB | measured MiB | of full fine-tuning |", "|---|---:|---:|---:|"]
-    full = next(row for row in result["bytes"] if row["kind"] == "full")["measured"]
-    lines += [f"| {row['kind']} | {row['planned'] / MIB:,.1f} | {row['measured'] / MIB:,.1f} | "
-              f"{row['measured'] / full:.2f} |" for row in result["bytes"]]
-    return "\n".join([*lines, "", json.dumps(result["summary"], indent=2)])
+    lines += ["", "| trained | rows | planned MiB | measured MiB | of full fine-tuning |", "|---|---|---:|---:|---:|"]
+    full = {row["rows"]: row["measured"] for row in result["bytes"] if row["kind"] == "full"}
+    lines += [f"| {NAMES.get(row['kind'], row['kind'])} | {row['rows']} | {row['planned'] / MIB:,.1f} | "
+              f"{row['measured'] / MIB:,.1f} | {row['measured'] / full[row['rows']]:.3f} |" for row in result["bytes"]]
+    found = result["summary"]
+    plans = ", ".join(f"x{found[f'plan_of_measured, {rows}'][0]:.4f} to x{found[f'plan_of_measured, {rows}'][1]:.4f} "
+                      f"for rows of {rows}" for rows in ROWS)
+    return "\n".join([*lines, "", f"Losses differ by at most {found['largest_relative_loss_difference']:.1e} of their "
+                      f"size; step time is x{found['step_time_ratio']:.2f}, resident set x"
+                      f"{found['resident_set_ratio']:.2f} of peft with the HF Trainer. Plans are of what was measured "
+                      f"{plans}."])
+
+
+NAMES = {"full": "all weights", "quantized": "adapters on quantized (4 bits, groups of 64)"} | {
+    base: f"adapters on {base}" for base in ("float32", "bfloat16", "int8", "nf4")}
 
 
 # ---- material
@@ -106,6 +123,9 @@ def make_text(room: Path) -> None:
     lines = [" ".join(words[at] for at in torch.randint(0, 500, (40,), generator=generator)) for _ in range(800)]
     (room / "text").mkdir()
     (room / "text" / "all.txt").write_text("\n".join(lines))
+    (room / "documents").mkdir()
+    (room / "documents" / "all.jsonl").write_text("".join(
+        json.dumps({"text": " ".join(line.split()[:WORDS])}) + "\n" for line in lines))
 
 
 def make_base(folder: Path, blocks: int) -> None:
@@ -122,14 +142,15 @@ def make_base(folder: Path, blocks: int) -> None:
                             ).save_pretrained(folder)
 
 
-def experiment_of(room: Path, base: str, name: str, steps: int, adapter: dict | None, size: tuple[int, int]) -> Any:
+def experiment_of(room: Path, base: str, name: str, steps: int, student: dict, size: tuple[int, int],
+                  data: dict | None = None) -> Any:
     """The experiment of a run, read from its file."""
     from trainer.experiment.load import read_experiment
 
     file = room / f"{name}.yaml"
     file.write_text(yaml.safe_dump({
-        "name": name, "student": {"path": base, "adapter": adapter},
-        "data": {"path": str(room / "text"), "sequence_length": size[1], "validation": {"rows": 4}},
+        "name": name, "student": {"path": base, **student},
+        "data": {"path": str(room / "text"), "sequence_length": size[1], "validation": {"rows": 4}, **(data or {})},
         "optimizer": {"lr": RATE, "weight_decay": 0.0, "betas": [0.9, 0.999]}, "schedule": {"shape": "constant",
                                                                                            "warmup": 0},
         "training": {"steps": steps, "batch_size": size[0], "micro_batch": size[0], "evaluate_every": steps,
@@ -162,7 +183,8 @@ def ours(room: Path, base: str, steps: str) -> None:
     """Train adapters here; leaves the rows that it trained on, and the adapters that it began with."""
     from safetensors.torch import save_file
 
-    loop = loop_of(experiment_of(room, base, "ours", int(steps), {"rank": RANK, "alpha": ALPHA}, COMPARED))
+    loop = loop_of(experiment_of(room, base, "ours", int(steps), {"adapter": {"rank": RANK, "alpha": ALPHA}},
+                                 COMPARED))
     begun = {name: tensor.detach().clone() for name, tensor in loop.unwrapped.named_parameters() if "lora_" in name}
     taken: dict[str, list[torch.Tensor]] = {"input_ids": [], "position_ids": [], "targets": []}
     own = loop._loss
@@ -224,15 +246,18 @@ def hf_trainer(room: Path, base: str) -> None:
                       "resident_set": resident_set()}))
 
 
-def bytes_of(room: Path, base: str, kind: str) -> None:
+def bytes_of(room: Path, base: str, kind: str, rows: str) -> None:
     """Planned and measured bytes of the third step."""
-    adapter = None if kind == "full" else {"rank": RANK, "alpha": ALPHA, "base": kind}
-    loop = loop_of(experiment_of(room, base, f"bytes-{kind}", 3, adapter, HELD))
+    student: dict[str, Any] = {} if kind == "full" else {"adapter": {"rank": RANK, "alpha": ALPHA, "base": kind}}
+    if kind == "quantized":
+        student["quantization"] = QUANTIZATION
+    loop = loop_of(experiment_of(room, base, f"bytes-{kind}-{len(rows)}", 3, student, HELD, {
+        "path": str(room / ("documents" if rows == ROWS[0] else "text"))}))
     loop.saver.save = lambda state: None
     loop.train()
     lines = [json.loads(line) for line in loop.folder.metrics.read_text().splitlines()]
     measured = next(line["memory"]["peak"] for line in lines if "memory" in line)
-    print(json.dumps({"kind": kind, "planned": loop.plan.memory.peak, "measured": measured,
+    print(json.dumps({"kind": kind, "rows": rows, "planned": loop.plan.memory.peak, "measured": measured,
                       "parts": loop.plan.memory.parts}))
 
 

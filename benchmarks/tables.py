@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.adapters import table as adapters_table
 from benchmarks.architectures.table import table as architectures_table
 from benchmarks.distillation.cached import table as cached_table
 from benchmarks.distillation.losses import errors_table, side_by_side
@@ -96,6 +97,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
                    lambda *found: "\n\n".join(map(generation_table, found))),
     "allocation": ("quantization-allocation-cpu.json", lambda found: allocation_table(found["rows"])),
     "qat": ("quantization-qat-cpu.json", qat_table),
+    "adapters": ("adapters-cpu.json", adapters_table),
     "faults": ("faults-cpu.json", faults_table),
     "cost": ("faults-cost-cpu.json", cost_table),
     "architectures": ("architectures-cpu.json", architectures_table),
