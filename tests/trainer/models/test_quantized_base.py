@@ -23,6 +23,8 @@ from trainer.pipeline import check_early
 from trainer.run.folder import read_json
 from trainer.run.load_snippets import snippet
 from trainer.run.metrics import read_lines
+from trainer.run.model_card import model_card
+from trainer.student.push_student import _files, _verified
 
 FOUR = {"quantization": {"method": "rtn", "bits": 4, "group_size": 16, "symmetric": False}}
 LAYER = "model.layers.1.mlp.down_proj"
@@ -65,6 +67,8 @@ def test_the_base_that_was_trained_on_is_exported_beside_its_adapter(
     assert digest(file["model.embed_tokens.weight"]) == trained["model.embed_tokens.weight"]
     assert digest(file["model.norm.weight"].float()) == trained["model.norm.weight"]
 
+    assert folder.student / "base" / "model.safetensors" in _files(_verified(folder, "transformers"))  # of an upload
+    assert 'path = snapshot_download(\'me/it\')' in model_card(folder, folder.student, "me/it")
     moved = tmp_path / "elsewhere"
     shutil.move(folder.student, moved)
     monkeypatch.chdir(moved)
