@@ -225,13 +225,11 @@ def _replace(model: nn.Module, name: str, made: Callable[[Any], nn.Module]) -> N
 @torch.no_grad()
 def _round_rest(model: nn.Module, dtype: torch.dtype) -> None:
     """Round what is frozen and not packed to numbers that a dtype has, without converting it."""
-    packed_already = {id(tensor) for layer in model.modules() if isinstance(layer, PackedLinear)
-                      for tensor in layer.stored}
+    done = {id(tensor) for layer in model.modules() if isinstance(layer, PackedLinear) for tensor in layer.stored}
     saved = model.state_dict()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if (name in saved and tensor.is_floating_point() and not tensor.requires_grad
-                and id(tensor) not in packed_already):
-            tensor.data.copy_(tensor.data.to(dtype))
+        if name in saved and tensor.is_floating_point() and not tensor.requires_grad and id(tensor) not in done:
+            tensor.data = tensor.data.to(dtype).to(tensor.dtype)
 
 
 KINDS: dict[type, type] = {nn.Linear: FrozenLinear, Conv1D: FrozenConv1D, nn.Embedding: FrozenEmbedding}

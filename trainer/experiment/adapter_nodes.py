@@ -57,7 +57,7 @@ def check_adapter_quantization(adapter: Adapter, asked: Quantization | None) -> 
                         "use rtn or gptq, which quantize what is merged, or remove `adapter`")
     if not adapter.is_exported:
         return
-    way_out = "which quantizes the student after its adapter is merged"
+    way_out = "with which the student is quantized after its adapter is merged (export.adapter: merged)"
     if asked.method == "gptq":
         raise UserError("quantization.method", "gptq needs text to calibrate on, and the base of an adapter is "
                         "quantized when it is loaded", value="gptq",
