@@ -17,9 +17,9 @@ from strategies.adapters.low_rank import LowRank, attach, write_adapter
 from strategies.common.packed_codes import pack
 from tests.conftest import ROOT, TINY
 from tests.trainer.models.test_adapters import adapted, base, peaks  # noqa: F401 - a fixture among them
+from trainer.early_checks import check_early
 from trainer.errors import UserError
 from trainer.experiment.load import read_experiment
-from trainer.pipeline import check_early
 from trainer.run.folder import read_json
 from trainer.run.load_snippets import snippet
 from trainer.run.metrics import read_lines
