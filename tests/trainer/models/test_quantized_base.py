@@ -56,6 +56,11 @@ def test_the_base_that_was_trained_on_is_exported_beside_its_adapter(
     assert measured <= planned < 1.03 * measured
     file = load_file(folder.student / "base" / "model.safetensors")
     assert receipt["bytes_on_disk"] == sum(one.stat().st_size for one in folder.student.rglob("*.safetensors"))
+    sizes = {"weight_packed": 1, "weight_scale": 1.5, "embed_tokens.weight": 1}  # zeros take half of bf16 scales
+    assert read_json(folder.plan)["ledger"]["weights"] == sum(
+        sizes.get(next((end for end in sizes if name.endswith(end)), ""), 2) * tensor.nbytes  # the rest held in fp32
+        for name, tensor in file.items() if not name.endswith(("weight_shape", "weight_zero_point"))) + sum(
+        tensor.nbytes for tensor in load_file(folder.student / "adapter_model.safetensors").values())
     codes, zeros = (unpack_from_int32(file[f"{LAYER}.weight_{part}"], 4, shape, packed_dim=dim)
                     for part, shape, dim in (("packed", file[f"{LAYER}.weight_shape"].tolist(), 1),
                                              ("zero_point", [*file[f"{LAYER}.weight_scale"].shape], 0)))
