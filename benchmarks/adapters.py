@@ -102,7 +102,7 @@ def table(result: dict) -> str:
     lines += [f"| {NAMES.get(row['kind'], row['kind'])} | {row['rows']} | {row['planned'] / MIB:,.1f} | "
               f"{row['measured'] / MIB:,.1f} | {row['measured'] / full[row['rows']]:.3f} |" for row in result["bytes"]]
     found = result["summary"]
-    plans = ", ".join(f"x{found[f'plan_of_measured, {rows}'][0]:.4f} to x{found[f'plan_of_measured, {rows}'][1]:.4f} "
+    plans = ", ".join(f"x{found[f'plan_of_measured, {rows}'][0]:.5f} to x{found[f'plan_of_measured, {rows}'][1]:.5f} "
                       f"for rows of {rows}" for rows in ROWS)
     return "\n".join([*lines, "", f"Losses differ by at most {found['largest_relative_loss_difference']:.1e} of their "
                       f"size; step time is x{found['step_time_ratio']:.2f}, resident set x"
