@@ -106,7 +106,7 @@ def table(result: dict) -> str:
                       f"for rows of {rows}" for rows in ROWS)
     return "\n".join([*lines, "", f"Losses differ by at most {found['largest_relative_loss_difference']:.1e} of their "
                       f"size; step time is x{found['step_time_ratio']:.2f}, resident set x"
-                      f"{found['resident_set_ratio']:.2f} of peft with the HF Trainer. Planned bytes over measured ones: "
+                      f"{found['resident_set_ratio']:.2f} of peft with the HF Trainer. Planned bytes over measured: "
                       f"{plans}."])
 
 
