@@ -15,7 +15,7 @@ from trainer.experiment.load import all_keys
 from trainer.sweep.sweep_file import Sweep
 
 EXAMPLE = "configs/quickstart.yaml"
-RUNTIMES = ("onnx", "gguf", "ctranslate2")
+RUNTIMES = ("onnx", "gguf", "ctranslate2", "executorch")
 READERS = ("llama-cpp", "openvino")
 OVERRIDES = "override a value of the file, for example optimizer.lr=1e-4 student.quantization.bits=8"
 

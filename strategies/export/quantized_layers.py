@@ -18,6 +18,7 @@ class Quantizer(Protocol):
     group_size: int | None
     per_tensor: bool
     symmetric: bool
+    positive: bool
     scale_dtype: torch.dtype
     lowest: int
     highest: int

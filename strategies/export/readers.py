@@ -43,6 +43,7 @@ READERS = {
     "llama-cpp": Reader("gguf", "llama_cpp_client.py", "xllamacpp", "log-probabilities"),
     "openvino": Reader("onnx", "openvino_client.py", "openvino"),
     "ctranslate2": Reader("ctranslate2", "ctranslate2_client.py", "ctranslate2"),  # always, of its own files
+    "executorch": Reader("executorch", "executorch_client.py", "executorch"),  # likewise
 }
 
 

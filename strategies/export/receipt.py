@@ -169,7 +169,7 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
 
 def is_weight_file(path: Path) -> bool:
     """Whether a file of an exported folder holds weights, whose bytes and digest a receipt has."""
-    return path.suffix in (".safetensors", ".onnx", ".data", ".gguf", ".bin")
+    return path.suffix in (".safetensors", ".onnx", ".data", ".gguf", ".bin", ".pte")
 
 
 def digest_of(files: Sequence[Path]) -> str:

@@ -64,6 +64,8 @@ class WeightQuantizer:
             In training the last two are kept as a ratio to the scale that covers the weights, so that they follow when
             weights grow and no step needs a search. None for the kind's default.
         per_tensor: one scale for all outputs.
+        positive: keep symmetric scales positive, for runtimes that refuse others; the extreme number -2^(b-1) is then
+            used only where weights reach further below zero than above.
     """
 
     bits: int | None = None
@@ -73,6 +75,7 @@ class WeightQuantizer:
     symmetric: bool = True
     rule: Rule | None = None
     per_tensor: bool = False
+    positive: bool = False
 
     def __post_init__(self) -> None:
         own = {"int": self.bits or 4, "ternary": 2, "binary": 1, "fp8": 8}[self.kind]
@@ -87,6 +90,8 @@ class WeightQuantizer:
                              f"{self.rule}")
         if not self.symmetric and self.kind != "int":
             raise ValueError(f"{self.kind} weights have no zero point: they are symmetric")
+        if self.positive and not self.symmetric:
+            raise ValueError("scales beside a zero point are positive without being told to be")
         if self.per_tensor and self.group_size:
             raise ValueError(f"a scale is of a group of {self.group_size} or of the tensor, not of both")
 

@@ -25,6 +25,9 @@ class Range(Protocol):
     @property
     def highest(self) -> int: ...
 
+    @property
+    def positive(self) -> bool: ...
+
 
 Found = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -43,6 +46,8 @@ def covering(groups: torch.Tensor, of: Range) -> Found:
 def _ranged(least: torch.Tensor, most: torch.Tensor, of: Range) -> Found:
     if of.kind == "fp8":
         return torch.maximum(most, -least) / of.highest, None
+    if of.symmetric and of.positive:
+        return torch.maximum(most / of.highest, least / of.lowest), None
     if of.symmetric:
         return torch.where(most > -least, most, least) / of.lowest, None
     least, most = least.clamp(max=0), most.clamp(min=0)
@@ -58,7 +63,7 @@ def best(groups: torch.Tensor, of: Range) -> Found:
     """
     least, most = (found.float() for found in torch.aminmax(groups, dim=-1))
     groups = groups.float()
-    signs = (1, -1) if of.symmetric and of.kind == "int" else (1,)
+    signs = (1, -1) if of.symmetric and of.kind == "int" and not of.positive else (1,)
     chosen, lowest = _ranged(least, most, of), torch.full_like(least, torch.inf)
     for ratio in torch.linspace(LARGEST, SMALLEST, RATIOS).tolist():
         for sign in signs:

@@ -394,8 +394,8 @@ class Export(Node):
     """With `student.adapter`: the adapter alone, as peft reads it (separate), or merged into the base; null: merged."""
     license: Annotated[str, Field(min_length=1)] | None = None
     """License for the model card, as the hub names it (apache-2.0); null: that of a local base model, if it has one."""
-    to: tuple[Literal["onnx", "gguf", "ctranslate2"], ...] = ()
-    """Also export for ONNX Runtime, llama.cpp (gguf) or CTranslate2; `limbeck export RUN --to onnx` does it later."""
+    to: tuple[Literal["onnx", "gguf", "ctranslate2", "executorch"], ...] = ()
+    """Also for ONNX Runtime, llama.cpp (gguf), CTranslate2, ExecuTorch; later `limbeck export RUN --to onnx` does it."""
     readers: tuple[Literal["llama-cpp", "openvino"], ...] = ()
     """Further runtimes that must read these files, each with a receipt: llama-cpp of gguf, openvino of onnx."""
 

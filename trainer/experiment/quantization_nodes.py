@@ -63,6 +63,8 @@ class Quantization(Node):
     """Use one scale for a whole layer."""
     symmetric: bool = True
     """Quantize symmetrically around zero; false adds a zero point to each scale."""
+    positive_scales: bool = False
+    """Keep symmetric scales positive, as ExecuTorch needs them; else the sign puts the largest weight on -2^(b-1)."""
     scales: Literal["minmax", "absmean", "mse", "learned"] | None = None
     """Scale by largest weight, mean magnitude, least squared error, or learned (LSQ); null: minmax, absmean by kind."""
     activations: QuantizedActivations | None = None
@@ -112,6 +114,9 @@ class Quantization(Node):
             if not self.trained and asked:
                 raise UserError(name, f"{self.method} quantizes after training, where nothing is learned",
                                 way_out="set `method` to qat, or leave it out")
+        if self.positive_scales and not self.symmetric:
+            raise UserError("positive_scales", "scales beside zero points are positive anyway",
+                            way_out="leave it out, or set `symmetric` to true")
         if self.budget is not None and (self.kind != "int" or self.layers):
             raise UserError("budget", "chooses the bits of all layers, of whole numbers", value=self.budget,
                             way_out="leave `kind` and `layers` out")
@@ -139,7 +144,7 @@ class Quantization(Node):
         from strategies.quantization.quantizer import WeightQuantizer
 
         return WeightQuantizer(self.bits, self.group_size, scale_dtype, self.kind, self.symmetric, self.scales,
-                               self.per_tensor)
+                               self.per_tensor, self.positive_scales)
 
     def candidates(self, scale_dtype: torch.dtype) -> list[WeightQuantizer]:
         """Quantizers that `budget` chooses from, one for each bit width in `choices`."""
@@ -151,7 +156,8 @@ class Quantization(Node):
 
         return [(layers.match, WeightQuantizer(
             layers.bits, layers.group_size, scale_dtype, layers.kind, self.symmetric or layers.kind != "int",
-            self.scales if self.scales in RULES[layers.kind] else None)) for layers in self.layers]
+            self.scales if self.scales in RULES[layers.kind] else None, positive=self.positive_scales))
+            for layers in self.layers]
 
     def bits_at(self, step: int, steps: int) -> int | None:
         """Bit width at a step, or None without a `bits_schedule`."""

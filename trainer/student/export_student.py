@@ -15,6 +15,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from strategies.export.executorch.executorch_folder import TRIED as TRIED_BY_EXECUTORCH
+from strategies.export.executorch.executorch_folder import try_executorch
+from strategies.export.executorch.executorch_rounding import executorch_reference
 from strategies.export.gguf.gguf_file import dequantized_reference
 from strategies.export.onnx.onnx_folder import TRIED, try_onnx
 from strategies.export.quantized_layers import quantized_layers
@@ -79,7 +82,10 @@ RUNTIMES = {
     "onnx": Runtime("onnx.onnx_folder", "onnx_client.py", "", 1e-4, ("onnxruntime",)),
     "gguf": Runtime("gguf.gguf_file", "gguf_client.py", "student.gguf", 1e-4, ("gguf",), tokenizes=True),
     "ctranslate2": Runtime("hf.ctranslate2_folder", "ctranslate2_client.py", "", 1e-4, ("ctranslate2",)),
+    "executorch": Runtime("executorch.executorch_folder", "executorch_client.py", "", 1e-4, ("executorch",)),
 }
+# Model types whose graphs torch is known to export for a runtime, and what tries another one.
+TRIALS = {"onnx": (TRIED, try_onnx), "executorch": (TRIED_BY_EXECUTORCH, try_executorch)}
 
 
 def check_runtimes(settings: Export, form: StudentForm, model: nn.Module) -> None:
@@ -91,21 +97,22 @@ def check_runtimes(settings: Export, form: StudentForm, model: nn.Module) -> Non
     check_readers(settings)
     for name in settings.to:
         _check(name, model)
-        if name == "onnx" and model.config.model_type not in TRIED:
-            _try_onnx(form, model.config)
+        known, attempt = TRIALS.get(name, ((), None))
+        if attempt is not None and model.config.model_type not in known:
+            _try(name, attempt, form, model.config)
 
 
-def _try_onnx(form: StudentForm, config: PretrainedConfig) -> None:
-    """Try the ONNX export with a student of at most two layers and random weights, unless that is still large."""
+def _try(name: str, attempt: Callable[[nn.Module], None], form: StudentForm, config: PretrainedConfig) -> None:
+    """Try an export with a student of at most two layers and random weights, unless that is still large."""
     small = copy.deepcopy(config)
     if (layers := getattr(small, "num_hidden_layers", None)) is not None:
         small.num_hidden_layers = min(2, layers)
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in from_config(small, form.trust).parameters())
     if weights <= TRIAL:
-        with (error_context("export.to", value="onnx", way_out="leave it out"), torch.random.fork_rng(devices=[]),
+        with (error_context("export.to", value=name, way_out="leave it out"), torch.random.fork_rng(devices=[]),
               torch.device("cpu")):
-            try_onnx(from_config(small, form.trust))
+            attempt(from_config(small, form.trust))
 
 
 def check_tokenizer(settings: Export, text: PreparedData, size: int) -> list[str]:
@@ -190,13 +197,7 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = DTYPES[experiment.export.dtype]
     notes += _of(name, "write")(path, model, text.tokenizer, dtype) or []
-    reference = (
-        dequantized_reference(model, dtype)
-        if name == "gguf"
-        else model
-        if dtype is torch.float32
-        else freeze_quantized(copy.deepcopy(model), dtype).float()
-    )
+    reference = _reference(name, model, dtype)
     trained, exported = logits_of(model, text), logits_of(reference, text)
     found, logits = ask_about({"student": {"path": str(path), "compare": True}}, experiment.training.micro_batch,
                            experiment.report, text, exported, "cpu",
@@ -251,6 +252,15 @@ def export(run: Path, name: str, trust_remote_code: bool = False, readers: Seque
         write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)
     write_report(folder.path)
     return folder.student_for(name)
+
+
+def _reference(name: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The student that a runtime's files have to reproduce."""
+    if name == "gguf":
+        return dequantized_reference(model, dtype)
+    if name == "executorch":
+        return executorch_reference(model, dtype)
+    return model if dtype is torch.float32 else freeze_quantized(copy.deepcopy(model), dtype).float()
 
 
 def _check(name: str, model: nn.Module) -> None:

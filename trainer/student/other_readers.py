@@ -91,7 +91,7 @@ def tolerance(name: str, model: nn.Module, dtype: torch.dtype) -> float:
     layers = [layer for _, layer in quantized_layers(model)]
     if any(layer.activations is not None for layer in layers):
         return ROUNDED
-    if name == "ctranslate2":
+    if name in ("ctranslate2", "executorch"):
         return SUMS
     if name == "llama-cpp":
         return ROUNDED if layers or dtype is not torch.float32 else SUMS
