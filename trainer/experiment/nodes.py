@@ -395,7 +395,7 @@ class Export(Node):
     license: Annotated[str, Field(min_length=1)] | None = None
     """License for the model card, as the hub names it (apache-2.0); null: that of a local base model, if it has one."""
     to: tuple[Literal["onnx", "gguf", "ctranslate2", "executorch"], ...] = ()
-    """Also for ONNX Runtime, llama.cpp (gguf), CTranslate2, ExecuTorch; later `limbeck export RUN --to onnx` does it."""
+    """Runtimes to export for as well, llama.cpp as gguf; `limbeck export RUN --to onnx` does it later."""
     readers: tuple[Literal["llama-cpp", "openvino"], ...] = ()
     """Further runtimes that must read these files, each with a receipt: llama-cpp of gguf, openvino of onnx."""
 

@@ -6,10 +6,12 @@ from typing import Any
 
 Prompt = str | list[dict[str, Any]]
 
-TITLES = {"transformers": "transformers", "onnx": "ONNX Runtime", "gguf": "llama.cpp", "ctranslate2": "CTranslate2"}
+TITLES = {"transformers": "transformers", "onnx": "ONNX Runtime", "gguf": "llama.cpp", "ctranslate2": "CTranslate2",
+          "executorch": "ExecuTorch"}
 INSTALL = {"transformers": "pip install torch transformers compressed-tensors",
            "onnx": "pip install onnxruntime transformers huggingface_hub",
-           "ctranslate2": "pip install ctranslate2 transformers huggingface_hub"}
+           "ctranslate2": "pip install ctranslate2 transformers huggingface_hub",
+           "executorch": "pip install executorch torch transformers huggingface_hub"}
 HERE = "  # this folder"
 FETCH = "from huggingface_hub import snapshot_download\n"
 TOKENS = 64  # that a snippet generates
@@ -34,6 +36,8 @@ def snippet(runtime: str, path: str, prompt: Prompt, *, hub: bool, trust: bool =
         return "python", _onnx(path, prompt, hub)
     if runtime == "ctranslate2":
         return "python", _ctranslate2(path, prompt, hub)
+    if runtime == "executorch":
+        return "python", _executorch(path, prompt, hub)
     return ("sh", _llama_cpp(path, prompt, hub)) if runtime == "gguf" else None
 
 
@@ -164,6 +168,25 @@ generator = Generator(path, compute_type="float32")
 tokens = tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
 [found] = generator.generate_batch([tokens], max_length={TOKENS}, sampling_topk=1)
 print(tokenizer.decode(found.sequences_ids[0]))
+"""
+
+
+def _executorch(path: str, prompt: Prompt, hub: bool) -> str:
+    return f"""\
+import torch
+{FETCH * hub}from executorch.runtime import Runtime
+from transformers import AutoTokenizer
+
+path = {_place(path, hub)}
+tokenizer = AutoTokenizer.from_pretrained(path)
+program = Runtime.get().load_program(f"{{path}}/student.pte")
+forward = program.load_method("forward")
+{_ids(prompt, "pt")}
+ids = inputs.input_ids
+for _ in range({TOKENS}):
+    [logits] = forward.execute([ids, torch.arange(ids.shape[1])[None]])
+    ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+print(tokenizer.decode(ids[0]))
 """
 
 

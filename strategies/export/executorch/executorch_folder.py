@@ -118,19 +118,29 @@ class _Logits(nn.Module):
         return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
 
-@torch.no_grad()
 def _program(model: nn.Module, dtype: torch.dtype) -> bytes:
+    tokens, positions = torch.zeros(1, 5, dtype=torch.long), torch.tensor([[0, 1, 2, 0, 1]])
+    return lowered(_Logits(_stand_in(model, dtype)), (tokens, positions), longest(model.config), {
+        "get_max_seq_len": longest(model.config), "get_vocab_size": model.config.vocab_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters())})
+
+
+@torch.no_grad()
+def lowered(module: nn.Module, examples: tuple[torch.Tensor, ...], most: int, numbers: dict[str, int]) -> bytes:
+    """The program of a module, with everything that XNNPACK computes left to it.
+
+    Args:
+        examples: inputs whose second axis, the same in all, is dynamic.
+        most: the largest size of that axis.
+        numbers: what further methods, by name, return.
+    """
     with _quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        length = torch.export.Dim("length", min=1, max=longest(model.config))
-        examples = torch.zeros(1, 5, dtype=torch.long), torch.tensor([[0, 1, 2, 0, 1]])
-        traced = torch.export.export(_Logits(_stand_in(model, dtype)), examples,
-                                     dynamic_shapes=({1: length}, {1: length}))
-        constants = {"get_max_seq_len": longest(model.config), "get_vocab_size": model.config.vocab_size,
-                     "parameters": sum(parameter.numel() for parameter in model.parameters())}
-        edge = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()], constant_methods=constants)
+        length = torch.export.Dim("length", min=1, max=most)
+        traced = torch.export.export(module, examples, dynamic_shapes=tuple({1: length} for _ in examples))
+        edge = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()], constant_methods=numbers)
         return edge.to_executorch().buffer
 
 

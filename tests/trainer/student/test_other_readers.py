@@ -54,3 +54,29 @@ def test_a_run_is_written_for_ctranslate2(run_experiment):
     assert receipt["parameters"] == plain["parameters"]
     assert receipt["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-5)
     assert receipt["bytes_on_disk"] == (student / "model.bin").stat().st_size
+
+
+@pytest.mark.skipif(not find_spec("executorch"), reason="pip install 'limbeck[executorch]'")
+def test_a_run_is_written_for_executorch(run_experiment):
+    quantization = {"bits": 4, "group_size": 32, "positive_scales": True, "activations": {}}
+    _, folder = run_experiment(**SHORT, student={"quantization": quantization}, export={
+        "to": ["executorch"], "dtype": "bfloat16", "tolerance": 0.02})
+    student = folder.student_for("executorch")
+    receipt, other = (json.loads((student / f"{name}.json").read_text()) for name in ("receipt", "receipt-executorch"))
+    plain = json.loads(folder.receipt.read_text())
+    assert receipt["holds"] and other["holds"] and receipt["sha256"] == other["sha256"]
+    assert receipt["parameters"] == plain["parameters"] and receipt["notes"][0].startswith("it takes texts of up to 64")
+    assert receipt["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-2)
+    assert receipt["bytes_on_disk"] == (student / "student.pte").stat().st_size
+
+
+def test_executorch_that_cannot_hold_a_student_is_refused_before_training(run_experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr("strategies.export.executorch.executorch_folder.find_spec", lambda name: name)
+    quantization = {"bits": 4, "group_size": 32, "activations": {}}
+    with pytest.raises(UserError, match="scales of both signs") as error:
+        run_experiment(student={"quantization": quantization}, export={"to": ["executorch"], "dtype": "bfloat16"})
+    assert (error.value.key, error.value.way_out) == ("export.to", "leave it out, or quantize otherwise")
+    monkeypatch.setattr("strategies.export.executorch.executorch_folder.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install 'limbeck\[executorch\]'"):
+        run_experiment(export={"to": ["executorch"]})
+    assert not (tmp_path / "tiny").exists()
