@@ -63,6 +63,12 @@ def whole(block):
     return values
 
 
+@pytest.fixture(autouse=True)
+def with_executorch(monkeypatch):
+    """A reader of its section has the package, which need not be installed here: students are checked from shapes."""
+    monkeypatch.setattr("strategies.export.executorch.executorch_folder.find_spec", lambda name: name)
+
+
 @pytest.fixture(scope="module")
 def reader_folder(tmp_path_factory):
     """A folder as a reader has it who has distilled a student and saved the pages' experiments and sweeps."""

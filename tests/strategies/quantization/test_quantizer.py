@@ -328,3 +328,22 @@ def test_baked_model_computes_the_same(how, activations):
     assert torch.equal(model(torch.arange(10)), before) and not list(quantized_layers(model))
     assert [name for name, _ in model.named_parameters()] == [
         "embed.weight", "up.weight", "up.bias", "down.weight", "down.bias"]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("rule", ["minmax", "mse"])
+def test_positive_scales_cover_the_weights_and_are_as_small_as_that_allows(bits, rule):
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(bits))
+    weight[4:] = weight[4:].abs() * torch.tensor([[1.0], [-1.0]])  # one channel above zero, and one below
+    quantizer = WeightQuantizer(bits, 8, rule=rule, positive=True)
+    scale = quantizer.grid(weight).scale
+    assert scale.min() > 0 and WeightQuantizer(bits, 8, rule=rule).grid(weight).scale.min() < 0
+    if rule == "minmax":
+        reach = grouped(weight, 8) / scale.double()[..., None]
+        above, below = reach.amax(-1) - quantizer.highest, quantizer.lowest - reach.amin(-1)
+        assert torch.all(torch.maximum(above, below).abs() < 1e-4)  # one end of the range is reached, none is passed
+
+
+def test_scales_beside_zero_points_are_not_told_to_be_positive():
+    with pytest.raises(ValueError, match="positive without being told to be"):
+        WeightQuantizer(4, symmetric=False, positive=True)
