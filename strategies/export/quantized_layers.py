@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+# Parameters that quantization adds to a layer.
+ADDED = ("first_ratio", "log_ratio", "scale", "zero_point", "input_scale")
+
 
 class Quantizer(Protocol):
     """The quantizer that a layer was trained with, which determines how its quantized integers are read."""
@@ -66,6 +69,12 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
             yield name, module
         for key, experts in getattr(module, "quantized_experts", {}).items():
             yield f"{name}.{key}", experts
+
+
+def weight_count(model: nn.Module) -> int:
+    """Number of a model's weights, tied ones once, without the scales and zero points of quantized layers."""
+    added = {id(getattr(layer, part, None)) for _, layer in quantized_layers(model) for part in ADDED}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in added)
 
 
 def is_module(layer: Quantized) -> bool:

@@ -64,9 +64,10 @@ def whole(block):
 
 
 @pytest.fixture(autouse=True)
-def with_executorch(monkeypatch):
-    """A reader of its section has the package, which need not be installed here: students are checked from shapes."""
-    monkeypatch.setattr("strategies.export.executorch.executorch_folder.find_spec", lambda name: name)
+def with_packages(monkeypatch):
+    """A reader has the packages of a section, which need not be installed here: students are checked from shapes."""
+    for module in ("executorch.executorch_folder", "hf.ctranslate2_folder"):
+        monkeypatch.setattr(f"strategies.export.{module}.find_spec", lambda name: name)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from torch import nn
 from strategies.export.executorch.executorch_layers import HalfRows, Rows, XnnpackLinear, multiplied, stored_as
 from strategies.export.gguf.gguf_file import dequantized_reference
 from strategies.export.hf.written_config import config_of, write_config
-from strategies.export.quantized_layers import quantized_layers
+from strategies.export.quantized_layers import quantized_layers, weight_count
 
 FILE = "student.pte"
 # Model types of transformers whose programs were compared with torch; others are tried first.
@@ -122,7 +122,7 @@ def _program(model: nn.Module, dtype: torch.dtype) -> bytes:
     tokens, positions = torch.zeros(1, 5, dtype=torch.long), torch.tensor([[0, 1, 2, 0, 1]])
     return lowered(_Logits(_stand_in(model, dtype)), (tokens, positions), longest(model.config), {
         "get_max_seq_len": longest(model.config), "get_vocab_size": model.config.vocab_size,
-        "parameters": sum(parameter.numel() for parameter in model.parameters())})
+        "parameters": weight_count(model)})
 
 
 @torch.no_grad()

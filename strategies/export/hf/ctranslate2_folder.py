@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,22 +16,29 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from strategies.export.quantized_layers import quantized_layers
+from strategies.export.hf.ctranslate2_numbers import check_numbers, integers, plain_with, put_together, scales
+from strategies.export.quantized_layers import quantized_layers, weight_count
 
 # What CTranslate2 4.8 reads and computes as transformers does; its converter fails with others, or asks for tokens.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE = ("default", "linear")  # it takes llama3 too, and leaves the scaling out
+ROUNDED = ("unless it is loaded with compute_type=\"float32\", as for this receipt, CTranslate2 rounds all activations, "
+           "and weights that are not quantized, to 8 bits")
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def write_ctranslate2(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> None:
+def write_ctranslate2(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype = torch.float32) -> list[str]:
     """Write a causal language model as a folder with `model.bin`, and its tokenizer, for CTranslate2.
 
     Args:
         folder: the target; replaced if it exists.
-        model: a transformers causal language model with fp32 weights, not quantized. It is not changed.
+        model: a transformers causal language model with fp32 weights, whose quantized layers still fake-quantize. It is
+            not changed.
         tokenizer: of transformers.
-        dtype: of the weights; CTranslate2 multiplies in float32 on a CPU unless told otherwise.
+        dtype: of weights that are not quantized; the integers of others are stored as they are.
+
+    Returns:
+        A note on what CTranslate2 does with integers unless told otherwise.
 
     Raises:
         ValueError: CTranslate2 does not support the model; see `check_ctranslate2`.
@@ -39,15 +47,27 @@ def write_ctranslate2(folder: Path, model: nn.Module, tokenizer: Any, dtype: tor
     from ctranslate2.converters import TransformersConverter
 
     folder = Path(folder)
-    with tempfile.TemporaryDirectory(prefix="limbeck-convert-", dir=folder.parent) as plain, _quiet():
-        model.save_pretrained(plain)
-        tokenizer.save_pretrained(plain)
+    with tempfile.TemporaryDirectory(prefix="limbeck-convert-", dir=folder.parent) as room, _quiet():
+        def spec(name: str, plain: nn.Module) -> Any:
+            plain.save_pretrained(Path(room) / name)
+            tokenizer.save_pretrained(Path(room) / name)
+            return TransformersConverter(str(Path(room) / name))._load()
+
+        if quantized := any(True for _ in quantized_layers(model)):
+            found = put_together(spec("numbers", plain_with(model, integers)),
+                                 spec("scales", plain_with(model, scales, math.nan)), DTYPES[dtype])
+        else:
+            found = spec("plain", model)
+            found.validate()
+            found.optimize(DTYPES[dtype])
         shutil.rmtree(folder, ignore_errors=True)
-        TransformersConverter(plain).convert(str(folder), quantization=DTYPES[dtype])
+        folder.mkdir(parents=True)
+        found.save(str(folder))
     config = json.loads((folder / "config.json").read_text())
-    config["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    config["parameters"] = weight_count(model)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
+    return [ROUNDED] if quantized else []
 
 
 def check_ctranslate2(model: nn.Module) -> None:
@@ -72,9 +92,7 @@ def check_ctranslate2(model: nn.Module) -> None:
                          f"not of {width}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(f"CTranslate2 attends to everything in {config.model_type} models: turn sliding windows off")
-    for name, _ in quantized_layers(model):
-        raise ValueError(f"{name} is quantized, and CTranslate2 rounds weights to 8 bits by itself: it cannot hold the "
-                         "student's numbers")
+    check_numbers(model)
 
 
 @contextmanager

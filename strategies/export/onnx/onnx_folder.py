@@ -23,7 +23,7 @@ from strategies.export.hf.written_config import config_of, write_config
 from strategies.export.onnx.genai_config import write_genai_config
 from strategies.export.onnx.onnx_cache import OPSET, CachedLogits, NoCache, Shape, cache_shapes, no_past
 from strategies.export.onnx.onnx_layers import DOMAIN, same_tensors, stand_in, stand_of
-from strategies.export.quantized_layers import Quantized, quantized_layers
+from strategies.export.quantized_layers import ADDED, Quantized, quantized_layers
 
 FILE = "model.onnx"
 BITS = (2, 4, 8)  # bit widths that ONNX Runtime has products for
@@ -262,5 +262,5 @@ def _write(file: Path, module: nn.Module, examples: tuple[Any, ...], interface: 
 def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     """Weights by name, tied ones once, without the scales and zero points of quantized layers."""
     scales = {id(getattr(layer, part, None)) for _, layer in quantized_layers(module)
-              for part in ("first_ratio", "log_ratio", "scale", "zero_point", "input_scale")}
+              for part in ADDED}
     return {name: parameter for name, parameter in module.named_parameters() if id(parameter) not in scales}

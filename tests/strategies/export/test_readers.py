@@ -13,6 +13,7 @@ from strategies.export.gguf.gguf_rounding import rounded_reference
 from strategies.export.hf.ctranslate2_folder import check_ctranslate2, write_ctranslate2
 from strategies.export.onnx.onnx_folder import write_onnx
 from strategies.export.readers import MOST, READERS, check_reader, long_text, read_by, slowest_turn
+from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.freeze import freeze_quantized
 from strategies.quantization.qat import prepare
 from strategies.quantization.quantizer import WeightQuantizer
@@ -41,6 +42,12 @@ def build(kind: str = "llama", **more):
 
 def quantized(model, scale_dtype, **how):
     prepare(model, WeightQuantizer(scale_dtype=scale_dtype, **how))
+    return model
+
+
+def prepared(*how, **more):
+    model = build()
+    prepare(model, *how, **more)
     return model
 
 
@@ -151,11 +158,32 @@ def test_ctranslate2_reads_the_same_and_another_base_is_found(tmp_path, kind, mo
     assert not wrong.holds and wrong.largest_difference > 10 * receipt.largest_difference, wrong
 
 
+@needs["ctranslate2"]
+@pytest.mark.parametrize(("kind", "dtype", "how"), [
+    ("llama", torch.bfloat16, {"bits": 8}), ("qwen2", torch.float32, {"bits": 4, "per_tensor": True})])
+def test_ctranslate2_holds_the_integers_and_scales_of_a_quantized_student(tmp_path, kind, dtype, how):
+    model = build(kind)
+    prepare(model, WeightQuantizer(scale_dtype=dtype, **how), embeddings=True, ignore=())
+    reference = dequantized_reference(model, dtype)
+    receipt = read("ctranslate2", tmp_path, model, reference, dtype)
+    assert receipt.holds and receipt.argmax_agreement == 1, receipt
+    file, layer = (tmp_path / "student" / "model.bin").read_bytes(), model.model.layers[1]
+    for one in (layer.mlp.down_proj, layer.self_attn.k_proj):
+        assert one.numbers().min() == -2 ** (how["bits"] - 1) and one.numbers().to(torch.int8).numpy().tobytes() in file
+    assert len(file) < 1.2 * sum(parameter.numel() for parameter in reference.parameters())
+    wrong = read_by("ctranslate2", tmp_path / "student", [], with_base(reference, 1.01 * BASE), ids(), 1e-4, threads=1)
+    assert not wrong.holds, wrong
+
+
 @pytest.mark.parametrize(("model", "says"), [
     (lambda: build(rope_parameters=LLAMA3), "ignores how rope_type llama3 scales positions"),
     (lambda: build(head_dim=32), "not of 32"), (lambda: build("mistral"), "mistral models are not written for"),
     (lambda: build(hidden_act="gelu"), "not gelu"),
-    (lambda: quantized(build(), torch.float32, bits=8), "q_proj is quantized")])
+    (lambda: quantized(build(), torch.float32, bits=8, group_size=32), "groups of 32, and CTranslate2 holds symmetric"),
+    (lambda: quantized(build(), torch.float32, bits=8, symmetric=False), "zero points, .* set `group_size: null`"),
+    (lambda: prepared(WeightQuantizer(8), activations=ActivationQuantizer()), "quantized activations, and CTranslate2"),
+    (lambda: prepared(WeightQuantizer(8), ignore=("*k_proj", "lm_head")), "k_proj beside it is not"),
+    (lambda: prepared(WeightQuantizer(kind="fp8")), "has fp8 numbers")])
 def test_what_ctranslate2_would_compute_otherwise_is_refused(model, says, monkeypatch):
     monkeypatch.setattr("strategies.export.hf.ctranslate2_folder.find_spec", lambda name: name)
     with pytest.raises(ValueError, match=says):

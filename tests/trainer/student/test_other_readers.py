@@ -45,8 +45,9 @@ def test_llama_cpp_reads_a_finished_run(run_experiment, capsys):
 
 
 @pytest.mark.skipif(not find_spec("ctranslate2"), reason="pip install 'limbeck[ctranslate2]'")
-def test_a_run_is_written_for_ctranslate2(run_experiment):
-    _, folder = run_experiment(**SHORT, export={"to": ["ctranslate2"]})
+@pytest.mark.parametrize("quantization", [None, {"method": "rtn", "bits": 8}])
+def test_a_run_is_written_for_ctranslate2(run_experiment, quantization):
+    _, folder = run_experiment(**SHORT, student={"quantization": quantization}, export={"to": ["ctranslate2"]})
     student = folder.student_for("ctranslate2")
     receipt, other = (json.loads((student / f"{name}.json").read_text()) for name in ("receipt", "receipt-ctranslate2"))
     plain = json.loads(folder.receipt.read_text())
