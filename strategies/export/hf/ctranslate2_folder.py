@@ -22,7 +22,7 @@ from strategies.export.quantized_layers import quantized_layers, weight_count
 # What CTranslate2 4.8 reads and computes as transformers does; its converter fails with others, or asks for tokens.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE = ("default", "linear")  # it takes llama3 too, and leaves the scaling out
-ROUNDED = ("unless it is loaded with compute_type=\"float32\", as for this receipt, CTranslate2 rounds all activations, "
+ROUNDED = ("unless it is loaded with compute_type=\"float32\", as for this receipt, CTranslate2 rounds activations, "
            "and weights that are not quantized, to 8 bits")
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
