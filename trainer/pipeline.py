@@ -59,7 +59,8 @@ def dry_run(source: Source, as_json: bool) -> None:
     plan = planned(source)
     if int(os.environ.get("RANK", 0)) == 0:
         experiment = source.experiment
-        data = preview(experiment.data, tokenizer_origin(experiment.data.tokenizer, experiment.with_weights))
+        data = preview(experiment.data, tokenizer_origin(experiment.data.tokenizer, experiment.with_weights),
+                       Path(experiment.run.cache))
         print(plan_json(source, plan, data)) if as_json else show_plan(source, plan, data)
 
 

@@ -70,19 +70,20 @@ class Preview:
     examples: list[str] = field(default_factory=list)
 
 
-def preview(data: Data, origin: Origin | None) -> list[Preview]:
+def preview(data: Data, origin: Origin | None, cache: Path | None = None) -> list[Preview]:
     """Look at the first records of each source.
 
     Args:
         data: the data of the experiment.
         origin: where its tokenizer is; None to train one on the records that are read.
+        cache: the folder shared between runs, which may have data of the hub from an earlier one.
 
     Raises:
         UserError: as in a run, for mistakes in these records, their fields and the chat template.
     """
     named = [Preview(*one) for one in zip(source_names(data), weights_of(data), strict=True)]
     with tempfile.TemporaryDirectory(prefix="limbeck-") as folder:
-        opened = for_each_source(data, lambda number, part: _opened(part, named[number], Path(folder)))
+        opened = for_each_source(data, lambda number, part: _opened(part, named[number], Path(folder), cache))
         looked = [(part, _first(documents, named[number].exact))
                   for number, (part, documents) in enumerate(zip(data.parts, opened, strict=True)) if documents]
         tokenizer = _tokenizer(origin, looked, Path(folder)) if looked else None
@@ -102,11 +103,16 @@ def preview(data: Data, origin: Origin | None) -> list[Preview]:
     return looked_at
 
 
-def _opened(data: Data, found: Preview, folder: Path) -> sources.Documents | None:
+def _opened(data: Data, found: Preview, folder: Path, cache: Path | None) -> sources.Documents | None:
     """The training documents of a source: all that a run has if it is small, else a stream; None if it is not here."""
     if not sources.is_local(data.path):
-        found.not_looked_at = "it is no local data; limbeck show-data downloads and shows it"
-        return None
+        documents = None if cache is None else sources.from_hub_cache(data, cache)
+        if documents is None:
+            found.not_looked_at = ("it is no local data, so that its fields, template and number of rows are unknown; "
+                                   "limbeck show-data downloads and shows it")
+        else:
+            found.notes.append("this is the copy of an earlier run in run.cache; a run asks the hub for a newer one")
+        return documents
     held_out = data.validation.path
     if held_out is not None:
         sources.check_path(held_out, "data.validation.path")
@@ -154,7 +160,7 @@ def _counted(found: Preview, data: Data, documents: sources.Documents, tokenizer
     encoder = encoder_for(tokenizer, data, documents)
     encoded = [encoder([record]) for record in records]
     found.read, found.examples = len(records), _examples(encoded, data, tokenizer)
-    found.notes = [*encoder.notes, *notes_on_calls(records, data)]
+    found.notes += [*encoder.notes, *notes_on_calls(records, data)]
     every = [document for one in encoded for document in one]
     capacity = data.sequence_length
     pieces = [document[cut] for document in every for cut in cuts(document.loss_mask, capacity, data.is_plain)]
@@ -197,6 +203,8 @@ def _whole(data: Data, documents: sources.Documents, read: Records) -> tuple[int
 
 def _size(data: Data, documents: sources.Documents) -> tuple[int | None, int | None]:
     """About how many records a source has, None if it is not known; and their bytes, if they are plain text files."""
+    if not sources.is_local(data.path):
+        return documents.info.splits[data.split].num_examples if data.split in documents.info.splits else None, None
     if data.path == sources.PYTHON_LIBRARY:
         return len(documents), sum(len(text.encode()) for text in documents["text"])
     files = sources.files_of(data.path)

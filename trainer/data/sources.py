@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules.cache.cache import Cache
 from datasets.utils.extract import Extractor
 from pyarrow import parquet
 
@@ -79,6 +80,23 @@ def open_training(data: Data, cache: Path) -> Documents:
     train = _open(data, data.path, data.split, "data.path", cache)
     _check_fields(train, data)
     return train.take(data.max_documents) if data.max_documents else train
+
+
+def from_hub_cache(data: Data, cache: Path) -> Documents | None:
+    """A stream of the training documents of a hub data set that an earlier run has prepared in `cache`, or None.
+
+    Nothing is written, and the hub is not asked: it may have a newer version.
+    """
+    if not any((cache / "datasets").glob("*")):
+        return None
+    try:
+        builder = Cache(str(cache / "datasets"), data.path.rpartition("/")[2], data.name, version="auto", hash="auto",
+                        repo_id=data.path)
+        documents = builder.as_streaming_dataset(split=data.split.partition("[")[0])
+    except (ValueError, OSError, KeyError):  # not there, with another split, or of several names
+        return None
+    _check_fields(documents, data)
+    return documents.take(data.max_documents) if data.max_documents else documents
 
 
 def is_local(path: str) -> bool:

@@ -1,7 +1,9 @@
 """What a dry run says of the data, beside what a run then makes of it."""
 
 import json
+import shutil
 
+import datasets
 import pytest
 
 from tests.conftest import sentences, train_py
@@ -64,3 +66,23 @@ def test_each_source_of_a_mixture_is_looked_at_and_what_is_not_here_is_not(write
     with pytest.raises(UserError) as caught:
         preview(Data(sources=sources, tokenizer={"train_vocabulary": 300}), None)
     assert caught.value.key == "data.sources.1.text"
+
+
+def test_hub_data_of_an_earlier_run_is_looked_at_in_the_cache(talks, tmp_path):
+    cached = tmp_path / "cache" / "datasets"
+    datasets.load_dataset("json", data_files=talks["path"], cache_dir=str(cached))
+    (info,) = cached.rglob("dataset_info.json")  # what `datasets` leaves of a hub data set has the same files
+    folder = cached / "some___talks" / "default" / "0.0.0" / "0123abcd"
+    shutil.copytree(info.parent, folder)
+    (folder / "json-train.arrow").rename(folder / "talks-train.arrow")
+    facts = json.loads(info.read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**facts, "config_name": "default", "dataset_name": "talks"}))
+    before = sorted(tmp_path.rglob("*"))
+    data = Data(**{**talks, "path": "some/talks"}, tokenizer={"train_vocabulary": 300})
+    (said,) = preview(data, None, tmp_path / "cache")
+    assert (said.read, said.records, said.not_looked_at) == (200, 294, "") and "earlier run" in said.notes[0]
+    assert "What does it see" in said.examples[0] and sorted(tmp_path.rglob("*")) == before
+    (other,) = preview(Data(**{**talks, "path": "some/walks"}), None, tmp_path / "cache")
+    assert "no local data, so that its fields" in other.not_looked_at
+    with pytest.raises(UserError, match="the records have no such field"):
+        preview(Data(**{**talks, "path": "some/talks", "response": "reply"}), None, tmp_path / "cache")
