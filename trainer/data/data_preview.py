@@ -204,7 +204,7 @@ def _whole(data: Data, documents: sources.Documents, read: Records) -> tuple[int
 def _size(data: Data, documents: sources.Documents) -> tuple[int | None, int | None]:
     """About how many records a source has, None if it is not known; and their bytes, if they are plain text files."""
     if not sources.is_local(data.path):
-        return documents.info.splits[data.split].num_examples if data.split in documents.info.splits else None, None
+        return (None if "[" in data.split else len(documents)), None
     if data.path == sources.PYTHON_LIBRARY:
         return len(documents), sum(len(text.encode()) for text in documents["text"])
     files = sources.files_of(data.path)

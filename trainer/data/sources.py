@@ -9,13 +9,14 @@ from __future__ import annotations
 import glob
 import os
 import random
+import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.packaged_modules.cache.cache import Cache
+from datasets.naming import camelcase_to_snakecase
 from datasets.utils.extract import Extractor
 from pyarrow import parquet
 
@@ -83,20 +84,19 @@ def open_training(data: Data, cache: Path) -> Documents:
 
 
 def from_hub_cache(data: Data, cache: Path) -> Documents | None:
-    """A stream of the training documents of a hub data set that an earlier run has prepared in `cache`, or None.
+    """The training documents of a hub data set that an earlier run has prepared in `cache`, or None.
 
-    Nothing is written, and the hub is not asked: it may have a newer version.
+    The newest copy is taken. Nothing is written, and the hub is not asked: it may have a newer version.
     """
-    if not any((cache / "datasets").glob("*")):
-        return None
-    try:
-        builder = Cache(str(cache / "datasets"), data.path.rpartition("/")[2], data.name, version="auto", hash="auto",
-                        repo_id=data.path)
-        documents = builder.as_streaming_dataset(split=data.split.partition("[")[0])
-    except (ValueError, OSError, KeyError):  # not there, with another split, or of several names
-        return None
-    _check_fields(documents, data)
-    return documents.take(data.max_documents) if data.max_documents else documents
+    *owner, name = data.path.split("/")
+    split = data.split.partition("[")[0]
+    copies = (cache / "datasets" / "___".join([*owner, camelcase_to_snakecase(name)])).glob(f"{data.name or '*'}/*/*")
+    for copy in sorted(copies, key=os.path.getmtime, reverse=True):
+        if files := sorted(file for file in copy.glob("*.arrow") if re.search(rf"-{re.escape(split)}(-\d+-of-\d+)?$", file.stem)):
+            documents = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+            _check_fields(documents, data)
+            return documents.take(data.max_documents) if data.max_documents else documents
+    return None
 
 
 def is_local(path: str) -> bool:
