@@ -89,10 +89,10 @@ def from_hub_cache(data: Data, cache: Path) -> Documents | None:
     The newest copy is taken. Nothing is written, and the hub is not asked: it may have a newer version.
     """
     *owner, name = data.path.split("/")
-    split = data.split.partition("[")[0]
+    ends = re.compile(f"-{re.escape(data.split.partition('[')[0])}(-\\d+-of-\\d+)?$")
     copies = (cache / "datasets" / "___".join([*owner, camelcase_to_snakecase(name)])).glob(f"{data.name or '*'}/*/*")
     for copy in sorted(copies, key=os.path.getmtime, reverse=True):
-        if files := sorted(file for file in copy.glob("*.arrow") if re.search(rf"-{re.escape(split)}(-\d+-of-\d+)?$", file.stem)):
+        if files := sorted(file for file in copy.glob("*.arrow") if ends.search(file.stem)):
             documents = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
             _check_fields(documents, data)
             return documents.take(data.max_documents) if data.max_documents else documents

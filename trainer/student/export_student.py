@@ -256,7 +256,7 @@ def export(run: Path, name: str, trust_remote_code: bool = False, readers: Seque
 
 def _reference(name: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The student that a runtime's files have to reproduce."""
-    if name in ("gguf", "ctranslate2"):
+    if name == "gguf" or (name == "ctranslate2" and any(True for _ in quantized_layers(model))):
         return dequantized_reference(model, dtype)
     if name == "executorch":
         return executorch_reference(model, dtype)

@@ -149,7 +149,8 @@ def _stand_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     traced = dequantized_reference(model, dtype).cpu()
     for name, layer in quantized_layers(model):
         if multiplied(layer):
-            traced.set_submodule(name, XnnpackLinear(name, layer).cpu())
+            bias = traced.get_submodule(name).bias  # it is rounded there
+            traced.set_submodule(name, XnnpackLinear(name, layer, bias).cpu())
         elif isinstance(layer, nn.Embedding) and layer.quantizer.kind != "fp8":
             traced.set_submodule(name, Rows(layer).cpu())
     for name, module in list(traced.named_modules()):

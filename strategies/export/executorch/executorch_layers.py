@@ -96,12 +96,19 @@ def positive(layer: Quantized) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class XnnpackLinear(nn.Module):
-    """A linear layer of quantized activations and weights, in the operators that XNNPACK recognizes."""
+    """A linear layer of quantized activations and weights, in the operators that XNNPACK recognizes.
 
-    def __init__(self, name: str, layer: Quantized) -> None:
+    Args:
+        name: the layer's, for messages.
+        layer: it, whose tensors are not shared.
+        bias: as it is exported.
+    """
+
+    def __init__(self, name: str, layer: Quantized, bias: torch.Tensor | None) -> None:
         super().__init__()
         import_module("torch.ao.quantization.fx._decomposed")  # defines the operators
-        self.form, self.bias = stored_as(name, layer), layer.bias
+        self.form = stored_as(name, layer)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         numbers, scale = positive(layer)
         if numbers.amin() < self.form.lowest or numbers.amax() > self.form.highest:
             raise ValueError(f"{name} has numbers that {self.form.bits} bits do not hold beside positive scales")

@@ -45,7 +45,7 @@ def linear(how: dict, inputs: int, activations=EIGHT) -> nn.Module:
 def test_numbers_and_scales_of_training_are_what_is_stored(how, inputs, form):
     torch.manual_seed(0)
     layer = linear(how, inputs)
-    stored = XnnpackLinear("layer", layer)
+    stored = XnnpackLinear("layer", layer, layer.bias)
     scale = stored.scale.double().view(24, -1)
     weight = (stored.numbers.double().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1)
     grid = layer.grid()
@@ -119,7 +119,7 @@ def test_xnnpack_multiplies_the_numbers_of_every_form():
     class Several(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList(XnnpackLinear("layer", layer) for layer in layers)
+            self.layers = nn.ModuleList(XnnpackLinear("layer", layer, layer.bias) for layer in layers)
 
         def forward(self, values):
             return [layer(values[..., :layer.numbers.shape[1]]) for layer in self.layers]
@@ -139,13 +139,21 @@ def test_xnnpack_multiplies_the_numbers_of_every_form():
 
 @needs_executorch
 def test_executorch_computes_what_its_reference_does_and_another_base_is_found(tmp_path):
+    from executorch.runtime import Runtime
+
     torch.set_num_threads(1)
-    model = build(num_hidden_layers=1)
+    model = build(num_hidden_layers=1, attention_bias=True)
+    with torch.no_grad():
+        for bias in (one for name, one in model.named_parameters() if name.endswith("bias")):
+            bias.normal_()
     prepare(model, WeightQuantizer(bits=4, group_size=32, **BF16), ignore=(), activations=EIGHT, embeddings=True)
     folder = tmp_path / "student"
     notes = write_executorch(folder, model, trained(), torch.bfloat16)
     files, rows = [folder / "student.pte"], ids()
     reference = executorch_reference(model, torch.bfloat16)
+    program = Runtime.get().load_program(files[0])  # at the first tokens no number falls on the next one yet
+    theirs = program.load_method("forward").execute([rows[:1, :2], torch.arange(2)[None]])[0]
+    torch.testing.assert_close(theirs, reference(rows[:1, :2]).logits.detach(), rtol=1e-5, atol=1e-5)
     receipt = read_by("executorch", folder, files, reference, rows, 2e-2, threads=1)
     assert receipt.holds and receipt.tokens > 500 and receipt.slowest_turn > 0.99, receipt
     assert "zero point of each token" in notes[1] and len(notes) == 2
