@@ -66,6 +66,8 @@ class Model:
 
     def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any) -> Any:
         """Logits of packed rows, one after the other."""
+        if input_ids.shape[1] > self.longest:
+            raise ValueError(f"rows of {input_ids.shape[1]} tokens, and this program takes {self.longest} at once")
         return SimpleNamespace(logits=torch.cat([
             self.after(ids[None], positions[None]) for ids, positions in zip(input_ids, position_ids, strict=True)]))
 

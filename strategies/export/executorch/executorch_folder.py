@@ -27,7 +27,7 @@ FILE = "student.pte"
 # Model types of transformers whose programs were compared with torch; others are tried first.
 TRIED = ("gemma3_text", "gpt2", "llama", "mistral", "olmo2", "phi", "qwen2", "qwen3", "stablelm")
 MOST = 4096  # tokens: memory for so many is set aside when a program is loaded
-PLANNED = 2**30  # most bytes of that memory for scores of attention and logits
+PLANNED = 2**32  # most bytes of that memory for scores of attention and logits
 KINDS = (nn.Linear, nn.Embedding, nn.Conv1d)
 
 
