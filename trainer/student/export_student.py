@@ -84,8 +84,6 @@ RUNTIMES = {
     "ctranslate2": Runtime("hf.ctranslate2_folder", "ctranslate2_client.py", "", 1e-4, ("ctranslate2",)),
     "executorch": Runtime("executorch.executorch_folder", "executorch_client.py", "", 1e-4, ("executorch",)),
 }
-# Model types whose graphs torch is known to export for a runtime, and what tries another one.
-TRIALS = {"onnx": (TRIED, try_onnx), "executorch": (TRIED_BY_EXECUTORCH, try_executorch)}
 
 
 def check_runtimes(settings: Export, form: StudentForm, model: nn.Module) -> None:
@@ -95,11 +93,12 @@ def check_runtimes(settings: Export, form: StudentForm, model: nn.Module) -> Non
         model: the student; shapes are enough.
     """
     check_readers(settings)
+    # Model types whose graphs torch is known to export for a runtime, and what tries another one.
+    trials = {"onnx": (TRIED, try_onnx), "executorch": (TRIED_BY_EXECUTORCH, try_executorch)}
     for name in settings.to:
         _check(name, model)
-        known, attempt = TRIALS.get(name, ((), None))
-        if attempt is not None and model.config.model_type not in known:
-            _try(name, attempt, form, model.config)
+        if name in trials and model.config.model_type not in trials[name][0]:
+            _try(name, trials[name][1], form, model.config)
 
 
 def _try(name: str, attempt: Callable[[nn.Module], None], form: StudentForm, config: PretrainedConfig) -> None:

@@ -25,7 +25,8 @@ from strategies.export.quantized_layers import quantized_layers, weight_count
 
 FILE = "student.pte"
 # Model types of transformers whose programs were compared with torch; others are tried first.
-TRIED = ("gemma3_text", "gpt2", "llama", "mistral", "olmo2", "phi", "qwen2", "qwen3", "stablelm")
+TRIED = ("gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2", "opt", "phi", "qwen2",
+         "qwen3", "smollm3", "stablelm", "starcoder2")
 MOST = 4096  # tokens: memory for so many is set aside when a program is loaded
 PLANNED = 2**32  # most bytes of that memory for scores of attention and logits
 KINDS = (nn.Linear, nn.Embedding, nn.Conv1d)

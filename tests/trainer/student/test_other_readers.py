@@ -60,7 +60,8 @@ def test_a_run_is_written_for_ctranslate2(run_experiment, quantization):
 @pytest.mark.skipif(not find_spec("executorch"), reason="pip install 'limbeck[executorch]'")
 def test_a_run_is_written_for_executorch(run_experiment):
     quantization = {"bits": 4, "group_size": 32, "positive_scales": True, "activations": {}}
-    _, folder = run_experiment(**SHORT, student={"quantization": quantization}, export={
+    _, folder = run_experiment(**SHORT, student={
+        "architecture": {"num_hidden_layers": 1}, "quantization": quantization}, export={
         "to": ["executorch"], "dtype": "bfloat16", "tolerance": 0.02})
     student = folder.student_for("executorch")
     receipt, other = (json.loads((student / f"{name}.json").read_text()) for name in ("receipt", "receipt-executorch"))
