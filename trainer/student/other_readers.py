@@ -58,13 +58,14 @@ def missing_receipts(folder: Path, runtime: str, settings: Export) -> bool:
 
 
 def read_by_others(experiment: str, settings: Export, written: Written, model: nn.Module, reference: nn.Module,
-                   text: PreparedData) -> None:
+                   text: PreparedData, least: float = 0.0) -> None:
     """Have each further runtime read an exported student, and write its receipt.
 
     Args:
         experiment: its name, for the log.
         model: the trained student, whose quantized layers still fake-quantize.
         reference: the same in the dtype of the export.
+        least: the least tolerance that the student itself can keep.
 
     Raises:
         RunFailed: a runtime could not load the student, or finds something else in it.
@@ -75,7 +76,7 @@ def read_by_others(experiment: str, settings: Export, written: Written, model: n
         try:
             with working(experiment, f"reading what is for {written.runtime} with {name}", at_once=True):
                 receipt = read_by(name, written.path, written.files, ours, text.held_out["input_ids"],
-                                  tolerance(name, model, dtype), threads=torch.get_num_threads(),
+                                  max(least, tolerance(name, model, dtype)), threads=torch.get_num_threads(),
                                   letter=_letter(text.tokenizer))
         except RuntimeError as error:
             raise RunFailed(f"{name}: {error}") from error

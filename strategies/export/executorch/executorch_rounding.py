@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -10,6 +13,7 @@ from strategies.export.gguf.gguf_file import dequantized_reference
 from strategies.export.quantized_layers import quantized_layers
 
 LOWEST, HIGHEST = -128, 127
+NUDGE = 2e-7  # relative, of embeddings: about what sums of fp32 in another order differ by
 
 
 def executorch_reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -24,6 +28,25 @@ def executorch_reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             reference.get_submodule(name).register_forward_pre_hook(
                 lambda _, inputs: (rounded_with_zero_point(inputs[0]),))
     return reference
+
+
+@contextmanager
+def nudged(reference: nn.Module) -> Iterator[None]:
+    """Within the context, a model's embeddings are off by as little as sums of fp32 in another order.
+
+    Rounded activations amplify this: where a number falls on the next integer, those after it do, too. How far logits
+    move is how exactly anything can be said of the model, on whatever runtime.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(_: nn.Module, __: tuple, rows: torch.Tensor) -> torch.Tensor:
+        return rows * (1 + NUDGE * torch.randn(rows.shape, generator=generator)).to(rows)
+
+    handle = reference.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def rounded_with_zero_point(values: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from strategies.export.executorch.executorch_folder import (
     write_executorch,
 )
 from strategies.export.executorch.executorch_layers import XnnpackLinear, stored_as
-from strategies.export.executorch.executorch_rounding import executorch_reference, rounded_with_zero_point
+from strategies.export.executorch.executorch_rounding import executorch_reference, nudged, rounded_with_zero_point
 from strategies.export.readers import read_by
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.qat import become_quantized, prepare
@@ -102,6 +102,20 @@ def test_activations_are_rounded_with_a_zero_point_as_torchs_own_operators_do():
     wanted = ops.dequantize_per_token(numbers, scale, zero, -128, 127, torch.int8, torch.float32)
     torch.testing.assert_close(rounded_with_zero_point(values), wanted, rtol=1e-6, atol=1e-7)
     assert (EIGHT.fake_quantize(values) - wanted).abs().max() > 1e-3  # training rounds otherwise
+
+
+def test_a_student_moves_by_itself_only_where_it_rounds():
+    model, rows = build(num_hidden_layers=2), ids()[:1, :64]
+    moved = []
+    for activations in (None, EIGHT):
+        if activations is not None:
+            prepare(model, WeightQuantizer(4), activations=activations)
+        reference = executorch_reference(model, torch.float32)
+        before = reference(rows).logits
+        with nudged(reference):
+            moved.append(float((reference(rows).logits - before).abs().max()))
+        assert torch.equal(reference(rows).logits, before)
+    assert 0 < moved[0] < 1e-4 and moved[1] > 1e-2
 
 
 def test_programs_take_as_long_texts_as_memory_allows():
