@@ -104,6 +104,7 @@ def test_activations_are_rounded_with_a_zero_point_as_torchs_own_operators_do():
     assert (EIGHT.fake_quantize(values) - wanted).abs().max() > 1e-3  # training rounds otherwise
 
 
+@torch.no_grad()
 def test_a_student_moves_by_itself_only_where_it_rounds():
     model, rows = build(num_hidden_layers=2), ids()[:1, :64]
     moved = []
