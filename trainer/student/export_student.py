@@ -268,8 +268,6 @@ def _tolerance(name: str, model: nn.Module, reference: nn.Module, text: Prepared
     """The tolerance of a runtime, which a student of rounded activations may not be able to keep itself."""
     if all(layer.activations is None for _, layer in quantized_layers(model)):
         return RUNTIMES[name].tolerance
-    if name != "executorch":
-        return ROUNDED
     with nudged(reference):
         moved = (logits_of(reference, text) - exported).abs().max() / exported.abs().max().clamp(min=1e-30)
     return max(ROUNDED, SPREAD * float(moved))
