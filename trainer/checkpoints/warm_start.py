@@ -10,7 +10,7 @@ from trainer.checkpoints.finding import listed
 from trainer.checkpoints.manifest import Unreadable, wrong_with
 from trainer.checkpoints.reading import load_whole
 from trainer.errors import UserError
-from trainer.experiment.nodes import Student
+from trainer.experiment.model_nodes import Student
 from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.run_paths import KEY, check_run, run_of

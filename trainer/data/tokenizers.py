@@ -16,7 +16,7 @@ from trainer.data.sources import fields
 from trainer.errors import UserError, error_context
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.data_nodes import Tokenizer as TokenizerSettings
-from trainer.experiment.nodes import Student, Teacher
+from trainer.experiment.model_nodes import Student, Teacher
 from trainer.model_files import check_files
 
 Origin = tuple[str, str, str | None]  # key, path, revision

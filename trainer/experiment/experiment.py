@@ -10,19 +10,9 @@ from pydantic import Field, model_validator
 from trainer.errors import UserError
 from trainer.experiment.adapter_nodes import Adapter
 from trainer.experiment.data_nodes import Data
+from trainer.experiment.model_nodes import Student, Teacher
 from trainer.experiment.node import Dtype, Node
-from trainer.experiment.nodes import (
-    Export,
-    Memory,
-    Optimizer,
-    Precision,
-    Run,
-    Schedule,
-    Sharding,
-    Student,
-    Teacher,
-    Training,
-)
+from trainer.experiment.nodes import Export, Memory, Optimizer, Precision, Run, Schedule, Sharding, Training
 from trainer.experiment.objective_nodes import INSIDE, Divergence, Objective
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.report_node import Report

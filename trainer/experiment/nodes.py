@@ -7,141 +7,19 @@ inside `build`, so that reading, checking and explaining an experiment takes a f
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, error_context
-from trainer.experiment.adapter_nodes import Adapter, check_adapter_quantization
 from trainer.experiment.node import Bytes, DeviceName, Dtype, Fraction, Node, PathName, Positive, Weight
-from trainer.experiment.quantization_nodes import Quantization
 
 if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
-
     import torch
 
     from trainer.experiment.lr_schedule import LearningRate
     from trainer.experiment.precision import MixedPrecision
-
-class TeacherTraining(Node):
-    """How to train a teacher that has no weights yet: once, with the experiment's own data, batches and schedule."""
-
-    steps: Positive = 500
-    """Optimizer steps of the teacher's own training."""
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    """Peak learning rate of the teacher's own training."""
-
-
-class Model(Node):
-    """A causal language model, given by a hub id or local folder (`path`) or by its dimensions (`architecture`)."""
-
-    path: PathName | None = None
-    """Hub id or local folder holding `config.json` and safetensors weights."""
-    revision: str | None = None
-    """Branch, tag or commit of the hub id."""
-    architecture: dict[str, Any] | None = None
-    """Config values as in transformers, with `model_type`; given beside `path`, they let `--dry-run` work offline."""
-    trust_remote_code: bool = False
-    """Run Python code that ships with the model; when false, no code from the model's files is executed."""
-
-    @model_validator(mode="after")
-    def _model_type(self) -> Model:
-        if self.architecture is not None and not isinstance(self.architecture.get("model_type"), str):
-            raise UserError(
-                "architecture", "the dimensions lack `model_type`", value=self.architecture,
-                way_out="name the transformers architecture, for example `model_type: llama`",
-            )
-        return self
-
-
-class Targets(Node):
-    """Where the teacher's targets come from: the teacher itself at every step, or a cache that is written once."""
-
-    source: Literal["live", "hidden", "samples", "top_k"] = "live"
-    """live: run the teacher at every step; else cache its last hidden states, sampled tokens, or top-k tokens."""
-    draws: Positive = 50
-    """Tokens sampled from the teacher at each position, for `samples`."""
-    k: Positive = 64
-    """Most probable tokens kept at each position, for `top_k`; all others are merged into one more class."""
-    path: PathName | None = None
-    """Folder of the cache; null: inside `run.cache`, one folder per teacher, tokenizer and data set."""
-
-    @model_validator(mode="after")
-    def _cached(self) -> Targets:
-        if self.path is not None and self.source == "live":
-            raise UserError("path", "a live teacher has no cache", value=self.path,
-                            way_out="set `source` to hidden, samples or top_k, or leave it out")
-        return self
-
-
-class Teacher(Model):
-    """The large model that the student learns from."""
-
-    dtype: Dtype = "float32"
-    """Dtype in which the teacher's weights are held."""
-    train: TeacherTraining | None = None
-    """Train the teacher from its `architecture` first, when it has no `path`."""
-    targets: Targets = Targets()
-    """Where the teacher's targets come from."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Teacher:
-        if self.path is None and self.architecture is None:
-            raise UserError("", "the teacher has neither `path` nor `architecture`",
-                            way_out="name a hub id or local folder in `path`, or give `architecture` and `train`")
-        if self.path is None and self.train is None:
-            raise UserError("train", "a teacher made from its `architecture` alone has random weights",
-                            way_out="add `train: {steps: 500}` to train it first, or name its weights in `path`")
-        if self.path is not None and self.train is not None:
-            raise UserError("train", "the teacher has weights (`path`) and is also to be trained from scratch",
-                            way_out="remove `path` or `train`")
-        return self
-
-
-class Student(Model):
-    """The small model that is trained and exported."""
-
-    from_teacher: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Start from these layers of the teacher (0 is the first), with its embeddings and head."""
-    from_run: PathName | None = None
-    """Start from the trained weights of another run: its folder (newest checkpoint), or one of its checkpoints."""
-    quantization: Quantization | None = None
-    """Quantize the student's weights and export them bit-packed; null keeps full precision."""
-    adapter: Adapter | None = None
-    """Train adapters on the student's weights, which are frozen; null trains the weights themselves."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Student:
-        if self.from_teacher is not None and (self.path or self.architecture):
-            raise UserError("from_teacher", "the student has two origins: layers of the teacher, and its own model",
-                            way_out="keep either `from_teacher` or `path`/`architecture`")
-        if self.from_run is not None and (self.from_teacher is not None or self.path or self.architecture):
-            raise UserError("from_run", "the student has two origins: another run, and "
-                            f"{'layers of the teacher' if self.from_teacher is not None else 'its own model'}",
-                            value=self.from_run, way_out="keep one of `from_run`, `from_teacher` and "
-                            "`path`/`architecture`; a run brings its student's architecture and tokenizer")
-        if self.from_teacher is not None and (not self.from_teacher or sorted(set(self.from_teacher)) != list(
-                self.from_teacher)):
-            raise UserError("from_teacher", "the layers must be listed once each, in rising order",
-                            value=list(self.from_teacher), way_out="for example `from_teacher: [0, 2, 5]`")
-        if self.from_teacher is None and not self.path and not self.architecture and not self.from_run:
-            raise UserError("", "the student has no origin",
-                            way_out="give `from_teacher` (layers), `path` (weights), `from_run` (the student of "
-                            "another run) or `architecture` (dimensions)")
-        return self
-
-    @model_validator(mode="after")
-    def _adapted(self) -> Student:
-        if self.adapter is not None and self.from_teacher is None and self.path is None and self.from_run is None:
-            raise UserError("adapter", "the student has random weights, which an adapter would leave as they are",
-                            value=self.adapter.kind, way_out="give it a `path` or `from_teacher`, or remove `adapter`")
-        if self.adapter is not None and self.from_run is not None:
-            raise UserError("from_run", "an adapter's base comes from files of its own", value=self.from_run,
-                            way_out="name the exported student of that run in `path`")
-        if self.adapter is not None:
-            check_adapter_quantization(self.adapter, self.quantization)
-        return self
 
 
 class Optimizer(Node):

@@ -31,7 +31,7 @@ from strategies.export.weight_reads import weight_reads
 from strategies.quantization.qat import prepare
 from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment, StudentForm
-from trainer.experiment.nodes import Model, Student, Teacher
+from trainer.experiment.model_nodes import Model, Student, Teacher
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.run_paths import model_of_run
 from trainer.model_files import stored_dtypes

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
-from trainer.experiment.nodes import Model, Student, Teacher
+from trainer.experiment.model_nodes import Model, Student, Teacher
 from trainer.experiment.run_paths import check_run, model_of_run
 from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line, too_deep
 from trainer.models.architecture_keys import OF_A_FILE, check_arrived, model_values, without_foreign_ids

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from trainer.errors import UserError
-from trainer.experiment.nodes import Model
+from trainer.experiment.model_nodes import Model
 
 if TYPE_CHECKING:  # pragma: no cover - importing it at run time would be circular
     from trainer.data.dataset import PreparedData

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from trainer.errors import UserError
-from trainer.experiment.nodes import Model
+from trainer.experiment.model_nodes import Model
 from trainer.model_files import first_line
 
 # Prefixes of the language model's weights in multimodal files of transformers 4 and 5, and in a text-only model.

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from strategies.distillation.losses.fused_head import hidden_states
 from trainer.errors import UserError
-from trainer.experiment.nodes import Model
+from trainer.experiment.model_nodes import Model
 from trainer.model_files import first_line
 from trainer.models.reload_trial import check_reload
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from trainer.experiment.nodes import Model
+from trainer.experiment.model_nodes import Model
 from trainer.model_files import indexed
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -15,7 +15,8 @@ from strategies.export.hf.transformers_folder import write_folder
 from strategies.export.receipt import TRANSFORMERS
 from trainer.errors import RunFailed
 from trainer.experiment.experiment import StudentForm
-from trainer.experiment.nodes import Export, Student
+from trainer.experiment.model_nodes import Student
+from trainer.experiment.nodes import Export
 from trainer.models.build import DTYPES, empty_student
 from trainer.models.quantized_base import quantized_base
 

@@ -12,7 +12,8 @@ from strategies.export.hf.transformers_folder import write_folder
 from strategies.quantization.freeze import freeze_quantized
 from trainer.data.dataset import PreparedData
 from trainer.experiment.experiment import StudentForm
-from trainer.experiment.nodes import Export, Student
+from trainer.experiment.model_nodes import Student
+from trainer.experiment.nodes import Export
 from trainer.models.build import DTYPES
 from trainer.student.compare_student import logits_of
 from trainer.student.merge_adapter import check_merge, write_separate

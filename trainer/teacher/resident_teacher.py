@@ -21,7 +21,7 @@ from strategies.memory.residency import Residency
 from trainer.data.batches import Batch
 from trainer.distributed.rank_memory import RankSetup
 from trainer.errors import UserError
-from trainer.experiment.nodes import Teacher
+from trainer.experiment.model_nodes import Teacher
 from trainer.models.build import DTYPES
 from trainer.models.model_origin import skeleton
 from trainer.models.rope_by_document import by_document

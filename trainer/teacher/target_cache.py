@@ -41,8 +41,8 @@ from trainer.data.dataset import PreparedData
 from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.experiment import Experiment
-from trainer.experiment.nodes import Targets as TargetSettings
-from trainer.experiment.nodes import Teacher
+from trainer.experiment.model_nodes import Targets as TargetSettings
+from trainer.experiment.model_nodes import Teacher
 from trainer.files import fingerprint
 from trainer.models.build import shape_of
 from trainer.run.metrics import readable

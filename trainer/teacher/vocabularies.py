@@ -19,7 +19,7 @@ from trainer.data.rows import StreamedRows
 from trainer.data.tokenizers import own_tokenizer, vocabulary_size
 from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
-from trainer.experiment.nodes import Student, Teacher
+from trainer.experiment.model_nodes import Student, Teacher
 from trainer.experiment.objective_nodes import Objective
 from trainer.teacher.resident_teacher import apart
 

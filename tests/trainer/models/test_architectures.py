@@ -7,7 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from trainer.errors import UserError
-from trainer.experiment.nodes import Model
+from trainer.experiment.model_nodes import Model
 from trainer.models.architecture_keys import known_keys
 from trainer.models.configs import _config
 

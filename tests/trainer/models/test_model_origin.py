@@ -32,7 +32,7 @@ from trainer.data.dataset import prepare_text
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.load import read_experiment
-from trainer.experiment.nodes import Model
+from trainer.experiment.model_nodes import Model
 from trainer.models.build import _load, build_student, empty_student
 from trainer.models.configs import _config
 from trainer.models.model_origin import skeleton
