@@ -157,7 +157,8 @@ def _status(options: Namespace) -> int:
     if (folder / "sweep.json").exists():
         from trainer.sweep.run_sweep import sweep_status
 
-        said, code = sweep_status(folder)
+        said, code, _ = sweep_status(folder)
+        said = f"{folder}: {said}"
     else:
         said, code = status(folder)
     print(said)
@@ -176,13 +177,18 @@ def _run_named(options: Namespace) -> Path:
 
 
 def _watch(options: Namespace) -> int:
-    from trainer.run.watch import watch
+    from trainer.run.watch import Watch, watch
 
     if not 0 < options.every < float("inf"):
         raise UserError("", f"--every {options.every:g} is no time between two looks",
                         way_out="give seconds, for example --every 5")
+    folder = _run_named(options)
+    if (folder / "sweep.json").exists():
+        from trainer.sweep.watch_sweep import WatchSweep as Looks
+    else:
+        Looks = Watch
     try:
-        return watch(_run_named(options), options.every, options.once, Console(highlight=False))
+        return watch(Looks(folder), options.every, options.once, Console(highlight=False))
     except KeyboardInterrupt:
         return signals.AT_ONCE
 

@@ -29,7 +29,7 @@ from trainer.run.folder import RunFolder, training_identity
 from trainer.run.hints import hints
 from trainer.run.metrics import read_lines
 from trainer.run.report import write_report
-from trainer.run.run_status import RunStatus
+from trainer.run.run_status import RunStatus, check_free
 from trainer.run.working import working
 from trainer.student.compare_student import compare
 from trainer.student.export_student import check_tokenizer, check_written, end_answers, write_others
@@ -94,6 +94,8 @@ def run_experiment(source: Source) -> Path:
         RunFailed: training or the comparison failed; checkpoints are kept.
     """
     folder = RunFolder(source.experiment.folder)
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_free(folder)
     with RunStatus(source.experiment.name, folder, lambda: folder.check(source.experiment)):
         return _run(source, folder)
 

@@ -1,6 +1,8 @@
 """Each mistake: exit code 2, one clear message that names the key and the way out, and no half-written run."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY, launch, on_two_ranks, train_py
 from trainer.data.tokenizers import train_tokenizer
+from trainer.errors import OtherRun
 from trainer.experiment.data_nodes import Data, Tokenizer
+from trainer.run.folder import RunFolder
+from trainer.run.run_status import STATUS, check_free
 
 
 def refused(file, tmp_path, *overrides, parts, folder="tiny"):
@@ -156,7 +161,20 @@ def test_two_runs_at_once_on_one_folder(write_experiment, tmp_path):
         fcntl.flock(handle, fcntl.LOCK_EX)
         done = train_py("--config", str(file))
     assert done.returncode == 2 and "another run is using this folder now" in done.stderr
+    assert "process(es)" not in done.stdout, "before anything is planned or read"
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == [".lock"]
+
+
+def test_a_run_that_has_not_locked_its_folder_yet_is_seen_by_its_signs_of_life(write_experiment, tmp_path):
+    folder = RunFolder(tmp_path / "tiny")
+    folder.path.mkdir()
+    status = {"host": socket.gethostname(), "pid": os.getppid(), "doing": "loading models"}
+    (folder.path / STATUS).write_text(json.dumps(status))
+    with pytest.raises(OtherRun, match="another run is using this folder now"):
+        check_free(folder)
+    for other in ({"pid": os.getpid()}, {"host": "another"}):  # itself, and one of which nothing is known
+        (folder.path / STATUS).write_text(json.dumps(status | other))
+        check_free(folder)
 
 
 def test_folder_and_cache_that_cannot_be_written(write_experiment, tmp_path):

@@ -209,9 +209,14 @@ class RunFolder:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             handle.close()
-            raise OtherRun("run.folder", "another run is using this folder now", value=str(self.path),
-                            way_out="wait for it to end, or choose another `run.folder` or `name`") from error
+            raise self.busy() from error
         _LOCKS[self.path] = handle
+
+
+    def busy(self) -> OtherRun:
+        """The error that another run is using the folder."""
+        return OtherRun("run.folder", "another run is using this folder now", value=str(self.path),
+                        way_out="wait for it to end, or choose another `run.folder` or `name`")
 
 
 def _let_go() -> None:

@@ -123,6 +123,17 @@ def _others(folder: RunFolder) -> bool:
     return not folder.locked and (life.lives and life.pid != os.getpid() or in_use(folder.path))
 
 
+def check_free(folder: RunFolder) -> None:
+    """Raise `OtherRun` if another process runs in the folder, before anything is read or planned.
+
+    A process that has not locked the folder yet is found by its signs of life, on this machine only: one that died with
+    another machine would keep its folder for minutes.
+    """
+    life = Life.of(folder)
+    if not folder.locked and (in_use(folder.path) or life.lives and life.pid not in (None, os.getpid())):
+        raise folder.busy()
+
+
 # ---- for those who look at a run
 
 @dataclass(frozen=True)
@@ -211,7 +222,7 @@ def check_run(folder: RunFolder) -> None:
     """Raise `UserError` if the folder is not that of a run, begun or ended."""
     if how_it_ended(folder) is None and not folder.experiment.exists() and not (folder.path / STATUS).exists():
         raise UserError("", "this is not a run folder", value=str(folder.path), way_out="name one, for example "
-                        "runs/NAME, or the experiment: limbeck status --config FILE")
+                        "runs/NAME, or the experiment it is of: --config FILE")
 
 
 def newest_checkpoint(folder: RunFolder) -> str | None:

@@ -11,7 +11,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -220,18 +220,22 @@ class Watch:
         return lines
 
 
-def watch(path: Path, every: float, once: bool, console: Console,
-          sleep: Callable[[float], None] = time.sleep) -> int:
+class Looks(Protocol):
+    """What is looked at: a run, or a sweep."""
+
+    def frame(self, columns: int, rows: int = 50) -> tuple[list[str], int | None]:
+        """See `Watch.frame`."""
+
+
+def watch(looks: Looks, every: float, once: bool, console: Console, sleep: Callable[[float], None] = time.sleep
+          ) -> int:
     """Show a run until it has ended, and return the exit code of `limbeck status`.
 
     Args:
+        looks: the run, or sweep.
         every: seconds between two looks.
         once: whether to look only once; so it is without a terminal.
-
-    Raises:
-        UserError: it is no run.
     """
-    looks = Watch(path)
     if once or not console.is_terminal:
         lines, code = looks.frame(console.width)
         print("\n".join(lines), file=console.file, flush=True)

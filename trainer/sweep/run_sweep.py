@@ -163,13 +163,16 @@ def write_results(folder: SweepFolder, record: SweepRecord) -> None:
     draw_sweep(record, folder.picture)
 
 
-def sweep_status(path: Path) -> tuple[str, int]:
-    """Describe how a sweep is doing, with an exit code as of a run: 0 finished, 75 to be started again, else 1."""
+def sweep_status(path: Path) -> tuple[str, int, bool]:
+    """How a sweep is doing in words, its exit code as of a run, and whether it is running.
+
+    The code is 0 for a finished sweep, 75 for one to be started again, else 1.
+    """
     folder = SweepFolder(path)
     record = folder.read()
     running = in_use(folder.path)
     code = 0 if record.finished else 1 if running or record.count("failed") else AGAIN_LATER
-    return f"{path}: {'running; ' if running else ''}{record.progress}", code
+    return f"{'running; ' if running else ''}{record.progress}", code, running
 
 
 def _duration(seconds: float) -> str:

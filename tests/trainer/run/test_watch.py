@@ -127,7 +127,7 @@ def test_how_a_run_ended(run, capsys, monkeypatch):
     folder.receipt.write_text("{}")
     folder.report.write_text("")
     out = Console(file=io.StringIO(), width=200)
-    assert watch(folder.path, 1.0, False, out) == 0, "where there is no terminal, once"
+    assert watch(Watch(folder.path), 1.0, False, out) == 0, "where there is no terminal, once"
     assert out.file.getvalue() == f"mine  finished, see {folder.report}\n"
     assert limbeck(["watch", str(folder.path), "--once", "--every", "3"]) == 0
     assert capsys.readouterr().out.startswith("mine  finished, see ")
@@ -159,7 +159,7 @@ def test_on_a_terminal_frames_follow_until_the_end_and_ctrl_c_ends_only_the_watc
     going_on = living(*run)
     with going_on:
         before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
-        assert watch(folder.path, 7.0, False, out, sleep) == 1
+        assert watch(Watch(folder.path), 7.0, False, out, sleep) == 1
     assert slept == [7.0, 7.0, 1.0]
     shown = out.file.getvalue()
     assert shown.count("mine  starting") == 2 and "mine  ended: error: memory.budget" in shown

@@ -102,6 +102,10 @@ def test_a_sweep_that_is_killed_stopped_and_gone_on_with(sweep, capsys, monkeypa
         assert time.monotonic() < deadline and stopped.is_alive(), Path("stopped.err").read_text()
         time.sleep(0.02)
     assert "by the end of its launcher on process 0: saved" in log.read_text()
+    assert cli.limbeck(["watch", "out", "--once"]) == 1
+    seen = capsys.readouterr().out.splitlines()
+    assert seen[0].endswith("running; 0 of 3 runs finished, 1 running") and seen[1] == "  steps-300 seed 5:"
+    assert "step " in "".join(seen[2:5]) and seen[-1].endswith("waiting")
     os.kill(stopped.pid, signal.SIGTERM)
     stopped.join()
     said = Path("stopped.out").read_text()
@@ -130,6 +134,9 @@ def test_a_sweep_that_is_killed_stopped_and_gone_on_with(sweep, capsys, monkeypa
     assert cli.limbeck(["report", "out"]) == 0 and "1 of 3 runs finished, 1 failed" in Path("out/sweep.md").read_text()
     Path("report.md").rename("out/runs/steps-300/seed-5/report.md")
     capsys.readouterr()
+    assert cli.limbeck(["watch", "out", "--once"]) == 1
+    seen = capsys.readouterr().out
+    assert "steps-6_evaluate_every-6 seed 5: bits_per_byte " in seen and "seed 5: failed: base.yaml:3:" in seen
 
     Path("base.yaml").write_text(Path("base.yaml").read_text().replace("lr: 0.003", "lr: 0.004"))
     assert cli.limbeck(["sweep", "s.yaml"]) == 2
