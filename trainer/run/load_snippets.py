@@ -120,14 +120,19 @@ with torch.no_grad():  # the numbers that the adapter was trained on: {base}, an
         elif {rest}"""
 
 
+def _shown(tokens: str, prompt: Prompt) -> str:
+    """Code that prints generated tokens; of a chat the answer alone."""
+    cut = "" if isinstance(prompt, str) else ", inputs.input_ids.shape[1]:"
+    return f"print(tokenizer.decode({tokens}[0{cut}], skip_special_tokens=True))"
+
+
 def _answer(prompt: Prompt) -> str:
     """Code in which `model` answers a prompt."""
-    cut = "" if isinstance(prompt, str) else "inputs.input_ids.shape[1]:"
     return f"""\
 {_ids(prompt, "pt")}
 tokens = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=False,
                         max_new_tokens={TOKENS})
-print(tokenizer.decode(tokens[0{cut and f", {cut}"}], skip_special_tokens=True))
+{_shown("tokens", prompt)}
 """
 
 
@@ -135,10 +140,11 @@ def _onnx(path: str, prompt: Prompt, hub: bool) -> str:
     return f"""\
 import numpy as np
 {FETCH * hub}from onnxruntime import InferenceSession
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 path = {_place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
+ends = np.ravel(GenerationConfig.from_pretrained(path).eos_token_id)
 session = InferenceSession(f"{{path}}/model.onnx")
 {_ids(prompt, "np")}
 caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
@@ -152,11 +158,14 @@ for _ in range({TOKENS}):
     past = dict(zip(past, present))
     ids = np.append(ids, logits[:, -1:].argmax(-1), axis=1)
     new = ids[:, -1:] if past else ids
-print(tokenizer.decode(ids[0]))
+    if ids[0, -1] in ends:
+        break
+{_shown("ids", prompt)}
 """
 
 
 def _ctranslate2(path: str, prompt: Prompt, hub: bool) -> str:
+    alone = "" if isinstance(prompt, str) else ", include_prompt_in_result=False"
     return f"""\
 {FETCH * hub}from ctranslate2 import Generator
 from transformers import AutoTokenizer
@@ -166,8 +175,8 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 generator = Generator(path, compute_type="float32")
 {_ids(prompt, "np")}
 tokens = tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
-[found] = generator.generate_batch([tokens], max_length={TOKENS}, sampling_topk=1)
-print(tokenizer.decode(found.sequences_ids[0]))
+[found] = generator.generate_batch([tokens], max_length={TOKENS}, sampling_topk=1{alone})
+print(tokenizer.decode(found.sequences_ids[0], skip_special_tokens=True))
 """
 
 
@@ -175,10 +184,12 @@ def _executorch(path: str, prompt: Prompt, hub: bool) -> str:
     return f"""\
 import torch
 {FETCH * hub}from executorch.runtime import Runtime
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 path = {_place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
+ends = GenerationConfig.from_pretrained(path).eos_token_id
+ends = ends if isinstance(ends, list) else [ends]
 program = Runtime.get().load_program(f"{{path}}/student.pte")
 forward = program.load_method("forward")
 {_ids(prompt, "pt")}
@@ -186,7 +197,9 @@ ids = inputs.input_ids
 for _ in range({TOKENS}):
     [logits] = forward.execute([ids, torch.arange(ids.shape[1])[None]])
     ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
-print(tokenizer.decode(ids[0]))
+    if ids[0, -1].item() in ends:
+        break
+{_shown("ids", prompt)}
 """
 
 
