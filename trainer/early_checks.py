@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PretrainedConfig
 
@@ -15,6 +17,8 @@ from trainer.models.model_trials import check_early_causal
 from trainer.models.router_balance import balancing_weight
 from trainer.models.teacher_layers import try_layers
 from trainer.planning.plan import Plans, count_steps
+from trainer.run.folder import RunFolder
+from trainer.run.run_status import check_free
 from trainer.student.export_student import check_runtimes
 from trainer.teacher.intermediate_losses import check_intermediate
 
@@ -66,3 +70,26 @@ def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = F
     check_intermediate(experiment.objective, student, teacher)
     balancing_weight(experiment.objective, student)
     return teacher, student
+
+
+def next_start(experiment: Experiment) -> str:
+    """What would become of the run folder if the experiment was started now; nothing is written."""
+    folder, asked = RunFolder(experiment.folder), experiment.model_dump(mode="json")
+    try:
+        folder.check(experiment)
+        check_free(folder)
+    except UserError as error:
+        return f"refused: {error.problem}; {error.way_out}"
+    return f"{folder.path}: {_does(folder, asked)}"
+
+
+def _does(folder: RunFolder, asked: dict[str, Any]) -> str:
+    if not folder.experiment.exists():
+        return "a new run"
+    if more := folder.longer(asked):
+        return f"goes on from step {folder.reached:,} ({', '.join(more)})"
+    if not folder.finished:
+        return f"resumes at step {folder.reached:,}" if folder.reached else "begins, with no checkpoint yet"
+    if again := folder.afterwards(asked):
+        return f"is trained; what {', '.join(again)} changes is made again"
+    return f"is finished, and nothing is done: see {folder.report}"

@@ -15,7 +15,7 @@ from trainer.data.sources import check_path
 from trainer.data.tokenizers import known_size, tokenizer_origin, vocabulary_size
 from trainer.distributed.launch import check_engine, start
 from trainer.distributed.topology import Topology
-from trainer.early_checks import check_early, check_shapes_early, configs_of
+from trainer.early_checks import check_early, check_shapes_early, configs_of, next_start
 from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
@@ -61,7 +61,8 @@ def dry_run(source: Source, as_json: bool) -> None:
         experiment = source.experiment
         data = preview(experiment.data, tokenizer_origin(experiment.data.tokenizer, experiment.with_weights),
                        Path(experiment.run.cache))
-        print(plan_json(source, plan, data)) if as_json else show_plan(source, plan, data)
+        show = (source, plan, data, next_start(experiment))
+        print(plan_json(*show)) if as_json else show_plan(*show)
 
 
 def planned(source: Source) -> Plan:
@@ -94,8 +95,6 @@ def run_experiment(source: Source) -> Path:
         RunFailed: training or the comparison failed; checkpoints are kept.
     """
     folder = RunFolder(source.experiment.folder)
-    if int(os.environ.get("RANK", 0)) == 0:
-        check_free(folder)
     with RunStatus(source.experiment.name, folder, lambda: folder.check(source.experiment)):
         return _run(source, folder)
 
@@ -104,6 +103,8 @@ def _run(source: Source, folder: RunFolder) -> Path:
     quiet_libraries()
     experiment = source.experiment
     folder.check(experiment)
+    if int(os.environ.get("RANK", 0)) == 0:
+        check_free(folder)
     accelerator, topology = start(experiment)
     how = Launched(accelerator, topology)
     say = how.say

@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY, launch, on_two_ranks, train_py
 from trainer.data.tokenizers import train_tokenizer
-from trainer.errors import OtherRun
+from trainer.early_checks import check_early
+from trainer.errors import OtherRun, UserError
 from trainer.experiment.data_nodes import Data, Tokenizer
+from trainer.experiment.load import read_experiment
 from trainer.run.folder import RunFolder
 from trainer.run.run_status import STATUS, check_free
 
@@ -82,11 +84,21 @@ def test_unknown_dimension_and_architecture(write_experiment, tmp_path):
             parts=["student.architecture", "not a valid llama architecture"])
 
 
-def test_model_that_is_not_there_or_not_safe(write_experiment, tmp_path):
+def test_model_that_is_not_there_or_not_safe(write_experiment, tmp_path, monkeypatch):
     file = write_experiment(student={"architecture": None, "path": "./nowhere"},
                             data={"tokenizer": {"train_vocabulary": None}})
     refused(file, tmp_path, parts=["student.path = './nowhere'", "there is no such folder"])
     refused(file, tmp_path, "student.path=models/of/mine", parts=["'models/of/mine'", "there is no such folder"])
+    monkeypatch.chdir(tmp_path)
+    for folder in ("SmolLM2-135M", "me/SmolLM2-135M"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    for path, said in (("SmolLM-135M", "mean SmolLM2-135M? A model of the hub is OWNER/NAME"),
+                       ("me/SmolLM-135M", "did you mean the folder me/SmolLM2-135M?"),
+                       (f"{tmp_path}/SmolLM-135M", f"did you mean {tmp_path}/SmolLM2-135M?")):
+        with pytest.raises(UserError) as caught:
+            check_early(read_experiment(file, [f"student.path={path}"]).experiment)
+        assert said in caught.value.way_out and caught.value.value == path
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text(json.dumps({**TINY, "vocab_size": 300, "architectures": ["LlamaForCausalLM"]}))

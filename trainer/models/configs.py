@@ -149,23 +149,34 @@ def reach_model(auto: Any, model: Model, key: str, **options: Any) -> Any:
     """Call `from_pretrained` of an auto class, and turn any failure into one clear `UserError`."""
     folder = Path(model.path)
     local = folder.is_absolute() or model.path.startswith(".") or not HUB_ID.fullmatch(model.path)
-    if local and not folder.is_dir():
-        raise UserError(f"{key}.path", "there is no such folder", value=model.path,
-                        way_out="name an existing folder or a hub id")
+    near = _near_folder(folder)
+    if not folder.is_dir() and (local or near and "/" not in model.path):
+        raise UserError(f"{key}.path", "there is no such folder", value=model.path, way_out=
+                        f"did you mean {near}? A model of the hub is OWNER/NAME" if near else
+                        "name an existing folder or a hub id")
     check_files(model.path, f"{key}.path")
     try:
         return auto.from_pretrained(model.path, revision=model.revision or "main",
                                     trust_remote_code=model.trust_remote_code, **options)
     except Exception as error:  # foreign files can make transformers raise anything
         raise UserError(f"{key}.path", f"cannot load this model: {first_line(error)}", value=model.path,
-                        way_out=_load_hint(folder, error)) from error
+                        way_out=_load_hint(folder, near, error)) from error
 
 
-def _load_hint(folder: Path, error: Exception) -> str:
+def _near_folder(folder: Path) -> Path | None:
+    """A model beside a folder that is not there, with nearly its name."""
+    if folder.exists() or not folder.parent.is_dir():
+        return None
+    models = [one.name for one in folder.parent.iterdir() if (one / "config.json").is_file()]
+    found = difflib.get_close_matches(folder.name, models, 1, 0.8)
+    return folder.parent / found[0] if found else None
+
+
+def _load_hint(folder: Path, near: Path | None, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "the model brings its own code; set `trust_remote_code: true` if you have read it and trust it"
     if folder.is_dir() and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
         return "the folder has pickled weights only; convert them to safetensors, nothing else is loaded"
     if folder.is_dir():
         return "the folder must hold config.json and whole safetensors files (with git, `git lfs pull` fetches them)"
-    return "check the name and the network; `architecture` with `train` needs neither"
+    return f"did you mean the folder {near}?" if near else "check the name and the network, or name a local folder"

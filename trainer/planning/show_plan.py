@@ -17,10 +17,14 @@ from trainer.run.metrics import console, readable
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def show_plan(source: Source, plan: Plan, data: Sequence[Preview]) -> None:
-    """Print the plan, the resolved experiment with the origin of each value, and what the data is."""
+def show_plan(source: Source, plan: Plan, data: Sequence[Preview], start: str) -> None:
+    """Print the plan, the resolved experiment with the origin of each value, and what the data is.
+
+    Args:
+        start: what a start would do with the run folder.
+    """
     _print_columns(f"Experiment {source.experiment.name}: key, value, where it was written", resolved_table(source))
-    _print_columns("Plan", _plan_rows(plan))
+    _print_columns("Plan", [("run folder", start), *_plan_rows(plan)])
     _print_columns("Ledger: bytes per process, each part at its largest", [
         (name.replace("_", " "), f"{count:>15,}", readable(count)) for name, count in plan.ledger.rows()])
     if plan.memory is not None:
@@ -117,8 +121,8 @@ def _block_rows(memory: MemoryPlan) -> list[tuple[list[str], int, str]]:
     return rows
 
 
-def plan_json(source: Source, plan: Plan, data: Sequence[Preview]) -> str:
-    """The resolved experiment, the plan and what the data is as JSON."""
+def plan_json(source: Source, plan: Plan, data: Sequence[Preview], start: str) -> str:
+    """The resolved experiment, the plan, what the data is, and what a start would do with the run folder, as JSON."""
     return json.dumps({"experiment": source.experiment.model_dump(mode="json"),
                        "origins": {key: origin for key, _, origin in resolved_table(source)},
-                       "plan": plan.to_dict(), "data": [asdict(one) for one in data]}, indent=2)
+                       "plan": plan.to_dict(), "run_folder": start, "data": [asdict(one) for one in data]}, indent=2)

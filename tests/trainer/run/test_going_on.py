@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import train_py
 from tests.trainer.data.test_epochs import LENGTHS, ten  # noqa: F401 - a fixture
+from trainer.early_checks import next_start
 from trainer.errors import OtherRun, UserError
 from trainer.experiment.load import read_experiment
 from trainer.experiment.lr_schedule import LearningRate
@@ -34,7 +35,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_finished_run_goes_on_and_its_control_with_it(run_experiment, capsys):
+def test_a_finished_run_goes_on_and_its_control_with_it(run_experiment, write_experiment, capsys):
     """With the schedule begun anew it is, to the bit, the longer run that was to begin anew there all along."""
     _, folder = run_experiment("run", teacher=TEACHER)
     first = {file.name: file.read_bytes() for file in (folder.report, folder.comparison)}
@@ -57,6 +58,11 @@ def test_a_finished_run_goes_on_and_its_control_with_it(run_experiment, capsys):
     assert yaml.safe_load(folder.experiment.read_text())["training"]["steps"] == 6
     run_experiment("run", **longer)
     assert "is finished" in capsys.readouterr().out
+    file = write_experiment("run", **longer)  # as a dry run says
+    for change, said in (("seed=0", "is finished, and nothing is done"), ("training.steps=9", "goes on from step 6 "),
+                         ("report.prompt=x", "is trained; what report.prompt changes is made again"),
+                         ("optimizer.lr=1e-5", "refused: "), (f"run.folder={folder.path}-2", "-2: a new run")):
+        assert said in next_start(read_experiment(file, [change]).experiment)
     with pytest.raises(OtherRun, match="training.steps was 6 and is 4") as refused:
         run_experiment("run", teacher=TEACHER)
     assert "6 steps are done" in refused.value.way_out and refused.value.key == "schedule.restarts"
