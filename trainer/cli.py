@@ -177,18 +177,20 @@ def _run_named(options: Namespace) -> Path:
 
 
 def _watch(options: Namespace) -> int:
-    from trainer.run.watch import Watch, watch
+    from trainer.run.watch import Looks, Watch, watch
 
     if not 0 < options.every < float("inf"):
         raise UserError("", f"--every {options.every:g} is no time between two looks",
                         way_out="give seconds, for example --every 5")
     folder = _run_named(options)
     if (folder / "sweep.json").exists():
-        from trainer.sweep.watch_sweep import WatchSweep as Looks
+        from trainer.sweep.watch_sweep import WatchSweep
+
+        looks: Looks = WatchSweep(folder)
     else:
-        Looks = Watch
+        looks = Watch(folder)
     try:
-        return watch(Looks(folder), options.every, options.once, Console(highlight=False))
+        return watch(looks, options.every, options.once, Console(highlight=False))
     except KeyboardInterrupt:
         return signals.AT_ONCE
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -25,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from strategies.adapters.frozen_weights import GivenNumbers, check_base, store_base
 from strategies.common.stored_weights import experts_of
+from strategies.common.weight_file import save_weights
 
 NAME = "default"  # of the adapter within peft
 
@@ -253,6 +253,6 @@ def write_adapter(folder: Path, model: nn.Module, base: str, revision: str | Non
     config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
     config.task_type = "CAUSAL_LM"
     state = get_peft_model_state_dict(model, adapter_name=NAME)
-    save_file({f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()},
+    save_weights({f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()},
               folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)

@@ -60,6 +60,11 @@ def read_experiment(file: str | Path, overrides: Sequence[str] = (), places: Map
     return Source(experiment, str(file), origins)
 
 
+def _name_of(key: str) -> str:
+    """The last part of a dotted key."""
+    return key.rpartition(".")[2]
+
+
 def place_of(override: str) -> str:
     """What messages say in the place of file and line for what an override has set."""
     return f"override `{override if len(override) <= 200 else override[:197] + '...'}`"
@@ -185,6 +190,9 @@ def _explain(entry: dict[str, Any], root: type[Node]) -> UserError:
             return UserError(key, f"must be {entry['ctx']['expected']}", value=entry["input"],
                              way_out=f"did you mean `{near[0]}`?")
     message = entry["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+    message = message.replace("a valid tuple", "a list")
+    if _name_of(key) == "weight" and entry["type"] == "greater_than" and "sources" in key:
+        return UserError(key, message, value=entry["input"], way_out="remove the source, or give it a weight above 0")
     meaning = _help(key, root)
     return UserError(key, message, value=entry["input"], way_out=f"it means: {meaning}" if meaning else "")
 

@@ -113,8 +113,9 @@ def _apart(best: Row, other: Row, metric: str) -> str:
         lost = sum(gap <= 0 for gap in behind)
         return (f"On {lost} of the {len(behind)} seeds that both ran on it is not the better one, so chance may be all "
                 "that is between them.")
-    return (f"It is better on each of the {len(behind)} seeds that both ran on, by {_range(behind, _short)}; of two "
-            f"equal settings one would be that in {0.5 ** (len(behind) - 1):.2g} of cases.")
+    return (f"It is better on each of the {len(behind)} seeds that both ran on, by {_range(behind, _short)}; if "
+            f"the two were equal, one of them would still win on every seed with probability "
+            f"{0.5 ** (len(behind) - 1):.2g}.")
 
 
 def gaps(best: Row, other: Row, metric: str) -> list[float]:

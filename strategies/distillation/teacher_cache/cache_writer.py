@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from safetensors.torch import save_file
 
+from strategies.common.weight_file import save_weights
 from strategies.distillation.teacher_cache.cache_format import (
     CacheInUse,
     Identity,
@@ -114,7 +114,7 @@ class TargetWriter:
         number, manifest = self._missing[0], self._manifest
         tensors = _joined(manifest.identity, self._rows)
         file = manifest.file(number)
-        save_file(tensors, partial(file))
+        save_weights(tensors, partial(file))
         size, checksum = partial(file).stat().st_size, digest(partial(file))
         put_in_place(file)
         manifest.shards[number] = Shard(len(self._rows), int(tensors["offsets"][-1]), size, checksum)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from safetensors.torch import save_file
 from torch import nn
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
+from strategies.common.weight_file import save_weights
 from strategies.export.hf.saved_names import as_saved, renamed, saved_rows
 from strategies.export.hf.written_config import config_of, write_config
 from strategies.export.quantized_layers import (
@@ -62,7 +62,7 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     tensors = renamed(model, dense) if quantized else as_saved(model, dense)
     tensors |= _pieces(model, _once(quantized))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    save_weights(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     config = _config(model, dtype, quantized)
     if beneath_adapter and quantized:
         config.quantization_config["dequantize"] = True

@@ -167,7 +167,7 @@ def test_a_held_out_set_that_all_sources_share_is_evaluated_on_once(mixed, sourc
 
 
 @pytest.mark.parametrize(("change", "key", "said"), [
-    ("[{path: a, weight: 0}]", "data.sources.0.weight", "greater than 0"),
+    ("[{path: a, weight: 0}]", "data.sources.0.weight", "greater than 0 remove the source, or give it a weight"),
     ("[{path: a}, {path: b, weight: -2}]", "data.sources.1.weight", "greater than 0"),
     ("[{path: a, weight: .inf}]", "data.sources.0.weight", "finite"),
     ("[]", "data.sources", "there is no source in this list"),

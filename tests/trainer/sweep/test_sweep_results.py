@@ -64,7 +64,7 @@ def test_the_sentence_says_whether_seeds_could_explain_it():
     """Seed by seed: ranges that overlap tell nothing where every setting has the same good and bad seeds."""
     apart = {(1e-3, "rtn"): (1.0, 2.0, 3.0), (1e-2, "rtn"): (1.25, 2.125, 3.0625)}
     assert "It is better on each of the 3 seeds that both ran on, by 0.0625 to 0.25" in verdict(record(apart))
-    assert "one would be that in 0.25 of cases" in verdict(record(apart))
+    assert "one of them would still win on every seed with probability 0.25" in verdict(record(apart))
     near = {(1e-3, "rtn"): (1.0, 2.0), (1e-2, "rtn"): (2.0, 1.5)}
     assert "On 1 of the 2 seeds that both ran on it is not the better one, so chance may" in verdict(record(near))
     more = {(1e-3, "rtn"): (1.0, 2.0), (1e-2, "rtn"): (2.0, 2.5)}

@@ -121,6 +121,8 @@ def test_other_architectures_reload_too(tmp_path, kind, bits, group, tied):
     model = build(kind, tied)
     prepare(model, WeightQuantizer(bits, group))
     write_folder(tmp_path / "student", model, Tokenizer())
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "student").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"], "others may read one as the other"
     ids, found = reloaded([tmp_path / "student"], tmp_path)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, found["student"])
