@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from trainer.experiment.plain_yaml import read_values
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.metrics import read_lines
+from trainer.run.quantization_loss import RoundingCost, rounding_cost
 
 MOST = 3
 PAYS = 0.10  # least share of the file that a hint about its size has to save
+ROUNDED = 0.03  # least share by which rounding has to raise held-out bits per byte for a hint about it
 WORSE = 0.01  # least relative rise of held-out bits per byte after their lowest value
 FULL = 0.6  # rows that are less full than this waste steps
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1, "F8_E4M3": 1, "I64": 8, "U8": 1, "F64": 8, "BOOL": 1}
@@ -28,9 +30,37 @@ def hints(folder: RunFolder) -> list[str]:
     """At most three settings that would pay for the run in a folder, the largest savings first."""
     values, config = read_values(folder.experiment)[0], folder.student / "config.json"
     shape = read_json(config) if config.exists() else {}
-    found = [*_about_size(values, list(_tensors(folder.student)), shape), *_about_the_best_step(values, folder),
+    cost = rounding_cost(folder, values)
+    costly = cost is not None and cost.share > ROUNDED
+    found = [*(_about_rounding(values, cost, folder, shape) if cost is not None and costly else ()),
+             *_about_size(values, list(_tensors(folder.student)), shape, costly), *_about_the_best_step(values, folder),
              *_about_rows(values, folder)]
     return found[:MOST]
+
+
+def _about_rounding(values: dict[str, Any], cost: RoundingCost, folder: RunFolder, config: dict[str, Any]
+                    ) -> Iterator[str]:
+    """Which better rounding could win back what the one of now costs, where the settings allow it."""
+    asked, ways = values["student"]["quantization"], []
+    if asked["method"] == "rtn" and asked["kind"] == "int" and _enough_text(asked, folder, config):
+        ways.append("student.quantization.method: gptq, without another training")
+    static = not (asked.get("activations") or {"dynamic": True}).get("dynamic", True)
+    if not (asked.get("smooth") or asked.get("budget") or static or values["student"].get("adapter")):
+        more = " that trains for some steps" if read_json(folder.plan)["steps"] == 0 else ""
+        ways.append(f"{'method: qat' if ways else 'student.quantization.method: qat'}, in a new run{more}")
+    if ways:
+        yield f"{cost}, {cost.share:.0%} more: {', or '.join(ways)}, may win back a part of it"
+
+
+def _enough_text(asked: dict[str, Any], folder: RunFolder, config: dict[str, Any]) -> bool:
+    """Whether GPTQ, which needs as many tokens as a layer has inputs, would find them in the rows of the run."""
+    notes = [str(note) for note in read_json(folder.plan).get("text", [])]
+    found = [(int(rows.replace(",", "")), int(length), float(full)) for rows, length, full in re.findall(
+        r"([\d,]+) rows of (\d+) tokens, ([\d.]+)% full", " ".join(notes))]
+    widest = max(config.get("intermediate_size") or 0, config.get("hidden_size") or 0)
+    tokens = sum(rows * length * full / 100 for rows, length, full in found)
+    enough = min(tokens, asked["calibration_rows"] * max((length for _, length, _ in found), default=0))
+    return not found or enough >= widest
 
 
 def _tensors(student: Path) -> Iterator[Tensor]:
@@ -48,12 +78,14 @@ def _bytes(tensor: Tensor) -> int:
     return WIDTHS.get(tensor[1], 0) * prod(tensor[2])
 
 
-def _about_size(values: dict[str, Any], tensors: list[Tensor], config: dict[str, Any]) -> Iterator[str]:
+def _about_size(values: dict[str, Any], tensors: list[Tensor], config: dict[str, Any], costly: bool = False
+                ) -> Iterator[str]:
     """What would make the weight file smaller by more than a tenth, in one line.
 
     Args:
         tensors: those of the weight file.
         config: the student's configuration, with the rows of its embeddings and of its head.
+        costly: whether rounding costs much already, so that rounding more is no advice.
     """
     if values["export"].get("adapter") == "separate":  # it is neither quantized nor rounded, and small
         return
@@ -63,7 +95,7 @@ def _about_size(values: dict[str, Any], tensors: list[Tensor], config: dict[str,
     inner = [tensor for tensor in wide if len(tensor[2]) == 2 and tensor not in rows]
     saved = {
         "student.quantization: {method: rtn, bits: 8}": _saved(inner, 8) if asked is None else 0,
-        "student.quantization.embeddings: true": _saved_by_embeddings(rows, asked, config),
+        "student.quantization.embeddings: true": 0 if costly else _saved_by_embeddings(rows, asked, config),
         "export.dtype: bfloat16": sum(map(_bytes, wide)) / 2 if dtype == "float32" else 0}
     ways = {key: saving / total for key, saving in saved.items() if saving > PAYS * total}
     if not ways:

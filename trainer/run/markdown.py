@@ -21,3 +21,8 @@ def block(text: str, language: str = "text") -> str:
     """Format any text as a code block."""
     fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
     return f"{fence}{language}\n{text}\n{fence}"
+
+
+def sentence(text: str) -> str:
+    """Escaped text that begins with a capital, to which a period can be added."""
+    return plain(text[:1].upper() + text[1:])

@@ -15,8 +15,9 @@ from trainer.experiment.run_paths import STUDENT, run_of
 from trainer.files import write_atomically
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.load_snippets import INSTALL, TITLES, Prompt, snippet
-from trainer.run.markdown import block, code, plain
+from trainer.run.markdown import block, code, plain, sentence
 from trainer.run.metrics import readable
+from trainer.run.quantization_loss import rounding_cost
 
 CARD = "README.md"
 MARK = "<!-- Written by limbeck, which writes it again; remove this line to keep what you change. -->"
@@ -183,9 +184,11 @@ def _receipt(receipt: dict[str, Any], folder: RunFolder, values: dict[str, Any])
     rows = [f"| {what} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items()]
     versions = ", ".join(f"{library} {number}" for library, number in receipt["versions"].items())
     found = read_json(folder.comparison)
+    cost = rounding_cost(folder, values)
     others = [f"{name} {found[name]['bits_per_byte']:.4f}" for name in ("teacher", "control") if name in found]
     return ["A fresh process loaded the exported file and compared it with the model in training; differences are "
             "between logits.\n", "| | |", "|---|---:|", *rows, f"| loaded by | {plain(versions)} |", "",
+            *([f"{sentence(str(cost))}.\n"] if cost is not None else []),
             *([f"On the same text, bits per byte of others: {', '.join(others)}.\n"] if others else []),
             *(f"{plain(_public(note, values))}.\n" for note in receipt.get("notes", []))]
 

@@ -13,10 +13,10 @@ from trainer.experiment.plain_yaml import read_values
 from trainer.files import write_atomically
 from trainer.run.folder import RunFolder, not_written, read_json
 from trainer.run.hints import hints
-from trainer.run.markdown import block, code, plain
+from trainer.run.markdown import block, code, plain, sentence
 from trainer.run.metrics import read_lines, readable
 from trainer.run.model_card import CARD, needs_its_base, write_cards
-from trainer.run.quantization_loss import rises
+from trainer.run.quantization_loss import rises, rounding_cost
 
 COLORS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
 MEANING = {"teacher": "the large model", "student": "distilled from the teacher",
@@ -67,7 +67,7 @@ def _write(folder: RunFolder) -> None:
     _plot_size(found, folder.path / "size.png")
     parts = [
         f"# {plain(experiment['name'])}\n",
-        _verdict(found, receipt, needs_its_base(experiment)), "", *_hints(folder),
+        _verdict(found, receipt, needs_its_base(experiment), folder), "", *_hints(folder),
         "## Models\n", _models(found, meaning), "",
         "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
@@ -113,11 +113,13 @@ def _ordered(found: dict[str, Any]) -> list[str]:
     return [name for name in COLORS if name in found]
 
 
-def _verdict(found: dict[str, Any], receipt: dict[str, Any], adapter_alone: bool) -> str:
+def _verdict(found: dict[str, Any], receipt: dict[str, Any], adapter_alone: bool, folder: RunFolder) -> str:
     student, size = found["student"], readable(receipt["bytes_on_disk"])
     lines = [f"The adapter takes {size} on disk, beside its base, with which it" if adapter_alone else
              f"The student takes {size} on disk and", f"needs {student['bits_per_byte']:.4f} bits per byte of held-out "
              "text."]
+    if (cost := rounding_cost(folder)) is not None:
+        lines.append(f"{sentence(str(cost))}.")
     if "teacher" in found:
         ratio = found["teacher"]["bytes_on_disk"] / receipt["bytes_on_disk"]
         lines.append(f"Its teacher needs {found['teacher']['bits_per_byte']:.4f}." if adapter_alone else

@@ -167,8 +167,7 @@ def compare(
         shutil.rmtree(folder.student)
     os.rename(folder.unverified, folder.student)
     tell_receipt(experiment.name, receipt, folder.student)
-    if experiment.student.quantization is not None and experiment.student.quantization.budget is not None:
-        say_rise(experiment.name, folder)
+    say_rise(folder, experiment.model_dump(mode="json"))
 
 
 def some_text(text: PreparedData) -> list[str]:

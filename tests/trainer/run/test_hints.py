@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.quantization.post_training import quantize
 from trainer.experiment.quantization_nodes import Quantization
+from trainer.run.folder import RunFolder
 from trainer.run.hints import _about_size, _tensors, hints
+from trainer.run.metrics import read_lines
+from trainer.run.quantization_loss import rounding_cost
 from trainer.run.report import write_report
 
 ASKED = {"method": "rtn", "bits": 4, "group_size": 16}
@@ -92,3 +95,42 @@ def test_embeddings_are_advised_where_a_folder_can_hold_them(shape, holds, tmp_p
     config = json.loads((tmp_path / "False" / "config.json").read_text())
     [hint] = _about_size(values, list(_tensors(tmp_path / "False")), config)
     assert ("embeddings: true" in hint) == holds and "export.dtype: bfloat16 (saves " in hint
+
+
+def test_what_rounding_after_training_costs_is_said_wherever_the_student_is(run_experiment, capsys):
+    asked, more = {"method": "rtn", "bits": 2}, {
+        "report": {"control": False}, "optimizer": {"lr": 1e-2},
+        "training": {"steps": 40, "evaluate_every": 40, "checkpoint_every": 40}}
+    _, folder = run_experiment(student={"quantization": asked}, **more)
+    before = [line["held_out"]["bits_per_byte"] for line in read_lines(folder.metrics) if "held_out" in line][-1]
+    after = json.loads(folder.receipt.read_text())["bits_per_byte"]
+    assert after > 1.03 * before, "two bits are too few"
+    said = f"ounding to 2 bits cost {after - before:.4f} bits per byte ({before:.4f} before)"
+    printed, card = capsys.readouterr().out, (folder.student / "README.md").read_text()
+    assert f"tiny: r{said}\n" in printed
+    assert f"R{said}." in folder.report.read_text() and f"R{said}." in card
+    found = hints(folder)
+    assert found[0] == (f"r{said}, {after / before - 1:.0%} more: student.quantization.method: gptq, without another "
+                        "training, or method: qat, in a new run, may win back a part of it") and found[0] in printed
+    assert "embeddings: true" not in " ".join(found), "rounding more is no advice"
+    plan = json.loads(folder.plan.read_text())
+    folder.plan.write_text(json.dumps({**plan, "text": ["1 rows of 32 tokens, 90.0% full"]}))
+    assert "student.quantization.method: qat" in hints(folder)[0], "GPTQ would be refused: a layer has 64 inputs"
+    folder.plan.write_text(json.dumps(plan))
+    _, folder = run_experiment(student={"quantization": {**asked, "method": "gptq"}}, **more)
+    assert "gptq" not in " ".join(hints(folder)), "that is done, and without another training"
+    assert rounding_cost(folder).before == before and rounding_cost(folder).after < after
+
+
+def test_of_the_best_evaluation_the_cost_is_counted_from_it(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.experiment.write_text(yaml.safe_dump({"student": {"quantization": {"method": "gptq", "kind": "int"}},
+                                                 "export": {}}))
+    folder.metrics.write_text("".join(json.dumps({"step": step, "held_out": {"bits_per_byte": bits}}) + "\n"
+                                      for step, bits in ((1, 2.0), (2, 3.0))))
+    assert rounding_cost(folder) is None
+    folder.comparison.write_text(json.dumps({"student": {"bits_per_byte": 2.5}}))
+    assert str(rounding_cost(folder)) == (
+        "rounding to 4 bits cost nothing: it is 0.5000 bits per byte better (3.0000 before)")
+    folder.best.write_text(json.dumps({"step": 1}))
+    assert str(rounding_cost(folder)) == "rounding to 4 bits cost 0.5000 bits per byte (2.0000 before)"
