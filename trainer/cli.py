@@ -220,7 +220,7 @@ def _push(options: Namespace) -> int:
     from trainer.student.push_student import push
 
     try:
-        print(push(Path(options.run), options.to, options.runtime, options.private))
+        print(push(Path(options.run), options.to, options.runtime, options.private, options.base))
     except KeyboardInterrupt:
         tell("interrupted: until all of it has arrived, the repository is as it was before, or empty; start the same "
              "command again")

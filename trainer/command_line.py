@@ -234,12 +234,15 @@ def _export(verbs: Any) -> None:
 def _push(verbs: Any) -> None:
     says = "upload a finished run's student to the Hugging Face hub"
     parser = verbs.add_parser("push", help=says, description=f"{_sentence(says)}, with its model card, in one commit.",
-                              usage="limbeck push RUN --to OWNER/NAME [--runtime RUNTIME] [--private]")
+                              usage="limbeck push RUN --to OWNER/NAME [--runtime RUNTIME] [--private] "
+                                    "[--base OWNER/NAME]")
     parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--to", metavar="OWNER/NAME", required=True, help="the repository, which is created if needed")
     parser.add_argument("--runtime", metavar="RUNTIME", choices=("transformers", *RUNTIMES), default="transformers",
                         help="which of its students: transformers (default), " + " or ".join(RUNTIMES))
     parser.add_argument("--private", action="store_true", help="create it so that nobody else can see it")
+    parser.add_argument("--base", metavar="OWNER/NAME", help="of an adapter alone whose base is a folder here: the same "
+                        "weights on the hub, which the uploaded adapter then names")
 
 
 def _sweep(verbs: Any) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
+from safetensors import safe_open
 
 from trainer import __version__
 from trainer.experiment.objective_nodes import INSIDE
@@ -14,6 +17,7 @@ from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.run_paths import STUDENT, run_of
 from trainer.files import write_atomically
 from trainer.run.folder import RunFolder, read_json
+from trainer.run.lineage import EarlierRun, earlier_runs
 from trainer.run.load_snippets import INSTALL, TITLES, Prompt, snippet
 from trainer.run.markdown import block, code, plain, sentence
 from trainer.run.metrics import readable
@@ -22,8 +26,7 @@ from trainer.run.quantization_loss import rounding_cost
 CARD = "README.md"
 MARK = "<!-- Written by limbeck, which writes it again; remove this line to keep what you change. -->"
 LIBRARIES = {"transformers": "transformers", "onnx": "onnx", "gguf": "gguf"}  # as the hub names them
-RECEIPT = {"bytes_on_disk": "bytes on disk", "parameters": "parameters",
-           "bits_per_byte": "bits per byte of held-out text", "argmax_agreement": "same most probable token",
+RECEIPT = {"bits_per_byte": "bits per byte of held-out text", "argmax_agreement": "same most probable token",
            "largest_difference": "largest logit difference", "largest_logit": "largest logit",
            "tokens_compared": "tokens compared"}
 
@@ -48,36 +51,65 @@ def students(folder: RunFolder) -> dict[str, Path]:
     return {runtime: path for runtime, path in found.items() if (path / "receipt.json").is_file()}
 
 
-def model_card(folder: RunFolder, student: Path, repository: str | None = None) -> str:
+def model_card(folder: RunFolder, student: Path, repository: str | None = None, base: str | None = None) -> str:
     """The card of an exported student.
 
     Args:
         student: its folder.
         repository: the repository on the hub that it goes to; None for a card that is read in the folder.
+        base: of an adapter alone, the id on the hub of its base, which is a folder here.
     """
     values, receipt = read_values(folder.experiment)[0], read_json(student / "receipt.json")
+    before, stated = earlier_runs(folder, values), license_of(folder)
     runtime = next(name for name, path in students(folder).items() if path == student)
-    parts = [f"---\n{_front_matter(values, runtime, folder)}---\n", f"# {plain(values['name'])}\n",
-             f"{_opening(values, receipt)}\n", "## Load it\n", *_loading(folder, values, student, repository),
-             "## Receipt\n", *_receipt(receipt, folder, values), "## Data\n", _data(values, folder), "",
-             "## Recipe\n", _recipe(values, folder), "", MARK, ""]
+    size = _size(values, receipt, student)
+    if base is not None:  # of the hub, whatever folders there are here
+        receipt = with_base(receipt, values, base)
+        values = {**values, "student": {**values["student"], "path": base, "revision": "main"}}
+    parts = [f"---\n{_front_matter(values, before, runtime, stated)}---\n", f"# {plain(values['name'])}\n",
+             f"{_opening(values, before, size, stated)}\n", "## Load it\n",
+             *_loading(folder, values, student, repository), "## Receipt\n",
+             *_receipt(receipt, folder, values, size), "## Data\n", _data(values, folder), "",
+             "## Recipe\n", _recipe(values, folder), "", *_earlier(before), MARK, ""]
     return "\n".join(parts)
+
+
+def with_base(receipt: dict[str, Any], values: dict[str, Any], base: str) -> dict[str, Any]:
+    """The receipt of an adapter alone, whose note names its base by the id on the hub instead of its folder here."""
+    return {**receipt, "notes": [note.replace(f"for {values['student']['path']} ", f"for {base} ")
+                                 for note in receipt.get("notes", [])]}
 
 
 # ---- the front matter
 
-def _front_matter(values: dict[str, Any], runtime: str, folder: RunFolder) -> str:
-    base, quantization = _base(values), values["student"].get("quantization")
-    tags = ["limbeck", *["distillation"] * _distilled(values), *["quantized"] * bool(quantization),
+def _front_matter(values: dict[str, Any], before: Sequence[EarlierRun], runtime: str, stated: str | None) -> str:
+    first, every = _first(values, before), [values, *(run.values for run in before)]
+    base, quantization = _base(first), values["student"].get("quantization")
+    tags = ["limbeck", *["distillation"] * any(map(_distilled, every)), *["quantized"] * bool(quantization),
             *([] if runtime == "transformers" else [runtime])]
+    paths = dict.fromkeys(path for one in every for path in _data_paths(one) if _is_hub_id(path))
     return ModelCardData(
-        license=license_of(values), base_model=base if base and _on_hub(base, values) else None,
-        datasets=[path for path in _data_paths(values) if _is_hub_id(path)] or None,
-        library_name=LIBRARIES.get(runtime), pipeline_tag="text-generation", tags=tags).to_yaml() + "\n"
+        license=stated, base_model=base if base and _on_hub(base, first) else None, datasets=[*paths] or None,
+        library_name="peft" if _adapter_base(values) else LIBRARIES.get(runtime), pipeline_tag="text-generation",
+        tags=tags).to_yaml() + "\n"
 
 
-def license_of(values: dict[str, Any]) -> str | None:
-    """The license: `export.license`, or that of the base model if a local card of it names one."""
+def _first(values: dict[str, Any], before: Sequence[EarlierRun]) -> dict[str, Any]:
+    """The values of the run with which it all began; an adapter alone belongs to the very base that it names."""
+    return before[-1].values if before and _adapter_base(values) is None else values
+
+
+def license_of(folder: RunFolder) -> str | None:
+    """The license: `export.license`, or that of the base model if a local card of it names one.
+
+    Without either it is that of the run before, whose weights these were.
+    """
+    values = read_values(folder.experiment)[0]
+    every = [values, *(run.values for run in earlier_runs(folder, values))]
+    return next(filter(None, map(_license, every)), None)
+
+
+def _license(values: dict[str, Any]) -> str | None:
     if own := values["export"].get("license"):
         return str(own)
     base = _base(values)
@@ -126,19 +158,44 @@ def _name(path: str, values: dict[str, Any]) -> str:
     return code(path if _on_hub(path, values) else "/".join(parts))
 
 
-def _opening(values: dict[str, Any], receipt: dict[str, Any]) -> str:
-    base, teacher = _base(values), values["teacher"]
-    text = f"A causal language model of {receipt['parameters']:,} parameters in {readable(receipt['bytes_on_disk'])}"
+def _opening(values: dict[str, Any], before: Sequence[EarlierRun], size: dict[str, int], stated: str | None) -> str:
+    first, teacher = _first(values, before), values["teacher"]
+    base, layers = _base(first), first["student"].get("from_teacher")
+    text = _what(size)
     if _distilled(values):
         text += f", distilled from {_name(teacher['path'], values) if teacher.get('path') else 'a teacher of its own'}"
-    layers = values["student"].get("from_teacher")
     if layers is not None:
-        text += f", begun with {len(layers)} of its layers" if _distilled(values) else \
-            f", begun with {len(layers)} layers of {_name(base, values) if base else 'a teacher of its own'}"
+        text += f", begun with {len(layers)} of its layers" if _distilled(values) and first is values else \
+            f", begun with {len(layers)} layers of {_name(base, first) if base else 'a teacher of its own'}"
     elif base:
-        text += f", begun as {_name(base, values)}"
-    stated = license_of(values)
+        text += f", begun as {_name(base, first)}"
+    if first is not values:
+        text += f", by way of {len(before)} earlier run{'s' * (len(before) > 1)}"
     return f"{text}. License: {plain(stated) if stated else 'not stated'}. Made with Limbeck {__version__}."
+
+
+def _size(values: dict[str, Any], receipt: dict[str, Any], student: Path) -> dict[str, int]:
+    """Parameters and bytes on disk; of an adapter alone its own, and those of its base as far as its files are here."""
+    if _adapter_base(values) is None:
+        return {"bytes on disk": receipt["bytes_on_disk"], "parameters": receipt["parameters"]}
+    file = student / "adapter_model.safetensors"
+    with safe_open(file, framework="pt") as weights:
+        own = sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 - no dictionary
+    found = {"parameters of the adapter": own, "bytes of the adapter on disk": file.stat().st_size,
+             "parameters of its base": receipt["parameters"] - own}
+    base = student / "base" if _adapter_base(values) == "quantized" else Path(str(values["student"]["path"]))
+    size = sum(one.stat().st_size for one in base.glob("*.safetensors"))
+    return {**found, **({"bytes of its base on disk": size} if size else {})}
+
+
+def _what(size: dict[str, int]) -> str:
+    if "parameters" in size:
+        return (f"A causal language model of {size['parameters']:,} parameters in "
+                f"{readable(size['bytes on disk'])}")
+    beneath = size.get("bytes of its base on disk")
+    return (f"An adapter of {size['parameters of the adapter']:,} parameters in "
+            f"{readable(size['bytes of the adapter on disk'])}, for a causal language model of "
+            f"{size['parameters of its base']:,} parameters{f' in {readable(beneath)}' if beneath else ''}")
 
 
 def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repository: str | None) -> list[str]:
@@ -179,9 +236,11 @@ def _prompt(values: dict[str, Any], folder: RunFolder) -> Prompt:
     return sampled[0]["prompt"] if sampled else values["report"]["prompt"]
 
 
-def _receipt(receipt: dict[str, Any], folder: RunFolder, values: dict[str, Any]) -> list[str]:
+def _receipt(receipt: dict[str, Any], folder: RunFolder, values: dict[str, Any], size: dict[str, int]
+             ) -> list[str]:
     """What the fresh process found that loaded this folder, and what the other models of the run need."""
-    rows = [f"| {what} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items()]
+    rows = [*(f"| {what} | {count:,} |" for what, count in size.items()),
+            *(f"| {what} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items())]
     versions = ", ".join(f"{library} {number}" for library, number in receipt["versions"].items())
     found = read_json(folder.comparison)
     cost = rounding_cost(folder, values)
@@ -210,12 +269,13 @@ def _figure(name: str, value: float) -> str:
 
 def _data(values: dict[str, Any], folder: RunFolder) -> str:
     data, plan = values["data"], read_json(folder.plan)
+    trained = plan["steps"] > 0
     parts = [data, *(data.get("sources") or ())]
     form = "chats" if any(part.get("messages") for part in parts) else \
-        "prompts and their answers, of which the answers were learned" if any(part.get("prompt") for part in parts) \
-        else "text"
+        f"prompts and their answers, of which the answers {'were learned' if trained else 'count'}" \
+        if any(part.get("prompt") for part in parts) else "text"
     notes = "".join(f"\n\n{plain(_public(note, values))}." for note in plan.get("text", []))
-    did = "Trained" if plan["steps"] else "Compared, not trained,"
+    did = "Trained" if trained else "This run trained nothing. It compared the model"
     return (f"{did} on {', '.join(_name(path, values) for path in _data_paths(values))} ({form}), in sequences of "
             f"{data['sequence_length']:,} tokens.{notes}")
 
@@ -234,6 +294,21 @@ def _recipe(values: dict[str, Any], folder: RunFolder) -> str:
     if folder.best.exists():
         rows["exported step"] = read_json(folder.best)["outcome"]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {plain(value)} |" for name, value in rows.items())])
+
+
+def _earlier(before: Sequence[EarlierRun]) -> list[str]:
+    """Section on the runs that the weights come from, in the order in which they ran."""
+    if not before:
+        return []
+    rows = []
+    for run in reversed(before):
+        values, optimizer = run.values, run.values["optimizer"]
+        paths = ", ".join(_name(path, values) for path in _data_paths(values))
+        did = [paths, f"{run.steps:,}", f"{optimizer['lr']:g} ({plain(values['schedule']['shape'])})",
+               plain(_objective(values))] if run.steps else ["", "0", "", "none: exported as it was"]
+        rows.append(f"| {code(run.name)} | {' | '.join(did)} |")
+    return ["## Earlier runs\n", "What the weights learned before this run, the first run first.\n",
+            "| run | trained on | steps | learning rate | objective |", "|---|---|---:|---:|---|", *rows, ""]
 
 
 def _objective(values: dict[str, Any]) -> str:

@@ -69,6 +69,8 @@ def _write(folder: RunFolder) -> None:
         f"# {plain(experiment['name'])}\n",
         _verdict(found, receipt, needs_its_base(experiment), folder), "", *_hints(folder),
         "## Models\n", _models(found, meaning), "",
+        *(["Of the student, its bytes are those of the adapter alone, its parameters those of base and adapter.\n"]
+          if needs_its_base(experiment) else []),
         "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
         "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -15,12 +17,14 @@ from trainer.experiment.plain_yaml import read_values
 from trainer.model_files import first_line
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.metrics import console, readable
-from trainer.run.model_card import CARD, MARK, license_of, model_card, students
+from trainer.run.model_card import CARD, MARK, license_of, model_card, students, with_base
 
+ADAPTER = "adapter_config.json"
 REFUSED = (401, 403)  # HTTP status: no token that is known, or one that may not do this
 
 
-def push(run: Path, repository: str, runtime: str = "transformers", private: bool = False) -> str:
+def push(run: Path, repository: str, runtime: str = "transformers", private: bool = False,
+         base: str | None = None) -> str:
     """Upload the student of a finished run, and return the address of its repository.
 
     The repository is created if there is none. All files arrive in one commit, after their contents: until then the
@@ -31,24 +35,31 @@ def push(run: Path, repository: str, runtime: str = "transformers", private: boo
         repository: OWNER/NAME.
         runtime: the runtime that the student is exported for.
         private: whether nobody else may see the repository.
+        base: of an adapter alone whose base is a folder here, the id on the hub of the same weights.
 
     Raises:
-        UserError: there is no such student, its receipt does not hold or is of other files, or there is no token.
+        UserError: there is no such student, its receipt does not hold or is of other files, there is no token, or an
+            adapter's base would be one that nobody else has.
         RunFailed: the upload failed.
     """
     folder = RunFolder(run)
     student = _verified(folder, runtime)
     files = _files(student)
-    _check_place(repository)
+    _check_place("--to", repository)
+    _check_base(student, repository, base)
+    _check_token()
     size = readable(sum(file.stat().st_size for file in files))
     console.print(f"{run}: uploading {len(files)} files of {student.name}, {size}, to {repository} in one commit")
-    if license_of(read_values(folder.experiment)[0]) is None:
+    if license_of(folder) is None:
         console.print(f"{run}: hint: the model card states no license: set export.license, and start the run's command "
                       "again")
-    operations = [CommitOperationAdd(path.relative_to(student).as_posix(), _content(path, folder, student, repository))
-                  for path in files]
+    operations = [CommitOperationAdd(path.relative_to(student).as_posix(),
+                                     _content(path, folder, student, repository, base)) for path in files]
     api = HfApi()
     try:
+        if base is not None and not api.repo_exists(base):
+            raise UserError("--base", "the hub has no such model, or none that this token may see", value=base,
+                            way_out="name the repository that has the weights of the adapter's base")
         address = str(api.create_repo(repository, private=private or None, exist_ok=True))
         if private and not api.repo_info(repository).private:
             raise UserError("--private", "this repository is there already, and everybody can read it",
@@ -74,11 +85,6 @@ def _verified(folder: RunFolder, runtime: str) -> Path:
     receipt, again = read_json(student / "receipt.json"), "write it again, with limbeck export, or the run's command"
     if receipt.get("holds") is not True:
         raise UserError("", f"the receipt of {student} does not hold: the file is not the student", way_out=again)
-    base = read_json(student / "adapter_config.json").get("base_model_name_or_path") if (
-        student / "adapter_config.json").is_file() else None
-    if isinstance(base, str) and Path(base).is_absolute():
-        raise UserError("", f"{student} is an adapter alone, and its base, {base}, is a folder that nobody else has",
-                        way_out="set export.adapter: merged, and start the run's command again")
     weights = [file for file in sorted(student.rglob("*")) if is_weight_file(file)]
     if receipt.get("sha256") != digest_of(weights):
         raise UserError("", f"the weights in {student} are not those that its receipt is of", way_out=again)
@@ -95,15 +101,35 @@ def _files(student: Path) -> list[Path]:
     return found
 
 
-def _check_place(repository: str) -> None:
-    """Raise `UserError` if there can be no such repository, or nothing can be sent to a hub from here."""
+def _check_base(student: Path, repository: str, base: str | None) -> None:
+    """Raise `UserError` if an adapter would name a base that nobody else has, or `--base` names one for nothing."""
+    file = student / ADAPTER
+    now = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    local = isinstance(now, str) and Path(now).is_absolute()
+    if base is None and local:
+        raise UserError("", f"{student} is an adapter alone, and its base, {now}, is a folder that nobody else has",
+                        way_out=f"name the same weights on the hub: limbeck push {student.parent} --to {repository} "
+                        "--base OWNER/NAME; or set export.adapter: merged, and start the run's command again")
+    if base is not None and not local:
+        what = "this student is no adapter alone" if now is None else f"the adapter names its base already: {now}"
+        raise UserError("--base", what, value=base, way_out="leave it out")
+    if base is not None:
+        _check_place("--base", base)
+
+
+def _check_place(option: str, repository: str) -> None:
+    """Raise `UserError` if an option names what can be no repository."""
     try:
         validate_repo_id(repository)
         if "/" not in repository:
             raise HFValidationError("it has no owner")
     except HFValidationError as error:
-        raise UserError("--to", f"no name of a repository: {first_line(error)}", value=repository,
+        raise UserError(option, f"no name of a repository: {first_line(error)}", value=repository,
                         way_out="OWNER/NAME, of letters, digits, `-`, `_` and `.`") from error
+
+
+def _check_token() -> None:
+    """Raise `UserError` if nothing can be sent to a hub from here."""
     if constants.is_offline_mode():
         raise UserError("", "HF_HUB_OFFLINE is set, so that nothing is sent to a hub", way_out="unset it")
     if get_token() is None:
@@ -111,11 +137,19 @@ def _check_place(repository: str) -> None:
                         "to a token that may write (https://huggingface.co/settings/tokens)")
 
 
-def _content(path: Path, folder: RunFolder, student: Path, repository: str) -> str | bytes:
-    """A file's path; of a card that is still as it was written, the same for its new place."""
+def _content(path: Path, folder: RunFolder, student: Path, repository: str, base: str | None) -> str | bytes:
+    """A file's path; or what it is to hold in its new place: a card that is as it was written, and an adapter's base."""
     if path == student / CARD and MARK in path.read_text(encoding="utf-8", errors="replace"):
-        return model_card(folder, student, repository).replace(f"\n{MARK}\n", "").encode()
+        return model_card(folder, student, repository, base).replace(f"\n{MARK}\n", "").encode()
+    if base is not None and path == student / ADAPTER:
+        return _json({**read_json(path), "base_model_name_or_path": base, "revision": None})
+    if base is not None and path == student / "receipt.json":
+        return _json(with_base(read_json(path), read_values(folder.experiment)[0], base))
     return str(path)
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _failed(repository: str, error: Exception) -> RunFailed | UserError:

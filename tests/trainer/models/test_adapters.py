@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import TINY, on_two_ranks, sentences
-from trainer import checkpoints
+from tests.trainer.run.test_sharing import hub  # noqa: F401 - a fixture
+from trainer import checkpoints, cli
 from trainer.data.tokenizers import train_tokenizer
 from trainer.early_checks import check_early
 from trainer.errors import RunFailed, UserError
@@ -45,7 +47,7 @@ def peaks(folder):
     return measured, json.loads((folder / "plan.json").read_text())["memory"]["peak"]
 
 
-def test_an_adapter_alone_on_a_4_bit_base(run_experiment, base):
+def test_an_adapter_alone_on_a_4_bit_base(run_experiment, base, hub, capsys):  # noqa: F811
     experiment, folder = run_experiment("run", **adapted(base, base="nf4", kind="dora"),
                                         export={"adapter": "separate"})
     receipt, plan = (json.loads(file.read_text()) for file in (folder.receipt, folder.plan))
@@ -61,6 +63,27 @@ def test_an_adapter_alone_on_a_4_bit_base(run_experiment, base):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder.student)  # as anybody would
     count = sum(one.numel() for name, one in model.named_parameters() if "lora_" in name)
     assert count == plan["parameters"]["adapter"]
+    text, beneath = (folder.student / "README.md").read_text(), AutoModelForCausalLM.from_pretrained(base)
+    assert f"An adapter of {count:,} parameters in " in text and ModelCard(text).data.library_name == "peft"
+    assert f"| parameters of its base | {beneath.num_parameters():,} |" in text
+    size = (folder.student / "adapter_model.safetensors").stat().st_size
+    assert f"| bytes of the adapter on disk | {size:,} |" in text
+    assert f"| bytes of its base on disk | {(base / 'model.safetensors').stat().st_size:,} |" in text
+    assert "its bytes are those of the adapter alone" in folder.report.read_text()
+    # Nobody else has its base, a folder here: it goes to the hub with the name of the same weights there, or not.
+    push = ["push", str(folder.path), "--to", "me/mine"]
+    assert cli.limbeck(push) == 2 and f"limbeck {' '.join(push)} --base OWNER/NAME" in capsys.readouterr().err
+    assert cli.limbeck([*push, "--base", "../base"]) == 2 and "no name of a repository" in capsys.readouterr().err
+    assert cli.limbeck([*push, "--base", "some/typo"]) == 2 and "the hub has no such model" in capsys.readouterr().err
+    assert not hub.repositories
+    hub.repositories["some/base"] = (False, {})
+    assert cli.limbeck([*push, "--base", "some/base"]) == 0
+    files = {name: content for name, content in hub.repositories["me/mine"][1].items() if name != "commits"}
+    assert json.loads(files["adapter_config.json"]) == {**written, "base_model_name_or_path": "some/base"}
+    assert json.loads(files["receipt.json"]) == {**receipt, "notes": ["the adapter alone, for some/base held in nf4"]}
+    card = files["README.md"].decode()
+    assert ModelCard(card).data.base_model == "some/base" and "begun as `some/base`" in card
+    assert not any(str(base.parent).encode() in content for content in files.values()), "paths of this machine"
 
 
 def test_a_merge_into_few_bits_says_what_it_loses_and_a_teacher_that_is_the_base_takes_no_memory(run_experiment, base):

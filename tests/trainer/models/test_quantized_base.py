@@ -73,6 +73,8 @@ def test_the_base_that_was_trained_on_is_exported_beside_its_adapter(
     assert digest(file["model.norm.weight"].float()) == trained["model.norm.weight"]
 
     assert folder.student / "base" / "model.safetensors" in _files(_verified(folder, "transformers"))  # of an upload
+    beneath, card = folder.student / "base" / "model.safetensors", (folder.student / "README.md").read_text()
+    assert f"| bytes of its base on disk | {beneath.stat().st_size:,} |" in card and "library_name: peft" in card
     assert 'path = snapshot_download(\'me/it\')' in model_card(folder, folder.student, "me/it")
     moved = tmp_path / "elsewhere"
     shutil.move(folder.student, moved)

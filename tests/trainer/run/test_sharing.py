@@ -192,6 +192,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         body = json.dumps(values).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
