@@ -241,8 +241,8 @@ def _push(verbs: Any) -> None:
     parser.add_argument("--runtime", metavar="RUNTIME", choices=("transformers", *RUNTIMES), default="transformers",
                         help="which of its students: transformers (default), " + " or ".join(RUNTIMES))
     parser.add_argument("--private", action="store_true", help="create it so that nobody else can see it")
-    parser.add_argument("--base", metavar="OWNER/NAME", help="of an adapter alone whose base is a folder here: the same "
-                        "weights on the hub, which the uploaded adapter then names")
+    parser.add_argument("--base", metavar="OWNER/NAME", help="of an adapter alone whose base is a folder here: the "
+                        "same weights on the hub, which the uploaded adapter then names")
 
 
 def _sweep(verbs: Any) -> None:

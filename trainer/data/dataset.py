@@ -26,6 +26,7 @@ from trainer.experiment.nodes import Run, Training
 from trainer.files import fingerprint
 
 VERSION = 3  # of the cache; raised when the encoding changes
+DECIDING = 16  # held-out rows from which on an evaluation says which step is the best
 LOOKED_AT = 100  # records to search for tool calls
 CHAT = ("messages", "tools", "keys", "roles")
 IN_TOKENIZER = {"path", "name", "split", "revision", "text", *CHAT, "prompt", "response", "max_documents", "validation",
@@ -94,6 +95,7 @@ def prepare_text(experiment: Experiment) -> PreparedData:
     if mixture:
         notes.insert(0, f"mixture by tokens: {', '.join(map(str, mixture))}")
     held_out = _held_out(data, [part.held_out for part in parts])
+    notes += _notes_on_held_out({name: len(own) for name, own in held_out.items()}, experiment.training, data)
     return PreparedData(tokenizer, train, identity, _stack([row for rows in held_out.values() for row in rows]), notes,
                         {} if data.sources is None else dict(_slices(held_out)), mixture)
 
@@ -237,6 +239,20 @@ def _rows(documents: Any, encoder: Encoder | IdEncoder, cache: Path, key: str, s
 def _content(documents: Any) -> str:
     """Identity of a data set's content: `datasets` fingerprints files by path, size and modification time."""
     return str(getattr(documents, "_fingerprint", documents.info.dataset_name))
+
+
+def _notes_on_held_out(rows: dict[str, int], training: Training, data: Data) -> list[str]:
+    """How many rows an evaluation has, and whether that is too few to decide which step is the best."""
+    count = sum(rows.values())
+    of = "" if data.sources is None else f": {', '.join(f'{own:,} of {name}' for name, own in rows.items())}"
+    notes = [f"{count:,} held-out row{'s' * (count != 1)}{of}"]
+    if training.keep_best is not None and training.steps != 0 and count < DECIDING:
+        what = "training.keep_best and training.early_stopping decide" if training.early_stopping else \
+            "training.keep_best decides"
+        notes.append(f"{what} by no more than {'these ' if count > 1 else 'this '}{count}: which evaluation is the best "
+                     f"may be chance; a larger data.validation.rows, of as much held-out text, makes it surer "
+                     f"({DECIDING} or more)")
+    return notes
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ from trainer.run.markdown import block, code, plain, sentence
 from trainer.run.metrics import read_lines, readable
 from trainer.run.model_card import CARD, needs_its_base, write_cards
 from trainer.run.quantization_loss import rises, rounding_cost
+from trainer.run.report_plots import ordered, plot_held_out, plot_loss, plot_size
 
-COLORS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
 MEANING = {"teacher": "the large model", "student": "distilled from the teacher",
            "control": "same start, same tokens, cross-entropy only"}
 
@@ -62,9 +62,9 @@ def _write(folder: RunFolder) -> None:
     if experiment["training"]["steps"] == 0:
         meaning = {**MEANING, "student": "exported as it is, without any training"}
     if experiment["training"]["steps"] != 0:
-        _plot_loss(curves, folder.path / "loss.png")
-        _plot_held_out(curves, found, folder.path / "held_out.png")
-    _plot_size(found, folder.path / "size.png")
+        plot_loss(curves, folder.path / "loss.png")
+        plot_held_out(curves, found, folder.path / "held_out.png")
+    plot_size(found, folder.path / "size.png")
     parts = [
         f"# {plain(experiment['name'])}\n",
         _verdict(found, receipt, needs_its_base(experiment), folder), "", *_hints(folder),
@@ -74,7 +74,7 @@ def _write(folder: RunFolder) -> None:
         "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
         "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
-        "![size against bits per byte](size.png)\n",
+        *["![size against bits per byte](size.png)\n"] * (len(ordered(found)) > 1),
         "## Training\n", *_curves(experiment), _training(curves["student"]), *_best(folder),
         *_went_on(folder), *(f"Text: {plain(note)}." for note in plan.get("text", [])), "",
         *_mixture(plan, curves["student"]),
@@ -93,13 +93,15 @@ def _samples(found: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         entry = found[name]
         return entry["samples"] if "samples" in entry else [{"prompt": asked["prompt"], "text": entry["sample"]}]
 
-    names, parts = _ordered(found), []
-    for number, prompt in enumerate(one["prompt"] for one in of(names[0])):
-        if isinstance(prompt, str):
-            parts.append(f"Each model continues {code(prompt)} with its most probable tokens.\n")
-        else:
-            parts += [f"**user**\n\n{block(_said(prompt))}\n",
-                      "Each model answers with its most probable tokens, up to its end token.\n"]
+    names = ordered(found)
+    prompts = [one["prompt"] for one in of(names[0])]
+    who = "Each model" if len(names) > 1 else f"The {names[0]}"
+    chats = not all(isinstance(prompt, str) for prompt in prompts)
+    parts = [f"{who} answers with its most probable tokens, up to its end token.\n" if chats else
+             f"{who} continues each prompt with its most probable tokens.\n"]
+    for number, prompt in enumerate(prompts):
+        parts.append(f"**prompt**: {code(prompt)}\n" if isinstance(prompt, str) else
+                     f"**user**\n\n{block(_said(prompt))}\n")
         parts += [f"**{name}**\n\n{block(of(name)[number]['text'])}\n" for name in names]
     return parts
 
@@ -109,10 +111,6 @@ def _said(messages: list[dict[str, Any]]) -> str:
     contents = [message["content"] for message in messages]
     return "\n".join(content if isinstance(content, str) else "".join(part["text"] for part in content)
                      for content in contents)
-
-
-def _ordered(found: dict[str, Any]) -> list[str]:
-    return [name for name in COLORS if name in found]
 
 
 def _verdict(found: dict[str, Any], receipt: dict[str, Any], adapter_alone: bool, folder: RunFolder) -> str:
@@ -145,7 +143,7 @@ def _hints(folder: RunFolder) -> list[str]:
 
 def _models(found: dict[str, Any], meaning: dict[str, str]) -> str:
     rows = ["| model | | bits per byte | bytes | parameters | tokens/s |", "|---|---|---:|---:|---:|---:|"]
-    for name in _ordered(found):
+    for name in ordered(found):
         entry = found[name]
         rows.append(f"| {name} | {meaning[name]} | {entry['bits_per_byte']:.4f} | {entry['bytes_on_disk']:,} | "
                     f"{entry['parameters']:,} | {entry['tokens_per_second']:,.0f} |")
@@ -207,8 +205,12 @@ def _mixture(plan: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
 def _receipt(receipt: dict[str, Any]) -> str:
     rows = ["| | |", "|---|---:|"]
     for name, value in receipt.items():
+        if value is None or value == []:  # not asked for, and nothing to note
+            continue
         if name == "versions":
             value = ", ".join(f"{library} {number}" for library, number in value.items())
+        elif isinstance(value, list):
+            value = "; ".join(map(str, value))
         if isinstance(value, float):
             value = f"{value:,.0f}" if value >= 1000 else f"{value:.6g}"
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -318,74 +320,3 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
               folder.path / "memory.png")
     return [*rows, "", "![memory over one step](memory.png)", "", "One micro-batch from its forward to the update, "
             "allocation by allocation; the square and the circle are the peaks."]
-
-
-# ---- plots
-
-def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.grid(alpha=0.25)
-    if x == "optimizer step":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, file: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
-
-
-def _plot_loss(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Plot the training cross-entropy, the term that all models share; the whole loss if the student has none."""
-    term = "cross_entropy" if any("cross_entropy" in line for line in curves["student"]) else "loss"
-    figure, axes = _figure("Training", "optimizer step", f"{term.replace('_', '-')} (nats per token)")
-    for name, lines in curves.items():
-        points = [(line["step"], line[term]) for line in lines if isinstance(line.get(term), float)]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=COLORS[name], alpha=0.2, linewidth=1)
-            axes.plot(*zip(*_smooth(points), strict=True), color=COLORS[name], label=name)
-    axes.legend(frameon=False)
-    _save(figure, file)
-
-
-def _plot_held_out(curves: dict[str, list[dict[str, Any]]], found: dict[str, Any], file: Path) -> None:
-    figure, axes = _figure("Held-out text", "optimizer step", "bits per byte")
-    for name, lines in curves.items():
-        points = [(line["step"], line["held_out"]["bits_per_byte"]) for line in lines if "held_out" in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=COLORS[name], marker="o", markersize=3, label=name)
-    if "teacher" in found:
-        axes.axhline(found["teacher"]["bits_per_byte"], color=COLORS["teacher"], linestyle="--", label="teacher")
-    axes.legend(frameon=False)
-    _save(figure, file)
-
-
-def _plot_size(found: dict[str, Any], file: Path) -> None:
-    figure, axes = _figure("Exported models", "MiB on disk", "bits per byte on held-out text")
-    for name in _ordered(found):
-        entry = found[name]
-        axes.scatter(entry["bytes_on_disk"] / 2**20, entry["bits_per_byte"], s=60, color=COLORS[name], label=name,
-                     zorder=3)
-    axes.set_xlim(left=0)
-    axes.margins(y=0.25)
-    axes.legend(frameon=False)
-    _save(figure, file)
-
-
-def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Exponential moving average over about a thirtieth of the run."""
-    weight, value, smoothed = 1 / max(1, len(points) / 30), points[0][1], []
-    for step, raw in points:
-        value += weight * (raw - value)
-        smoothed.append((step, value))
-    return smoothed

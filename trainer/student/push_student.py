@@ -138,7 +138,7 @@ def _check_token() -> None:
 
 
 def _content(path: Path, folder: RunFolder, student: Path, repository: str, base: str | None) -> str | bytes:
-    """A file's path; or what it is to hold in its new place: a card that is as it was written, and an adapter's base."""
+    """A file's path; or what it is to hold in its new place: of a card that is as it was written, or of an adapter."""
     if path == student / CARD and MARK in path.read_text(encoding="utf-8", errors="replace"):
         return model_card(folder, student, repository, base).replace(f"\n{MARK}\n", "").encode()
     if base is not None and path == student / ADAPTER:

@@ -95,6 +95,42 @@ def test_a_card_that_somebody_changed_is_left_to_him(finished, tmp_path):
     assert "My own words." in mine.read_text() and MARK in other.read_text()
 
 
+def test_a_card_follows_the_runs_that_weights_come_from(finished, run_experiment, chats, tmp_path):  # noqa: F811
+    shutil.copytree(finished.path, tmp_path / "runs" / "first")
+    _, second = run_experiment(
+        "second", student={"architecture": None, "from_run": str(tmp_path / "runs" / "first")}, training={"steps": 0},
+        data={"path": str(chats / "chats.jsonl"), "messages": "messages", "tokenizer": {"train_vocabulary": None}},
+        report={"control": False})
+    text = (second.student / "README.md").read_text()
+    row = "| `first` | `chats.jsonl` | 6 | 0.01 (cosine) | 1 cross-entropy |"
+    assert "begun as `base-model`, by way of 1 earlier run. License: mit." in text and row in text
+    assert "This run trained nothing. It compared the model on `chats.jsonl`" in text
+    assert str(tmp_path) not in text and str(finished.path.parent) not in text, "a card is public"
+
+    third = tmp_path / "runs" / "third"  # from the exported student of the second, as one of the first's checkpoints
+    shutil.copytree(second.path, third)
+
+    def changed(folder, **student):
+        values = yaml.safe_load((folder / "experiment.yaml").read_text())
+        values["student"].update(student)
+        (folder / "experiment.yaml").write_text(yaml.safe_dump(values))
+
+    changed(third, from_run=None, path="tiny-second/student")
+    shutil.copytree(second.path, tmp_path / "tiny-second")
+    changed(tmp_path / "tiny-second", from_run="runs/first/checkpoints/step-00000003")  # from where it was started
+    changed(tmp_path / "runs" / "first", path="some/base")
+    write_report(third)
+    text = (third / "student" / "README.md").read_text()
+    assert ModelCard(text).data.base_model == "some/base" and "by way of 2 earlier runs" in text
+    assert text.index(row.replace("| 6 |", "| 3 |")) < text.index("| `tiny-second` |  | 0 |")
+    changed(tmp_path / "runs" / "first", from_run="runs/third", path=None)  # a circle, which no run can make
+    write_report(third)
+    shutil.rmtree(tmp_path / "runs" / "first")
+    write_report(third)
+    text = (third / "student" / "README.md").read_text()
+    assert "begun as `checkpoints/student`" not in text and "begun as `first/student`, by way of 1 earlier run" in text
+
+
 def test_ids_of_a_hub_and_a_license_of_ones_own_are_in_the_front_matter(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)

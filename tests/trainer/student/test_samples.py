@@ -12,7 +12,8 @@ from trainer.data.tokenizers import train_tokenizer
 from trainer.errors import ExperimentErrors
 from trainer.experiment.data_nodes import Data, Tokenizer
 from trainer.experiment.load import read_experiment
-from trainer.run.report import write_report
+from trainer.run.report import _samples, write_report
+from trainer.run.report_plots import plot_size, sizes_figure
 
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -57,16 +58,34 @@ def test_a_chat_is_answered_up_to_the_token_that_ends_an_answer(run_experiment, 
     report = folder.report.read_text().partition("## Samples\n")[2]
     assert report.count("**user**") == 2
     assert all(f"```text\n{text}\n```" in report for text in (*PROMPTS, *found))
+    assert report.count("The student answers with its most probable tokens") == 1
+    whole = folder.report.read_text()
+    assert "size.png" not in whole and not (folder.path / "size.png").exists(), "there is nothing to compare"
+    assert "| notes |" not in whole and "| cache difference |" not in whole, "rows without a value"
 
 
 def test_texts_are_continued_and_old_samples_are_shown(run_experiment):
     _, folder = run_experiment(report={"control": False, "prompts": ["The cat", "The fox `"]})
     found = json.loads(folder.comparison.read_text())
     assert [one["text"][:7] for one in found["student"]["samples"]] == ["The cat", "The fox"]
-    assert "Each model continues `The cat` with" in folder.report.read_text()
+    report = folder.report.read_text()
+    assert report.count("The student continues each prompt with its most probable tokens.") == 1
+    assert "**prompt**: `The cat`\n" in report and "**prompt**: `` The fox ` ``\n" in report
+    both = "\n".join(_samples({**found, "teacher": found["student"]}, {}))
+    assert both.count("Each model continues each prompt") == 1 and both.count("**prompt**") == 2
     del found["student"]["samples"]
     folder.comparison.write_text(json.dumps({"student": {**found["student"], "sample": "The old one"}}))
     assert "```text\nThe old one\n```" in write_report(folder.path).read_text()
+
+
+def test_a_picture_of_sizes_compares_and_has_no_bits_below_none(tmp_path):
+    found = {"teacher": {"bytes_on_disk": 9 * 2**20, "bits_per_byte": 0.1},
+             "student": {"bytes_on_disk": 2**20, "bits_per_byte": 2.0}}
+    plot_size(found, tmp_path / "size.png")
+    assert (tmp_path / "size.png").exists()
+    assert sizes_figure(found)[1].get_ylim()[0] == 0 < 2.0 < sizes_figure(found)[1].get_ylim()[1]
+    plot_size({"student": found["student"]}, tmp_path / "size.png")
+    assert not (tmp_path / "size.png").exists()
 
 
 def test_what_a_prompt_is_depends_on_what_is_learned(chats):

@@ -1,0 +1,94 @@
+"""The pictures of a report: losses of a training, and sizes of models against their bits per byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COLORS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
+
+
+def ordered(found: dict[str, Any]) -> list[str]:
+    """Names of the models of a comparison, in the order in which they are shown."""
+    return [name for name in COLORS if name in found]
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    if x == "optimizer step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, file: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_loss(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Plot the training cross-entropy, the term that all models share; the whole loss if the student has none."""
+    term = "cross_entropy" if any("cross_entropy" in line for line in curves["student"]) else "loss"
+    figure, axes = _figure("Training", "optimizer step", f"{term.replace('_', '-')} (nats per token)")
+    for name, lines in curves.items():
+        points = [(line["step"], line[term]) for line in lines if isinstance(line.get(term), float)]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLORS[name], alpha=0.2, linewidth=1)
+            axes.plot(*zip(*_smooth(points), strict=True), color=COLORS[name], label=name)
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def plot_held_out(curves: dict[str, list[dict[str, Any]]], found: dict[str, Any], file: Path) -> None:
+    """Plot the bits per byte of each evaluation, beside the teacher's."""
+    figure, axes = _figure("Held-out text", "optimizer step", "bits per byte")
+    for name, lines in curves.items():
+        points = [(line["step"], line["held_out"]["bits_per_byte"]) for line in lines if "held_out" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=COLORS[name], marker="o", markersize=3, label=name)
+    if "teacher" in found:
+        axes.axhline(found["teacher"]["bits_per_byte"], color=COLORS["teacher"], linestyle="--", label="teacher")
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def plot_size(found: dict[str, Any], file: Path) -> None:
+    """Plot bytes against bits per byte, which compares models: one alone gets no picture."""
+    file.unlink(missing_ok=True)
+    if len(ordered(found)) < 2:
+        return
+    figure, _ = sizes_figure(found)
+    _save(figure, file)
+
+
+def sizes_figure(found: dict[str, Any]) -> tuple[Any, Any]:
+    """The figure and the axes of that picture."""
+    figure, axes = _figure("Exported models", "MiB on disk", "bits per byte on held-out text")
+    for name in ordered(found):
+        entry = found[name]
+        axes.scatter(entry["bytes_on_disk"] / 2**20, entry["bits_per_byte"], s=60, color=COLORS[name], label=name,
+                     zorder=3)
+    axes.set_xlim(left=0)
+    axes.margins(y=0.25)
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # there are no bits below none
+    axes.legend(frameon=False)
+    return figure, axes
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Exponential moving average over about a thirtieth of the run."""
+    weight, value, smoothed = 1 / max(1, len(points) / 30), points[0][1], []
+    for step, raw in points:
+        value += weight * (raw - value)
+        smoothed.append((step, value))
+    return smoothed
