@@ -254,7 +254,9 @@ def _receipt(receipt: dict[str, Any], folder: RunFolder, values: dict[str, Any],
 
 def _public(note: str, values: dict[str, Any]) -> str:
     """A note with only the end of local paths: a card is public, and says nothing about a machine."""
-    given = {*_data_paths(values), *filter(None, [_base(values)])}
+    held_out = [(part.get("validation") or {}).get("path")
+                for part in (values["data"], *(values["data"].get("sources") or ()))]
+    given = {*_data_paths(values), *filter(None, [_base(values), *held_out])}
     for path in sorted(given, key=len, reverse=True):
         if not _on_hub(path, values):
             note = note.replace(path, Path(path).name)

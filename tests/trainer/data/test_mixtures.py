@@ -201,3 +201,18 @@ def test_mistakes_in_the_data_name_their_source(mixed, sources, tmp_path, monkey
     with pytest.raises(UserError) as caught:
         prepare_text(read_experiment(mixed()).experiment)
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize("rows", [4, 20])
+def test_held_out_rows_are_counted_and_few_decide_nothing(mixed, sources, rows):
+    text = prepare_text(read_experiment(mixed(
+        data={"validation": {"fraction": 0.5, "rows": rows}}, training={"keep_best": "bits_per_byte"})).experiment)
+    one, other = (part.stop - part.start for part in text.held_out_of.values())
+    assert one + other == len(text.held_out["input_ids"])
+    said = f"{one + other} held-out rows: {one} of {sources[0]['path']}, {other} of {sources[1]['path']}"
+    warning = ("training.keep_best decides by fewer than 16 held-out rows: which evaluation is the best may be chance; "
+               "raise data.validation.rows, and hold out more text where there is too little")
+    assert said in text.notes and (warning in text.notes) == (rows < 16)
+    early = read_experiment(mixed(data={"validation": {"fraction": 0.5, "rows": 4}}, training={
+        "keep_best": "bits_per_byte", "early_stopping": 2})).experiment
+    assert any("keep_best and training.early_stopping decide by" in note for note in prepare_text(early).notes)
