@@ -249,8 +249,8 @@ def _notes_on_held_out(rows: dict[str, int], training: Training, data: Data) -> 
     if training.keep_best is not None and training.steps != 0 and count < DECIDING:
         what = "training.keep_best and training.early_stopping decide" if training.early_stopping else \
             "training.keep_best decides"
-        notes.append(f"{what} by fewer than {DECIDING} held-out rows: which evaluation is the best may be chance; raise "
-                     "data.validation.rows, and hold out more text where there is too little")
+        notes.append(f"{what} by fewer than {DECIDING} held-out rows: which evaluation is the best may be chance; "
+                     "raise data.validation.rows, and hold out more text where there is too little")
     return notes
 
 
