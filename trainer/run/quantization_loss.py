@@ -14,6 +14,8 @@ from trainer.files import write_atomically
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.metrics import console, read_lines
 
+SMALL = 1e-4  # bits per byte, the last digit that is shown of them
+
 
 @dataclass(frozen=True)
 class RoundingCost:
@@ -36,6 +38,8 @@ class RoundingCost:
 
     def __str__(self) -> str:
         rise, before = self.after - self.before, f"({self.before:.4f} before)"
+        if abs(rise) < SMALL:
+            return f"{self.what} cost less than {SMALL:.4f} bits per byte {before}"
         return f"{self.what} cost {rise:.4f} bits per byte {before}" if rise > 0 else \
             f"{self.what} cost nothing: it is {-rise:.4f} bits per byte better {before}"
 

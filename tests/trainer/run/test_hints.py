@@ -132,5 +132,8 @@ def test_of_the_best_evaluation_the_cost_is_counted_from_it(tmp_path):
     folder.comparison.write_text(json.dumps({"student": {"bits_per_byte": 2.5}}))
     assert str(rounding_cost(folder)) == (
         "rounding to 4 bits cost nothing: it is 0.5000 bits per byte better (3.0000 before)")
+    folder.comparison.write_text(json.dumps({"student": {"bits_per_byte": 2.99999}}))
+    assert str(rounding_cost(folder)) == "rounding to 4 bits cost less than 0.0001 bits per byte (3.0000 before)"
+    folder.comparison.write_text(json.dumps({"student": {"bits_per_byte": 2.5}}))
     folder.best.write_text(json.dumps({"step": 1}))
     assert str(rounding_cost(folder)) == "rounding to 4 bits cost 0.5000 bits per byte (2.0000 before)"
