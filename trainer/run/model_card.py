@@ -169,6 +169,8 @@ def _opening(values: dict[str, Any], before: Sequence[EarlierRun], size: dict[st
             f", begun with {len(layers)} layers of {_name(base, first) if base else 'a teacher of its own'}"
     elif base:
         text += f", begun as {_name(base, first)}"
+    elif before:
+        text += ", begun with random weights"
     if first is not values:
         text += f", by way of {len(before)} earlier run{'s' * (len(before) > 1)}"
     return f"{text}. License: {plain(stated) if stated else 'not stated'}. Made with Limbeck {__version__}."

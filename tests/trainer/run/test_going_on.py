@@ -176,6 +176,8 @@ def test_a_student_starts_from_another_run(run_experiment, train_here, write_exp
     assert same(load_file(folder.student / "model.safetensors"), trained)
     assert json.loads(folder.receipt.read_text())["holds"] and not steps_of(folder)
     assert "exported as it is, without any training" in folder.report.read_text()
+    card = (folder.student / "README.md").read_text()
+    assert "begun with random weights, by way of 1 earlier run" in card and "| `source` |" in card
     held = [line["held_out"] for line in read_lines(folder.metrics) if "held_out" in line]
     assert held[0]["bits_per_byte"] == pytest.approx(json.loads(folder.receipt.read_text())["bits_per_byte"], rel=1e-6)
     earlier = train_here("earlier", training={"steps": 0}, **BROUGHT, student={
