@@ -100,10 +100,14 @@ class Planner:
         """Seconds of forward and backward of all regions, without recomputation."""
         return sum(self._seconds(call) for call in self.calls)
 
-    def fits_as_it_is(self, budget: int) -> bool:
-        """Whether keeping everything is certain to fit, with a margin for kernels' own buffers that are not counted."""
+    def fits_as_it_is(self, budget: int, margin: bool = False) -> bool:
+        """Whether the plan without recomputation fits.
+
+        Args:
+            margin: also leave room for kernels' own buffers, which a step without regions does not count.
+        """
         peak = self.keep_all().peak
-        return (peak if self.calls else self._more(peak)) <= budget
+        return (self._more(peak) if margin and not self.calls else peak) <= budget
 
     def keep_all(self) -> RecomputePlan:
         """The plan without recomputation."""

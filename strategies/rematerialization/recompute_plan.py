@@ -31,6 +31,12 @@ class BudgetError(ValueError):
                          f"{least:,} bytes, and no plan needs less than {bound:,} (largest parts: {largest}); a "
                          "smaller micro-batch, an optimizer with less state or a lower precision need less")
 
+    def beside(self, other: RecomputePlan) -> BudgetError:
+        """The error when another plan was found, too: its peak is the least if it is the lower one."""
+        if other.peak >= self.least:
+            return self
+        return BudgetError(self.budget, other.peak, min(self.bound, other.peak), other.parts()[1])
+
 
 @dataclass(eq=False)
 class RecomputePlan:

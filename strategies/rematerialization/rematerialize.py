@@ -32,7 +32,7 @@ from strategies.rematerialization.price.gpu_attention import attention_as_on_gpu
 from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.price.step_trace import Hooks, Shared, Step, gradients_kept, trace_step, without
 from strategies.rematerialization.price.uncaptured_options import fallback_options
-from strategies.rematerialization.recompute_plan import RecomputePlan
+from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,13 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
                                 "others": others, "shared": Shared(), "reserved": _buckets(model), "solver": solver,
                                 "cache": None if cache is None else Path(cache) / "plans"}
     planner = study(model, example_batch, regions=False, **settings)
+    unchanged = planner.keep_all()
     if not planner.fits_as_it_is(budget):
         planner = study(model, example_batch, **settings)
-    plan = planner.plan(budget)
+    try:
+        plan = planner.plan(budget)
+    except BudgetError as error:
+        raise error.beside(unchanged) from None
     uninstall(model)
     planner.install(plan, inductor=compile)
     return plan

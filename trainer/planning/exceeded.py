@@ -16,6 +16,7 @@ from trainer.planning.refusal import BudgetUnmet
 from trainer.planning.step_memory import MemoryPlan, StepStudy
 from trainer.planning.step_plan import choose
 from trainer.run.metrics import readable
+from trainer.run.pace import readable_beside
 
 MIB = 2**20
 
@@ -44,7 +45,7 @@ class Exceeded:
     @property
     def problem(self) -> str:
         """The problem, in words."""
-        planned = "" if self.planned is None else f"; {readable(self.planned)} were planned"
+        planned = "" if self.planned is None else f"; {readable_beside(self.planned, self.measured)} were planned"
         return (f"step {self.step} took {readable(self.measured)} ({self.measured:,} bytes), {self.above:,} bytes or "
                 f"{self.above / self.budget:.1%} more than the budget{planned}")
 

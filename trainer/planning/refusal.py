@@ -19,6 +19,7 @@ from trainer.distributed.topology import Topology
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.experiment import Experiment
 from trainer.run.metrics import readable
+from trainer.run.pace import readable_beside
 
 OFFERED = 6  # most suggestions, besides a larger budget
 ENOUGH = 4  # suggestions after which no further schedule is searched
@@ -71,14 +72,15 @@ def refuse(experiment: Experiment, error: BudgetError, moment: str, parts: dict[
         attempt: returns a changed experiment as a `Trial` against its budget.
     """
     lines = [f"a training step cannot be made to fit: the least that any plan found needs is {readable(error.least)} "
-             f"({error.least:,} bytes), and none can need less than {readable(error.bound)}"]
+             f"({error.least:,} bytes), and none can need less than "
+             f"{readable_beside(error.bound, error.least)}"]
     lines += [f"  the largest parts then, at the peak ({moment}):"]
     lines += [f"    {name:<28} {count:>16,} bytes  {readable(count)}"
               for name, count in sorted(parts.items(), key=lambda part: -part[1]) if count][:7]
     memory, named = experiment.memory, experiment.memory.budget is None
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{experiment.name}: {readable(memory.bytes)} are too little, looking for what would fit",
-              file=sys.stderr, flush=True)
+        given = readable_beside(memory.bytes, error.least)
+        print(f"{experiment.name}: {given} are too little, looking for what would fit", file=sys.stderr, flush=True)
     ways = [_said(overrides, fit) for overrides, fit in _fitting(experiment, attempt, topology)]
     if not ways:
         ways.append("a smaller model")

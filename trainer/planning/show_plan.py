@@ -13,6 +13,7 @@ from trainer.experiment.load import Source
 from trainer.planning.plan import NOMINAL_STEPS, Plan
 from trainer.planning.step_memory import MemoryPlan
 from trainer.run.metrics import console, readable
+from trainer.run.pace import readable_beside
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -94,7 +95,7 @@ def _memory_rows(memory: MemoryPlan) -> list[tuple[str, ...]]:
     if memory.budget is None:
         return [*rows, ("budget", f"{'none':>15}", "nothing is recomputed; set memory.budget=... to fit fewer bytes")]
     rows.append(("budget", f"{memory.budget:>15,}", f"{readable(memory.budget)}; keeping all would need "
-                                                    f"{readable(memory.keep_all)}"))
+                                                    f"{readable_beside(memory.keep_all, memory.budget)}"))
     if not memory.blocks and not memory.unplanned:
         return [*rows, ("recomputed", f"{'nothing':>15}", "the model fits as it is")]
     rows.append(("recomputed", f"{memory.recomputed:>15.1%}", "of the blocks' forward and backward time; a better "

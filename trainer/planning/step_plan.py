@@ -6,7 +6,7 @@ Works from shapes alone. A schedule says which activations a block keeps and whi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -129,6 +129,11 @@ class _Unmet(Exception):
     def __init__(self, error: BudgetError, least: RecomputePlan) -> None:
         self.error, self.least = error, least
 
+    def beside(self, other: RecomputePlan) -> _Unmet:
+        """The same when another plan was found, too."""
+        error = self.error.beside(other)
+        return self if error is self.error else _Unmet(error, other)
+
 
 def choose(experiment: Experiment, study: Callable[[Experiment], Study], topology: Topology) -> Chosen:
     """Study an experiment's step, and choose its schedule and the tile size of its loss.
@@ -157,22 +162,40 @@ def choose(experiment: Experiment, study: Callable[[Experiment], Study], topolog
 def _choose(budget: int | None, study: Study) -> Chosen:
     """See `choose`.
 
-    If the model fits without recomputation, no schedule is searched, and the tile is as large as fits. Otherwise the
-    tile is the default or the smallest one, whichever needs less recomputation.
+    If the model fits without recomputation, no schedule is searched. Otherwise the tile is the default or the smallest
+    one, whichever needs less recomputation.
     """
-    planner, tile = study(False, None), None
+    planner = study(False, None)
+    usual = planner.keep_all()
+    if budget is None:
+        return Chosen(planner, usual, None, usual.peak)
+    try:
+        return _kept(budget, study, planner) or _planned(budget, study, usual.peak)
+    except _Unmet as unmet:
+        raise unmet.beside(usual) from unmet.error
+
+
+def _kept(budget: int, study: Study, planner: Planner) -> Chosen | None:
+    """The plan without recomputation at the largest tile that fits; None if none does.
+
+    A budget that the plan without one keeps is met by that plan, to the byte. Plans with smaller tiles leave a margin
+    for what counting misses.
+
+    Args:
+        planner: the study at the device's default tile.
+    """
     usual = planner.keep_all().peak
-    if budget is not None and not planner.fits_as_it_is(budget):
-        planner, tile = study(False, LEAST_TILE), LEAST_TILE
-        spare = budget - planner.keep_all().peak
-        if spare > 0:  # the temporaries of a small tile take up to about fifteen times its bytes
-            tile = LEAST_TILE + spare // 16
-            planner = study(False, tile)
-    if budget is None or planner.fits_as_it_is(budget):
-        schedule = planner.keep_all()
-        schedule.budget = budget
-        return Chosen(planner, schedule, tile, usual)
-    return _planned(budget, study, usual)
+    if planner.fits_as_it_is(budget):
+        return Chosen(planner, replace(planner.keep_all(), budget=budget), None, usual)
+    least = study(False, LEAST_TILE)
+    if not least.fits_as_it_is(budget, margin=True):
+        return None
+    # The temporaries of a small tile take up to about fifteen times its bytes.
+    larger = LEAST_TILE + (budget - least.keep_all().peak) // 16
+    for planner, tile in ((study(False, larger), larger), (least, LEAST_TILE)):
+        if planner.fits_as_it_is(budget, margin=True):
+            return Chosen(planner, replace(planner.keep_all(), budget=budget), tile, usual)
+    return None
 
 
 def _planned(budget: int, study: Study, usual: int, hopeless: bool = False) -> Chosen:
@@ -221,15 +244,15 @@ class _Trial:
 
     def as_it_is(self) -> Fit | None:
         fits = self._least is not None and self._least.fits_as_it_is(self._budget)
-        return self._fit(lambda: _choose(self._budget, self._study)) if fits else None
+        return self._fit(lambda: _kept(self._budget, self._study, self._study(False, None))) if fits else None
 
     def searched(self) -> Fit | None:
         return self._fit(lambda: _planned(self._budget, self._study, 0, hopeless=True))
 
     @staticmethod
-    def _fit(find: Callable[[], Chosen]) -> Fit | None:
+    def _fit(find: Callable[[], Chosen | None]) -> Fit | None:
         try:
-            found = find().schedule
+            found = find()
         except (_Unmet, UserError, RuntimeError, NotImplementedError):
             return None
-        return found.peak, found.overhead
+        return None if found is None else (found.schedule.peak, found.schedule.overhead)

@@ -129,3 +129,8 @@ def readable(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     return f"{count:.2f} TiB"
+
+
+def readable_beside(count: int, other: int) -> str:
+    """Format a number of bytes that is shown beside another one: with every byte if both read the same."""
+    return readable(count) + (f" ({count:,} bytes)" if readable(count) == readable(other) else "")
