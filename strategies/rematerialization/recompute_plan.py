@@ -12,6 +12,8 @@ from strategies.rematerialization.solve.chain_program import Block, ChainSchedul
 
 PROVEN = "each block's schedule is proven optimal by Checkmate's exact program, for the bytes it keeps and its peak"
 
+MOMENTS = {"start": "before the first block", "head": "loss", "end": "end of the backward", "update": "optimizer"}
+
 
 class BudgetError(ValueError):
     """The memory budget cannot be met.
@@ -99,6 +101,8 @@ class RecomputePlan:
         What regions keep and recompute counts as activations, and gradients are those that exist at that moment. The
         rest, such as logits and their gradients, counts as loss and temporaries.
         """
+        if not self.calls:
+            return self._parts_of_whole_step()
         moments = [("start", self.frame.start), ("head", self.frame.head), ("end", self.frame.end),
                    ("update", self.frame.update)]
         moment, around = max(moments, key=lambda entry: entry[1])
@@ -113,10 +117,17 @@ class RecomputePlan:
         rest = self.peak - kept - self.frame.base - sum(came.values())
         found = dict(self.frame.parts)
         found |= {name: found.get(name, 0) + count for name, count in came.items()}
-        found |= {"activations": kept, "loss and temporaries": rest} if self.calls else {
-            "activations, loss and temporaries": rest}
-        names = {"start": "before the first block", "head": "loss", "end": "end of the backward", "update": "optimizer"}
-        return names.get(moment, f"{moment} of block {position}"), found
+        found |= {"activations": kept, "loss and temporaries": rest}
+        return MOMENTS.get(moment, f"{moment} of block {position}"), found
+
+    def _parts_of_whole_step(self) -> tuple[str, dict[str, int]]:
+        """The same for a model that runs unchanged, whose activations are not told from temporaries."""
+        moment, gradients = self.frame.peak_of_whole_step()
+        exchanged = self.frame.exchanged.get(("update" if moment == "update" else "head", -1))
+        came = {"gradients": 0 if self.frame.parts.get("gradients") else gradients} if exchanged is None else exchanged
+        found = {name: self.frame.parts.get(name, 0) + came.get(name, 0) for name in {**self.frame.parts, **came}}
+        found["activations, loss and temporaries"] = self.peak - self.frame.base - sum(came.values())
+        return MOMENTS.get(moment, moment), found
 
     def _gradients(self, moment: str, position: int) -> int:
         """Bytes of gradients at a moment that did not exist when the step began."""

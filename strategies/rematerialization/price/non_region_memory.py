@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -46,6 +46,8 @@ class NonRegionMemory:
         exchanged: if ranks share the model, bytes by name that have been added since the step began, for each moment:
             (name, number of the region or -1).
         drops: whether gradients are freed as soon as they are made.
+        gradients: (number of changes in the timeline before it is complete, bytes) of each parameter's gradient, in a
+            step of one rank.
     """
 
     base: int
@@ -66,6 +68,23 @@ class NonRegionMemory:
     loss: int | None = None
     exchanged: Mapping[tuple[str, int], Mapping[str, int]] = field(default_factory=dict)
     drops: bool = False
+    gradients: tuple[tuple[int, int], ...] = ()
+
+    def peak_of_whole_step(self) -> tuple[str, int]:
+        """When the peak occurs in a step without regions, and the bytes of gradients that it has made by then.
+
+        At the end of the backward at most one gradient is missing: often the embedding's, tied to the head, whose two
+        terms are both there then.
+        """
+        phases = [(name, position) for name, position in self.marks if name != "end"]
+        begin = phases[0][1] if phases else 0
+        peak = max(range(begin, len(self.timeline)), key=lambda position: self.timeline[position], default=begin)
+        phase = next((name for name, position in reversed(phases) if position <= peak), "forward")
+        missing = sum(position > peak for position, _ in self.gradients)
+        if phase == "backward" and self.gradients and missing <= 1:
+            phase = "end"
+        made = 0 if self.drops else sum(count for position, count in self.gradients if position <= peak)
+        return phase, made
 
 
 class Unreached(Exception):
@@ -82,7 +101,8 @@ class Unreached(Exception):
 
 def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[], torch.Tensor], parts: dict[str, list],
             update: Callable[[], object], round_to: int = 1, reserved: Mapping[str, int] | None = None,
-            shared: tuple[nn.Module, Residency] | None = None, idle: frozenset[int] = frozenset()) -> NonRegionMemory:
+            shared: tuple[nn.Module, Residency] | None = None, idle: frozenset[int] = frozenset(),
+            trained: Sequence[torch.Tensor] = ()) -> NonRegionMemory:
     """Run one step on fake tensors, with stand-ins for regions that only return outputs of the right shapes.
 
     Args:
@@ -95,6 +115,7 @@ def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[]
         reserved: bytes by name that are held by something else.
         shared: the model that is sharded over ranks, and what this rank holds of it.
         idle: parameters, by id, that get no gradient.
+        trained: parameters whose gradients are noted when they are complete.
 
     Raises:
         Unreached: some regions have no backward.
@@ -111,7 +132,8 @@ def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[]
             counted[name] = counted.get(name, 0) + count
         stage = _Stage(tracker, calls, idle)
         sharing = None if shared is None else Shared(*shared, tracker)
-        with calling(modules, stage.instead), nullcontext() if sharing is None else sharing.step():
+        with calling(modules, stage.instead), nullcontext() if sharing is None else sharing.step(), \
+                _completed(trained, tracker) as gradients:
             base = tracker.current
             tracker.mark("forward")
             found = loss()
@@ -122,8 +144,21 @@ def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[]
         tracker.transient(0 if shared is None else shared[1].update)
         update()
         tracker.mark("end")
-    frame = stage.frame(base, counted, shared is not None)
+    frame = replace(stage.frame(base, counted, shared is not None), gradients=tuple(gradients))
     return frame if sharing is None else replace(frame, exchanged=stage.exchanged(sharing))
+
+
+@contextmanager
+def _completed(trained: Sequence[torch.Tensor], tracker: LiveBytes) -> Iterator[list[tuple[int, int]]]:
+    """Notes (position in the timeline, bytes) of each gradient as soon as autograd has summed it."""
+    found: list[tuple[int, int]] = []
+    handles = [parameter.register_post_accumulate_grad_hook(
+        lambda one: found.append((len(tracker.timeline), one.nbytes))) for parameter in trained]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Stage:

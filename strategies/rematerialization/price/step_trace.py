@@ -102,7 +102,7 @@ class Step:
 
         try:
             frame = observe(calls, mode, lambda: self.loss(self.batch), parts, advance,
-                            CUDA_BLOCK if self.on_gpu else 1, self.reserved, idle=self.idle)
+                            CUDA_BLOCK if self.on_gpu else 1, self.reserved, idle=self.idle, trained=parameters)
         finally:
             if hooks is not None:
                 hooks.remove()

@@ -1,6 +1,7 @@
 """Plans of models shaped as real ones are, a large tied head and half of a chat learned, held against the profiler."""
 
 import json
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from strategies.memory.plot import Curve, progress, shared_phases
 from tests.conftest import sentences
+from tests.strategies.rematerialization.planning_cases import quick
 from tests.trainer.teacher.test_distilling import END, bpe
 from trainer.data.tokenizers import known_size
 from trainer.distributed.topology import Topology
@@ -71,6 +73,30 @@ def test_the_dry_run_is_the_run_and_both_are_within_3_percent_of_the_profiler(tr
     for curve in curves:
         places = numpy.interp([position for _, position in curve.marks], curve.points[:, 0], progress(curve, phases))
         assert places == pytest.approx(list(phases.values()), abs=0.05)
+
+
+def test_the_plan_without_a_budget_meets_its_own_peak_and_names_what_is_there(write_experiment, given, monkeypatch):
+    """Its peak is where both terms of the tied matrix's gradient are there, and the blocks' gradients."""
+    small = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 8192}
+    file = write_experiment(student={"architecture": {"model_type": "llama", **small}},
+                            data={"sequence_length": 8, "tokenizer": {"train_vocabulary": None,
+                                                                      "path": given["teacher"]["path"]}},
+                            training={"batch_size": 1, "micro_batch": 1})
+    free = planned(file)
+    assert replace(planned(file, f"memory.budget={free.peak}"), budget=None) == free
+    with quick(monkeypatch, levels=(0.1,)), pytest.raises(BudgetUnmet) as refused:
+        planned(file, f"memory.budget={free.peak - 1}")
+    assert refused.value.way_out.endswith(f"memory.budget={free.peak}")
+    said = f"needs is {readable(free.peak)} ({free.peak:,} bytes), and none can need less than {readable(free.peak)} ("
+    assert said in str(refused.value) and f"({free.moment})" in str(refused.value)
+
+    matrix, weights = 4 * 64 * 8192, free.parts["weights"] - 4 * 16  # less the buffers of rotary embeddings
+    assert free.moment == "end of the backward" and free.parts["gradients"] == weights - matrix
+    assert 2 * matrix < free.parts["activations, loss and temporaries"] < 2.1 * matrix
+    longer = planned(file, "data.sequence_length=128", "training.batch_size=8", "training.micro_batch=8")
+    assert longer.moment == "loss" and not longer.parts["gradients"]
+    assert "gradients" not in {name for name, count in planned(file, "optimizer.in_backward=true",
+                                                               "training.clip=null").parts.items() if count}
 
 
 def ways_out(file, budget):
