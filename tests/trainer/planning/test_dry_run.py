@@ -31,6 +31,18 @@ def test_the_launch_on_two_ranks_of_the_documents_is_possible():
     assert "4 per micro-batch x 1 accumulated x 2 processes" in done.stdout
 
 
+def test_the_pages_show_the_parts_of_the_quickstart_that_no_search_changes():
+    """The others follow from the number of threads, shares of recomputation from timing."""
+    done = train_py("--config", "configs/quickstart.yaml", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    memory = json.loads(done.stdout)["plan"]["memory"]
+    page, readme = (ROOT / "docs" / "how-to" / "fit-a-budget.md").read_text(), (ROOT / "README.md").read_text()
+    for name in ("optimizer state", "teacher", "weights", "batch"):
+        line = f"    {name:<28} {memory['parts'][name]:>16,} bytes  "
+        assert line in page and (line in readme or name in ("weights", "batch"))
+    assert f"which needs {memory['keep_all'] / 2**20:.0f} MiB if everything is kept" in page
+
+
 def test_dry_run_sees_that_a_local_file_is_missing():
     done = train_py("--config", "configs/quickstart.yaml", "--dry-run", "data.path=nope.jsonl")
     assert done.returncode == 2 and "data.path = 'nope.jsonl': there is no such file or folder" in done.stderr
