@@ -97,14 +97,15 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
     settings: dict[str, Any] = {"optimizer": optimizer, "loss": loss, "autocast": autocast, "accumulate": accumulate,
                                 "others": others, "shared": Shared(), "reserved": _buckets(model), "solver": solver,
                                 "cache": None if cache is None else Path(cache) / "plans"}
-    planner = study(model, example_batch, regions=False, **settings)
-    unchanged = planner.keep_all()
-    if not planner.fits_as_it_is(budget):
+    whole = planner = study(model, example_batch, regions=False, **settings)
+    if not planner.fits_as_it_is(budget, margin=True):
         planner = study(model, example_batch, **settings)
     try:
         plan = planner.plan(budget)
     except BudgetError as error:
-        raise error.beside(unchanged) from None
+        if not whole.fits_as_it_is(budget):
+            raise error.beside(whole.keep_all()) from None
+        planner, plan = whole, whole.plan(budget)
     uninstall(model)
     planner.install(plan, inductor=compile)
     return plan

@@ -163,7 +163,8 @@ def _choose(budget: int | None, study: Study) -> Chosen:
     """See `choose`.
 
     If the model fits without recomputation, no schedule is searched. Otherwise the tile is the default or the smallest
-    one, whichever needs less recomputation.
+    one, whichever needs less recomputation. A budget within the margin of the plan without one, which nothing else
+    keeps, is met by that plan, so that the peak that is shown without a budget is a budget that works.
     """
     planner = study(False, None)
     usual = planner.keep_all()
@@ -172,20 +173,19 @@ def _choose(budget: int | None, study: Study) -> Chosen:
     try:
         return _kept(budget, study, planner) or _planned(budget, study, usual.peak)
     except _Unmet as unmet:
+        if planner.fits_as_it_is(budget):
+            return Chosen(planner, replace(usual, budget=budget), None, usual.peak)
         raise unmet.beside(usual) from unmet.error
 
 
 def _kept(budget: int, study: Study, planner: Planner) -> Chosen | None:
-    """The plan without recomputation at the largest tile that fits; None if none does.
-
-    A budget that the plan without one keeps is met by that plan, to the byte. Plans with smaller tiles leave a margin
-    for what counting misses.
+    """The plan without recomputation at the largest tile that fits, with a margin for what counting misses, or None.
 
     Args:
         planner: the study at the device's default tile.
     """
     usual = planner.keep_all().peak
-    if planner.fits_as_it_is(budget):
+    if planner.fits_as_it_is(budget, margin=True):
         return Chosen(planner, replace(planner.keep_all(), budget=budget), None, usual)
     least = study(False, LEAST_TILE)
     if not least.fits_as_it_is(budget, margin=True):

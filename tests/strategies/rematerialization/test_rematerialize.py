@@ -156,7 +156,7 @@ def test_peak_is_predicted_and_never_above_the_budget(kind, monkeypatch):
 def test_budgets():
     model, batch = language_model("llama"), text_batch()
     unchanged = study(model, batch, regions=False).keep_all().peak
-    assert rematerialize(model, batch, unchanged).peak == unchanged, "no margin above what keeping all takes"
+    assert rematerialize(model, batch, unchanged).peak <= unchanged, "what keeping all takes is a budget that works"
     with pytest.raises(ValueError, match="lots"):
         rematerialize(model, batch, "lots")
     with pytest.raises(BudgetError, match="least for which there is a plan") as refused:
