@@ -6,8 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +101,20 @@ def check_reader(name: str, to: Sequence[str]) -> None:
     reader = READERS[name]
     if reader.of not in to:
         raise ValueError(f"{name} reads what is exported for {reader.of}, which `export.to` does not name")
-    if find_spec(reader.package) is None:
+    if not is_installed(reader.package):
         raise ValueError(f"{name} needs a package that is not installed: pip install 'limbeck[{name}]'")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a distribution is installed.
+
+    Asking for its module would not do: ExecuTorch's is a namespace, and so is any folder of that name on the path.
+    """
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def receipt_name(reader: str) -> str:

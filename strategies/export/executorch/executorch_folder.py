@@ -11,7 +11,6 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from strategies.export.executorch.executorch_layers import HalfRows, Rows, Xnnpa
 from strategies.export.gguf.gguf_file import dequantized_reference
 from strategies.export.hf.written_config import config_of, write_config
 from strategies.export.quantized_layers import quantized_layers, weight_count
+from strategies.export.readers import is_installed
 
 FILE = "student.pte"
 # Model types of transformers whose programs were compared with torch; others are tried first.
@@ -72,7 +72,7 @@ def check_executorch(model: nn.Module) -> None:
 
     Determined with version 1.5.1. Only shapes are needed: weights are not read.
     """
-    if find_spec("executorch") is None:
+    if not is_installed("executorch"):
         raise ValueError("ExecuTorch is not installed: pip install 'limbeck[executorch]'")
     for name, module in model.named_modules():
         if any(own.ndim == 3 for own in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d):

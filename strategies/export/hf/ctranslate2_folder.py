@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.utils import logging
 
 from strategies.export.hf.ctranslate2_numbers import check_numbers, integers, plain_with, put_together, scales
 from strategies.export.quantized_layers import quantized_layers, weight_count
+from strategies.export.readers import is_installed
 
 # What CTranslate2 4.8 reads and computes as transformers does; its converter fails with others, or asks for tokens.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -75,7 +75,7 @@ def check_ctranslate2(model: nn.Module) -> None:
 
     Determined with version 4.8. Only shapes are needed: weights are not read.
     """
-    if find_spec("ctranslate2") is None:
+    if not is_installed("ctranslate2"):
         raise ValueError("CTranslate2 is not installed: pip install 'limbeck[ctranslate2]'")
     config = model.config
     if config.model_type not in ARCHITECTURES:

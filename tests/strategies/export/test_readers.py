@@ -2,7 +2,6 @@
 
 import copy
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from strategies.export.gguf.gguf_file import dequantized_reference, write_gguf
 from strategies.export.gguf.gguf_rounding import rounded_reference
 from strategies.export.hf.ctranslate2_folder import check_ctranslate2, write_ctranslate2
 from strategies.export.onnx.onnx_folder import write_onnx
-from strategies.export.readers import MOST, READERS, check_reader, long_text, read_by, slowest_turn
+from strategies.export.readers import MOST, READERS, check_reader, is_installed, long_text, read_by, slowest_turn
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.freeze import freeze_quantized
 from strategies.quantization.qat import prepare
@@ -25,7 +24,7 @@ SHAPES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, 
           "num_key_value_heads": 1, "head_dim": WIDTH, "max_position_embeddings": 1024, "vocab_size": SIZE + MORE}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": BASE, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 256}
-needs = {name: pytest.mark.skipif(not find_spec(reader.package), reason=f"pip install 'limbeck[{name}]'")
+needs = {name: pytest.mark.skipif(not is_installed(reader.package), reason=f"pip install 'limbeck[{name}]'")
          for name, reader in READERS.items()}
 
 
@@ -93,7 +92,7 @@ def test_a_text_is_as_long_as_the_slowest_turn_or_the_context():
 def test_what_is_not_there_is_said_by_name(monkeypatch):
     with pytest.raises(ValueError, match="llama-cpp reads what is exported for gguf, which `export.to` does not name"):
         check_reader("llama-cpp", ["onnx"])
-    monkeypatch.setattr("strategies.export.readers.find_spec", lambda _: None)
+    monkeypatch.setattr("strategies.export.readers.is_installed", lambda _: False)
     with pytest.raises(ValueError, match=r"openvino needs .+ not installed: pip install 'limbeck\[openvino\]'"):
         check_reader("openvino", ["onnx"])
 
@@ -185,13 +184,13 @@ def test_ctranslate2_holds_the_integers_and_scales_of_a_quantized_student(tmp_pa
     (lambda: prepared(WeightQuantizer(8), ignore=("*k_proj", "lm_head")), "k_proj beside it is not"),
     (lambda: prepared(WeightQuantizer(kind="fp8")), "has fp8 numbers")])
 def test_what_ctranslate2_would_compute_otherwise_is_refused(model, says, monkeypatch):
-    monkeypatch.setattr("strategies.export.hf.ctranslate2_folder.find_spec", lambda name: name)
+    monkeypatch.setattr("strategies.export.hf.ctranslate2_folder.is_installed", lambda _: True)
     with pytest.raises(ValueError, match=says):
         check_ctranslate2(model())
 
 
 def test_ctranslate2_that_is_not_installed_is_said(monkeypatch):
-    monkeypatch.setattr("strategies.export.hf.ctranslate2_folder.find_spec", lambda _: None)
+    monkeypatch.setattr("strategies.export.hf.ctranslate2_folder.is_installed", lambda _: False)
     with pytest.raises(ValueError, match=r"pip install 'limbeck\[ctranslate2\]'"):
         check_ctranslate2(build())
 

@@ -35,7 +35,7 @@ def test_quantization_export_and_report_change_on_a_trained_run(run_experiment, 
     found = load_file(file)
     assert {tensor.dtype for name, tensor in found.items() if name.endswith("scale")} == {torch.bfloat16}
     assert {tensor.shape[1] for name, tensor in found.items() if "o_proj.weight_packed" in name} == {32 * 4 // 32}
-    assert json.loads(folder.receipt.read_text())["holds"] and "continues `A`" in folder.report.read_text()
+    assert json.loads(folder.receipt.read_text())["holds"] and "**prompt**: `A`" in folder.report.read_text()
     run_experiment("run", **FOUR)
     assert "is finished" in capsys.readouterr().out
     for change in ({"student": {"quantization": {"bits": 4}}}, {**FOUR, "optimizer": {"lr": 0.1}}):

@@ -1,15 +1,14 @@
 """Further runtimes that read what a run exported, each with a receipt."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 
-from strategies.export.readers import READERS
+from strategies.export.readers import READERS, is_installed
 from trainer import cli, command_line
 from trainer.errors import UserError
 
-needs_llama_cpp = pytest.mark.skipif(not find_spec("xllamacpp"), reason="pip install 'limbeck[llama-cpp]'")
+needs_llama_cpp = pytest.mark.skipif(not is_installed("xllamacpp"), reason="pip install 'limbeck[llama-cpp]'")
 SHORT = {"training": {"steps": 2}, "report": {"control": False}}
 
 
@@ -22,7 +21,7 @@ def test_readers_are_those_of_the_command_line():
     (["gguf"], r"pip install 'limbeck\[llama-cpp\]'", "install it, or leave it out")])
 def test_a_reader_that_cannot_read_is_refused_before_anything_starts(run_experiment, tmp_path, monkeypatch, to, says,
                                                                      way_out):
-    monkeypatch.setattr("strategies.export.readers.find_spec", lambda _: None)
+    monkeypatch.setattr("strategies.export.readers.is_installed", lambda _: False)
     with pytest.raises(UserError, match=says) as error:
         run_experiment(export={"to": to, "readers": ["llama-cpp"]})
     assert (error.value.key, error.value.way_out) == ("export.readers", way_out) and not (tmp_path / "tiny").exists()
@@ -44,7 +43,7 @@ def test_llama_cpp_reads_a_finished_run(run_experiment, capsys):
     assert json.loads((student / "receipt-llama-cpp.json").read_text())["holds"]
 
 
-@pytest.mark.skipif(not find_spec("ctranslate2"), reason="pip install 'limbeck[ctranslate2]'")
+@pytest.mark.skipif(not is_installed("ctranslate2"), reason="pip install 'limbeck[ctranslate2]'")
 @pytest.mark.parametrize("quantization", [None, {"method": "rtn", "bits": 8}])
 def test_a_run_is_written_for_ctranslate2(run_experiment, quantization):
     _, folder = run_experiment(**SHORT, student={"quantization": quantization}, export={"to": ["ctranslate2"]})
@@ -57,7 +56,7 @@ def test_a_run_is_written_for_ctranslate2(run_experiment, quantization):
     assert receipt["bytes_on_disk"] == (student / "model.bin").stat().st_size
 
 
-@pytest.mark.skipif(not find_spec("executorch"), reason="pip install 'limbeck[executorch]'")
+@pytest.mark.skipif(not is_installed("executorch"), reason="pip install 'limbeck[executorch]'")
 def test_a_run_is_written_for_executorch(run_experiment):
     quantization = {"bits": 4, "group_size": 32, "positive_scales": True, "activations": {}}
     _, folder = run_experiment(**SHORT, student={
@@ -73,12 +72,12 @@ def test_a_run_is_written_for_executorch(run_experiment):
 
 
 def test_executorch_that_cannot_hold_a_student_is_refused_before_training(run_experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr("strategies.export.executorch.executorch_folder.find_spec", lambda name: name)
+    monkeypatch.setattr("strategies.export.executorch.executorch_folder.is_installed", lambda _: True)
     quantization = {"bits": 4, "group_size": 32, "activations": {}}
     with pytest.raises(UserError, match="scales of both signs") as error:
         run_experiment(student={"quantization": quantization}, export={"to": ["executorch"], "dtype": "bfloat16"})
     assert (error.value.key, error.value.way_out) == ("export.to", "leave it out, or quantize otherwise")
-    monkeypatch.setattr("strategies.export.executorch.executorch_folder.find_spec", lambda _: None)
+    monkeypatch.setattr("strategies.export.executorch.executorch_folder.is_installed", lambda _: False)
     with pytest.raises(UserError, match=r"pip install 'limbeck\[executorch\]'"):
         run_experiment(export={"to": ["executorch"]})
     assert not (tmp_path / "tiny").exists()

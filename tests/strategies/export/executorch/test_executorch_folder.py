@@ -1,6 +1,5 @@
 """Programs for ExecuTorch: what XNNPACK multiplies, what is refused, and how it rounds what enters a layer."""
 
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,14 +15,14 @@ from strategies.export.executorch.executorch_folder import (
 )
 from strategies.export.executorch.executorch_layers import XnnpackLinear, stored_as
 from strategies.export.executorch.executorch_rounding import executorch_reference, nudged, rounded_with_zero_point
-from strategies.export.readers import read_by
+from strategies.export.readers import is_installed, read_by
 from strategies.quantization.activations import ActivationQuantizer
 from strategies.quantization.qat import become_quantized, prepare
 from strategies.quantization.quantizer import WeightQuantizer
 from tests.strategies.export.gguf.test_gguf_file import trained
 from tests.strategies.export.test_readers import BASE, build, ids, with_base
 
-needs_executorch = pytest.mark.skipif(not find_spec("executorch"), reason="pip install 'limbeck[executorch]'")
+needs_executorch = pytest.mark.skipif(not is_installed("executorch"), reason="pip install 'limbeck[executorch]'")
 EIGHT = ActivationQuantizer()
 BF16 = {"scale_dtype": torch.bfloat16, "positive": True}
 FORMS = [  # quantizer, inputs -> bits and group size that XNNPACK has for it
@@ -80,13 +79,13 @@ def student(activations=EIGHT, **how):
     (lambda: student(ActivationQuantizer(dynamic=False), bits=4), "with a scale of each token: set `kind: int`"),
     (lambda: student(bits=8), "q_proj has scales of both signs")])
 def test_a_student_that_executorch_does_not_hold_is_refused(model, says, monkeypatch):
-    monkeypatch.setattr("strategies.export.executorch.executorch_folder.find_spec", lambda name: name)
+    monkeypatch.setattr("strategies.export.executorch.executorch_folder.is_installed", lambda _: True)
     with pytest.raises(ValueError, match=says):
         check_executorch(model())
 
 
 def test_executorch_that_is_not_installed_is_said(monkeypatch):
-    monkeypatch.setattr("strategies.export.executorch.executorch_folder.find_spec", lambda _: None)
+    monkeypatch.setattr("strategies.export.executorch.executorch_folder.is_installed", lambda _: False)
     with pytest.raises(ValueError, match=r"ExecuTorch is not installed: pip install 'limbeck\[executorch\]'"):
         check_executorch(build())
 

@@ -73,7 +73,8 @@ def test_a_graph_that_is_wrong_only_with_a_cache_is_found_out(answers, tmp_path)
 
 
 def test_the_program_of_the_page_writes_what_transformers_writes(answers, capsys):
-    [program] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "export.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs" / "how-to" / "export.md").read_text()
+    program, chat, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     model, words = STUDENTS["gemma2"][0], tokenizer()
     for theirs, ours in (("runs/my-finetune/student-onnx", str(answers[0] / "gemma2")), ('"The"', '"w1 w12 w13"')):
         assert theirs in program
@@ -83,6 +84,9 @@ def test_the_program_of_the_page_writes_what_transformers_writes(answers, capsys
         wanted = model.generate(words("w1 w12 w13", return_tensors="pt").input_ids, generation_config=GenerationConfig(
             max_new_tokens=64, do_sample=False, pad_token_id=0))
     assert capsys.readouterr().out.strip() == words.decode(wanted[0])
+    words.chat_template = "{% for one in messages %}{{ one.content }}{% endfor %}"
+    exec(chat, room := {"tokenizer": words})
+    assert room["row"].shape == words(room["chat"][0]["content"], return_tensors="np").input_ids.shape
 
 
 def test_onnxruntime_genai_and_optimum_find_the_names_that_they_read(answers):
