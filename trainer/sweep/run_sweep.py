@@ -169,7 +169,11 @@ def sweep_status(path: Path) -> tuple[str, int, bool]:
     The code is 0 for a finished sweep, 75 for one to be started again, else 1.
     """
     folder = SweepFolder(path)
-    record = folder.read()
+    return progress_of(folder, folder.read())
+
+
+def progress_of(folder: SweepFolder, record: SweepRecord) -> tuple[str, int, bool]:
+    """See `sweep_status`, of a record that has been read."""
     running = in_use(folder.path)
     code = 0 if record.finished else 1 if running or record.count("failed") else AGAIN_LATER
     return f"{'running; ' if running else ''}{record.progress}", code, running

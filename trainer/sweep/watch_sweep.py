@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.errors import UserError
 from trainer.run.watch import NARROW, WIDE, Watch
-from trainer.sweep.run_sweep import sweep_status
+from trainer.sweep.run_sweep import progress_of
 from trainer.sweep.sweep_record import RunRecord, SweepFolder, SweepRecord
 from trainer.sweep.sweep_table import number
 
@@ -27,7 +27,7 @@ class WatchSweep:
     def frame(self, columns: int, rows: int = 50) -> tuple[list[str], int | None]:
         """What is to be seen now, as lines of text, and the exit code if the sweep does not go on."""
         record = self.folder.read()
-        said, code, running = sweep_status(self.folder.path)
+        said, code, running = progress_of(self.folder, record)
         lines = [f"{record.name}  {said}"]
         for run in sorted(record.runs, key=lambda run: ORDER.index(run.state)):
             lines += self._lines(run, record, columns)

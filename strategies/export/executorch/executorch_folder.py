@@ -20,6 +20,7 @@ from torch import nn
 from strategies.export.executorch.executorch_layers import HalfRows, Rows, XnnpackLinear, multiplied, stored_as
 from strategies.export.gguf.gguf_file import dequantized_reference
 from strategies.export.hf.written_config import config_of, write_config
+from strategies.export.logits_module import Logits
 from strategies.export.quantized_layers import quantized_layers, weight_count
 from strategies.export.readers import is_installed
 
@@ -107,21 +108,9 @@ def longest(config: Any) -> int:
     return max(2, min(getattr(config, "max_position_embeddings", None) or MOST, MOST, length))
 
 
-class _Logits(nn.Module):
-    """A causal language model with two inputs and one output."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """(1, length), (1, length) -> (1, length, vocabulary)"""
-        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-
-
 def _program(model: nn.Module, dtype: torch.dtype) -> bytes:
     tokens, positions = torch.zeros(1, 5, dtype=torch.long), torch.tensor([[0, 1, 2, 0, 1]])
-    return lowered(_Logits(_stand_in(model, dtype)), (tokens, positions), longest(model.config), {
+    return lowered(Logits(_stand_in(model, dtype)), (tokens, positions), longest(model.config), {
         "get_max_seq_len": longest(model.config), "get_vocab_size": model.config.vocab_size,
         "parameters": weight_count(model)})
 

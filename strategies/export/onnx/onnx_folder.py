@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from strategies.export.hf.transformers_folder import format_bits
 from strategies.export.hf.written_config import config_of, write_config
+from strategies.export.logits_module import Logits
 from strategies.export.onnx.genai_config import write_genai_config
 from strategies.export.onnx.onnx_cache import OPSET, CachedLogits, NoCache, Shape, cache_shapes, no_past
 from strategies.export.onnx.onnx_layers import DOMAIN, same_tensors, stand_in, stand_of
@@ -162,7 +163,7 @@ def _write_model(file: Path, model: nn.Module, dtype: torch.dtype) -> tuple[list
         _write(file, CachedLogits(model), _examples(model, shapes), _with_cache(len(shapes)), dtype)
         return shapes, []
     except (NoCache, torch.onnx.OnnxExporterError) as error:
-        _write(file, _Logits(model), _examples(model), Interface(
+        _write(file, Logits(model), _examples(model), Interface(
             {"input_ids": TOKENS, "position_ids": TOKENS}, {"logits": (*TOKENS, None)}), dtype)
         return [], [f"the graph of {type(model).__name__} has no cache, so that each token is computed with all before "
                     f"it: {(str(error).strip().splitlines() or [''])[0][:200]}"]
@@ -203,18 +204,6 @@ def _check(name: str, layer: Quantized) -> None:
     if quantizer.group_size not in (None, *GROUPS):
         raise ValueError(f"{name} has groups of {quantizer.group_size}, and ONNX Runtime multiplies groups of "
                          f"{', '.join(map(str, GROUPS))}: take one of them, or whole channels")
-
-
-class _Logits(nn.Module):
-    """A causal language model with two inputs and one output."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """(rows, length), (rows, length) -> (rows, length, vocabulary)"""
-        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
 
 @contextmanager
