@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from trainer.data.classified import class_names
 from trainer.data.tokenizers import known_size, tokenizer_origin
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.models.build import check_adapter, export_skeleton, from_config
+from trainer.models.classifier_trials import check_early_classifier
 from trainer.models.configs import check_shapes, student_config, teacher_config
 from trainer.models.model_trials import check_early_causal
 from trainer.models.router_balance import balancing_weight
+from trainer.models.task_heads import Task
 from trainer.models.teacher_layers import try_layers
 from trainer.planning.plan import Plans, count_steps
 from trainer.run.folder import RunFolder
@@ -25,13 +28,31 @@ from trainer.teacher.intermediate_losses import check_intermediate
 ALONE = Topology()
 
 
+def task_for(experiment: Experiment) -> Task:
+    """The task of an experiment; the classes of a classification are read from its data where it does not name them."""
+    return Task.of(experiment.data, () if experiment.data.is_language else class_names(experiment))
+
+
+def vocabulary_of(experiment: Experiment) -> int | None:
+    """Embedding rows for the tokenizer of an experiment; None if unknown so far, or for images."""
+    if experiment.data.task == "image_classification":
+        return None
+    return known_size(experiment.data.tokenizer, experiment.with_weights)
+
+
+def check_tokenizer_origin(experiment: Experiment) -> None:
+    """Raise `UserError` if nothing says which tokenizer texts are read with."""
+    if experiment.data.task != "image_classification":
+        tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
+
+
 def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans | None = None) -> None:
     """Raise `UserError` for mistakes that show before any data is read, tokenized or trained on."""
-    vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
+    vocabulary = vocabulary_of(experiment)
     teacher, student = configs_of(experiment, vocabulary)
     count_steps(experiment, None)
     check_shapes_early(experiment, teacher, student)
-    tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
+    check_tokenizer_origin(experiment)
     own = None
     if experiment.teacher is not None and experiment.teacher.train is not None:
         own = experiment.as_teacher("")
@@ -48,10 +69,11 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
 
 def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> None:
     """Raise `UserError` for models whose shapes alone show that the student could not learn or be exported."""
+    early = check_early_causal if experiment.data.is_language else check_early_classifier
     if teacher is not None:
-        check_early_causal(experiment.teacher, "teacher", teacher)
+        early(experiment.teacher, "teacher", teacher)
     if experiment.student.from_teacher is None:
-        check_early_causal(experiment.student, "student", student)
+        early(experiment.student, "student", student)
     elif not experiment.teacher.trust_remote_code:
         try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
     with torch.device("meta"):
@@ -64,8 +86,9 @@ def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None,
 def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = False
              ) -> tuple[PretrainedConfig | None, PretrainedConfig]:
     """Model configurations of teacher and student, checked against each other and against the tokenizer."""
-    teacher = teacher_config(experiment.teacher, vocabulary, offline)
-    student = student_config(experiment.student, teacher, vocabulary, offline)
+    task = task_for(experiment)
+    teacher = teacher_config(experiment.teacher, vocabulary, offline, task)
+    student = student_config(experiment.student, teacher, vocabulary, offline, task)
     check_shapes(experiment, teacher, student, vocabulary)
     check_intermediate(experiment.objective, student, teacher)
     balancing_weight(experiment.objective, student)

@@ -12,10 +12,17 @@ import torch
 from trainer.data.data_preview import preview
 from trainer.data.dataset import PreparedData, for_each_source, prepare_text
 from trainer.data.sources import check_path
-from trainer.data.tokenizers import known_size, tokenizer_origin, vocabulary_size
+from trainer.data.tokenizers import tokenizer_origin
 from trainer.distributed.launch import check_engine, start
 from trainer.distributed.topology import Topology
-from trainer.early_checks import check_early, check_shapes_early, configs_of, next_start
+from trainer.early_checks import (
+    check_early,
+    check_shapes_early,
+    check_tokenizer_origin,
+    configs_of,
+    next_start,
+    vocabulary_of,
+)
 from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
@@ -59,8 +66,8 @@ def dry_run(source: Source, as_json: bool) -> None:
     plan = planned(source)
     if int(os.environ.get("RANK", 0)) == 0:
         experiment = source.experiment
-        data = preview(experiment.data, tokenizer_origin(experiment.data.tokenizer, experiment.with_weights),
-                       Path(experiment.run.cache))
+        data = [] if not experiment.data.is_language else preview(experiment.data, tokenizer_origin(
+            experiment.data.tokenizer, experiment.with_weights), Path(experiment.run.cache))
         show = (source, plan, data, next_start(experiment))
         print(plan_json(*show)) if as_json else show_plan(*show)
 
@@ -73,7 +80,7 @@ def planned(source: Source) -> Plan:
     """
     quiet_libraries()
     experiment = source.experiment
-    vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
+    vocabulary = vocabulary_of(experiment)
     for_each_source(experiment.data, lambda _, part: check_path(part.path, "data.path"))
     teacher, student = configs_of(experiment, vocabulary, offline=True)
     device = experiment.memory.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +89,7 @@ def planned(source: Source) -> Plan:
         topology = replace(topology, data_parallel=experiment.memory.processes)
     check_engine(experiment.sharding, experiment.optimizer, topology)
     check_shapes_early(experiment, teacher, student)
-    tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
+    check_tokenizer_origin(experiment)
     with working(experiment.name, "planning memory", to_stderr=True):  # standard output may be read as JSON
         return Plans().resolve(experiment, topology, teacher, student)
 
@@ -173,10 +180,11 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
         text = prepare_text(experiment)
     for note in text.notes:
         say(f"{name}  {note}")
-    _, shape = configs_of(experiment, vocabulary_size(text.tokenizer))
-    check_places({"teacher": experiment.teacher, "student": experiment.student}, text)
+    _, shape = configs_of(experiment, text.vocabulary)
+    if experiment.data.is_language:
+        check_places({"teacher": experiment.teacher, "student": experiment.student}, text)
     check_calibration(experiment, shape, text)
-    for note in check_tokenizer(experiment.export, text, shape.vocab_size):
+    for note in check_tokenizer(experiment.export, text, getattr(shape, "vocab_size", 0)):
         say(f"{name}  {note}")
     return Begun(_with_teacher(experiment, how, text), how, text)
 
@@ -197,7 +205,8 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         whole = loop.whole()
         check_digests(digests, whole, "the student, put together after training,")
         save_digests(folder.digests, digests)
-        end_answers(whole, text.tokenizer, experiment.data)
+        if experiment.data.is_language:
+            end_answers(whole, text.tokenizer, experiment.data)
         model = finalize_student(experiment, whole, text, folder)
         with working(experiment.name, "writing the student"):
             write_student(student, whole, model, experiment.student, experiment.export, experiment.form, text)

@@ -10,21 +10,21 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.adapters.low_rank import base_of
+from strategies.distillation.tokenizers.input_adapters import identity_adapter
 from strategies.export.hf.transformers_folder import write_model_files
 from trainer import checkpoints
 from trainer.checkpoints import WarmStart, check_space, planned_bytes
-from trainer.data.batches import model_inputs
+from trainer.data.batches import example_batch, model_inputs
 from trainer.data.dataset import PreparedData
-from trainer.data.tokenizers import vocabulary_size
 from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
 from trainer.early_checks import configs_of
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.models.build import build_student, build_teacher
+from trainer.models.classifier_trials import check_classifier
 from trainer.models.model_trials import check_causal, check_packing, check_padding, check_positions
 from trainer.planning.plan import Plan, Plans
-from trainer.planning.step_memory import example_batch
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import console
 from trainer.run.trackers import start_trackers
@@ -60,7 +60,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     """Plan a run, build and check its models, claim its folder, and resume from its last checkpoint."""
     folder.check(asked)
     accelerator, name = how.accelerator, experiment.name
-    teacher_shape, student_shape = shapes = configs_of(experiment, vocabulary_size(text.tokenizer))
+    teacher_shape, student_shape = shapes = configs_of(experiment, text.vocabulary)
     rows = len(text.train) if hasattr(text.train, "__len__") else None
     with working(name, "planning memory"):
         plan = how.plans.resolve(experiment, how.topology, *shapes, rows, checkpoints.progress(folder.checkpoints))
@@ -83,7 +83,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         attach_projections(experiment.objective, experiment.seed, student, teacher_shape)
     with working(name, "trying the models on small inputs"):
         _try_out(experiment, teacher, student)
-    related = match_vocabularies(experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
+    related = (None, identity_adapter) if not experiment.data.is_language else match_vocabularies(
+        experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
     if related[0] is not None and related[0].student is not None and experiment.teacher.targets.source in (
             "samples", "top_k"):
         raise UserError("teacher.targets.source", "student and teacher have their common tokens in other places",
@@ -131,8 +132,7 @@ def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | 
     if plan.step is None or RankSetup.of(experiment, plan.topology).is_sharded:
         return plan
     student.to(how.accelerator.device)
-    batch = example_batch(plan.micro_batch, experiment.data.sequence_length, experiment.data.packing,
-                          how.accelerator.device)
+    batch = example_batch(experiment.data, plan.micro_batch, how.accelerator.device)
     precision = experiment.precision.build(how.accelerator.device.type)
 
     def run() -> None:
@@ -154,10 +154,13 @@ def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Modu
             continue
         if experiment.objective.attention_maps is not None:
             model.set_attn_implementation("eager")  # as in training with `objective.attention_maps`
+        if not experiment.data.is_language:
+            check_classifier(model, key, experiment.data, getattr(experiment, key).path)
+            continue
         check_causal(model, key, length, getattr(experiment, key).path)
         check_positions(model, key, getattr(experiment, key).path)
         check_padding(model, key, length)
-        if experiment.data.packing:
+        if experiment.data.packs:
             check_packing(model, key, length)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 TRANSFORMERS = ("torch", "transformers", "compressed-tensors", "safetensors")
 CACHED = " from its cache"
+FIGURES = ("accuracy", "macro_f1", "calibration_error", "cross_entropy", "rows", "rows_per_second")  # of classifiers
 LOGIT_BYTES = 64 * 2**20  # most bytes of fp32 logits to compare; the larger the vocabulary, the fewer tokens
 
 
@@ -30,8 +31,8 @@ class Receipt:
         sha256: of the concatenated weight files.
         bytes_on_disk: of the weight files.
         parameters: number of weights, tied ones counted once.
-        bits_per_byte: of the reloaded file on held-out text.
-        tokens_per_second: of forward passes of the reloaded file.
+        bits_per_byte: of the reloaded file on held-out text; None for a classifier.
+        tokens_per_second: of forward passes of the reloaded file; None for a classifier.
         largest_difference: between logits of the reloaded file and of the student in the dtype of the export.
         mean_difference: mean of the same differences.
         difference_from_training: largest difference from the fake-quantized model in training, in fp32. It equals
@@ -45,13 +46,15 @@ class Receipt:
         notes: what the file cannot represent of the student, and where that matters.
         cache_difference: as `largest_difference`, where the file computes tokens one after the other and goes on from
             its cache; None if it was not asked to.
+        figures: of a classifier's reloaded file on held-out rows: accuracy, macro_f1, calibration_error, cross_entropy,
+            rows, rows_per_second. In JSON they stand beside the rest.
     """
 
     sha256: str
     bytes_on_disk: int
     parameters: int
-    bits_per_byte: float
-    tokens_per_second: float
+    bits_per_byte: float | None
+    tokens_per_second: float | None
     largest_difference: float
     mean_difference: float
     difference_from_training: float
@@ -62,6 +65,7 @@ class Receipt:
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)
     cache_difference: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -71,7 +75,14 @@ class Receipt:
 
     def write(self, file: Path) -> None:
         """Write as JSON."""
-        file.write_text(json.dumps({**asdict(self), "holds": self.holds}, indent=2) + "\n")
+        own = asdict(self)
+        figures = own.pop("figures")
+        file.write_text(json.dumps({**own, **figures, "holds": self.holds}, indent=2) + "\n")
+
+
+def compared_rows(rows: int, numbers: int) -> int:
+    """How many held-out rows of a classifier are compared, of `numbers` logits each: at most `LOGIT_BYTES` of them."""
+    return max(1, min(rows, LOGIT_BYTES // (4 * numbers)))
 
 
 def comparison_shape(rows: int, sequence: int, vocabulary: int) -> tuple[int, int]:
@@ -138,7 +149,8 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
 
     Args:
         found: measurements of the client.
-        trained: (rows, length, vocabulary) logits of the fake-quantized model in training.
+        trained: (rows, length, vocabulary) logits of the fake-quantized model in training; (..., classes) of a
+            classifier.
         exported: logits of the student in the dtype of the export; equal to `trained` in float32.
         theirs: logits of the reloaded file.
         files: the weight files.
@@ -152,18 +164,19 @@ def make_receipt(found: dict[str, Any], trained: torch.Tensor, exported: torch.T
         sha256=digest_of(files),
         bytes_on_disk=sum(file.stat().st_size for file in files),
         parameters=found["parameters"],
-        bits_per_byte=found["bits_per_byte"],
-        tokens_per_second=found["tokens_per_second"],
+        bits_per_byte=found.get("bits_per_byte"),
+        tokens_per_second=found.get("tokens_per_second"),
         largest_difference=float(difference.max()),
         mean_difference=float(difference.mean()),
         difference_from_training=float((trained - theirs).abs().max()),
         largest_logit=float(exported.abs().max()),
         argmax_agreement=float((trained.argmax(-1) == theirs.argmax(-1)).float().mean()),
-        tokens_compared=trained.shape[0] * trained.shape[1],
+        tokens_compared=trained.shape[:-1].numel(),
         tolerance=tolerance,
         versions={name: version(name) for name in libraries},
         notes=list(notes),
         cache_difference=None if cached is None else float((exported - cached).abs().max()),
+        figures={name: found[name] for name in FIGURES if name in found},
     )
 
 

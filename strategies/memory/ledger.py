@@ -6,8 +6,9 @@ adding up what autograd saves. The loss is computed from its shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,15 +78,13 @@ def parameter_bytes(model: nn.Module, trained: bool = False) -> int:
                if parameter.requires_grad or not trained)
 
 
-def saved_activation_bytes(
-    build: Callable[[], nn.Module], batch: int, sequence: int, autocast: torch.dtype | None = None
-) -> int:
+def saved_activation_bytes(build: Callable[[], nn.Module], inputs: Callable[[], Mapping[str, Any]],
+                           autocast: torch.dtype | None = None) -> int:
     """Bytes that autograd saves between forward and backward, without logits, counted on fake tensors.
 
     Args:
-        build: makes a causal language model; it is called in a `FakeTensorMode`.
-        batch: sequences per micro-batch.
-        sequence: tokens per sequence, which is packed from several documents.
+        build: makes a model whose output has `logits`; it is called in a `FakeTensorMode`.
+        inputs: makes the arguments of its forward for a micro-batch; called there, too.
         autocast: dtype of mixed precision, or None for fp32.
     """
     kept: dict[int, torch.UntypedStorage] = {}
@@ -98,10 +97,10 @@ def saved_activation_bytes(
     with FakeTensorMode():
         model = build()
         own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-        ids = torch.zeros(batch, sequence, dtype=torch.long)
+        given = inputs()
         with (torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
               torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None)):
-            logits = model(input_ids=ids, position_ids=ids, use_cache=False).logits
+            logits = model(**given).logits
         own.add(logits.untyped_storage()._cdata)
         return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 

@@ -12,6 +12,7 @@ from strategies.distillation.losses.tiled_loss import IGNORED
 from trainer.data.mixture import Rows
 from trainer.data.row_order import MixedOrder, Order
 from trainer.data.rows import StreamedRows
+from trainer.experiment.data_nodes import Data
 
 Batch = dict[str, torch.Tensor]
 
@@ -74,13 +75,46 @@ def with_learned(batch: Batch) -> Batch:
     return {**batch, "learned": torch.argwhere(batch["targets"].flatten() != IGNORED)[:, 0]}
 
 
+ENCODED = ("input_ids", "attention_mask", "token_type_ids")  # what a classifier of texts is given, as far as it is there
+
+
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """Keyword arguments for a model's forward; positions restart at each packed document, which keeps them apart."""
+    """Keyword arguments for a model's forward, by what the batch holds: images, padded texts, or packed ones.
+
+    Positions of packed texts restart at each document, which keeps them apart.
+    """
+    if "pixel_values" in batch:
+        return {"pixel_values": batch["pixel_values"]}
+    if "attention_mask" in batch:
+        return {name: batch[name] for name in ENCODED if name in batch}
     return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+
+
+def example_batch(data: Data, rows: int, device: torch.device | str = "cpu") -> Batch:
+    """A micro-batch shaped like those of training, with a target everywhere; packed rows hold two documents."""
+    length = data.sequence_length
+    if data.task == "image_classification":
+        size = data.images.size
+        return {"pixel_values": torch.zeros(rows, data.images.channels, size, size, device=device),
+                "targets": torch.zeros(rows, dtype=torch.long, device=device)}
+    ids = torch.zeros(rows, length, dtype=torch.long, device=device)
+    if not data.is_language:
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+                 "targets": ids.clone() if data.task == "token_classification" else ids[:, 0].clone()}
+        return {**found, "token_type_ids": ids.clone()} if data.text_pair else found
+    positions = torch.arange(length, device=device)
+    if data.packing and length > 1:
+        positions = torch.where(positions < length // 2, positions, positions - length // 2)
+    return {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "targets": ids.clone()}
+
+
+def positions_of(data: Data, rows: int) -> int:
+    """Positions of a micro-batch that have a target at most."""
+    return rows * (data.sequence_length if data.task in ("causal_lm", "token_classification") else 1)
 
 
 def real_tokens(batch: Batch) -> torch.Tensor | None:
     """(rows, sequence) mask of the tokens before the padding at the end; None for a batch without `length`."""
-    if "length" not in batch:
+    if "length" not in batch or "position_ids" not in batch:
         return None
     return torch.arange(batch["input_ids"].shape[1], device=batch["length"].device) < batch["length"][:, None]

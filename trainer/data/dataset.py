@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data import sources, tokenizers
+from trainer.data.classified import Classified, processing
 from trainer.data.encoding import Encoder
 from trainer.data.messages import notes_on_calls
 from trainer.data.mixture import Ingredient, MixedRows, MixedStreams, Rows
@@ -48,6 +49,7 @@ class PreparedData:
         notes: remarks for the user, such as how full the rows are and how much was cut off.
         held_out_of: of a mixture, which of the held-out rows are of which source.
         mixture: what the run takes of each source of a mixture.
+        classes: for classification, the names of the classes in their order.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,6 +59,12 @@ class PreparedData:
     notes: list[str]
     held_out_of: dict[str, slice] = field(default_factory=dict)
     mixture: list[Ingredient] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Embedding rows that the tokenizer needs; None for images."""
+        return None if "pixel_values" in self.held_out else tokenizers.vocabulary_size(self.tokenizer)
 
     @property
     def described(self) -> dict[str, Any]:
@@ -79,6 +87,8 @@ def prepare_text(experiment: Experiment) -> PreparedData:
     Call on one process first, then on the others, which find everything in the cache.
     """
     data, cache = experiment.data, cache_folder(experiment.run)
+    if not data.is_language:
+        return _classified(experiment, cache)
     corpora = for_each_source(data, lambda _, part: sources.open_corpus(part, cache))
     tokenizer = tokenizer_for(experiment, corpora)
     most = _held_out_counts(data)
@@ -98,6 +108,15 @@ def prepare_text(experiment: Experiment) -> PreparedData:
     notes += _notes_on_held_out({name: len(own) for name, own in held_out.items()}, experiment.training, data)
     return PreparedData(tokenizer, train, identity, _stack([row for rows in held_out.values() for row in rows]), notes,
                         {} if data.sources is None else dict(_slices(held_out)), mixture)
+
+
+def _classified(experiment: Experiment, cache: Path) -> PreparedData:
+    """The prepared data of a classification."""
+    data = experiment.data
+    corpus = sources.open_corpus(data, cache)
+    processor = processing(data) if data.task == "image_classification" else tokenizer_for(experiment, [corpus])
+    found = Classified(experiment, corpus, processor, cache)
+    return PreparedData(processor, found.train, found.identity, found.held_out, found.notes, classes=found.classes)
 
 
 def for_each_source(data: Data, do: Callable[[int, Data], T]) -> list[T]:
@@ -204,16 +223,17 @@ def tokenizer_for(experiment: Experiment, corpora: Sequence[sources.Corpus]) -> 
     origin = tokenizers.tokenizer_origin(data.tokenizer, experiment.with_weights)
     if origin is None:
         parts = [(part, corpus.train) for part, corpus in zip(data.parts, corpora, strict=True)]
-        identity = [[part.model_dump(mode="json", include=IN_TOKENIZER), _content(train)] for part, train in parts]
+        keys = IN_TOKENIZER | (set() if data.is_language else {"task", *data.read})
+        identity = [[part.model_dump(mode="json", include=keys), _content(train)] for part, train in parts]
         folder = cache / "tokenizers" / fingerprint([VERSION, *(identity[0] if data.sources is None else identity)])
         if not (folder / "tokenizer.json").exists():
             partial = folder.with_name(f".{folder.name}-{os.getpid()}")
             tokenizers.train_tokenizer(parts, partial)
             keep_one(partial, folder)
         origin = ("data.tokenizer", str(folder), None)
-    tokenizer = tokenizers.load_tokenizer(*origin)
-    tokenizers.check_models(experiment.with_weights, tokenizer, experiment.objective.divergence.name,
-                            experiment.student.from_teacher is not None)
+    tokenizer = tokenizers.load_tokenizer(*origin, writes=data.is_language)
+    name = experiment.objective.divergence.name if data.is_language else None
+    tokenizers.check_models(experiment.with_weights, tokenizer, name, experiment.student.from_teacher is not None)
     return tokenizer
 
 

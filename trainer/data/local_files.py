@@ -22,11 +22,14 @@ from trainer.experiment.data_nodes import Data
 
 LISTS = ("messages", "tools")  # keys whose fields hold lists, or JSON text of a list
 IDS = ("input_ids", "labels")  # keys whose fields hold lists of integers, or JSON text of one
+NAMES = ("words", "label")  # keys whose fields hold names, or lists of names where the record has words
 TABLE = 16 * 2**20  # characters per Arrow table, unless a single document is longer
 
 
 def read_keys(data: Data) -> tuple[str, ...]:
     """The keys of `data` that name the fields to read."""
+    if not data.is_language:
+        return data.read
     if data.messages:
         return ("messages", "tools") if data.tools else ("messages",)
     if data.input_ids:
@@ -70,6 +73,8 @@ class LocalFiles(datasets.ArrowBasedBuilder):
     def _info(self) -> datasets.DatasetInfo:
         plain, read = datasets.Value("string"), self.config.read
         kinds = {**dict.fromkeys(LISTS, datasets.Json()), **dict.fromkeys(IDS, datasets.List(datasets.Value("int64")))}
+        if "words" in (read or {}):
+            kinds |= dict.fromkeys(NAMES, datasets.List(plain))
         return datasets.DatasetInfo(features=datasets.Features(
             {"text": plain} if self.config.kind == "text" else
             {name: kinds.get(key, plain) for key, name in read.items()}))
@@ -165,6 +170,9 @@ class LocalFiles(datasets.ArrowBasedBuilder):
             if key in IDS:
                 record[name] = self._integers(value.get(name), key, place)
                 continue
+            if key in NAMES:
+                record[name] = self._names(value.get(name), key, place)
+                continue
             kind, field = list if key in LISTS else str, value.get(name)
             if kind is list and isinstance(field, str) or key == "tools":
                 field = self._list(field)
@@ -185,6 +193,19 @@ class LocalFiles(datasets.ArrowBasedBuilder):
                             f"{json.dumps(field, ensure_ascii=False)[:100]}", value=self.config.read[key],
                             way_out="mend or remove this record")
         return field
+
+    def _names(self, field: Any, key: str, place: str) -> str | list[str]:
+        """A name, such as that of a class, or a list of them; numbers become names, too."""
+        several = "words" in self.config.read
+        field = self._list(field) if several and isinstance(field, str) else field
+        found = [str(one) if type(one) is int else one for one in (field if several else [field])] \
+            if isinstance(field, list) or not several else []
+        if (several and not isinstance(field, list)) or not all(isinstance(one, str) and one for one in found):
+            wanted = "a list of names or whole numbers" if several else "a name or a whole number"
+            said = "nothing" if field in (None, "") else json.dumps(field, ensure_ascii=False, default=str)[:100]
+            raise UserError(f"data.{key}", f"{place} has {said} in this field where {wanted} is expected",
+                            value=self.config.read[key], way_out="mend or remove this record")
+        return found if several else found[0]
 
     @staticmethod
     def _list(field: Any) -> Any:

@@ -21,6 +21,7 @@ from datasets.utils.extract import Extractor
 from pyarrow import parquet
 
 from trainer.data.encoding import LONGEST
+from trainer.data.image_files import image_records
 from trainer.data.local_files import local_builder, read_keys
 from trainer.data.missing_fields import no_such_field
 from trainer.errors import UserError
@@ -122,6 +123,8 @@ def _open(data: Data, path: str, split: str, key: str, cache: Path) -> Documents
             if split != "train":
                 raise UserError(key, "the python-library has no splits", value=split, way_out="remove the split")
             documents = _python_library(data.streaming)
+        elif data.task == "image_classification" and (images := image_records(data, path, key)) is not None:
+            documents = images
         else:
             builder = _builder(data, path, key, str(cache / "datasets"))
             if data.streaming:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trainer.data.messages import texts_of
@@ -22,6 +22,7 @@ from trainer.model_files import check_files
 Origin = tuple[str, str, str | None]  # key, path, revision
 
 END = "<|endoftext|>"
+ENCODER = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # special tokens of a tokenizer trained for an encoder
 # A folder with any of these files has a tokenizer.
 OF_A_TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
                   "spiece.model", "sentencepiece.bpe.model", "tekken.json", "special_tokens_map.json"}
@@ -96,7 +97,8 @@ def _stamp(path: str) -> tuple:
     return tuple((name, of.st_size, of.st_mtime_ns) for name, of in found)
 
 
-def check_models(loaded: Sequence[Origin], tokenizer: PreTrainedTokenizerBase, divergence: str, layers: bool) -> None:
+def check_models(loaded: Sequence[Origin], tokenizer: PreTrainedTokenizerBase, divergence: str | None, layers: bool
+                 ) -> None:
     """Raise `UserError` if a model with weights has a vocabulary that does not match the tokenizer.
 
     Vocabularies of the same size can belong to different model families, and training would then silently go wrong. A
@@ -105,7 +107,7 @@ def check_models(loaded: Sequence[Origin], tokenizer: PreTrainedTokenizerBase, d
     Args:
         loaded: (key, path, revision) of models with weights.
         tokenizer: the tokenizer in use.
-        divergence: name of the divergence.
+        divergence: name of the divergence; None for classification, where both models read the same tokens.
         layers: whether the student starts from layers of its teacher, and so with its vocabulary.
     """
     ours = {number: token for token, number in tokenizer.get_vocab().items()}
@@ -115,7 +117,7 @@ def check_models(loaded: Sequence[Origin], tokenizer: PreTrainedTokenizerBase, d
             continue
         theirs = {number: token for token, number in other.get_vocab().items()}
         different = [number for number in sorted(ours) if theirs.get(number, ours[number]) != ours[number]]
-        if key == "teacher.path" and not layers:
+        if key == "teacher.path" and not layers and divergence is not None:
             _check_teacher(path, divergence, tokenizer, other)
         elif different:
             raise UserError(key, "this model has another vocabulary than the tokenizer in use; for example token "
@@ -153,15 +155,23 @@ def _check_teacher(path: str, name: str, tokenizer: PreTrainedTokenizerBase, oth
                         "of the student's family")
 
 
-def load_tokenizer(key: str, path: str, revision: str | None, **options: bool) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer; if it has no padding token, it pads with its end-of-sequence token."""
+def load_tokenizer(key: str, path: str, revision: str | None, writes: bool = True, **options: bool
+                   ) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer; if it has no padding token, it pads with its end-of-sequence token.
+
+    Args:
+        writes: whether it is for a model that writes text, which has to end; a classifier only has to pad it.
+    """
     tokenizer = _loaded_tokenizer(key, path, revision, **options)
     if not tokenizer.is_fast:
         raise UserError(key, "this tokenizer has no fast version, which label masks need", value=path,
                         way_out="name a folder with tokenizer.json in `data.tokenizer.path`")
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and writes:
         raise UserError(key, "this tokenizer has no end-of-sequence token, so no text would ever end", value=path,
                         way_out="add `eos_token` to its tokenizer_config.json")
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        raise UserError(key, "this tokenizer has no padding token, so that no two texts fit into one batch", value=path,
+                        way_out="add `pad_token` to its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -191,11 +201,25 @@ def train_tokenizer(sources: Sequence[tuple[Data, Iterable[dict[str, Any]]]], fo
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=sources[0][0].tokenizer.train_vocabulary, special_tokens=[END],
+    special = [END] if sources[0][0].is_language else list(ENCODER)
+    trainer = trainers.BpeTrainer(vocab_size=sources[0][0].tokenizer.train_vocabulary, special_tokens=special,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(_texts(sources), trainer=trainer)
+    if not sources[0][0].is_language:
+        _of_encoder(tokenizer).save_pretrained(folder)
+        return
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
                             ).save_pretrained(folder)
+
+
+def _of_encoder(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer with special tokens as BERT has them, which it writes around texts and pairs of texts."""
+    pad, unknown, first, between, mask = ENCODER
+    numbers = [(name, tokenizer.token_to_id(name)) for name in (first, between)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {between}", pair=f"{first} $A {between} $B:1 {between}:1", special_tokens=numbers)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown, cls_token=first,
+                                   sep_token=between, mask_token=mask)
 
 
 def _texts(sources: Sequence[tuple[Data, Iterable[dict[str, Any]]]]) -> Iterator[str]:
@@ -207,7 +231,11 @@ def _texts(sources: Sequence[tuple[Data, Iterable[dict[str, Any]]]]) -> Iterator
                             way_out="name the tokenizer that made them in `data.tokenizer.path`")
         for record in islice(documents, TRAINING_DOCUMENTS // len(sources)):
             for name in fields(data):
+                if not data.is_language and name == data.label:
+                    continue
                 if name == data.messages:
                     yield from texts_of(record, data)
+                elif data.task == "token_classification":
+                    yield " ".join(record[name])
                 elif isinstance(record[name], str):
                     yield record[name]

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from trainer.errors import UserError
 from trainer.experiment.node import Node, PathName, Positive
+from trainer.experiment.task_nodes import FIELDS, Images, TaskName, check_task
 
 
 class Tokenizer(Node):
@@ -101,6 +102,8 @@ class DataSource(Node):
 class Data(Node):
     """The training data: where it is, which fields to read, and how it becomes token sequences."""
 
+    task: TaskName = "causal_lm"
+    """What the models are for: text generation, or classes of whole texts, of the words of a text, or of images."""
     path: PathName = DEFAULT_PATH
     """Hub id, local folder, file or glob (text, JSONL, CSV, Parquet), or `python-library`: Python's own library."""
     sources: tuple[DataSource, ...] | None = None
@@ -131,6 +134,18 @@ class Data(Node):
     """Field that holds a label for each of `input_ids`: the same id, or -100 where it is not learned. Not shifted."""
     system: System = None
     """System prompt of conversations without one; null: what the chat template adds by itself; false: none."""
+    text_pair: str | None = None
+    """Field that holds a second text, for the classification of pairs."""
+    words: str = "tokens"
+    """Field that holds the list of words of a text, for `token_classification`."""
+    image: str = "image"
+    """Field that holds an image: a file beside the data's own, or, in Parquet, its bytes or an array."""
+    label: str = "label"
+    """Field that holds the class, a name or a number; for `token_classification` a list with one for each word."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes in their order; null: as the data say, or else sorted. Numbered labels count from 0."""
+    images: Images = Images()
+    """How an image becomes the input of a model."""
     validation: Validation = Validation()
     """The held-out set."""
     max_documents: Positive | None = None
@@ -150,6 +165,7 @@ class Data(Node):
 
     @model_validator(mode="after")
     def _fields(self) -> Data:
+        check_task(self)
         if self.sources is None:
             self._check_fields()
             return self
@@ -192,6 +208,21 @@ class Data(Node):
     def parts(self) -> tuple[Data, ...]:
         """The data of each source, with what it takes over from this node; this node itself if there is only one."""
         return (self,) if self.sources is None else tuple(self._with(one) for one in self.sources)
+
+    @property
+    def is_language(self) -> bool:
+        """Whether models predict the next token of text."""
+        return self.task == "causal_lm"
+
+    @property
+    def packs(self) -> bool:
+        """Whether several documents share a row; classified texts never do."""
+        return self.packing and self.is_language
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """For classification: the keys that name the fields to read."""
+        return tuple(key for key in FIELDS[self.task] if getattr(self, key) is not None)
 
     @property
     def kind(self) -> str:

@@ -117,12 +117,12 @@ class Training(Node):
     """Optimizer steps between checkpoints; the last step always writes one."""
     keep_checkpoints: Positive = 2
     """Checkpoints to keep; an older one is removed only after a newer one is safely written."""
-    keep_best: Literal["bits_per_byte", "cross_entropy"] | None = None
-    """Keep the checkpoint of the evaluation with the lowest such value, and export it; null exports the last step."""
+    keep_best: Literal["bits_per_byte", "cross_entropy", "accuracy", "macro_f1", "calibration_error"] | None = None
+    """Keep the checkpoint of the evaluation with the best such value, and export it; null exports the last step."""
     early_stopping: Positive | None = None
     """End training after this many evaluations in a row that do not improve `keep_best`; null trains all steps."""
     min_delta: Weight | None = None
-    """How much lower a value must be to count as improvement for `early_stopping`; null: any amount."""
+    """How much better a value must be to count as improvement for `early_stopping`; null: any amount."""
     background_saves: bool = True
     """Sync, hash and commit checkpoint files while training continues; what is saved is the same."""
     nonfinite_limit: Positive = 5

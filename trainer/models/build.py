@@ -9,20 +9,19 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from strategies.adapters.frozen_weights import check_base
 from strategies.adapters.low_rank import attach, check_installed, target_names
+from strategies.common.generation_settings import load_generation_settings
 from strategies.common.stored_weights import Experts, all_layers, as_matrix, multiplies
 from strategies.distillation.losses.fused_head import LogitShape, logit_shape
 from strategies.export.hf.transformers_folder import check_folder, must_be_alike
@@ -42,6 +41,7 @@ from trainer.models.language_part import check_alone
 from trainer.models.model_origin import dense, learn_padding, loading, method_of, note, skeleton
 from trainer.models.quantized_base import check_quantized_base, given_numbers
 from trainer.models.rope_by_document import by_document
+from trainer.models.task_heads import auto_class, task_of
 from trainer.models.teacher_layers import fill_from_layers, needed, paired_lists
 from trainer.models.tied_weights import kept_apart
 
@@ -80,13 +80,17 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
     elif other is not None:
         model = from_config(config, experiment.form.trust)
         other.load(model)
-        model.generation_config = GenerationConfig.from_pretrained(model_of_run(student.from_run))
+        load_generation_settings(model_of_run(student.from_run), model)
     else:
-        config.eos_token_id = tokenizer.eos_token_id
-        set_token(config, "bos_token_id", tokenizer.bos_token_id, tokenizer.eos_token_id)
-        # The embedding of `pad_token_id` gets no gradient. A padding token that also ends sequences has to be trained.
-        same = tokenizer.pad_token_id == tokenizer.eos_token_id
-        set_token(config, "pad_token_id", None if same else tokenizer.pad_token_id, tokenizer.pad_token_id)
+        if task_of(config) == "causal_lm":
+            config.eos_token_id = tokenizer.eos_token_id
+            set_token(config, "bos_token_id", tokenizer.bos_token_id, tokenizer.eos_token_id)
+            # The embedding of `pad_token_id` gets no gradient. A padding token that also ends sequences has to be
+            # trained.
+            same = tokenizer.pad_token_id == tokenizer.eos_token_id
+            set_token(config, "pad_token_id", None if same else tokenizer.pad_token_id, tokenizer.pad_token_id)
+        elif hasattr(tokenizer, "pad_token_id"):  # a classifier that reads the last token has to know what is padding
+            set_token(config, "pad_token_id", tokenizer.pad_token_id, tokenizer.pad_token_id)
         model = from_config(config, experiment.form.trust)
         if student.from_teacher is not None:
             assert teacher is not None
@@ -239,8 +243,10 @@ def quantize(form: StudentForm, model: nn.Module, asked: Quantization | None = N
 def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     origin = reach_model(AutoConfig, model, key)
     with redirect_stderr(io.StringIO()) if method_of(origin) else nullcontext():  # hides their progress bars
-        loaded, info = reach_model(AutoModelForCausalLM, model, key, dtype=dtype, use_safetensors=True,
+        loaded, info = reach_model(auto_class(config), model, key, dtype=dtype, use_safetensors=True,
                               output_loading_info=True, **loading(origin, config))
+    if task_of(config) != "causal_lm":
+        return _with_head(loaded, info, model, key)
     if info["missing_keys"]:  # transformers would initialize them randomly
         raise UserError(f"{key}.path", f"the weights lack {len(info['missing_keys'])} tensors, for example "
                         f"{sorted(info['missing_keys'])[0]}", value=model.path,
@@ -258,6 +264,26 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
     else:
         with redirect_stderr(io.StringIO()):
             loaded = dense(loaded, config, dtype, model.trust_remote_code, key)
+    return loaded
+
+
+def _with_head(loaded: nn.Module, info: dict[str, Any], model: Model, key: str) -> nn.Module:
+    """A classifier with weights; only a student's head may be new, and it is said.
+
+    Raises:
+        UserError: other weights are missing.
+    """
+    missing = sorted(info["missing_keys"])
+    body = [name for name in missing if name.startswith(f"{loaded.base_model_prefix}.")
+            and not name.startswith(f"{loaded.base_model_prefix}.pooler.")]
+    if body or (missing and key == "teacher"):
+        raise UserError(f"{key}.path", f"the weights lack {len(missing)} tensors, for example {(body or missing)[0]}",
+                        value=model.path, way_out="name a complete model of this task" if body else
+                        "name a teacher that is trained for this task: train it first, as the student of a run of its "
+                        "own with this model as `student.path`")
+    if missing:
+        note(f"{key}: {len(missing)} tensors of its head are new and begin with random weights, for example "
+             f"{missing[0]}")
     return loaded
 
 
@@ -280,7 +306,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def shape_of(model: nn.Module) -> LogitShape | None:
-    """How a model scales and caps its logits; None if unknown, so that full logits have to be computed."""
+    """How a model scales and caps its logits; None if unknown, or for a classifier: full logits are then computed."""
+    if task_of(model.config) != "causal_lm":
+        return None
     try:
         return logit_shape(model)
     except ValueError as error:

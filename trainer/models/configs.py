@@ -18,24 +18,25 @@ from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line,
 from trainer.models.architecture_keys import OF_A_FILE, check_arrived, model_values, without_foreign_ids
 from trainer.models.layer_settings import with_layers
 from trainer.models.model_origin import language_model
+from trainer.models.task_heads import LANGUAGE, Task, classifier
 from trainer.models.teacher_layers import refused
 from trainer.models.tied_weights import settle_tying
 
 
-def teacher_config(teacher: Teacher | None, vocabulary: int | None, offline: bool = False) -> PretrainedConfig | None:
+def teacher_config(teacher: Teacher | None, vocabulary: int | None, offline: bool = False, task: Task = LANGUAGE
+                   ) -> PretrainedConfig | None:
     """The teacher's configuration, or None without a teacher."""
-    return None if teacher is None else _config(teacher, "teacher", vocabulary, offline)
+    return None if teacher is None else _config(teacher, "teacher", vocabulary, offline, task)
 
 
-def student_config(
-    student: Student, teacher: PretrainedConfig | None, vocabulary: int | None, offline: bool = False
-) -> PretrainedConfig:
+def student_config(student: Student, teacher: PretrainedConfig | None, vocabulary: int | None, offline: bool = False,
+                   task: Task = LANGUAGE) -> PretrainedConfig:
     """The student's configuration: its own, that of the run it starts from, or its teacher's with fewer layers."""
     if student.from_run is not None:
         check_run(student.from_run)
         student = student.model_copy(update={"path": str(model_of_run(student.from_run)), "from_run": None})
     if student.from_teacher is None:  # without a tokenizer, assume as many tokens as the teacher has
-        return _config(student, "student", vocabulary or getattr(teacher, "vocab_size", None), offline)
+        return _config(student, "student", vocabulary or getattr(teacher, "vocab_size", None), offline, task)
     assert teacher is not None, "the experiment checks that layers come from a teacher"
     layers = getattr(teacher, "num_hidden_layers", None)
     if layers is None:  # such as a byte latent transformer, which has several stacks
@@ -55,6 +56,8 @@ def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, stude
                  tokens: int | None) -> None:
     """Raise `UserError` if the models, the tokenizer and the sequence length do not fit together."""
     brings = teacher is not None and experiment.teacher.path is not None and experiment.teacher.train is None
+    if experiment.data.task == "image_classification":
+        return
     if teacher is not None and teacher.vocab_size != student.vocab_size and not brings:
         raise UserError("student", f"the student has a vocabulary of {student.vocab_size:,} tokens and the teacher of "
                         f"{teacher.vocab_size:,}; distillation compares them token by token",
@@ -95,12 +98,12 @@ def _too_many_tokens(experiment: Experiment, key: str, rows: int, tokens: int) -
         f"  or name a tokenizer of at most {rows:,} tokens as `data.tokenizer.path`")
 
 
-def _config(model: Model, key: str, vocabulary: int | None, offline: bool) -> PretrainedConfig:
+def _config(model: Model, key: str, vocabulary: int | None, offline: bool, task: Task) -> PretrainedConfig:
     """A model's configuration: from its folder or the hub if reachable, else from the YAML; the two must agree."""
     written = _architecture(model, key, vocabulary) if model.architecture else None
     if model.path is None or (offline and written is not None and not Path(model.path).is_dir()):
         assert written is not None, "the experiment checks that a model has an origin"
-        return without_foreign_ids(language_model(written, model, key))
+        return without_foreign_ids(_for_task(written, model, key, task))
     loaded = reach_model(AutoConfig, model, key)
     if not model.trust_remote_code and "/" in (getattr(loaded, "_attn_implementation", None) or ""):
         raise UserError(f"{key}.path", "its config.json has its attention computed by code from a hub, "
@@ -112,7 +115,11 @@ def _config(model: Model, key: str, vocabulary: int | None, offline: bool) -> Pr
         if theirs != ours:
             raise UserError(f"{key}.architecture.{name}", f"{model.path} has {theirs!r}", value=ours,
                             way_out=f"write {theirs!r}, or remove `architecture`: `path` has the weights")
-    return without_foreign_ids(language_model(loaded, model, key))
+    return without_foreign_ids(_for_task(loaded, model, key, task))
+
+
+def _for_task(config: PretrainedConfig, model: Model, key: str, task: Task) -> PretrainedConfig:
+    return language_model(config, model, key) if task.is_language else classifier(config, model, key, task)
 
 
 def _architecture(model: Model, key: str, vocabulary: int | None) -> PretrainedConfig:

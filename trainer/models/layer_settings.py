@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from trainer.model_files import last_line
+from trainer.models.task_heads import auto_class
 
 COUNTED = re.compile("period|interval|offset|every|step|freq|pattern|first|replace|window_layers|start|end_|dense|"
                      "shared|cross|_layers$|skip")  # integer settings that may count layers
@@ -214,7 +215,7 @@ def blocks_of(config: PretrainedConfig) -> dict[str, list[dict[str, Any]]]:
     The result has one list of blocks for each list of modules in the model, by its name.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     return {name: [_like(block) for block in model.get_submodule(name)] for name in block_lists(model)}
 
 

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config, PretrainedConfig
+from transformers import FineGrainedFP8Config, Mxfp4Config, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from strategies.common.generation_settings import copy_generation_settings
 from trainer.errors import UserError
 from trainer.experiment.model_nodes import Model
 from trainer.model_files import first_line
+from trainer.models.task_heads import auto_class
 
 # Prefixes of the language model's weights in multimodal files of transformers 4 and 5, and in a text-only model.
 WITHIN = {r"^(?:model\.)?language_model\.model\.": "model.", r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
@@ -57,7 +59,7 @@ def language_model(config: PretrainedConfig, model: Model, key: str) -> Pretrain
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust: bool = False, key: str = "student") -> nn.Module:
-    """A causal language model of this shape with arbitrary weights, on the current default device.
+    """A model of this shape with arbitrary weights, on the current default device.
 
     Args:
         trust: whether code that comes with the model may run.
@@ -69,7 +71,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust: bool = False, 
     try:
         if detect_fake_mode() is not None:
             return _without_numbers(config, dtype, trust)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust)
     except Exception as error:  # architectures validate their dimensions in different ways, or not at all
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{key}.architecture", f"a {config.model_type} model of these dimensions cannot be made: "
@@ -84,7 +86,7 @@ def _without_numbers(config: PretrainedConfig, dtype: torch.dtype, trust: bool) 
     """
     device, made = torch.get_default_device(), {}
     with unset_fake_temporarily(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust)
 
     def without(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:  # tied tensors stay tied
@@ -149,7 +151,7 @@ def dense(loaded: nn.Module, config: PretrainedConfig, dtype: torch.dtype, trust
         raise UserError(f"{key}.path", f"its quantized weights could not be read: {lacking[0]}",
                         way_out="name the model that it was made from, or save it dequantized first")
     model.load_state_dict({name: found[name].to(dtype) for name in wanted})
-    model.generation_config = loaded.generation_config
+    copy_generation_settings(loaded, model)
     return model
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from trainer.errors import UserError
 from trainer.model_files import last_line
 from trainer.models.layer_settings import block_lists, other_layers, with_layers
 from trainer.models.model_trials import SHORT, SMALL, trial_states, tried_lengths
 from trainer.models.rope_by_document import by_document
+from trainer.models.task_heads import auto_class
 
 EQUAL, ROUNDED = 1e-6, 1e-4  # tolerances, relative to the largest hidden state: for equal and for rescaled weights
 KEY = "student.from_teacher"
@@ -72,16 +73,16 @@ def _try(teacher: PretrainedConfig, layers: tuple[int, ...], length: int) -> boo
     """
     config, _ = with_layers(teacher, layers)
     with torch.device("meta"):
-        many = sum(one.numel() for one in AutoModelForCausalLM.from_config(copy.deepcopy(teacher)).parameters())
+        many = sum(one.numel() for one in auto_class(teacher).from_config(copy.deepcopy(teacher)).parameters())
     if many > SMALL:
         return False
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        whole = AutoModelForCausalLM.from_config(copy.deepcopy(teacher), dtype=torch.float32)
+        whole = auto_class(teacher).from_config(copy.deepcopy(teacher), dtype=torch.float32)
         for weight in whole.parameters():
             if weight.ndim > 1:  # as large as trained weights: with values near 0 differences would not show
                 weight.normal_(std=min(1.0, 2 / weight.shape[-1] ** 0.5))
-        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        student = auto_class(config).from_config(config, dtype=torch.float32)
     _fill(student, whole.state_dict(), teacher, layers, length)
     return True
 

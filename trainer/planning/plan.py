@@ -19,6 +19,7 @@ from strategies.export.sizes import exported_bytes
 from strategies.memory.ledger import Ledger, loss_bytes, saved_activation_bytes
 from strategies.rematerialization.rematerialize import Refuted
 from strategies.sharding.zero import bucket_numel
+from trainer.data.batches import example_batch, model_inputs, positions_of
 from trainer.data.tokenizers import apart_size, known_size
 from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
@@ -146,7 +147,7 @@ class Plans:
         return replace(plan, step=self._steps[key])
 
 
-STUDIED = {"data": {"sequence_length", "packing"}, "student": {"quantization", "adapter"},
+STUDIED = {"data": {"sequence_length", "packing", "task", "images", "text_pair"}, "student": {"quantization", "adapter"},
            "teacher": {"dtype", "targets"}, "training": {"batch_size", "micro_batch", "clip"}, "optimizer": True,
            "precision": True, "sharding": True, "memory": True, "objective": True}
 # Keys that saving adds to a configuration, and special token ids: the memory of a step does not depend on them.
@@ -158,8 +159,9 @@ def _studied(experiment: Experiment, topology: Topology, *configs: PretrainedCon
     """The cache key of a step: everything that its memory depends on, as JSON."""
     shapes = [None if config is None else {
         key: value for key, value in config.to_dict().items() if key not in LATER} for config in configs]
-    sizes = (known_size(experiment.data.tokenizer, experiment.with_weights),
-             apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
+    sizes = (None, None) if not experiment.data.is_language else (
+        known_size(experiment.data.tokenizer, experiment.with_weights),
+        apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
     return json.dumps([experiment.model_dump(mode="json", include=STUDIED), topology.to_dict(), shapes, sizes,
                        experiment.teacher_is_base], sort_keys=True, default=str)
 
@@ -167,7 +169,7 @@ def _studied(experiment: Experiment, topology: Topology, *configs: PretrainedCon
 def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfig | None, student: PretrainedConfig,
             rows: int | None, done: tuple[int, int]) -> Plan:
     """A plan without its step."""
-    training, sequence = experiment.training, experiment.data.sequence_length
+    training = experiment.training
     setup = RankSetup.of(experiment, topology)
     check_batch(training, experiment.optimizer, topology)
     steps = count_steps(experiment, rows, done)
@@ -187,22 +189,30 @@ def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfi
             setup.check_blocks(student=small, teacher=live(asked))
         bucket = {"ddp": setup.sharding.bucket_bytes, "zero": setup.bucket(bucket_numel(small))}.get(setup.engine)
         held = rank_residency(setup, small, None if experiment.teacher_is_base else asked, on_gpu=topology.on_gpu)
-    positions = training.micro_batch * sequence
-    vocabularies = student.vocab_size + (0 if asked is None else teacher.vocab_size)
-    rows_at_once = tile_rows(positions, vocabularies, "cuda" if topology.on_gpu else "cpu")
     ledger = Ledger.of(held, _activations(experiment, student, setup.compute),
-                       loss_bytes(positions, student.hidden_size, vocabularies,
-                                  0 if experiment.student.adapter else student.vocab_size, rows_at_once))
+                       _loss_bytes(experiment, student, None if asked is None else teacher, topology))
     return Plan(
         topology=topology, batch_size=training.batch_size, micro_batch=training.micro_batch,
         accumulation=training.batch_size // (training.micro_batch * topology.data_parallel),
-        tokens_per_step=training.batch_size * sequence, steps=steps,
+        tokens_per_step=positions_of(experiment.data, training.batch_size), steps=steps,
         learning_rates=_learning_rates(experiment, steps), precision=experiment.precision.dtype,
         parameters=parameters | ({"teacher": count_parameters(large)} if large else {}),
         student_bytes=student_bytes,
         teacher_bytes=_file_bytes(experiment, teacher, large) if large else 0, ledger=ledger,
         sharding=experiment.sharding.words(topology.ranks), bucket=bucket, full_precision=whole,
         balancing=balancing_note(experiment.objective, student))
+
+
+def _loss_bytes(experiment: Experiment, student: PretrainedConfig, teacher: PretrainedConfig | None,
+                topology: Topology) -> int:
+    """Bytes of the loss: of a language model in tiles of logits; classifiers have all of them, and their gradient."""
+    positions = positions_of(experiment.data, experiment.training.micro_batch)
+    if not experiment.data.is_language:
+        return 4 * positions * student.num_labels * (2 + (teacher is not None))
+    vocabularies = student.vocab_size + (0 if teacher is None else teacher.vocab_size)
+    rows_at_once = tile_rows(positions, vocabularies, "cuda" if topology.on_gpu else "cpu")
+    return loss_bytes(positions, student.hidden_size, vocabularies,
+                      0 if experiment.student.adapter else student.vocab_size, rows_at_once)
 
 
 def _file_bytes(experiment: Experiment, config: PretrainedConfig, model: nn.Module) -> int:
@@ -278,10 +288,17 @@ def _activations(experiment: Experiment, config: PretrainedConfig, compute: torc
     """
     try:
         return saved_activation_bytes(
-            lambda: empty_student(experiment.form, config), experiment.training.micro_batch,
-            experiment.data.sequence_length, None if compute is torch.float32 else compute)
+            lambda: empty_student(experiment.form, config),
+            lambda: _example_inputs(experiment),
+            None if compute is torch.float32 else compute)
     except (RuntimeError, NotImplementedError):
         return None
+
+
+def _example_inputs(experiment: Experiment) -> dict[str, Any]:
+    """Arguments of a forward; of language models with every token a document of its own, so that there is a mask."""
+    batch = example_batch(experiment.data, experiment.training.micro_batch)
+    return model_inputs(batch | ({"position_ids": batch["input_ids"]} if experiment.data.is_language else {}))
 
 
 def _learning_rates(experiment: Experiment, steps: int | None, points: int = 41) -> list[tuple[int, float]]:

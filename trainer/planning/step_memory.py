@@ -26,7 +26,7 @@ from strategies.rematerialization.price.step_trace import Shared, off_the_path
 from strategies.rematerialization.recompute_plan import RecomputePlan
 from strategies.rematerialization.rematerialize import Refuted, study
 from strategies.sharding.zero import ask_for_gradients
-from trainer.data.batches import Batch
+from trainer.data.batches import Batch, example_batch
 from trainer.data.tokenizers import apart_size, known_size
 from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
@@ -76,15 +76,6 @@ class MemoryPlan:
     marks: list[tuple[str, int]]
     tile: int | None = None
     solver: str = "auto"
-
-
-def example_batch(rows: int, length: int, packed: bool, device: torch.device | str = "cpu") -> Batch:
-    """A micro-batch shaped like those of training, with a target at every position; packed rows hold two documents."""
-    positions = torch.arange(length, device=device)
-    if packed and length > 1:
-        positions = torch.where(positions < length // 2, positions, positions - length // 2)
-    ids = torch.zeros(rows, length, dtype=torch.long, device=device)
-    return {"input_ids": ids, "position_ids": positions.repeat(rows, 1), "targets": ids.clone()}
 
 
 class StepStudy:
@@ -181,20 +172,22 @@ class _Made:
     def of(cls, experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig, sharded: bool,
            place: str) -> _Made:
         settings = experiment.teacher if experiment.uses_teacher else None
-        tokens = known_size(experiment.data.tokenizer, experiment.with_weights)
-        check_sizes(settings, student, teacher, tokens)
+        language = experiment.data.is_language
+        tokens = known_size(experiment.data.tokenizer, experiment.with_weights) if language else None
+        if language:
+            check_sizes(settings, student, teacher, tokens)
         small = empty_student(experiment.form, student)
         large = base_of(small) if experiment.teacher_is_base else resident_teacher(settings, teacher)
         attach_projections(experiment.objective, experiment.seed, small, teacher)
-        batch = example_batch(experiment.training.micro_batch, experiment.data.sequence_length,
-                              experiment.data.packing, place)
+        batch = example_batch(experiment.data, experiment.training.micro_batch, place)
         objective, precision = experiment.objective.build(teacher is not None), experiment.precision.build(place)
-        common = sizes(student, teacher, tokens,
-                       apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
+        common = None if not language else sizes(student, teacher, tokens, apart_size(
+            experiment.teacher, experiment.student, experiment.objective.divergence.name))
+        shapes: dict[str, Any] = {} if language else {"shapes": (None, None)}
         temperature = experiment.objective.divergence.temperature
 
         def loss(model: nn.Module, batch: Batch, tile: int | None) -> torch.Tensor:
-            distillation = Distillation(objective, model, live(large), tile=tile, common=common,
+            distillation = Distillation(objective, model, live(large), tile=tile, common=common, **shapes,
                                         intermediate=build_intermediate(experiment.objective, model, live(large)),
                                         balancing=balancing_weight(experiment.objective, student))
             return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
@@ -227,7 +220,7 @@ def reserved(experiment: Experiment, topology: Topology, device: str) -> dict[st
     """
     free = {} if experiment.memory.reserve is None else {"reserve": parse_bytes(experiment.memory.reserve)}
     more = experiment.training.batch_size // (experiment.training.micro_batch * topology.data_parallel) - 1
-    one = example_batch(experiment.training.micro_batch, experiment.data.sequence_length, experiment.data.packing)
+    one = example_batch(experiment.data, experiment.training.micro_batch)
     rows = 24 * experiment.training.micro_batch  # row numbers, lengths and byte counts: three int64 per row
     bytes_ = sum(tensor.nbytes for tensor in one.values()) + rows
     return free | ({"batch": more * bytes_} if more > 0 and device == "cpu" else {})

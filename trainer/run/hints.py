@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.experiment.plain_yaml import read_values
 from trainer.run.folder import RunFolder, read_json
+from trainer.run.held_out import FIGURES, main_figure
 from trainer.run.metrics import read_lines
 from trainer.run.quantization_loss import RoundingCost, rounding_cost
 
@@ -133,12 +134,18 @@ def _saved_by_embeddings(embeddings: list[Tensor], asked: dict[str, Any] | None,
 
 
 def _about_the_best_step(values: dict[str, Any], folder: RunFolder) -> Iterator[str]:
-    curve = [(line["held_out"]["bits_per_byte"], line["step"]) for line in read_lines(folder.metrics)
-             if "held_out" in line]
-    if values["training"].get("keep_best") is None and curve and curve[-1][0] > (1 + WORSE) * min(curve)[0]:
-        lowest, step = min(curve)
-        yield (f"held-out bits per byte were lowest at step {step} ({lowest:.4f}, and {curve[-1][0]:.4f} at the end): "
-               "training.keep_best: bits_per_byte exports the best evaluation's student, in a new run")
+    found = [(line["held_out"], line["step"]) for line in read_lines(folder.metrics) if "held_out" in line]
+    if values["training"].get("keep_best") is not None or not found:
+        return
+    name = main_figure(found[-1][0])
+    figure, sign = FIGURES[name], -1 if FIGURES[name].higher else 1
+    curve = [(sign * held_out[name], step) for held_out, step in found]
+    if curve[-1][0] - min(curve)[0] > WORSE * abs(min(curve)[0]):
+        value, step = min(curve)
+        was = "was highest" if figure.higher else "were lowest"
+        yield (f"held-out {figure.words} {was} at step {step} ({figure.shown(sign * value)}, and "
+               f"{figure.shown(sign * curve[-1][0])} at the end): training.keep_best: {name} exports the best "
+               "evaluation's student, in a new run")
 
 
 def _about_rows(values: dict[str, Any], folder: RunFolder) -> Iterator[str]:

@@ -16,7 +16,9 @@ from trainer.experiment.objective_nodes import INSIDE
 from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.run_paths import STUDENT, run_of
 from trainer.files import write_atomically
+from trainer.run.classifier_snippets import KINDS, TAGS, classifier_snippet
 from trainer.run.folder import RunFolder, read_json
+from trainer.run.held_out import FIGURES, main_figure
 from trainer.run.lineage import EarlierRun, earlier_runs
 from trainer.run.load_snippets import INSTALL, TITLES, Prompt, snippet
 from trainer.run.markdown import block, code, plain, sentence
@@ -26,7 +28,9 @@ from trainer.run.quantization_loss import rounding_cost
 CARD = "README.md"
 MARK = "<!-- Written by limbeck, which writes it again; remove this line to keep what you change. -->"
 LIBRARIES = {"transformers": "transformers", "onnx": "onnx", "gguf": "gguf"}  # as the hub names them
-RECEIPT = {"bits_per_byte": "bits per byte of held-out text", "argmax_agreement": "same most probable token",
+RECEIPT = {"bits_per_byte": "bits per byte of held-out text", "accuracy": "accuracy on held-out rows",
+           "macro_f1": "macro F1", "calibration_error": "calibration error", "rows": "held-out rows",
+           "argmax_agreement": "same most probable answer",
            "largest_difference": "largest logit difference", "largest_logit": "largest logit",
            "tokens_compared": "tokens compared"}
 
@@ -90,7 +94,7 @@ def _front_matter(values: dict[str, Any], before: Sequence[EarlierRun], runtime:
     paths = dict.fromkeys(path for one in every for path in _data_paths(one) if _is_hub_id(path))
     return ModelCardData(
         license=stated, base_model=base if base and _on_hub(base, first) else None, datasets=[*paths] or None,
-        library_name="peft" if _adapter_base(values) else LIBRARIES.get(runtime), pipeline_tag="text-generation",
+        library_name="peft" if _adapter_base(values) else LIBRARIES.get(runtime), pipeline_tag=TAGS.get(_task(values), "text-generation"),
         tags=tags).to_yaml() + "\n"
 
 
@@ -161,7 +165,7 @@ def _name(path: str, values: dict[str, Any]) -> str:
 def _opening(values: dict[str, Any], before: Sequence[EarlierRun], size: dict[str, int], stated: str | None) -> str:
     first, teacher = _first(values, before), values["teacher"]
     base, layers = _base(first), first["student"].get("from_teacher")
-    text = _what(size)
+    text = _what(size, values)
     if _distilled(values):
         text += f", distilled from {_name(teacher['path'], values) if teacher.get('path') else 'a teacher of its own'}"
     if layers is not None:
@@ -190,9 +194,9 @@ def _size(values: dict[str, Any], receipt: dict[str, Any], student: Path) -> dic
     return {**found, **({"bytes of its base on disk": size} if size else {})}
 
 
-def _what(size: dict[str, int]) -> str:
+def _what(size: dict[str, int], values: dict[str, Any]) -> str:
     if "parameters" in size:
-        return (f"A causal language model of {size['parameters']:,} parameters in "
+        return (f"{KINDS.get(_task(values), 'A causal language model')} of {size['parameters']:,} parameters in "
                 f"{readable(size['bytes on disk'])}")
     beneath = size.get("bytes of its base on disk")
     return (f"An adapter of {size['parameters of the adapter']:,} parameters in "
@@ -208,13 +212,20 @@ def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repositor
     for runtime in sorted(every, key=lambda name: every[name] != student):
         own = every[runtime] == student
         path = repository or ("." if own else f"../{every[runtime].name}")
-        shown = snippet(runtime, path, prompt, hub=repository is not None, trust=trust, base=_adapter_base(values))
+        hub, task = repository is not None, _task(values)
+        shown = snippet(runtime, path, prompt, hub=hub, trust=trust, base=_adapter_base(values)) \
+            if task == "causal_lm" else classifier_snippet(runtime, path, task, hub, trust,
+                                                           values["data"]["images"]["size"])
         if shown is None or (repository is not None and not own):
             continue
         where = "" if own else f", exported beside this folder in {code(every[runtime].name)}"
         install = f" ({code(_install(runtime, values))})" if runtime in INSTALL else ""
         parts += [f"With {TITLES[runtime]}{install}{where}:\n", block(shown[1].rstrip("\n"), shown[0]), ""]
     return parts
+
+
+def _task(values: dict[str, Any]) -> str:
+    return values["data"].get("task", "causal_lm")
 
 
 def _adapter_base(values: dict[str, Any]) -> str | None:
@@ -242,15 +253,18 @@ def _receipt(receipt: dict[str, Any], folder: RunFolder, values: dict[str, Any],
              ) -> list[str]:
     """What the fresh process found that loaded this folder, and what the other models of the run need."""
     rows = [*(f"| {what} | {count:,} |" for what, count in size.items()),
-            *(f"| {what} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items())]
+            *(f"| {what} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items()
+              if receipt.get(name) is not None)]
     versions = ", ".join(f"{library} {number}" for library, number in receipt["versions"].items())
     found = read_json(folder.comparison)
     cost = rounding_cost(folder, values)
-    others = [f"{name} {found[name]['bits_per_byte']:.4f}" for name in ("teacher", "control") if name in found]
+    of = main_figure(found["student"])
+    others = [f"{name} {FIGURES[of].shown(found[name][of])}" for name in ("teacher", "control") if name in found]
     return ["A fresh process loaded the exported file and compared it with the model in training; differences are "
             "between logits.\n", "| | |", "|---|---:|", *rows, f"| loaded by | {plain(versions)} |", "",
             *([f"{sentence(str(cost))}.\n"] if cost is not None else []),
-            *([f"On the same text, bits per byte of others: {', '.join(others)}.\n"] if others else []),
+            *([f"On the same {'text' if of == 'bits_per_byte' else 'rows'}, {FIGURES[of].words} of others: "
+               f"{', '.join(others)}.\n"] if others else []),
             *(f"{plain(_public(note, values))}.\n" for note in receipt.get("notes", []))]
 
 
@@ -266,7 +280,7 @@ def _public(note: str, values: dict[str, Any]) -> str:
 
 
 def _figure(name: str, value: float) -> str:
-    if name == "argmax_agreement":
+    if name == "argmax_agreement" or (name in FIGURES and FIGURES[name].share):
         return f"{value:.2%}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 

@@ -12,36 +12,49 @@ from trainer.data.dataset import PreparedData
 from trainer.experiment.plain_yaml import read_values
 from trainer.files import write_atomically
 from trainer.run.folder import RunFolder, read_json
+from trainer.run.held_out import FIGURES, main_figure
 from trainer.run.metrics import console, read_lines
 
-SMALL = 1e-4  # bits per byte, the last digit that is shown of them
+SMALL = 1e-4  # bits per byte, or share of accuracy: the last digit that is shown of them
 
 
 @dataclass(frozen=True)
 class RoundingCost:
-    """What post-training quantization did to the held-out bits per byte.
+    """What post-training quantization did to the held-out bits per byte, or to the accuracy of a classifier.
 
     Attributes:
         what: what was done, in words.
-        before: bits per byte of the student in training that is exported.
-        after: those of the exported file.
+        before: the figure of the student in training that is exported.
+        after: that of the exported file.
+        figure: `bits_per_byte` or `accuracy`.
     """
 
     what: str
     before: float
     after: float
+    figure: str = "bits_per_byte"
+
+    @property
+    def worse(self) -> float:
+        """By how much the figure became worse."""
+        return (self.before - self.after) if FIGURES[self.figure].higher else (self.after - self.before)
 
     @property
     def share(self) -> float:
-        """The rise as a share of the bits before."""
-        return (self.after - self.before) / self.before if self.before else 0.0
+        """The loss as a share of the figure before."""
+        return self.worse / self.before if self.before else 0.0
 
     def __str__(self) -> str:
-        rise, before = self.after - self.before, f"({self.before:.4f} before)"
-        if abs(rise) < SMALL:
-            return f"{self.what} cost less than {SMALL:.4f} bits per byte {before}"
-        return f"{self.what} cost {rise:.4f} bits per byte {before}" if rise > 0 else \
-            f"{self.what} cost nothing: it is {-rise:.4f} bits per byte better {before}"
+        figure = FIGURES[self.figure]
+
+        def much(change: float) -> str:
+            return f"{100 * change:.2f} points of {figure.words}" if figure.share else f"{change:.4f} {figure.words}"
+
+        before = f"({figure.shown(self.before)} before)"
+        if abs(self.worse) < SMALL:
+            return f"{self.what} cost less than {much(SMALL)} {before}"
+        return f"{self.what} cost {much(self.worse)} {before}" if self.worse > 0 else \
+            f"{self.what} cost nothing: it is {much(-self.worse)} better {before}"
 
 
 def rounding_cost(folder: RunFolder, values: dict[str, Any] | None = None) -> RoundingCost | None:
@@ -56,7 +69,9 @@ def rounding_cost(folder: RunFolder, values: dict[str, Any] | None = None) -> Ro
         return None
     if before is None or not folder.comparison.exists():
         return None
-    return RoundingCost(_in_words(asked), before, read_json(folder.comparison)["student"]["bits_per_byte"])
+    found = read_json(folder.comparison)["student"]
+    figure = main_figure(found)
+    return RoundingCost(_in_words(asked), before, found[figure], figure)
 
 
 def _in_words(asked: dict[str, Any]) -> str:
@@ -68,10 +83,10 @@ def _in_words(asked: dict[str, Any]) -> str:
 
 
 def _before(folder: RunFolder) -> float | None:
-    """Held-out bits per byte of the student that is exported, as it was before it was quantized."""
+    """Held-out bits per byte, or accuracy, of the student that is exported, as it was before it was quantized."""
     step = read_json(folder.best).get("step") if folder.best.exists() else None
     lines = reversed(read_lines(folder.metrics) if folder.metrics.exists() else [])
-    return next((line["held_out"]["bits_per_byte"] for line in lines
+    return next((line["held_out"][main_figure(line["held_out"])] for line in lines
                  if "held_out" in line and step in (None, line["step"])), None)
 
 
@@ -98,7 +113,8 @@ def rises(folder: RunFolder) -> list[tuple[str, float | None, float]]:
         ("predicted: sum of layers alone, each rounded to nearest, on rows that calibrated", found["chosen"]["rise"]),
         ("predicted: all layers together, on those rows", found["together"]))]
     before = _before(folder)
-    if before is None or not folder.comparison.exists():
+    if before is None or not folder.comparison.exists() or "bits_per_byte" not in read_json(folder.comparison)[
+            "student"]:
         return rows
     bits = read_json(folder.comparison)["student"]["bits_per_byte"] - before
     return [*rows, ("**measured**: held-out text, exported against not quantized", bits * math.log(2) / rate, bits)]

@@ -11,14 +11,26 @@ from strategies.memory.plot import Curve, draw_step
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.plain_yaml import read_values
 from trainer.files import write_atomically
+from trainer.run.classifier_report import (
+    ABOUT_CLASSES,
+    classes_of,
+    classifier_models,
+    classifier_verdict,
+    confusion_section,
+)
 from trainer.run.folder import RunFolder, not_written, read_json
+from trainer.run.held_out import FIGURES, main_figure
 from trainer.run.hints import hints
 from trainer.run.markdown import block, code, plain, sentence
 from trainer.run.metrics import read_lines, readable
 from trainer.run.model_card import CARD, needs_its_base, write_cards
 from trainer.run.quantization_loss import rises, rounding_cost
-from trainer.run.report_plots import ordered, plot_held_out, plot_loss, plot_size
+from trainer.run.report_plots import ordered, plot_confusion, plot_held_out, plot_loss, plot_size
 
+ABOUT_MODELS = (
+    "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward pass "
+    "over that text, each model loaded by `transformers` in the same fresh process. Integer weights are unpacked to "
+    "floating point by that runtime, so packing makes a file smaller, not faster.\n")
 MEANING = {"teacher": "the large model", "student": "distilled from the teacher",
            "control": "same start, same tokens, cross-entropy only"}
 
@@ -65,22 +77,25 @@ def _write(folder: RunFolder) -> None:
         plot_loss(curves, folder.path / "loss.png")
         plot_held_out(curves, found, folder.path / "held_out.png")
     plot_size(found, folder.path / "size.png")
+    classifies = main_figure(found["student"]) != "bits_per_byte"
+    if classifies:
+        plot_confusion(found["student"]["confusion"], classes_of(folder), folder.path / "confusion.png")
     parts = [
         f"# {plain(experiment['name'])}\n",
+        classifier_verdict(found, receipt, folder) if classifies else
         _verdict(found, receipt, needs_its_base(experiment), folder), "", *_hints(folder),
-        "## Models\n", _models(found, meaning), "",
+        "## Models\n", classifier_models(found, meaning) if classifies else _models(found, meaning), "",
         *(["Of the student, its bytes are those of the adapter alone, its parameters those of base and adapter.\n"]
           if needs_its_base(experiment) else []),
-        "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward "
-        "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
-        "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
-        *["![size against bits per byte](size.png)\n"] * (len(ordered(found)) > 1),
+        ABOUT_CLASSES if classifies else ABOUT_MODELS,
+        *[f"![size against {FIGURES[main_figure(found['student'])].words}](size.png)\n"] * (len(ordered(found)) > 1),
+        *(confusion_section(found, folder) if classifies else []),
         "## Training\n", *_curves(experiment), _training(curves["student"]), *_best(folder),
-        *_went_on(folder), *(f"Text: {plain(note)}." for note in plan.get("text", [])), "",
+        *_went_on(folder), *(f"{'Data' if classifies else 'Text'}: {plain(note)}." for note in plan.get("text", [])), "",
         *_mixture(plan, curves["student"]),
         "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
         "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan, folder), "",
-        "## Samples\n", *_samples(found, experiment["report"]),
+        *([] if classifies else ["## Samples\n", *_samples(found, experiment["report"])]),
         "Run it again: `accelerate launch train.py --config experiment.yaml run.folder=...` with the "
         "`experiment.yaml` in this folder.\n",
     ]
@@ -155,7 +170,7 @@ def _curves(experiment: dict[str, Any]) -> list[str]:
     if experiment["training"]["steps"] == 0:
         return []
     return ["![training loss](loss.png)\n", "Thin lines are single steps, thick ones a moving average over a thirtieth "
-            "of the run, which lags where the loss falls fast.\n", "![held-out bits per byte](held_out.png)\n"]
+            "of the run, which lags where the loss falls fast.\n", "![on held-out data](held_out.png)\n"]
 
 
 def _went_on(folder: RunFolder) -> list[str]:
@@ -205,7 +220,7 @@ def _mixture(plan: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
 def _receipt(receipt: dict[str, Any]) -> str:
     rows = ["| | |", "|---|---:|"]
     for name, value in receipt.items():
-        if value is None or value == []:  # not asked for, and nothing to note
+        if value is None or value in ([], {}):  # not asked for, and nothing to note
             continue
         if name == "versions":
             value = ", ".join(f"{library} {number}" for library, number in value.items())
@@ -254,13 +269,15 @@ def _elsewhere(folder: RunFolder) -> list[str]:
     rows = []
     for file in sorted(folder.path.glob("student-*/receipt.json")):
         found = read_json(file)
-        rows.append(f"| {code(file.parent.name + '/')} | {found['bytes_on_disk']:,} | {found['bits_per_byte']:.4f} | "
-                    f"{found['largest_difference']:.2g} | {found['argmax_agreement']:.1%} | "
-                    f"{found['tokens_per_second']:,.0f} |")
+        of = "accuracy" if "accuracy" in found else "bits_per_byte"
+        speed = found["rows_per_second" if of == "accuracy" else "tokens_per_second"]
+        rows.append(f"| {code(file.parent.name + '/')} | {found['bytes_on_disk']:,} | {FIGURES[of].shown(found[of])} | "
+                    f"{found['largest_difference']:.2g} | {found['argmax_agreement']:.1%} | {speed:,.0f} |")
     if not rows:
         return []
     return ["In other runtimes, each loaded by it in a fresh process:\n",
-            "| | bytes | bits per byte | largest logit difference | same token | tokens/s |",
+            f"| | bytes | {FIGURES[of].words} | largest logit difference | same "
+            + ("class | rows/s |" if of == "accuracy" else "token | tokens/s |"),
             "|---|---:|---:|---:|---:|---:|", *rows, "", *_readers(folder)]
 
 

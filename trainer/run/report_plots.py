@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trainer.run.held_out import FIGURES, main_figure
+
 COLORS = {"teacher": "#6b7280", "student": "#c2410c", "control": "#2563eb"}
 
 
@@ -50,20 +52,21 @@ def plot_loss(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
 
 def plot_held_out(curves: dict[str, list[dict[str, Any]]], found: dict[str, Any], file: Path) -> None:
-    """Plot the bits per byte of each evaluation, beside the teacher's."""
-    figure, axes = _figure("Held-out text", "optimizer step", "bits per byte")
+    """Plot the bits per byte of each evaluation, or the accuracy, beside the teacher's."""
+    of = main_figure(found["student"])
+    figure, axes = _figure("Held-out data", "optimizer step", FIGURES[of].words)
     for name, lines in curves.items():
-        points = [(line["step"], line["held_out"]["bits_per_byte"]) for line in lines if "held_out" in line]
+        points = [(line["step"], line["held_out"][of]) for line in lines if "held_out" in line]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLORS[name], marker="o", markersize=3, label=name)
     if "teacher" in found:
-        axes.axhline(found["teacher"]["bits_per_byte"], color=COLORS["teacher"], linestyle="--", label="teacher")
+        axes.axhline(found["teacher"][of], color=COLORS["teacher"], linestyle="--", label="teacher")
     axes.legend(frameon=False)
     _save(figure, file)
 
 
 def plot_size(found: dict[str, Any], file: Path) -> None:
-    """Plot bytes against bits per byte, which compares models: one alone gets no picture."""
+    """Plot bytes against bits per byte or accuracy, which compares models: one alone gets no picture."""
     file.unlink(missing_ok=True)
     if len(ordered(found)) < 2:
         return
@@ -73,16 +76,44 @@ def plot_size(found: dict[str, Any], file: Path) -> None:
 
 def sizes_figure(found: dict[str, Any]) -> tuple[Any, Any]:
     """The figure and the axes of that picture."""
-    figure, axes = _figure("Exported models", "MiB on disk", "bits per byte on held-out text")
+    of = main_figure(found["student"])
+    figure, axes = _figure("Exported models", "MiB on disk", f"{FIGURES[of].words} on held-out data")
     for name in ordered(found):
         entry = found[name]
-        axes.scatter(entry["bytes_on_disk"] / 2**20, entry["bits_per_byte"], s=60, color=COLORS[name], label=name,
+        axes.scatter(entry["bytes_on_disk"] / 2**20, entry[of], s=60, color=COLORS[name], label=name,
                      zorder=3)
     axes.set_xlim(left=0)
     axes.margins(y=0.25)
     axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))  # there are no bits below none
     axes.legend(frameon=False)
     return figure, axes
+
+
+NAMED = 40  # most classes whose names are written beside a confusion
+
+
+def plot_confusion(table: list[list[int]], classes: list[str], file: Path) -> None:
+    """Draw a classifier's answers by true class, each row as shares of its class."""
+    import numpy
+
+    counts = numpy.asarray(table, float)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    figure, axes = _figure("Answers of the student", "answer", "true class")
+    side = min(14.0, max(4.5, 2.5 + 0.28 * len(classes))) if len(classes) <= NAMED else 9.0
+    figure.set_size_inches(side + 0.8, side)
+    axes.grid(visible=False)
+    picture = axes.imshow(shares, cmap="Oranges", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, label="share of the true class", fraction=0.046)
+    if len(classes) <= NAMED:
+        short = [name if len(name) <= 24 else name[:23] + "…" for name in classes]
+        axes.set_xticks(range(len(classes)), short, rotation=90)
+        axes.set_yticks(range(len(classes)), short)
+    if len(classes) <= 12:
+        for row, column in numpy.ndindex(*counts.shape):
+            if counts[row, column]:
+                axes.text(column, row, f"{int(counts[row, column])}", ha="center", va="center", fontsize=8,
+                          color="white" if shares[row, column] > 0.6 else "black")
+    _save(figure, file)
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -20,6 +20,7 @@ from rich.text import Text
 from trainer.errors import ExperimentErrors
 from trainer.experiment.plain_yaml import read_values
 from trainer.run.folder import RunFolder
+from trainer.run.held_out import FIGURES, in_words, main_figure
 from trainer.run.pace import Pace, duration, figures
 from trainer.run.run_status import (
     AGAIN_LATER,
@@ -80,7 +81,8 @@ class Watched:
         folder: its folder: the run's, or that of its teacher or control.
         pace: its speed.
         last: the newest record of a step; None before the first.
-        loss, held_out: (step, value), the latter in bits per byte.
+        loss, held_out: (step, value), the latter of the `figure`.
+        figure: what is measured on held-out data.
         troubles: what went wrong, in words.
     """
 
@@ -104,6 +106,7 @@ class Watched:
         self.pace, self.last = Pace(self.steps or 1, *every), None
         self.loss: list[tuple[float, float]] = []
         self.held_out: list[tuple[float, float]] = []
+        self.figure = "bits_per_byte"
         self.troubles: list[str] = []
 
     def _add(self, record: dict[str, Any]) -> None:
@@ -111,7 +114,8 @@ class Watched:
         try:
             self.pace.add(record)
             if "held_out" in record:
-                self.held_out.append((step, float(record["held_out"]["bits_per_byte"])))
+                self.figure = main_figure(record["held_out"])
+                self.held_out.append((step, float(record["held_out"][self.figure])))
             elif record.get("loss") is not None:
                 self.loss.append((step, float(record["loss"])))
                 self.last = record
@@ -200,8 +204,10 @@ class Watch:
         except (TypeError, ValueError, KeyError):
             parts = [STRANGE]
         if model.held_out:
-            at, best = min(model.held_out, key=lambda point: point[1])
-            parts.append(f"held-out {model.held_out[-1][1]:.4f} bits per byte, best {best:.4f} at step {at:,}")
+            figure = FIGURES[model.figure]
+            at, best = min(model.held_out, key=lambda point: -point[1] if figure.higher else point[1])
+            last = in_words({model.figure: model.held_out[-1][1]}, model.figure)
+            parts.append(f"held-out {last}, best {figure.shown(best)} at step {at:,}")
         if (checkpoint := newest_checkpoint(model.folder)) is not None:
             parts.append(f"newest checkpoint {checkpoint}")
         for part in parts:
@@ -214,7 +220,8 @@ class Watch:
     @staticmethod
     def _curves(model: Watched, columns: int, rows: int) -> list[str]:
         lines = []
-        for title, points in (("loss", model.loss), ("held-out, bits per byte", model.held_out)):
+        held_out = f"held-out, {FIGURES[model.figure].words}"
+        for title, points in (("loss", model.loss), (held_out, model.held_out)):
             if len(points) > 1:
                 lines += ["", title, *text_curve(points, columns, rows, model.steps)]
         return lines

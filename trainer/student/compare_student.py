@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
+from strategies.common.generation_settings import load_generation_settings
 from strategies.export.clients.transformers_client import layer_outputs
 from strategies.export.hf.transformers_folder import weight_files
-from strategies.export.receipt import Receipt, ask_client, comparison_shape, make_receipt
+from strategies.export.receipt import Receipt, ask_client, compared_rows, comparison_shape, make_receipt
 from strategies.quantization.freeze import freeze_quantized
 from trainer import checkpoints
 from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData
 from trainer.data.encoding import sample_prompts
 from trainer.data.rows import StreamedRows
-from trainer.data.tokenizers import vocabulary_size
 from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment, StudentForm
 from trainer.experiment.report_node import Report
@@ -30,7 +30,9 @@ from trainer.files import write_atomically
 from trainer.model_files import check_files
 from trainer.models.build import DTYPES, build_student, empty_student, layers_above
 from trainer.models.configs import student_config, teacher_config
+from trainer.models.task_heads import task_of
 from trainer.run.folder import RunFolder, read_json
+from trainer.run.held_out import in_words
 from trainer.run.metrics import console, readable
 from trainer.run.quantization_loss import say_rise
 from trainer.run.working import working
@@ -39,6 +41,7 @@ from trainer.student.quantize_student import finalize_student
 from trainer.student.weight_digests import check_digests, check_names, read_digests
 from trainer.teacher.vocabularies import reads_alike
 
+ROWS = 64  # of a forward pass of a classifier
 SHOWN = 256  # rows of training text and of held-out text on which a runtime's tokenizer is compared
 
 
@@ -52,7 +55,7 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Prepare
     Raises:
         RunFailed: that checkpoint is missing or damaged, or the rebuilt student is not the one that was trained.
     """
-    asked, vocabulary = experiment.student, vocabulary_size(text.tokenizer)
+    asked, vocabulary = experiment.student, text.vocabulary
     if asked.adapter is None:
         model = _like(like, experiment.form)
     else:
@@ -65,7 +68,7 @@ def rebuilt(experiment: Experiment, folder: RunFolder, like: Path, text: Prepare
                               layers_above(asked, experiment.teacher, above), text.tokenizer)
         for known in (like, like / BASE):
             if (known / "generation_config.json").exists():  # it knows what ends an answer
-                model.generation_config = GenerationConfig.from_pretrained(known)
+                load_generation_settings(known, model)
     checkpoint = exported_checkpoint(folder)
     checkpoints.load_whole(checkpoint, model)
     what = f"the student, made again from {checkpoint} and {like / 'config.json'},"
@@ -83,7 +86,7 @@ def _like(folder: Path, form: StudentForm) -> nn.Module:
     if hasattr(config, "quantization_config"):  # the weights come from the checkpoint, which is not packed
         del config.quantization_config
     model = empty_student(form, config)
-    model.generation_config = GenerationConfig.from_pretrained(folder)
+    load_generation_settings(folder, model)
     return model
 
 
@@ -131,7 +134,7 @@ def compare(
     models: dict[str, dict[str, Any]] = {
         "student": {**student_entry(experiment.student, experiment.export, folder.unverified), "compare": True,
                     "trust_remote_code": trust}}
-    if experiment.teacher is not None and reads_alike(experiment.teacher, experiment.student, text):
+    if experiment.teacher is not None and (text.classes or reads_alike(experiment.teacher, experiment.student, text)):
         models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
                              "dtype": experiment.teacher.dtype,
                              "trust_remote_code": experiment.teacher.trust_remote_code}
@@ -140,9 +143,7 @@ def compare(
                              "trust_remote_code": trust}
     with working(experiment.name, "reloading in a fresh process and comparing", at_once=True):
         found, logits = ask_about(models, experiment.training.micro_batch, experiment.report, text, exported,
-                                  device.type, tokenizer=str(folder.unverified), prompts=sample_prompts(
-                                      experiment.report.texts, text.tokenizer, experiment.data),
-                                  client=client_of(experiment.export))
+                                  device.type, client=client_of(experiment), **_request(experiment, folder, text))
     for name, entry in found.items():
         path = Path(models[name].get("adapter", models[name]["path"]))
         files = [*weight_files(path), *weight_files(path / BASE)]
@@ -160,7 +161,7 @@ def compare(
         reference = freeze_quantized(
             rebuilt(experiment, folder, folder.unverified, text), DTYPES[experiment.export.dtype]
         )
-        where = first_difference(str(folder.unverified), reference, text, receipt.tolerance)
+        where = first_difference(str(folder.unverified), reference, text, receipt.tolerance, client_of(experiment))
         raise RunFailed(differs(receipt, folder.unverified, "export.tolerance", where))
     write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")
     if folder.student.exists():
@@ -168,6 +169,14 @@ def compare(
     os.rename(folder.unverified, folder.student)
     tell_receipt(experiment.name, receipt, folder.student)
     say_rise(folder, experiment.model_dump(mode="json"))
+
+
+def _request(experiment: Experiment, folder: RunFolder, text: PreparedData) -> dict[str, Any]:
+    """What the fresh process is told besides: the task of classifiers, or the prompts of language models."""
+    if not experiment.data.is_language:
+        return {"task": experiment.data.task}
+    return {"tokenizer": str(folder.unverified),
+            "prompts": sample_prompts(experiment.report.texts, text.tokenizer, experiment.data)}
 
 
 def some_text(text: PreparedData) -> list[str]:
@@ -180,10 +189,18 @@ def some_text(text: PreparedData) -> list[str]:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, text: PreparedData) -> torch.Tensor:
-    """(rows, length, vocabulary) fp32 logits on the first held-out rows, without autocast, on the CPU."""
-    rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
+    """(rows, length, vocabulary) fp32 logits on the first held-out rows, without autocast, on the CPU.
+
+    Of a classifier (rows, classes), or (rows, length, classes) if each token has one.
+    """
     model.eval()
     device = next(model.parameters()).device
+    if text.classes:
+        rows = compared_rows(len(text.held_out["targets"]), text.held_out["targets"][0].numel() * len(text.classes))
+        parts = [model_inputs({name: tensor[begin:min(begin + ROWS, rows)].to(device)
+                               for name, tensor in text.held_out.items()}) for begin in range(0, rows, ROWS)]
+        return torch.cat([model(**part).logits.float().cpu() for part in parts])
+    rows, length = comparison_shape(*text.held_out["input_ids"].shape, model.config.vocab_size)
     part = {name: text.held_out[name][:rows, :length].to(device) for name in ("input_ids", "position_ids")}
     return model(**model_inputs(part)).logits.float().cpu()
 
@@ -198,13 +215,13 @@ def first_difference(path: str, model: nn.Module, text: PreparedData, tolerance:
     file = Path(path).parent / ".layers.safetensors"
     try:
         ask_about({"student": {"path": path, "layers": str(file)}}, 1, Report(), text, None, "cpu", client=client,
-               tokenizer=path)
+                  tokenizer=path, task=task_of(model.config))
         theirs = load_file(file)
     except (RunFailed, OSError):
         return None
     finally:
         file.unlink(missing_ok=True)
-    part = {name: text.held_out[name][:1] for name in ("input_ids", "position_ids")}
+    part = {name: tensor[:1] for name, tensor in text.held_out.items()}
     with torch.no_grad():
         ours = layer_outputs(model.eval(), lambda: model(**model_inputs(part)))
     for name, output in ours.items():
@@ -218,7 +235,7 @@ def first_difference(path: str, model: nn.Module, text: PreparedData, tolerance:
 def ask_about(models: dict[str, dict[str, Any]], micro_batch: int, sample: Report, text: PreparedData,
            exported: torch.Tensor | None, device: str, **more: Any
            ) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Tensor]]:
-    rows, length = (1, 1) if exported is None else exported.shape[:2]
+    rows, length = (1, 1) if exported is None else (*exported.shape[:2], 1)[:2]
     try:
         return ask_client(
             models, text.held_out, device=device, threads=torch.get_num_threads(),
@@ -241,4 +258,5 @@ def differs(receipt: Receipt, kept: Path, tolerance: str, where: tuple[str, floa
 
 def tell_receipt(name: str, receipt: Receipt, folder: Path) -> None:
     console.print(f"{name}: receipt of {folder.name}: {readable(receipt.bytes_on_disk)} on disk, "
-                  f"{receipt.bits_per_byte:.4f} bits per byte, largest logit difference {receipt.largest_difference:g}")
+                  f"{in_words(receipt.figures or {'bits_per_byte': receipt.bits_per_byte})}, largest logit difference "
+                  f"{receipt.largest_difference:g}")

@@ -190,7 +190,8 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     """
     runtime, final = RUNTIMES[name], folder.student_for(name)
     _check(name, model)
-    notes = _reads(name, text, model.config.vocab_size)
+    notes = [] if text.classes else _reads(name, text, model.config.vocab_size)
+    client = runtime.client if not text.classes else f"{name}_classifier_client.py"
     partial = final.with_name(f".{final.name}.unverified")
     shutil.rmtree(partial, ignore_errors=True)
     path = partial / runtime.file if runtime.file else partial
@@ -200,9 +201,8 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     reference = _reference(name, model, dtype)
     trained, exported = logits_of(model, text), logits_of(reference, text)
     found, logits = ask_about({"student": {"path": str(path), "compare": True}}, experiment.training.micro_batch,
-                           experiment.report, text, exported, "cpu",
-                           tokenizer=str(folder.student if folder.student.exists() else folder.unverified),
-                           client=runtime.client)
+                              experiment.report, text, exported, "cpu", client=client, task=experiment.data.task,
+                              tokenizer=str(folder.student if folder.student.exists() else folder.unverified))
     tolerance = _tolerance(name, model, reference, text, exported)
     files = [file for file in sorted(partial.rglob("*")) if is_weight_file(file)]
     receipt = make_receipt(found["student"], trained, exported, logits["student"], files,
@@ -210,9 +210,10 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
                            logits.get("student" + CACHED))
     receipt.write(partial / "receipt.json")
     if not receipt.holds:
-        where = first_difference(str(path), reference, text, receipt.tolerance, runtime.client)
+        where = first_difference(str(path), reference, text, receipt.tolerance, client)
         raise RunFailed(differs(receipt, partial, f"the tolerance of {name},", where))
-    read_by_others(experiment.name, experiment.export, Written(name, path, files, partial), model, reference, text,
+    if not text.classes:
+        read_by_others(experiment.name, experiment.export, Written(name, path, files, partial), model, reference, text,
                    tolerance if name == "executorch" else 0.0)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(partial, final)

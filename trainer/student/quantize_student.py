@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.common.blockwise_calibration import token_mask
+from strategies.common.generation_settings import copy_generation_settings
 from strategies.export.quantized_layers import quantized_layers
 from strategies.export.receipt import comparison_shape
 from strategies.export.sizes import exported_bytes, header_bound
@@ -61,7 +62,7 @@ def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedDat
     fresh = empty_student(experiment.form.merged, model.config)
     fresh.load_state_dict(model.state_dict())
     check_digests(digests_of(model), fresh, "the student, made again to be quantized,")
-    fresh.generation_config = model.generation_config
+    copy_generation_settings(model, fresh)
     fresh.to(next(model.parameters()).device).eval()
     dtype = DTYPES[experiment.export.dtype]
     batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch,

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.experiment.nodes import Training
 from trainer.files import write_atomically
+from trainer.run.held_out import FIGURES
 
 
 @dataclass
@@ -18,7 +19,7 @@ class BestEvaluation:
     Every process keeps its own and has the same values, since an evaluation's result is the same on all of them.
 
     Attributes:
-        metric: name of the value that is compared; lower is better.
+        metric: name of the value that is compared.
         steps: planned optimizer steps of the run.
         patience: evaluations in a row without improvement after which training ends; None for never.
         min_delta: by how much a value must be below the last improvement to count as one for `patience`.
@@ -61,10 +62,10 @@ class BestEvaluation:
         self.evaluated = step
         if not counts:
             return
-        value = found[self.metric]
-        if self.value is None or value < self.value:
-            self.step, self.value = (step, value) if value < float("inf") else (self.step, self.value)
-        if value < (float("inf") if self.reference is None else self.reference - self.min_delta):
+        value, sign = found[self.metric], -1 if FIGURES[self.metric].higher else 1
+        if self.value is None or sign * value < sign * self.value:
+            self.step, self.value = (step, value) if abs(value) < float("inf") else (self.step, self.value)
+        if sign * value < (float("inf") if self.reference is None else sign * self.reference - self.min_delta):
             self.reference, self.waited = value, 0
         else:
             self.waited += 1
@@ -73,10 +74,11 @@ class BestEvaluation:
         """What became of a run, in words: where training ended and why, and which step is exported."""
         ended = f"trained for {last} of {self.steps} steps, since {self.waited} evaluations in a row were no better" \
             if last < self.steps else f"trained for {last} steps"
-        what = self.metric.replace("_", " ")
+        what, figure = self.metric.replace("_", " "), FIGURES[self.metric]
+        best, better = ("highest", "higher") if figure.higher else ("lowest", "lower")
         return f"{ended}; the student is that of step {exported}, " + (
-            f"with the lowest held-out {what} of {self.value:.4f}" if exported == self.step else
-            f"since no checkpoint of a lower held-out {what} could be kept")
+            f"with the {best} held-out {what} of {figure.shown(self.value)}" if exported == self.step else
+            f"since no checkpoint of a {better} held-out {what} could be kept")
 
     def record(self, file: Path, exported: int, last: int) -> None:
         """Write the same as JSON, for the report and for later exports."""

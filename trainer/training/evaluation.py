@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
+from strategies.common.classification_counts import ClassificationCounts
 from strategies.common.progress import report
 from strategies.distillation.losses.fused_head import LogitShape
 from strategies.distillation.losses.response import IGNORED, ResponseObjective
@@ -27,6 +28,48 @@ def check_held_out(rows: Rows) -> None:
         raise UserError("data.validation", "no held-out row has a target token: all of them are prompt or padding",
                         way_out="hold out more rows (data.validation.rows), or raise data.sequence_length, so that "
                         "responses are not cut off")
+
+
+class ClassifierEvaluator:
+    """Evaluates a classifier on held-out rows. The result does not depend on the number of processes.
+
+    Args:
+        rows: the inputs of the model and `targets`, stacked by name.
+        classes: number of classes.
+        micro_batch: rows per forward pass on each process.
+        ranks: the processes that share the rows.
+        autocast: returns the autocast context for a forward pass.
+    """
+
+    def __init__(self, rows: Rows, classes: int, micro_batch: int, ranks: RankGroup,
+                 autocast: Callable[[], AbstractContextManager]) -> None:
+        check_held_out(rows)
+        self.rows, self.classes, self.micro_batch, self.ranks = rows, classes, micro_batch, ranks
+        self._autocast = autocast
+
+    @torch.no_grad()
+    def __call__(self, called: nn.Module, step: int) -> dict[str, Any] | None:
+        """Return cross-entropy in nats, accuracy, macro F1 and calibration error; see `ClassificationCounts.figures`.
+
+        Returns None if a process received a stop signal. All processes agree on that before each micro-batch.
+
+        Args:
+            called: the student as training calls it, wrapped or not.
+            step: the number of steps done, for the message about a process that fails to arrive.
+        """
+        counts = ClassificationCounts(self.classes, self.ranks.device, self.ranks.wide)
+        called.eval()
+        try:
+            for batch in batches_of(self.rows, slice(0, len(self.rows["targets"])), self.micro_batch, self.ranks, step):
+                if batch is None:
+                    return None
+                with self._autocast():
+                    logits = called(**model_inputs(batch)).logits
+                counts.add(logits, batch["targets"], IGNORED)
+        finally:
+            called.train()
+        self.ranks.at(f"the held-out figures after step {step}")
+        return counts.take(self.ranks.total(counts.numbers())).figures()
 
 
 class Evaluator:
@@ -61,7 +104,7 @@ class Evaluator:
             step: the number of steps done, for the message about a process that fails to arrive.
         """
         called.eval()
-        whole, sums = slice(0, len(self.rows["input_ids"])), []
+        whole, sums = slice(0, len(self.rows["targets"])), []
         try:
             for part in self.sources.values() or [whole]:
                 if (own := self._sums(called, step, part)) is None:
@@ -85,28 +128,37 @@ class Evaluator:
 
     def _sums(self, called: nn.Module, step: int, part: slice) -> torch.Tensor | None:
         """(2,) summed nats and targets of this process's rows in a part; None if a process received a stop signal."""
-        size, replicas, ranks = self.micro_batch, self.ranks.topology.data_parallel, self.ranks
-        sums = torch.zeros(2, dtype=ranks.wide, device=ranks.device)
-        for begin in range(part.start, part.stop, size * replicas):
-            ranks.at(f"held-out rows from {begin} on, after step {step}")
-            report("held-out rows", begin, len(self.rows["input_ids"]))
-            if ranks.asked_to_stop():
+        sums = torch.zeros(2, dtype=self.ranks.wide, device=self.ranks.device)
+        for batch in batches_of(self.rows, part, self.micro_batch, self.ranks, step):
+            if batch is None:
                 return None
-            own = begin + ranks.replica * size
-            batch = self._batch(slice(own, max(own, min(own + size, part.stop))))
             with self._autocast():
-                sums[0] += self._loss(called, model_inputs(batch), batch["targets"])[0].to(ranks.wide)
+                sums[0] += self._loss(called, model_inputs(batch), batch["targets"])[0].to(self.ranks.wide)
             sums[1] += (batch["targets"] != IGNORED).sum()
         return sums
 
-    def _batch(self, part: slice) -> dict[str, torch.Tensor]:
-        """A slice of the rows, on the device.
 
-        Every process takes part in every forward pass. A process that has run out of rows repeats the first one with
-        all targets ignored.
-        """
-        batch = {name: tensor[part] for name, tensor in self.rows.items()}
-        if len(batch["input_ids"]):
-            return self.ranks.place(batch)
-        batch = self.ranks.place({name: tensor[:1] for name, tensor in self.rows.items()})
-        return {**batch, "targets": torch.full_like(batch["targets"], IGNORED)}
+def batches_of(rows: Rows, part: slice, size: int, ranks: RankGroup, step: int
+               ) -> Iterator[dict[str, torch.Tensor] | None]:
+    """This process's batches of a part of the held-out rows, on its device; None, and no more, after a stop signal.
+
+    All processes agree on that before each batch. Every process has as many batches: one that has run out of rows
+    repeats the first one with all targets ignored.
+
+    Args:
+        size: rows of a batch.
+        step: the number of steps done, for the message about a process that fails to arrive.
+    """
+    for begin in range(part.start, part.stop, size * ranks.topology.data_parallel):
+        ranks.at(f"held-out rows from {begin} on, after step {step}")
+        report("held-out rows", begin, len(rows["targets"]))
+        if ranks.asked_to_stop():
+            yield None
+            return
+        own = begin + ranks.replica * size
+        batch = {name: tensor[own:max(own, min(own + size, part.stop))] for name, tensor in rows.items()}
+        if len(batch["targets"]):
+            yield ranks.place(batch)
+            continue
+        batch = ranks.place({name: tensor[:1] for name, tensor in rows.items()})
+        yield {**batch, "targets": torch.full_like(batch["targets"], IGNORED)}

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.common.frozen_base import base_digest, base_digests
+from strategies.common.generation_settings import copy_generation_settings
 from strategies.distillation.losses.teacher_targets import SharedVocabulary
 from strategies.distillation.step import Distillation
 from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter, identity_adapter
@@ -37,6 +38,7 @@ from trainer.planning.exceeded import ways_out
 from trainer.planning.plan import Plan
 from trainer.planning.step_memory import without_gradient
 from trainer.run.folder import RunFolder
+from trainer.run.held_out import in_words
 from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak, read_lines
 from trainer.run.pace import Pace
 from trainer.run.trackers import Trackers
@@ -46,7 +48,7 @@ from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.target_cache import CachedTargets
 from trainer.training.best_evaluation import BestEvaluation
 from trainer.training.cadence import Cadence
-from trainer.training.evaluation import Evaluator
+from trainer.training.evaluation import ClassifierEvaluator, Evaluator
 from trainer.training.memory_check import MemoryCheck
 from trainer.training.nonfinite import Backward, diagnosis, locate_nonfinite
 from trainer.training.saving import Saver
@@ -104,8 +106,10 @@ class TrainLoop:
         self.teacher = None if live is None else place_teacher(setup, accelerator, live)
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
                                  lambda: without_gradient(experiment, teacher_config, student.config))
-        self.evaluate = Evaluator(self.unwrapped, shapes[0], text.held_out, plan.micro_batch, self.ranks,
-                                  self._autocast, text.held_out_of)
+        self.evaluate = Evaluator(
+            self.unwrapped, shapes[0], text.held_out, plan.micro_batch, self.ranks, self._autocast, text.held_out_of
+        ) if experiment.data.is_language else ClassifierEvaluator(
+            text.held_out, len(text.classes), plan.micro_batch, self.ranks, self._autocast)
         self.distillation = Distillation(
             experiment.objective.build(teacher is not None), self.unwrapped, self.teacher, shapes=shapes,
             common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
@@ -329,7 +333,7 @@ class TrainLoop:
         model = empty_student(experiment.form, config) if experiment.student.adapter is None else build_student(
             experiment, config, layers_above(experiment.student, experiment.teacher, self.teacher_config),
             self.text.tokenizer)  # with the base of its adapters, which no checkpoint holds
-        model.generation_config = self.unwrapped.generation_config
+        copy_generation_settings(self.unwrapped, model)
         attach_projections(self.experiment.objective, self.experiment.seed, model, self.teacher_config)
         checkpoints.load_whole(own, model.train())
         return without_projections(model)
@@ -366,7 +370,7 @@ class TrainLoop:
         metrics.write({"step": self.state.step, "held_out": found, "seconds": time.perf_counter() - begun})
         self.trackers.log({f"held_out/{name}": value for name, value in flatten(found).items()}, self.state.step)
         of_sources = ", ".join(f"{value:.4f} of {name}" for name, value in found.get("sources", {}).items())
-        progress.say(f"step {self.state.step}/{self.steps}  held-out {found['bits_per_byte']:.4f} bits per byte"
+        progress.say(f"step {self.state.step}/{self.steps}  held-out {in_words(found)}"
                      + (f": {of_sources}" if of_sources else ""))
 
     def _autocast(self) -> AbstractContextManager:

@@ -14,6 +14,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import nn
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
+from strategies.common.generation_settings import save_generation_settings
 from strategies.common.weight_file import save_weights
 from strategies.export.hf.saved_names import as_saved, renamed, saved_rows
 from strategies.export.hf.written_config import config_of, write_config
@@ -67,8 +68,7 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
     if beneath_adapter and quantized:
         config.quantization_config["dequantize"] = True
     write_config(config, partial, model)
-    settings: Any = model.generation_config
-    settings.save_pretrained(partial)
+    save_generation_settings(model, partial)
     tokenizer.save_pretrained(partial)
     _remove(folder)
     os.rename(partial, folder)
@@ -88,8 +88,7 @@ def write_model_files(folder: Path, model: nn.Module, tokenizer: Any) -> None:
     _remove(partial)
     partial.mkdir(parents=True)
     write_config(config_of(model, torch.float32), partial, model)
-    settings: Any = model.generation_config
-    settings.save_pretrained(partial)
+    save_generation_settings(model, partial)
     tokenizer.save_pretrained(partial)
     os.rename(partial, folder)
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from strategies.common.generation_settings import save_generation_settings
 from strategies.export.hf.transformers_folder import format_bits
 from strategies.export.hf.written_config import config_of, write_config
 from strategies.export.logits_module import Logits
@@ -72,7 +73,7 @@ def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtyp
     partial.mkdir(parents=True)
     shapes, notes = _write_model(partial / FILE, model, dtype)
     write_config(config_of(model, dtype), partial, model)
-    model.generation_config.save_pretrained(partial)
+    save_generation_settings(model, partial)
     tokenizer.save_pretrained(partial)
     if len(set(shapes)) == 1:
         write_genai_config(partial, model, FILE, shapes)

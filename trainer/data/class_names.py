@@ -1,0 +1,122 @@
+"""The classes of a data set: their names, in order, and the number of each record's class."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import datasets
+
+from strategies.distillation.losses.tiled_loss import IGNORED
+from trainer.data.missing_fields import no_such_field
+from trainer.data.sources import Corpus, Documents
+from trainer.errors import UserError
+from trainer.experiment.data_nodes import Data
+
+SHOWN = 8  # class names in a message
+
+
+def classes_of(data: Data, corpus: Corpus) -> tuple[str, ...]:
+    """The names of all classes in their order: as given, as the data set names them, or the sorted labels.
+
+    Raises:
+        UserError: a label is missing, or there are fewer than two classes.
+    """
+    named = _named(corpus.train, data)
+    found = set(_labels(corpus.train, data, named, "data.path"))
+    if data.class_names is not None:
+        names = data.class_names
+    elif named is not None:
+        names = tuple(named)
+    else:
+        numbers = all(label.isdecimal() for label in found)
+        names = tuple(sorted(found, key=lambda label: (int(label), label) if numbers else (0, label)))
+    if len(found) < 2:
+        raise UserError("data.label", "the training data has one class only, "
+                        f"{next(iter(found))!r}: there is nothing to tell apart", value=data.label,
+                        way_out="name data with at least two classes, or another field")
+    return names
+
+
+class ClassNumbers:
+    """Turns the labels of records into class numbers from 0 on.
+
+    Args:
+        data: names the field of the label.
+        documents: the records, whose features may name the classes.
+        classes: names of all classes in their order.
+        key: key of the experiment that names these records.
+    """
+
+    def __init__(self, data: Data, documents: Documents, classes: Sequence[str], key: str) -> None:
+        self.data, self.key, self.classes = data, key, classes
+        self.named = _named(documents, data)
+        self._numbers = {name: number for number, name in enumerate(classes)}
+        self._numbered = data.class_names is not None and not any(name.isdecimal() for name in classes)
+
+    def __call__(self, label: Any) -> int:
+        """The number of a class by the label of a record.
+
+        Raises:
+            UserError: there is no label, or no class of this name.
+        """
+        name = _name(label, self.data, self.named, self.key)
+        if name in self._numbers:
+            return self._numbers[name]
+        if self._numbered and name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
+        near = difflib.get_close_matches(name, self.classes, 1)
+        shown = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
+        if self.data.class_names is not None:
+            raise UserError("data.class_names", f"a record of {getattr(self.data, self.key.split('.')[1], '')} has the "
+                            f"label {name!r}, which is none of these" if self.key == "data.path" else
+                            f"a held-out record has the label {name!r}, which is none of these",
+                            value=list(self.classes[:SHOWN]), way_out=f"did you mean {near[0]!r}? Mend the record, or "
+                            "add the class" if near else "add the class, or mend the record")
+        raise UserError(self.key, f"a held-out record has the label {name!r}, which no training record has: {shown}",
+                        value=name, way_out=(f"did you mean {near[0]!r}? " if near else "") + "Mend the record, or name "
+                        "all classes in data.class_names")
+
+    def of_words(self, labels: Sequence[Any]) -> list[int]:
+        """The number of each word's class; a word without one (null, or -100) is left out of the loss."""
+        return [IGNORED if label is None or label in (IGNORED, str(IGNORED)) else self(label) for label in labels]
+
+
+def _named(documents: Documents, data: Data) -> list[str] | None:
+    """The class names that a data set brings along; None without."""
+    feature: Any = (documents.features or {}).get(data.label)
+    if data.label not in (documents.features or {data.label: None}):
+        raise no_such_field("label", data.label, dict.fromkeys(documents.column_names or []))
+    feature = getattr(feature, "feature", feature)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _labels(documents: Documents, data: Data, named: list[str] | None, key: str) -> Iterable[str]:
+    """The name of each record's class, of each word where these have one."""
+    for label in documents.select_columns([data.label])[:][data.label]:
+        if data.task != "token_classification":
+            yield _name(label, data, named, key)
+            continue
+        for one in label or ():
+            if one is not None and one not in (IGNORED, str(IGNORED)):
+                yield _name(one, data, named, key)
+
+
+def _name(label: Any, data: Data, named: list[str] | None, key: str) -> str:
+    known = isinstance(label, str) and label != "" or isinstance(label, int) and (
+        isinstance(label, bool) or label >= 0) or isinstance(label, float) and label.is_integer() and label >= 0
+    if not known:
+        where = "a held-out record" if "validation" in key else "a record"
+        raise UserError("data.label", f"{where} has {'no label' if label in (None, '', -1) else repr(label)[:60]} where "
+                        "the name or number of a class is expected", value=data.label, way_out=f"remove it from {key}"
+                        + (": test sets of the hub have -1 for labels that are kept secret" if label == -1 else ""))
+    if isinstance(label, str):
+        return label
+    number = int(label)
+    if named is None:
+        return str(label) if isinstance(label, bool) else str(number)
+    if number >= len(named):
+        raise UserError("data.label", f"a record has class {number}, and the data set names {len(named)}",
+                        value=data.label, way_out="mend the record")
+    return named[number]
