@@ -67,6 +67,9 @@ class Classified:
         parts = [self._rows(data, part, key, cache, experiment.seed)
                  for part, key in ((corpus.train, "data.path"), (corpus.validation, "data.validation"))]
         self.train, validation = parts
+        if data.task != "image_classification":  # saved with it: what the model is given when somebody uses it
+            self.processor.model_input_names = ["input_ids", *["token_type_ids"] * ("token_type_ids" in self.train[0]),
+                                                "attention_mask"]
         self.identity = self.train.folder.name
         order = np.random.default_rng(0).permutation(len(validation))[:data.validation.rows]
         rows = [validation[int(number)] for number in order]

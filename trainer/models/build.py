@@ -22,6 +22,7 @@ from transformers import (
 from strategies.adapters.frozen_weights import check_base
 from strategies.adapters.low_rank import attach, check_installed, target_names
 from strategies.common.generation_settings import load_generation_settings
+from strategies.common.model_tasks import task_of
 from strategies.common.stored_weights import Experts, all_layers, as_matrix, multiplies
 from strategies.distillation.losses.fused_head import LogitShape, logit_shape
 from strategies.export.hf.transformers_folder import check_folder, must_be_alike
@@ -41,7 +42,7 @@ from trainer.models.language_part import check_alone
 from trainer.models.model_origin import dense, learn_padding, loading, method_of, note, skeleton
 from trainer.models.quantized_base import check_quantized_base, given_numbers
 from trainer.models.rope_by_document import by_document
-from trainer.models.task_heads import auto_class, task_of
+from trainer.models.task_heads import auto_class
 from trainer.models.teacher_layers import fill_from_layers, needed, paired_lists
 from trainer.models.tied_weights import kept_apart
 

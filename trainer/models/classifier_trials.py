@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from strategies.common.model_tasks import task_of
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.model_nodes import Model
 from trainer.model_files import first_line
 from trainer.models.model_origin import skeleton
-from trainer.models.task_heads import task_of
 
 SMALL = 1e8  # most weights of a model that is tried before its data are read
 SHORT, LONG = 6, 11  # tokens of a text, and of the same text padded

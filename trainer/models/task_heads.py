@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
 )
 
+from strategies.common.model_tasks import task_of
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.model_nodes import Model
@@ -32,8 +33,6 @@ MAPPINGS: dict[str, Any] = {
     "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence_classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "token_classification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     "image_classification": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
-ENDINGS = {"ForSequenceClassification": "sequence_classification", "ForTokenClassification": "token_classification",
-           "ForImageClassification": "image_classification"}
 COMMON = {"sequence_classification": ("bert", "distilbert", "modernbert"), "image_classification": (
     "vit", "resnet", "mobilenet_v2"), "token_classification": ("bert", "distilbert", "modernbert")}
 
@@ -66,12 +65,6 @@ class Task:
 
 
 LANGUAGE = Task()
-
-
-def task_of(config: PretrainedConfig) -> str:
-    """The task that a configuration is for, by the class of its model; causal_lm where it names none of the others."""
-    names = getattr(config, "architectures", None) or [""]
-    return next((task for ending, task in ENDINGS.items() if names[0].endswith(ending)), "causal_lm")
 
 
 def auto_class(config: PretrainedConfig) -> Any:

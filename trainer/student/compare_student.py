@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from strategies.common.generation_settings import load_generation_settings
+from strategies.common.model_tasks import task_of
 from strategies.export.clients.transformers_client import layer_outputs
 from strategies.export.hf.transformers_folder import weight_files
 from strategies.export.receipt import Receipt, ask_client, compared_rows, comparison_shape, make_receipt
@@ -30,7 +31,6 @@ from trainer.files import write_atomically
 from trainer.model_files import check_files
 from trainer.models.build import DTYPES, build_student, empty_student, layers_above
 from trainer.models.configs import student_config, teacher_config
-from trainer.models.task_heads import task_of
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.held_out import in_words
 from trainer.run.metrics import console, readable

@@ -19,15 +19,18 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from strategies.common.generation_settings import save_generation_settings
+from strategies.common.model_tasks import task_of
 from strategies.export.hf.transformers_folder import format_bits
 from strategies.export.hf.written_config import config_of, write_config
-from strategies.export.logits_module import Logits
+from strategies.export.logits_module import ClassLogits, Logits
 from strategies.export.onnx.genai_config import write_genai_config
 from strategies.export.onnx.onnx_cache import OPSET, CachedLogits, NoCache, Shape, cache_shapes, no_past
 from strategies.export.onnx.onnx_layers import DOMAIN, same_tensors, stand_in, stand_of
 from strategies.export.quantized_layers import ADDED, Quantized, quantized_layers
 
 FILE = "model.onnx"
+ENCODED = ("input_ids", "attention_mask", "token_type_ids")  # inputs of a classifier of texts, as far as it has them
+SIDE = 32  # height and width in pixels of an example image, for a model that says none
 BITS = (2, 4, 8)  # bit widths that ONNX Runtime has products for
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Model types of transformers that torch is known to export to ONNX; others are tried first.
@@ -71,7 +74,8 @@ def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtyp
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    shapes, notes = _write_model(partial / FILE, model, dtype)
+    names = [name for name in ENCODED if name in getattr(tokenizer, "model_input_names", ENCODED[:2])]
+    shapes, notes = _write_model(partial / FILE, model, dtype, names)
     write_config(config_of(model, dtype), partial, model)
     save_generation_settings(model, partial)
     tokenizer.save_pretrained(partial)
@@ -119,7 +123,7 @@ def check_onnx(model: nn.Module) -> None:
         raise ValueError(f"ONNX files need {' and '.join(missing)}: pip install 'limbeck[onnx]'")
     for name, module in model.named_modules():
         if not isinstance(module, CONVOLUTIONS) and any(
-                own.ndim == 3 for own in module.parameters(recurse=False)):
+                own.ndim == 3 and own.shape[0] > 1 for own in module.parameters(recurse=False)):
             raise ValueError(f"{name} holds a mixture of experts in one tensor, and ONNX has no product of each token "
                              "with its own")
     for name, layer in quantized_layers(model):
@@ -156,9 +160,17 @@ class Interface:
     opset: int | None = None
 
 
-def _write_model(file: Path, model: nn.Module, dtype: torch.dtype) -> tuple[list[Shape], list[str]]:
-    """Write a model's graph, with a cache if it can have one; returns the shapes of that, and notes."""
+def _write_model(file: Path, model: nn.Module, dtype: torch.dtype, names: Sequence[str] = ENCODED[:2]
+                 ) -> tuple[list[Shape], list[str]]:
+    """Write a model's graph, with a cache if it can have one; returns the shapes of that, and notes.
+
+    Args:
+        names: the inputs of a classifier of texts.
+    """
     model = same_tensors(model).eval()
+    if task_of(model.config) != "causal_lm":
+        _write_classifier(file, model, dtype, names)
+        return [], []
     try:
         shapes = cache_shapes(model)
         _write(file, CachedLogits(model), _examples(model, shapes), _with_cache(len(shapes)), dtype)
@@ -168,6 +180,22 @@ def _write_model(file: Path, model: nn.Module, dtype: torch.dtype) -> tuple[list
             {"input_ids": TOKENS, "position_ids": TOKENS}, {"logits": (*TOKENS, None)}), dtype)
         return [], [f"the graph of {type(model).__name__} has no cache, so that each token is computed with all before "
                     f"it: {(str(error).strip().splitlines() or [''])[0][:200]}"]
+
+
+def _write_classifier(file: Path, model: nn.Module, dtype: torch.dtype, names: Sequence[str]) -> None:
+    """Write the graph of a classifier: `logits` of `pixel_values`, or of tokens of any number."""
+    device = next(model.parameters()).device
+    if task_of(model.config) == "image_classification":
+        size = getattr(model.config, "image_size", None) or SIDE
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        given = torch.zeros(3, model.config.num_channels, height, width, device=device)
+        _write(file, ClassLogits(model, ["pixel_values"]), (given,), Interface(
+            {"pixel_values": (TOKENS[0], None, None, None)}, {"logits": (TOKENS[0], None)}), dtype)
+        return
+    ids = torch.ones(3, 5, dtype=torch.long, device=device)
+    axes = (*TOKENS, None) if task_of(model.config) == "token_classification" else (TOKENS[0], None)
+    _write(file, ClassLogits(model, names), tuple(ids.clone() for _ in names), Interface(
+        dict.fromkeys(names, TOKENS), {"logits": axes}), dtype)
 
 
 TOKENS = ("batch_size", "sequence_length")
