@@ -132,9 +132,7 @@ class Distillation:
                 assert self.teacher is not None and theirs is not None, "whose hidden states these are"
                 total, terms = with_head(self.teacher, theirs, lambda its: loss(HiddenTargets(hidden, its)))
             if self.intermediate is not None:
-                for name, weight, value in self.intermediate.sums(
-                    targets, inputs.get("position_ids"), (output, judged)
-                ):
+                for name, weight, value in self.intermediate.sums(targets, inputs, (output, judged)):
                     total, terms[name] = total + weight * value, value.detach()
             if self.balancing:
                 value = balancing_loss(self.student, output, real) * (targets != IGNORED).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,6 +77,44 @@ class AttentionMaps:
     pairs: Pairs
 
 
+class Seen:
+    """Which positions of a batch count, and which of them see each other.
+
+    Args:
+        targets, inputs: as in `IntermediateTerms.sums`.
+    """
+
+    def __init__(self, targets: torch.Tensor, inputs: Mapping[str, Any]) -> None:
+        self.targets, self.mask, self.positions = targets != IGNORED, inputs.get("attention_mask"), inputs.get(
+            "position_ids")
+        self.classifies = self.mask is not None or "pixel_values" in inputs
+
+    def kept(self, like: torch.Tensor) -> torch.Tensor:
+        """(batch, sequence) mask of the positions of a tensor (batch, sequence, ...) that are compared.
+
+        Of a classifier these are all tokens or patches of the rows that have a target.
+        """
+        if not self.classifies:
+            return self.targets
+        rows = self.targets if self.targets.ndim == 1 else self.targets.any(1)
+        kept = rows[:, None].expand(like.shape[:2])
+        return kept if self.mask is None else kept & self.mask.bool()
+
+    def visible(self, like: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, query, key) mask of the pairs of positions that see each other."""
+        if not self.classifies:
+            return visible_pairs(torch.ones_like(self.targets), self.positions, causal=True)
+        real = torch.ones(like.shape[:2], dtype=torch.bool, device=like.device) if self.mask is None else \
+            self.mask.bool()
+        return visible_pairs(real, causal=False)
+
+    def scaled(self, total: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A sum over kept positions of a classifier as their mean times the number of targets."""
+        if not self.classifies:
+            return total
+        return total * (self.targets.sum() / self.kept(like).sum().clamp(min=1))
+
+
 class IntermediateTerms:
     """Records tensors inside both models while they run, and computes the losses between them.
 
@@ -108,43 +146,46 @@ class IntermediateTerms:
                 stack.enter_context(recorder)
             yield
 
-    def sums(self, targets: torch.Tensor, position_ids: torch.Tensor | None, outputs: Sequence[Any] = (None, None)
+    def sums(self, targets: torch.Tensor, inputs: Mapping[str, Any], outputs: Sequence[Any] = (None, None)
              ) -> Iterator[tuple[str, float, torch.Tensor]]:
         """Yield (name, weight, value) for each loss, after both models have run.
 
-        A value is summed over target tokens and averaged over pairs of layers.
+        A value is averaged over pairs of layers, and over tokens: it is summed over target tokens of a language model;
+        of a classifier it is the mean over all tokens times the number of targets. So the sum over calls, divided by
+        all targets, is a mean for both.
 
         Args:
-            targets: (batch, sequence) next tokens, or `IGNORED`.
-            position_ids: (batch, sequence) for packed rows; None if each row is one document.
+            targets: (batch, sequence) next tokens or classes, or (batch,) classes; `IGNORED` where there is none.
+            inputs: arguments of the models. `attention_mask` (batch, sequence) says what is padding to a classifier of
+                texts; `position_ids` (batch, sequence) of a language model restart at each document of a row.
             outputs: the outputs of student and teacher, for attention maps.
 
         Raises:
             ValueError: a model returns no attention maps.
         """
-        kept = targets != IGNORED
+        seen = Seen(targets, inputs)
         if self.features is not None:
             distance = squared_error_sum if self.features.loss == "mse" else cosine_distance_sum
             yield "features", self.features.weight, self._mean(
-                self.features.pairs, "hidden", lambda ours, theirs, layer: distance(
-                    self._projected(ours, layer), theirs, kept))
+                self.features.pairs, "hidden", lambda ours, theirs, layer: seen.scaled(distance(
+                    self._projected(ours, layer), theirs, seen.kept(theirs)), theirs))
         if self.relations is not None:
             for name, weight, sums in (("distances", self.relations.distance, token_distances_sum),
                                        ("angles", self.relations.angle, token_angles_sum)):
                 if weight:
                     yield name, weight, self._mean(
                         self.relations.pairs, "hidden",
-                        lambda ours, theirs, _, sums=sums: sums(ours, theirs, kept, self.relations.tokens))
-        if self.values is not None or self.maps is not None:
-            visible = visible_pairs(torch.ones_like(kept), position_ids, causal=True)
+                        lambda ours, theirs, _, sums=sums: seen.scaled(
+                            sums(ours, theirs, seen.kept(theirs), self.relations.tokens), theirs))
         if self.values is not None:
             yield "values", self.values.weight, self._mean(
-                self.values.pairs, "value", lambda ours, theirs, _: relation_sum(ours, theirs, kept, visible,
-                                                                                 self.values.heads))
+                self.values.pairs, "value", lambda ours, theirs, _: seen.scaled(relation_sum(
+                    ours, theirs, seen.kept(theirs), seen.visible(theirs), self.values.heads), theirs))
         if self.maps is not None:
             ours, theirs = map(_attentions, outputs)
-            found = [attention_map_sum(ours[mine], theirs[other], kept, visible, average_heads=True)
-                     for mine, other in self.maps.pairs]
+            found = [seen.scaled(attention_map_sum(ours[mine], theirs[other], seen.kept(theirs[other][:, 0]),
+                                                   seen.visible(theirs[other][:, 0]), average_heads=True),
+                                 theirs[other][:, 0]) for mine, other in self.maps.pairs]
             yield "attention_maps", self.maps.weight, torch.stack(found).sum() / len(found)
 
     def _mean(self, pairs: Pairs, kind: str, loss) -> torch.Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-PROJECTIONS = {"query": ("q_proj", "query"), "key": ("k_proj", "key"), "value": ("v_proj", "value")}
-FUSED, ORDER = "c_attn", ("query", "key", "value")
+PROJECTIONS = {"query": ("q_proj", "query", "q_lin"), "key": ("k_proj", "key", "k_lin"),
+               "value": ("v_proj", "value", "v_lin")}
+FUSED, ORDER = ("c_attn", "Wqkv"), ("query", "key", "value")
 KINDS = ("hidden", *PROJECTIONS)
 
 
@@ -32,8 +33,8 @@ class Values:
 
     Args:
         model: a transformers model, or a module around one. Its blocks are the one `ModuleList` that is as long as the
-            configuration says. Projections are found by name: those of Llama and ViT (`v_proj`), BERT (`value`), and
-            GPT-2 (`c_attn`).
+            configuration says. Projections are found by name: those of Llama and ViT (`v_proj`), BERT (`value`),
+            DistilBERT (`v_lin`), GPT-2 (`c_attn`) and ModernBERT (`Wqkv`).
         layers: indices of blocks, from 0.
         kinds: any of "value", "query", "key", "hidden".
 
@@ -128,15 +129,23 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 def _projection(block: nn.Module, kind: str, where: str) -> tuple[nn.Module, int | None]:
     """The module that makes the projection, and which third of its output that is; None for all of the output."""
     separate = {name: module for name, module in block.named_modules() if name.split(".")[-1] in PROJECTIONS[kind]}
-    fused = {name: module for name, module in block.named_modules() if name.split(".")[-1] == FUSED
-             and isinstance(module, Conv1D) and module.nf == 3 * module.nx}  # not GPT-BigCode's: its heads alternate
+    fused = {name: module for name, module in block.named_modules() if name.split(".")[-1] in FUSED
+             and _is_threefold(module)}
     found = separate | fused
     if len(found) != 1:
         raise ValueError(f"{where}: looked for one module that makes the {kind}, named "
-                         f"{' or '.join(PROJECTIONS[kind])}, or {FUSED} as GPT-2's, and found "
+                         f"{' or '.join(PROJECTIONS[kind])}, or {' or '.join(FUSED)} as GPT-2's and ModernBERT's, "
+                         "and found "
                          f"{', '.join(found) or 'none'}")
     module = next(iter(found.values()))
     return module, ORDER.index(kind) if fused else None
+
+
+def _is_threefold(module: nn.Module) -> bool:
+    """Whether a projection makes queries, keys and values one after the other; not GPT-BigCode's: its heads alternate."""
+    if isinstance(module, Conv1D):
+        return module.nf == 3 * module.nx
+    return isinstance(module, nn.Linear) and module.out_features == 3 * module.in_features
 
 
 def _name(model: nn.Module) -> str:
