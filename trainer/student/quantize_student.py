@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from strategies.common.blockwise_calibration import token_mask
 from strategies.common.generation_settings import copy_generation_settings
+from strategies.common.model_tasks import task_of
 from strategies.export.quantized_layers import quantized_layers
 from strategies.export.receipt import comparison_shape
 from strategies.export.sizes import exported_bytes, header_bound
@@ -35,6 +36,7 @@ from trainer.run.working import working
 from trainer.student.merge_adapter import merged_student
 from trainer.student.weight_digests import check_digests, digests_of
 
+LABELS = ("targets", "bytes", "length", "row")  # what a row has besides a model's inputs
 SENSED = 8  # most rows on which the sensitivity of layers is measured
 
 
@@ -85,8 +87,8 @@ def finalize_student(experiment: Experiment, model: nn.Module, text: PreparedDat
 def check_calibration(experiment: Experiment, config: PretrainedConfig, text: PreparedData) -> None:
     """Raise `UserError` before training if GPTQ will have fewer calibration tokens than a layer has inputs."""
     asked = experiment.student.quantization
-    if asked is None or asked.trained or asked.method != "gptq":
-        return
+    if asked is None or asked.trained or asked.method != "gptq" or experiment.data.task == "image_classification":
+        return  # how many patches an image has, GPTQ finds out
     with torch.device("meta"):
         widest, name = max((layer.matrix.shape[1], name) for name, layer in quantized_layers(
             export_skeleton(experiment.form, config)) if not isinstance(layer, nn.Embedding))
@@ -111,7 +113,8 @@ def calibration(text: PreparedData, count: int, seed: int, micro_batch: int, dev
     else:
         order = text.train.order(seed)
         chosen = [text.train[order[number]] for number in range(min(count, len(text.train)))]
-    stacked = {name: torch.stack([row[name] for row in chosen]).to(device) for name in ("input_ids", "position_ids")}
+    stacked = {name: torch.stack([row[name] for row in chosen]).to(device) for name in chosen[0]
+               if name not in LABELS}
     return [model_inputs({name: tensor[begin:begin + micro_batch] for name, tensor in stacked.items()})
             for begin in range(0, len(chosen), micro_batch)]
 
@@ -149,13 +152,15 @@ def sensitivity(dtype: torch.dtype, model: nn.Module, batches: list[dict[str, An
 
 
 def divergence_from(model: nn.Module, batches: list[dict[str, Any]]) -> Callable[[nn.Module], float]:
-    """A function that measures KL(before || after) in nats per token on the first rows.
+    """A function that measures KL(before || after) in nats per token, or row of a classifier, on the first rows.
 
     `before` is `model` as it is now; `after` is the model that the function is called with.
     """
-    count, length = comparison_shape(SENSED, batches[0]["input_ids"].shape[1], model.config.vocab_size)
-    part = {name: tensor[:count, :length] if isinstance(tensor, torch.Tensor) else tensor
-            for name, tensor in batches[0].items()}
+    part: dict[str, Any] = dict(batches[0])
+    if task_of(model.config) == "causal_lm":
+        count, length = comparison_shape(SENSED, batches[0]["input_ids"].shape[1], model.config.vocab_size)
+        part = {name: tensor[:count, :length] if isinstance(tensor, torch.Tensor) else tensor
+                for name, tensor in batches[0].items()}
     with torch.no_grad():
         before = model(**part).logits.float().log_softmax(-1)
 
