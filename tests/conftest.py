@@ -125,8 +125,11 @@ def write_experiment(corpus, cache, tmp_path):
             "report": {"sample_tokens": 4, "prompt": "The"},
             "run": {"folder": str(tmp_path / name), "cache": str(cache), "threads": 1},
         }
-        file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(merge(values, changes), sort_keys=False))
+        file, values = tmp_path / f"{name}.yaml", merge(values, changes)
+        other = changes.get("student", {}).get("architecture") or {}
+        if other.get("model_type", TINY["model_type"]) != TINY["model_type"]:  # whose dimensions have other names
+            values["student"]["architecture"] = other
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
         return file
     return write
 

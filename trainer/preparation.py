@@ -30,6 +30,7 @@ from trainer.run.metrics import console
 from trainer.run.trackers import start_trackers
 from trainer.run.working import working
 from trainer.teacher.intermediate_losses import attach_projections
+from trainer.teacher.logit_cache import cached_logits
 from trainer.teacher.target_cache import cached_targets
 from trainer.teacher.vocabularies import match_vocabularies
 from trainer.training.loop import TrainLoop
@@ -89,7 +90,9 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
             "samples", "top_k"):
         raise UserError("teacher.targets.source", "student and teacher have their common tokens in other places",
                         value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
-    if experiment.uses_teacher and experiment.teacher.targets.source != "live":
+    if experiment.uses_teacher and experiment.teacher.targets.source == "logits":
+        teacher = cached_logits(experiment, accelerator, text, teacher)
+    elif experiment.uses_teacher and experiment.teacher.targets.source != "live":
         teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
     with working(name, "trying the plan on the student"):
         plan = _tried(plan, experiment, shapes, student, how)

@@ -46,8 +46,8 @@ class Model(Node):
 class Targets(Node):
     """Where the teacher's targets come from: the teacher itself at every step, or a cache that is written once."""
 
-    source: Literal["live", "hidden", "samples", "top_k"] = "live"
-    """live: run the teacher at every step; else cache its last hidden states, sampled tokens, or top-k tokens."""
+    source: Literal["live", "hidden", "samples", "top_k", "logits"] = "live"
+    """live: run the teacher at every step; else cache its hidden states, samples, top-k; logits: of classifiers."""
     draws: Positive = 50
     """Tokens sampled from the teacher at each position, for `samples`."""
     k: Positive = 64

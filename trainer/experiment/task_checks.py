@@ -20,6 +20,9 @@ def check_task_settings(experiment: Experiment) -> None:
         if best in OF_CLASSES:
             raise UserError("training.keep_best", "a language model is not measured by it", value=best,
                             way_out="use bits_per_byte or cross_entropy, or set data.task to a classification")
+        if experiment.teacher is not None and experiment.teacher.targets.source == "logits":
+            raise UserError("teacher.targets.source", "whole logits are cached of classifiers: of every token they "
+                            "would take too much room", value="logits", way_out="use hidden, samples or top_k, or live")
         return
     if best in OF_TEXT:
         raise UserError("training.keep_best", "a classifier writes no text", value=best,
@@ -31,7 +34,7 @@ def check_task_settings(experiment: Experiment) -> None:
 
 def _of_language(experiment: Experiment) -> list[tuple[str, object, str, str]]:
     """Key, value if it is given, problem and way out of each setting that is for language models alone."""
-    objective, student, export = experiment.objective, experiment.student, experiment.export
+    objective, student, export, data = experiment.objective, experiment.student, experiment.export, experiment.data
     teacher = experiment.teacher
     others = [name for name in export.to if name != "onnx"]
     return [
@@ -41,8 +44,12 @@ def _of_language(experiment: Experiment) -> list[tuple[str, object, str, str]]:
          "remove it"),
         ("objective.divergence.name", objective.divergence.name == "uld" and "uld",
          "uld compares models with different tokens, and classes are the same for both", "use forward_kl"),
-        ("teacher.targets.source", teacher is not None and teacher.targets.source != "live" and teacher.targets.source,
-         "caches hold what a teacher says of text", "use live"),
+        ("teacher.targets.source", teacher is not None and teacher.targets.source not in ("live", "logits")
+         and teacher.targets.source, "these caches hold what a teacher says of text", "use live, or logits"),
+        ("data.images", teacher is not None and teacher.targets.source == "logits" and (
+            data.images.flip or data.images.shift) and {"flip": data.images.flip, "shift": data.images.shift},
+         "images that are varied in each epoch have no cache of what the teacher says of them (teacher.targets.source)",
+         "leave flip and shift out, or use live"),
         ("student.adapter", student.adapter is not None and student.adapter.kind,
          "adapters are on language models", "remove it, and train all weights"),
         ("export.to", others, "these runtimes read language models",

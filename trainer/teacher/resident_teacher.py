@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from strategies.distillation.losses.heads import Head
 from strategies.distillation.losses.teacher_targets import (
     HiddenTargets,
+    LogitTargets,
     SampledTargets,
     SharedVocabulary,
     Targets,
@@ -61,6 +62,8 @@ def example_targets(teacher: Teacher | None, temperature: float, config: Pretrai
     if config is None or teacher.targets.source == "live":
         return None
     asked, positions = teacher.targets, batch["targets"]
+    if asked.source == "logits":
+        return LogitTargets(torch.zeros(*positions.shape, config.num_labels, device=positions.device))
     if asked.source == "hidden":
         dtype = DTYPES[teacher.dtype]
         return HiddenTargets(torch.zeros(*positions.shape, config.hidden_size, dtype=dtype, device=positions.device),

@@ -148,12 +148,12 @@ def identity_of(
                "samples": {"vocabulary": vocabulary, "draws": asked.draws, "temperature": temperature},
                "top_k": {"vocabulary": vocabulary, "k": asked.k, "temperature": temperature}}[asked.source]
     return Identity(asked.source, rows=len(text.train), sequence_length=data.sequence_length,
-                    teacher=_weights(teacher),
+                    teacher=weights_digest(teacher),
                     tokenizer=fingerprint(text.tokenizer.backend_tokenizer.to_str()),
                     data=fingerprint([text.identity, data.packing]), **of_kind)
 
 
-def _weights(teacher: nn.Module) -> str:
+def weights_digest(teacher: nn.Module) -> str:
     """A hash of a teacher's weights: of their names, shapes and dtypes, and a sample of the elements of each."""
     known = hashlib.sha256()
     for name, weight in teacher.state_dict().items():

@@ -44,6 +44,7 @@ from trainer.run.pace import Pace
 from trainer.run.trackers import Trackers
 from trainer.run.working import noted, working
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate, without_projections
+from trainer.teacher.logit_cache import CachedLogits
 from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.target_cache import CachedTargets
 from trainer.training.best_evaluation import BestEvaluation
@@ -74,7 +75,7 @@ class TrainLoop:
     """
 
     def __init__(self, experiment: Experiment, plan: Plan, folder: RunFolder, accelerator: Accelerator,
-                 text: PreparedData, student: nn.Module, teacher: nn.Module | CachedTargets | None = None,
+                 text: PreparedData, student: nn.Module, teacher: nn.Module | CachedTargets | CachedLogits | None = None,
                  teacher_config: PretrainedConfig | None = None,
                  related: tuple[SharedVocabulary | None, TeacherInputAdapter] = (None, identity_adapter)) -> None:
         """Set up models and optimizer on their devices, and resume from the newest checkpoint if there is one.
@@ -94,7 +95,7 @@ class TrainLoop:
         self.accelerator, self.ranks = accelerator, RankGroup(accelerator, plan.topology, experiment.run.timeout)
         self.teacher_config = teacher_config
         setup = RankSetup.of(experiment, plan.topology)
-        self.cached = teacher if isinstance(teacher, CachedTargets) else None
+        self.cached = teacher if isinstance(teacher, (CachedTargets, CachedLogits)) else None
         live = teacher if self.cached is None and experiment.uses_teacher else None
         shapes = shape_of(student), None if live is None else shape_of(live)  # before they are wrapped or sharded
         self.precision = experiment.precision.build(accelerator.device.type)
