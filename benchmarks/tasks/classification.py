@@ -35,9 +35,9 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "banking77": {
         "teacher": BERT | {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6,
                            "intermediate_size": 384},
-        "1/4": BERT | {"hidden_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192},
-        "1/10": BERT | {"hidden_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 104},
-        "1/25": BERT | {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}},
+        "1/4": BERT | {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192},
+        "1/10": BERT | {"hidden_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 88},
+        "1/25": BERT | {"hidden_size": 22, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 44}},
     "digits-vit": {
         "teacher": VIT | {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
                           "intermediate_size": 192},
