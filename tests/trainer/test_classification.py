@@ -69,9 +69,9 @@ def test_a_text_classifier_is_distilled_into_few_bits_and_reloads_in_two_runtime
     values = of_texts(texts)
     values["student"] = {"architecture": {**BERT, "num_hidden_layers": 1}, "quantization": {"bits": 4}}
     _, folder = run_experiment(
-        "run", **values, teacher={"architecture": BERT, "train": {"steps": 24, "lr": 5e-3}}, optimizer={"lr": 1e-2},
-        objective={"features": {"weight": 0.1}, "values": {"weight": 0.1}},
-        training={"steps": 24, "evaluate_every": 12, "keep_best": "accuracy"}, export={"to": ["onnx"]})
+        "run", **values, teacher={"architecture": BERT, "train": {"steps": 30, "lr": 1e-2}}, optimizer={"lr": 1e-2},
+        objective={"features": {"weight": 0.1}, "values": {"weight": 0.1}}, export={"to": ["onnx"]}, training={
+            "steps": 30, "batch_size": 32, "micro_batch": 32, "evaluate_every": 15, "keep_best": "accuracy"})
     receipts = [json.loads((folder.path / name / "receipt.json").read_text()) for name in ("student", "student-onnx")]
     assert all(one["holds"] and one["rows"] == 24 and one["bits_per_byte"] is None for one in receipts)
     assert receipts[0]["accuracy"] == receipts[1]["accuracy"] > 0.6
@@ -121,6 +121,18 @@ def test_a_classifier_of_images_is_interrupted_and_goes_on_to_the_bit(train_here
     order = rows.order(0)
     epochs = [rows[order[len(rows) * epoch]] for epoch in range(6)] + [rows[3]]
     assert len({one["pixel_values"].numpy().tobytes() for one in epochs[:-1]}) > 2
+
+
+def test_cached_scores_of_a_teacher_teach_what_it_teaches_itself(train_here, run_experiment, texts):
+    values = of_texts(texts)
+    _, teacher = run_experiment("teacher", **values, training={"steps": 2, "evaluate_every": 2})
+    values["data"]["tokenizer"] = {"train_vocabulary": None, "path": str(teacher.student)}
+    losses = []
+    for source in ("live", "logits"):
+        taught = train_here(source, **values, teacher={"path": str(teacher.student), "targets": {"source": source}})
+        losses.append([(line["loss"], line["forward_kl"]) for line in steps_of(taught.folder)])
+    for live, cached in zip(*losses, strict=True):
+        assert cached == pytest.approx(live, rel=1e-5)
 
 
 def test_batches_and_budgets_change_no_loss(train_here, texts):
