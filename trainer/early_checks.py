@@ -12,6 +12,7 @@ from trainer.data.tokenizers import known_size, tokenizer_origin
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
+from trainer.models.batch_norms import check_batch_norms
 from trainer.models.build import check_adapter, export_skeleton, from_config
 from trainer.models.classifier_trials import check_early_classifier
 from trainer.models.configs import check_shapes, student_config, teacher_config
@@ -51,7 +52,7 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
     vocabulary = vocabulary_of(experiment)
     teacher, student = configs_of(experiment, vocabulary)
     count_steps(experiment, None)
-    check_shapes_early(experiment, teacher, student)
+    check_shapes_early(experiment, teacher, student, topology)
     check_tokenizer_origin(experiment)
     own = None
     if experiment.teacher is not None and experiment.teacher.train is not None:
@@ -67,8 +68,13 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
             plans.step(own, topology, *configs_of(own, vocabulary))
 
 
-def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> None:
+def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
+                       topology: Topology) -> None:
     """Raise `UserError` for models whose shapes alone show that the student could not learn or be exported."""
+    if not experiment.data.is_language:
+        check_batch_norms(experiment, student, topology)
+        if experiment.teacher is not None and experiment.teacher.train is not None:
+            check_batch_norms(experiment.as_teacher(""), teacher, topology)
     early = check_early_causal if experiment.data.is_language else check_early_classifier
     if teacher is not None:
         early(experiment.teacher, "teacher", teacher)

@@ -88,7 +88,7 @@ def planned(source: Source) -> Plan:
     if experiment.memory.processes is not None:
         topology = replace(topology, data_parallel=experiment.memory.processes)
     check_engine(experiment.sharding, experiment.optimizer, topology)
-    check_shapes_early(experiment, teacher, student)
+    check_shapes_early(experiment, teacher, student, topology)
     check_tokenizer_origin(experiment)
     with working(experiment.name, "planning memory", to_stderr=True):  # standard output may be read as JSON
         return Plans().resolve(experiment, topology, teacher, student)

@@ -21,8 +21,8 @@ class _MicroBatches(Sampler):
     """Endless sampler of row indices for one data-parallel replica's micro-batches, from a global position on.
 
     With micro-batches of b rows, the m-th micro-batch after the first `skip` positions covers positions skip + m b to
-    skip + (m + 1) b - 1, and replica r of W takes those with m = r modulo W. Positions from `end` on get index -1, a
-    row of padding.
+    skip + (m + 1) b - 1, and replica r of W takes those with m = r modulo W. Positions from `end` on get the order's
+    filler: -1, a row of padding, or another negative number.
     """
 
     def __init__(self, order: Order | MixedOrder, micro_batch: int, replica: int, replicas: int, skip: int,
@@ -33,7 +33,7 @@ class _MicroBatches(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         begin = self.first
         while True:
-            yield [self.order[position] if self.end is None or position < self.end else -1
+            yield [self.order[position] if self.end is None or position < self.end else self.order.filler(position)
                    for position in range(begin, begin + self.micro_batch)]
             begin += self.stride
 

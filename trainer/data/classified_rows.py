@@ -151,7 +151,18 @@ class TextRows(_Rows):
         return row
 
 
-class VariedOrder(Order):
+class ImageOrder(Order):
+    """An order that goes on behind the last row of a run with images without a label, -1 - row.
+
+    So a last batch that is filled up has images like others, for batch norms take statistics of all that they see.
+    """
+
+    def filler(self, position: int) -> int:
+        """-1 - row."""
+        return -1 - Order.__getitem__(self, position)
+
+
+class VariedOrder(ImageOrder):
     """An order whose entries say in which epoch a row is taken, too: row + rows * (epoch + 1)."""
 
     def __getitem__(self, position: int) -> int:
@@ -177,11 +188,14 @@ class ImageRows(_Rows):
 
     def order(self, seed: int) -> Order:
         """The order in which a run with this seed takes the rows; with variations also the epoch of each."""
-        return (VariedOrder if self.images.flip or self.images.shift else Order)(len(self), seed)
+        return (VariedOrder if self.images.flip or self.images.shift else ImageOrder)(len(self), seed)
 
     def __getitem__(self, index: int) -> Row:
-        """The row at `index`: `pixel_values` (channels, size, size), `targets` (), `length` (1), `bytes` (0), `row`."""
-        epoch, number = divmod(max(index, 0), len(self))
+        """The row at `index`: `pixel_values` (channels, size, size), `targets` (), `length` (1), `bytes` (0), `row`.
+
+        A negative index is an image without a target, whose `length` is 0 and `row` is -1.
+        """
+        epoch, number = divmod(index, len(self)) if index >= 0 else (0, -1 - index)
         size, channels = self.images.size, self.images.channels
         pixels = np.asarray(self.arrays["pixels", number]).reshape(channels, size, size)
         if epoch:

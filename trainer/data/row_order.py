@@ -24,6 +24,10 @@ class Order:
             self._permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         return int(self._permutations[epoch][offset])
 
+    def filler(self, position: int) -> int:
+        """What stands for a position behind the last row of a run: -1, a row of padding."""
+        return -1
+
 
 class MixedOrder:
     """Maps each global position of an endless run to a row of a mixture, whose sources have fixed shares of the tokens.
@@ -51,6 +55,10 @@ class MixedOrder:
     def __getitem__(self, position: int) -> int:
         begin, rows = self._window(self._window_of(position))
         return int(rows[position - begin])
+
+    def filler(self, position: int) -> int:
+        """What stands for a position behind the last row of a run: -1, a row of padding."""
+        return -1
 
     def tokens_before(self, position: int) -> list[int]:
         """Tokens that each source has before a position."""

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 
+from strategies.common.running_statistics import batch_norms
 from strategies.sharding.engine import Engine
 from strategies.sharding.zero import EVEN, bucket_numel, deepspeed_config
 from trainer.distributed import rendezvous
@@ -147,6 +148,8 @@ def engine_for(setup: RankSetup, loss_scale: LossScale, accelerator: Accelerator
         found = without_gradient()
         accelerator.ddp_handler.bucket_cap_mb = max(1, bucket // MIB)
         accelerator.ddp_handler.find_unused_parameters, apart = found is None, found or set()
+        # DDP would give every rank the running statistics of the first one, whose rows are a part of all.
+        accelerator.ddp_handler.broadcast_buffers = not batch_norms(student)
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, apart)
     engine = _engine(setup, loss_scale, accelerator, student, bucket)
     engine.apart = [parameter for name, parameter in student.named_parameters()

@@ -131,6 +131,8 @@ def _for_images(config: PretrainedConfig, model: Model, key: str, task: Task, tr
     for name, ours in (("num_channels", task.channels), ("image_size", task.size)):
         theirs = getattr(config, name, None)
         asked = name in (model.architecture or {})
+        if theirs is None and name == "image_size":
+            config.image_size = ours  # convolutional nets do not all say it; exports and those who read it need it
         if theirs is None or theirs == ours or (name == "image_size" and isinstance(theirs, (list, tuple)) and set(
                 theirs) == {ours}):
             continue

@@ -12,6 +12,7 @@ from torch import nn
 
 from strategies.common.classification_counts import ClassificationCounts
 from strategies.common.progress import report
+from strategies.common.running_statistics import RunningStatistics
 from strategies.distillation.losses.fused_head import LogitShape
 from strategies.distillation.losses.response import IGNORED, ResponseObjective
 from strategies.distillation.step import Distillation
@@ -58,6 +59,7 @@ class ClassifierEvaluator:
             step: the number of steps done, for the message about a process that fails to arrive.
         """
         counts = ClassificationCounts(self.classes, self.ranks.device, self.ranks.wide)
+        RunningStatistics(called).average(self.ranks.total, self.ranks.topology.ranks)
         called.eval()
         try:
             for batch in batches_of(self.rows, slice(0, len(self.rows["targets"])), self.micro_batch, self.ranks, step):

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from strategies.common.frozen_base import base_digest, base_digests
 from strategies.common.generation_settings import copy_generation_settings
+from strategies.common.running_statistics import RunningStatistics
 from strategies.distillation.losses.teacher_targets import SharedVocabulary
 from strategies.distillation.step import Distillation
 from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter, identity_adapter
@@ -121,6 +122,7 @@ class TrainLoop:
         self.memory = MemoryCheck(experiment.memory, plan.memory, self.ranks, self._resident, lambda excess: ways_out(
             experiment, teacher_config, self.unwrapped.config, plan.topology, excess))
         self.backward = Backward(self.unwrapped)
+        self.statistics = RunningStatistics(self.unwrapped)
         seed_everything(experiment.seed * 1_000_003 + self.ranks.index + 1)  # each process draws its own dropout masks
         self.saver = Saver(folder, experiment.training, self.engine, self.ranks, self._say, base)
         self.saver.resume(self.state)
@@ -228,6 +230,7 @@ class TrainLoop:
         if not given.tokens:
             return self._empty(rate, given.seen, started)
         rows = [batch["row"] for batch in given.micro_batches]
+        self.statistics.keep()
         sums, finite = self._gradients(given)
         ahead = inputs.look_ahead(self.state.step)
         self.ranks.at(f"the sum of losses of step {number}")
@@ -301,6 +304,8 @@ class TrainLoop:
         """Clip the gradient, update the weights if everything is finite, and return the norm before clipping."""
         scale = 1.0 if self.engine.scales else self.precision.loss_scale
         done = self.engine.update(self.experiment.training.clip, loss_finite, scale)
+        if not done.taken:
+            self.statistics.restore()
         overflow = self.precision.overflowed(loss_finite, done.finite)
         self.state.nonfinite = 0 if done.taken or overflow else self.state.nonfinite + 1
         if self.engine.scales:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+from strategies.common.running_statistics import RunningStatistics
 from strategies.sharding.engine import Engine
 from trainer import checkpoints
 from trainer.distributed import signals
@@ -63,6 +64,7 @@ class Saver:
             raise RunFailed(f"weights are not finite at step {state.step}, though loss and gradient were in every step "
                             f"that was taken: no checkpoint is made of them, {good}.\n"
                             "  -> lower optimizer.lr; then start the same command again, or another run")
+        RunningStatistics(self.engine.student).average(self.ranks.total, self.ranks.topology.ranks)
         self.checkpoints.save(state.step, self.engine, {
             **state.state_dict(), "engine": self.engine.scale_state(), "processes": self.ranks.topology.ranks,
             **self._base})
