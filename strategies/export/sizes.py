@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from strategies.export.hf.saved_names import saved_rows
-from strategies.export.hf.transformers_folder import PARTS, folder_format, format_bits
+from strategies.export.hf.transformers_folder import PARTS, folder_format, format_bits, holds_kernels
 from strategies.export.quantized_layers import Quantized, is_turned, part_name, quantized_layers, weight_name
 from strategies.memory.packed import packed_bytes
 
@@ -26,7 +26,7 @@ def exported_bytes(model: nn.Module, dtype: torch.dtype) -> int:
              if (parameter := getattr(layer, name, None)) is not None}
     rest = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in parts)
     return rest * dtype.itemsize + sum(
-        _layer(layer, dtype, pieces[key]) for key, layer in layers.items())
+        _layer(layer, dtype, pieces[key], holds_kernels(named)) for key, layer in layers.items())
 
 
 def header_bound(model: nn.Module, more_parts: int = 2, layers: Collection[str] = ()) -> int:
@@ -49,9 +49,9 @@ def header_bound(model: nn.Module, more_parts: int = 2, layers: Collection[str] 
     return total
 
 
-def _layer(layer: Quantized, dtype: torch.dtype, pieces: int) -> int:
+def _layer(layer: Quantized, dtype: torch.dtype, pieces: int, kernels: bool) -> int:
     matrix = layer.matrix
     return packed_bytes(matrix.shape[0], matrix[0].numel(), layer.quantizer,
-                        bits=format_bits(layer.quantizer), packed=folder_format(layer) == "pack-quantized",
+                        bits=format_bits(layer.quantizer), packed=folder_format(layer, kernels) == "pack-quantized",
                         scale_bytes=dtype.itemsize, turned=is_turned(layer), pieces=pieces,
                         static=layer.activations is not None and not layer.activations.dynamic)

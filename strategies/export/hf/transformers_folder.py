@@ -118,8 +118,8 @@ def check_folder(model: nn.Module) -> None:
     """Raise `ValueError` if transformers could not reload one of the quantized layers from a folder.
 
     The limits were found with compressed-tensors 0.20 and transformers 5.24. Packed weights with zero points of groups
-    or channels, and embeddings, load only if weights are dequantized at load time, which ignores the quantization of
-    activations and treats all layers as quantized alike.
+    or channels, embeddings and kernels of convolutions load only if weights are dequantized at load time, which ignores
+    the quantization of activations and treats all layers as quantized alike.
     """
     layers = dict(quantized_layers(model))
     whole, read = next(iter(_dequantized(model, layers)), None), weight_reads(model).read
@@ -127,13 +127,15 @@ def check_folder(model: nn.Module) -> None:
     other = whole and next((name for name, layer in layers.items() if is_module(layer) and (
         layer.quantizer != layers[whole].quantizer or is_turned(layer) != is_turned(layers[whole]))), None)
     if whole and (rounded or other):
-        what = "an embedding" if isinstance(layers[whole], nn.Embedding) else (
+        what = "a convolution" if is_kernel(layers[whole]) else "an embedding" if isinstance(
+            layers[whole], nn.Embedding) else (
             "a matrix that is stored (inputs, outputs)" if is_turned(layers[whole]) else
             "asked for its weight by the model's own code" if whole in read else "a weight with zero points")
         problem = f"{rounded} quantizes its activations, which it then leaves out" if rounded else (
             f"{other} has other numbers, which it then takes for the same")
-        raise ValueError(f"{whole} is {what}, which transformers loads dequantized only, and {problem}: take symmetric "
-                         "weights and a whole embedding, or leave the other out")
+        raise ValueError(f"{whole} is {what}, which transformers loads dequantized only, and {problem}: "
+                         + ("leave one of them out" if is_kernel(layers[whole]) else
+                            "take symmetric weights and a whole embedding, or leave the other out"))
     for name, why in _cannot_hold(model, layers).items():
         raise ValueError(f"{name} {why}")
     experts = next((name for name, layer in layers.items() if not is_module(layer)), None)
@@ -162,11 +164,16 @@ def no_place(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
     """
     shapes = {name: layer.weight.shape for name, layer in layers.items() if not is_module(layer)}
     kept, found, used = saved_rows(model, shapes), {}, weight_reads(model).used
+    beside = _linear_weights(layers) > sum(layer.weight.numel() for layer in layers.values() if is_kernel(layer))
     for name, layer in layers.items():
         if name in shapes and not (kept[name] and all(saved.endswith(".weight") for saved in kept[name])):
             found[name] = "is one tensor of all experts in files of this architecture, which nothing unpacks"
-        elif name not in shapes and not isinstance(layer, (nn.Linear, nn.Embedding)) and not is_turned(layer):
-            found[name] = f"is a {type(layer).__name__}: the format has linear layers and embeddings"
+        elif is_kernel(layer) and beside:
+            found[name] = (f"is a {type(layer).__name__} beside larger linear layers, which the format packs only where "
+                           "there are no quantized convolutions")
+        elif name not in shapes and not isinstance(layer, (nn.Linear, nn.Embedding)) and not (
+                is_turned(layer) or is_kernel(layer)):
+            found[name] = f"is a {type(layer).__name__}: the format has linear layers, embeddings and convolutions"
         elif name in used:
             found[name] = "is computed with past the layer by the model's own code, which sees its full precision"
     return found
@@ -178,7 +185,10 @@ def _cannot_hold(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, st
     first = next(iter(experts.values()), None)
     for name, layer in layers.items():
         quantizer = layer.quantizer
-        if is_turned(layer) and not quantizer.symmetric:
+        if quantizer.group_size and holds_kernels(layers):
+            found[name] = (f"has groups of {quantizer.group_size}, and beside quantized convolutions every output has one "
+                           "scale: leave group_size out")
+        elif is_turned(layer) and not quantizer.symmetric:
             found[name] = "is stored (inputs, outputs), which has no place for zero points: take symmetric weights"
         elif name not in experts:
             continue
@@ -192,6 +202,8 @@ def _cannot_hold(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, st
 
 def _dequantized(model: nn.Module, layers: Mapping[str, Quantized]) -> list[str]:
     """Quantized layers because of which transformers must dequantize all layers at load time."""
+    if holds_kernels(layers):
+        return sorted(layers, key=lambda name: not is_kernel(layers[name]))
     read = weight_reads(model).read
     return [name for name, layer in layers.items() if _loads_dequantized(layer)
             or (name in read and folder_format(layer) == "pack-quantized")]
@@ -213,22 +225,25 @@ def _once(quantized: dict[str, Quantized]) -> dict[str, Quantized]:
 def _pieces(model: nn.Module, quantized: dict[str, Quantized]) -> dict[str, torch.Tensor]:
     """The tensors of quantized layers by their names in a file, with one tensor for each expert."""
     rows = saved_rows(model, {weight_name(name, layer): layer.weight.shape for name, layer in quantized.items()})
-    tensors = {}
+    tensors, kernels = {}, holds_kernels(quantized)
     for name, layer in quantized.items():
         own = weight_name(name, layer)
         whole = len(rows[own]) == 1 and is_module(layer) and next(iter(rows[own])).endswith(".weight")
         saved = rows[own] if whole or not is_module(layer) else {own: None}
-        for file_name, part in _packed(layer, {key: None if is_module(layer) else at for key, at in saved.items()}):
+        for file_name, part in _packed(layer, {key: None if is_module(layer) else at for key, at in saved.items()},
+                                       kernels):
             tensors[file_name] = part
     return tensors
 
 
 @torch.no_grad()
-def _packed(layer: Quantized, saved: dict[str, torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
+def _packed(layer: Quantized, saved: dict[str, torch.Tensor | None], kernels: bool
+            ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield integers, scales and zero points of a layer under the names of the compressed-tensors format.
 
     Args:
         saved: the layer's rows in each weight of the file, by name; None for all rows.
+        kernels: see `folder_format`.
     """
     quantizer, grid, every = layer.quantizer, layer.grid(), layer.numbers().cpu()
     scales, zeros = grid.scale.cpu(), None if grid.zero_point is None else grid.zero_point.to(torch.int8).cpu()
@@ -237,8 +252,11 @@ def _packed(layer: Quantized, saved: dict[str, torch.Tensor | None]) -> Iterator
         zero = zeros if zeros is None or rows is None else zeros[rows]
         if is_turned(layer):
             numbers, scale = numbers.T.contiguous(), scale.T
+        elif is_kernel(layer):  # (outputs, 1, ...), as readers multiply them with kernels
+            each = (-1, *[1] * (numbers.ndim - 1))
+            scale, zero = scale.view(each), None if zero is None else zero.view(each)
         tensors = {"weight_scale": scale.flatten() if quantizer.per_tensor else scale.contiguous()}
-        if folder_format(layer) == "pack-quantized":
+        if folder_format(layer, kernels) == "pack-quantized":
             tensors |= {"weight_packed": pack_to_int32(numbers, format_bits(quantizer)),
                         "weight_shape": torch.tensor(numbers.shape)}
         else:
@@ -257,8 +275,30 @@ def format_bits(quantizer: Quantizer) -> int:
     return max(2, quantizer.bits)
 
 
-def folder_format(layer: Quantized) -> str:
-    """The compressed-tensors name of the format that a layer is written in."""
+def is_kernel(layer: Any) -> bool:
+    """Whether a layer is a convolution."""
+    return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def holds_kernels(layers: Mapping[str, Any]) -> bool:
+    """Whether some of the quantized layers of a model are convolutions."""
+    return any(is_kernel(layer) for layer in layers.values())
+
+
+def _linear_weights(layers: Mapping[str, Any]) -> int:
+    """Weights that the format would pack if there were no convolutions."""
+    return sum(layer.weight.numel() for layer in layers.values() if not is_kernel(layer))
+
+
+def folder_format(layer: Quantized, kernels: bool = False) -> str:
+    """The compressed-tensors name of the format that a layer is written in.
+
+    Args:
+        kernels: whether convolutions of the same model are quantized, too. transformers unpacks rows of matrices alone,
+            and reads all layers in one format: every number then takes a byte.
+    """
+    if kernels:
+        return "naive-quantized"
     if layer.quantizer.kind == "fp8":
         return "float-quantized" if layer.activations is not None else "naive-quantized"
     return "int-quantized" if layer.activations is not None and layer.quantizer.bits == 8 else "pack-quantized"
@@ -266,19 +306,20 @@ def folder_format(layer: Quantized) -> str:
 
 def _config(model: nn.Module, dtype: torch.dtype, quantized: dict[str, Quantized]) -> Any:
     config = config_of(model, dtype)
+    kernels = holds_kernels(quantized)
     if quantized:
         groups: dict[tuple, list[str]] = {}
         for name, layer in quantized.items():
             groups.setdefault((layer.quantizer, layer.activations, is_module(layer)), []).append(name)
-        schemes = {f"group_{number}": _scheme(quantized[names[0]], names) for number, names in enumerate(
+        schemes = {f"group_{number}": _scheme(quantized[names[0]], names, kernels) for number, names in enumerate(
             groups.values())}
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         of_experts = [scheme for scheme in schemes.values() if scheme.targets[0].startswith("re:")]
-        if len(schemes) - len(of_experts) == 1 and not any(isinstance(layer, nn.Embedding) for layer in
-                                                           quantized.values()):
+        if len(schemes) - len(of_experts) == 1 and not kernels and not any(
+                isinstance(layer, nn.Embedding) for layer in quantized.values()):
             next(scheme for scheme in schemes.values() if scheme not in of_experts).targets = ["Linear"]  # short, and
             # what other tools expect
-        formats = {folder_format(quantized[names[0]]) for names in groups.values()}
+        formats = {folder_format(quantized[names[0]], kernels) for names in groups.values()}
         config.quantization_config = QuantizationConfig(
             config_groups=schemes, ignore=sorted(linear - set(quantized)), quantization_status="compressed",
             format=formats.pop() if len(formats) == 1 else "mixed-precision").to_dict()
@@ -287,7 +328,7 @@ def _config(model: nn.Module, dtype: torch.dtype, quantized: dict[str, Quantized
     return config
 
 
-def _scheme(layer: Quantized, names: list[str]) -> QuantizationScheme:
+def _scheme(layer: Quantized, names: list[str], kernels: bool) -> QuantizationScheme:
     quantizer = layer.quantizer
     strategy = "tensor" if quantizer.per_tensor else "group" if quantizer.group_size else "channel"
     size: dict[str, Any] = {"strategy": strategy, "group_size": quantizer.group_size}
@@ -296,7 +337,7 @@ def _scheme(layer: Quantized, names: list[str]) -> QuantizationScheme:
     weights = QuantizationArgs(num_bits=format_bits(quantizer), type="float" if quantizer.kind == "fp8" else "int",
                                symmetric=quantizer.symmetric, **size)
     return QuantizationScheme(targets=sorted(names) if is_module(layer) else [EXPERTS], weights=weights,
-                              format=folder_format(layer), input_activations=_inputs(layer.activations))
+                              format=folder_format(layer, kernels), input_activations=_inputs(layer.activations))
 
 
 def _inputs(activations: Activations | None) -> QuantizationArgs | None:
