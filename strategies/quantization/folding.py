@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,12 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from strategies.quantization.qat import PLAIN, Quantized
+from strategies.quantization.quantizer import Grid
+
 DIMENSIONS: dict[type[nn.Module], int] = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4}  # of an output with channels second
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 @torch.no_grad()
-def fold_batch_norms(module: nn.Module, example: Any, ignore: Iterable[str] = ()) -> list[tuple[str, str]]:
+def fold_batch_norms(module: nn.Module, example: Any, ignore: Iterable[str] = (), strict: bool = True
+                     ) -> list[tuple[str, str]]:
     """Fold every batch norm that follows a linear or convolutional layer into that layer, in place (survey eq. 25).
 
         w = gamma / sqrt(variance + eps) * w        b = gamma / sqrt(variance + eps) * (b - mean) + beta
@@ -27,10 +31,15 @@ def fold_batch_norms(module: nn.Module, example: Any, ignore: Iterable[str] = ()
     running the module on an example: a layer's output must be read by one norm and nothing else. Norms that follow
     something else, such as a sum, stay.
 
+    A layer that is quantized keeps its numbers: the factor of an output multiplies its scale, or the scales of its
+    groups, which may turn negative with it. So with a scale for each output it is all the same whether a norm is folded
+    before weights are rounded or after. Scales in half precision would be rounded anew: such a layer keeps its norm.
+
     Args:
         module: in `eval` mode, as it will be served; the example has to take every path through it.
         example: what the module is called with: a tensor, a tuple of arguments or a mapping of keyword arguments.
         ignore: shell-style patterns of names of norms to leave unchanged.
+        strict: whether a norm that follows a layer and cannot be folded into it is an error; else it stays.
 
     Returns:
         Names of the layers and their norms, in the order of the norms.
@@ -45,8 +54,15 @@ def fold_batch_norms(module: nn.Module, example: Any, ignore: Iterable[str] = ()
     if training is not None:
         raise ValueError(f"{training} uses the statistics of its batch and moves its own: call .eval() before folding")
     calls = _watch(module, example)
-    pairs = [_pair(name, norm, module, calls) for name, norm in norms.items()]
-    pairs = [pair for pair in pairs if pair is not None]
+    pairs = []
+    for name, norm in norms.items():
+        try:
+            pair = _pair(name, norm, module, calls)
+        except ValueError:
+            if strict:
+                raise
+            continue
+        pairs += [pair] if pair is not None else []
     for layer, norm in pairs:
         _fold(module.get_submodule(layer), module.get_submodule(norm))
     gone = {id(module.get_submodule(norm)) for _, norm in pairs}
@@ -57,18 +73,30 @@ def fold_batch_norms(module: nn.Module, example: Any, ignore: Iterable[str] = ()
     return pairs
 
 
-def _fold(layer: nn.Linear | nn.Conv1d | nn.Conv2d, norm: nn.Module) -> None:
+def _fold(layer: Any, norm: nn.Module) -> None:
     factor = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         factor = factor * norm.weight.double()
     bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
     bias = bias * factor if norm.bias is None else bias * factor + norm.bias.double()
-    weight = layer.weight.double() * factor.view(-1, *[1] * (layer.weight.ndim - 1))
     if layer.bias is None:
         layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=layer.weight.requires_grad)
     else:
         layer.bias.copy_(bias)
-    layer.weight.copy_(weight)
+    if isinstance(layer, Quantized):
+        _scale_outputs(layer, factor)
+    else:
+        layer.weight.copy_(layer.weight.double() * factor.view(-1, *[1] * (layer.weight.ndim - 1)))
+
+
+def _scale_outputs(layer: Quantized, factor: torch.Tensor) -> None:
+    """Multiply the outputs of a quantized layer by a factor (outputs,), by way of its scales; its numbers stay."""
+    grid, numbers = layer.grid(), layer.numbers()
+    zeros = None if grid.zero_point is None else grid.zero_point.expand(len(factor), -1)
+    layer.quantizer = replace(layer.quantizer, per_tensor=False)
+    scale = (grid.scale.double() * factor[:, None]).to(grid.scale.dtype)
+    layer.fix(Grid(torch.where(scale == 0, torch.finfo(scale.dtype).tiny, scale), zeros))
+    layer.weight.copy_(layer.as_weight(layer.quantizer.dequantize(numbers, layer.grid(), layer.weight.dtype)))
 
 
 # ---- which norm follows which layer
@@ -119,6 +147,11 @@ class _Readers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def kind_of(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer, or what it was before it was quantized."""
+    return PLAIN.get(type(layer), type(layer))
+
+
 def _watch(module: nn.Module, example: Any) -> _Calls:
     """Run the module and note what reads the outputs of its layers."""
     calls, made = _Calls(), WeakTensorKeyDictionary()
@@ -141,7 +174,7 @@ def _watch(module: nn.Module, example: Any) -> _Calls:
 
     handles = []
     for name, part in module.named_modules():
-        if type(part) in DIMENSIONS:
+        if kind_of(part) in DIMENSIONS:
             handles.append(part.register_forward_hook(after_layer(name)))
         elif isinstance(part, NORMS):
             handles += [part.register_forward_pre_hook(before_norm), part.register_forward_hook(after_norm)]
@@ -181,7 +214,11 @@ def _pair(name: str, norm: nn.Module, module: nn.Module, calls: _Calls) -> tuple
         why = "the layer's output is read elsewhere, too"
     elif shared:
         why = f"its weights are those of {shared[0]}, too"
-    elif any(call.dimensions != DIMENSIONS[type(own)] for call in before):
+    elif isinstance(own, Quantized) and own.grid().scale.dtype is not torch.float32:
+        why = "its scales are in half precision, and would be rounded anew"
+    elif isinstance(own, Quantized) and own.quantizer.positive and norm.weight is not None and norm.weight.min() < 0:
+        why = "its scales are to stay positive, and the norm's are not"
+    elif any(call.dimensions != DIMENSIONS[kind_of(own)] for call in before):
         why = "its output has its channels not in the dimension that is normalized"
     if why is not None:
         raise ValueError(f"{name} cannot be folded into {layer}: {why}; name the norm in `ignore` to keep it")

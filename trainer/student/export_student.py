@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from strategies.common.running_statistics import batch_norms
 from strategies.export.executorch.executorch_folder import TRIED as TRIED_BY_EXECUTORCH
 from strategies.export.executorch.executorch_folder import try_executorch
 from strategies.export.executorch.executorch_rounding import executorch_reference, nudged
@@ -22,7 +23,9 @@ from strategies.export.gguf.gguf_file import dequantized_reference
 from strategies.export.onnx.onnx_folder import TRIED, try_onnx
 from strategies.export.quantized_layers import quantized_layers
 from strategies.export.receipt import CACHED, Receipt, is_weight_file, make_receipt
+from strategies.quantization.folding import fold_batch_norms
 from strategies.quantization.freeze import freeze_quantized
+from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.data.encoding import answer_end
 from trainer.errors import RunFailed, UserError, error_context
@@ -197,7 +200,7 @@ def write_for(name: str, experiment: Experiment, folder: RunFolder, model: nn.Mo
     path = partial / runtime.file if runtime.file else partial
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = DTYPES[experiment.export.dtype]
-    notes += _of(name, "write")(path, model, text.tokenizer, dtype) or []
+    notes += _of(name, "write")(path, _folded(name, model, text, dtype), text.tokenizer, dtype) or []
     reference = _reference(name, model, dtype)
     trained, exported = logits_of(model, text), logits_of(reference, text)
     found, logits = ask_about({"student": {"path": str(path), "compare": True}}, experiment.training.micro_batch,
@@ -263,6 +266,20 @@ def _reference(name: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if name == "executorch":
         return executorch_reference(model, dtype)
     return model if dtype is torch.float32 else freeze_quantized(copy.deepcopy(model), dtype).float()
+
+
+def _folded(name: str, model: nn.Module, text: PreparedData, dtype: torch.dtype) -> nn.Module:
+    """What is written of a student: for ONNX a copy without the batch norms that fold into the layers before them.
+
+    Not in half precision, since folded weights would be rounded to others than those of the student.
+    """
+    if name != "onnx" or dtype is not torch.float32 or not batch_norms(model):
+        return model
+    folded = copy.deepcopy(model).eval()
+    device = next(folded.parameters()).device
+    rows = {key: tensor[:2].to(device) for key, tensor in text.held_out.items()}
+    fold_batch_norms(folded, model_inputs(rows), strict=False)
+    return folded
 
 
 def _tolerance(name: str, model: nn.Module, reference: nn.Module, text: PreparedData, exported: torch.Tensor) -> float:
