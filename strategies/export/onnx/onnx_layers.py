@@ -138,6 +138,8 @@ class ConvolutionStand(_Stand):
     def __init__(self, name: str, layer: Quantized) -> None:
         super().__init__(name, layer)
         self.convolve: Callable = layer._conv_forward
+        for name in nn.Conv2d.__constants__:  # stride and the like, by which MobileNet's code pads its images
+            setattr(self, name, getattr(layer, name))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, ...) -> (batch, outputs, ...)"""
