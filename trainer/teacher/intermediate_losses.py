@@ -13,16 +13,19 @@ from strategies.distillation.losses.intermediate import (
     Relations,
     ValueRelations,
 )
-from trainer.errors import error_context
+from trainer.errors import UserError, error_context
 from trainer.experiment.objective_nodes import INSIDE, Objective
+from trainer.models.layer_widths import has_maps, layer_widths
 
 
 def attach_projections(objective: Objective, seed: int, student: nn.Module, teacher: PretrainedConfig | None) -> None:
     """Attach projections to the student if hidden states of different widths are compared."""
-    if objective.features is None or teacher is None or teacher.hidden_size == student.config.hidden_size:
+    if objective.features is None or teacher is None:
         return
     pairs = _pairs(objective, "features", student.config, teacher)
-    Projections(pairs, student.config.hidden_size, teacher.hidden_size, seed).attach(student)
+    projections = Projections(pairs, layer_widths(student.config), layer_widths(teacher), seed)
+    if projections.by_layer:
+        projections.attach(student)
 
 
 def build_intermediate(
@@ -63,12 +66,27 @@ def without_projections(student: nn.Module) -> nn.Module:
 
 
 def check_intermediate(objective: Objective, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
-    """Raise `UserError` if the objective names a layer that one of the models does not have."""
+    """Raise `UserError` if the objective names a layer that one of the models does not have, or compares what is not
+    alike.
+    """
     for name in INSIDE:
         if teacher is not None and getattr(objective, name) is not None:
+            _check_kinds(name, student, teacher)
             _pairs(objective, name, student, teacher)
+
+
+def _check_kinds(name: str, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    """Raise `UserError` for a loss between maps and tokens, or between parts that a convolutional net does not have."""
+    maps = [config.model_type for config in (student, teacher) if has_maps(config)]
+    if name == "features" and len(maps) == 1:
+        raise UserError("objective.features", f"{maps[0]} has maps of channels and the other model tokens, and they "
+                        "have no positions in common", value="features", way_out="leave it out: the divergence from the "
+                        "teacher's classes goes with all models")
+    if name != "features" and maps:
+        raise UserError(f"objective.{name}", f"it compares tokens or attention, and {maps[0]} is a convolutional net, "
+                        "which has neither", value=name, way_out="use objective.features, or leave it out")
 
 
 def _pairs(objective: Objective, name: str, student: PretrainedConfig, teacher: PretrainedConfig
            ) -> tuple[tuple[int, int], ...]:
-    return objective.pairs(name, student.num_hidden_layers, teacher.num_hidden_layers)
+    return objective.pairs(name, len(layer_widths(student)), len(layer_widths(teacher)))

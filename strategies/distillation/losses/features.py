@@ -10,7 +10,7 @@ both models' last entries are paired. `recorder` gives the outputs of blocks, be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -80,22 +80,25 @@ class Projections(nn.Module):
 
     Args:
         pairs: (student layer, teacher layer), as from `layer_map`.
-        student_width, teacher_width: widths of the hidden states.
+        student_width, teacher_width: widths of the hidden states: one for all layers of a model, or one for each, such
+            as the channels of a convolutional net's stages.
         seed: of the initial weights, uniform in +-1/sqrt(student_width). They are created on the CPU, and the global
             generators are left unchanged.
         always: project even if the widths agree.
     """
 
-    def __init__(self, pairs: Iterable[tuple[int, int]], student_width: int, teacher_width: int, seed: int = 0, *,
-                 always: bool = False) -> None:
+    def __init__(self, pairs: Iterable[tuple[int, int]], student_width: int | Sequence[int],
+                 teacher_width: int | Sequence[int], seed: int = 0, *, always: bool = False) -> None:
         super().__init__()
+        pairs = tuple(pairs)
         self.layers = tuple(layer for layer, _ in pairs)
         self.by_layer = nn.ModuleDict()
-        if student_width == teacher_width and not always:
-            return
         generator = torch.Generator().manual_seed(seed)
-        for layer in self.layers:
-            self.by_layer[str(layer)] = _Projection(student_width, teacher_width, generator)
+        for mine, other in pairs:
+            ours, theirs = (width if isinstance(width, int) else width[layer]
+                            for width, layer in ((student_width, mine), (teacher_width, other)))
+            if ours != theirs or always:
+                self.by_layer[str(mine)] = _Projection(ours, theirs, generator)
 
     def forward(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
         """Project hidden states (..., student width) of a student layer to (..., teacher width).
@@ -130,6 +133,23 @@ class Projections(nn.Module):
         projections = getattr(student, NAME)
         delattr(student, NAME)
         return projections
+
+
+def as_tokens(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps (batch, channels, height, width) as (batch, positions, channels); hidden states of tokens as they are.
+
+    Where one map is larger it is averaged down to the other's height and width, so that positions agree.
+
+    Raises:
+        ValueError: one is a map and the other is not.
+    """
+    if student.ndim != 4 and teacher.ndim != 4:
+        return student, teacher
+    if student.ndim != teacher.ndim:
+        raise ValueError(f"student and teacher of shapes {tuple(student.shape)} and {tuple(teacher.shape)}: one has "
+                         "maps and the other tokens, whose positions are not the same")
+    size = [min(ours, theirs) for ours, theirs in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+    return tuple(F.adaptive_avg_pool2d(one, size).flatten(2).mT for one in (student, teacher))  # type: ignore[return-value]
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from strategies.distillation.losses.attention import attention_map_sum, relation_sum, visible_pairs
-from strategies.distillation.losses.features import NAME, cosine_distance_sum, squared_error_sum
+from strategies.distillation.losses.features import NAME, as_tokens, cosine_distance_sum, squared_error_sum
 from strategies.distillation.losses.layer_map import Pairs
 from strategies.distillation.losses.recorder import Values
 from strategies.distillation.losses.relations import token_angles_sum, token_distances_sum
@@ -190,7 +190,7 @@ class IntermediateTerms:
 
     def _mean(self, pairs: Pairs, kind: str, loss) -> torch.Tensor:
         ours, theirs = (both[kind == "value"] for both in self._recorders)
-        found = [loss(ours.of(mine, kind), theirs.of(other, kind), mine) for mine, other in pairs]
+        found = [loss(*as_tokens(ours.of(mine, kind), theirs.of(other, kind)), mine) for mine, other in pairs]
         return torch.stack(found).sum() / len(found)
 
     def _projected(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:

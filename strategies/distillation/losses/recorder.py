@@ -29,11 +29,12 @@ class Values:
 
     "hidden" is the output of a block: entry i + 1 of transformers' `output_hidden_states` for block i. The last block
     of a language model is an exception: transformers' entry is taken after the final norm, this one before it. A single
-    forward can give both.
+    forward can give both. Of a convolutional net, which has stages and no blocks, it is a map (batch, channels, height,
+    width).
 
     Args:
         model: a transformers model, or a module around one. Its blocks are the one `ModuleList` that is as long as the
-            configuration says. Projections are found by name: those of Llama and ViT (`v_proj`), BERT (`value`),
+            configuration says, or the stages of a convolutional net (see `stages_of`). Projections are found by name: those of Llama and ViT (`v_proj`), BERT (`value`),
             DistilBERT (`v_lin`), GPT-2 (`c_attn`) and ModernBERT (`Wqkv`).
         layers: indices of blocks, from 0.
         kinds: any of "value", "query", "key", "hidden".
@@ -113,7 +114,10 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     if config is None:
         raise ValueError(f"{_name(model)} has no configuration that says how many blocks to look for; give a model of "
                          "transformers")
-    count = config.get_text_config().num_hidden_layers
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if count is None:
+        name, stages = stages_of(model)
+        return model.get_submodule(name.rpartition(".")[0]), stages
     found, inside = [], ()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not name.startswith(inside):
@@ -124,6 +128,27 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
         raise ValueError(f"{_name(model)}: looked for one list of {count} blocks, and found "
                          f"{', '.join(found) or 'none'}; give the part that has one, for example model.get_encoder()")
     return model.get_submodule(found[0].rpartition(".")[0]), model.get_submodule(found[0])
+
+
+def stages_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The stages of a convolutional net, with their name: the list of modules, not inside of another, that has most
+    weights.
+
+    They are the four stages of a ResNet, RegNet or ConvNeXt, and the inverted residuals of a MobileNetV2.
+
+    Raises:
+        ValueError: no list has at least half of the weights.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    name, found = max(outer, key=lambda one: _weights(one[1]), default=("", None))
+    if found is None or 2 * _weights(found) < _weights(model):
+        raise ValueError(f"{_name(model)} has neither blocks nor stages whose outputs could be compared")
+    return name, found
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _projection(block: nn.Module, kind: str, where: str) -> tuple[nn.Module, int | None]:
