@@ -96,7 +96,7 @@ def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = F
     teacher = teacher_config(experiment.teacher, vocabulary, offline, task)
     student = student_config(experiment.student, teacher, vocabulary, offline, task)
     check_shapes(experiment, teacher, student, vocabulary)
-    check_intermediate(experiment.objective, student, teacher)
+    check_intermediate(experiment.objective, student, teacher, experiment.memory.bytes is not None)
     balancing_weight(experiment.objective, student)
     return teacher, student
 

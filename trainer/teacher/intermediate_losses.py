@@ -65,10 +65,18 @@ def without_projections(student: nn.Module) -> nn.Module:
     return student
 
 
-def check_intermediate(objective: Objective, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+def check_intermediate(objective: Objective, student: PretrainedConfig, teacher: PretrainedConfig | None,
+                       planned: bool = False) -> None:
     """Raise `UserError` if the objective names a layer that one of the models does not have, or compares what is not
     alike.
+
+    Args:
+        planned: whether the student has a memory budget.
     """
+    if planned and teacher is not None and objective.features is not None and has_maps(student):
+        raise UserError("objective.features", "under a memory budget a convolutional net is planned as one block, "
+                        "inside of which no stage is seen", value="features",
+                        way_out="leave out objective.features or memory.budget")
     for name in INSIDE:
         if teacher is not None and getattr(objective, name) is not None:
             _check_kinds(name, student, teacher)

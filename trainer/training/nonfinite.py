@@ -18,17 +18,20 @@ TOLD = 4  # micro-batches named in a diagnosis
 class Backward:
     """Checks each micro-batch's gradient for NaN and infinity, before it is accumulated or reduced with others.
 
-    The check looks at the gradient of the output of the embeddings, or of a convolutional net's first layer, where
-    backward ends: a NaN or infinity propagates there through the residual stream. It misses an overflow that arises
-    only in the gradient of a single weight, from finite factors.
+    The check looks at the gradient of the embeddings' output, where backward ends: a NaN or infinity propagates there
+    through the residual stream. It misses an overflow that arises only in the gradient of a single weight, from finite
+    factors. A convolutional net has no embeddings: there it looks at the gradient of the first weight.
 
     Args:
-        student: the unwrapped model; a forward hook is registered on that layer.
+        student: the unwrapped model; a hook is registered on its input embeddings, or on that weight.
     """
 
     def __init__(self, student: nn.Module) -> None:
         self._finite: torch.Tensor | None = None
-        _first_layer(student).register_forward_hook(self._follow)
+        try:
+            student.get_input_embeddings().register_forward_hook(self._follow)
+        except NotImplementedError:  # a hook on a layer would be inside of what is planned: the whole net
+            next(weight for weight in student.parameters() if weight.requires_grad).register_hook(self._look)
 
     def _follow(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if output.requires_grad:
@@ -42,14 +45,6 @@ class Backward:
         """Whether the loss, and the gradient of the backward since the last call, are finite: a scalar tensor."""
         found, self._finite = self._finite, None
         return loss.detach().isfinite() if found is None else loss.detach().isfinite() & found
-
-
-def _first_layer(model: nn.Module) -> nn.Module:
-    """The input embeddings of a transformer; the first layer with weights of a convolutional net, which has none."""
-    try:
-        return model.get_input_embeddings()
-    except NotImplementedError:
-        return next(module for module in model.modules() if any(True for _ in module.parameters(recurse=False)))
 
 
 def locate_nonfinite(accelerator: Accelerator, rows: list[torch.Tensor], finite: list[torch.Tensor]
