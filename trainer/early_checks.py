@@ -12,10 +12,10 @@ from trainer.data.tokenizers import known_size, tokenizer_origin
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
-from trainer.models.batch_norms import check_batch_norms
 from trainer.models.build import check_adapter, export_skeleton, from_config
 from trainer.models.classifier_trials import check_early_classifier
 from trainer.models.configs import check_shapes, student_config, teacher_config
+from trainer.models.convolutional_nets import check_convolutional
 from trainer.models.model_trials import check_early_causal
 from trainer.models.router_balance import balancing_weight
 from trainer.models.task_heads import Task
@@ -72,9 +72,9 @@ def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None,
                        topology: Topology) -> None:
     """Raise `UserError` for models whose shapes alone show that the student could not learn or be exported."""
     if not experiment.data.is_language:
-        check_batch_norms(experiment, student, topology)
+        check_convolutional(experiment, student, topology)
         if experiment.teacher is not None and experiment.teacher.train is not None:
-            check_batch_norms(experiment.as_teacher(""), teacher, topology)
+            check_convolutional(experiment.as_teacher(""), teacher, topology)
     early = check_early_causal if experiment.data.is_language else check_early_classifier
     if teacher is not None:
         early(experiment.teacher, "teacher", teacher)

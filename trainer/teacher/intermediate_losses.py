@@ -88,8 +88,8 @@ def _check_kinds(name: str, student: PretrainedConfig, teacher: PretrainedConfig
     maps = [config.model_type for config in (student, teacher) if has_maps(config)]
     if name == "features" and len(maps) == 1:
         raise UserError("objective.features", f"{maps[0]} has maps of channels and the other model tokens, and they "
-                        "have no positions in common", value="features", way_out="leave it out: the divergence from the "
-                        "teacher's classes goes with all models")
+                        "have no positions in common", value="features",
+                        way_out="leave it out: the divergence from the teacher's classes goes with all models")
     if name != "features" and maps:
         raise UserError(f"objective.{name}", f"it compares tokens or attention, and {maps[0]} is a convolutional net, "
                         "which has neither", value=name, way_out="use objective.features, or leave it out")

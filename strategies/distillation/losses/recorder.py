@@ -34,8 +34,9 @@ class Values:
 
     Args:
         model: a transformers model, or a module around one. Its blocks are the one `ModuleList` that is as long as the
-            configuration says, or the stages of a convolutional net (see `stages_of`). Projections are found by name: those of Llama and ViT (`v_proj`), BERT (`value`),
-            DistilBERT (`v_lin`), GPT-2 (`c_attn`) and ModernBERT (`Wqkv`).
+            configuration says, or the stages of a convolutional net (see `stages_of`). Projections are found by name:
+            those of Llama and ViT (`v_proj`), BERT (`value`), DistilBERT (`v_lin`), GPT-2 (`c_attn`) and ModernBERT
+            (`Wqkv`).
         layers: indices of blocks, from 0.
         kinds: any of "value", "query", "key", "hidden".
 

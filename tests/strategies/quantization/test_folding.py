@@ -217,3 +217,41 @@ def test_examples_are_arguments_or_keywords():
 
     for example in (images(1, 0), (images(1, 0), 2), {"x": images(1, 0), "shift": 1}):
         assert fold_batch_norms(Two().eval(), example) == [("conv", "norm")]
+
+
+# ---- into quantized layers
+
+def quantizers():
+    return {"int8": WeightQuantizer(8), "int4 with zero points": WeightQuantizer(4, symmetric=False),
+            "learned": WeightQuantizer(4, rule="learned"), "one scale": WeightQuantizer(8, per_tensor=True),
+            "ternary": WeightQuantizer(kind="ternary"), "binary": WeightQuantizer(kind="binary")}
+
+
+@pytest.mark.parametrize("name", quantizers())
+def test_a_quantized_layer_keeps_its_numbers_and_its_scales_take_the_factor(name):
+    net, x = seen(NETS["mobilenet"]()), images(4, 100)
+    prepare(net, quantizers()[name])
+    before, numbers = net(x).detach(), {layer: part.numbers() for layer, part in net.named_modules()
+                                        if isinstance(part, QATConv2d)}
+    assert len(fold_batch_norms(net, x)) == COUNTS["mobilenet"][0]
+    assert (net(x) - before).abs().max() < 1e-5 * before.abs().max()
+    assert all(torch.equal(net.get_submodule(layer).numbers(), kept) for layer, kept in numbers.items())
+
+
+def test_with_a_scale_for_each_output_it_is_the_same_before_and_after_rounding():
+    before, x = seen(NETS["resnet"]()), images(4, 100)
+    after = copy.deepcopy(before)
+    fold_batch_norms(before, x)
+    prepare(before, WeightQuantizer(4))
+    prepare(after, WeightQuantizer(4))
+    fold_batch_norms(after, x)
+    assert (before(x) - after(x)).abs().max() < 1e-5 * after(x).abs().max()
+
+
+def test_what_would_be_rounded_anew_keeps_its_norm():
+    net, x = seen(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))), images(2, 0)
+    prepare(net, WeightQuantizer(8, scale_dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="half precision"):
+        fold_batch_norms(net, x)
+    before = net(x)
+    assert fold_batch_norms(net, x, strict=False) == [] and torch.equal(net(x), before)
