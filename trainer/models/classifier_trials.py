@@ -65,8 +65,8 @@ def _try(model: nn.Module, key: str, path: str | None) -> None:
                         way_out="check the dimensions of its architecture, and data.images.size for images") from error
     rows = len(next(iter(inputs.values())))
     if scores.shape[0] != rows or scores.shape[-1] != model.config.num_labels:
-        raise UserError(where, f"{type(model).__name__} gives scores of shape {tuple(scores.shape)} for {rows} rows and "
-                        f"{model.config.num_labels} classes", value=path or model.config.model_type,
+        raise UserError(where, f"{type(model).__name__} gives scores of shape {tuple(scores.shape)} for {rows} rows "
+                        f"and {model.config.num_labels} classes", value=path or model.config.model_type,
                         way_out="name another model")
 
 
