@@ -18,7 +18,7 @@ from trainer.experiment.run_paths import STUDENT, run_of
 from trainer.files import write_atomically
 from trainer.run.classifier_snippets import KINDS, TAGS, Classified, classifier_snippet, install
 from trainer.run.folder import RunFolder, read_json
-from trainer.run.held_out import FIGURES, main_figure
+from trainer.run.held_out import FIGURES, compared, main_figure
 from trainer.run.lineage import EarlierRun, earlier_runs
 from trainer.run.load_snippets import INSTALL, TITLES, Prompt, snippet
 from trainer.run.markdown import block, code, plain, sentence
@@ -32,7 +32,7 @@ RECEIPT = {"bits_per_byte": "bits per byte of held-out text", "accuracy": "accur
            "macro_f1": "macro F1", "calibration_error": "calibration error", "rows": "held-out rows",
            "argmax_agreement": "same most probable answer",
            "largest_difference": "largest logit difference", "largest_logit": "largest logit",
-           "tokens_compared": "tokens compared"}
+           "tokens_compared": ""}
 
 
 def write_cards(folder: RunFolder) -> None:
@@ -264,7 +264,7 @@ def _receipt(receipt: dict[str, Any], folder: RunFolder, values: dict[str, Any],
              ) -> list[str]:
     """What the fresh process found that loaded this folder, and what the other models of the run need."""
     rows = [*(f"| {what} | {count:,} |" for what, count in size.items()),
-            *(f"| {what} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items()
+            *(f"| {what or compared(receipt)} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items()
               if receipt.get(name) is not None)]
     versions = ", ".join(f"{library} {number}" for library, number in receipt["versions"].items())
     found = read_json(folder.comparison)
