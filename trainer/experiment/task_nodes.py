@@ -52,7 +52,8 @@ def check_task(data: Any) -> None:
     given = {name for name in (*OWN, *OF_LANGUAGE) if getattr(data, name) != type(data).model_fields[name].default}
     if data.task == "causal_lm":
         if foreign := next((name for name in OWN if name in given), None):
-            near = next((task for task, keys in FIELDS.items() if foreign in keys), "sequence_classification")
+            near = "image_classification" if foreign == "images" else next(
+                (task for task, keys in FIELDS.items() if foreign in keys), "sequence_classification")
             raise UserError(foreign, "this is for classification, and the task is causal_lm", value=_plain(
                 getattr(data, foreign)), way_out=f"set `task: {near}`, or remove `{foreign}`")
         return
@@ -62,7 +63,8 @@ def check_task(data: Any) -> None:
                         foreign == "labels" else f"remove `{foreign}`, or set `task: causal_lm`")
     own = {*FIELDS[data.task], "class_names", *(("images",) if data.task == "image_classification" else ())}
     if foreign := next((name for name in OWN if name in given and name not in own), None):
-        near = next(task for task, keys in FIELDS.items() if foreign in (*keys, "images"))
+        near = "image_classification" if foreign == "images" else next(
+            task for task, keys in FIELDS.items() if foreign in keys)
         raise UserError(foreign, f"this is for {near}, and the task is {data.task}",
                         value=_plain(getattr(data, foreign)), way_out=f"remove `{foreign}`, or set `task: {near}`")
     names = data.class_names
