@@ -24,6 +24,7 @@ from trainer.files import fingerprint
 
 FORMAT = 1  # of the cache; raised when the preparation changes
 BATCH = 256  # records that are tokenized at a time
+UNLIMITED = 10**12  # a tokenizer that knows no longest text has a larger number there
 
 
 def class_names(data: Data, cache: Path) -> tuple[str, ...]:
@@ -67,9 +68,8 @@ class Classified:
         parts = [self._rows(data, part, key, cache, seed)
                  for part, key in ((corpus.train, "data.path"), (corpus.validation, "data.validation"))]
         self.train, validation = parts
-        if data.task != "image_classification":  # saved with it: what the model is given when somebody uses it
-            self.processor.model_input_names = ["input_ids", *["token_type_ids"] * ("token_type_ids" in self.train[0]),
-                                                "attention_mask"]
+        if data.task != "image_classification":
+            _name_inputs(self.processor, self.train[0], data.sequence_length)
         self.identity = self.train.folder.name
         order = np.random.default_rng(0).permutation(len(validation))[:data.validation.rows]
         rows = [validation[int(number)] for number in order]
@@ -104,6 +104,13 @@ class Classified:
                               + (" ..." if len(lacking) > 5 else ""))
         if data.task != "image_classification" and (cut := int((self.train.lengths >= data.sequence_length).sum())):
             self.notes.append(f"{cut / len(self.train):.0%} of the texts fill data.sequence_length, and may be cut off")
+
+
+def _name_inputs(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], length: int) -> None:
+    """Have a tokenizer give what training gives, also where it is loaded again: it is saved with the student."""
+    tokenizer.model_input_names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in row]
+    if tokenizer.model_max_length > UNLIMITED:
+        tokenizer.model_max_length = length
 
 
 def text_arrays(data: Data, documents: sources.Documents, numbers: ClassNumbers, tokenizer: PreTrainedTokenizerBase

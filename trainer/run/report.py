@@ -333,7 +333,7 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
         rows += ["", f"Keeping everything would have needed {memory['keep_all']:,} bytes. Recomputation takes "
                      f"{memory['recomputed']:.1%} of the blocks' forward and backward time by prediction; a better "
                      f"schedule of the blocks could save at most {memory['gap']:.1%} of it."]
-    if "rows" not in measured:
+    if not any("rows" in line for line in lines):
         rows += ["", "Planned for a micro-batch whose rows hold several documents each and in which every token is "
                      "learned. Rows of one document need no mask, and tokens that are not learned no logits."]
     rows += [f"\nNot planned: {plain(text)}." for text in memory["unplanned"]]

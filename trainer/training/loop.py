@@ -75,7 +75,8 @@ class TrainLoop:
     """
 
     def __init__(self, experiment: Experiment, plan: Plan, folder: RunFolder, accelerator: Accelerator,
-                 text: PreparedData, student: nn.Module, teacher: nn.Module | CachedTargets | CachedLogits | None = None,
+                 text: PreparedData, student: nn.Module,
+                 teacher: nn.Module | CachedTargets | CachedLogits | None = None,
                  teacher_config: PretrainedConfig | None = None,
                  related: tuple[SharedVocabulary | None, TeacherInputAdapter] = (None, identity_adapter)) -> None:
         """Set up models and optimizer on their devices, and resume from the newest checkpoint if there is one.

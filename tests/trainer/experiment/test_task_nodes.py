@@ -56,7 +56,7 @@ def test_what_does_not_go_with_the_task_is_said_with_a_way_out(experiment, task,
 
 def test_what_only_a_teacher_of_text_can_do_is_refused(experiment):
     for wrong, way_out in (("objective.divergence={name: uld}", "use forward_kl"),
-                           ("teacher.targets={source: hidden}", "use live")):
+                           ("teacher.targets={source: hidden}", "use live, or logits")):
         with pytest.raises(ExperimentErrors) as caught:
             experiment(SEQUENCE, "teacher={path: some/teacher}", wrong)
         assert caught.value.errors[0].way_out == way_out
