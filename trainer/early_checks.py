@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from trainer.data.classified import class_names
+from trainer.data.classified_here import class_names_here
+from trainer.data.dataset import cache_folder
 from trainer.data.tokenizers import known_size, tokenizer_origin
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
@@ -29,9 +32,13 @@ from trainer.teacher.intermediate_losses import check_intermediate
 ALONE = Topology()
 
 
-def task_for(experiment: Experiment) -> Task:
+def task_for(experiment: Experiment, offline: bool = False) -> Task:
     """The task of an experiment; the classes of a classification are read from its data where it does not name them."""
-    return Task.of(experiment.data, () if experiment.data.is_language else class_names(experiment))
+    data = experiment.data
+    if data.is_language:
+        return Task.of(data, ())
+    return Task.of(data, class_names_here(data, Path(experiment.run.cache)) if offline else
+                   class_names(data, cache_folder(experiment.run)))
 
 
 def vocabulary_of(experiment: Experiment) -> int | None:
@@ -92,7 +99,7 @@ def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None,
 def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = False
              ) -> tuple[PretrainedConfig | None, PretrainedConfig]:
     """Model configurations of teacher and student, checked against each other and against the tokenizer."""
-    task = task_for(experiment)
+    task = task_for(experiment, offline)
     teacher = teacher_config(experiment.teacher, vocabulary, offline, task)
     student = student_config(experiment.student, teacher, vocabulary, offline, task)
     check_shapes(experiment, teacher, student, vocabulary)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.data.classified_preview import classified_preview
 from trainer.data.data_preview import preview
 from trainer.data.dataset import PreparedData, for_each_source, prepare_text
 from trainer.data.sources import check_path
@@ -66,8 +67,12 @@ def dry_run(source: Source, as_json: bool) -> None:
     plan = planned(source)
     if int(os.environ.get("RANK", 0)) == 0:
         experiment = source.experiment
-        data = [] if not experiment.data.is_language else preview(experiment.data, tokenizer_origin(
-            experiment.data.tokenizer, experiment.with_weights), Path(experiment.run.cache))
+        look, origin = preview, None
+        if not experiment.data.is_language:
+            look = classified_preview
+        if experiment.data.task != "image_classification":
+            origin = tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
+        data = look(experiment.data, origin, Path(experiment.run.cache))
         show = (source, plan, data, next_start(experiment))
         print(plan_json(*show)) if as_json else show_plan(*show)
 

@@ -75,7 +75,7 @@ def with_learned(batch: Batch) -> Batch:
     return {**batch, "learned": torch.argwhere(batch["targets"].flatten() != IGNORED)[:, 0]}
 
 
-ENCODED = ("input_ids", "attention_mask", "token_type_ids")  # what a classifier of texts is given, as far as it is there
+ENCODED = ("input_ids", "attention_mask", "token_type_ids")  # what a classifier of texts is given, where it is there
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

@@ -10,21 +10,24 @@ import datasets
 
 from strategies.distillation.losses.tiled_loss import IGNORED
 from trainer.data.missing_fields import no_such_field
-from trainer.data.sources import Corpus, Documents
+from trainer.data.sources import Documents
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 
 SHOWN = 8  # class names in a message
 
 
-def classes_of(data: Data, corpus: Corpus) -> tuple[str, ...]:
+def classes_of(data: Data, documents: Documents) -> tuple[str, ...]:
     """The names of all classes in their order: as given, as the data set names them, or the sorted labels.
+
+    Args:
+        documents: the training records.
 
     Raises:
         UserError: a label is missing, or there are fewer than two classes.
     """
-    named = _named(corpus.train, data)
-    found = set(_labels(corpus.train, data, named, "data.path"))
+    named = _named(documents, data)
+    found = set(_labels(documents, data, named, "data.path"))
     if data.class_names is not None:
         names = data.class_names
     elif named is not None:
@@ -66,17 +69,18 @@ class ClassNumbers:
             return self._numbers[name]
         if self._numbered and name.isdecimal() and int(name) < len(self.classes):
             return int(name)
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> UserError:
         near = difflib.get_close_matches(name, self.classes, 1)
-        shown = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        problem = f"{_whose(self.key)} has the label {name!r}, which"
         if self.data.class_names is not None:
-            raise UserError("data.class_names", f"a record of {getattr(self.data, self.key.split('.')[1], '')} has the "
-                            f"label {name!r}, which is none of these" if self.key == "data.path" else
-                            f"a held-out record has the label {name!r}, which is none of these",
-                            value=list(self.classes[:SHOWN]), way_out=f"did you mean {near[0]!r}? Mend the record, or "
-                            "add the class" if near else "add the class, or mend the record")
-        raise UserError(self.key, f"a held-out record has the label {name!r}, which no training record has: {shown}",
-                        value=name, way_out=(f"did you mean {near[0]!r}? " if near else "") + "Mend the record, or name "
-                        "all classes in data.class_names")
+            return UserError("data.class_names", f"{problem} is none of these", value=list(self.classes[:SHOWN]),
+                             way_out=f"{meant}Mend the record, or add the class")
+        shown = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
+        return UserError(self.key, f"{problem} no training record has: {shown}", value=name,
+                         way_out=f"{meant}Mend the record, or name all classes in data.class_names")
 
     def of_words(self, labels: Sequence[Any]) -> list[int]:
         """The number of each word's class; a word without one (null, or -100) is left out of the loss."""
@@ -103,20 +107,37 @@ def _labels(documents: Documents, data: Data, named: list[str] | None, key: str)
                 yield _name(one, data, named, key)
 
 
+def _whose(key: str) -> str:
+    return "a held-out record" if "validation" in key else "a training record"
+
+
 def _name(label: Any, data: Data, named: list[str] | None, key: str) -> str:
-    known = isinstance(label, str) and label != "" or isinstance(label, int) and (
-        isinstance(label, bool) or label >= 0) or isinstance(label, float) and label.is_integer() and label >= 0
-    if not known:
-        where = "a held-out record" if "validation" in key else "a record"
-        raise UserError("data.label", f"{where} has {'no label' if label in (None, '', -1) else repr(label)[:60]} where "
-                        "the name or number of a class is expected", value=data.label, way_out=f"remove it from {key}"
-                        + (": test sets of the hub have -1 for labels that are kept secret" if label == -1 else ""))
-    if isinstance(label, str):
-        return label
-    number = int(label)
-    if named is None:
-        return str(label) if isinstance(label, bool) else str(number)
-    if number >= len(named):
-        raise UserError("data.label", f"a record has class {number}, and the data set names {len(named)}",
+    """The name of a class by the label of a record."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if data.class_names is not None and str(label) in data.class_names:
+        return str(label)
+    if not isinstance(label, (str, int)) or label == "" or str(label).startswith("-") and _is_number(label):
+        raise _no_class(label, data, key)
+    if isinstance(label, (str, bool)) or named is None:
+        return str(label)
+    if label >= len(named):
+        raise UserError("data.label", f"{_whose(key)} has class {label}, and the data set names {len(named)}",
                         value=data.label, way_out="mend the record")
-    return named[number]
+    return named[label]
+
+
+def _no_class(label: Any, data: Data, key: str) -> UserError:
+    number = _is_number(label)
+    found = f"no label, but {label}," if number else "no label" if label in (None, "") else repr(label)[:60]
+    return UserError("data.label", f"{_whose(key)} has {found} where the name or number of a class is expected",
+                     value=data.label, way_out=f"remove it from {key}" + (
+                         ", as test sets of the hub have -1 for labels that are kept secret; or list it with all other "
+                         "classes in data.class_names" if number else ""))
+
+
+def _is_number(label: Any) -> bool:
+    try:
+        return int(label) is not None
+    except (TypeError, ValueError):
+        return False

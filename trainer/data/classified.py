@@ -15,42 +15,44 @@ from strategies.common.progress import report
 from strategies.distillation.losses.tiled_loss import IGNORED
 from trainer.data import sources
 from trainer.data.class_names import ClassNumbers, classes_of
+from trainer.data.classified_here import ELSEWHERE, stamp_of
 from trainer.data.classified_rows import Arrays, ImageRows, TextRows, write_arrays
 from trainer.data.image_files import VERSION, ImageProcessing, ImageReader
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
-from trainer.experiment.experiment import Experiment
 from trainer.files import fingerprint
 
 FORMAT = 1  # of the cache; raised when the preparation changes
 BATCH = 256  # records that are tokenized at a time
+UNLIMITED = 10**12  # a tokenizer that knows no longest text has a larger number there
 
 
-def class_names(experiment: Experiment) -> tuple[str, ...]:
-    """The classes of an experiment, from its settings if they are there, else from its training data.
+def class_names(data: Data, cache: Path) -> tuple[str, ...]:
+    """The classes of some data, from its settings if they are there, else from its training records.
 
     Raises:
         UserError: as in `classes_of`.
     """
-    data = experiment.data
     if data.class_names is not None:
         return data.class_names
-    return _class_names(data.model_dump_json(), experiment.run.cache, _stamp(data.path))
+    return _class_names(data.model_dump_json(exclude=ELSEWHERE), cache, stamp_of(data))
 
 
 @lru_cache(maxsize=8)
-def _class_names(data: str, cache: str, stamp: tuple) -> tuple[str, ...]:
+def _class_names(data: str, cache: Path, stamp: tuple) -> tuple[str, ...]:
     asked = Data.model_validate_json(data)
-    return classes_of(asked, sources.open_corpus(asked, Path(cache)))
-
-
-def _stamp(path: str) -> tuple:
-    """Changes whenever local files do."""
-    return tuple((file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in sources.files_of(path))
+    return classes_of(asked, sources.open_corpus(asked, cache).train)
 
 
 class Classified:
     """The prepared data of a classification.
+
+    Args:
+        data: its settings.
+        corpus: training and held-out records.
+        processor: the tokenizer, or what prepares images.
+        cache: the folder shared between runs.
+        seed: of the variations of training images.
 
     Attributes:
         classes: names of the classes in their order.
@@ -61,15 +63,13 @@ class Classified:
         notes: remarks for the user.
     """
 
-    def __init__(self, experiment: Experiment, corpus: sources.Corpus, processor: Any, cache: Path) -> None:
-        data = experiment.data
-        self.classes, self.processor, self.notes = classes_of(data, corpus), processor, []
-        parts = [self._rows(data, part, key, cache, experiment.seed)
+    def __init__(self, data: Data, corpus: sources.Corpus, processor: Any, cache: Path, seed: int) -> None:
+        self.classes, self.processor, self.notes = classes_of(data, corpus.train), processor, []
+        parts = [self._rows(data, part, key, cache, seed)
                  for part, key in ((corpus.train, "data.path"), (corpus.validation, "data.validation"))]
         self.train, validation = parts
-        if data.task != "image_classification":  # saved with it: what the model is given when somebody uses it
-            self.processor.model_input_names = ["input_ids", *["token_type_ids"] * ("token_type_ids" in self.train[0]),
-                                                "attention_mask"]
+        if data.task != "image_classification":
+            _name_inputs(self.processor, self.train[0], data.sequence_length)
         self.identity = self.train.folder.name
         order = np.random.default_rng(0).permutation(len(validation))[:data.validation.rows]
         rows = [validation[int(number)] for number in order]
@@ -85,8 +85,8 @@ class Classified:
             [data.images.size, data.images.channels] if images else
             [data.sequence_length, self.processor.backend_tokenizer.to_str()]])
         if not folder.exists():
-            write_arrays(folder, _images(data, documents, numbers) if images else
-                         _texts(data, documents, numbers, self.processor))
+            write_arrays(folder, image_arrays(data, documents, numbers) if images else
+                         text_arrays(data, documents, numbers, self.processor))
         arrays = Arrays(folder)
         return ImageRows(arrays, data.images, seed) if images else TextRows(
             arrays, data.sequence_length, self.processor.pad_token_id, data.task == "token_classification")
@@ -94,10 +94,11 @@ class Classified:
     def _remark(self, data: Data, held_out: int) -> None:
         labels = np.asarray(self.train.arrays.flat["labels"])
         count = np.bincount(labels[labels != IGNORED], minlength=len(self.classes))
-        self.notes += [f"{len(self.train):,} rows to train on, {len(self.held_out['targets']):,} of {held_out:,} held "
-                       f"out, {len(self.classes)} classes"]
-        if held_out > len(self.held_out["targets"]):
-            self.notes.append("accuracy is measured on that many of them: raise data.validation.rows for all")
+        measured = len(self.held_out["targets"])
+        self.notes.append(f"{len(self.classes)} classes, {len(self.train):,} rows to train on, {held_out:,} held out")
+        if held_out > measured:
+            self.notes.append(f"accuracy is measured on {measured:,} of the {held_out:,} held-out rows: raise "
+                              "data.validation.rows for all of them")
         if lacking := [name for name, own in zip(self.classes, count, strict=True) if not own]:
             self.notes.append(f"no training record is of class {', '.join(lacking[:5])}"
                               + (" ..." if len(lacking) > 5 else ""))
@@ -105,8 +106,15 @@ class Classified:
             self.notes.append(f"{cut / len(self.train):.0%} of the texts fill data.sequence_length, and may be cut off")
 
 
-def _texts(data: Data, documents: sources.Documents, numbers: ClassNumbers, tokenizer: PreTrainedTokenizerBase
-           ) -> Iterator[dict[str, np.ndarray]]:
+def _name_inputs(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], length: int) -> None:
+    """Have a tokenizer give what training gives, also where it is loaded again: it is saved with the student."""
+    tokenizer.model_input_names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in row]
+    if tokenizer.model_max_length > UNLIMITED:
+        tokenizer.model_max_length = length
+
+
+def text_arrays(data: Data, documents: sources.Documents, numbers: ClassNumbers, tokenizer: PreTrainedTokenizerBase
+                ) -> Iterator[dict[str, np.ndarray]]:
     """The tokens of each record with its label, or with one for each token."""
     words, pairs = data.task == "token_classification", data.text_pair is not None
     for begin in range(0, len(documents), BATCH):
@@ -120,8 +128,9 @@ def _texts(data: Data, documents: sources.Documents, numbers: ClassNumbers, toke
             label = records[data.label][at]
             if words:
                 if len(label or ()) != len(first[at]):
-                    raise UserError("data.label", f"record {begin + at + 1} has {len(first[at])} words and "
-                                    f"{len(label or ())} labels", value=data.label, way_out="mend or remove it")
+                    raise UserError("data.label", f"the record that begins with {' '.join(first[at])[:60]!r} has "
+                                    f"{len(first[at])} words and {len(label or ())} labels", value=data.label,
+                                    way_out="mend or remove it")
                 labels = np.asarray(_of_tokens(found.word_ids(at), numbers.of_words(label)), np.int32)
             else:
                 labels = np.asarray([numbers(label)], np.int32)
@@ -154,7 +163,7 @@ def _checked(value: Any, data: Data, number: int) -> Any:
                     way_out="mend or remove the record")
 
 
-def _images(data: Data, documents: sources.Documents, numbers: ClassNumbers) -> Iterator[dict[str, np.ndarray]]:
+def image_arrays(data: Data, documents: sources.Documents, numbers: ClassNumbers) -> Iterator[dict[str, np.ndarray]]:
     """The pixels of each record with its label."""
     import datasets
 

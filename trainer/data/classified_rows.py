@@ -35,7 +35,7 @@ def write_arrays(folder: Path, records: Iterable[Mapping[str, np.ndarray]]) -> N
         for record in records:
             for name, array in record.items():
                 if name not in handles:
-                    handles[name] = open(partial / f"{name}.bin", "wb")
+                    handles[name] = open(partial / f"{name}.bin", "wb")  # noqa: SIM115 - closed below, with all others
                     ends[name], kinds[name] = [], array.dtype.str
                 handles[name].write(np.ascontiguousarray(array).tobytes())
                 ends[name].append((ends[name] or [0])[-1] + array.size)

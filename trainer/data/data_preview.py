@@ -23,7 +23,7 @@ from trainer.data.dataset import encoder_for, for_each_source
 from trainer.data.encoding import Document
 from trainer.data.messages import notes_on_calls
 from trainer.data.packing import cuts, pack
-from trainer.data.show_data import SHOWN, learned_of, shown_document
+from trainer.data.shown_documents import SHOWN, learned_of, shown_document
 from trainer.data.tokenizers import Origin, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data, source_names, weights_of
@@ -86,7 +86,7 @@ def preview(data: Data, origin: Origin | None, cache: Path | None = None) -> lis
         opened = for_each_source(data, lambda number, part: _opened(part, named[number], Path(folder), cache))
         looked = [(part, _first(documents, named[number].exact))
                   for number, (part, documents) in enumerate(zip(data.parts, opened, strict=True)) if documents]
-        tokenizer = _tokenizer(origin, looked, Path(folder)) if looked else None
+        tokenizer = tokenizer_here(origin, looked, Path(folder)) if looked else None
 
         def look(number: int, part: Data) -> Preview:
             found, documents = named[number], opened[number]
@@ -139,14 +139,14 @@ def _first(documents: Iterable[dict[str, Any]], everything: bool) -> Records:
     return records
 
 
-def _tokenizer(origin: Origin | None, looked: Sequence[tuple[Data, Records]], folder: Path
-               ) -> PreTrainedTokenizerBase | None:
+def tokenizer_here(origin: Origin | None, looked: Sequence[tuple[Data, Records]], folder: Path, writes: bool = True
+                   ) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a run, or one that is trained on these records; None if it is not on this machine."""
     if origin is None:
         train_tokenizer(looked, folder / "tokenizer")
-        return load_tokenizer("data.tokenizer", str(folder / "tokenizer"), None)
+        return load_tokenizer("data.tokenizer", str(folder / "tokenizer"), None, writes)
     try:
-        return load_tokenizer(*origin, local_files_only=True)
+        return load_tokenizer(*origin, writes, local_files_only=True)
     except UserError:
         if Path(origin[1]).exists():
             raise

@@ -88,7 +88,10 @@ def prepare_text(experiment: Experiment) -> PreparedData:
     """
     data, cache = experiment.data, cache_folder(experiment.run)
     if not data.is_language:
-        return _classified(experiment, cache)
+        corpus = sources.open_corpus(data, cache)
+        processor = processing(data) if data.task == "image_classification" else tokenizer_for(experiment, [corpus])
+        found = Classified(data, corpus, processor, cache, experiment.seed)
+        return PreparedData(processor, found.train, found.identity, found.held_out, found.notes, classes=found.classes)
     corpora = for_each_source(data, lambda _, part: sources.open_corpus(part, cache))
     tokenizer = tokenizer_for(experiment, corpora)
     most = _held_out_counts(data)
@@ -108,15 +111,6 @@ def prepare_text(experiment: Experiment) -> PreparedData:
     notes += _notes_on_held_out({name: len(own) for name, own in held_out.items()}, experiment.training, data)
     return PreparedData(tokenizer, train, identity, _stack([row for rows in held_out.values() for row in rows]), notes,
                         {} if data.sources is None else dict(_slices(held_out)), mixture)
-
-
-def _classified(experiment: Experiment, cache: Path) -> PreparedData:
-    """The prepared data of a classification."""
-    data = experiment.data
-    corpus = sources.open_corpus(data, cache)
-    processor = processing(data) if data.task == "image_classification" else tokenizer_for(experiment, [corpus])
-    found = Classified(experiment, corpus, processor, cache)
-    return PreparedData(processor, found.train, found.identity, found.held_out, found.notes, classes=found.classes)
 
 
 def for_each_source(data: Data, do: Callable[[int, Data], T]) -> list[T]:

@@ -184,6 +184,8 @@ class LocalFiles(datasets.ArrowBasedBuilder):
             except UnicodeEncodeError as error:
                 raise self._wrong(f"{place} has half a character, {record[name][error.start]!r}, in {name}",
                                   "mend or remove this record") from error
+        if "words" in read:
+            self._check_lengths(record, place)
         return record
 
     def _integers(self, field: Any, key: str, place: str) -> list[int]:
@@ -195,17 +197,29 @@ class LocalFiles(datasets.ArrowBasedBuilder):
         return field
 
     def _names(self, field: Any, key: str, place: str) -> str | list[str]:
-        """A name, such as that of a class, or a list of them; numbers become names, too."""
+        """A name, such as that of a class, or a list with one for each word; numbers become names, too.
+
+        A word may have no label, where it is null: it is not learned.
+        """
         several = "words" in self.config.read
         field = self._list(field) if several and isinstance(field, str) else field
-        found = [str(one) if type(one) is int else one for one in (field if several else [field])] \
-            if isinstance(field, list) or not several else []
-        if (several and not isinstance(field, list)) or not all(isinstance(one, str) and one for one in found):
-            wanted = "a list of names or whole numbers" if several else "a name or a whole number"
+        values = field if several and isinstance(field, list) else [None] if several else [field]
+        found = [_as_name(one) for one in values]
+        optional = several and key == "label" and isinstance(field, list)
+        if any(name is None and not (optional and one is None) for name, one in zip(found, values, strict=True)):
+            wanted = ("a list of names or whole numbers" if key == "label" else "a list of words") if several else \
+                "the name or number of a class"
             said = "nothing" if field in (None, "") else json.dumps(field, ensure_ascii=False, default=str)[:100]
             raise UserError(f"data.{key}", f"{place} has {said} in this field where {wanted} is expected",
                             value=self.config.read[key], way_out="mend or remove this record")
         return found if several else found[0]
+
+    def _check_lengths(self, record: dict[str, Any], place: str) -> None:
+        """Raise `UserError` if a record has words and labels of different number."""
+        words, labels = (record[self.config.read[key]] for key in NAMES)
+        if len(words) != len(labels):
+            raise UserError("data.label", f"{place} has {len(words)} words and {len(labels)} labels",
+                            value=self.config.read["label"], way_out="mend or remove this record")
 
     @staticmethod
     def _list(field: Any) -> Any:
@@ -261,6 +275,13 @@ def local_builder(splits: dict[str, list[str]], kind: str, data: Data, path: str
                          read={name: getattr(data, name) for name in read_keys(data)})
     builder.asked = key, path
     return builder
+
+
+def _as_name(value: Any) -> str | None:
+    """A name as it is, and a whole number or a truth value as the name of a class; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, (str, int)) and value != "" else None
 
 
 def _no_number(name: str) -> None:

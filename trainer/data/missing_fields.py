@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,8 @@ def no_such_field(key: str, name: str, record: Mapping[str, Any], place: str = "
         return UserError(f"data.{key}", "these are preference pairs (chosen, rejected), and there is no loss on pairs "
                          "of answers", value=name, way_out=_chosen_alone(record))
     names = [str(one)[:40] for one in record][:20]
-    way_out = f"their fields are {', '.join(names)}"
+    near = difflib.get_close_matches(name, names, 1)
+    way_out = (f"did you mean {near[0]!r}? " if near else "") + f"their fields are {', '.join(names)}"
     if len(names) == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in names[0]), None)):
         way_out += f"; they seem to be separated by {other!r}: write commas, or tabs in a file that ends with .tsv"
     elif ".csv" in place or ".tsv" in place:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
@@ -11,15 +11,18 @@ from rich.text import Text as Line
 from transformers import PreTrainedTokenizerBase
 
 from trainer.data import sources
+from trainer.data.classified_here import Here
+from trainer.data.classified_preview import ClassifiedPreview, look
 from trainer.data.dataset import cache_folder, encoder_for, for_each_source, tokenizer_for
 from trainer.data.encoding import Document, Encoder
 from trainer.data.messages import notes_on_calls, read_conversation, thoughts_of
 from trainer.data.packing import cuts
+from trainer.data.shown_documents import SHOWN, learned_of, shown_document
 from trainer.data.token_ids import IdEncoder
 from trainer.experiment.data_nodes import Data, source_names, weights_of
 from trainer.experiment.experiment import Experiment
 
-SHOWN, COUNTED = 3, 200  # records to print, and records to compute statistics over
+COUNTED = 200  # records to compute statistics over
 
 
 def show_data(experiment: Experiment, console: Console) -> None:
@@ -29,6 +32,11 @@ def show_data(experiment: Experiment, console: Console) -> None:
         UserError: as in a run, for mistakes in the data and tokenizer; only the first records are read.
     """
     data, cache = experiment.data, cache_folder(experiment.run)
+    if not data.is_language:
+        corpus = sources.open_corpus(data, cache)
+        tokenizer = None if data.task == "image_classification" else tokenizer_for(experiment, [corpus])
+        _show_classified(data, Here(corpus.train, corpus.validation), tokenizer, console)
+        return
     corpora = for_each_source(data, lambda _, part: sources.open_corpus(part, cache))
     tokenizer = tokenizer_for(experiment, corpora)
     names = source_names(data)
@@ -40,6 +48,17 @@ def show_data(experiment: Experiment, console: Console) -> None:
         _show_records(read, encoder_for(tokenizer, part, corpora[number].train), console)
 
     for_each_source(data, show)
+
+
+def _show_classified(data: Data, here: Here, tokenizer: PreTrainedTokenizerBase | None, console: Console) -> None:
+    """Print the first of some classified records, and how many there are of each class."""
+    found = ClassifiedPreview(data.path)
+    look(found, data, here, tokenizer)
+    for example in found.examples:
+        title, _, rest = example.partition("\n")
+        console.print(Line(title, style="bold"))
+        console.print(Line(rest), soft_wrap=True)
+    console.print(Line("\n".join(f"{name}: {value}" for name, value in found.rows)), soft_wrap=True)
 
 
 def _show_records(read: list[dict[str, Any]], encoder: Encoder | IdEncoder, console: Console) -> None:
@@ -57,11 +76,6 @@ def _show_records(read: list[dict[str, Any]], encoder: Encoder | IdEncoder, cons
         tokenizer, encoder, zip(read, records, strict=True))
     console.print(Line("\n".join([*summary(documents, len(records), data.sequence_length, data.is_plain), *thoughts,
                                   *encoder.notes, *notes_on_calls(read, data)])), soft_wrap=True)
-
-
-def learned_of(document: Document) -> str:
-    """How long a document is, and how much of it is learned."""
-    return f"{len(document):,} tokens, {int(document.loss_mask.sum()):,} learned"
 
 
 def summary(documents: list[Document], records: int, capacity: int, plain: bool) -> list[str]:
@@ -96,30 +110,3 @@ def left_out_thoughts(tokenizer: PreTrainedTokenizerBase, encoder: Encoder,
         missing += sum(thought.splitlines()[-1].strip() not in loss_mask for thought in thoughts)
     return [f"{missing:,} of {every:,} answers with thoughts are learned without them: the chat template leaves them "
             "out"] if missing else []
-
-
-def shown_document(tokenizer: PreTrainedTokenizerBase, document: Document, capacity: int, plain: bool, color: bool
-                   ) -> Line:
-    """The text of a document, with its targets and the ends of rows marked."""
-    line, kept = Line(), list(cuts(document.loss_mask, capacity, plain))
-    for begin, end, loss_mask in _runs(document, capacity):
-        if begin and begin % capacity == 0:
-            line.append(f"\n--- a row ends here{'' if plain else '; what follows is left out'} ---\n", style="red")
-        used = loss_mask and any(piece.start < end and begin < piece.stop for piece in kept)
-        text = tokenizer.decode(document.tokens[begin:end].tolist(), clean_up_tokenization_spaces=False)
-        text = text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")  # data must not send escape sequences to the terminal
-        if color:
-            line.append(text, style="green" if used else "dim")
-        else:
-            line.append(f"[[{text}]]" if used else text)
-    return line
-
-
-def _runs(document: Document, capacity: int) -> Iterator[tuple[int, int, bool]]:
-    """(begin, end, whether targets) of maximal runs of tokens with the same loss mask within a row."""
-    loss_mask, begin = document.loss_mask.copy(), 0
-    loss_mask[::capacity] = False  # a row's first token has no context to be predicted from
-    for at in range(1, len(loss_mask) + 1):
-        if at == len(loss_mask) or loss_mask[at] != loss_mask[begin] or at % capacity == 0:
-            yield begin, at, bool(loss_mask[begin])
-            begin = at

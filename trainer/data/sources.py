@@ -60,8 +60,16 @@ def open_corpus(data: Data, cache: Path) -> Corpus:
         if data.max_documents:
             train = train.take(data.max_documents)
         return Corpus(train, validation)
-    if data.max_documents:
-        train = train.take(data.max_documents)
+    return divided(train.take(data.max_documents) if data.max_documents else train, data)
+
+
+def divided(train: Documents, data: Data) -> Corpus:
+    """Hold out a part of some documents, as a run does where no held-out data is named.
+
+    Raises:
+        UserError: there are too few of them.
+    """
+    held_out = data.validation
     if data.streaming:  # a stream has no length to take a fraction of, so its first documents are held out
         rest = train.skip(held_out.rows)
         if next(iter(rest), None) is None:

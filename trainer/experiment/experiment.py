@@ -17,7 +17,7 @@ from trainer.experiment.objective_nodes import INSIDE, Divergence, Objective
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.report_node import Report
 from trainer.experiment.run_paths import model_of_run, within
-from trainer.experiment.task_checks import check_task_settings
+from trainer.experiment.task_checks import check_best, check_classification, check_language
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,11 @@ class Experiment(Node):
             raise UserError("student.from_teacher", "there is no teacher to take layers from",
                             value=list(self.student.from_teacher),
                             way_out="add `teacher`, or give the student a `path`")
-        check_task_settings(self)
+        check_best(self.data, self.training.keep_best)
+        if self.data.is_language:
+            check_language(self.teacher)
+        else:
+            check_classification(self.data, self.objective, self.student, self.teacher, self.export)
         objective, weight = self.objective, self.objective.divergence.weight
         if self.teacher is None and weight:
             raise UserError("objective.divergence.weight", "there is no teacher to learn from", value=weight,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from trainer.errors import UserError
 from trainer.experiment.node import Node, Positive
-
-if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
-    from trainer.experiment.data_nodes import Data
 
 TaskName = Literal["causal_lm", "sequence_classification", "token_classification", "image_classification"]
 # The keys of `data` that name the fields of a record, by task; those that a record may lack are None by default.
@@ -50,12 +47,13 @@ class Images(Node):
         return self
 
 
-def check_task(data: Data) -> None:
-    """Raise `UserError` for keys of `data` that do not belong to its task."""
+def check_task(data: Any) -> None:
+    """Raise `UserError` for keys of the node `data` that do not belong to its task."""
     given = {name for name in (*OWN, *OF_LANGUAGE) if getattr(data, name) != type(data).model_fields[name].default}
     if data.task == "causal_lm":
         if foreign := next((name for name in OWN if name in given), None):
-            near = next((task for task, keys in FIELDS.items() if foreign in keys), "sequence_classification")
+            near = "image_classification" if foreign == "images" else next(
+                (task for task, keys in FIELDS.items() if foreign in keys), "sequence_classification")
             raise UserError(foreign, "this is for classification, and the task is causal_lm", value=_plain(
                 getattr(data, foreign)), way_out=f"set `task: {near}`, or remove `{foreign}`")
         return
@@ -65,7 +63,8 @@ def check_task(data: Data) -> None:
                         foreign == "labels" else f"remove `{foreign}`, or set `task: causal_lm`")
     own = {*FIELDS[data.task], "class_names", *(("images",) if data.task == "image_classification" else ())}
     if foreign := next((name for name in OWN if name in given and name not in own), None):
-        near = next(task for task, keys in FIELDS.items() if foreign in (*keys, "images"))
+        near = "image_classification" if foreign == "images" else next(
+            task for task, keys in FIELDS.items() if foreign in keys)
         raise UserError(foreign, f"this is for {near}, and the task is {data.task}",
                         value=_plain(getattr(data, foreign)), way_out=f"remove `{foreign}`, or set `task: {near}`")
     names = data.class_names

@@ -42,6 +42,7 @@ from trainer.models.language_part import check_alone
 from trainer.models.model_origin import dense, learn_padding, loading, method_of, note, skeleton
 from trainer.models.quantized_base import check_quantized_base, given_numbers
 from trainer.models.rope_by_document import by_document
+from trainer.models.segments import ignoring_segments
 from trainer.models.task_heads import auto_class
 from trainer.models.teacher_layers import fill_from_layers, needed, paired_lists
 from trainer.models.tied_weights import kept_apart
@@ -247,7 +248,7 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
         loaded, info = reach_model(auto_class(config), model, key, dtype=dtype, use_safetensors=True,
                               output_loading_info=True, **loading(origin, config))
     if task_of(config) != "causal_lm":
-        return _with_head(loaded, info, model, key)
+        return ignoring_segments(_with_head(loaded, info, model, key))
     if info["missing_keys"]:  # transformers would initialize them randomly
         raise UserError(f"{key}.path", f"the weights lack {len(info['missing_keys'])} tensors, for example "
                         f"{sorted(info['missing_keys'])[0]}", value=model.path,

@@ -43,6 +43,7 @@ def check_classifier(model: nn.Module, key: str, data: Data, path: str | None) -
     _try(model, key, path)
     if data.task == "image_classification":
         return
+    _try_length(model, data.sequence_length)
     with torch.no_grad(), _Evaluated(model):
         short, padded = (model(**_texts(model, length)).logits.float() for length in (SHORT, LONG))
     padded = padded[:, :SHORT] if short.ndim == 3 else padded
@@ -50,6 +51,19 @@ def check_classifier(model: nn.Module, key: str, data: Data, path: str | None) -
         raise UserError(f"{key}.path" if path else f"{key}.architecture", f"what {type(model).__name__} says of a text "
                         "depends on the padding behind it", value=path or model.config.model_type,
                         way_out="name another model")
+
+
+@torch.no_grad()
+def _try_length(model: nn.Module, length: int) -> None:
+    """Raise `UserError` if a classifier that reads short texts cannot read one of a length."""
+    inputs = {name: tensor[:1] for name, tensor in _texts(model, length, length).items()}
+    try:
+        with _Evaluated(model):
+            model(**inputs)
+    except Exception as error:  # foreign model code can raise anything
+        raise UserError("data.sequence_length", f"{type(model).__name__} cannot read texts so long: "
+                        f"{first_line(error)}", value=length, way_out="lower it: some models read a few tokens less "
+                        "than their max_position_embeddings") from error
 
 
 @torch.no_grad()
@@ -65,8 +79,8 @@ def _try(model: nn.Module, key: str, path: str | None) -> None:
                         way_out="check the dimensions of its architecture, and data.images.size for images") from error
     rows = len(next(iter(inputs.values())))
     if scores.shape[0] != rows or scores.shape[-1] != model.config.num_labels:
-        raise UserError(where, f"{type(model).__name__} gives scores of shape {tuple(scores.shape)} for {rows} rows and "
-                        f"{model.config.num_labels} classes", value=path or model.config.model_type,
+        raise UserError(where, f"{type(model).__name__} gives scores of shape {tuple(scores.shape)} for {rows} rows "
+                        f"and {model.config.num_labels} classes", value=path or model.config.model_type,
                         way_out="name another model")
 
 
@@ -82,16 +96,16 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
     return _texts(model, SHORT)
 
 
-def _texts(model: nn.Module, length: int) -> dict[str, torch.Tensor]:
-    """Two texts of `SHORT` tokens, padded to a length."""
+def _texts(model: nn.Module, length: int, own: int = SHORT) -> dict[str, torch.Tensor]:
+    """Two texts of `own` tokens, padded to a length."""
     device = next(one.device for one in model.parameters() if one.device.type != "meta")
     size, padding = model.config.get_text_config().vocab_size, model.config.get_text_config().pad_token_id
-    ids = torch.arange(2 * SHORT, device=device).view(2, SHORT) % size
+    ids = torch.arange(2 * own, device=device).view(2, own) % size
     if padding is not None:
         ids = torch.where(ids == padding, (padding + 1 + SHORT) % size, ids)
     row = torch.full((2, length), 0 if padding is None else padding, device=device)
-    row[:, :SHORT] = ids
-    mask = (torch.arange(length, device=device) < SHORT).long().expand(2, -1)
+    row[:, :own] = ids
+    mask = (torch.arange(length, device=device) < own).long().expand(2, -1)
     return {"input_ids": row, "attention_mask": mask}
 
 

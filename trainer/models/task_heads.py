@@ -87,9 +87,9 @@ def classifier(config: PretrainedConfig, model: Model, key: str, task: Task) -> 
     if type(config) not in MAPPINGS[task.name]:
         others = [name for name, mapping in MAPPINGS.items() if type(config) in mapping]
         near = difflib.get_close_matches(config.model_type, [one.model_type for one in MAPPINGS[task.name]], 1, 0.6)
-        way_out = f"set data.task: {others[0]}" if others else "use another model"
+        such = ", ".join(dict.fromkeys([*near, *COMMON[task.name]]))
         raise UserError(where, f"transformers has no {config.model_type} model for {task.name}", value=value,
-                        way_out=f"{way_out}, or a model such as {', '.join(dict.fromkeys([*near, *COMMON[task.name]]))}")
+                        way_out=f"use a model such as {such}" + (f", or set data.task: {others[0]}" if others else ""))
     made = MAPPINGS[task.name][type(config)]
     made = made[0] if isinstance(made, tuple) else made
     trained = task_of(config) == task.name and model.path is not None
@@ -117,9 +117,9 @@ def check_classes(config: PretrainedConfig, task: Task, where: str, value: Any) 
     lacking = [name for name in task.classes if name not in theirs]
     near = difflib.get_close_matches(lacking[0], map(str, theirs), 1) if lacking else []
     hint = f": {lacking[0]!r} is none of its own" + (f" (it has {near[0]!r})" if near else "") if lacking else ""
-    raise UserError(where, f"it tells {len(theirs)} classes apart and the data has {len(task.classes)}, so that the two "
-                    f"cannot be compared{hint}", value=value, way_out="name a model trained on these classes, or data "
-                    "with the model's; a student that is to learn them anew starts from a model without such a head")
+    raise UserError(where, f"it tells {len(theirs)} classes apart and the data has {len(task.classes)}, which cannot "
+                    f"be compared{hint}", value=value, way_out="name a model trained on these classes, or data with "
+                    "the model's; a student that is to learn them anew starts from a model without such a head")
 
 
 def _for_images(config: PretrainedConfig, model: Model, key: str, task: Task, trained: bool) -> None:

@@ -147,7 +147,8 @@ class Plans:
         return replace(plan, step=self._steps[key])
 
 
-STUDIED = {"data": {"sequence_length", "packing", "task", "images", "text_pair"}, "student": {"quantization", "adapter"},
+STUDIED = {"data": {"sequence_length", "packing", "task", "images", "text_pair"},
+           "student": {"quantization", "adapter"},
            "teacher": {"dtype", "targets"}, "training": {"batch_size", "micro_batch", "clip"}, "optimizer": True,
            "precision": True, "sharding": True, "memory": True, "objective": True}
 # Keys that saving adds to a configuration, and special token ids: the memory of a step does not depend on them.

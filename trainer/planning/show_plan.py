@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from strategies.rematerialization.recompute_plan import PROVEN
+from trainer.data.classified_preview import ClassifiedPreview
 from trainer.data.data_preview import Preview
 from trainer.experiment.explain import resolved_table
 from trainer.experiment.load import Source
@@ -18,14 +19,14 @@ from trainer.run.pace import readable_beside
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def show_plan(source: Source, plan: Plan, data: Sequence[Preview], start: str) -> None:
+def show_plan(source: Source, plan: Plan, data: Sequence[Preview | ClassifiedPreview], start: str) -> None:
     """Print the plan, the resolved experiment with the origin of each value, and what the data is.
 
     Args:
         start: what a start would do with the run folder.
     """
     _print_columns(f"Experiment {source.experiment.name}: key, value, where it was written", resolved_table(source))
-    _print_columns("Plan", [("run folder", start), *_plan_rows(plan)])
+    _print_columns("Plan", [("run folder", start), *_plan_rows(plan, source.experiment.data.is_language)])
     _print_columns("Ledger: bytes per process, each part at its largest", [
         (name.replace("_", " "), f"{count:>15,}", readable(count)) for name, count in plan.ledger.rows()])
     if plan.memory is not None:
@@ -34,7 +35,7 @@ def show_plan(source: Source, plan: Plan, data: Sequence[Preview], start: str) -
         console.print("  activations and the peak are not in it: this architecture cannot be run without data")
     for one in data:
         of = f", {one.weight:.1%} of the tokens" if len(data) > 1 else ""
-        _print_columns(f"Data: {one.source}{of}", _data_rows(one))
+        _print_columns(f"Data: {one.source}{of}", _data_rows(one) if isinstance(one, Preview) else one.rows)
         for example in one.examples:
             console.print(f"  {example}", style="dim" if console.is_terminal else None)
 
@@ -48,12 +49,13 @@ def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
         console.print("  " + "  ".join([*padded, row[-1]]))
 
 
-def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
+def _plan_rows(plan: Plan, language: bool) -> list[tuple[str, str]]:
     steps = "known once the data is tokenized" if plan.steps is None else f"{plan.steps:,}"
+    of, tokens = ("sequences", f"; {plan.tokens_per_step:,} tokens") if language else ("rows", "")
     rows = [
         ("processes", f"{plan.topology.ranks} on {plan.topology.device}"),
-        ("effective batch", f"{plan.batch_size} sequences = {plan.micro_batch} per micro-batch x {plan.accumulation} "
-                            f"accumulated x {plan.topology.data_parallel} processes; {plan.tokens_per_step:,} tokens"),
+        ("effective batch", f"{plan.batch_size} {of} = {plan.micro_batch} per micro-batch x {plan.accumulation} "
+                            f"accumulated x {plan.topology.data_parallel} processes{tokens}"),
         ("sharding", plan.sharding), ("steps", steps),
         ("precision", f"{plan.precision} forward and backward, fp32 weights and updates"),
     ]
@@ -122,7 +124,7 @@ def _block_rows(memory: MemoryPlan) -> list[tuple[list[str], int, str]]:
     return rows
 
 
-def plan_json(source: Source, plan: Plan, data: Sequence[Preview], start: str) -> str:
+def plan_json(source: Source, plan: Plan, data: Sequence[Preview | ClassifiedPreview], start: str) -> str:
     """The resolved experiment, the plan, what the data is, and what a start would do with the run folder, as JSON."""
     return json.dumps({"experiment": source.experiment.model_dump(mode="json"),
                        "origins": {key: origin for key, _, origin in resolved_table(source)},

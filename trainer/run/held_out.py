@@ -40,6 +40,11 @@ def main_figure(found: Mapping[str, Any]) -> str:
     return "bits_per_byte" if "bits_per_byte" in found else "accuracy"
 
 
+def compared(receipt: Mapping[str, Any]) -> str:
+    """What `tokens_compared` of a receipt counts."""
+    return "answers compared" if "accuracy" in receipt else "tokens compared"
+
+
 def in_words(found: Mapping[str, Any], name: str | None = None) -> str:
     """A figure with its name: `1.2345 bits per byte`, or `accuracy 93.10%`."""
     name = name or main_figure(found)

@@ -41,7 +41,7 @@ def snippet(runtime: str, path: str, prompt: Prompt, *, hub: bool, trust: bool =
     return ("sh", _llama_cpp(path, prompt, hub)) if runtime == "gguf" else None
 
 
-def _place(path: str, hub: bool) -> str:
+def place(path: str, hub: bool) -> str:
     """Code for the folder of a student, which a runtime that knows no hub needs to have here."""
     return f"snapshot_download({path!r})" if hub else repr(path) + HERE * (path == ".")
 
@@ -95,7 +95,7 @@ def _peft_beside(path: str, prompt: Prompt, hub: bool, trust: bool) -> str:
 {FETCH * hub}from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-path = {_place(path, hub)}
+path = {place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
 base = AutoModelForCausalLM.from_pretrained(f"{{path}}/base"{TRUST * trust})
 model = PeftModel.from_pretrained(base, path)
@@ -142,7 +142,7 @@ import numpy as np
 {FETCH * hub}from onnxruntime import InferenceSession
 from transformers import AutoTokenizer, GenerationConfig
 
-path = {_place(path, hub)}
+path = {place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
 ends = np.ravel(GenerationConfig.from_pretrained(path).eos_token_id)
 session = InferenceSession(f"{{path}}/model.onnx")
@@ -170,7 +170,7 @@ def _ctranslate2(path: str, prompt: Prompt, hub: bool) -> str:
 {FETCH * hub}from ctranslate2 import Generator
 from transformers import AutoTokenizer
 
-path = {_place(path, hub)}
+path = {place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
 generator = Generator(path, compute_type="float32")
 {_ids(prompt, "np")}
@@ -186,7 +186,7 @@ import torch
 {FETCH * hub}from executorch.runtime import Runtime
 from transformers import AutoTokenizer, GenerationConfig
 
-path = {_place(path, hub)}
+path = {place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
 ends = GenerationConfig.from_pretrained(path).eos_token_id
 ends = ends if isinstance(ends, list) else [ends]

@@ -16,9 +16,9 @@ from trainer.experiment.objective_nodes import INSIDE
 from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.run_paths import STUDENT, run_of
 from trainer.files import write_atomically
-from trainer.run.classifier_snippets import KINDS, TAGS, classifier_snippet
+from trainer.run.classifier_snippets import KINDS, TAGS, Classified, classifier_snippet, install
 from trainer.run.folder import RunFolder, read_json
-from trainer.run.held_out import FIGURES, main_figure
+from trainer.run.held_out import FIGURES, compared, main_figure
 from trainer.run.lineage import EarlierRun, earlier_runs
 from trainer.run.load_snippets import INSTALL, TITLES, Prompt, snippet
 from trainer.run.markdown import block, code, plain, sentence
@@ -32,7 +32,7 @@ RECEIPT = {"bits_per_byte": "bits per byte of held-out text", "accuracy": "accur
            "macro_f1": "macro F1", "calibration_error": "calibration error", "rows": "held-out rows",
            "argmax_agreement": "same most probable answer",
            "largest_difference": "largest logit difference", "largest_logit": "largest logit",
-           "tokens_compared": "tokens compared"}
+           "tokens_compared": ""}
 
 
 def write_cards(folder: RunFolder) -> None:
@@ -94,8 +94,9 @@ def _front_matter(values: dict[str, Any], before: Sequence[EarlierRun], runtime:
     paths = dict.fromkeys(path for one in every for path in _data_paths(one) if _is_hub_id(path))
     return ModelCardData(
         license=stated, base_model=base if base and _on_hub(base, first) else None, datasets=[*paths] or None,
-        library_name="peft" if _adapter_base(values) else LIBRARIES.get(runtime), pipeline_tag=TAGS.get(_task(values), "text-generation"),
-        tags=tags).to_yaml() + "\n"
+        library_name="peft" if _adapter_base(values) else LIBRARIES.get(runtime),
+        pipeline_tag=TAGS.get(_task(values), "text-generation"), tags=tags,
+        metrics=["accuracy", "f1"] if _classifies(values) else None).to_yaml() + "\n"
 
 
 def _first(values: dict[str, Any], before: Sequence[EarlierRun]) -> dict[str, Any]:
@@ -212,10 +213,10 @@ def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repositor
     for runtime in sorted(every, key=lambda name: every[name] != student):
         own = every[runtime] == student
         path = repository or ("." if own else f"../{every[runtime].name}")
-        hub, task = repository is not None, _task(values)
+        hub = repository is not None
         shown = snippet(runtime, path, prompt, hub=hub, trust=trust, base=_adapter_base(values)) \
-            if task == "causal_lm" else classifier_snippet(runtime, path, task, hub, trust,
-                                                           values["data"]["images"]["size"])
+            if not _classifies(values) else classifier_snippet(runtime, path, Classified.of(values["data"]), hub=hub,
+                                                               trust=trust)
         if shown is None or (repository is not None and not own):
             continue
         where = "" if own else f", exported beside this folder in {code(every[runtime].name)}"
@@ -226,6 +227,14 @@ def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repositor
 
 def _task(values: dict[str, Any]) -> str:
     return values["data"].get("task", "causal_lm")
+
+
+def _classifies(values: dict[str, Any]) -> bool:
+    return _task(values) != "causal_lm"
+
+
+def _rows(values: dict[str, Any]) -> str:
+    return "rows" if _classifies(values) else "sequences"
 
 
 def _adapter_base(values: dict[str, Any]) -> str | None:
@@ -239,6 +248,8 @@ def needs_its_base(values: dict[str, Any]) -> bool:
 
 
 def _install(runtime: str, values: dict[str, Any]) -> str:
+    if _classifies(values):
+        return install(runtime, Classified.of(values["data"]))
     base = _adapter_base(values) if runtime == "transformers" else None
     return INSTALL[runtime] + " peft" * (base is not None) + " bitsandbytes" * (base == "nf4")
 
@@ -253,7 +264,7 @@ def _receipt(receipt: dict[str, Any], folder: RunFolder, values: dict[str, Any],
              ) -> list[str]:
     """What the fresh process found that loaded this folder, and what the other models of the run need."""
     rows = [*(f"| {what} | {count:,} |" for what, count in size.items()),
-            *(f"| {what} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items()
+            *(f"| {what or compared(receipt)} | {_figure(name, receipt[name])} |" for name, what in RECEIPT.items()
               if receipt.get(name) is not None)]
     versions = ", ".join(f"{library} {number}" for library, number in receipt["versions"].items())
     found = read_json(folder.comparison)
@@ -289,20 +300,39 @@ def _data(values: dict[str, Any], folder: RunFolder) -> str:
     data, plan = values["data"], read_json(folder.plan)
     trained = plan["steps"] > 0
     parts = [data, *(data.get("sources") or ())]
+    if _classifies(values):
+        return _classified(data, plan, values)
     form = "chats" if any(part.get("messages") for part in parts) else \
         f"prompts and their answers, of which the answers {'were learned' if trained else 'count'}" \
         if any(part.get("prompt") for part in parts) else "text"
-    notes = "".join(f"\n\n{plain(_public(note, values))}." for note in plan.get("text", []))
-    did = "Trained" if trained else "This run trained nothing. It compared the model"
-    return (f"{did} on {', '.join(_name(path, values) for path in _data_paths(values))} ({form}), in sequences of "
-            f"{data['sequence_length']:,} tokens.{notes}")
+    return (f"{_trained_on(plan, values)} ({form}), in sequences of {data['sequence_length']:,} tokens."
+            f"{_notes(plan, values)}")
+
+
+def _trained_on(plan: dict[str, Any], values: dict[str, Any]) -> str:
+    did = "Trained" if plan["steps"] > 0 else "This run trained nothing. It compared the model"
+    return f"{did} on {', '.join(_name(path, values) for path in _data_paths(values))}"
+
+
+def _notes(plan: dict[str, Any], values: dict[str, Any]) -> str:
+    return "".join(f"\n\n{plain(_public(note, values))}." for note in plan.get("text", []))
+
+
+def _classified(data: dict[str, Any], plan: dict[str, Any], values: dict[str, Any]) -> str:
+    """Section on the data of a classifier."""
+    size = data["images"]["size"]
+    form = f"images of {size} x {size} pixels" if data["task"] == "image_classification" else (
+        ("words of texts" if data["task"] == "token_classification" else "pairs of texts" if data["text_pair"] else
+         "texts") + f" of at most {data['sequence_length']:,} tokens")
+    return f"{_trained_on(plan, values)}, {form}, each with its class.{_notes(plan, values)}"
 
 
 def _recipe(values: dict[str, Any], folder: RunFolder) -> str:
     training, optimizer, schedule = values["training"], values["optimizer"], values["schedule"]
     steps = read_json(folder.plan)["steps"]
     rows = {} if steps == 0 else {
-        "training": f"{steps:,} steps of {training['batch_size']} sequences, seed {values['seed']}",
+        "training": f"{steps:,} steps of {training['batch_size']} {_rows(values)}, seed "
+                    f"{values['seed']}",
         "objective": _objective(values),
         "optimizer": f"{optimizer['name']}, learning rate {optimizer['lr']:g} ({schedule['shape']}), weight decay "
                      f"{optimizer['weight_decay']:g}",

@@ -94,6 +94,8 @@ def _speed(record: Mapping[str, Any]) -> list[str]:
     seconds, learned = record.get("seconds"), record.get("tokens", 0)
     if not seconds:
         return []
+    if "rows" in record:  # of a classifier
+        return [f"{record['rows'] / seconds:,.0f} rows/s"]
     if "tokens_seen" not in record:  # of an earlier version
         return [f"{learned / seconds:,.0f} tokens/s"]
     return [f"{record['tokens_seen'] / seconds:,.0f} tokens/s ({learned / seconds:,.0f} learned)"]

@@ -19,7 +19,7 @@ from trainer.run.classifier_report import (
     confusion_section,
 )
 from trainer.run.folder import RunFolder, not_written, read_json
-from trainer.run.held_out import FIGURES, main_figure
+from trainer.run.held_out import FIGURES, compared, main_figure
 from trainer.run.hints import hints
 from trainer.run.markdown import block, code, plain, sentence
 from trainer.run.metrics import read_lines, readable
@@ -91,7 +91,8 @@ def _write(folder: RunFolder) -> None:
         *[f"![size against {FIGURES[main_figure(found['student'])].words}](size.png)\n"] * (len(ordered(found)) > 1),
         *(confusion_section(found, folder) if classifies else []),
         "## Training\n", *_curves(experiment), _training(curves["student"]), *_best(folder),
-        *_went_on(folder), *(f"{'Data' if classifies else 'Text'}: {plain(note)}." for note in plan.get("text", [])), "",
+        *_went_on(folder),
+        *(f"{'Data' if classifies else 'Text'}: {plain(note)}." for note in plan.get("text", [])), "",
         *_mixture(plan, curves["student"]),
         "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
         "## Bytes\n", *_memory(plan, curves["student"], folder), _ledger(plan, folder), "",
@@ -184,8 +185,10 @@ def _training(lines: list[dict[str, Any]]) -> str:
     steps = [line for line in lines if "loss" in line]
     skipped = [line["step"] for line in steps if "nonfinite" in line]
     seconds = sum(line["seconds"] for line in steps)
-    tokens = sum(line["tokens"] for line in steps)
-    text = f"{len(steps):,} steps, {tokens:,} target tokens, {seconds:.0f} s of training steps."
+    of = "rows" if steps and "rows" in steps[0] else "tokens"
+    count = sum(line[of] for line in steps)
+    what = "rows" if of == "rows" else "target tokens"
+    text = f"{len(steps):,} steps, {count:,} {what}, {seconds:.0f} s of training steps."
     if steps and steps[-1]["loss_scale"] != 1:
         text += (f" Loss scale {steps[-1]['loss_scale']:g} at the end; {steps[-1]['skipped']} steps skipped for "
                  f"overflow, {steps[-1]['growths']} growths.")
@@ -222,6 +225,7 @@ def _receipt(receipt: dict[str, Any]) -> str:
     for name, value in receipt.items():
         if value is None or value in ([], {}):  # not asked for, and nothing to note
             continue
+        name = compared(receipt) if name == "tokens_compared" else name
         if name == "versions":
             value = ", ".join(f"{library} {number}" for library, number in value.items())
         elif isinstance(value, list):
@@ -329,8 +333,9 @@ def _memory(plan: dict[str, Any], lines: list[dict[str, Any]], folder: RunFolder
         rows += ["", f"Keeping everything would have needed {memory['keep_all']:,} bytes. Recomputation takes "
                      f"{memory['recomputed']:.1%} of the blocks' forward and backward time by prediction; a better "
                      f"schedule of the blocks could save at most {memory['gap']:.1%} of it."]
-    rows += ["", "Planned for a micro-batch whose rows hold several documents each and in which every token is "
-                 "learned. Rows of one document need no mask, and tokens that are not learned no logits."]
+    if not any("rows" in line for line in lines):
+        rows += ["", "Planned for a micro-batch whose rows hold several documents each and in which every token is "
+                     "learned. Rows of one document need no mask, and tokens that are not learned no logits."]
     rows += [f"\nNot planned: {plain(text)}." for text in memory["unplanned"]]
     draw_step(Curve(numpy.array(memory["curve"]), tuple(map(tuple, memory["marks"]))),
               Curve(numpy.array(found["curve"]), tuple(map(tuple, found["marks"]))), memory["budget"],

@@ -25,6 +25,7 @@ from trainer.data.dataset import PreparedData
 from trainer.data.encoding import sample_prompts
 from trainer.data.rows import StreamedRows
 from trainer.errors import RunFailed, UserError, error_context
+from trainer.experiment.data_nodes import Data
 from trainer.experiment.experiment import Experiment, StudentForm
 from trainer.experiment.report_node import Report
 from trainer.files import write_atomically
@@ -141,9 +142,11 @@ def compare(
     if RunFolder(folder.control).student.exists():
         models["control"] = {**student_entry(experiment.student, experiment.export, RunFolder(folder.control).student),
                              "trust_remote_code": trust}
+    client = client_of(experiment.export, experiment.data.task)
     with working(experiment.name, "reloading in a fresh process and comparing", at_once=True):
         found, logits = ask_about(models, experiment.training.micro_batch, experiment.report, text, exported,
-                                  device.type, client=client_of(experiment), **_request(experiment, folder, text))
+                                  device.type, client=client,
+                                  **_request(experiment.data, experiment.report, folder, text))
     for name, entry in found.items():
         path = Path(models[name].get("adapter", models[name]["path"]))
         files = [*weight_files(path), *weight_files(path / BASE)]
@@ -161,7 +164,7 @@ def compare(
         reference = freeze_quantized(
             rebuilt(experiment, folder, folder.unverified, text), DTYPES[experiment.export.dtype]
         )
-        where = first_difference(str(folder.unverified), reference, text, receipt.tolerance, client_of(experiment))
+        where = first_difference(str(folder.unverified), reference, text, receipt.tolerance, client)
         raise RunFailed(differs(receipt, folder.unverified, "export.tolerance", where))
     write_atomically(folder.comparison, json.dumps(found, indent=2) + "\n")
     if folder.student.exists():
@@ -171,12 +174,11 @@ def compare(
     say_rise(folder, experiment.model_dump(mode="json"))
 
 
-def _request(experiment: Experiment, folder: RunFolder, text: PreparedData) -> dict[str, Any]:
+def _request(data: Data, report: Report, folder: RunFolder, text: PreparedData) -> dict[str, Any]:
     """What the fresh process is told besides: the task of classifiers, or the prompts of language models."""
-    if not experiment.data.is_language:
-        return {"task": experiment.data.task}
-    return {"tokenizer": str(folder.unverified),
-            "prompts": sample_prompts(experiment.report.texts, text.tokenizer, experiment.data)}
+    if not data.is_language:
+        return {"task": data.task}
+    return {"tokenizer": str(folder.unverified), "prompts": sample_prompts(report.texts, text.tokenizer, data)}
 
 
 def some_text(text: PreparedData) -> list[str]:

@@ -14,7 +14,7 @@ from strategies.adapters.low_rank import merged, write_adapter
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.export.receipt import TRANSFORMERS
 from trainer.errors import RunFailed
-from trainer.experiment.experiment import Experiment, StudentForm
+from trainer.experiment.experiment import StudentForm
 from trainer.experiment.model_nodes import Student
 from trainer.experiment.nodes import Export
 from trainer.models.build import DTYPES, empty_student
@@ -91,10 +91,9 @@ def write_separate(folder: Path, model: nn.Module, student: Student, form: Stude
     os.rename(partial, folder)
 
 
-def client_of(experiment: Experiment) -> str:
+def client_of(export: Export, task: str) -> str:
     """The script that loads the exported student in a fresh process."""
-    export = experiment.export
-    if not experiment.data.is_language:
+    if task != "causal_lm":
         return "classifier_client.py"
     return "peft_client.py" if export.adapter == "separate" else "transformers_client.py"
 

@@ -19,8 +19,9 @@ from trainer.sweep.sweep_overrides import apply_overrides
 
 WAYS = ("grid", "list", "search")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-MetricName = Literal["bits_per_byte", "bytes_on_disk", "tokens_per_second", "argmax_agreement",
-                     "held_out.bits_per_byte", "held_out.cross_entropy", "memory_peak", "seconds"]
+MetricName = Literal["bits_per_byte", "accuracy", "macro_f1", "calibration_error", "bytes_on_disk", "tokens_per_second",
+                     "rows_per_second", "argmax_agreement", "held_out.bits_per_byte", "held_out.cross_entropy",
+                     "held_out.accuracy", "held_out.macro_f1", "held_out.calibration_error", "memory_peak", "seconds"]
 
 
 def _values_to_try(values: object) -> object:
@@ -108,8 +109,9 @@ class Sweep(Node):
     """Seeds that each setting is run with; null: the experiment's own alone."""
     jobs: Positive = 1
     """Runs at a time on this machine. They share its cores; with GPUs each has one, in turn."""
-    metric: MetricName = "bits_per_byte"
-    """What settings are ranked by: figures of the exported student, of the last evaluation, or of the training."""
+    metric: MetricName | None = None
+    """What settings are ranked by: figures of the exported student, of the last evaluation (`held_out.`), or of the
+    training; null: `bits_per_byte`, or `accuracy` for a classification."""
 
     @model_validator(mode="after")
     def _whole(self) -> Sweep:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.run.folder import RunFolder, not_written, read_json
+from trainer.run.held_out import FIGURES
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class Metric:
         meaning: what it is, with its unit.
         highest: whether more of it is better.
         read: reads it from a finished run.
+        language: whether it is of language models (True) or of classifiers (False); None for both.
     """
 
     meaning: str
     highest: bool
     read: Callable[[RunFolder], float]
+    language: bool | None = None
 
     @property
     def better(self) -> str:
@@ -51,17 +54,33 @@ def _seconds(folder: RunFolder) -> float:
     return sum(line["seconds"] for line in _lines(folder) if "loss" in line)
 
 
+def _of_classes() -> dict[str, Metric]:
+    """What classifiers are measured by, of the exported student and at the last evaluation in training."""
+    found = {}
+    for name, meaning in (("accuracy", "share of right answers on held-out rows"),
+                          ("macro_f1", "mean of the classes' F1 on held-out rows"),
+                          ("calibration_error", "expected calibration error on held-out rows")):
+        highest = FIGURES[name].higher
+        found[name] = Metric(f"{meaning}, of the exported student", highest, _compared(name), False)
+        found[f"held_out.{name}"] = Metric(f"{meaning}, at the last evaluation in training", highest, _held_out(name),
+                                           False)
+    return found
+
+
 METRICS = {
     "bits_per_byte": Metric("bits per byte of held-out text, of the exported student", False,
-                            _compared("bits_per_byte")),
+                            _compared("bits_per_byte"), True),
+    **_of_classes(),
     "bytes_on_disk": Metric("bytes of the exported weight files", False, _receipt("bytes_on_disk")),
     "tokens_per_second": Metric("tokens per second of the exported student in transformers", True,
-                                _compared("tokens_per_second")),
-    "argmax_agreement": Metric("share of tokens on which the exported file agrees with the trained student", True,
+                                _compared("tokens_per_second"), True),
+    "rows_per_second": Metric("rows per second of the exported student in transformers", True,
+                              _compared("rows_per_second"), False),
+    "argmax_agreement": Metric("share of answers in which the exported file agrees with the trained student", True,
                                _receipt("argmax_agreement")),
     "held_out.bits_per_byte": Metric("bits per byte of held-out text, at the last evaluation in training", False,
-                                     _held_out("bits_per_byte")),
-    "held_out.cross_entropy": Metric("nats per token of held-out text, at the last evaluation in training", False,
+                                     _held_out("bits_per_byte"), True),
+    "held_out.cross_entropy": Metric("nats per token or row held out, at the last evaluation in training", False,
                                      _held_out("cross_entropy")),
     "memory_peak": Metric("bytes of memory at the peak of the run", False,
                           lambda folder: read_json(folder.measured)["memory_peak"]),

@@ -9,10 +9,11 @@ from contextlib import suppress
 from rich.console import Console
 
 from trainer.errors import ExperimentErrors
+from trainer.experiment.data_nodes import Data
 from trainer.run.run_status import in_use
 from trainer.sweep.proposals import PLACE, belongs, check_search, propose
 from trainer.sweep.settings import Setting, Settings, SweepRun, runs_of
-from trainer.sweep.sweep_file import SweepSource
+from trainer.sweep.sweep_file import MetricName, SweepSource
 from trainer.sweep.sweep_metrics import METRICS, figures
 from trainer.sweep.sweep_record import RunRecord, SweepFolder, SweepRecord
 from trainer.sweep.sweep_table import rows_of
@@ -53,8 +54,9 @@ class SweepPlan:
         search = source.sweep.search
         total = len(self.seeds) * (max(search.trials, len(known)) if search else len(known))
         keys = {key: self.settings.short(key) for key in self.settings.keys}
-        self.record = SweepRecord(name=source.name, experiment=source.sweep.experiment, metric=source.sweep.metric,
-                                  keys=keys, searched=search is not None, total=total, runs=[])
+        self.record = SweepRecord(name=source.name, experiment=source.sweep.experiment,
+                                  metric=self._metric(base.source.experiment.data), keys=keys,
+                                  searched=search is not None, total=total, runs=[])
         said = {(run.label, run.seed): run for run in earlier.runs} if earlier else {}
         for record in self.add(known):
             before = said.get((record.label, record.seed))
@@ -124,6 +126,19 @@ class SweepPlan:
                 time.sleep(0.2)
             record.state = "stopped"
             self.look(record)
+
+    def _metric(self, data: Data) -> MetricName:
+        """What settings are ranked by.
+
+        Raises:
+            ExperimentErrors: the runs are not measured by it.
+        """
+        metric: MetricName = self.source.sweep.metric or ("bits_per_byte" if data.is_language else "accuracy")
+        if METRICS[metric].language not in (None, data.is_language):
+            known = [name for name, one in METRICS.items() if one.language in (None, data.is_language)]
+            raise self.source.wrong("metric", f"runs of data.task {data.task} are not measured by it", value=metric,
+                                    way_out=f"use one of {', '.join(known)}")
+        return metric
 
     def _known(self, earlier: SweepRecord | None) -> list[Setting]:
         search = self.source.sweep.search

@@ -76,7 +76,8 @@ class TrainLoop:
     """
 
     def __init__(self, experiment: Experiment, plan: Plan, folder: RunFolder, accelerator: Accelerator,
-                 text: PreparedData, student: nn.Module, teacher: nn.Module | CachedTargets | CachedLogits | None = None,
+                 text: PreparedData, student: nn.Module,
+                 teacher: nn.Module | CachedTargets | CachedLogits | None = None,
                  teacher_config: PretrainedConfig | None = None,
                  related: tuple[SharedVocabulary | None, TeacherInputAdapter] = (None, identity_adapter)) -> None:
         """Set up models and optimizer on their devices, and resume from the newest checkpoint if there is one.
@@ -277,8 +278,9 @@ class TrainLoop:
     def _record(self, means: dict[str, float | None], norm: float | None, learning_rate: float, tokens: int, seen: int
                 ) -> dict[str, Any]:
         """The log record of a step."""
+        rows = {} if self.experiment.data.is_language else {"rows": self.plan.batch_size}
         return {"step": self.state.step + 1, **means, "gradient_norm": norm, "learning_rate": learning_rate,
-                "tokens": tokens, "tokens_seen": seen, "loss_scale": self.precision.loss_scale,
+                "tokens": tokens, "tokens_seen": seen, **rows, "loss_scale": self.precision.loss_scale,
                 "skipped": self.precision.skipped, "growths": self.precision.growths}
 
     def _empty(self, learning_rate: float, seen: int, started: float) -> dict[str, Any]:
@@ -414,7 +416,8 @@ class TrainLoop:
             console.print(f"{self.experiment.name}  {noted(text)}")
 
     def _log(self, record: dict[str, Any], metrics: Metrics, progress: ProgressReporter) -> None:
-        record["tokens_per_second"] = record["tokens"] / record["seconds"]
+        unit = "rows" if "rows" in record else "tokens"
+        record[f"{unit}_per_second"] = record[unit] / record["seconds"]
         record["memory_peak"], record["memory_kind"] = memory_peak(self.accelerator.device)
         if "nonfinite" in record:
             progress.say(f"step {self.state.step}: non-finite loss or gradient, step skipped "

@@ -168,7 +168,7 @@ def _projection(block: nn.Module, kind: str, where: str) -> tuple[nn.Module, int
 
 
 def _is_threefold(module: nn.Module) -> bool:
-    """Whether a projection makes queries, keys and values one after the other; not GPT-BigCode's: its heads alternate."""
+    """Whether a projection makes queries, keys and values one after the other; not GPT-BigCode's, by heads in turn."""
     if isinstance(module, Conv1D):
         return module.nf == 3 * module.nx
     return isinstance(module, nn.Linear) and module.out_features == 3 * module.in_features

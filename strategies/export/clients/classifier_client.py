@@ -7,6 +7,7 @@ The script imports nothing of this project, so whatever it can load and compute,
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import statistics
@@ -50,7 +51,10 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
     model = TASKS[request["task"]].from_pretrained(
         which["path"], dtype=which.get("dtype", "auto"), use_safetensors=True,
         trust_remote_code=which.get("trust_remote_code", False), **options).to(request["device"]).eval()
-    inputs = {name: held_out[name] for name in INPUTS if name in held_out}
+    known = inspect.signature(model.forward).parameters
+    if not (getattr(model.config, "type_vocab_size", None) or 0) > 1 and model.config.model_type != "xlnet":
+        known = {name: None for name in known if name != "token_type_ids"}
+    inputs = {name: held_out[name] for name in INPUTS if name in held_out and name in known}
     rows, step = len(held_out["targets"]), request["micro_batch"]
 
     def run(begin: int, end: int) -> torch.Tensor:

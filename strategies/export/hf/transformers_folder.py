@@ -28,6 +28,7 @@ from strategies.export.quantized_layers import (
     quantized_layers,
     weight_name,
 )
+from strategies.export.saved_processor import saved_processor
 from strategies.export.weight_reads import weight_reads
 
 PARTS = ("weight", "first_ratio", "log_ratio", "scale", "zero_point", "input_scale")  # of a layer; see `_packed`
@@ -69,7 +70,7 @@ def write_folder(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dt
         config.quantization_config["dequantize"] = True
     write_config(config, partial, model)
     save_generation_settings(model, partial)
-    tokenizer.save_pretrained(partial)
+    saved_processor(tokenizer, model).save_pretrained(partial)
     _remove(folder)
     os.rename(partial, folder)
 
@@ -89,7 +90,7 @@ def write_model_files(folder: Path, model: nn.Module, tokenizer: Any) -> None:
     partial.mkdir(parents=True)
     write_config(config_of(model, torch.float32), partial, model)
     save_generation_settings(model, partial)
-    tokenizer.save_pretrained(partial)
+    saved_processor(tokenizer, model).save_pretrained(partial)
     os.rename(partial, folder)
 
 

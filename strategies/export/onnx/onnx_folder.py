@@ -27,6 +27,7 @@ from strategies.export.onnx.genai_config import write_genai_config
 from strategies.export.onnx.onnx_cache import OPSET, CachedLogits, NoCache, Shape, cache_shapes, no_past
 from strategies.export.onnx.onnx_layers import DOMAIN, same_tensors, stand_in, stand_of
 from strategies.export.quantized_layers import ADDED, Quantized, quantized_layers
+from strategies.export.saved_processor import saved_processor
 
 FILE = "model.onnx"
 ENCODED = ("input_ids", "attention_mask", "token_type_ids")  # inputs of a classifier of texts, as far as it has them
@@ -74,6 +75,7 @@ def write_onnx(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtyp
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    tokenizer = saved_processor(tokenizer, model)
     names = [name for name in ENCODED if name in getattr(tokenizer, "model_input_names", ENCODED[:2])]
     shapes, notes = _write_model(partial / FILE, model, dtype, names)
     write_config(config_of(model, dtype), partial, model)

@@ -15,7 +15,11 @@ def test_activations_are_those_autograd_saves(dtype):
     def build():
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, vocab_size=90))
 
-    counted = saved_activation_bytes(build, 3, 16, dtype)
+    def inputs():  # each token a document of its own, so that there is a mask
+        ids = torch.zeros(3, 16, dtype=torch.long)
+        return {"input_ids": ids, "position_ids": ids, "use_cache": False}
+
+    counted = saved_activation_bytes(build, inputs, dtype)
     model = build()
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept = {}
