@@ -18,7 +18,7 @@ from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.renamed import with_new_names
 from trainer.experiment.run_paths import CHECKPOINTS, MODEL, STUDENT
 from trainer.files import flatten, read_value, write_atomically
-from trainer.run.changes import AFTERWARDS, IN_ANY_CASE, Changes, is_free, longer, refused, under
+from trainer.run.changes import AFTERWARDS, IN_ANY_CASE, Changes, is_free, longer, over_the_run, refused, under
 
 # Keys that came later, and count for the identity of a training only where they are set: what earlier versions cached
 # under the others is still found.
@@ -91,7 +91,7 @@ class RunFolder:
         asked = experiment.model_dump(mode="json")
         allowed, changes = {*self.afterwards(asked), *self.longer(asked)}, self.changed(asked)
         if wrong := [key for key in changes if not is_free(key) and key not in allowed]:
-            raise refused(self.path, changes, wrong, self.reached, self._values()["student"])
+            raise refused(self.path, changes, wrong, self.reached, self._values())
 
     @property
     def reached(self) -> int:
@@ -115,8 +115,7 @@ class RunFolder:
 
     def longer(self, asked: dict[str, Any]) -> list[str]:
         """Changed keys by which the run goes on for longer; none if it cannot go on with those values."""
-        quantization = asked["student"].get("quantization") or {}
-        return longer(self.changed(asked), self.reached, bool(quantization.get("bits_schedule")))
+        return longer(self.changed(asked), self.reached, over_the_run(asked) is not None)
 
     def afterwards(self, asked: dict[str, Any]) -> list[str]:
         """Changed keys that act only after training, so that their results can be made again from a checkpoint.

@@ -9,7 +9,9 @@ import numpy
 
 from strategies.memory.plot import Curve, draw_step
 from trainer.errors import ExperimentErrors, UserError
+from trainer.experiment.objective_nodes import Objective
 from trainer.experiment.plain_yaml import read_values
+from trainer.experiment.scheduled import shown
 from trainer.files import write_atomically
 from trainer.run.folder import RunFolder, not_written, read_json
 from trainer.run.hints import hints
@@ -75,7 +77,8 @@ def _write(folder: RunFolder) -> None:
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
         "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
         *["![size against bits per byte](size.png)\n"] * (len(ordered(found)) > 1),
-        "## Training\n", *_curves(experiment), _training(curves["student"]), *_best(folder),
+        "## Training\n", *_curves(experiment), _training(curves["student"]), *_schedules(experiment),
+        *_best(folder),
         *_went_on(folder), *(f"Text: {plain(note)}." for note in plan.get("text", [])), "",
         *_mixture(plan, curves["student"]),
         "## Receipt\n", _receipt(receipt), "", *_allotted(folder), *_elsewhere(folder),
@@ -177,6 +180,13 @@ def _training(lines: list[dict[str, Any]]) -> str:
     if empty := sum("empty" in line for line in steps):
         text += f" {empty:,} of the steps had no target token and taught nothing."
     return text + (f" Steps skipped because loss or gradient was not finite: {skipped}." if skipped else "")
+
+
+def _schedules(experiment: dict[str, Any]) -> list[str]:
+    """What of the objective moved during the run."""
+    objective = Objective.model_validate(experiment["objective"])
+    moved = [f"{key} {shown(objective.value(key))}" for key in objective.scheduled]
+    return [f"During the run: {plain(', '.join(moved))}."] if moved else []
 
 
 def _best(folder: RunFolder) -> list[str]:
