@@ -4,9 +4,11 @@
 
 DATA_FOLDER holds `gsm8k_train.jsonl` and `gsm8k_test.jsonl`, with `question` and `answer` in each line. A teacher and
 its tokenizer are trained once. Then for each seed the same small Llama learns the answers on the same tokens: without a
-teacher, and in each of the ways of `TAUGHT`. All figures are of the answers of test questions. A student that is taught
-has the cross-entropy with weight 0.3 and the divergence with 0.7, at temperature 1, in whatever form the teacher's
-targets are. Reports mean and standard deviation over seeds, whichever way they fall; `saved` is what a student is ahead
+teacher, and in each of the ways of `TAUGHT`. All figures are of the answers of test questions. Unless its recipe says
+otherwise, a student that is taught has the cross-entropy with weight 0.3 and the divergence with 0.7, at temperature 1,
+in whatever form the teacher's targets are. `equal compute` is the student without a teacher for as many more steps as
+the teacher's forward passes would pay for, at 6 operations for a weight of the student and token, and 2 for one of the
+teacher (Kaplan et al. 2020). Reports mean and standard deviation over seeds, whichever way they fall; `saved` is what a student is ahead
 of the one without a teacher that has the same seed. With `--folder` runs are kept, and a command that was interrupted
 goes on when it is given again; `seconds` are then of the last one.
 """
@@ -21,30 +23,35 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import limbeck
 from benchmarks.quickstart import machine, show
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import read_lines
 
-CONTROL, TEACHER = "no teacher", "teacher"
+CONTROL, TEACHER, LONGER = "no teacher", "teacher", "equal compute"
 FIGURES = ("bits_per_byte", "cross_entropy")
 LLAMA = {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True}
 LARGE = LLAMA | {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6}
 SMALL = LLAMA | {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-# Divergence, where its targets come from, and what is drawn to the teacher's hidden states.
-TAUGHT: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
-    "forward_kl": ("forward_kl", {"source": "live"}, None),
-    "jsd": ("jsd", {"source": "live"}, None),
-    "features": ("forward_kl", {"source": "live"}, {"weight": 0.1, "loss": "mse", "layers": "uniform"}),
-    "hidden": ("forward_kl", {"source": "hidden"}, None),
-    "samples": ("forward_kl", {"source": "samples", "draws": 50}, None),
-    "top_k": ("forward_kl", {"source": "top_k", "k": 64}, None),
+KL = {"cross_entropy": 0.3, "divergence": {"name": "forward_kl", "weight": 0.7, "temperature": 1.0}}
+FEATURES = {"weight": 0.1, "loss": "mse", "layers": "uniform"}
+# What a student minimizes, and where its teacher's targets come from.
+TAUGHT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "forward_kl": (KL, {"source": "live"}),
+    "jsd": (KL | {"divergence": KL["divergence"] | {"name": "jsd"}}, {"source": "live"}),
+    "features": (KL | {"features": FEATURES}, {"source": "live"}),
+    "hidden": (KL, {"source": "hidden"}),
+    "samples": (KL, {"source": "samples", "draws": 50}),
+    "top_k": (KL, {"source": "top_k", "k": 64}),
 }
-TITLES = {TEACHER: "the teacher", CONTROL: "no teacher", "forward_kl": "forward KL", "jsd": "JSD",
-          "features": "forward KL and features", "hidden": "forward KL, cached hidden states",
-          "samples": "forward KL, cached samples", "top_k": "forward KL, cached top k"}
+TITLES = {TEACHER: "the teacher", CONTROL: "no teacher", LONGER: "no teacher, steps of equal compute",
+          "forward_kl": "forward KL", "jsd": "JSD", "features": "forward KL and features",
+          "hidden": "forward KL, cached hidden states", "samples": "forward KL, cached samples",
+          "top_k": "forward KL, cached top k"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,7 +91,7 @@ def train_all(chosen: argparse.Namespace, room: Path) -> list[dict]:
     # A run of its own, as `teacher: {train: ...}` makes it: seeds of the students share it, and it has figures.
     rows = [trained(TEACHER, 0, chosen, room)]
     for seed in range(chosen.seeds):
-        rows += [trained(student, seed, chosen, room) for student in (CONTROL, *chosen.taught)]
+        rows += [trained(student, seed, chosen, room) for student in (CONTROL, LONGER, *chosen.taught)]
     return rows
 
 
@@ -108,7 +115,8 @@ def trained(student: str, seed: int, chosen: argparse.Namespace, room: Path) -> 
 def experiment(student: str, seed: int, chosen: argparse.Namespace, room: Path) -> dict[str, Any]:
     """What a person would write into a file for this model."""
     is_teacher, teacher = student == TEACHER, str(RunFolder(folder_of(TEACHER, 0, room)).student)
-    steps = chosen.teacher_steps if is_teacher else chosen.steps
+    steps = chosen.teacher_steps if is_teacher else (
+        round(chosen.steps * compute_ratio(chosen)) if student == LONGER else chosen.steps)
     shape = {"vocab_size": chosen.vocabulary, "max_position_embeddings": chosen.length}
     data = {"path": str(chosen.data / "gsm8k_train.jsonl"), "prompt": "question", "response": "answer",
             "sequence_length": chosen.length,
@@ -134,10 +142,16 @@ def learning(student: str, teacher: str) -> dict[str, Any]:
     """The teacher, and what its student minimizes; nothing for a model that has no teacher."""
     if student not in TAUGHT:
         return {}
-    divergence, targets, features = TAUGHT[student]
-    objective = {"cross_entropy": 0.3, "divergence": {"name": divergence, "weight": 0.7, "temperature": 1.0}}
-    return {"teacher": {"path": teacher, "targets": targets},
-            "objective": objective | ({"features": features} if features else {})}
+    objective, targets = TAUGHT[student]
+    return {"teacher": {"path": teacher, "targets": targets}, "objective": objective}
+
+
+def compute_ratio(chosen: argparse.Namespace) -> float:
+    """Operations of a step with a live teacher, over those of one without."""
+    with torch.device("meta"):
+        student, teacher = (sum(weight.numel() for weight in AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            **shape, vocab_size=chosen.vocabulary)).parameters()) for shape in (SMALL, LARGE))
+    return 1 + 2 * teacher / (6 * student)
 
 
 # ---- what was found
@@ -150,7 +164,7 @@ def summary(rows: list[dict]) -> dict[str, dict]:
         own = [row for row in rows if row["student"] == student]
         found[student] = {figure: spread([row[figure] for row in own]) for figure in FIGURES}
         found[student]["seconds_per_step"] = statistics.median(row["seconds_per_step"] for row in own)
-        if student in TAUGHT:
+        if student in (LONGER, *TAUGHT):
             found[student]["saved"] = spread([control[row["seed"]] - row["bits_per_byte"] for row in own])
     return found
 

@@ -1,4 +1,4 @@
-"""Scales that make weights comparable: normalized divergences, and what feature losses measure before the first step."""
+"""Scales that make weights comparable: normalized divergences, and what feature losses measure before step one."""
 
 import numpy
 import pytest
