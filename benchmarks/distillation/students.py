@@ -8,9 +8,9 @@ teacher, and in each of the ways of `TAUGHT`. All figures are of the answers of 
 otherwise, a student that is taught has the cross-entropy with weight 0.3 and the divergence with 0.7, at temperature 1,
 in whatever form the teacher's targets are. `equal compute` is the student without a teacher for as many more steps as
 the teacher's forward passes would pay for, at 6 operations for a weight of the student and token, and 2 for one of the
-teacher (Kaplan et al. 2020). Reports mean and standard deviation over seeds, whichever way they fall; `saved` is what a student is ahead
-of the one without a teacher that has the same seed. With `--folder` runs are kept, and a command that was interrupted
-goes on when it is given again; `seconds` are then of the last one.
+teacher (Kaplan et al. 2020). Reports mean and standard deviation over seeds, whichever way they fall; `saved` is what a
+student is ahead of the one without a teacher that has the same seed. With `--folder` runs are kept, and a command that
+was interrupted goes on when it is given again; `seconds` are then of the last one.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     made.add_argument("--batch", type=int, default=8, help="sequences of a step")
     made.add_argument("--held-out", type=int, default=128, help="rows of held-out answers")
+    made.add_argument("--threads", type=int, help="of a run; by default one for each core")
     made.add_argument("--folder", type=Path, help="where runs are kept; by default they are removed")
     made.add_argument("--json", type=Path)
     return made
@@ -130,7 +131,8 @@ def experiment(student: str, seed: int, chosen: argparse.Namespace, room: Path) 
         "training": {"steps": steps, "batch_size": chosen.batch, "micro_batch": chosen.batch, "evaluate_every": steps,
                      "checkpoint_every": steps},
         "report": {"control": False, "prompt": "There are", "sample_tokens": 8},
-        "run": {"folder": str(folder_of(student, seed, room)), "cache": str(room / "cache"), "log_every": 100}}
+        "run": {"folder": str(folder_of(student, seed, room)), "cache": str(room / "cache"), "log_every": 100,
+                "threads": chosen.threads}}
 
 
 def folder_of(student: str, seed: int, room: Path) -> Path:

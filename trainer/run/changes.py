@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.errors import OtherRun
 from trainer.experiment.objective_nodes import Objective
+from trainer.experiment.renamed import BEFORE
 
 # Keys that a resumed run may change: where it is kept, how it logs, how often it evaluates and saves. None of them
 # changes what is learned. Another micro-batch splits the same sum differently; with dropout it draws other masks, which
@@ -88,6 +89,9 @@ def _way_out(path: Path, keys: list[str], reached: int, values: dict[str, Any]) 
         what = "its bits follow" if schedule.endswith("bits_schedule") else f"{schedule} follows"
         return (f"{what} a schedule over the whole run, which cannot be made longer; to go on from its weights "
                 f"start a student with {origin}, in another `run.folder` or `name`")
+    if all(key in BEFORE for key in keys):
+        said = ", ".join(f"`{key}: {BEFORE[key]}`" for key in keys)
+        return f"the run began when this was not there yet; write {said} to go on as it began; or {other}"
     if values["student"].get("adapter"):
         return (f"to go on from its weights, name the merged student as `student: {{path: {path}/student}}`, in "
                 f"another `run.folder` or `name`; to begin anew, {other}")

@@ -24,7 +24,7 @@ from trainer.run.changes import AFTERWARDS, IN_ANY_CASE, Changes, is_free, longe
 # under the others is still found.
 LATER = ("training.keep_best", "training.early_stopping", "training.min_delta", "student.from_run", "student.adapter",
          "data.sources", "data.system", "data.input_ids", "data.labels", "schedule.restarts", "export.adapter",
-         "export.readers")
+         "export.readers", "objective.divergence.normalized")
 
 LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; the largest runs write about a hundredth of this
 _LOCKS: dict[Path, Any] = {}  # file locks held by this process; the system releases them when it ends
@@ -266,4 +266,4 @@ def training_identity(experiment: Experiment) -> dict[str, Any]:
     """The values of an experiment that determine the trained weights, by dotted key."""
     values = flatten(experiment.model_dump(mode="json"))
     return {key: value for key, value in values.items() if key != "name" and not is_free(key)
-            and not (key in LATER and value in (None, [], ()))}
+            and not (key in LATER and value in (None, [], (), False))}

@@ -3,13 +3,14 @@
 import numpy
 import pytest
 import torch
+import yaml
 
 from tests.trainer.teacher.test_distilling import bpe, losses, save, with_
 from trainer.errors import OtherRun, UserError
 from trainer.experiment.load import mistakes, read_experiment
 from trainer.experiment.objective_nodes import Objective
 from trainer.experiment.scheduled import shown, value_at
-from trainer.run.folder import RunFolder
+from trainer.run.folder import RunFolder, training_identity
 from trainer.run.metrics import read_lines
 
 MOVING = {"cross_entropy": [[0, 1.0], [0.75, 0.25]], "divergence": {
@@ -62,6 +63,28 @@ def test_a_run_whose_weights_move_is_not_made_longer(write_experiment, train_her
     with pytest.raises(OtherRun, match="training.steps was 4 and is 8") as refused:
         RunFolder(experiment.folder).check(experiment)
     assert "objective.cross_entropy follows a schedule over the whole run" in refused.value.way_out
+
+
+def test_a_run_of_a_version_without_scales_goes_on_as_it_began(write_experiment, tmp_path):
+    """Today's defaults are others; under them it would go on with another loss."""
+    as_before = {"features": {"scale": "none", "projections": "random"}}
+    ours = {"teacher": {"path": "some/teacher"}, "objective": as_before}
+    values = read_experiment(write_experiment("run", **ours)).experiment.model_dump(mode="json")
+    for key in as_before["features"]:
+        del values["objective"]["features"][key]
+    del values["objective"]["divergence"]["normalized"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "experiment.yaml").write_text(yaml.safe_dump(values))
+    folder = RunFolder(tmp_path / "run")
+    folder.check(read_experiment(write_experiment("run", **ours)).experiment)
+    with pytest.raises(OtherRun, match="objective.features.projections was 'random'") as refused:
+        folder.check(read_experiment(write_experiment("run", **ours | {"objective": {"features": {}}})).experiment)
+    assert "write `objective.features.projections: random`, `objective.features.scale: none`" in refused.value.way_out
+
+
+def test_what_an_earlier_version_cached_is_still_found(write_experiment):
+    identity = training_identity(read_experiment(write_experiment()).experiment)
+    assert "objective.divergence.normalized" not in identity
 
 
 @pytest.mark.parametrize(("value", "problem"), [
