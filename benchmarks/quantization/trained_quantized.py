@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     made.add_argument("--base-steps", type=int, default=800, help="of the model in full precision")
     made.add_argument("--steps", type=int, default=200, help="of training with quantized weights")
     made.add_argument("--lr", type=float, default=1e-3, help="of training with quantized weights, falling to a tenth")
@@ -94,7 +95,7 @@ def of_seed(seed: int, text: PreparedData, chosen: argparse.Namespace) -> Iterat
     train(teacher, text, seed + 1000, chosen.steps, chosen.lr)
     yield {"seed": seed, "scheme": "full precision", "method": "trained on", "loss": held_out(teacher, text)}
     for scheme in chosen.schemes:
-        for method in METHODS:
+        for method in chosen.methods:
             if method == "torchao qat" and not find_spec("torchao"):
                 continue
             model = copy.deepcopy(base)
