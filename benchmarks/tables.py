@@ -101,6 +101,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "faults": ("faults-cpu.json", faults_table),
     "cost": ("faults-cost-cpu.json", cost_table),
     "architectures": ("architectures-cpu.json", architectures_table),
+    "recipes": ("distillation-recipes-cpu.json", students_table),
     "students": ("distillation-students-cpu.json", students_table),
 }
 

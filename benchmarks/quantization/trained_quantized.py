@@ -8,8 +8,8 @@ scale for 32 weights:
 - it is rounded as it is, to nearest (`rtn`) and as GPTQ does (`gptq`);
 - it is trained on for some steps with quantized weights (`qat`), by ours and by torchao's fake quantizers: same
   weights to begin with, same rows, same optimizer, same steps;
-- ours is trained the same with a teacher (`qat + distillation`, forward KL alone): the trained model after as many more
-  steps in full precision, which is also what quantized students are to be compared with.
+- ours is trained the same with a teacher (`qat + distillation`): half cross-entropy, half forward KL from the trained
+  model after as many more steps in full precision, which is also what quantized students are to be compared with.
 
 torchao has no ternary weights: there its two bits stand beside them. Losses are cross-entropies per token of held-out
 text, of the quantized model. Costs are of a step of a wider model: medians over rounds in which all take turns, and
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     made.add_argument("--base-steps", type=int, default=800, help="of the model in full precision")
     made.add_argument("--steps", type=int, default=200, help="of training with quantized weights")
     made.add_argument("--lr", type=float, default=1e-3, help="of training with quantized weights, falling to a tenth")
@@ -94,7 +95,7 @@ def of_seed(seed: int, text: PreparedData, chosen: argparse.Namespace) -> Iterat
     train(teacher, text, seed + 1000, chosen.steps, chosen.lr)
     yield {"seed": seed, "scheme": "full precision", "method": "trained on", "loss": held_out(teacher, text)}
     for scheme in chosen.schemes:
-        for method in METHODS:
+        for method in chosen.methods:
             if method == "torchao qat" and not find_spec("torchao"):
                 continue
             model = copy.deepcopy(base)
@@ -135,7 +136,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 20) * (0.1 + 0.9 * (1 - step / steps)))
     order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(seed)).tolist()
-    objective = ResponseObjective(0.0, (Divergence("forward_kl"),)) if teacher else ResponseObjective(divergences=())
+    objective = ResponseObjective(0.5, (Divergence("forward_kl", 0.5),)) if teacher else ResponseObjective(
+        divergences=())
     for step in range(steps):
         rows = [text.train[order[(step * BATCH + number) % len(order)]] for number in range(BATCH)]
         loss(model, {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, objective, teacher).backward()

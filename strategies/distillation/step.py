@@ -75,6 +75,11 @@ class Distillation:
         judged.objective = replace(self.objective, cross_entropy=0.0, z_loss=0.0)
         return judged
 
+    @property
+    def _is_taught(self) -> bool:
+        """Whether a term needs the teacher now; weights may move during a run, and be zero for a part of it."""
+        return self.objective.needs_teacher or self.intermediate is not None
+
     def __call__(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor,
                  teacher_targets: Targets | None = None, real: torch.Tensor | None = None,
                  learned: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -109,7 +114,7 @@ class Distillation:
         hidden = asked = judged = None
         if self.intermediate is not None and self.intermediate.maps is not None:
             inputs = {**inputs, "output_attentions": True}
-        if self.teacher is not None and teacher_targets is None:
+        if self._is_taught and self.teacher is not None and teacher_targets is None:
             reading = self.reader(inputs, targets)
             if theirs is None:
                 with torch.no_grad():

@@ -8,9 +8,12 @@ import math
 import pytest
 import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import limbeck
-from benchmarks.distillation import cached, students
+from benchmarks.distillation import cached, peers_quality, students
+from strategies.distillation.losses.response import Divergence, ResponseObjective
 from trainer.run.metrics import read_lines
 
 
@@ -39,14 +42,15 @@ def test_students_of_a_small_teacher(questions, tmp_path, capsys):
 
     assert str(questions) not in file.read_text(), "where the data is belongs to a machine"
     found = json.loads(file.read_text())
-    assert [row["student"] for row in found["rows"]] == ["teacher", "no teacher", "features", "samples"]
+    assert [row["student"] for row in found["rows"]] == ["teacher", "no teacher", "equal compute", "features",
+                                                         "samples"]
     for row in found["rows"]:
         assert 0 < row["bits_per_byte"] < 12 and row["seconds_per_step"] > 0
         assert row["cross_entropy"] < 2 * math.log(280)
     size = {row["student"]: row["bytes_on_disk"] for row in found["rows"]}
     assert size["samples"] == size["features"] == size["no teacher"] < size["teacher"]
     bits = {row["student"]: row["bits_per_byte"] for row in found["rows"]}
-    assert len(set(bits.values())) == 4, "each learns something else"
+    assert len(set(bits.values())) == 5, "each learns something else"
     for student in ("features", "samples"):
         assert found["summary"][student]["saved"]["mean"] == pytest.approx(bits["no teacher"] - bits[student])
     assert students.table(found) in capsys.readouterr().out
@@ -71,8 +75,46 @@ def test_every_student_is_an_experiment(questions, tmp_path):
             3, control.data, control.student, control.training), "the same student on the same tokens"
         assert experiment.objective.cross_entropy + experiment.objective.divergence.weight == 1
     sources = [experiment.teacher.targets.source for experiment in asked.values()]
-    assert sources == ["live", "live", "live", "hidden", "samples", "top_k"]
-    assert [name for name, experiment in asked.items() if experiment.objective.features is not None] == ["features"]
+    assert sources == [*["live"] * 7, "hidden", "samples", "top_k"]
+    assert [name for name, experiment in asked.items() if experiment.objective.features is not None] == [
+        "features", "kl_features_start", "jsd_features_start"]
+
+
+def test_steps_of_equal_compute(questions, tmp_path):
+    """Against operations counted by torch: 2 for each multiplication, of forward and backward."""
+    chosen = students.parser().parse_args([str(questions), *SMALL, "--size", "tiny", "--vocabulary", "1024"])
+    torch.manual_seed(0)
+    teacher, student = (AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        **shape, vocab_size=1024, attn_implementation="eager")) for shape in students.SIZES["tiny"][:2])
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    with FlopCounterMode(display=False) as own:
+        student(input_ids=ids, labels=ids).loss.backward()
+    with FlopCounterMode(display=False) as more, torch.no_grad():
+        teacher(input_ids=ids)
+    ratio = 1 + more.get_total_flops() / own.get_total_flops()
+    assert students.compute_ratio(chosen) == pytest.approx(ratio, rel=0.1)
+    asked = students.experiment(students.LONGER, 0, chosen, tmp_path)
+    assert asked["training"]["steps"] == round(2 * students.compute_ratio(chosen)) and "teacher" not in asked
+
+
+def test_losses_of_peers_are_what_their_names_say(monkeypatch):
+    """Against our own, which have tests of their own; top-k over all tokens is KL, and over fewer leaves some out."""
+    student, teacher = torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(7)
+    ours = ResponseObjective(0.5, (Divergence("forward_kl", 0.5, 2.0),))(student, teacher, targets)[0] / 7
+    assert float(peers_quality.hf_kl(student, teacher, targets)) == pytest.approx(float(ours), rel=1e-5)
+    monkeypatch.setattr(peers_quality, "TOP", 20)
+    assert float(peers_quality.distillkit_top_k(student, teacher, targets)) == pytest.approx(float(ours), rel=1e-5)
+    monkeypatch.setattr(peers_quality, "TOP", 3)
+    assert float(peers_quality.distillkit_top_k(student, teacher, targets)) != pytest.approx(float(ours), rel=1e-2)
+
+
+def test_peers_are_compared_with_our_best_of_the_same_seed():
+    rows = [{"seed": seed, "method": method, "cross_entropy": loss + seed} for seed in (0, 1)
+            for method, loss in (("forward_kl", 3.0), ("jsd", 3.5), ("hf_kl", 3.25))]
+    said = peers_quality.table({"rows": rows})
+    assert "| HF Trainer, KL by hand | 3.7500 (0.7071) | +0.2500 (0.0000) |" in said
+    assert "| Limbeck, forward KL | 3.5000 (0.7071) | +0.0000 (0.0000) |" in said
 
 
 def test_summary_compares_each_seed_with_its_own_control():

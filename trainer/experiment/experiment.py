@@ -18,6 +18,7 @@ from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.report_node import Report
 from trainer.experiment.run_paths import model_of_run, within
 from trainer.experiment.task_checks import check_best, check_classification, check_language
+from trainer.experiment.scheduled import highest, lowest, moves
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,13 @@ class Experiment(Node):
             check_language(self.teacher)
         else:
             check_classification(self.data, self.objective, self.student, self.teacher, self.export)
-        objective, weight = self.objective, self.objective.divergence.weight
+        objective, weight = self.objective, highest(self.objective.divergence.weight)
         if self.teacher is None and weight:
             raise UserError("objective.divergence.weight", "there is no teacher to learn from", value=weight,
                             way_out="add `teacher`, or remove `objective.divergence.weight`")
-        if not objective.cross_entropy and not objective.z_loss and (not self.teacher or weight == 0):
-            raise UserError("objective.cross_entropy", "every weight of the objective is zero",
+        if (idle := objective.idle_at(self.teacher is not None)) is not None:
+            moment = f" at {idle:.0%} of the run" if objective.scheduled else ""
+            raise UserError("objective.cross_entropy", f"every weight of the objective is zero{moment}",
                             value=objective.cross_entropy, way_out="set it or `divergence.weight` above zero")
         if self.teacher is not None and self.teacher.targets.source != "live":
             self._cached()
@@ -162,7 +164,7 @@ class Experiment(Node):
     def _on_policy(self) -> None:
         """Check what on-policy distillation requires: a live teacher with a divergence, and unsharded weights."""
         way_out = "or remove objective.on_policy"
-        if self.teacher is None or self.objective.divergence.weight == 0:
+        if self.teacher is None or lowest(self.objective.divergence.weight) == 0:
             raise UserError("objective.on_policy", "nobody judges what the student writes",
                             way_out=f"add `teacher` with a divergence, {way_out}")
         if self.teacher.targets.source != "live":
@@ -190,6 +192,9 @@ class Experiment(Node):
         """Reject settings for which a cache of teacher targets does not suffice."""
         assert self.teacher is not None, "nothing else is cached"
         source, name = self.teacher.targets.source, self.objective.divergence.name
+        if source != "hidden" and moves(temperature := self.objective.divergence.temperature):
+            raise UserError("objective.divergence.temperature", f"{source} are cached at one temperature",
+                            value=temperature, way_out="use one number, or teacher.targets.source live or hidden")
         if self.data.streaming:
             raise UserError("teacher.targets.source", "a stream's rows are made anew each time, and have no cache",
                             value=source, way_out="use `live`, or set data.streaming: false")

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import OtherRun
+from trainer.experiment.objective_nodes import Objective
+from trainer.experiment.renamed import BEFORE
 
 # Keys that a resumed run may change: where it is kept, how it logs, how often it evaluates and saves. None of them
 # changes what is learned. Another micro-batch splits the same sum differently; with dropout it draws other masks, which
@@ -35,17 +37,17 @@ def under(key: str, places: tuple[str, ...]) -> bool:
     return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
-def longer(changes: Changes, reached: int, schedules_bits: bool) -> list[str]:
+def longer(changes: Changes, reached: int, stretches: bool) -> list[str]:
     """Changed keys by which a run goes on for longer than it was to, if they do so and nothing trained was otherwise.
 
     Args:
         changes: values then and now, by dotted key.
         reached: step of the newest checkpoint.
-        schedules_bits: whether quantization follows a schedule over the whole run, which would begin to move again.
+        stretches: whether a value follows a schedule over the whole run, which would begin to move again.
     """
     found = [key for key in changes if key in LONGER]
     wanted = [key for key in found if key != "schedule.restarts"]
-    if schedules_bits or not wanted or any(_shortens(*changes[key]) for key in wanted):
+    if stretches or not wanted or any(_shortens(*changes[key]) for key in wanted):
         return []
     then, now = changes.get("schedule.restarts", ([], []))
     begun_anew = [one for one in now or [] if one not in (then or [])]
@@ -56,7 +58,15 @@ def _shortens(then: Any, now: Any) -> bool:
     return then is None or now is None or now <= then
 
 
-def refused(path: Path, changes: Changes, keys: list[str], reached: int, student: dict[str, Any]) -> OtherRun:
+def over_the_run(values: dict[str, Any]) -> str | None:
+    """The first key of an experiment's values that follows a schedule over the whole run; None if none does."""
+    if (values["student"].get("quantization") or {}).get("bits_schedule"):
+        return "student.quantization.bits_schedule"
+    found = Objective.model_validate(values["objective"]).scheduled
+    return f"objective.{found[0]}" if found else None
+
+
+def refused(path: Path, changes: Changes, keys: list[str], reached: int, values: dict[str, Any]) -> OtherRun:
     """The error for changed values with which a run cannot go on in its folder; names what can be done instead.
 
     Args:
@@ -64,21 +74,25 @@ def refused(path: Path, changes: Changes, keys: list[str], reached: int, student
         changes: values then and now, by dotted key.
         keys: those that are refused.
         reached: step of the newest checkpoint.
-        student: the recorded values of the student.
+        values: the recorded values of the experiment.
     """
     shown = "; ".join(f"{key} was {changes[key][0]!r} and is {changes[key][1]!r}" for key in keys[:3])
     more = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
     return OtherRun(keys[0], f"{path} belongs to another experiment: {shown}{more}", value=changes[keys[0]][1],
-                    way_out=_way_out(path, keys, reached, student))
+                    way_out=_way_out(path, keys, reached, values))
 
 
-def _way_out(path: Path, keys: list[str], reached: int, student: dict[str, Any]) -> str:
+def _way_out(path: Path, keys: list[str], reached: int, values: dict[str, Any]) -> str:
     other = "choose another `run.folder` or `name`, or move this folder away"
     origin = f"`student: {{from_run: {path}}}`"
-    if (student.get("quantization") or {}).get("bits_schedule") and all(key in LONGER for key in keys):
-        return ("its bits follow a schedule over the whole run, which cannot be made longer; to go on from its weights "
+    if (schedule := over_the_run(values)) and all(key in LONGER for key in keys):
+        what = "its bits follow" if schedule.endswith("bits_schedule") else f"{schedule} follows"
+        return (f"{what} a schedule over the whole run, which cannot be made longer; to go on from its weights "
                 f"start a student with {origin}, in another `run.folder` or `name`")
-    if student.get("adapter"):
+    if all(key in BEFORE for key in keys):
+        said = ", ".join(f"`{key}: {BEFORE[key]}`" for key in keys)
+        return f"the run began when this was not there yet; write {said} to go on as it began; or {other}"
+    if values["student"].get("adapter"):
         return (f"to go on from its weights, name the merged student as `student: {{path: {path}/student}}`, in "
                 f"another `run.folder` or `name`; to begin anew, {other}")
     if all(key in LONGER for key in keys):

@@ -18,13 +18,13 @@ from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.renamed import with_new_names
 from trainer.experiment.run_paths import CHECKPOINTS, MODEL, STUDENT
 from trainer.files import flatten, read_value, write_atomically
-from trainer.run.changes import AFTERWARDS, IN_ANY_CASE, Changes, is_free, longer, refused, under
+from trainer.run.changes import AFTERWARDS, IN_ANY_CASE, Changes, is_free, longer, over_the_run, refused, under
 
 # Keys that came later, and count for the identity of a training only where they are set: what earlier versions cached
 # under the others is still found.
 LATER = ("training.keep_best", "training.early_stopping", "training.min_delta", "student.from_run", "student.adapter",
          "data.sources", "data.system", "data.input_ids", "data.labels", "schedule.restarts", "export.adapter",
-         "export.readers")
+         "export.readers", "objective.divergence.normalized")
 
 LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; the largest runs write about a hundredth of this
 _LOCKS: dict[Path, Any] = {}  # file locks held by this process; the system releases them when it ends
@@ -91,7 +91,7 @@ class RunFolder:
         asked = experiment.model_dump(mode="json")
         allowed, changes = {*self.afterwards(asked), *self.longer(asked)}, self.changed(asked)
         if wrong := [key for key in changes if not is_free(key) and key not in allowed]:
-            raise refused(self.path, changes, wrong, self.reached, self._values()["student"])
+            raise refused(self.path, changes, wrong, self.reached, self._values())
 
     @property
     def reached(self) -> int:
@@ -115,8 +115,7 @@ class RunFolder:
 
     def longer(self, asked: dict[str, Any]) -> list[str]:
         """Changed keys by which the run goes on for longer; none if it cannot go on with those values."""
-        quantization = asked["student"].get("quantization") or {}
-        return longer(self.changed(asked), self.reached, bool(quantization.get("bits_schedule")))
+        return longer(self.changed(asked), self.reached, over_the_run(asked) is not None)
 
     def afterwards(self, asked: dict[str, Any]) -> list[str]:
         """Changed keys that act only after training, so that their results can be made again from a checkpoint.
@@ -267,4 +266,4 @@ def training_identity(experiment: Experiment) -> dict[str, Any]:
     """The values of an experiment that determine the trained weights, by dotted key."""
     values = flatten(experiment.model_dump(mode="json"))
     return {key: value for key, value in values.items() if key != "name" and not is_free(key)
-            and not (key in LATER and value in (None, [], ()))}
+            and not (key in LATER and value in (None, [], (), False))}

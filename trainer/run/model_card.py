@@ -15,6 +15,7 @@ from trainer import __version__
 from trainer.experiment.objective_nodes import INSIDE
 from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.run_paths import STUDENT, run_of
+from trainer.experiment.scheduled import highest, shown
 from trainer.files import write_atomically
 from trainer.run.classifier_snippets import KINDS, TAGS, Classified, classifier_snippet, install
 from trainer.run.folder import RunFolder, read_json
@@ -152,7 +153,8 @@ def _data_paths(values: dict[str, Any]) -> list[str]:
 
 
 def _distilled(values: dict[str, Any]) -> bool:
-    return values["teacher"] is not None and (values["objective"]["divergence"].get("weight") != 0)
+    return values["teacher"] is not None and (
+        highest(values["objective"]["divergence"].get("weight")) != 0)
 
 
 # ---- sections
@@ -362,11 +364,11 @@ def _earlier(before: Sequence[EarlierRun]) -> list[str]:
 def _objective(values: dict[str, Any]) -> str:
     objective, terms = values["objective"], []
     if objective["cross_entropy"]:
-        terms.append(f"{objective['cross_entropy']:g} cross-entropy")
+        terms.append(f"{shown(objective['cross_entropy'])} cross-entropy")
     if _distilled(values):
         asked = objective["divergence"]
         weight = 1.0 if asked["weight"] is None else asked["weight"]
-        terms.append(f"{weight:g} {asked['name']} from the teacher at temperature {asked['temperature']:g}")
+        terms.append(f"{shown(weight)} {asked['name']} from the teacher at temperature {shown(asked['temperature'])}")
     return " + ".join(terms + [name for name in (*INSIDE, "on_policy") if objective.get(name)])
 
 

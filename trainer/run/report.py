@@ -9,7 +9,9 @@ import numpy
 
 from strategies.memory.plot import Curve, draw_step
 from trainer.errors import ExperimentErrors, UserError
+from trainer.experiment.objective_nodes import Objective
 from trainer.experiment.plain_yaml import read_values
+from trainer.experiment.scheduled import shown
 from trainer.files import write_atomically
 from trainer.run.classifier_report import (
     ABOUT_CLASSES,
@@ -90,7 +92,8 @@ def _write(folder: RunFolder) -> None:
         ABOUT_CLASSES if classifies else ABOUT_MODELS,
         *[f"![size against {FIGURES[main_figure(found['student'])].words}](size.png)\n"] * (len(ordered(found)) > 1),
         *(confusion_section(found, folder) if classifies else []),
-        "## Training\n", *_curves(experiment), _training(curves["student"]), *_best(folder),
+        "## Training\n", *_curves(experiment), _training(curves["student"]), *_schedules(experiment),
+        *_best(folder),
         *_went_on(folder),
         *(f"{'Data' if classifies else 'Text'}: {plain(note)}." for note in plan.get("text", [])), "",
         *_mixture(plan, curves["student"]),
@@ -195,6 +198,13 @@ def _training(lines: list[dict[str, Any]]) -> str:
     if empty := sum("empty" in line for line in steps):
         text += f" {empty:,} of the steps had no target token and taught nothing."
     return text + (f" Steps skipped because loss or gradient was not finite: {skipped}." if skipped else "")
+
+
+def _schedules(experiment: dict[str, Any]) -> list[str]:
+    """What of the objective moved during the run."""
+    objective = Objective.model_validate(experiment["objective"])
+    moved = [f"{key} {shown(objective.value(key))}" for key in objective.scheduled]
+    return [f"During the run: {plain(', '.join(moved))}."] if moved else []
 
 
 def _best(folder: RunFolder) -> list[str]:

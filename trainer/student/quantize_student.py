@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from strategies.quantization.allocation import Allocation, allocate, curve, draw
 from strategies.quantization.sensitivity import Sensitivity, measure
 from trainer.data.batches import model_inputs
 from trainer.data.dataset import PreparedData
-from trainer.data.rows import StreamedRows
+from trainer.data.first_rows import first_rows
 from trainer.errors import UserError, error_context
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.quantization_nodes import Quantization
@@ -36,7 +35,6 @@ from trainer.run.working import working
 from trainer.student.merge_adapter import merged_student
 from trainer.student.weight_digests import check_digests, digests_of
 
-LABELS = ("targets", "bytes", "length", "row")  # what a row has besides a model's inputs
 SENSED = 8  # most rows on which the sensitivity of layers is measured
 
 
@@ -108,15 +106,9 @@ def check_calibration(experiment: Experiment, config: PretrainedConfig, text: Pr
 def calibration(text: PreparedData, count: int, seed: int, micro_batch: int, device: torch.device
                 ) -> list[dict[str, Any]]:
     """Calibration batches: model inputs for the first `count` training rows, in the order of the run's seed."""
-    if isinstance(text.train, StreamedRows):
-        chosen = list(islice(text.train.rows(), count))
-    else:
-        order = text.train.order(seed)
-        chosen = [text.train[order[number]] for number in range(min(count, len(text.train)))]
-    stacked = {name: torch.stack([row[name] for row in chosen]).to(device) for name in chosen[0]
-               if name not in LABELS}
-    return [model_inputs({name: tensor[begin:begin + micro_batch] for name, tensor in stacked.items()})
-            for begin in range(0, len(chosen), micro_batch)]
+    rows = {name: tensor.to(device) for name, tensor in first_rows(text, count, seed).items()}
+    return [model_inputs({name: tensor[begin:begin + micro_batch] for name, tensor in rows.items()})
+            for begin in range(0, len(rows["targets"]), micro_batch)]
 
 
 def _allotted(experiment: Experiment, model: nn.Module, batches: list[dict[str, Any]], folder: RunFolder,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -29,22 +32,25 @@ def attach_projections(objective: Objective, seed: int, student: nn.Module, teac
 
 
 def build_intermediate(
-    objective: Objective, student: nn.Module, teacher: nn.Module | None
+    objective: Objective, student: nn.Module, teacher: nn.Module | None, variances: Mapping[int, float] | None = None
 ) -> IntermediateTerms | None:
     """Build the intermediate losses; None if there is no teacher or no such loss in the objective.
+
+    `variances` are those of `start_features`; a plan, which has no numbers, is made without.
 
     For attention maps, both models are switched to the eager attention implementation.
 
     Raises:
         UserError: a layer does not exist in one of the models, or the number of heads does not divide its values.
     """
-    asked = objective
+    asked = objective.planned
     if teacher is None or not asked.has_intermediate:
         return None
     configs = student.config, teacher.config
     features = relations = values = maps = None
     if asked.features is not None:
-        features = Features(asked.features.weight, _pairs(objective, "features", *configs), asked.features.loss)
+        features = Features(asked.features.weight, _pairs(objective, "features", *configs), asked.features.loss,
+                            variances)
     if asked.relations is not None:
         relations = Relations(asked.relations.distance, asked.relations.angle,
                               _pairs(objective, "relations", *configs), asked.relations.tokens)
@@ -56,6 +62,21 @@ def build_intermediate(
             model.set_attn_implementation("eager")  # the only one that materializes attention maps
     with error_context("objective.values" if values else "objective.features"):
         return IntermediateTerms(student, teacher, features, relations, values, maps)
+
+
+def reweigh(terms: IntermediateTerms | None, objective: Objective) -> None:
+    """Give the losses the weights of an objective that has no schedules, such as that of a step."""
+    if terms is None:
+        return
+    if terms.features is not None:
+        terms.features = replace(terms.features, weight=objective.features.weight)
+    if terms.relations is not None:
+        terms.relations = replace(terms.relations, distance=objective.relations.distance,
+                                  angle=objective.relations.angle)
+    if terms.values is not None:
+        terms.values = replace(terms.values, weight=objective.values.weight)
+    if terms.maps is not None:
+        terms.maps = replace(terms.maps, weight=objective.attention_maps.weight)
 
 
 def without_projections(student: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from trainer import checkpoints
 from trainer.checkpoints.random_state import seed_everything
 from trainer.data.batches import Batch, with_learned
 from trainer.data.dataset import PreparedData
+from trainer.data.first_rows import first_rows
 from trainer.distributed import signals
 from trainer.distributed.launch import engine_for, place_teacher
 from trainer.distributed.rank_group import RankGroup
@@ -44,9 +45,15 @@ from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak,
 from trainer.run.pace import Pace
 from trainer.run.trackers import Trackers
 from trainer.run.working import noted, working
-from trainer.teacher.intermediate_losses import attach_projections, build_intermediate, without_projections
+from trainer.teacher.intermediate_losses import (
+    attach_projections,
+    build_intermediate,
+    reweigh,
+    without_projections,
+)
 from trainer.teacher.logit_cache import CachedLogits
 from trainer.teacher.loss import loss_of_batch
+from trainer.teacher.start_features import start_features
 from trainer.teacher.target_cache import CachedTargets
 from trainer.training.best_evaluation import BestEvaluation
 from trainer.training.cadence import Cadence
@@ -107,6 +114,9 @@ class TrainLoop:
         base = base_digest(student) if self.ranks.main else None
         self.frozen_digests = base_digests(student, self.ranks.main) if setup.changes_frozen else {}
         self.teacher = None if live is None else place_teacher(setup, accelerator, live)
+        variances = start_features(
+            experiment.objective, lambda count: first_rows(text, count, experiment.seed), plan.micro_batch, student,
+            self.teacher)
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
                                  lambda: without_gradient(experiment, teacher_config, student.config))
         self.evaluate = Evaluator(
@@ -116,7 +126,7 @@ class TrainLoop:
         self.distillation = Distillation(
             experiment.objective.build(teacher is not None), self.unwrapped, self.teacher, shapes=shapes,
             common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
-            intermediate=build_intermediate(experiment.objective, self.unwrapped, self.teacher),
+            intermediate=build_intermediate(experiment.objective, self.unwrapped, self.teacher, variances),
             balancing=balancing_weight(experiment.objective, self.unwrapped.config))
         if plan.step is not None:
             plan.step.install(self.unwrapped, inductor=experiment.memory.compile)
@@ -128,6 +138,7 @@ class TrainLoop:
         self.saver = Saver(folder, experiment.training, self.engine, self.ranks, self._say, base)
         self.saver.resume(self.state)
         self.exported: int | None = None
+        self._scheduled: dict[str, Any] = {}  # what of the objective moves, and its values in the present step
         self._measured_at = min(self.state.step + MEASURED, self.steps) - 1
         self._begun = False
         self.trackers = Trackers(accelerator, experiment.name, bool(experiment.run.trackers))
@@ -223,6 +234,7 @@ class TrainLoop:
         started = time.perf_counter()
         number, rate = self.state.step + 1, self.learning_rate(self.state.step)
         self._set_bits(self.state.step)
+        self._set_weights(self.state.step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         given = inputs.take(self.state.step)
@@ -241,7 +253,7 @@ class TrainLoop:
         self.ranks.at(f"the update of step {number}")
         mark("update")
         norm = self._update(math.isfinite(means["loss"]))
-        record = self._record(means, norm, rate, given.tokens, given.seen)
+        record = self._record(means, norm, rate, given.tokens, given.seen) | self._scheduled
         if self.state.nonfinite:
             record["nonfinite"] = locate_nonfinite(self.accelerator, rows, finite)
         record["seconds"] = time.perf_counter() - started
@@ -295,6 +307,16 @@ class TrainLoop:
         bits = asked and asked.bits_at(step, self.steps)
         if bits:
             set_bits(self.unwrapped, bits)
+
+    def _set_weights(self, step: int) -> None:
+        """Set weights, temperature and share of the loss for a step, where they follow a schedule."""
+        objective = self.experiment.objective
+        if not objective.scheduled:
+            return
+        now = objective.at(step / self.steps)
+        self._scheduled = {"scheduled": {f"objective.{key}": now.value(key) for key in objective.scheduled}}
+        self.distillation.objective = now.build(self.teacher is not None or self.cached is not None)
+        reweigh(self.distillation.intermediate, now)
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         taught = None if self.cached is None else self.cached(batch)

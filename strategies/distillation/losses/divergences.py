@@ -16,6 +16,7 @@ import torch
 Name = Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl", "skewed_reverse_kl", "total_variation", "uld"]
 NAMES: tuple[Name, ...] = get_args(Name)
 MIXED = {"jsd": 0.5, "skewed_kl": 0.1, "skewed_reverse_kl": 0.1}  # default share; for the skewed ones DistiLLM's
+KINKED = ("total_variation", "uld")
 LARGEST = 80.0  # its exp is still finite in fp32; beyond it a share in a mixture is 0 or 1 to working precision
 
 
@@ -35,21 +36,28 @@ class Divergence:
     - `total_variation`: 1/2 sum |p - q|
     - `uld`: sum |sorted p - sorted q|, for vocabularies that have nothing in common (Boizard et al. 2024, eq. 4)
 
+    Near p = q every one of them but the last two is `curvature` times KL, which is 1/2 sum (p - q)^2 / p there: 1 for
+    both KLs, s (1 - s) for `jsd` and (1 - s)^2 for the skewed ones. At one weight JSD's gradient is therefore at most a
+    quarter of KL's, and beside a cross-entropy its teacher counts for a quarter. `normalized` divides by the curvature,
+    which makes weights comparable; as s goes to 0, a normalized JSD becomes KL(p || q).
+
     Attributes:
         name: one of the above.
         weight: factor in the loss.
         temperature: T > 0.
         share: of the mixture, in (0, 1); None for the default of `MIXED`. Only `jsd`, `skewed_kl` and
             `skewed_reverse_kl` take one.
+        normalized: whether the weight is divided by `curvature`. Values are reported as they are without.
 
     Raises:
-        ValueError: an unknown name, or a number out of range.
+        ValueError: an unknown name, a number out of range, or `normalized` without a curvature.
     """
 
     name: Name = "forward_kl"
     weight: float = 1.0
     temperature: float = 1.0
     share: float | None = None
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -63,6 +71,19 @@ class Divergence:
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(f"the share of a mixture lies between 0 and 1, both excluded, not {self.share}: at its "
                              "ends the mixture is one of the two, use forward_kl or reverse_kl")
+        if self.normalized and self.name in KINKED:
+            raise ValueError(f"{self.name} has a kink where student and teacher agree, and no curvature to divide by")
+
+    @property
+    def curvature(self) -> float:
+        """The divergence over KL(p || q) in the limit of p = q."""
+        share = self.mixed
+        return share * (1 - share) if self.name == "jsd" else (1 - share) ** 2
+
+    @property
+    def factor(self) -> float:
+        """What values and gradients are multiplied by in the loss."""
+        return self.weight / self.curvature if self.normalized else self.weight
 
     @property
     def mixed(self) -> float:

@@ -26,11 +26,14 @@ class Features:
         weight: in the loss.
         pairs: (student layer, teacher layer), as from `layer_map`.
         loss: squared error or cosine distance.
+        variances: of the teacher's hidden states by its layers, which the squared errors are divided by, as from
+            `teacher_variances`; None for none.
     """
 
     weight: float
     pairs: Pairs
     loss: Literal["mse", "cosine"] = "mse"
+    variances: Mapping[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,10 +168,7 @@ class IntermediateTerms:
         """
         seen = Seen(targets, inputs)
         if self.features is not None:
-            distance = squared_error_sum if self.features.loss == "mse" else cosine_distance_sum
-            yield "features", self.features.weight, self._mean(
-                self.features.pairs, "hidden", lambda ours, theirs, layer: seen.scaled(distance(
-                    self._projected(ours, layer), theirs, seen.kept(theirs)), theirs))
+            yield "features", self.features.weight, self._of_features(self.features, seen)
         if self.relations is not None:
             for name, weight, sums in (("distances", self.relations.distance, token_distances_sum),
                                        ("angles", self.relations.angle, token_angles_sum)):
@@ -188,9 +188,18 @@ class IntermediateTerms:
                                  theirs[other][:, 0]) for mine, other in self.maps.pairs]
             yield "attention_maps", self.maps.weight, torch.stack(found).sum() / len(found)
 
+    def _of_features(self, asked: Features, seen: Seen) -> torch.Tensor:
+        distance = squared_error_sum if asked.loss == "mse" else cosine_distance_sum
+
+        def loss(ours: torch.Tensor, theirs: torch.Tensor, pair: tuple[int, int]) -> torch.Tensor:
+            found = seen.scaled(distance(self._projected(ours, pair[0]), theirs, seen.kept(theirs)), theirs)
+            return found if asked.variances is None else found / asked.variances[pair[1]]
+
+        return self._mean(asked.pairs, "hidden", loss)
+
     def _mean(self, pairs: Pairs, kind: str, loss) -> torch.Tensor:
         ours, theirs = (both[kind == "value"] for both in self._recorders)
-        found = [loss(*as_tokens(ours.of(mine, kind), theirs.of(other, kind)), mine) for mine, other in pairs]
+        found = [loss(*as_tokens(ours.of(mine, kind), theirs.of(other, kind)), (mine, other)) for mine, other in pairs]
         return torch.stack(found).sum() / len(found)
 
     def _projected(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ class Terms:
         self.divergences = sorted((one for one in divergences if one.weight), key=lambda one: one.temperature)
         hard = (("cross_entropy", cross_entropy), ("z_loss", z_loss))
         self.weights = {name: weight for name, weight in hard if weight}
-        self.weights |= {one.name: one.weight for one in self.divergences}
+        self.weights |= {one.name: one.factor for one in self.divergences}
         self.names = tuple(self.weights)
 
     def on_block(
@@ -64,7 +64,7 @@ class Terms:
                 by = None if by is None else by.mul_(asked[:, None])
             values[one.name] = value.sum() * scale
             if by is not None:
-                total = _added(total, by.mul_(one.weight * one.temperature), columns, logits)
+                total = _added(total, by.mul_(one.factor * one.temperature), columns, logits)
         if gradient:
             products.copy_(head.unshape_(total, logits))
         return torch.stack([values[name] for name in self.names])

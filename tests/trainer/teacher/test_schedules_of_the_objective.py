@@ -1,0 +1,121 @@
+"""Weights, temperature and share that move during a run, and scaled features, in whole trainings of tiny models."""
+
+import numpy
+import pytest
+import torch
+import yaml
+
+from tests.trainer.teacher.test_distilling import bpe, losses, save, with_
+from trainer.errors import OtherRun, UserError
+from trainer.experiment.load import mistakes, read_experiment
+from trainer.experiment.objective_nodes import Objective
+from trainer.experiment.scheduled import shown, value_at
+from trainer.run.folder import RunFolder, training_identity
+from trainer.run.metrics import read_lines
+
+MOVING = {"cross_entropy": [[0, 1.0], [0.75, 0.25]], "divergence": {
+    "name": "jsd", "weight": [[0, 0.0], [0.5, 1.0]], "temperature": [[0, 2.0], [1, 1.0]], "share": [[0, 0.1], [1, 0.5]],
+    "normalized": True}, "features": {"weight": [[0, 0.5], [0.5, 0.0]], "scale": "variance",
+                                      "projections": "least_squares"}}
+
+
+@pytest.fixture
+def family(tmp_path):
+    """A teacher and a smaller student with one tokenizer."""
+    tokenizer = bpe(300)
+    return {"teacher": {"path": save(tmp_path / "large", tokenizer, seed=1, hidden_size=48)},
+            "student": {"path": save(tmp_path / "small", tokenizer)}, "data": {"tokenizer": {"train_vocabulary": None}}}
+
+
+def test_points_are_joined_by_straight_lines():
+    points = ((0.0, 1.0), (0.25, 3.0), (0.5, 0.0))
+    for fraction in numpy.linspace(0, 1, 33):
+        assert value_at(points, fraction) == pytest.approx(numpy.interp(fraction, *zip(*points, strict=True)))
+    assert shown(points) == "1 -> 3 (at 25%) -> 0 (at 50%)" and shown(0.5) == "0.5"
+
+
+def test_each_step_has_the_weights_of_its_moment_and_goes_on_bitwise(train_here, family):
+    trainer = train_here("whole", **with_(family, objective=MOVING))
+    lines = [line for line in read_lines(trainer.folder.metrics) if "loss" in line]
+    for step, line in enumerate(lines):
+        fraction = step / 4
+        cross_entropy, weight, features = (numpy.interp(fraction, *points) for points in (
+            ([0, 0.75], [1, 0.25]), ([0, 0.5], [0, 1]), ([0, 0.5], [0.5, 0])))
+        share = 0.1 + 0.4 * fraction
+        assert line["loss"] == pytest.approx(
+            cross_entropy * line["cross_entropy"] + weight * line.get("jsd", 0) / (share * (1 - share))
+            + features * line["features"], rel=1e-5)
+        assert line["scheduled"]["objective.divergence.temperature"] == pytest.approx(2 - fraction)
+    assert "jsd" not in lines[0] and "jsd" in lines[1], "a divergence without weight is not computed"
+    assert 0 < lines[0]["features"] < 1.5, "fitted projections explain some of the teacher's variance"
+    saving = {"training": {"checkpoint_every": 2}}
+    train_here("parts", until=3, **with_(family, objective=MOVING, **saving))
+    parts = train_here("parts", **with_(family, objective=MOVING, **saving))
+    assert losses(parts)[-2:] == losses(trainer)[-2:]
+    for one, other in zip(trainer.unwrapped.parameters(), parts.unwrapped.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_whose_weights_move_is_not_made_longer(write_experiment, train_here):
+    moving = {"objective": {"cross_entropy": [[0, 1.0], [1, 0.5]]}}
+    train_here("run", **moving)
+    experiment = read_experiment(write_experiment("run", **moving, training={"steps": 8})).experiment
+    with pytest.raises(OtherRun, match="training.steps was 4 and is 8") as refused:
+        RunFolder(experiment.folder).check(experiment)
+    assert "objective.cross_entropy follows a schedule over the whole run" in refused.value.way_out
+
+
+def test_a_run_of_a_version_without_scales_goes_on_as_it_began(write_experiment, tmp_path):
+    """Today's defaults are others; under them it would go on with another loss."""
+    as_before = {"features": {"scale": "none", "projections": "random"}}
+    ours = {"teacher": {"path": "some/teacher"}, "objective": as_before}
+    values = read_experiment(write_experiment("run", **ours)).experiment.model_dump(mode="json")
+    for key in as_before["features"]:
+        del values["objective"]["features"][key]
+    del values["objective"]["divergence"]["normalized"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "experiment.yaml").write_text(yaml.safe_dump(values))
+    folder = RunFolder(tmp_path / "run")
+    folder.check(read_experiment(write_experiment("run", **ours)).experiment)
+    with pytest.raises(OtherRun, match="objective.features.projections was 'random'") as refused:
+        folder.check(read_experiment(write_experiment("run", **ours | {"objective": {"features": {}}})).experiment)
+    assert "write `objective.features.projections: random`, `objective.features.scale: none`" in refused.value.way_out
+
+
+def test_what_an_earlier_version_cached_is_still_found(write_experiment):
+    identity = training_identity(read_experiment(write_experiment()).experiment)
+    assert "objective.divergence.normalized" not in identity
+
+
+@pytest.mark.parametrize(("value", "problem"), [
+    ([[0, 1], [0.5, -1]], "greater than or equal to 0"), ([[0.1, 1]], "the first is 0"), ([1, 2], "no list of points"),
+    ([[0, 1], [0.5, 1], [0.5, 2]], "fractions of a schedule rise"), ([[0, 1], [2, 1]], "less than or equal to 1"),
+    ([], "no list of points"), (-1, "greater than or equal to 0"), ("much", "valid number")])
+def test_a_schedule_that_is_none(value, problem):
+    with pytest.raises(ValueError) as error:
+        Objective.model_validate({"features": {"weight": value}})
+    found, = mistakes(error.value, Objective)
+    assert found.key == "features.weight" and problem in found.problem and found.way_out
+
+
+@pytest.mark.parametrize(("objective", "source", "key", "problem"), [
+    ({"cross_entropy": [[0, 1], [0.5, 0]], "divergence": {"weight": 0}}, "live", "objective.cross_entropy",
+     "zero at 50% of the run"),
+    ({"divergence": {"temperature": [[0, 2], [1, 1]]}}, "top_k", "objective.divergence.temperature",
+     "top_k are cached at one temperature"),
+    ({"divergence": {"weight": [[0, 0], [1, 1]]}, "on_policy": {}}, "live", "objective.on_policy", "nobody judges"),
+    ({"divergence": {"name": "total_variation", "normalized": True}}, "live", "objective.divergence.normalized",
+     "no curvature"),
+])
+def test_a_schedule_that_does_not_fit_the_rest(write_experiment, objective, source, key, problem):
+    file = write_experiment(teacher={"path": "some/teacher", "targets": {"source": source}}, objective=objective)
+    with pytest.raises(Exception) as error:
+        read_experiment(file)
+    found = error.value.errors[0]
+    assert isinstance(found, UserError) and found.key == key and problem in found.problem, found
+
+
+def test_the_last_moment_is_no_step():
+    assert Objective(cross_entropy=[[0, 1], [1, 0]]).idle_at(False) is None
+    assert Objective(cross_entropy=[[0, 1], [0.9, 0]]).idle_at(False) == 0.9
+    assert Objective(cross_entropy=[[0, 1], [0.9, 0]]).idle_at(True) is None
