@@ -17,6 +17,7 @@ from trainer.data import sources, tokenizers
 from trainer.data.encoding import Encoder
 from trainer.data.messages import notes_on_calls
 from trainer.data.mixture import Ingredient, MixedRows, MixedStreams, Rows
+from trainer.data.provenance import notes_on_provenance
 from trainer.data.rows import PackedRows, Row, StreamedRows, encode_to, keep_one
 from trainer.data.token_ids import IdEncoder
 from trainer.errors import UserError
@@ -115,7 +116,8 @@ def _part(data: Data, corpus: sources.Corpus, tokenizer: PreTrainedTokenizerBase
     encoder, held = (encoder_for(tokenizer, data, documents) for documents in (corpus.train, corpus.validation))
     shape = {"capacity": data.sequence_length, "packing": data.packing, "plain": data.is_plain,
              "padding": tokenizer.pad_token_id}
-    notes = [*encoder.notes, *notes_on_calls(islice(iter(corpus.train), LOOKED_AT), data)]
+    notes = [*notes_on_provenance(data.path), *encoder.notes,
+             *notes_on_calls(islice(iter(corpus.train), LOOKED_AT), data)]
     if data.streaming:
         stream = StreamedRows(corpus.train, encoder, **shape, shuffle=(seed, data.shuffle_buffer))
         held_out = list(islice(StreamedRows(corpus.validation, held, **shape, shuffle=None).rows(), held_out_rows))
