@@ -16,7 +16,7 @@ from trainer.experiment.nodes import Export, Memory, Optimizer, Precision, Run, 
 from trainer.experiment.objective_nodes import INSIDE, Divergence, Objective
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.report_node import Report
-from trainer.experiment.run_paths import model_of_run, within
+from trainer.experiment.run_paths import STUDENT, model_of_run, within
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Experiment(Node):
 
     @model_validator(mode="after")
     def _whole(self) -> Experiment:
+        if self.teacher is not None and self.teacher.from_student:
+            object.__setattr__(self, "teacher", self._student_as_teacher(self.teacher))
         if self.teacher is None and self.student.from_teacher is not None:
             raise UserError("student.from_teacher", "there is no teacher to take layers from",
                             value=list(self.student.from_teacher),
@@ -107,6 +109,25 @@ class Experiment(Node):
         if self.export.adapter == "separate":
             self._adapter_alone()
         return self
+
+    def _student_as_teacher(self, teacher: Teacher) -> Teacher:
+        """The teacher that is the student as it starts, with the student's path."""
+        student, way_out = self.student, "or remove `teacher.from_student` and name a teacher in `teacher.path`"
+        if student.from_teacher is not None:
+            raise UserError("teacher.from_student", "the student is made of the teacher's layers, and the teacher of "
+                            "the student", value=True, way_out=f"give the student a `path`, {way_out}")
+        if student.from_run is not None:
+            raise UserError("teacher.from_student", "the weights of a run's checkpoint are no model that can be loaded "
+                            "beside the student", value=True, way_out="name the exported student of that run in "
+                            f"`student.path`: {model_of_run(student.from_run).parent / STUDENT}")
+        if student.path is None:
+            raise UserError("teacher.from_student", "the student starts with random weights, from which nothing can "
+                            "be learned", value=True, way_out=f"give the student a `path`, {way_out}")
+        if teacher.path not in (None, student.path):
+            raise UserError("teacher.path", "the teacher is the student as it starts (`teacher.from_student`), which "
+                            f"is {student.path}", value=teacher.path, way_out="keep one of the two")
+        return teacher.model_copy(update={name: getattr(student, name) for name in (
+            "path", "revision", "architecture", "trust_remote_code")})
 
     def _as_it_is(self) -> None:
         """Check that a student which is not trained has weights already."""

@@ -68,6 +68,8 @@ class Teacher(Model):
 
     dtype: Dtype = "float32"
     """Dtype in which the teacher's weights are held."""
+    from_student: bool = False
+    """The teacher is the student as it starts, frozen and in full precision; `path` is then the student's."""
     train: TeacherTraining | None = None
     """Train the teacher from its `architecture` first, when it has no `path`."""
     targets: Targets = Targets()
@@ -75,6 +77,11 @@ class Teacher(Model):
 
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:
+        if self.from_student:
+            if self.train is not None or self.architecture is not None and self.path is None:
+                raise UserError("from_student", "the teacher is the student as it starts, and has an origin of its own",
+                                value=True, way_out="remove `from_student`, or `architecture` and `train`")
+            return self
         if self.path is None and self.architecture is None:
             raise UserError("", "the teacher has neither `path` nor `architecture`",
                             way_out="name a hub id or local folder in `path`, or give `architecture` and `train`")
