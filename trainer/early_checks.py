@@ -21,6 +21,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.run_status import check_free
 from trainer.student.export_student import check_runtimes
 from trainer.teacher.intermediate_losses import check_intermediate
+from trainer.teacher.other_teachers import check_others
 
 ALONE = Topology()
 
@@ -67,6 +68,7 @@ def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = F
     teacher = teacher_config(experiment.teacher, vocabulary, offline)
     student = student_config(experiment.student, teacher, vocabulary, offline)
     check_shapes(experiment, teacher, student, vocabulary)
+    check_others(experiment, student, vocabulary, offline)
     check_intermediate(experiment.objective, student, teacher)
     balancing_weight(experiment.objective, student)
     return teacher, student

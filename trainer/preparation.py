@@ -19,7 +19,6 @@ from trainer.data.tokenizers import vocabulary_size
 from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
 from trainer.early_checks import configs_of
-from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.models.build import build_student, build_teacher
 from trainer.models.model_trials import check_causal, check_packing, check_padding, check_positions
@@ -30,8 +29,9 @@ from trainer.run.metrics import console
 from trainer.run.trackers import start_trackers
 from trainer.run.working import working
 from trainer.teacher.intermediate_losses import attach_projections
+from trainer.teacher.other_teachers import build_others
 from trainer.teacher.target_cache import cached_targets
-from trainer.teacher.vocabularies import match_vocabularies
+from trainer.teacher.vocabularies import check_places_of_tokens, match_vocabularies
 from trainer.training.loop import TrainLoop
 
 
@@ -84,12 +84,11 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     with working(name, "trying the models on small inputs"):
         _try_out(experiment, teacher, student)
     related = match_vocabularies(experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
-    if related[0] is not None and related[0].student is not None and experiment.teacher.targets.source in (
-            "samples", "top_k"):
-        raise UserError("teacher.targets.source", "student and teacher have their common tokens in other places",
-                        value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
+    check_places_of_tokens(experiment.teacher, related[0])
     if experiment.uses_teacher and experiment.teacher.targets.source != "live":
         teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
+    with working(name, "loading the other teachers"):
+        others = build_others(experiment, student_shape, text, accelerator, _try_teacher)
     with working(name, "trying the plan on the student"):
         plan = _tried(plan, experiment, shapes, student, how)
     if (more := folder.longer(asked.model_dump(mode="json"))):
@@ -100,7 +99,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         write_model_files(folder.model, student, text.tokenizer)
     accelerator.wait_for_everyone()
     with working(name, "placing the models"):
-        loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related)
+        loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related,
+                         others)
     if experiment.run.trackers:
         start_trackers(accelerator, experiment.run.trackers, asked.model_dump(mode="json"), folder, loop.state.step)
     return loop
@@ -143,7 +143,7 @@ def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | 
     return how.plans.without(plan, experiment, *shapes, found) if found else plan
 
 
-def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Module) -> None:
+def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Module | None) -> None:
     """Raise `UserError` for models that cannot learn from these rows, because they see later tokens or other documents.
 
     Each model is run on small inputs to find out.
@@ -159,6 +159,11 @@ def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Modu
         check_padding(model, key, length)
         if experiment.data.packing:
             check_packing(model, key, length)
+
+
+def _try_teacher(experiment: Experiment, teacher: nn.Module) -> None:
+    """`_try_out` of a teacher alone."""
+    _try_out(experiment, teacher, None)
 
 
 def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> Experiment:

@@ -214,8 +214,8 @@ def tokenizer_for(experiment: Experiment, corpora: Sequence[sources.Corpus]) -> 
             keep_one(partial, folder)
         origin = ("data.tokenizer", str(folder), None)
     tokenizer = tokenizers.load_tokenizer(*origin)
-    tokenizers.check_models(experiment.with_weights, tokenizer, experiment.objective.divergence.name,
-                            experiment.student.from_teacher is not None)
+    tokenizers.check_models([*experiment.with_weights, *experiment.others_with_weights], tokenizer,
+                            experiment.objective.divergence.name, experiment.student.from_teacher is not None)
     return tokenizer
 
 

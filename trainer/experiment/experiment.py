@@ -92,6 +92,8 @@ class Experiment(Node):
                             value=objective.cross_entropy, way_out="set it or `divergence.weight` above zero")
         if self.teacher is not None and self.teacher.targets.source != "live":
             self._cached()
+        if self.teacher is not None and self.teacher.others:
+            self._several_teachers()
         if objective.has_intermediate:
             self._looks_inside()
         if self.training.steps == 0:
@@ -187,6 +189,19 @@ class Experiment(Node):
             raise UserError("sharding.engine", "the student writes with whole weights only", value=self.sharding.engine,
                             way_out=f"use ddp, {way_out}")
 
+    def _several_teachers(self) -> None:
+        """Reject settings with which only one teacher can be asked."""
+        assert self.teacher is not None, "the others are beside it"
+        if self.objective.divergence.weight == 0:
+            raise UserError("teacher.others", "the objective compares nothing with what they say",
+                            way_out="set objective.divergence.weight above zero, or remove them")
+        if self.sharding.engine in ("fsdp2", "zero") and self.teacher.targets.source in ("live", "hidden"):
+            raise UserError("teacher.others", f"{self.sharding.engine} shards one teacher", way_out="use ddp or none, "
+                            "cache samples or top_k of each (teacher.targets.source), or keep one teacher")
+        if self.teacher.train is not None:
+            raise UserError("teacher.others", "a teacher that is trained by the run is the only one",
+                            way_out="train it first, and name it in `teacher.path`")
+
     def _looks_inside(self) -> None:
         """Check what losses on intermediate activations require: a live teacher, and visible attention."""
         name = next(name for name in INSIDE if getattr(self.objective, name) is not None)
@@ -236,6 +251,19 @@ class Experiment(Node):
         objective = self.objective
         return self.teacher is not None and self.training.steps != 0 and (
             objective.build(True).needs_teacher or objective.has_intermediate)
+
+    @property
+    def by_other_teachers(self) -> list[Experiment]:
+        """This experiment with each of the other teachers in the place of its own; none if no teacher is used."""
+        others = self.teacher.each_other if self.teacher is not None and self.uses_teacher else []
+        student = self.student.model_copy(update={"from_teacher": None})  # whose layers are those of the first
+        return [self.model_copy(update={"teacher": one, "student": student}) for one in others]
+
+    @property
+    def others_with_weights(self) -> list[tuple[str, str, str | None]]:
+        """(key, path, revision) of the other teachers; see `with_weights`."""
+        return [(f"teacher.others.{number}.path", str(one.path), one.revision)
+                for number, one in enumerate(() if self.teacher is None else self.teacher.others)]
 
     @property
     def form(self) -> StudentForm:

@@ -63,6 +63,24 @@ class Targets(Node):
         return self
 
 
+Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ExtraTeacher(Model):
+    """Another model that the student learns from, beside the teacher."""
+
+    weight: Share = 1.0
+    """Its share of the divergence, relative to those of the others."""
+    dtype: Dtype = "float32"
+    """Dtype in which its weights are held."""
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> ExtraTeacher:
+        if self.path is None:
+            raise UserError("path", "another teacher has weights of its own", way_out="name a hub id or local folder")
+        return self
+
+
 class Teacher(Model):
     """The large model that the student learns from."""
 
@@ -74,6 +92,34 @@ class Teacher(Model):
     """Train the teacher from its `architecture` first, when it has no `path`."""
     targets: Targets = Targets()
     """Where the teacher's targets come from."""
+    weight: Share = 1.0
+    """Its share of the divergence, relative to those of `others`."""
+    others: tuple[ExtraTeacher, ...] = ()
+    """More teachers: the divergence is the sum of those from each, by weights that are scaled to sum to 1."""
+    take_turns: bool = False
+    """Hold one of several live teachers on the device at a time, and the others in host memory; slower."""
+
+    @model_validator(mode="after")
+    def _several(self) -> Teacher:
+        if self.take_turns and not self.others:
+            raise UserError("take_turns", "there is one teacher", value=True, way_out="leave it out, or name `others`")
+        if self.take_turns and self.targets.source != "live":
+            raise UserError("take_turns", "cached teachers are not asked in training", value=True,
+                            way_out="leave it out, or use targets.source live")
+        return self
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of each teacher, of this one first; they sum to 1."""
+        weights = [self.weight, *(one.weight for one in self.others)]
+        return [weight / sum(weights) for weight in weights]
+
+    @property
+    def each_other(self) -> list[Teacher]:
+        """Each of `others` as a teacher alone."""
+        path = self.targets.path
+        return [Teacher(**one.model_dump(exclude={"weight"}), targets=self.targets.model_copy(update={
+            "path": path and f"{path}/other-{number}"})) for number, one in enumerate(self.others)]
 
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:

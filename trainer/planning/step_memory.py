@@ -36,6 +36,7 @@ from trainer.models.build import empty_student
 from trainer.models.router_balance import balancing_weight
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate
 from trainer.teacher.loss import loss_of_batch
+from trainer.teacher.other_teachers import PlannedOthers, together
 from trainer.teacher.resident_teacher import check_sizes, example_targets, live, rank_residency, resident_teacher, sizes
 
 POINTS = 600  # at most, of a memory curve stored for plotting
@@ -191,17 +192,21 @@ class _Made:
         objective, precision = experiment.objective.build(teacher is not None), experiment.precision.build(place)
         common = sizes(student, teacher, tokens,
                        apart_size(experiment.teacher, experiment.student, experiment.objective.divergence.name))
-        temperature = experiment.objective.divergence.temperature
+        temperature, others = experiment.objective.divergence.temperature, PlannedOthers.of(experiment, student)
 
         def loss(model: nn.Module, batch: Batch, tile: int | None) -> torch.Tensor:
             distillation = Distillation(objective, model, live(large), tile=tile, common=common,
                                         intermediate=build_intermediate(experiment.objective, model, live(large)),
-                                        balancing=balancing_weight(experiment.objective, student))
+                                        balancing=balancing_weight(experiment.objective, student),
+                                        others=others.judges)
             return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
                                  teacher_targets=example_targets(experiment.teacher, temperature, teacher, batch,
-                                                                 large))[0]
+                                                                 large),
+                                 others_targets=others.targets and others.targets(batch))[0]
 
-        return cls(small, large, batch, loss)
+        on_gpu = place == "cuda" or experiment.memory.device is not None
+        turns = settings is not None and settings.take_turns and on_gpu
+        return cls(small, together(large, others.resident, turns), batch, loss)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.loss_of(self.model, batch, None)

@@ -12,7 +12,7 @@ from trainer.errors import OtherRun
 # are as good. Another engine computes the same; in half precision it rounds at other points.
 FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
         "training.keep_checkpoints", "training.background_saves", "training.micro_batch", "data.workers",
-        "export.tolerance", "export.to", "export.license")
+        "export.tolerance", "export.to", "export.license", "teacher.take_turns")
 
 # Keys that affect only the exported files and the report, if training does not use quantized weights.
 AFTERWARDS = ("student.quantization", "export", "report")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.common.frozen_base import base_digest, base_digests
+from strategies.distillation.live_teacher import always
 from strategies.distillation.losses.teacher_targets import SharedVocabulary
 from strategies.distillation.step import Distillation
 from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter, identity_adapter
@@ -43,6 +44,7 @@ from trainer.run.trackers import Trackers
 from trainer.run.working import noted, working
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate, without_projections
 from trainer.teacher.loss import loss_of_batch
+from trainer.teacher.other_teachers import Beside, placed, present_on_demand
 from trainer.teacher.target_cache import CachedTargets
 from trainer.training.best_evaluation import BestEvaluation
 from trainer.training.cadence import Cadence
@@ -74,7 +76,8 @@ class TrainLoop:
     def __init__(self, experiment: Experiment, plan: Plan, folder: RunFolder, accelerator: Accelerator,
                  text: PreparedData, student: nn.Module, teacher: nn.Module | CachedTargets | None = None,
                  teacher_config: PretrainedConfig | None = None,
-                 related: tuple[SharedVocabulary | None, TeacherInputAdapter] = (None, identity_adapter)) -> None:
+                 related: tuple[SharedVocabulary | None, TeacherInputAdapter] = (None, identity_adapter),
+                 others: Sequence[Beside] = ()) -> None:
         """Set up models and optimizer on their devices, and resume from the newest checkpoint if there is one.
 
         Args:
@@ -83,6 +86,7 @@ class TrainLoop:
             teacher_config: the teacher's configuration, whether it is live or cached.
             related: the shared tokens where the vocabularies differ (else None), and the adapter that turns the
                 student's input into the teacher's.
+            others: further teachers.
 
         Raises:
             UserError: no held-out row has a target token.
@@ -101,7 +105,10 @@ class TrainLoop:
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, self.steps)
         base = base_digest(student) if self.ranks.main else None
         self.frozen_digests = base_digests(student, self.ranks.main) if setup.changes_frozen else {}
-        self.teacher = None if live is None else place_teacher(setup, accelerator, live)
+        turns = experiment.teacher is not None and experiment.teacher.take_turns
+        self.others = placed(others, accelerator.device, turns)
+        present = present_on_demand(live, accelerator.device, True) if turns and live is not None else always
+        self.teacher = live if live is None or turns else place_teacher(setup, accelerator, live)
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
                                  lambda: without_gradient(experiment, teacher_config, student.config))
         self.evaluate = Evaluator(self.unwrapped, shapes[0], text.held_out, plan.micro_batch, self.ranks,
@@ -110,7 +117,8 @@ class TrainLoop:
             experiment.objective.build(teacher is not None), self.unwrapped, self.teacher, shapes=shapes,
             common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
             intermediate=build_intermediate(experiment.objective, self.unwrapped, self.teacher),
-            balancing=balancing_weight(experiment.objective, self.unwrapped.config))
+            balancing=balancing_weight(experiment.objective, self.unwrapped.config),
+            others=[one.judge for one in self.others], present=present)
         if plan.step is not None:
             plan.step.install(self.unwrapped, inductor=experiment.memory.compile)
         self.memory = MemoryCheck(experiment.memory, plan.memory, self.ranks, self._resident, lambda excess: ways_out(
@@ -288,9 +296,10 @@ class TrainLoop:
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         taught = None if self.cached is None else self.cached(batch)
+        apart = [one.cached(batch) for one in self.others if one.cached is not None] or None
         distillation = self.distillation.without_text() if "written" in batch else self.distillation
         return loss_of_batch(distillation, self.precision, self.student, self.ranks.place(with_learned(batch)),
-                             self.engine.casts, taught)
+                             self.engine.casts, taught, apart)
 
     def _update(self, loss_finite: bool) -> float:
         """Clip the gradient, update the weights if everything is finite, and return the norm before clipping."""
@@ -337,7 +346,7 @@ class TrainLoop:
     def release(self) -> None:
         """Release models and optimizer, so that the next training in this process finds the memory free."""
         self.engine.release()
-        self.engine = self.teacher = self.cached = self.distillation = None
+        self.engine = self.teacher = self.cached = self.others = self.distillation = None
         self.evaluate = self.saver = self.memory = self.plan = None
         self.accelerator.free_memory()
 
@@ -375,7 +384,8 @@ class TrainLoop:
     def _resident(self) -> list[object]:
         """The objects whose memory is resident between steps."""
         teacher = self.teacher if self.cached is None else self.cached.head
-        return [*self.engine.resident(), *([] if teacher is None else [teacher])]
+        return [*self.engine.resident(), *([] if teacher is None else [teacher]),
+                *(held for one in self.others for held in one.resident)]
 
     def _step(self, inputs: StepInputs) -> dict[str, Any] | None:
         """`train_step`, and a word before the first one of this process if that takes long: it may compile."""

@@ -28,7 +28,7 @@ def test_a_quantized_student_learns_from_itself_as_it_was(train_here, path):
     assert any(not torch.equal(student[name], weight) for name, weight in stored.items() if name in student)
     assert not {one.data_ptr() for one in trainer.teacher.parameters()} & {one.data_ptr() for one in student.values()}
     assert first(trainer)["forward_kl"] > 5e-5, "what quantization changes"
-    size = sum(one.numel() for one in trainer.teacher.parameters()) * 4
+    size = sum(one.nbytes for one in (*trainer.teacher.parameters(), *trainer.teacher.buffers()))
     assert trainer.plan.memory.parts["teacher"] == size, "it is planned for"
     then = yaml.safe_load(trainer.folder.experiment.read_text())
     assert then["teacher"]["path"] == path and then["teacher"]["from_student"]
