@@ -21,7 +21,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.run_status import check_free
 from trainer.student.export_student import check_runtimes
 from trainer.teacher.intermediate_losses import check_intermediate
-from trainer.teacher.other_teachers import check_others
+from trainer.teacher.other_teachers import of_other
 
 ALONE = Topology()
 
@@ -68,10 +68,19 @@ def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = F
     teacher = teacher_config(experiment.teacher, vocabulary, offline)
     student = student_config(experiment.student, teacher, vocabulary, offline)
     check_shapes(experiment, teacher, student, vocabulary)
-    check_others(experiment, student, vocabulary, offline)
+    _check_others(experiment, student, vocabulary, offline)
     check_intermediate(experiment.objective, student, teacher)
     balancing_weight(experiment.objective, student)
     return teacher, student
+
+
+def _check_others(experiment: Experiment, student: PretrainedConfig, tokens: int | None, offline: bool = False) -> None:
+    """Raise `UserError` for other teachers whose shapes do not fit the student or the tokenizer."""
+    for number, one in enumerate(experiment.by_other_teachers):
+        with of_other(number):
+            config = teacher_config(one.teacher, tokens, offline)
+            check_shapes(one, config, student, tokens)
+            check_early_causal(one.teacher, "teacher", config)
 
 
 def next_start(experiment: Experiment) -> str:

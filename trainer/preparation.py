@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.adapters.low_rank import base_of
+from strategies.distillation.several_teachers import OtherTeacher
 from strategies.export.hf.transformers_folder import write_model_files
 from trainer import checkpoints
 from trainer.checkpoints import WarmStart, check_space, planned_bytes
@@ -20,7 +21,8 @@ from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
 from trainer.early_checks import configs_of
 from trainer.experiment.experiment import Experiment
-from trainer.models.build import build_student, build_teacher
+from trainer.models.build import build_student, build_teacher, shape_of
+from trainer.models.configs import teacher_config
 from trainer.models.model_trials import check_causal, check_packing, check_padding, check_positions
 from trainer.planning.plan import Plan, Plans
 from trainer.planning.step_memory import example_batch
@@ -29,7 +31,7 @@ from trainer.run.metrics import console
 from trainer.run.trackers import start_trackers
 from trainer.run.working import working
 from trainer.teacher.intermediate_losses import attach_projections
-from trainer.teacher.other_teachers import build_others
+from trainer.teacher.other_teachers import Beside, of_other
 from trainer.teacher.target_cache import cached_targets
 from trainer.teacher.vocabularies import check_places_of_tokens, match_vocabularies
 from trainer.training.loop import TrainLoop
@@ -88,7 +90,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     if experiment.uses_teacher and experiment.teacher.targets.source != "live":
         teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
     with working(name, "loading the other teachers"):
-        others = build_others(experiment, student_shape, text, accelerator, _try_teacher)
+        others = _others(experiment, student_shape, text, accelerator)
     with working(name, "trying the plan on the student"):
         plan = _tried(plan, experiment, shapes, student, how)
     if (more := folder.longer(asked.model_dump(mode="json"))):
@@ -161,9 +163,29 @@ def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Modu
             check_packing(model, key, length)
 
 
-def _try_teacher(experiment: Experiment, teacher: nn.Module) -> None:
-    """`_try_out` of a teacher alone."""
-    _try_out(experiment, teacher, None)
+def _others(experiment: Experiment, student: PretrainedConfig, text: PreparedData, accelerator: Accelerator
+            ) -> list[Beside]:
+    """Load the other teachers, one after the other; of those whose targets are cached, only what that leaves is kept.
+
+    Raises:
+        UserError: one of them does not fit the student or the data; what `cached_targets` raises.
+    """
+    found = []
+    for number, one in enumerate(experiment.by_other_teachers):
+        with of_other(number):
+            config = teacher_config(one.teacher, None)
+            model = build_teacher(one.teacher, config)
+            _try_out(one, model, None)
+            common, reader = match_vocabularies(one, text, student, config)
+            check_places_of_tokens(one.teacher, common)
+            share = experiment.teacher.shares[number + 1]
+            if one.teacher.targets.source != "live":
+                cached = cached_targets(one, accelerator, text, model, common)
+                found.append(Beside(OtherTeacher(share, common=common), cached))
+                continue
+        judge = OtherTeacher(share, model, shape_of(model), common, reader)
+        found.append(Beside(judge, None))
+    return found
 
 
 def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> Experiment:

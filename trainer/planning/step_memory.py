@@ -34,9 +34,9 @@ from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Run
 from trainer.models.build import empty_student
 from trainer.models.router_balance import balancing_weight
+from trainer.planning.planned_teachers import PlannedOthers, together
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate
 from trainer.teacher.loss import loss_of_batch
-from trainer.teacher.other_teachers import PlannedOthers, together
 from trainer.teacher.resident_teacher import check_sizes, example_targets, live, rank_residency, resident_teacher, sizes
 
 POINTS = 600  # at most, of a memory curve stored for plotting
