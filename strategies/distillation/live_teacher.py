@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from strategies.distillation.losses.fused_head import LogitShape, hidden_states, with_head
+from strategies.distillation.losses.fused_head import LogitShape, hidden_states, output_head, with_head
 from strategies.distillation.losses.teacher_targets import HiddenTargets, LogitTargets, Targets
 from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter
 
@@ -35,10 +35,11 @@ class OnDemand:
         self._back()
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Context manager within which the model is on the device."""
-        for tensor, host in self._host.items():
-            tensor.data = host.to(self.device, non_blocking=True, copy=True)
+    def __call__(self, part: nn.Module | None = None) -> Iterator[None]:
+        """Context manager within which the model, or only a part of it, is on the device."""
+        needed = self._host if part is None else {*part.parameters(), *part.buffers()}
+        for tensor in needed:
+            tensor.data = self._host[tensor].to(self.device, non_blocking=True, copy=True)
         try:
             yield
         finally:
@@ -50,7 +51,7 @@ class OnDemand:
 
 
 @contextmanager
-def always() -> Iterator[None]:
+def always(part: nn.Module | None = None) -> Iterator[None]:
     """Context manager for a model that is where it is used."""
     yield
 
@@ -90,13 +91,13 @@ class LiveTeacher:
         shape: scale and soft cap of its logits; None for a model whose head is not supported: its full logits are
             then computed.
         reader: how it reads the student's text.
-        present: context manager within which the model is on the device.
+        present: context manager within which the model, or the part of it that is given, is on the device.
     """
 
     model: nn.Module
     shape: LogitShape | None
     reader: TeacherInputAdapter
-    present: Callable[[], Any] = always
+    present: Callable[..., Any] = always
 
     def __call__(self, inputs: Mapping[str, Any], targets: torch.Tensor) -> Said:
         """Run the teacher on the inputs of a student's batch."""
@@ -111,7 +112,7 @@ class LiveTeacher:
         hidden, asked = reading.placed(hidden, targets)
 
         def head(use: Callable[[Any], Any]) -> Any:
-            with self.present():
+            with self.present(output_head(self.model)):
                 return with_head(self.model, shape, use)
 
         return Said(None, hidden, asked, output, head)

@@ -32,7 +32,7 @@ class OtherTeacher:
         shape: scale and soft cap of its logits; see `LiveTeacher`.
         common: the tokens that it and the student both have, where their vocabularies differ.
         reader: how it reads the student's text.
-        present: context manager within which the model is on the device.
+        present: context manager within which the model is on the device; see `LiveTeacher`.
     """
 
     share: float
@@ -40,7 +40,7 @@ class OtherTeacher:
     shape: LogitShape | None = None
     common: SharedVocabulary | None = None
     reader: TeacherInputAdapter = identity_adapter
-    present: Callable[[], Any] = always
+    present: Callable[..., Any] = always
 
     @property
     def live(self) -> LiveTeacher | None:

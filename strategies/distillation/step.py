@@ -44,7 +44,7 @@ class Distillation:
         balancing: weight of the load-balancing loss of a mixture of experts; None leaves `output_router_logits` out of
             the student's arguments.
         others: further teachers, each with a share of the divergences; the first has what is left of 1.
-        present: context manager within which the first teacher is on the device.
+        present: context manager within which the first teacher is on the device; see `LiveTeacher`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Distillation:
         reader: TeacherInputAdapter = identity_adapter,
         balancing: float | None = None,
         others: Sequence[OtherTeacher] = (),
-        present: Callable[[], Any] = always,
+        present: Callable[..., Any] = always,
     ) -> None:
         self.others, self.present = tuple(others), present
         self.objective, self.student, self.shapes, self.common, self.tile = objective, student, shapes, common, tile

@@ -56,7 +56,7 @@ class Generation:
         prompts: path of the prompts, as `data.path`.
         folder: where the data set goes.
         decoding: how answers are decoded.
-        kind, field: what the records are, and the field with it; see `fields_of`.
+        kind, field: what the records are (messages, prompt or text), and the field with it; see `fields_of`.
         tools: field with the tools of conversations.
         system: system prompt of conversations without one.
         split: split of a hub data set.
@@ -71,7 +71,7 @@ class Generation:
     prompts: str
     folder: Path
     decoding: Decoding = Decoding()
-    kind: Literal["messages", "prompt", "text"] | None = None
+    kind: str | None = None
     field: str | None = None
     tools: str | None = None
     system: str | None = None

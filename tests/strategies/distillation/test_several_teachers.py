@@ -122,5 +122,8 @@ def test_a_teacher_that_waits_for_its_turn_is_a_copy_of_itself():
             assert not {one.data_ptr() for one in model.parameters()} & set(waiting)
             assert model.lm_head.weight is model.model.embed_tokens.weight
             torch.testing.assert_close(model(input_ids=ids).logits, said, rtol=0, atol=0)
+        with turn(model.lm_head):
+            assert model.lm_head.weight.data_ptr() not in waiting
+            assert model.model.norm.weight.data_ptr() in waiting, "its head alone"
         assert [one.data_ptr() for one in model.parameters()] == waiting
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
