@@ -87,8 +87,10 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         _try_out(experiment, teacher, student)
     related = match_vocabularies(experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
     check_places_of_tokens(experiment.teacher, related[0])
+    cached = None
     if experiment.uses_teacher and experiment.teacher.targets.source != "live":
-        teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
+        cached = cached_targets(experiment, accelerator, text, teacher, related[0])
+        teacher = teacher if experiment.teacher.targets.asks_teacher else None
     with working(name, "loading the other teachers"):
         others = _others(experiment, student_shape, text, accelerator)
     with working(name, "trying the plan on the student"):
@@ -102,7 +104,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     accelerator.wait_for_everyone()
     with working(name, "placing the models"):
         loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related,
-                         others)
+                         cached, others)
     if experiment.run.trackers:
         start_trackers(accelerator, experiment.run.trackers, asked.model_dump(mode="json"), folder, loop.state.step)
     return loop
@@ -178,13 +180,12 @@ def _others(experiment: Experiment, student: PretrainedConfig, text: PreparedDat
             _try_out(one, model, None)
             common, reader = match_vocabularies(one, text, student, config)
             check_places_of_tokens(one.teacher, common)
-            share = experiment.teacher.shares[number + 1]
+            live, cached = one.teacher.targets.asks_teacher, None
             if one.teacher.targets.source != "live":
                 cached = cached_targets(one, accelerator, text, model, common)
-                found.append(Beside(OtherTeacher(share, common=common), cached))
-                continue
-        judge = OtherTeacher(share, model, shape_of(model), common, reader)
-        found.append(Beside(judge, None))
+        judge = OtherTeacher(experiment.teacher.shares[number + 1], model if live else None,
+                             shape_of(model) if live else None, common, reader)
+        found.append(Beside(judge, cached))
     return found
 
 

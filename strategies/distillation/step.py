@@ -122,9 +122,10 @@ class Distillation:
         first = Said(teacher_targets)
         if self.teacher is not None and teacher_targets is None:
             first = LiveTeacher(self.teacher, theirs, self.reader, self.present)(inputs, targets)
-        said = [first, *([one.live(inputs, targets) for one in self.others if one.live is not None]
+        others = self.others if self.objective.needs_teacher else ()
+        said = [first, *([one.live(inputs, targets) for one in others if one.live is not None]
                          if others_targets is None else map(Said, others_targets))]
-        objectives = shared_out(self.objective, self.others)
+        objectives = shared_out(self.objective, others)
 
         def take(student: torch.Tensor, head: Head | None, output: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             def judged(number: int, common: SharedVocabulary | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -133,7 +134,7 @@ class Distillation:
 
             mark("loss")
             total, terms = judged(0, self.common)
-            for number, one in enumerate(self.others, 1):
+            for number, one in enumerate(others, 1):
                 more, apart = judged(number, one.common)
                 total = total + more
                 terms |= {f"{name}_{number + 1}": value for name, value in apart.items()}

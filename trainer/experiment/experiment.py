@@ -182,9 +182,10 @@ class Experiment(Node):
         if self.teacher is None or self.objective.divergence.weight == 0:
             raise UserError("objective.on_policy", "nobody judges what the student writes",
                             way_out=f"add `teacher` with a divergence, {way_out}")
-        if self.teacher.targets.source != "live":
+        if not self.teacher.targets.asks_teacher:
             raise UserError("teacher.targets.source", "what the student will write is in no cache",
-                            value=self.teacher.targets.source, way_out=f"use `live`, {way_out}")
+                            value=self.teacher.targets.source, way_out="use `live`, or set teacher.targets.until, from "
+                            f"which on the student writes, {way_out}")
         if self.sharding.engine in ("fsdp2", "zero"):
             raise UserError("sharding.engine", "the student writes with whole weights only", value=self.sharding.engine,
                             way_out=f"use ddp, {way_out}")
@@ -195,9 +196,13 @@ class Experiment(Node):
         if self.objective.divergence.weight == 0:
             raise UserError("teacher.others", "the objective compares nothing with what they say",
                             way_out="set objective.divergence.weight above zero, or remove them")
-        if self.sharding.engine in ("fsdp2", "zero") and self.teacher.targets.source in ("live", "hidden"):
+        if self.sharding.engine in ("fsdp2", "zero") and (
+                self.teacher.targets.asks_teacher or self.teacher.targets.source == "hidden"):
             raise UserError("teacher.others", f"{self.sharding.engine} shards one teacher", way_out="use ddp or none, "
                             "cache samples or top_k of each (teacher.targets.source), or keep one teacher")
+        if self.teacher.take_turns and self.objective.has_intermediate:
+            raise UserError("teacher.take_turns", "losses on what is inside of the first teacher need it all the time",
+                            value=True, way_out="leave it out, or remove objective.features and its like")
         if self.teacher.train is not None:
             raise UserError("teacher.others", "a teacher that is trained by the run is the only one",
                             way_out="train it first, and name it in `teacher.path`")

@@ -54,13 +54,27 @@ class Targets(Node):
     """Most probable tokens kept at each position, for `top_k`; all others are merged into one more class."""
     path: PathName | None = None
     """Folder of the cache; null: inside `run.cache`, one folder per teacher, tokenizer and data set."""
+    until: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Warm start: cached targets until this fraction of the run's steps, then the teacher itself; null: all of it."""
 
     @model_validator(mode="after")
     def _cached(self) -> Targets:
         if self.path is not None and self.source == "live":
             raise UserError("path", "a live teacher has no cache", value=self.path,
                             way_out="set `source` to hidden, samples or top_k, or leave it out")
+        if self.until is not None and self.source not in ("samples", "top_k"):
+            raise UserError("until", "a warm start is from targets in a cache", value=self.until,
+                            way_out="set `source` to samples or top_k, or leave it out")
         return self
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher itself is asked at some step, so that it is in memory."""
+        return self.source == "live" or self.until is not None
+
+    def warm_steps(self, steps: int) -> int:
+        """How many of a run's steps, the first ones, use cached targets."""
+        return 0 if self.source == "live" else steps if self.until is None else round(self.until * steps)
 
 
 Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]

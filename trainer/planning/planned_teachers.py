@@ -54,7 +54,7 @@ class PlannedOthers:
             return [example_targets(one.teacher, temperature, config, batch, model)
                     for one, config, model in zip(each, configs, held, strict=True)]
 
-        cached = any(one.teacher.targets.source != "live" for one in each)
+        cached = not all(one.teacher.targets.asks_teacher for one in each)
         return cls(judges, [one for one in held if one is not None], targets if cached else None)
 
 

@@ -35,17 +35,18 @@ def under(key: str, places: tuple[str, ...]) -> bool:
     return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
-def longer(changes: Changes, reached: int, schedules_bits: bool) -> list[str]:
+def longer(changes: Changes, reached: int, follows_steps: bool) -> list[str]:
     """Changed keys by which a run goes on for longer than it was to, if they do so and nothing trained was otherwise.
 
     Args:
         changes: values then and now, by dotted key.
         reached: step of the newest checkpoint.
-        schedules_bits: whether quantization follows a schedule over the whole run, which would begin to move again.
+        follows_steps: whether something follows a schedule over the whole run, such as bits of the quantization or
+            cached targets of a warm start, which would begin to move again.
     """
     found = [key for key in changes if key in LONGER]
     wanted = [key for key in found if key != "schedule.restarts"]
-    if schedules_bits or not wanted or any(_shortens(*changes[key]) for key in wanted):
+    if follows_steps or not wanted or any(_shortens(*changes[key]) for key in wanted):
         return []
     then, now = changes.get("schedule.restarts", ([], []))
     begun_anew = [one for one in now or [] if one not in (then or [])]

@@ -115,8 +115,9 @@ class RunFolder:
 
     def longer(self, asked: dict[str, Any]) -> list[str]:
         """Changed keys by which the run goes on for longer; none if it cannot go on with those values."""
-        quantization = asked["student"].get("quantization") or {}
-        return longer(self.changed(asked), self.reached, bool(quantization.get("bits_schedule")))
+        quantization, teacher = asked["student"].get("quantization") or {}, asked.get("teacher") or {}
+        moves = bool(quantization.get("bits_schedule") or (teacher.get("targets") or {}).get("until"))
+        return longer(self.changed(asked), self.reached, moves)
 
     def afterwards(self, asked: dict[str, Any]) -> list[str]:
         """Changed keys that act only after training, so that their results can be made again from a checkpoint.

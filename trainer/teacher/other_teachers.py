@@ -33,7 +33,7 @@ class Beside:
 
     Attributes:
         judge: as the loss needs it.
-        cached: reads its targets for a micro-batch; None if it is live.
+        cached: reads its targets for a micro-batch; None if there are none.
     """
 
     judge: OtherTeacher
@@ -42,8 +42,8 @@ class Beside:
     @property
     def resident(self) -> list[nn.Module]:
         """What of it stays in memory."""
-        held = self.judge.model if self.cached is None else self.cached.head
-        return [] if held is None else [held]
+        held = self.judge.model, None if self.cached is None else self.cached.head
+        return [one for one in held if one is not None]
 
 
 def present_on_demand(model: nn.Module, device: torch.device, takes_turns: bool) -> Callable:

@@ -74,18 +74,19 @@ class TrainLoop:
     """
 
     def __init__(self, experiment: Experiment, plan: Plan, folder: RunFolder, accelerator: Accelerator,
-                 text: PreparedData, student: nn.Module, teacher: nn.Module | CachedTargets | None = None,
+                 text: PreparedData, student: nn.Module, teacher: nn.Module | None = None,
                  teacher_config: PretrainedConfig | None = None,
                  related: tuple[SharedVocabulary | None, TeacherInputAdapter] = (None, identity_adapter),
-                 others: Sequence[Beside] = ()) -> None:
+                 cached: CachedTargets | None = None, others: Sequence[Beside] = ()) -> None:
         """Set up models and optimizer on their devices, and resume from the newest checkpoint if there is one.
 
         Args:
             student: the unsharded student, with weights.
-            teacher: a live teacher or its cached targets; None to train on the text alone.
+            teacher: a live teacher; None if it is never asked in training.
             teacher_config: the teacher's configuration, whether it is live or cached.
             related: the shared tokens where the vocabularies differ (else None), and the adapter that turns the
                 student's input into the teacher's.
+            cached: reads the teacher's cached targets; with a live teacher, only those of the first steps.
             others: further teachers.
 
         Raises:
@@ -96,8 +97,7 @@ class TrainLoop:
         self.accelerator, self.ranks = accelerator, RankGroup(accelerator, plan.topology, experiment.run.timeout)
         self.teacher_config = teacher_config
         setup = RankSetup.of(experiment, plan.topology)
-        self.cached = teacher if isinstance(teacher, CachedTargets) else None
-        live = teacher if self.cached is None and experiment.uses_teacher else None
+        self.cached, live = cached, teacher if experiment.uses_teacher else None
         shapes = shape_of(student), None if live is None else shape_of(live)  # before they are wrapped or sharded
         self.precision = experiment.precision.build(accelerator.device.type)
         self.steps = plan.steps
@@ -114,8 +114,8 @@ class TrainLoop:
         self.evaluate = Evaluator(self.unwrapped, shapes[0], text.held_out, plan.micro_batch, self.ranks,
                                   self._autocast, text.held_out_of)
         self.distillation = Distillation(
-            experiment.objective.build(teacher is not None), self.unwrapped, self.teacher, shapes=shapes,
-            common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
+            experiment.objective.build(teacher is not None or cached is not None), self.unwrapped, self.teacher,
+            shapes=shapes, common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
             intermediate=build_intermediate(experiment.objective, self.unwrapped, self.teacher),
             balancing=balancing_weight(experiment.objective, self.unwrapped.config),
             others=[one.judge for one in self.others], present=present)
@@ -150,7 +150,7 @@ class TrainLoop:
     def inputs(self) -> StepInputs:
         """The inputs of the remaining steps, starting at the state's step."""
         writer = Writer(self.experiment.objective.on_policy, self.experiment.seed, self.plan, self.ranks, self.text,
-                        self.unwrapped, self._autocast)
+                        self.unwrapped, self._autocast, self._warm_steps)
         return StepInputs(self._batches(), self.plan, self.ranks, writer, writer.writes)
 
     def _batches(self) -> Iterator[Batch]:
@@ -294,9 +294,16 @@ class TrainLoop:
         if bits:
             set_bits(self.unwrapped, bits)
 
+    @property
+    def _warm_steps(self) -> int:
+        """How many of the run's steps, the first ones, use cached targets."""
+        return 0 if self.experiment.teacher is None else self.experiment.teacher.targets.warm_steps(self.steps)
+
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        taught = None if self.cached is None else self.cached(batch)
-        apart = [one.cached(batch) for one in self.others if one.cached is not None] or None
+        taught = apart = None
+        if self.state.step < self._warm_steps:
+            taught = None if self.cached is None else self.cached(batch)
+            apart = [one.cached(batch) for one in self.others if one.cached is not None]
         distillation = self.distillation.without_text() if "written" in batch else self.distillation
         return loss_of_batch(distillation, self.precision, self.student, self.ranks.place(with_learned(batch)),
                              self.engine.casts, taught, apart)
@@ -383,8 +390,8 @@ class TrainLoop:
 
     def _resident(self) -> list[object]:
         """The objects whose memory is resident between steps."""
-        teacher = self.teacher if self.cached is None else self.cached.head
-        return [*self.engine.resident(), *([] if teacher is None else [teacher]),
+        held = self.teacher, None if self.cached is None else self.cached.head
+        return [*self.engine.resident(), *(one for one in held if one is not None),
                 *(held for one in self.others for held in one.resident)]
 
     def _step(self, inputs: StepInputs) -> dict[str, Any] | None:
