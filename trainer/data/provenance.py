@@ -11,6 +11,7 @@ PROVENANCE = "provenance.json"
 DATA_FILE = "train.jsonl"
 KIND = "answers of a teacher"
 LARGEST = 2**20  # bytes of a provenance file
+LONGEST = 600  # characters of a note
 
 
 def provenance_of(path: str) -> dict[str, Any] | None:
@@ -35,9 +36,10 @@ def notes_on_provenance(path: str) -> list[str]:
     if found is None:
         return []
     try:
-        return [f"{described(found)}{_changed(path, found)}"]
+        said = f"{described(found)}{_changed(path, found)}"
     except (LookupError, TypeError, ValueError, AttributeError):  # somebody has edited the file
         return []
+    return ["".join(one for one in said if one.isprintable())[:LONGEST]]  # it may be of anybody, and is printed
 
 
 def described(found: dict[str, Any]) -> str:

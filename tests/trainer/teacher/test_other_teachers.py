@@ -98,3 +98,11 @@ def test_a_teacher_with_another_tokenizer_is_refused_by_its_name(train_here, fam
     with pytest.raises(UserError) as error:
         train_here("missing", **merge(family, {"teacher": {"others": [{"path": "./nowhere"}]}}))
     assert error.value.key == "teacher.others.0.path"
+
+
+def test_a_card_names_them_all(write_experiment, family):
+    from trainer.run.model_card import _opening
+
+    values = read_experiment(write_experiment(**family)).experiment.model_dump(mode="json")
+    said = _opening(values, [], {"bytes on disk": 9, "parameters": 2}, None)
+    assert "distilled from `large-1` and `large-2`, begun as `small`" in said
