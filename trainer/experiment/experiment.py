@@ -203,6 +203,10 @@ class Experiment(Node):
         if self.teacher.take_turns and self.objective.has_intermediate:
             raise UserError("teacher.take_turns", "losses on what is inside of the first teacher need it all the time",
                             value=True, way_out="leave it out, or remove objective.features and its like")
+        if self.teacher.take_turns and self.teacher_is_base:
+            raise UserError("teacher.take_turns", "the first teacher is the base of the student's adapter, which is "
+                            "needed all the time", value=True, way_out="leave it out, or give the teacher another "
+                            "dtype than the base, with which it has weights of its own")
         if self.teacher.train is not None:
             raise UserError("teacher.others", "a teacher that is trained by the run is the only one",
                             way_out="train it first, and name it in `teacher.path`")

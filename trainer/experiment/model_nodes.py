@@ -115,6 +115,9 @@ class Teacher(Model):
 
     @model_validator(mode="after")
     def _several(self) -> Teacher:
+        if self.weight != 1 and not self.others:
+            raise UserError("weight", "there is one teacher, which has all of the divergence", value=self.weight,
+                            way_out="set objective.divergence.weight instead, or name `others`")
         if self.take_turns and not self.others:
             raise UserError("take_turns", "there is one teacher", value=True, way_out="leave it out, or name `others`")
         if self.take_turns and self.targets.source != "live":

@@ -78,8 +78,12 @@ def test_another_numbers_its_tokens_otherwise(train_here, family, live, tmp_path
 @pytest.mark.parametrize(("changes", "key", "said"), [
     ({"teacher": {"others": [{"weight": 2}]}}, "teacher.others.0.path", "has weights of its own"),
     ({"teacher": {"others": [{"path": "a/b", "weight": 0}]}}, "teacher.others.0.weight", "greater than 0"),
-    ({"teacher": {"others": [], "take_turns": True}}, "teacher.take_turns", "there is one teacher"),
+    ({"teacher": {"others": [], "weight": 1, "take_turns": True}}, "teacher.take_turns", "there is one teacher"),
     ({"teacher": {"take_turns": True, "targets": {"source": "top_k"}}}, "teacher.take_turns", "not asked in training"),
+    ({"teacher": {"others": [], "weight": 2}}, "teacher.weight", "which has all of the divergence"),
+    ({"teacher": {"take_turns": True}, "objective": {"features": {}}}, "teacher.take_turns", "need it all the time"),
+    ({"teacher": {"take_turns": True, "path": "a/b"}, "student": {"path": "a/b", "architecture": None, "adapter": {}}},
+     "teacher.take_turns", "is the base of the student's adapter"),
     ({"sharding": {"engine": "fsdp2"}}, "teacher.others", "fsdp2 shards one teacher"),
     ({"objective": {"divergence": {"weight": 0}}}, "teacher.others", "compares nothing with what they say"),
     ({"teacher": {"path": None, "train": {"steps": 3}, "architecture": {"model_type": "llama"}}}, "teacher.others",
