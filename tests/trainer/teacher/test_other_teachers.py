@@ -24,10 +24,18 @@ def family(tmp_path):
             "training": {"steps": 3, "evaluate_every": 3, "checkpoint_every": 3}}
 
 
+@pytest.fixture(scope="module")
+def known():
+    """What has been trained once for all tests."""
+    return {}
+
+
 @pytest.fixture
-def live(train_here, family):
+def live(train_here, family, known):
     """Losses with live teachers."""
-    return losses(train_here("live", **family))
+    if "live" not in known:
+        known["live"] = losses(train_here("live", **family))
+    return known["live"]
 
 
 def test_each_teacher_has_its_share_and_is_planned_for(train_here, family):
