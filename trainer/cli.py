@@ -245,5 +245,28 @@ def _sweep(options: Namespace) -> int:
                      dry_run if options.dry_run else None)
 
 
+def _generate(options: Namespace) -> int:
+    from trainer.experiment.model_nodes import Teacher
+    from trainer.models.build import quiet_libraries
+
+    quiet_libraries()
+    from trainer.teacher.generate_answers import Generation, decoding_of, generate, named_options
+
+    kind = next((one for one in ("messages", "prompt", "text") if getattr(options, one) is not None), None)
+    given = {"dtype": options.dtype} if options.dtype else {}
+    with named_options():
+        asked = Generation(
+            Teacher(path=options.teacher, revision=options.revision, trust_remote_code=options.trust_remote_code,
+                    **given),
+            options.prompts, Path(options.to), decoding_of(options), kind, kind and getattr(options, kind),
+            options.tools, options.system, options.split, options.limit, options.first_tokens, options.batch_size,
+            options.seed, options.unfinished)
+        said = generate(asked)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(said)
+    return 0
+
+
 VERBS = {"init": _init, "schema": _schema, "show-data": _show_data, "status": _status, "watch": _watch,
-         "report": _report, "export": _export, "push": _push, "sweep": _sweep}
+         "report": _report, "export": _export, "push": _push, "sweep": _sweep,
+         "generate": _generate}

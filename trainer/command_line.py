@@ -70,7 +70,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             self._check_options(self.typed)
-            what = {"VERB": "verb", "RUNTIME": "runtime"}[str(action.metavar)]
+            what = {"VERB": "verb", "RUNTIME": "runtime", "READER": "reader"}.get(
+                str(action.metavar), f"value of {'/'.join(action.option_strings)}")
             raise UserError("", f"no such {what}: {value}", way_out=_nearest(value, [*action.choices]) or
                             f"one of {', '.join(action.choices)}; see {self.prog} --help")
 
@@ -145,7 +146,7 @@ def limbeck_parser() -> Parser:
     parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
                         help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="limbeck")
-    for add in (_init, _schema, _show_data, _status, _watch, _report, _export, _push, _sweep):
+    for add in (_init, _schema, _show_data, _status, _watch, _report, _export, _push, _sweep, _generate):
         add(verbs)
     for name, verb in verbs.choices.items():
         verb.siblings = {other: one for other, one in verbs.choices.items() if other != name}
@@ -257,3 +258,63 @@ def _sweep(verbs: Any) -> None:
                         help="show the runs, and steps and bytes of each setting, and start none")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="override a key of the sweep, "
                         "for example jobs=4, or one of the experiment in all runs: training.steps=200")
+
+
+GENERATE_CODES = """\
+Exit codes:
+  0    done; of several processes, this one has done its share
+  1    the memory of the device does not suffice, or no answer is left
+  2    a mistake in the command line, the prompts or the folder: nothing has been generated
+  130  stopped at once by Ctrl-C: start the same command again to go on
+"""
+
+
+def _generate(verbs: Any) -> None:
+    says = "let a teacher answer prompts, and write its answers as a data set to train students on"
+    parser = verbs.add_parser(
+        "generate", help=says, epilog=GENERATE_CODES, description=f"{_sentence(says)}.\nAfter a stop or a kill the "
+        "same command goes on. Several processes share the work: accelerate launch -m limbeck generate ...",
+        usage="limbeck generate TEACHER --prompts PATH --to FOLDER\n"
+              "                        [--messages FIELD | --prompt FIELD | --text FIELD] [...]")
+    parser.add_argument("teacher", metavar="TEACHER", help="hub id or local folder of the model that answers")
+    parser.add_argument("--prompts", metavar="PATH", required=True, help="hub id, local folder, file or glob of the "
+                        "prompts, as data.path")
+    parser.add_argument("--to", metavar="FOLDER", required=True, help="where the data set goes: a new folder, or one "
+                        "of the same command before")
+    _of_prompts(parser)
+    _of_decoding(parser)
+    parser.add_argument("--dtype", metavar="DTYPE", choices=("float32", "bfloat16", "float16"),
+                        help="in which its weights are held: float32, bfloat16 or float16 (default: as stored)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the hub id")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that ships with the teacher")
+
+
+def _of_prompts(parser: Parser) -> None:
+    kinds = parser.add_mutually_exclusive_group()
+    for kind, what in (("messages", "conversations, which are answered after their last message that is not the "
+                        "assistant's"), ("prompt", "instructions, written by the chat template if there is one, or "
+                                         "ended by a line break"), ("text", "plain texts, which are continued")):
+        kinds.add_argument(f"--{kind}", metavar="FIELD", help=f"field with {what}")
+    parser.add_argument("--tools", metavar="FIELD", help="field with the tools of conversations")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt of conversations without one")
+    parser.add_argument("--split", metavar="NAME", default="train", help="split of a hub data set (default: train)")
+    parser.add_argument("--limit", metavar="N", type=int, help="answer the first N prompts only")
+    parser.add_argument("--first-tokens", metavar="N", type=int, help="of each plain text, the first N tokens are the "
+                        "prompt (default: all)")
+
+
+def _of_decoding(parser: Parser) -> None:
+    parser.add_argument("--new-tokens", metavar="N", type=int, default=256, help="most tokens of an answer (default: "
+                        "256)")
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="of sampling; 0, the default, "
+                        "takes the most probable token each time, whatever generation_config.json says")
+    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from the most probable tokens "
+                        "that have this much of the probability (default: 1)")
+    parser.add_argument("--beams", metavar="N", type=int, default=1, help="beams of a beam search, as in Kim & Rush "
+                        "(default: 1, none)")
+    parser.add_argument("--answers", metavar="N", type=int, default=1, help="answers to each prompt: samples, or the "
+                        "best of the beams (default: 1)")
+    parser.add_argument("--unfinished", metavar="WHAT", choices=("keep", "drop"), help="keep or drop answers that were "
+                        "cut off (default: drop answers, keep plain texts)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="sequences at a time (default: 16)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the samples (default: 0)")

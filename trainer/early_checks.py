@@ -28,6 +28,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.run_status import check_free
 from trainer.student.export_student import check_runtimes
 from trainer.teacher.intermediate_losses import check_intermediate
+from trainer.teacher.other_teachers import of_other
 
 ALONE = Topology()
 
@@ -103,9 +104,20 @@ def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = F
     teacher = teacher_config(experiment.teacher, vocabulary, offline, task)
     student = student_config(experiment.student, teacher, vocabulary, offline, task)
     check_shapes(experiment, teacher, student, vocabulary)
+    _check_others(experiment, student, vocabulary, task, offline)
     check_intermediate(experiment.objective, student, teacher, experiment.memory.bytes is not None)
     balancing_weight(experiment.objective, student)
     return teacher, student
+
+
+def _check_others(experiment: Experiment, student: PretrainedConfig, tokens: int | None, task: Task,
+                  offline: bool = False) -> None:
+    """Raise `UserError` for other teachers whose shapes do not fit the student or the tokenizer."""
+    for number, one in enumerate(experiment.by_other_teachers):
+        with of_other(number):
+            config = teacher_config(one.teacher, tokens, offline, task)
+            check_shapes(one, config, student, tokens)
+            (check_early_causal if task.is_language else check_early_classifier)(one.teacher, "teacher", config)
 
 
 def next_start(experiment: Experiment) -> str:

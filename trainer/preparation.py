@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.adapters.low_rank import base_of
-from strategies.distillation.tokenizers.input_adapters import identity_adapter
+from strategies.distillation.losses.teacher_targets import SharedVocabulary
+from strategies.distillation.several_teachers import OtherTeacher
+from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter, identity_adapter
 from strategies.export.hf.transformers_folder import write_model_files
 from trainer import checkpoints
 from trainer.checkpoints import WarmStart, check_space, planned_bytes
@@ -19,20 +21,22 @@ from trainer.data.dataset import PreparedData
 from trainer.distributed.rank_memory import RankSetup
 from trainer.distributed.topology import Topology
 from trainer.early_checks import configs_of
-from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
-from trainer.models.build import build_student, build_teacher
+from trainer.models.build import build_student, build_teacher, shape_of
 from trainer.models.classifier_trials import check_classifier
+from trainer.models.configs import teacher_config
 from trainer.models.model_trials import check_causal, check_packing, check_padding, check_positions
+from trainer.models.task_heads import Task
 from trainer.planning.plan import Plan, Plans
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import console
 from trainer.run.trackers import start_trackers
 from trainer.run.working import working
 from trainer.teacher.intermediate_losses import attach_projections
-from trainer.teacher.logit_cache import cached_logits
-from trainer.teacher.target_cache import cached_targets
-from trainer.teacher.vocabularies import match_vocabularies
+from trainer.teacher.logit_cache import CachedLogits, cached_logits
+from trainer.teacher.other_teachers import Beside, of_other
+from trainer.teacher.target_cache import CachedTargets, cached_targets
+from trainer.teacher.vocabularies import check_places_of_tokens, match_vocabularies
 from trainer.training.loop import TrainLoop
 
 
@@ -84,16 +88,14 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         attach_projections(experiment.objective, experiment.seed, student, teacher_shape)
     with working(name, "trying the models on small inputs"):
         _try_out(experiment, teacher, student)
-    related = (None, identity_adapter) if not experiment.data.is_language else match_vocabularies(
-        experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
-    if related[0] is not None and related[0].student is not None and experiment.teacher.targets.source in (
-            "samples", "top_k"):
-        raise UserError("teacher.targets.source", "student and teacher have their common tokens in other places",
-                        value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
-    if experiment.uses_teacher and experiment.teacher.targets.source == "logits":
-        teacher = cached_logits(experiment, accelerator, text, teacher)
-    elif experiment.uses_teacher and experiment.teacher.targets.source != "live":
-        teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
+    related = _related(experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
+    check_places_of_tokens(experiment.teacher, related[0])
+    cached = None
+    if experiment.uses_teacher and experiment.teacher.targets.source != "live":
+        cached = _cached(experiment, accelerator, text, teacher, related[0])
+        teacher = teacher if experiment.teacher.targets.asks_teacher else None
+    with working(name, "loading the other teachers"):
+        others = _others(experiment, student_shape, text, accelerator)
     with working(name, "trying the plan on the student"):
         plan = _tried(plan, experiment, shapes, student, how)
     if (more := folder.longer(asked.model_dump(mode="json"))):
@@ -104,7 +106,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         write_model_files(folder.model, student, text.tokenizer)
     accelerator.wait_for_everyone()
     with working(name, "placing the models"):
-        loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related)
+        loop = TrainLoop(experiment, plan, folder, accelerator, text, student, teacher, teacher_shape, related,
+                         cached, others)
     if experiment.run.trackers:
         start_trackers(accelerator, experiment.run.trackers, asked.model_dump(mode="json"), folder, loop.state.step)
     return loop
@@ -146,7 +149,7 @@ def _tried(plan: Plan, experiment: Experiment, shapes: tuple[PretrainedConfig | 
     return how.plans.without(plan, experiment, *shapes, found) if found else plan
 
 
-def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Module) -> None:
+def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Module | None) -> None:
     """Raise `UserError` for models that cannot learn from these rows, because they see later tokens or other documents.
 
     Each model is run on small inputs to find out.
@@ -165,6 +168,46 @@ def _try_out(experiment: Experiment, teacher: nn.Module | None, student: nn.Modu
         check_padding(model, key, length)
         if experiment.data.packs:
             check_packing(model, key, length)
+
+
+def _others(experiment: Experiment, student: PretrainedConfig, text: PreparedData, accelerator: Accelerator
+            ) -> list[Beside]:
+    """Load the other teachers, one after the other; of those whose targets are cached, only what that leaves is kept.
+
+    Raises:
+        UserError: one of them does not fit the student or the data; what `cached_targets` raises.
+    """
+    found = []
+    for number, one in enumerate(experiment.by_other_teachers):
+        with of_other(number):
+            config = teacher_config(one.teacher, None, task=Task.of(one.data, text.classes))
+            model = build_teacher(one.teacher, config)
+            _try_out(one, model, None)
+            common, reader = _related(one, text, student, config)
+            check_places_of_tokens(one.teacher, common)
+            live, cached = one.teacher.targets.asks_teacher, None
+            if one.teacher.targets.source != "live":
+                cached = _cached(one, accelerator, text, model, common)
+        judge = OtherTeacher(experiment.teacher.shares[number + 1], model if live else None,
+                             shape_of(model) if live else None, common, reader)
+        found.append(Beside(judge, cached))
+    return found
+
+
+def _related(experiment: Experiment, text: PreparedData, student: PretrainedConfig, teacher: PretrainedConfig | None
+             ) -> tuple[SharedVocabulary | None, TeacherInputAdapter]:
+    """How the vocabularies of teacher and student are related; classifiers read the same and have the same classes."""
+    if not experiment.data.is_language:
+        return None, identity_adapter
+    return match_vocabularies(experiment, text, student, teacher)
+
+
+def _cached(experiment: Experiment, accelerator: Accelerator, text: PreparedData, teacher: nn.Module,
+            common: SharedVocabulary | None) -> CachedTargets | CachedLogits:
+    """The cached targets of a teacher, of the kind that it has."""
+    if experiment.teacher.targets.source == "logits":
+        return cached_logits(experiment, accelerator, text, teacher)
+    return cached_targets(experiment, accelerator, text, teacher, common)
 
 
 def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> Experiment:

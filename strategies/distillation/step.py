@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.distillation.losses.fused_head import LogitShape, at_head, hidden_states, with_head
+from strategies.distillation.live_teacher import LiveTeacher, Said, always
+from strategies.distillation.losses.fused_head import LogitShape, at_head
 from strategies.distillation.losses.heads import Head
 from strategies.distillation.losses.intermediate import IntermediateTerms
 from strategies.distillation.losses.load_balancing import balancing_loss
 from strategies.distillation.losses.response import ResponseObjective
-from strategies.distillation.losses.teacher_targets import HiddenTargets, LogitTargets, SharedVocabulary, Targets
+from strategies.distillation.losses.teacher_targets import SharedVocabulary, Targets
 from strategies.distillation.losses.tiled_loss import IGNORED
+from strategies.distillation.several_teachers import OtherTeacher, shared_out
 from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter, identity_adapter
 from strategies.memory.meter import mark
 
@@ -41,6 +43,8 @@ class Distillation:
         reader: how the teacher reads the student's text.
         balancing: weight of the load-balancing loss of a mixture of experts; None leaves `output_router_logits` out of
             the student's arguments.
+        others: further teachers, each with a share of the divergences; the first has what is left of 1.
+        present: context manager within which the first teacher is on the device; see `LiveTeacher`.
     """
 
     def __init__(
@@ -55,7 +59,10 @@ class Distillation:
         intermediate: IntermediateTerms | None = None,
         reader: TeacherInputAdapter = identity_adapter,
         balancing: float | None = None,
+        others: Sequence[OtherTeacher] = (),
+        present: Callable[..., Any] = always,
     ) -> None:
+        self.others, self.present = tuple(others), present
         self.objective, self.student, self.shapes, self.common, self.tile = objective, student, shapes, common, tile
         self.reader, self.balancing = reader, balancing
         self.teacher, self.intermediate = (
@@ -67,6 +74,7 @@ class Distillation:
         """A copy for planning with fake tensors, which hold no text to read: the teacher gets the student's tokens."""
         alike = copy.copy(self)
         alike.reader = identity_adapter
+        alike.others = tuple(replace(one, reader=identity_adapter) for one in self.others)
         return alike
 
     def without_text(self) -> Distillation:
@@ -82,7 +90,8 @@ class Distillation:
 
     def __call__(self, called: nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor,
                  teacher_targets: Targets | None = None, real: torch.Tensor | None = None,
-                 learned: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                 learned: torch.Tensor | None = None, others_targets: Sequence[Targets] | None = None
+                 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Compute the weighted loss and its terms, summed over target tokens; see `ResponseObjective`.
 
         The load-balancing loss is by definition a mean over the tokens of one call. Here it is multiplied by the call's
@@ -97,9 +106,10 @@ class Distillation:
             teacher_targets: the teacher's targets; None to run the teacher.
             real: (batch, sequence) True where a token is not padding, for the load-balancing loss; None for all.
             learned: (n,) flat positions that have a target, if known; finding them synchronizes with a GPU.
+            others_targets: the targets of the other teachers; None to run them.
         """
         with nullcontext() if self.intermediate is None else self.intermediate.recording():
-            return self._loss(called, inputs, targets, teacher_targets, real, learned)
+            return self._loss(called, inputs, targets, teacher_targets, real, learned, others_targets)
 
     def _loss(
         self,
@@ -109,35 +119,32 @@ class Distillation:
         teacher_targets: Targets | None,
         real: torch.Tensor | None,
         learned: torch.Tensor | None,
+        others_targets: Sequence[Targets] | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mine, theirs = self.shapes
-        hidden = asked = judged = None
         if self.intermediate is not None and self.intermediate.maps is not None:
             inputs = {**inputs, "output_attentions": True}
+        first = Said(teacher_targets)
         if self._is_taught and self.teacher is not None and teacher_targets is None:
-            reading = self.reader(inputs, targets)
-            if theirs is None:
-                with torch.no_grad():
-                    judged = self.teacher(**reading.inputs)
-                    logits, asked = reading.placed(judged.logits, targets)
-                teacher_targets = LogitTargets(logits)
-            else:
-                hidden, judged = hidden_states(self.teacher, reading.inputs)
-                hidden, asked = reading.placed(hidden, targets)
+            first = LiveTeacher(self.teacher, theirs, self.reader, self.present)(inputs, targets)
+        others = self.others if self.objective.needs_teacher else ()
+        said = [first, *([one.live(inputs, targets) for one in others if one.live is not None]
+                         if others_targets is None else map(Said, others_targets))]
+        objectives = shared_out(self.objective, others)
 
         def take(student: torch.Tensor, head: Head | None, output: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            def loss(of: Targets | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                return self.objective(student, of, targets, head=head, common=self.common, asked=asked, tile=self.tile,
-                                      learned=learned)
+            def judged(number: int, common: SharedVocabulary | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                return said[number].judge(lambda of, asked: objectives[number](
+                    student, of, targets, head=head, common=common, asked=asked, tile=self.tile, learned=learned))
 
             mark("loss")
-            if hidden is None:
-                total, terms = loss(teacher_targets)
-            else:
-                assert self.teacher is not None and theirs is not None, "whose hidden states these are"
-                total, terms = with_head(self.teacher, theirs, lambda its: loss(HiddenTargets(hidden, its)))
+            total, terms = judged(0, self.common)
+            for number, one in enumerate(others, 1):
+                more, apart = judged(number, one.common)
+                total = total + more
+                terms |= {f"{name}_{number + 1}": value for name, value in apart.items()}
             if self.intermediate is not None:
-                for name, weight, value in self.intermediate.sums(targets, inputs, (output, judged)):
+                for name, weight, value in self.intermediate.sums(targets, inputs, (output, first.output)):
                     total, terms[name] = total + weight * value, value.detach()
             if self.balancing:
                 value = balancing_loss(self.student, output, real) * (targets != IGNORED).sum()

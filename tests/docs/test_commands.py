@@ -55,6 +55,8 @@ def whole(block):
     if {"student", "training"} <= set(values):
         return values
     base = dict(BASE)
+    if "from_student" in values.get("teacher", {}):
+        del base["teacher"]
     if "from_teacher" in values.get("student", {}) or "architecture" in values.get("student", {}):
         del base["student"]
     values = merge(base, values)
@@ -199,10 +201,16 @@ def verb(words, folder):
     """A verb of `limbeck`: a known one with known options; an experiment is read."""
     known = {"schema": {}, "show-data": {"--config"}, "status": {"--config"}, "report": {}, "init": {},
              "watch": {"--config", "--every", "--once"}, "export": {"--to", "--reader", "--trust-remote-code"},
-             "push": {"--to", "--private", "--runtime", "--base"}, "sweep": {"--dry-run"}}
+             "push": {"--to", "--private", "--runtime", "--base"}, "sweep": {"--dry-run"},
+             "generate": {"--prompts", "--to", "--limit", "--first-tokens", "--new-tokens", "--temperature", "--dtype",
+                          "--batch-size"}}
     assert words[1] in known and {word for word in words if word.startswith("--")} <= set(known[words[1]])
     if "--config" in words:
         experiment_of(words)
+    if words[1] == "generate":
+        from trainer.command_line import limbeck_parser
+
+        assert limbeck_parser().parse_args(words[1:]).to
     if words[1] == "sweep":
         from trainer.sweep.sweep_file import read_sweep
         from trainer.sweep.sweep_plan import SweepPlan
@@ -217,9 +225,15 @@ def verb(words, folder):
     assert f"## limbeck {words[1]}\n" in reference
 
 
+def generate(words, folder):
+    """`limbeck generate` in several processes."""
+    verb(["limbeck", *words[words.index("generate"):]], folder)
+
+
 KINDS = {
     r"make ": make,
     r"pip install ": pip,
+    r"accelerate launch .*-m limbeck generate ": generate,
     r"(accelerate launch|python train\.py) ": dry_run,
     r"(launch/\S+\.sh|sbatch launch/) ?": script,
     r"python -m benchmarks\.": benchmark,

@@ -14,7 +14,8 @@ from trainer.command_line import RUNTIMES, limbeck_parser, parse_train
 from trainer.errors import UserError
 
 HEAVY = "{'torch', 'transformers', 'datasets', 'accelerate', 'numpy'}"
-VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push", "sweep")
+VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push", "sweep",
+         "generate")
 
 
 def typed(*arguments, capsys):
@@ -114,6 +115,16 @@ def test_overrides_reach_the_experiment(write_experiment, capsys):
     ("watch r --every 0", ["--every 0 is no time between two looks", "give seconds, for example --every 5"]),
     ("watch r --every soon", ["--every: invalid float value: 'soon'", "limbeck watch RUN [--every SECONDS]"]),
     ("status r --once", ["--once goes with watch"]),
+    ("generate", ["the following arguments are required: TEACHER, --prompts, --to"]),
+    ("generate t --prompts p --to o --message m", ["no such option: --message", "did you mean --messages?"]),
+    ("generate t --prompts p --to o --prompt a --text b", ["--text: not allowed with argument --prompt"]),
+    ("generate t --prompts p --to o --dtype bf16", ["no such value of --dtype: bf16", "one of float32, bfloat16"]),
+    ("generate t --prompts p --to o --new-tokens 0", ["--new-tokens = 0: this is a number from 1 on"]),
+    ("generate t --prompts p --to o --temperature -1", ["the temperature is a number from 0 on, not -1.0"]),
+    ("generate t --prompts p --to o --top-p 0.9", ["top_p is for sampling, and at temperature 0 nothing is drawn"]),
+    ("generate t --prompts p --to o --beams 4 --temperature 1", ["a beam search draws nothing"]),
+    ("generate t --prompts p --to o --answers 4", ["4 answers at temperature 0 are the same"]),
+    ("generate ./t --prompts p --to o", ["TEACHER = './t': there is no such folder"]),
     ("status nowhere", ["error: command line: 'nowhere': this is not a run folder"]),
 ])
 def test_mistakes_after_limbeck(arguments, parts, capsys, tmp_path, monkeypatch):

@@ -123,6 +123,22 @@ class ChatTemplate:
                 raise self._not_found(messages)
             text, upto = left[last].text, last + 1
 
+    def prompt(self, conversation: Conversation) -> str:
+        """The text that a server gives a model to answer: the conversation, and what an answer begins with.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        messages, tools = self.shape.fit(self.with_system(conversation[0])), conversation[1]
+        text = self._attempt(messages, tools, prompt=True)
+        return self._write(messages, tools) + self.shape.header if text is None else text
+
+    @property
+    def end(self) -> int | None:
+        """The token that closes an answer; None if it is unknown, or several tokens do."""
+        closing = self.tokenizer.encode((self.shape.closing or "").strip(), add_special_tokens=False)
+        return closing[0] if len(closing) == 1 and closing[0] in self.tokenizer.added_tokens_decoder else None
+
     def _check_system(self) -> None:
         if self.system and not self.shape.writes_system:
             raise UserError("data.system", "this tokenizer's chat template writes no system prompt", value=self.system,

@@ -23,6 +23,7 @@ from trainer.data.dataset import encoder_for, for_each_source
 from trainer.data.encoding import Document
 from trainer.data.messages import notes_on_calls
 from trainer.data.packing import cuts, pack
+from trainer.data.provenance import notes_on_provenance
 from trainer.data.shown_documents import SHOWN, learned_of, shown_document
 from trainer.data.tokenizers import Origin, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
@@ -160,7 +161,7 @@ def _counted(found: Preview, data: Data, documents: sources.Documents, tokenizer
     encoder = encoder_for(tokenizer, data, documents)
     encoded = [encoder([record]) for record in records]
     found.read, found.examples = len(records), _examples(encoded, data, tokenizer)
-    found.notes += [*encoder.notes, *notes_on_calls(records, data)]
+    found.notes += [*notes_on_provenance(data.path), *encoder.notes, *notes_on_calls(records, data)]
     every = [document for one in encoded for document in one]
     capacity = data.sequence_length
     pieces = [document[cut] for document in every for cut in cuts(document.loss_mask, capacity, data.is_plain)]

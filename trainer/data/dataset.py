@@ -18,6 +18,7 @@ from trainer.data.classified import Classified, processing
 from trainer.data.encoding import Encoder
 from trainer.data.messages import notes_on_calls
 from trainer.data.mixture import Ingredient, MixedRows, MixedStreams, Rows
+from trainer.data.provenance import notes_on_provenance
 from trainer.data.rows import PackedRows, Row, StreamedRows, encode_to, keep_one
 from trainer.data.token_ids import IdEncoder
 from trainer.errors import UserError
@@ -128,7 +129,8 @@ def _part(data: Data, corpus: sources.Corpus, tokenizer: PreTrainedTokenizerBase
     encoder, held = (encoder_for(tokenizer, data, documents) for documents in (corpus.train, corpus.validation))
     shape = {"capacity": data.sequence_length, "packing": data.packing, "plain": data.is_plain,
              "padding": tokenizer.pad_token_id}
-    notes = [*encoder.notes, *notes_on_calls(islice(iter(corpus.train), LOOKED_AT), data)]
+    notes = [*notes_on_provenance(data.path), *encoder.notes,
+             *notes_on_calls(islice(iter(corpus.train), LOOKED_AT), data)]
     if data.streaming:
         stream = StreamedRows(corpus.train, encoder, **shape, shuffle=(seed, data.shuffle_buffer))
         held_out = list(islice(StreamedRows(corpus.validation, held, **shape, shuffle=None).rows(), held_out_rows))
@@ -227,7 +229,8 @@ def tokenizer_for(experiment: Experiment, corpora: Sequence[sources.Corpus]) -> 
         origin = ("data.tokenizer", str(folder), None)
     tokenizer = tokenizers.load_tokenizer(*origin, writes=data.is_language)
     name = experiment.objective.divergence.name if data.is_language else None
-    tokenizers.check_models(experiment.with_weights, tokenizer, name, experiment.student.from_teacher is not None)
+    tokenizers.check_models([*experiment.with_weights, *experiment.others_with_weights], tokenizer, name,
+                            experiment.student.from_teacher is not None)
     return tokenizer
 
 

@@ -156,8 +156,7 @@ def _chat_of(tokenizer: PreTrainedTokenizerBase, data: Data) -> ChatTemplate | N
 def answer_end(tokenizer: PreTrainedTokenizerBase, data: Data) -> int | None:
     """The token that ends an answer, as a student of chats learns it; None for texts, or if several tokens end it."""
     chat = _chat_of(tokenizer, data)
-    closing = tokenizer.encode((chat.shape.closing or "").strip(), add_special_tokens=False) if chat else []
-    return closing[0] if len(closing) == 1 and closing[0] in tokenizer.added_tokens_decoder else None
+    return None if chat is None else chat.end
 
 
 def field_of(record: dict[str, Any], key: str, name: str, kind: type, place: str = "") -> Any:

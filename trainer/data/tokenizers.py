@@ -117,8 +117,9 @@ def check_models(loaded: Sequence[Origin], tokenizer: PreTrainedTokenizerBase, d
             continue
         theirs = {number: token for token, number in other.get_vocab().items()}
         different = [number for number in sorted(ours) if theirs.get(number, ours[number]) != ours[number]]
-        if key == "teacher.path" and not layers and divergence is not None:
-            _check_teacher(path, divergence, tokenizer, other)
+        is_teacher = key == "teacher.path" and not layers or key.startswith("teacher.others.")
+        if is_teacher and divergence is not None:
+            _check_teacher(key, path, divergence, tokenizer, other)
         elif different:
             raise UserError(key, "this model has another vocabulary than the tokenizer in use; for example token "
                             f"{different[0]} is {theirs[different[0]]!r} to it and {ours[different[0]]!r} here",
@@ -142,15 +143,17 @@ def own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase | 
         return None
 
 
-def _check_teacher(path: str, name: str, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+def _check_teacher(key: str, path: str, name: str, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+                   ) -> None:
     from strategies.distillation.tokenizers.shared_vocabulary import same_tokenizer
 
     if name == "uld" or other.get_vocab() == tokenizer.get_vocab():
         return
-    with error_context("teacher.path", value=path, way_out="name a folder with tokenizer.json"):
+    with error_context(key, value=path, way_out="name a folder with tokenizer.json"):
         same, why = same_tokenizer(tokenizer, other)
     if not same:
-        raise UserError("objective.divergence.name", f"the teacher has another tokenizer than the student: {why}",
+        raise UserError("objective.divergence.name", f"{'the teacher' if key == 'teacher.path' else path} has another "
+                        f"tokenizer than the student: {why}",
                         value=name, way_out="use uld, which compares where both have read the same text, or a teacher "
                         "of the student's family")
 

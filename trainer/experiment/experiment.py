@@ -16,9 +16,9 @@ from trainer.experiment.nodes import Export, Memory, Optimizer, Precision, Run, 
 from trainer.experiment.objective_nodes import INSIDE, Divergence, Objective
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.report_node import Report
-from trainer.experiment.run_paths import model_of_run, within
-from trainer.experiment.task_checks import check_best, check_classification, check_language
+from trainer.experiment.run_paths import STUDENT, model_of_run, within
 from trainer.experiment.scheduled import highest, lowest, moves
+from trainer.experiment.task_checks import check_best, check_classification, check_language
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Experiment(Node):
 
     @model_validator(mode="after")
     def _whole(self) -> Experiment:
+        if self.teacher is not None and self.teacher.from_student:
+            object.__setattr__(self, "teacher", self._student_as_teacher(self.teacher))
         if self.teacher is None and self.student.from_teacher is not None:
             raise UserError("student.from_teacher", "there is no teacher to take layers from",
                             value=list(self.student.from_teacher),
@@ -98,6 +100,8 @@ class Experiment(Node):
                             value=objective.cross_entropy, way_out="set it or `divergence.weight` above zero")
         if self.teacher is not None and self.teacher.targets.source != "live":
             self._cached()
+        if self.teacher is not None and self.teacher.others:
+            self._several_teachers()
         if objective.has_intermediate:
             self._looks_inside()
         if self.training.steps == 0:
@@ -115,6 +119,25 @@ class Experiment(Node):
         if self.export.adapter == "separate":
             self._adapter_alone()
         return self
+
+    def _student_as_teacher(self, teacher: Teacher) -> Teacher:
+        """The teacher that is the student as it starts, with the student's path."""
+        student, way_out = self.student, "or remove `teacher.from_student` and name a teacher in `teacher.path`"
+        if student.from_teacher is not None:
+            raise UserError("teacher.from_student", "the student is made of the teacher's layers, and the teacher of "
+                            "the student", value=True, way_out=f"give the student a `path`, {way_out}")
+        if student.from_run is not None:
+            raise UserError("teacher.from_student", "the weights of a run's checkpoint are no model that can be loaded "
+                            "beside the student", value=True, way_out="name the exported student of that run in "
+                            f"`student.path`: {model_of_run(student.from_run).parent / STUDENT}")
+        if student.path is None:
+            raise UserError("teacher.from_student", "the student starts with random weights, from which nothing can "
+                            "be learned", value=True, way_out=f"give the student a `path`, {way_out}")
+        if teacher.path not in (None, student.path):
+            raise UserError("teacher.path", "the teacher is the student as it starts (`teacher.from_student`), which "
+                            f"is {student.path}", value=teacher.path, way_out="keep one of the two")
+        return teacher.model_copy(update={name: getattr(student, name) for name in (
+            "path", "revision", "architecture", "trust_remote_code")})
 
     def _as_it_is(self) -> None:
         """Check that a student which is not trained has weights already."""
@@ -167,12 +190,34 @@ class Experiment(Node):
         if self.teacher is None or lowest(self.objective.divergence.weight) == 0:
             raise UserError("objective.on_policy", "nobody judges what the student writes",
                             way_out=f"add `teacher` with a divergence, {way_out}")
-        if self.teacher.targets.source != "live":
+        if not self.teacher.targets.asks_teacher:
             raise UserError("teacher.targets.source", "what the student will write is in no cache",
-                            value=self.teacher.targets.source, way_out=f"use `live`, {way_out}")
+                            value=self.teacher.targets.source, way_out="use `live`, or set teacher.targets.until, from "
+                            f"which on the student writes, {way_out}")
         if self.sharding.engine in ("fsdp2", "zero"):
             raise UserError("sharding.engine", "the student writes with whole weights only", value=self.sharding.engine,
                             way_out=f"use ddp, {way_out}")
+
+    def _several_teachers(self) -> None:
+        """Reject settings with which only one teacher can be asked."""
+        assert self.teacher is not None, "the others are beside it"
+        if self.objective.divergence.weight == 0:
+            raise UserError("teacher.others", "the objective compares nothing with what they say",
+                            way_out="set objective.divergence.weight above zero, or remove them")
+        if self.sharding.engine in ("fsdp2", "zero") and (
+                self.teacher.targets.asks_teacher or self.teacher.targets.source == "hidden"):
+            raise UserError("teacher.others", f"{self.sharding.engine} shards one teacher", way_out="use ddp or none, "
+                            "cache samples or top_k of each (teacher.targets.source), or keep one teacher")
+        if self.teacher.take_turns and self.objective.has_intermediate:
+            raise UserError("teacher.take_turns", "losses on what is inside of the first teacher need it all the time",
+                            value=True, way_out="leave it out, or remove objective.features and its like")
+        if self.teacher.take_turns and self.teacher_is_base:
+            raise UserError("teacher.take_turns", "the first teacher is the base of the student's adapter, which is "
+                            "needed all the time", value=True, way_out="leave it out, or give the teacher another "
+                            "dtype than the base, with which it has weights of its own")
+        if self.teacher.train is not None:
+            raise UserError("teacher.others", "a teacher that is trained by the run is the only one",
+                            way_out="train it first, and name it in `teacher.path`")
 
     def _looks_inside(self) -> None:
         """Check what losses on intermediate activations require: a live teacher, and visible attention."""
@@ -226,6 +271,19 @@ class Experiment(Node):
         objective = self.objective
         return self.teacher is not None and self.training.steps != 0 and (
             objective.build(True).needs_teacher or objective.has_intermediate)
+
+    @property
+    def by_other_teachers(self) -> list[Experiment]:
+        """This experiment with each of the other teachers in the place of its own; none if no teacher is used."""
+        others = self.teacher.each_other if self.teacher is not None and self.uses_teacher else []
+        student = self.student.model_copy(update={"from_teacher": None})  # whose layers are those of the first
+        return [self.model_copy(update={"teacher": one, "student": student}) for one in others]
+
+    @property
+    def others_with_weights(self) -> list[tuple[str, str, str | None]]:
+        """(key, path, revision) of the other teachers; see `with_weights`."""
+        return [(f"teacher.others.{number}.path", str(one.path), one.revision)
+                for number, one in enumerate(() if self.teacher is None else self.teacher.others)]
 
     @property
     def form(self) -> StudentForm:

@@ -54,12 +54,44 @@ class Targets(Node):
     """Most probable tokens kept at each position, for `top_k`; all others are merged into one more class."""
     path: PathName | None = None
     """Folder of the cache; null: inside `run.cache`, one folder per teacher, tokenizer and data set."""
+    until: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Warm start: cached targets until this fraction of the run's steps, then the teacher itself; null: all of it."""
 
     @model_validator(mode="after")
     def _cached(self) -> Targets:
         if self.path is not None and self.source == "live":
             raise UserError("path", "a live teacher has no cache", value=self.path,
                             way_out="set `source` to hidden, samples or top_k, or leave it out")
+        if self.until is not None and self.source not in ("samples", "top_k"):
+            raise UserError("until", "a warm start is from targets in a cache", value=self.until,
+                            way_out="set `source` to samples or top_k, or leave it out")
+        return self
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher itself is asked at some step, so that it is in memory."""
+        return self.source == "live" or self.until is not None
+
+    def warm_steps(self, steps: int) -> int:
+        """How many of a run's steps, the first ones, use cached targets."""
+        return 0 if self.source == "live" else steps if self.until is None else round(self.until * steps)
+
+
+Share = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ExtraTeacher(Model):
+    """Another model that the student learns from, beside the teacher."""
+
+    weight: Share = 1.0
+    """Its share of the divergence, relative to those of the others."""
+    dtype: Dtype = "float32"
+    """Dtype in which its weights are held."""
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> ExtraTeacher:
+        if self.path is None:
+            raise UserError("path", "another teacher has weights of its own", way_out="name a hub id or local folder")
         return self
 
 
@@ -68,13 +100,51 @@ class Teacher(Model):
 
     dtype: Dtype = "float32"
     """Dtype in which the teacher's weights are held."""
+    from_student: bool = False
+    """The teacher is the student as it starts, frozen and in full precision; `path` is then the student's."""
     train: TeacherTraining | None = None
     """Train the teacher from its `architecture` first, when it has no `path`."""
     targets: Targets = Targets()
     """Where the teacher's targets come from."""
+    weight: Share = 1.0
+    """Its share of the divergence, relative to those of `others`."""
+    others: tuple[ExtraTeacher, ...] = ()
+    """More teachers: the divergence is the sum of those from each, by weights that are scaled to sum to 1."""
+    take_turns: bool = False
+    """Hold one of several live teachers on the device at a time, and the others in host memory; slower."""
+
+    @model_validator(mode="after")
+    def _several(self) -> Teacher:
+        if self.weight != 1 and not self.others:
+            raise UserError("weight", "there is one teacher, which has all of the divergence", value=self.weight,
+                            way_out="set objective.divergence.weight instead, or name `others`")
+        if self.take_turns and not self.others:
+            raise UserError("take_turns", "there is one teacher", value=True, way_out="leave it out, or name `others`")
+        if self.take_turns and self.targets.source != "live":
+            raise UserError("take_turns", "cached teachers are not asked in training", value=True,
+                            way_out="leave it out, or use targets.source live")
+        return self
+
+    @property
+    def shares(self) -> list[float]:
+        """The share of each teacher, of this one first; they sum to 1."""
+        weights = [self.weight, *(one.weight for one in self.others)]
+        return [weight / sum(weights) for weight in weights]
+
+    @property
+    def each_other(self) -> list[Teacher]:
+        """Each of `others` as a teacher alone."""
+        path = self.targets.path
+        return [Teacher(**one.model_dump(exclude={"weight"}), targets=self.targets.model_copy(update={
+            "path": path and f"{path}/other-{number}"})) for number, one in enumerate(self.others)]
 
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:
+        if self.from_student:
+            if self.train is not None or self.architecture is not None and self.path is None:
+                raise UserError("from_student", "the teacher is the student as it starts, and has an origin of its own",
+                                value=True, way_out="remove `from_student`, or `architecture` and `train`")
+            return self
         if self.path is None and self.architecture is None:
             raise UserError("", "the teacher has neither `path` nor `architecture`",
                             way_out="name a hub id or local folder in `path`, or give `architecture` and `train`")

@@ -53,8 +53,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def build_teacher(teacher: Teacher, config: PretrainedConfig) -> nn.Module:
     """The teacher, frozen and in evaluation mode."""
     assert teacher.path is not None, "an untrained teacher is made first"
-    model = by_document(_load(teacher, "teacher", config, DTYPES[teacher.dtype]))
-    return model.eval().requires_grad_(False)
+    return by_document(load_frozen(teacher, "teacher", config, DTYPES[teacher.dtype]))
+
+
+def load_frozen(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """A model with its weights, frozen and in evaluation mode, as transformers itself uses it."""
+    return _load(model, key, config, dtype).eval().requires_grad_(False)
 
 
 class Weights(Protocol):

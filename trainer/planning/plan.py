@@ -149,8 +149,9 @@ class Plans:
 
 STUDIED = {"data": {"sequence_length", "packing", "task", "images", "text_pair"},
            "student": {"quantization", "adapter"},
-           "teacher": {"dtype", "targets"}, "training": {"batch_size", "micro_batch", "clip"}, "optimizer": True,
-           "precision": True, "sharding": True, "memory": True, "objective": True}
+           "teacher": {"dtype", "targets", "others", "take_turns"},
+           "training": {"batch_size", "micro_batch", "clip"}, "optimizer": True, "precision": True,
+           "sharding": True, "memory": True, "objective": True}
 # Keys that saving adds to a configuration, and special token ids: the memory of a step does not depend on them.
 LATER = {"_name_or_path", "architectures", "transformers_version", "dtype", "bos_token_id", "eos_token_id",
          "pad_token_id"}

@@ -34,6 +34,7 @@ from trainer.experiment.experiment import Experiment
 from trainer.experiment.nodes import Run
 from trainer.models.build import empty_student
 from trainer.models.router_balance import balancing_weight
+from trainer.planning.planned_teachers import PlannedOthers, together
 from trainer.teacher.intermediate_losses import attach_projections, build_intermediate
 from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.resident_teacher import check_sizes, example_targets, live, rank_residency, resident_teacher, sizes
@@ -184,17 +185,21 @@ class _Made:
         common = None if not language else sizes(student, teacher, tokens, apart_size(
             experiment.teacher, experiment.student, experiment.objective.divergence.name))
         shapes: dict[str, Any] = {} if language else {"shapes": (None, None)}
-        temperature = experiment.objective.divergence.temperature
+        temperature, others = experiment.objective.divergence.temperature, PlannedOthers.of(experiment, student)
 
         def loss(model: nn.Module, batch: Batch, tile: int | None) -> torch.Tensor:
             distillation = Distillation(objective, model, live(large), tile=tile, common=common, **shapes,
                                         intermediate=build_intermediate(experiment.objective, model, live(large)),
-                                        balancing=balancing_weight(experiment.objective, student))
+                                        balancing=balancing_weight(experiment.objective, student),
+                                        others=others.judges)
             return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
                                  teacher_targets=example_targets(experiment.teacher, temperature, teacher, batch,
-                                                                 large))[0]
+                                                                 large),
+                                 others_targets=others.targets and others.targets(batch))[0]
 
-        return cls(small, large, batch, loss)
+        on_gpu = place == "cuda" or experiment.memory.device is not None
+        turns = settings is not None and settings.take_turns and on_gpu
+        return cls(small, together(large, others.resident, turns), batch, loss)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.loss_of(self.model, batch, None)

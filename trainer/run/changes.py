@@ -14,7 +14,7 @@ from trainer.experiment.renamed import BEFORE
 # are as good. Another engine computes the same; in half precision it rounds at other points.
 FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
         "training.keep_checkpoints", "training.background_saves", "training.micro_batch", "data.workers",
-        "export.tolerance", "export.to", "export.license")
+        "export.tolerance", "export.to", "export.license", "teacher.take_turns")
 
 # Keys that affect only the exported files and the report, if training does not use quantized weights.
 AFTERWARDS = ("student.quantization", "export", "report")
@@ -37,17 +37,18 @@ def under(key: str, places: tuple[str, ...]) -> bool:
     return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
-def longer(changes: Changes, reached: int, stretches: bool) -> list[str]:
+def longer(changes: Changes, reached: int, follows_steps: bool) -> list[str]:
     """Changed keys by which a run goes on for longer than it was to, if they do so and nothing trained was otherwise.
 
     Args:
         changes: values then and now, by dotted key.
         reached: step of the newest checkpoint.
-        stretches: whether a value follows a schedule over the whole run, which would begin to move again.
+        follows_steps: whether something follows a schedule over the whole run, such as bits of the quantization or
+            cached targets of a warm start, which would begin to move again.
     """
     found = [key for key in changes if key in LONGER]
     wanted = [key for key in found if key != "schedule.restarts"]
-    if stretches or not wanted or any(_shortens(*changes[key]) for key in wanted):
+    if follows_steps or not wanted or any(_shortens(*changes[key]) for key in wanted):
         return []
     then, now = changes.get("schedule.restarts", ([], []))
     begun_anew = [one for one in now or [] if one not in (then or [])]
@@ -62,6 +63,8 @@ def over_the_run(values: dict[str, Any]) -> str | None:
     """The first key of an experiment's values that follows a schedule over the whole run; None if none does."""
     if (values["student"].get("quantization") or {}).get("bits_schedule"):
         return "student.quantization.bits_schedule"
+    if ((values.get("teacher") or {}).get("targets") or {}).get("until"):
+        return "teacher.targets.until"
     found = Objective.model_validate(values["objective"]).scheduled
     return f"objective.{found[0]}" if found else None
 

@@ -33,7 +33,8 @@ def only_if_trusted(experiment: Experiment, folder: RunFolder, trust: bool) -> E
                         "made the folder may have written it", way_out=f"read {', '.join(code)} in {folder.student}; "
                         f"if you trust it, add {TRUST}")
     if teacher is not None:  # it is not built any more
-        teacher = teacher.model_copy(update={"trust_remote_code": False})
+        others = tuple(one.model_copy(update={"trust_remote_code": False}) for one in teacher.others)
+        teacher = teacher.model_copy(update={"trust_remote_code": False, "others": others})
     return experiment.model_copy(update={"teacher": teacher})
 
 
@@ -61,6 +62,9 @@ def _paths(experiment: Experiment, folder: RunFolder) -> Iterator[str]:
             value = value.get(name) if isinstance(value, dict) else None
         if isinstance(value, str) and not _inside(Path(value), folder):
             yield f"{what} is read from {_place(value)!r} ({key})"
+    for number, other in enumerate((values["teacher"] or {}).get("others", ())):
+        if not _inside(Path(other["path"]), folder):
+            yield f"another teacher's tokenizer is read from {_place(other['path'])!r} (teacher.others.{number}.path)"
     for number, source in enumerate(values["data"]["sources"] or ()):
         held_out = (source["validation"] or {}).get("path")
         for what, key, value in (("text", "path", source["path"]), ("held-out text", "validation.path", held_out)):

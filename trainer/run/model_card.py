@@ -170,7 +170,10 @@ def _opening(values: dict[str, Any], before: Sequence[EarlierRun], size: dict[st
     base, layers = _base(first), first["student"].get("from_teacher")
     text = _what(size, values)
     if _distilled(values):
-        text += f", distilled from {_name(teacher['path'], values) if teacher.get('path') else 'a teacher of its own'}"
+        names = ["itself as it began" if teacher.get("from_student") else _name(teacher["path"], values)
+                 if teacher.get("path") else "a teacher of its own"]
+        names += [_name(one["path"], values) for one in teacher.get("others", ())]
+        text += f", distilled from {' and '.join(names)}"
     if layers is not None:
         text += f", begun with {len(layers)} of its layers" if _distilled(values) and first is values else \
             f", begun with {len(layers)} layers of {_name(base, first) if base else 'a teacher of its own'}"

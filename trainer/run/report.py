@@ -73,6 +73,8 @@ def _write(folder: RunFolder) -> None:
     if control.metrics.exists():
         curves["control"] = read_lines(control.metrics)
     meaning = MEANING if experiment["teacher"] else {"student": "fine-tuned without a teacher"}
+    if (experiment["teacher"] or {}).get("from_student"):
+        meaning = {**MEANING, "teacher": "the student as it began", "student": "distilled from itself as it began"}
     if experiment["training"]["steps"] == 0:
         meaning = {**MEANING, "student": "exported as it is, without any training"}
     if experiment["training"]["steps"] != 0:

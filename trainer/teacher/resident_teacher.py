@@ -48,7 +48,7 @@ def resident_teacher(teacher: Teacher | None, config: PretrainedConfig | None) -
     if config is None or teacher is None:
         return None
     dtype = DTYPES[teacher.dtype]
-    if teacher.targets.source == "live":
+    if teacher.targets.asks_teacher:
         trust = teacher.trust_remote_code
         return by_document(skeleton(config, dtype, trust, "teacher")).eval().requires_grad_(False)
     if teacher.targets.source == "hidden":
@@ -59,7 +59,7 @@ def resident_teacher(teacher: Teacher | None, config: PretrainedConfig | None) -
 def example_targets(teacher: Teacher | None, temperature: float, config: PretrainedConfig | None, batch: Batch,
                     head: nn.Module | None) -> Targets | None:
     """Example targets shaped like those from a cache, on the batch's device; None if the teacher is live or absent."""
-    if config is None or teacher.targets.source == "live":
+    if config is None or teacher.targets.asks_teacher:
         return None
     asked, positions = teacher.targets, batch["targets"]
     if asked.source == "logits":

@@ -63,6 +63,13 @@ def match_vocabularies(
     return found.common, TokenIdRemap(found.to_teacher)
 
 
+def check_places_of_tokens(teacher: Teacher | None, common: SharedVocabulary | None) -> None:
+    """Raise `UserError` if targets are cached by token id, and student and teacher number their tokens differently."""
+    if common is not None and common.student is not None and teacher.targets.source in ("samples", "top_k"):
+        raise UserError("teacher.targets.source", "student and teacher have their common tokens in other places",
+                        value=teacher.targets.source, way_out="use `live` or `hidden`")
+
+
 def reads_alike(teacher: Teacher, student: Student, text: PreparedData) -> bool:
     """Whether the teacher reads the student's token ids unchanged, so that it can be evaluated on the same rows."""
     if teacher.path is None or student.from_teacher is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from strategies.common.frozen_base import base_digest, base_digests
 from strategies.common.generation_settings import copy_generation_settings
 from strategies.common.running_statistics import RunningStatistics
+from strategies.distillation.live_teacher import always
 from strategies.distillation.losses.teacher_targets import SharedVocabulary
 from strategies.distillation.step import Distillation
 from strategies.distillation.tokenizers.input_adapters import TeacherInputAdapter, identity_adapter
@@ -53,6 +54,7 @@ from trainer.teacher.intermediate_losses import (
 )
 from trainer.teacher.logit_cache import CachedLogits
 from trainer.teacher.loss import loss_of_batch
+from trainer.teacher.other_teachers import Beside, placed, present_on_demand
 from trainer.teacher.start_features import start_features
 from trainer.teacher.target_cache import CachedTargets
 from trainer.training.best_evaluation import BestEvaluation
@@ -83,18 +85,20 @@ class TrainLoop:
     """
 
     def __init__(self, experiment: Experiment, plan: Plan, folder: RunFolder, accelerator: Accelerator,
-                 text: PreparedData, student: nn.Module,
-                 teacher: nn.Module | CachedTargets | CachedLogits | None = None,
+                 text: PreparedData, student: nn.Module, teacher: nn.Module | None = None,
                  teacher_config: PretrainedConfig | None = None,
-                 related: tuple[SharedVocabulary | None, TeacherInputAdapter] = (None, identity_adapter)) -> None:
+                 related: tuple[SharedVocabulary | None, TeacherInputAdapter] = (None, identity_adapter),
+                 cached: CachedTargets | CachedLogits | None = None, others: Sequence[Beside] = ()) -> None:
         """Set up models and optimizer on their devices, and resume from the newest checkpoint if there is one.
 
         Args:
             student: the unsharded student, with weights.
-            teacher: a live teacher or its cached targets; None to train on the text alone.
+            teacher: a live teacher; None if it is never asked in training.
             teacher_config: the teacher's configuration, whether it is live or cached.
             related: the shared tokens where the vocabularies differ (else None), and the adapter that turns the
                 student's input into the teacher's.
+            cached: reads the teacher's cached targets; with a live teacher, only those of the first steps.
+            others: further teachers.
 
         Raises:
             UserError: no held-out row has a target token.
@@ -104,8 +108,7 @@ class TrainLoop:
         self.accelerator, self.ranks = accelerator, RankGroup(accelerator, plan.topology, experiment.run.timeout)
         self.teacher_config = teacher_config
         setup = RankSetup.of(experiment, plan.topology)
-        self.cached = teacher if isinstance(teacher, (CachedTargets, CachedLogits)) else None
-        live = teacher if self.cached is None and experiment.uses_teacher else None
+        self.cached, live = cached, teacher if experiment.uses_teacher else None
         shapes = shape_of(student), None if live is None else shape_of(live)  # before they are wrapped or sharded
         self.precision = experiment.precision.build(accelerator.device.type)
         self.steps = plan.steps
@@ -113,7 +116,10 @@ class TrainLoop:
         self.learning_rate = experiment.schedule.build(experiment.optimizer.lr, self.steps)
         base = base_digest(student) if self.ranks.main else None
         self.frozen_digests = base_digests(student, self.ranks.main) if setup.changes_frozen else {}
-        self.teacher = None if live is None else place_teacher(setup, accelerator, live)
+        turns = experiment.teacher is not None and experiment.teacher.take_turns
+        self.others = placed(others, accelerator.device, turns)
+        present = present_on_demand(live, accelerator.device, True) if turns and live is not None else always
+        self.teacher = live if live is None or turns else place_teacher(setup, accelerator, live)
         variances = start_features(
             experiment.objective, lambda count: first_rows(text, count, experiment.seed), plan.micro_batch, student,
             self.teacher)
@@ -124,10 +130,11 @@ class TrainLoop:
         ) if experiment.data.is_language else ClassifierEvaluator(
             text.held_out, len(text.classes), plan.micro_batch, self.ranks, self._autocast)
         self.distillation = Distillation(
-            experiment.objective.build(teacher is not None), self.unwrapped, self.teacher, shapes=shapes,
-            common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
+            experiment.objective.build(teacher is not None or cached is not None), self.unwrapped, self.teacher,
+            shapes=shapes, common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
             intermediate=build_intermediate(experiment.objective, self.unwrapped, self.teacher, variances),
-            balancing=balancing_weight(experiment.objective, self.unwrapped.config))
+            balancing=balancing_weight(experiment.objective, self.unwrapped.config),
+            others=[one.judge for one in self.others], present=present)
         if plan.step is not None:
             plan.step.install(self.unwrapped, inductor=experiment.memory.compile)
         self.memory = MemoryCheck(experiment.memory, plan.memory, self.ranks, self._resident, lambda excess: ways_out(
@@ -161,7 +168,7 @@ class TrainLoop:
     def inputs(self) -> StepInputs:
         """The inputs of the remaining steps, starting at the state's step."""
         writer = Writer(self.experiment.objective.on_policy, self.experiment.seed, self.plan, self.ranks, self.text,
-                        self.unwrapped, self._autocast)
+                        self.unwrapped, self._autocast, self._warm_steps)
         return StepInputs(self._batches(), self.plan, self.ranks, writer, writer.writes)
 
     def _batches(self) -> Iterator[Batch]:
@@ -318,11 +325,19 @@ class TrainLoop:
         self.distillation.objective = now.build(self.teacher is not None or self.cached is not None)
         reweigh(self.distillation.intermediate, now)
 
+    @property
+    def _warm_steps(self) -> int:
+        """How many of the run's steps, the first ones, use cached targets."""
+        return 0 if self.experiment.teacher is None else self.experiment.teacher.targets.warm_steps(self.steps)
+
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        taught = None if self.cached is None else self.cached(batch)
+        taught = apart = None
+        if self.state.step < self._warm_steps:
+            taught = None if self.cached is None else self.cached(batch)
+            apart = [one.cached(batch) for one in self.others if one.cached is not None]
         distillation = self.distillation.without_text() if "written" in batch else self.distillation
         return loss_of_batch(distillation, self.precision, self.student, self.ranks.place(with_learned(batch)),
-                             self.engine.casts, taught)
+                             self.engine.casts, taught, apart)
 
     def _update(self, loss_finite: bool) -> float:
         """Clip the gradient, update the weights if everything is finite, and return the norm before clipping."""
@@ -371,7 +386,7 @@ class TrainLoop:
     def release(self) -> None:
         """Release models and optimizer, so that the next training in this process finds the memory free."""
         self.engine.release()
-        self.engine = self.teacher = self.cached = self.distillation = None
+        self.engine = self.teacher = self.cached = self.others = self.distillation = None
         self.evaluate = self.saver = self.memory = self.plan = None
         self.accelerator.free_memory()
 
@@ -408,8 +423,9 @@ class TrainLoop:
 
     def _resident(self) -> list[object]:
         """The objects whose memory is resident between steps."""
-        teacher = self.teacher if self.cached is None else self.cached.head
-        return [*self.engine.resident(), *([] if teacher is None else [teacher])]
+        held = self.teacher, None if self.cached is None else self.cached.head
+        return [*self.engine.resident(), *(one for one in held if one is not None),
+                *(held for one in self.others for held in one.resident)]
 
     def _step(self, inputs: StepInputs) -> dict[str, Any] | None:
         """`train_step`, and a word before the first one of this process if that takes long: it may compile."""
