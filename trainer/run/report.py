@@ -18,6 +18,7 @@ from trainer.run.metrics import read_lines, readable
 from trainer.run.model_card import CARD, needs_its_base, write_cards
 from trainer.run.quantization_loss import rises, rounding_cost
 from trainer.run.report_plots import ordered, plot_held_out, plot_loss, plot_size
+from trainer.run.task_results import task_section
 
 MEANING = {"teacher": "the large model", "student": "distilled from the teacher",
            "control": "same start, same tokens, cross-entropy only"}
@@ -75,6 +76,7 @@ def _write(folder: RunFolder) -> None:
         "pass over that text, each model loaded by `transformers` in the same fresh process. Integer weights are "
         "unpacked to floating point by that runtime, so packing makes a file smaller, not faster.\n",
         *["![size against bits per byte](size.png)\n"] * (len(ordered(found)) > 1),
+        *task_section(folder),
         "## Training\n", *_curves(experiment), _training(curves["student"]), *_best(folder),
         *_went_on(folder), *(f"Text: {plain(note)}." for note in plan.get("text", [])), "",
         *_mixture(plan, curves["student"]),

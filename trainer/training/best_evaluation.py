@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.experiment.nodes import Training
+from trainer.experiment.evaluate_nodes import LOWER
+from trainer.experiment.nodes import HELD_OUT, Training
 from trainer.files import write_atomically
 
 
@@ -18,7 +19,7 @@ class BestEvaluation:
     Every process keeps its own and has the same values, since an evaluation's result is the same on all of them.
 
     Attributes:
-        metric: name of the value that is compared; lower is better.
+        metric: name of the value that is compared, of the held-out text or of a task: `gsm8k.exact_match`.
         steps: planned optimizer steps of the run.
         patience: evaluations in a row without improvement after which training ends; None for never.
         min_delta: by how much a value must be below the last improvement to count as one for `patience`.
@@ -46,6 +47,16 @@ class BestEvaluation:
             settings.keep_best, steps, settings.early_stopping, settings.min_delta or 0.0)
 
     @property
+    def of_task(self) -> bool:
+        """Whether the value is of a task, which is not part of every evaluation."""
+        return "." in self.metric
+
+    @property
+    def higher(self) -> bool:
+        """Whether more of the value is better."""
+        return self.metric.rpartition(".")[2] not in (*LOWER, *HELD_OUT)
+
+    @property
     def exhausted(self) -> bool:
         """Whether training is to end, since too many evaluations in a row did not improve."""
         return self.patience is not None and self.waited >= self.patience
@@ -61,10 +72,10 @@ class BestEvaluation:
         self.evaluated = step
         if not counts:
             return
-        value = found[self.metric]
-        if self.value is None or value < self.value:
-            self.step, self.value = (step, value) if value < float("inf") else (self.step, self.value)
-        if value < (float("inf") if self.reference is None else self.reference - self.min_delta):
+        value, sign = found[self.metric], -1 if self.higher else 1
+        if self.value is None or sign * value < sign * self.value:
+            self.step, self.value = (step, value) if abs(value) < float("inf") else (self.step, self.value)
+        if sign * value < (float("inf") if self.reference is None else sign * self.reference - self.min_delta):
             self.reference, self.waited = value, 0
         else:
             self.waited += 1
@@ -73,10 +84,12 @@ class BestEvaluation:
         """What became of a run, in words: where training ended and why, and which step is exported."""
         ended = f"trained for {last} of {self.steps} steps, since {self.waited} evaluations in a row were no better" \
             if last < self.steps else f"trained for {last} steps"
-        what = self.metric.replace("_", " ")
+        task, _, metric = self.metric.rpartition(".")
+        what = f"{metric.replace('_', ' ')} of {task}" if task else f"held-out {metric.replace('_', ' ')}"
+        best, better = ("highest", "higher") if self.higher else ("lowest", "lower")
         return f"{ended}; the student is that of step {exported}, " + (
-            f"with the lowest held-out {what} of {self.value:.4f}" if exported == self.step else
-            f"since no checkpoint of a lower held-out {what} could be kept")
+            f"with the {best} {what}{':' if task else ' of'} {self.value:.4f}" if exported == self.step else
+            f"since no checkpoint of a {better} {what} could be kept")
 
     def record(self, file: Path, exported: int, last: int) -> None:
         """Write the same as JSON, for the report and for later exports."""
