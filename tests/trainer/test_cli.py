@@ -14,7 +14,7 @@ from trainer.command_line import RUNTIMES, limbeck_parser, parse_train
 from trainer.errors import UserError
 
 HEAVY = "{'torch', 'transformers', 'datasets', 'accelerate', 'numpy'}"
-VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push", "sweep")
+VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push", "evaluate", "sweep")
 
 
 def typed(*arguments, capsys):

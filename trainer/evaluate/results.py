@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,12 @@ def compared(tasks: Sequence[Task], records: Sequence[TaskRecords], found: Mappi
                     for model, tasks_of in found.items()},
         "seconds": {model: {name: one.seconds for name, one in tasks_of.items()} for model, tasks_of in found.items()},
     }
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """The content as JSON, with what was reached of each record on one line."""
+    parts = {key: json.dumps(value, indent=None if key == "records" else 1) for key, value in found.items()}
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {value}" for key, value in parts.items()) + "\n}\n"
 
 
 def _described(task: Task, records: TaskRecords | None) -> dict[str, Any]:

@@ -29,9 +29,10 @@ def task_section(folder: RunFolder) -> list[str]:
     written = [line for model, tasks in found.get("written", {}).items() for task, shown in tasks.items()
                for line in _written(model, task, shown[:1])]
     return ["## Tasks\n", *task_tables(found),
-            "In brackets 95% intervals: of a share Wilson's, of bits per byte a bootstrap over records. Differences are "
-            "those on the same records, by Newcombe's method or a bootstrap; an interval without zero says that two "
-            "models differ. Answers are the most probable tokens, whatever a model's own settings for generation say.\n",
+            "In brackets are 95% intervals: of a share Wilson's, of bits per byte by a bootstrap over records. "
+            "Differences are on the same records, by Newcombe's method or a bootstrap; an interval without zero says "
+            "that two models differ. Answers are the most probable tokens, whatever a model's own settings for "
+            "generation say.\n",
             *(["![tasks](tasks.png)\n"] if picture.exists() else []), *written]
 
 
@@ -64,8 +65,8 @@ def _with_interval(one: dict[str, float] | None, signed: bool) -> str:
 
 
 def _written(model: str, task: str, shown: list[dict[str, Any]]) -> list[str]:
-    return [f"**{plain(model)}** on line {one['line']} of {code(task)}, where {code(str(one['right']))} is right: found "
-            f"{'nothing' if not one['found'] else code(str(one['found']))}\n\n{block(one['written'].strip())}\n"
+    return [f"**{plain(model)}** on line {one['line']} of {code(task)}, where {code(str(one['right']))} is right: "
+            f"{code(str(one['found'])) if one['found'] else 'nothing'} is found\n\n{block(one['written'].strip())}\n"
             for one in shown]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import json
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -21,7 +20,7 @@ from trainer.distributed.rank_group import RankGroup
 from trainer.evaluate.asking import OneProcess, Reader, Sharers
 from trainer.evaluate.harness import judge_by_harness
 from trainer.evaluate.judge import Judgement, judge, key_of, read_tasks
-from trainer.evaluate.results import compared
+from trainer.evaluate.results import as_text, compared
 from trainer.experiment.evaluate_nodes import Evaluate
 from trainer.experiment.model_nodes import Student, Teacher
 from trainer.experiment.nodes import Export
@@ -144,7 +143,7 @@ def by_harness(asked: Evaluate, loaders: dict[str, Loader], alone: OneProcess, t
 
 def write_results(asked: Evaluate, found: Found, file: Path) -> None:
     """Write what the models reached, side by side, as a whole."""
-    write_atomically(file, json.dumps(compared(asked.tasks, read_tasks(asked), found), indent=1) + "\n")
+    write_atomically(file, as_text(compared(asked.tasks, read_tasks(asked), found)))
 
 
 def say_results(name: str, found: Found) -> None:
