@@ -10,9 +10,7 @@ from transformers import PretrainedConfig
 from trainer.data.tokenizers import known_size, tokenizer_origin
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
-from trainer.evaluate.harness import check_harness
-from trainer.evaluate.judge import key_of, read_tasks
-from trainer.experiment.evaluate_nodes import Evaluate
+from trainer.evaluate.check_tasks import check_tasks
 from trainer.experiment.experiment import Experiment
 from trainer.models.build import check_adapter, export_skeleton, from_config
 from trainer.models.configs import check_shapes, student_config, teacher_config
@@ -28,20 +26,12 @@ from trainer.teacher.intermediate_losses import check_intermediate
 ALONE = Topology()
 
 
-def check_evaluated(asked: Evaluate) -> None:
-    """Raise `UserError` for tasks that models cannot be judged on; reads their files."""
-    read_tasks(asked)
-    for task in asked.tasks:
-        if task.kind == "harness":
-            check_harness(task, key_of(asked, task))
-
-
 def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans | None = None) -> None:
     """Raise `UserError` for mistakes that show before any data is read, tokenized or trained on."""
     vocabulary = known_size(experiment.data.tokenizer, experiment.with_weights)
     teacher, student = configs_of(experiment, vocabulary)
     count_steps(experiment, None)
-    check_evaluated(experiment.evaluate)
+    check_tasks(experiment.evaluate)
     check_shapes_early(experiment, teacher, student)
     tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
     own = None

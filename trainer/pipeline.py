@@ -16,8 +16,8 @@ from trainer.data.tokenizers import known_size, tokenizer_origin, vocabulary_siz
 from trainer.distributed.launch import check_engine, start
 from trainer.distributed.rank_group import RankGroup
 from trainer.distributed.topology import Topology
-from trainer.early_checks import check_early, check_evaluated, check_shapes_early, configs_of, next_start
-from trainer.evaluate.judge import check_prompts
+from trainer.early_checks import check_early, check_shapes_early, configs_of, next_start
+from trainer.evaluate.check_tasks import check_prompts, check_tasks
 from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
@@ -85,7 +85,7 @@ def planned(source: Source) -> Plan:
         topology = replace(topology, data_parallel=experiment.memory.processes)
     check_engine(experiment.sharding, experiment.optimizer, topology)
     check_shapes_early(experiment, teacher, student)
-    check_evaluated(experiment.evaluate)
+    check_tasks(experiment.evaluate)
     tokenizer_origin(experiment.data.tokenizer, experiment.with_weights)
     with working(experiment.name, "planning memory", to_stderr=True):  # standard output may be read as JSON
         return Plans().resolve(experiment, topology, teacher, student)

@@ -200,7 +200,8 @@ def verb(words, folder):
     known = {"schema": {}, "show-data": {"--config"}, "status": {"--config"}, "report": {}, "init": {},
              "watch": {"--config", "--every", "--once"}, "export": {"--to", "--reader", "--trust-remote-code"},
              "push": {"--to", "--private", "--runtime", "--base"},
-             "evaluate": {"--tasks", "--limit", "--teacher", "--output", "--tokens", "--trust-remote-code"}, "sweep": {"--dry-run"}}
+             "evaluate": {"--tasks", "--limit", "--teacher", "--output", "--tokens", "--trust-remote-code"},
+             "sweep": {"--dry-run"}}
     assert words[1] in known and {word for word in words if word.startswith("--")} <= set(known[words[1]])
     if "--config" in words:
         experiment_of(words)

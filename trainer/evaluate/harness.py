@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,10 @@ def check_harness(task: Task, key: str) -> None:
     if task.path is not None and not Path(task.path).is_dir():
         raise UserError(f"{key}.path", "there is no such folder of task files", value=task.path,
                         way_out="name a folder with the YAML files of tasks, as the harness's --include_path")
+    if task.path is not None and not task.trust_remote_code:
+        raise UserError(f"{key}.trust_remote_code", "functions and templates in task files of lm-evaluation-harness are "
+                        "programs, which are run only if you say so", value=False,
+                        way_out=f"read the files in {task.path}; if you trust them, add trust_remote_code: true")
     manager = _manager(task.path)
     if task.name not in manager.all_tasks:
         near = difflib.get_close_matches(task.name, manager.all_tasks, 1, 0.6)
@@ -92,9 +97,10 @@ def _outcomes(samples: list[dict[str, Any]], name: str, filtered: str) -> Outcom
     return [(float(one), 1.0) for one in own] if own and all(isinstance(one, (bool, int, float)) for one in own) else []
 
 
-def _known(value: float, error: Any) -> tuple[float, float, float]:
-    reach = Z * error if isinstance(error, (int, float)) else float("nan")
-    return float(value), value - reach, value + reach
+def _known(value: float, error: Any) -> tuple[float, ...]:
+    """The value, and its interval where the harness estimates a standard error."""
+    known = isinstance(error, (int, float)) and math.isfinite(error)
+    return (float(value), value - Z * error, value + Z * error) if known else (float(value),)
 
 
 @contextmanager

@@ -6,8 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from trainer.errors import RunFailed
 from trainer.evaluate.asking import Prompter, Reader
 from trainer.evaluate.exact_match import answer_outcomes
 from trainer.evaluate.intervals import Outcomes, value_of
@@ -23,13 +22,13 @@ class Judgement:
     Attributes:
         outcomes: metric -> of each record, what was reached of how much.
         written: a few generated answers, with what was found in them.
-        known: metric -> value, low and high, where no outcomes of records are known.
+        known: metric -> value, and low and high if there is an interval, where no outcomes of records are known.
         seconds: how long it took.
     """
 
     outcomes: dict[str, Outcomes]
     written: list[dict[str, Any]] = field(default_factory=list)
-    known: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    known: dict[str, tuple[float, ...]] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -53,13 +52,6 @@ def read_tasks(asked: Evaluate) -> list[TaskRecords]:
     return [read_task(task, key_of(asked, task)) for task in asked.in_training]
 
 
-def check_prompts(asked: Evaluate, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `UserError` if a tokenizer cannot write the chats of a task."""
-    for one in read_tasks(asked):
-        if one.task.chat:
-            Prompter(one, tokenizer, key_of(asked, one.task))(one.questions[0])
-
-
 def judge(reader: Reader, records: TaskRecords, key: str) -> Judgement | None:
     """Judge a model on a task. A collective call: every process gets the same, as if it was alone.
 
@@ -68,8 +60,14 @@ def judge(reader: Reader, records: TaskRecords, key: str) -> Judgement | None:
 
     Returns:
         None if a process received a stop signal: an evaluation is done as a whole, or again.
+
+    Raises:
+        RunFailed: processes have read different files.
     """
     began, task = time.perf_counter(), records.task
+    reader.ranks.at(f"the records of task {task.name}")
+    if len(set(reader.ranks.gather_objects([records.sha256]))) > 1:
+        raise RunFailed(f"the processes have read different files from {task.path}\n  -> give every machine the same")
     prompter, written = Prompter(records, reader.tokenizer, key), []
     if task.kind == "perplexity":
         outcomes = text_outcomes(reader, records.questions)

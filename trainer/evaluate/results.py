@@ -50,7 +50,7 @@ def _described(task: Task, records: TaskRecords | None) -> dict[str, Any]:
 
 
 def _metrics(judgement: Judgement) -> dict[str, dict[str, float]]:
-    known = {name: {"value": value, "low": low, "high": high} for name, (value, low, high) in judgement.known.items()}
+    known = {name: dict(zip(("value", "low", "high"), one, strict=False)) for name, one in judgement.known.items()}
     return known | {name: {"value": value_of(outcomes), **dict(zip(("low", "high"), interval(outcomes), strict=True))}
                     for name, outcomes in judgement.outcomes.items()}
 

@@ -15,7 +15,7 @@ METRICS = {"multiple_choice": ("accuracy", "accuracy_per_character"), "exact_mat
            "perplexity": ("bits_per_byte",), "harness": ()}
 LOWER = ("bits_per_byte",)  # metrics of which less is better
 ASKING = ("prompt", "answer", "shots", "examples", "separator", "chat", "system")
-OF_KIND = {"multiple_choice": (*ASKING, "choices"), "perplexity": ("text",), "harness": ("shots", "chat"),
+OF_KIND = {"multiple_choice": (*ASKING, "choices"), "perplexity": ("text",), "harness": ("shots", "chat", "trust_remote_code"),
            "exact_match": (*ASKING, "extract", "pattern", "stop", "max_new_tokens")}
 
 
@@ -56,6 +56,8 @@ class Task(Node):
     """Ask through the tokenizer's chat template."""
     system: Annotated[str, Field(min_length=1)] | None = None
     """System prompt of the chats; null: what the chat template adds by itself."""
+    trust_remote_code: bool = False
+    """Run the code in the harness's task files of `path`: their functions and templates are programs."""
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Task:

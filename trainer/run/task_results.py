@@ -61,7 +61,9 @@ def _table(found: dict[str, Any], of: dict[str, Any], corner: str, signed: bool)
 
 def _with_interval(one: dict[str, float] | None, signed: bool) -> str:
     form = "+.4f" if signed else ".4f"
-    return "" if one is None else f"{one['value']:{form}} [{one['low']:{form}}, {one['high']:{form}}]"
+    if one is None:
+        return ""
+    return f"{one['value']:{form}}" + (f" [{one['low']:{form}}, {one['high']:{form}}]" if "low" in one else "")
 
 
 def _written(model: str, task: str, shown: list[dict[str, Any]]) -> list[str]:
@@ -84,7 +86,7 @@ def plot_tasks(found: dict[str, Any], file: Path) -> None:
         models = [model for model in found["models"] if metric in found["models"][model].get(task, {})]
         for row, model in enumerate(models):
             one = found["models"][model][task][metric]
-            axes.plot([one["low"], one["high"]], [row, row], color=COLORS.get(model, "black"), linewidth=2)
+            axes.plot([one.get("low", one["value"]), one.get("high", one["value"])], [row, row], color=COLORS.get(model, "black"), linewidth=2)
             axes.plot([one["value"]], [row], "o", color=COLORS.get(model, "black"))
         axes.set_yticks(range(len(models)), models)
         axes.invert_yaxis()

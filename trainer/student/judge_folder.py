@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 
 from trainer.data.tokenizers import load_tokenizer
-from trainer.early_checks import check_evaluated
 from trainer.errors import ExperimentErrors, UserError
 from trainer.evaluate.asking import OneProcess
-from trainer.evaluate.judge import check_prompts, read_tasks
+from trainer.evaluate.check_tasks import check_prompts, check_tasks
+from trainer.evaluate.judge import read_tasks
 from trainer.evaluate.results import LIKE, as_text, compared
 from trainer.experiment.evaluate_nodes import Evaluate
 from trainer.experiment.load import mistakes, read_experiment
@@ -22,6 +22,7 @@ from trainer.model_files import check_files
 from trainer.models.build import quiet_libraries
 from trainer.run.folder import RunFolder
 from trainer.run.foreign_folder import only_if_trusted, show_links
+from trainer.run.metrics import console
 from trainer.student.judge_student import Loader, by_harness, judge_models, load_exported, say_results
 from trainer.student.merge_adapter import student_entry
 
@@ -54,8 +55,10 @@ def judge_folder(path: Path, tasks: Path | None, limit: int | None = None, teach
     if limit is not None:
         asked = asked.model_copy(update={"tasks": tuple(
             task.model_copy(update={"limit": min(limit, task.limit or limit)}) for task in asked.tasks)})
+    if tasks is None:
+        asked = _of_run(asked, run, trust_remote_code)
     try:
-        check_evaluated(asked)
+        check_tasks(asked)
         loaders = {LIKE: _loader({"path": str(teacher)}, "--teacher", asked)} if teacher is not None else {}
         entry = _entry(run, path, trust_remote_code)
         loaders["student"] = _loader(entry, "folder", asked)
@@ -91,6 +94,15 @@ def read_asked(file: Path) -> tuple[Evaluate, dict[Key, str], Path]:
         raise UserError("--tasks", f"{file} has no tasks", way_out="write `tasks: [{name: ..., kind: ..., path: ...}]` "
                         "into it")
     return asked, origins, file
+
+
+def _of_run(asked: Evaluate, run: RunFolder, trust: bool) -> Evaluate:
+    """The tasks of a run's experiment, which may be somebody else's: what is read is printed, and no code is run."""
+    for task in asked.tasks:
+        for path in filter(None, (task.path, task.examples)):
+            console.print(f"{run.path}: task {task.name} is read from {str(Path(path).resolve())!r}")
+    return asked if trust else asked.model_copy(update={"tasks": tuple(
+        task.model_copy(update={"trust_remote_code": False}) for task in asked.tasks)})
 
 
 def _entry(run: RunFolder, path: Path, trust: bool) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_own_figures_are_those_of_the_harness(folder, monkeypatch):
     reader, path = reader_of(model, tokenizer), str(folder / "records.jsonl")
     right_on_every_other(reader, path)
     model.generation_config.repetition_penalty = 3.0  # counts for neither
-    choices, texts, numbers = (judge_by_harness(reader, Task(name=name, kind="harness", path=str(folder)))
+    choices, texts, numbers = (judge_by_harness(reader, Task(name=name, kind="harness", path=str(folder), trust_remote_code=True))
                                for name in TASKS)
     own = judged(reader, kind="multiple_choice", path=path, prompt="Say: {prompt}")
     assert own.values == {"accuracy": choices.values["acc"], "accuracy_per_character": choices.values["acc_norm"]}
@@ -96,13 +96,15 @@ def test_own_figures_are_those_of_the_harness(folder, monkeypatch):
 
 
 def test_what_the_harness_lacks_is_said_before_work_starts(folder, monkeypatch):
-    task = Task(name="choises", kind="harness", path=str(folder))
+    task = Task(name="choises", kind="harness", path=str(folder), trust_remote_code=True)
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     with pytest.raises(UserError, match="has no such task") as raised:
         check_harness(task, "evaluate.tasks.0")
     assert raised.value.key == "evaluate.tasks.0.name" and raised.value.way_out == "did you mean `choices`?"
     check_harness(task.model_copy(update={"name": "choices"}), "evaluate.tasks.0")
+    with pytest.raises(UserError, match="are programs, which are run only if you say so"):
+        check_harness(task.model_copy(update={"trust_remote_code": False}), "evaluate.tasks.0")
     (folder / "records.jsonl").unlink()
     with pytest.raises(UserError, match="cannot load this task"):
         check_harness(task.model_copy(update={"name": "texts"}), "evaluate.tasks.0")

@@ -1,4 +1,4 @@
-"""Runs with tasks: judged at the end as a whole or again, in training by every process alike, and by `limbeck evaluate`."""
+"""Runs with tasks: judged at the end as a whole or again, in training by all processes alike, and by the verb."""
 
 import json
 
@@ -75,7 +75,8 @@ def test_the_best_by_a_task_is_exported_and_an_interruption_changes_nothing(trai
     write_records(other, [{"text": f"{n} jumps over {n * 7 % 11} lazy dogs, quickly."} for n in range(20)])
     settings = {"training": {"steps": 12, "evaluate_every": 4, "checkpoint_every": 12, "keep_checkpoints": 1,
                              "keep_best": "other.bits_per_byte"}, "optimizer": {"lr": 0.03}, "schedule": {"warmup": 8},
-                "evaluate": {"every": 3, "tasks": [*tasks, {"name": "other", "kind": "perplexity", "path": str(other)}]}}
+                "evaluate": {"every": 3, "tasks": [
+                    *tasks, {"name": "other", "kind": "perplexity", "path": str(other)}]}}
     whole = train_here("whole", **settings)
     lines = {line["step"]: line["tasks"] for line in read_lines(whole.folder.metrics) if "tasks" in line}
     curve = {step: found["other"]["bits_per_byte"] for step, found in lines.items()}
