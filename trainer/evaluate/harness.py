@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from trainer.errors import UserError
 from trainer.evaluate.asking import Reader
 from trainer.evaluate.exact_match import end_tokens, greedy
-from trainer.evaluate.intervals import Outcomes, Z
+from trainer.evaluate.intervals import Outcomes, Z, value_of
 from trainer.evaluate.judge import Judgement
 from trainer.experiment.evaluate_nodes import Task
 
@@ -35,8 +36,8 @@ def check_harness(task: Task, key: str) -> None:
         raise UserError(f"{key}.path", "there is no such folder of task files", value=task.path,
                         way_out="name a folder with the YAML files of tasks, as the harness's --include_path")
     if task.path is not None and not task.trust_remote_code:
-        raise UserError(f"{key}.trust_remote_code", "functions and templates in task files of lm-evaluation-harness are "
-                        "programs, which are run only if you say so", value=False,
+        raise UserError(f"{key}.trust_remote_code", "functions and templates in task files of the harness are programs, "
+                        "which are run only if you say so", value=False,
                         way_out=f"read the files in {task.path}; if you trust them, add trust_remote_code: true")
     manager = _manager(task.path)
     if task.name not in manager.all_tasks:
@@ -84,7 +85,7 @@ def judge_by_harness(reader: Reader, task: Task) -> Judgement:
             continue
         called = name if filtered == "none" else f"{name}.{filtered}"
         own = _outcomes(found.get("samples", {}).get(task.name, []), name, filtered)
-        if own and abs(sum(part for part, _ in own) / len(own) - value) < 1e-9:
+        if own and abs(value_of(own) - value) < 1e-6 * abs(value) + 1e-9:
             outcomes[called] = own
         else:
             known[called] = _known(value, values.get(f"{name}_stderr,{filtered}"))
@@ -92,9 +93,11 @@ def judge_by_harness(reader: Reader, task: Task) -> Judgement:
 
 
 def _outcomes(samples: list[dict[str, Any]], name: str, filtered: str) -> Outcomes:
-    """The metric of each record; none where the harness aggregates it otherwise than as a mean."""
+    """The metric of each record; none where it is neither a number nor a likelihood of some bytes."""
     own = [one.get(name) for one in samples if one.get("filter", "none") == filtered]
-    return [(float(one), 1.0) for one in own] if own and all(isinstance(one, (bool, int, float)) for one in own) else []
+    if name == "bits_per_byte" and all(isinstance(one, tuple) for one in own):
+        return [(-nats / math.log(2), float(size)) for nats, size in own]
+    return [(float(one), 1.0) for one in own] if all(isinstance(one, (bool, int, float)) for one in own) else []
 
 
 def _known(value: float, error: Any) -> tuple[float, ...]:
@@ -110,6 +113,7 @@ def _quiet() -> Iterator[None]:
     before = log.level
     log.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # its progress bars
+            yield
     finally:
         log.setLevel(before)

@@ -62,4 +62,8 @@ def _differences(ours: Judgement, theirs: Judgement) -> dict[str, dict[str, floa
 
 def _short(outcomes: Sequence[tuple[float, float]]) -> list[Any]:
     """What was reached of each record; with how much of what, where that is not 1."""
-    return [part if whole == 1 else [part, whole] for part, whole in outcomes]
+    return [_whole(part) if whole == 1 else [part, _whole(whole)] for part, whole in outcomes]
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number

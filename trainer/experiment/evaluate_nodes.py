@@ -15,7 +15,8 @@ METRICS = {"multiple_choice": ("accuracy", "accuracy_per_character"), "exact_mat
            "perplexity": ("bits_per_byte",), "harness": ()}
 LOWER = ("bits_per_byte",)  # metrics of which less is better
 ASKING = ("prompt", "answer", "shots", "examples", "separator", "chat", "system")
-OF_KIND = {"multiple_choice": (*ASKING, "choices"), "perplexity": ("text",), "harness": ("shots", "chat", "trust_remote_code"),
+OF_KIND = {"multiple_choice": (*ASKING, "choices"), "perplexity": ("text",),
+           "harness": ("shots", "chat", "trust_remote_code"),
            "exact_match": (*ASKING, "extract", "pattern", "stop", "max_new_tokens")}
 
 

@@ -86,7 +86,8 @@ def plot_tasks(found: dict[str, Any], file: Path) -> None:
         models = [model for model in found["models"] if metric in found["models"][model].get(task, {})]
         for row, model in enumerate(models):
             one = found["models"][model][task][metric]
-            axes.plot([one.get("low", one["value"]), one.get("high", one["value"])], [row, row], color=COLORS.get(model, "black"), linewidth=2)
+            ends = [one.get("low", one["value"]), one.get("high", one["value"])]
+            axes.plot(ends, [row, row], color=COLORS.get(model, "black"), linewidth=2)
             axes.plot([one["value"]], [row], "o", color=COLORS.get(model, "black"))
         axes.set_yticks(range(len(models)), models)
         axes.invert_yaxis()

@@ -82,13 +82,15 @@ def test_own_figures_are_those_of_the_harness(folder, monkeypatch):
     reader, path = reader_of(model, tokenizer), str(folder / "records.jsonl")
     right_on_every_other(reader, path)
     model.generation_config.repetition_penalty = 3.0  # counts for neither
-    choices, texts, numbers = (judge_by_harness(reader, Task(name=name, kind="harness", path=str(folder), trust_remote_code=True))
-                               for name in TASKS)
+    choices, texts, numbers = (judge_by_harness(reader, Task(
+        name=name, kind="harness", path=str(folder), trust_remote_code=True)) for name in TASKS)
     own = judged(reader, kind="multiple_choice", path=path, prompt="Say: {prompt}")
     assert own.values == {"accuracy": choices.values["acc"], "accuracy_per_character": choices.values["acc_norm"]}
     assert own.outcomes["accuracy"] == choices.outcomes["acc"] and 0 < own.values["accuracy"] < 1
     own = judged(reader, kind="perplexity", path=path)
     assert own.values["bits_per_byte"] == pytest.approx(texts.values["bits_per_byte"], rel=1e-6)
+    for ours, theirs in zip(own.outcomes["bits_per_byte"], texts.outcomes["bits_per_byte"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
     own = judged(reader, kind="exact_match", path=path, answer="number", extract="regex", pattern=r"(\S+)", stop=["t"],
                  max_new_tokens=8)
     assert own.values["exact_match"] == 0.5
