@@ -246,7 +246,7 @@ def _push(verbs: Any) -> None:
 
 
 def _evaluate(verbs: Any) -> None:
-    says = "judge a model on tasks, with 95% intervals"
+    says = "judge a model on tasks, with confidence intervals"
     parser = verbs.add_parser("evaluate", help=says, description=f"{_sentence(says)}, and write evaluation.json into "
                               "its folder.",
                               usage="limbeck evaluate FOLDER --tasks FILE [--limit N] [--teacher FOLDER] "

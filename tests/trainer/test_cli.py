@@ -90,7 +90,7 @@ def test_overrides_reach_the_experiment(write_experiment, capsys):
 @pytest.mark.parametrize("arguments, parts", [
     ("exprot", ["no such verb: exprot", "did you mean export?"]),
     ("disitll", ["no such verb: disitll",
-                 "one of init, schema, show-data, status, watch, report, export, push, sweep"]),
+                 "one of init, schema, show-data, status, watch, report, export, push, evaluate, sweep"]),
     ("--wrong", ["no such option: --wrong", "see limbeck --help"]),
     ("--to onnx", ["--to goes with export"]),
     ("schema --out", ["no such option: --out", "see limbeck schema --help"]),

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from trainer.evaluate.asking import Prompter, Reader, batches_of, shared
-from trainer.evaluate.extraction import extracted
+from trainer.evaluate.extraction import extracted, right_of
 from trainer.evaluate.task_files import Question
 from trainer.experiment.evaluate_nodes import Task
 
@@ -29,7 +29,7 @@ def answer_outcomes(reader: Reader, task: Task, questions: Sequence[Question], p
                             task.ends, prompter.closing)
     if written is None:
         return None
-    pairs = [(extracted(task, text), extracted(task, question.answer))
+    pairs = [(extracted(task, text), right_of(task, question.answer))
              for text, question in zip(written, questions, strict=True)]
     shown = [{"line": question.line, "prompt": question.prompt, "written": text, "found": found, "right": right}
              for question, text, (found, right) in zip(questions[:SHOWN], written, pairs, strict=False)]
@@ -60,7 +60,7 @@ def write_answers(reader: Reader, prompts: Sequence[list[int]], most: int, ends:
             part for group in _by_length(given) for part in _parts(group, max(1, reader.tokens // (
                 len(given[group[0]]) + most)), reader.apart)]
         found = shared(batches, lambda batch: _written(reader, [given[index] for index in batch], ends, stops),
-                       reader.ranks, "answers written")
+                       reader.ranks, "batches of answers")
     return None if found is None else [found[index] for index in range(len(prompts))]
 
 

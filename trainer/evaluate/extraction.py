@@ -27,6 +27,12 @@ def extracted(task: Task, text: str) -> str | None:
     return (groups or [found[-1][0]])[0].strip()
 
 
+def right_of(task: Task, answer: str) -> str | None:
+    """What of the right answer is compared; one that a pattern does not fit is compared as a whole."""
+    found = extracted(task, answer)
+    return answer.strip() if found is None and task.extract == "regex" else found
+
+
 def _number(text: str) -> str:
     try:
         return format(Decimal(text.replace(",", "")).normalize(), "f")

@@ -20,6 +20,7 @@ from trainer.evaluate.exact_match import end_tokens, greedy
 from trainer.evaluate.intervals import Outcomes, Z, value_of
 from trainer.evaluate.judge import Judgement
 from trainer.experiment.evaluate_nodes import Task
+from trainer.model_files import first_line
 
 
 def check_harness(task: Task, key: str) -> None:
@@ -36,7 +37,7 @@ def check_harness(task: Task, key: str) -> None:
         raise UserError(f"{key}.path", "there is no such folder of task files", value=task.path,
                         way_out="name a folder with the YAML files of tasks, as the harness's --include_path")
     if task.path is not None and not task.trust_remote_code:
-        raise UserError(f"{key}.trust_remote_code", "functions and templates in task files of the harness are programs, "
+        raise UserError(f"{key}.trust_remote_code", "functions and templates in the harness's task files are programs, "
                         "which are run only if you say so", value=False,
                         way_out=f"read the files in {task.path}; if you trust them, add trust_remote_code: true")
     manager = _manager(task.path)
@@ -50,7 +51,7 @@ def check_harness(task: Task, key: str) -> None:
         with _quiet():
             manager.load([task.name])
     except Exception as error:  # task files are programs of others, and data sets fail in many ways
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        why = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{key}.name", f"lm-evaluation-harness cannot load this task: {why}", value=task.name,
                         way_out="without a network only tasks whose data are here can be loaded: give `path`, a folder "
                         "of task files that name local data") from error

@@ -118,7 +118,7 @@ def log_likelihoods(reader: Reader, passages: Sequence[Passage]) -> list[float] 
     reader.called.eval()
     try:
         batches = batches_of([len(one.ids) for one in passages], reader.tokens, reader.apart)
-        found = shared(batches, read, reader.ranks, "texts read")
+        found = shared(batches, read, reader.ranks, "batches of texts")
     finally:
         reader.called.train(mode)
     return None if found is None else [found[index] for index in range(len(passages))]

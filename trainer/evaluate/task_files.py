@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.data.encoding import LONGEST
 from trainer.errors import UserError
-from trainer.evaluate.extraction import extracted
+from trainer.evaluate.extraction import right_of
 from trainer.experiment.evaluate_nodes import Task
 
 PLACE = re.compile(r"\{([^{}]+)\}")
@@ -105,7 +105,7 @@ def _questions(task: Task, path: str, place: str, key: str) -> Iterator[Question
             yield _choice(task, record, prompt, line, key, at)
         else:
             answer = _text(record, task.answer, f"{key}.answer", at, numbers=True)
-            if not extracted(task, answer):
+            if not right_of(task, answer):
                 raise UserError(f"{key}.extract", f"in the right answer of {at} nothing is found: {answer[:100]!r}",
                                 value=task.pattern or task.extract, way_out="mend this line, or extract otherwise")
             yield Question(line, prompt, answer)

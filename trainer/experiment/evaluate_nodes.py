@@ -46,9 +46,9 @@ class Task(Node):
     separator: str = " "
     """Text between a question and its answer; in chats there is none."""
     extract: Literal["none", "last_number", "regex"] = "none"
-    """What of a generated answer, and of the right one, is compared: all of it, its last number, or a `pattern`."""
+    """What of a generated answer is compared with the same of the right one: all, its last number, or a `pattern`."""
     pattern: Annotated[str, Field(min_length=1)] | None = None
-    """Regular expression whose last match counts, or the first group of it; with extract regex."""
+    """With extract regex: its last match counts, or the first group of that; of a right answer without one, all."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
     """Texts that end a generated answer; null: an empty line, and in chats only the end of the turn."""
     max_new_tokens: Positive = 256

@@ -14,7 +14,7 @@ from tests.trainer.evaluate.asked_models import (
 )
 from trainer.evaluate import exact_match
 from trainer.evaluate.exact_match import end_tokens, pads_alike, write_answers
-from trainer.evaluate.extraction import extracted
+from trainer.evaluate.extraction import extracted, right_of
 from trainer.experiment.evaluate_nodes import Task
 
 PROMPTS = ["The", "The cat sees", "The dog likes the milk. The bird finds the", "corn", "The fox takes the bread. The"]
@@ -105,6 +105,11 @@ def test_a_model_that_padding_changes_gets_none(monkeypatch):
 ])
 def test_what_is_compared(settings, text, found):
     assert extracted(Task(name="own", kind="exact_match", path="x", **settings), text) == found
+
+
+def test_a_right_answer_without_the_pattern_counts_whole():
+    task = Task(name="own", kind="exact_match", path="x", extract="regex", pattern=r"is (\w+)")
+    assert right_of(task, " Paris ") == "Paris" == right_of(task, "It is Paris.")
 
 
 def test_a_task_counts_the_answers_that_are_right(tmp_path):
