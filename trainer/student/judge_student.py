@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -102,7 +103,8 @@ def load_exported(entry: dict[str, Any], device: torch.device) -> nn.Module:
 
         with torch.no_grad():
             hold(model, entry["base"], entry["adapter"])
-        model = PeftModel.from_pretrained(model, entry["adapter"]).get_base_model()
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft asks for a renamed attribute
+            model = PeftModel.from_pretrained(model, entry["adapter"]).get_base_model()
     model = model.to(device).eval()
     if hasattr(model.config, "quantization_config"):
         with redirect_stderr(io.StringIO()), torch.no_grad():  # the first call unpacks weights

@@ -1,15 +1,21 @@
 """Runs with tasks: judged at the end as a whole or again, in training by all processes alike, and by the verb."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 
 from tests.conftest import TINY, on_two_ranks
 from tests.trainer.evaluate.asked_models import objects, small_model, small_tokenizer, write_records
 from trainer import cli
+from trainer.distributed import signals
+from trainer.errors import Stopped
 from trainer.experiment.load import read_experiment
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import read_lines
+from trainer.training import task_evaluation
 from trainer.training.best_evaluation import BestEvaluation
 
 SHORT = {"name": "words", "kind": "exact_match", "max_new_tokens": 3, "stop": ["."], "limit": 5}
@@ -89,6 +95,29 @@ def test_the_best_by_a_task_is_exported_and_an_interruption_changes_nothing(trai
     again = train_here("parts", **settings)
     assert {line["step"]: line["tasks"] for line in read_lines(again.folder.metrics) if "tasks" in line} == lines
     assert again.folder.best.read_bytes() == whole.folder.best.read_bytes()
+
+
+def test_an_evaluation_that_a_signal_interrupts_is_done_again_as_a_whole(train_here, tasks, monkeypatch):
+    settings = {"training": {"steps": 4, "evaluate_every": 4, "checkpoint_every": 4},
+                "evaluate": {"every": 2, "tasks": tasks}}
+    whole = train_here("whole", **settings)
+    plain, done = task_evaluation.judge, []
+
+    def interrupted(*given):
+        done.append(given)
+        if len(done) == 2:  # after the first task of the first evaluation
+            os.kill(os.getpid(), signal.SIGTERM)
+            while signals.asked() is None:
+                time.sleep(0.01)
+        return plain(*given)
+
+    monkeypatch.setattr(task_evaluation, "judge", interrupted)
+    with signals.handle_signals(lambda *_: None), pytest.raises(Stopped, match="stopped at step 2 by SIGTERM"):
+        train_here("parts", **settings)
+    again = train_here("parts", **settings)
+    curves = [[(line["step"], line["tasks"]) for line in read_lines(one.folder.metrics) if "tasks" in line]
+              for one in (whole, again)]
+    assert curves[0] == curves[1] and [step for step, _ in curves[0]] == [2, 4]
 
 
 def test_more_is_better_of_an_accuracy():
