@@ -10,8 +10,8 @@ import pytest
 from tests.conftest import ROOT
 
 # From the bottom up: a room imports those before it, and `trainer`'s own modules, which are of everybody.
-TRAINER = ("experiment", "data", "run", "models", "distributed", "teacher", "checkpoints", "planning", "training",
-           "student", "sweep")
+TRAINER = ("experiment", "data", "run", "models", "distributed", "teacher", "checkpoints", "planning", "evaluate",
+           "training", "student", "sweep")
 BELOW_ALL = ("errors", "files", "model_files")
 ABOVE_ALL = ("early_checks", "preparation", "pipeline", "script", "command_line", "failures", "starter", "cli")
 REMATERIALIZATION = ("solve", "capture", "price", "execute")

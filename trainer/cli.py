@@ -228,6 +228,19 @@ def _push(options: Namespace) -> int:
     return 0
 
 
+def _evaluate(options: Namespace) -> int:
+    from trainer.student.judge_folder import judge_folder
+
+    for name in ("limit", "tokens"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name}", "this has to be 1 or more", value=value, way_out="leave it out, or give more")
+    teacher, tasks, output = (None if one is None else Path(one)
+                              for one in (options.teacher, options.tasks, options.output))
+    print(judge_folder(Path(options.run), tasks, options.limit, teacher, output, options.tokens,
+                       options.trust_remote_code))
+    return 0
+
+
 def _sweep(options: Namespace) -> int:
     """Run a sweep in child processes of `train.py`."""
     from trainer.starter import shipped
@@ -268,5 +281,5 @@ def _generate(options: Namespace) -> int:
 
 
 VERBS = {"init": _init, "schema": _schema, "show-data": _show_data, "status": _status, "watch": _watch,
-         "report": _report, "export": _export, "push": _push, "sweep": _sweep,
+         "report": _report, "export": _export, "push": _push, "evaluate": _evaluate, "sweep": _sweep,
          "generate": _generate}

@@ -146,7 +146,7 @@ def limbeck_parser() -> Parser:
     parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
                         help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="limbeck")
-    for add in (_init, _schema, _show_data, _status, _watch, _report, _export, _push, _sweep, _generate):
+    for add in (_init, _schema, _show_data, _status, _watch, _report, _export, _push, _evaluate, _sweep, _generate):
         add(verbs)
     for name, verb in verbs.choices.items():
         verb.siblings = {other: one for other, one in verbs.choices.items() if other != name}
@@ -244,6 +244,28 @@ def _push(verbs: Any) -> None:
     parser.add_argument("--private", action="store_true", help="create it so that nobody else can see it")
     parser.add_argument("--base", metavar="OWNER/NAME", help="of an adapter alone whose base is a folder here: the "
                         "same weights on the hub, which the uploaded adapter then names")
+
+
+def _evaluate(verbs: Any) -> None:
+    says = "judge a model on tasks, with confidence intervals"
+    parser = verbs.add_parser("evaluate", help=says, description=f"{_sentence(says)}, and write evaluation.json into "
+                              "its folder.",
+                              usage="limbeck evaluate FOLDER --tasks FILE [--limit N] [--teacher FOLDER] "
+                                    "[--output FILE]\n                        [--tokens N] [--trust-remote-code]\n"
+                                    "       limbeck evaluate RUN [--tasks FILE] ...")
+    parser.add_argument("run", metavar="FOLDER", help="a folder with a model that transformers can load, or that of a "
+                        "finished run, whose student is meant")
+    parser.add_argument("--tasks", metavar="FILE", help="the tasks: a YAML file with `tasks`, or an experiment with "
+                        "`evaluate` (default: those of the run)")
+    parser.add_argument("--limit", metavar="N", type=int, help="use at most so many records of each task")
+    parser.add_argument("--teacher", metavar="FOLDER", help="another model, judged beside it: the results have the "
+                        "difference on the same records")
+    parser.add_argument("--output", metavar="FILE", help="where to write the results, instead of evaluation.json in "
+                        "the folder")
+    parser.add_argument("--tokens", metavar="N", type=int, default=4096, help="most tokens of a forward pass, padding "
+                        "included (default: 4096)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model: only if "
+                        "you say so here")
 
 
 def _sweep(verbs: Any) -> None:

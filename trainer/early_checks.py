@@ -14,6 +14,7 @@ from trainer.data.dataset import cache_folder
 from trainer.data.tokenizers import known_size, tokenizer_origin
 from trainer.distributed.topology import Topology
 from trainer.errors import UserError
+from trainer.evaluate.check_tasks import check_tasks
 from trainer.experiment.experiment import Experiment
 from trainer.models.build import check_adapter, export_skeleton, from_config
 from trainer.models.classifier_trials import check_early_classifier
@@ -60,6 +61,7 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
     vocabulary = vocabulary_of(experiment)
     teacher, student = configs_of(experiment, vocabulary)
     count_steps(experiment, None)
+    check_tasks(experiment.evaluate)
     check_shapes_early(experiment, teacher, student, topology)
     check_tokenizer_origin(experiment)
     own = None

@@ -15,6 +15,7 @@ from trainer.data.dataset import PreparedData, for_each_source, prepare_text
 from trainer.data.sources import check_path
 from trainer.data.tokenizers import tokenizer_origin
 from trainer.distributed.launch import check_engine, start
+from trainer.distributed.rank_group import RankGroup
 from trainer.distributed.topology import Topology
 from trainer.early_checks import (
     check_early,
@@ -24,6 +25,7 @@ from trainer.early_checks import (
     next_start,
     vocabulary_of,
 )
+from trainer.evaluate.check_tasks import check_prompts, check_tasks
 from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
@@ -39,10 +41,11 @@ from trainer.run.metrics import read_lines
 from trainer.run.report import write_report
 from trainer.run.run_status import RunStatus, check_free
 from trainer.run.working import working
-from trainer.student.compare_student import compare
+from trainer.student.compare_student import compare, rebuilt
 from trainer.student.export_student import check_tokenizer, check_written, end_answers, write_others
+from trainer.student.judge_student import judge_run, models_of
 from trainer.student.quantize_student import check_calibration, finalize_student
-from trainer.student.remake import changes_files, remake
+from trainer.student.remake import changes_files, changes_tasks, remake
 from trainer.student.weight_digests import check_digests, digests_in_training, save_digests
 from trainer.student.write_student import logits_to_compare, write_student
 
@@ -94,6 +97,7 @@ def planned(source: Source) -> Plan:
         topology = replace(topology, data_parallel=experiment.memory.processes)
     check_engine(experiment.sharding, experiment.optimizer, topology)
     check_shapes_early(experiment, teacher, student, topology)
+    check_tasks(experiment.evaluate)
     check_tokenizer_origin(experiment)
     with working(experiment.name, "planning memory", to_stderr=True):  # standard output may be read as JSON
         return Plans().resolve(experiment, topology, teacher, student)
@@ -138,18 +142,23 @@ def _run(source: Source, folder: RunFolder) -> Path:
     elif accelerator.is_main_process:
         folder.lock(wait=False)
     control = RunFolder(folder.control)
-    needs = done is not None or changes_files(again) or not control.student.exists()
-    if experiment.uses_teacher and experiment.report.control and needs:  # exported as the student is
+    anew = done is not None or changes_files(again)
+    if experiment.uses_teacher and experiment.report.control and (anew or not control.student.exists()):
+        anew = True  # exported as the student is
         asked, lone = (one.as_control(str(folder.control)) for one in (source.experiment, experiment))
         with working(experiment.name, "training", quiet=True, model="control", folder=str(control.path)):
             train_one(asked, lone, control, control.student, how, text)
     if accelerator.is_main_process:
         if done is None:
             remake(experiment, folder, text, again, accelerator.device)
-            folder.adopt(source.experiment)
-        if done is not None:
+        else:
             compare(experiment, folder, done.logits, done.exported, text, accelerator.device)
             check_written(folder, done.failed)
+    if anew or changes_tasks(again):
+        _judge(experiment, folder, text, how, anew)
+    if accelerator.is_main_process:
+        if done is None:
+            folder.adopt(source.experiment)
         with working(experiment.name, "writing the report"):
             write_report(folder.path)
         for hint in hints(folder):
@@ -189,6 +198,7 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
     if experiment.data.is_language:
         check_places({"teacher": experiment.teacher, "student": experiment.student}, text)
     check_calibration(experiment, shape, text)
+    check_prompts(experiment.evaluate, text.tokenizer)
     for note in check_tokenizer(experiment.export, text, getattr(shape, "vocab_size", 0)):
         say(f"{name}  {note}")
     return Begun(_with_teacher(experiment, how, text), how, text)
@@ -220,6 +230,23 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
     loop.release()
     accelerator.wait_for_everyone()
     return Trained(trained, exported, failed)
+
+
+def _judge(experiment: Experiment, folder: RunFolder, text: PreparedData, how: Launched, anew: bool) -> None:
+    """Judge the models of the run on its tasks, if it has some.
+
+    Args:
+        anew: whether the models are others than those that were judged before.
+    """
+    accelerator, asked = how.accelerator, experiment.evaluate
+    if accelerator.is_main_process and (anew or not asked.tasks):
+        folder.evaluation.unlink(missing_ok=True)
+    if not asked.tasks:
+        return
+    models = models_of(experiment.teacher, experiment.student, experiment.export, experiment.form.trust, folder, text,
+                       accelerator.device, lambda: rebuilt(experiment, folder, folder.student, text, final=False))
+    judge_run(asked, folder.evaluation, models, RankGroup(accelerator, how.topology, experiment.run.timeout),
+              experiment.training.micro_batch * experiment.data.sequence_length, experiment.name)
 
 
 def _keep_measured(folder: RunFolder) -> None:

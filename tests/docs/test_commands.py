@@ -202,6 +202,7 @@ def verb(words, folder):
     known = {"schema": {}, "show-data": {"--config"}, "status": {"--config"}, "report": {}, "init": {},
              "watch": {"--config", "--every", "--once"}, "export": {"--to", "--reader", "--trust-remote-code"},
              "push": {"--to", "--private", "--runtime", "--base"}, "sweep": {"--dry-run"},
+             "evaluate": {"--tasks", "--limit", "--teacher", "--output", "--tokens", "--trust-remote-code"},
              "generate": {"--prompts", "--to", "--limit", "--first-tokens", "--new-tokens", "--temperature", "--dtype",
                           "--batch-size"}}
     assert words[1] in known and {word for word in words if word.startswith("--")} <= set(known[words[1]])

@@ -14,7 +14,7 @@ from trainer.command_line import RUNTIMES, limbeck_parser, parse_train
 from trainer.errors import UserError
 
 HEAVY = "{'torch', 'transformers', 'datasets', 'accelerate', 'numpy'}"
-VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push", "sweep",
+VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push", "evaluate", "sweep",
          "generate")
 
 
@@ -91,7 +91,7 @@ def test_overrides_reach_the_experiment(write_experiment, capsys):
 @pytest.mark.parametrize("arguments, parts", [
     ("exprot", ["no such verb: exprot", "did you mean export?"]),
     ("disitll", ["no such verb: disitll",
-                 "one of init, schema, show-data, status, watch, report, export, push, sweep"]),
+                 "one of init, schema, show-data, status, watch, report, export, push, evaluate, sweep"]),
     ("--wrong", ["no such option: --wrong", "see limbeck --help"]),
     ("--to onnx", ["--to goes with export"]),
     ("schema --out", ["no such option: --out", "see limbeck schema --help"]),

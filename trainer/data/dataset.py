@@ -24,7 +24,7 @@ from trainer.data.token_ids import IdEncoder
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data, of_source, source_names, weights_of
 from trainer.experiment.experiment import Experiment
-from trainer.experiment.nodes import Run, Training
+from trainer.experiment.nodes import HELD_OUT, Run, Training
 from trainer.files import fingerprint
 
 VERSION = 3  # of the cache; raised when the encoding changes
@@ -263,7 +263,7 @@ def _notes_on_held_out(rows: dict[str, int], training: Training, data: Data) -> 
     count = sum(rows.values())
     of = "" if data.sources is None else f": {', '.join(f'{own:,} of {name}' for name, own in rows.items())}"
     notes = [f"{count:,} held-out row{'s' * (count != 1)}{of}"]
-    if training.keep_best is not None and training.steps != 0 and count < DECIDING:
+    if training.keep_best in HELD_OUT and training.steps != 0 and count < DECIDING:
         what = "training.keep_best and training.early_stopping decide" if training.early_stopping else \
             "training.keep_best decides"
         notes.append(f"{what} by fewer than {DECIDING} held-out rows: which evaluation is the best may be chance; "

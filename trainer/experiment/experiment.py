@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from trainer.errors import UserError
 from trainer.experiment.adapter_nodes import Adapter
 from trainer.experiment.data_nodes import Data
+from trainer.experiment.evaluate_nodes import Evaluate
 from trainer.experiment.model_nodes import Student, Teacher
 from trainer.experiment.node import Dtype, Node
 from trainer.experiment.nodes import Export, Memory, Optimizer, Precision, Run, Schedule, Sharding, Training
@@ -72,6 +73,8 @@ class Experiment(Node):
     """The memory budget of a training step."""
     export: Export = Export()
     """The exported student."""
+    evaluate: Evaluate = Evaluate()
+    """Tasks that the models are judged on."""
     report: Report = Report()
     """What the report compares."""
     run: Run = Run()
@@ -90,6 +93,7 @@ class Experiment(Node):
             check_language(self.teacher)
         else:
             check_classification(self.data, self.objective, self.student, self.teacher, self.export)
+            self._no_tasks_of_language()
         objective, weight = self.objective, highest(self.objective.divergence.weight)
         if self.teacher is None and weight:
             raise UserError("objective.divergence.weight", "there is no teacher to learn from", value=weight,
@@ -112,6 +116,7 @@ class Experiment(Node):
                             "choose another run.folder or name")
         if objective.on_policy is not None:
             self._on_policy()
+        self._judged()
         if self.optimizer.in_backward:
             self._steps_in_backward()
         if self.student.adapter is not None:
@@ -219,6 +224,24 @@ class Experiment(Node):
             raise UserError("teacher.others", "a teacher that is trained by the run is the only one",
                             way_out="train it first, and name it in `teacher.path`")
 
+    def _no_tasks_of_language(self) -> None:
+        """Reject tasks of language models for a classifier, which is judged on its held-out rows."""
+        if names := [task.name for task in self.evaluate.tasks]:
+            raise UserError("evaluate.tasks", f"language models are judged on these, and the task is {self.data.task}",
+                            value=names, way_out="remove `evaluate`: accuracy, macro F1 and calibration of classifiers "
+                            "are measured on data.validation")
+
+    def _judged(self) -> None:
+        """Check what tasks in training require: a metric that exists, and whole weights where the student writes."""
+        best, every = self.training.keep_best, self.evaluate.every
+        if best is not None and "." in best:
+            self.evaluate.check_best(best)
+        writes = next((task.name for task in self.evaluate.in_training if task.generates), None)
+        if every is not None and writes is not None and self.sharding.engine in ("fsdp2", "zero"):
+            raise UserError("evaluate.every", f"in task {writes} the student writes, with whole weights only, and "
+                            f"{self.sharding.engine} shards them", value=every, way_out="leave it out, so that the "
+                            "task is judged when the run ends; or use ddp")
+
     def _looks_inside(self) -> None:
         """Check what losses on intermediate activations require: a live teacher, and visible attention."""
         name = next(name for name in INSIDE if getattr(self.objective, name) is not None)
@@ -315,13 +338,17 @@ class Experiment(Node):
     def as_teacher(self, folder: str) -> Experiment:
         """The experiment that trains this one's teacher: same data, full precision, and no teacher of its own."""
         assert self.teacher is not None and self.teacher.train is not None
+        by_task = "." in (self.training.keep_best or "")
         return self.model_copy(update={
             "name": f"{self.name}-teacher",
             "teacher": None,
             "student": Student(architecture=self.teacher.architecture),
             "objective": Objective(),
             "optimizer": self.optimizer.model_copy(update={"lr": self.teacher.train.lr}),
-            "training": self.training.model_copy(update={"steps": self.teacher.train.steps, "epochs": None}),
+            "training": self.training.model_copy(update={
+                "steps": self.teacher.train.steps, "epochs": None,
+                **(dict.fromkeys(("keep_best", "early_stopping", "min_delta")) if by_task else {})}),
+            "evaluate": Evaluate(),
             "schedule": self.schedule.model_copy(update={"restarts": ()}),
             "export": Export(),
             "report": self.report.model_copy(update={"control": False}),

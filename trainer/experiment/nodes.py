@@ -6,10 +6,11 @@ inside `build`, so that reading, checking and explaining an experiment takes a f
 
 from __future__ import annotations
 
+import difflib
 from math import ceil
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from strategies.memory.units import parse_bytes
 from trainer.errors import UserError, error_context
@@ -98,6 +99,20 @@ class Precision(Node):
                               growth_interval=self.loss_scale.growth_interval)
 
 
+def _best(name: str) -> str:
+    if name not in HELD_OUT and "." not in name:
+        near = difflib.get_close_matches(name, HELD_OUT, 1, 0.5)
+        raise UserError("", f"no evaluation has such a value: it is one of {', '.join(HELD_OUT)}, or of a task of "
+                        "`evaluate`", value=name, way_out=f"did you mean `{near[0]}`?" if near else
+                        "write a task and its metric with a dot, for example gsm8k.exact_match")
+    return name
+
+
+# Values of an evaluation on held-out data: of language models, of both, and of classifiers.
+HELD_OUT = ("bits_per_byte", "cross_entropy", "accuracy", "macro_f1", "calibration_error")
+Best = Annotated[str, AfterValidator(_best)]
+
+
 class Training(Node):
     """How long to train, in which batches, and how often to evaluate and save."""
 
@@ -117,8 +132,8 @@ class Training(Node):
     """Optimizer steps between checkpoints; the last step always writes one."""
     keep_checkpoints: Positive = 2
     """Checkpoints to keep; an older one is removed only after a newer one is safely written."""
-    keep_best: Literal["bits_per_byte", "cross_entropy", "accuracy", "macro_f1", "calibration_error"] | None = None
-    """Keep the checkpoint of the evaluation with the best such value, and export it; null exports the last step."""
+    keep_best: Best | None = None
+    """Export the best evaluation by this held-out figure, or a task's, as in gsm8k.exact_match; null: the last step."""
     early_stopping: Positive | None = None
     """End training after this many evaluations in a row that do not improve `keep_best`; null trains all steps."""
     min_delta: Weight | None = None

@@ -12,14 +12,14 @@ from trainer.experiment.renamed import BEFORE
 # Keys that a resumed run may change: where it is kept, how it logs, how often it evaluates and saves. None of them
 # changes what is learned. Another micro-batch splits the same sum differently; with dropout it draws other masks, which
 # are as good. Another engine computes the same; in half precision it rounds at other points.
-FREE = ("run", "report", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
+FREE = ("run", "report", "evaluate", "memory", "sharding", "training.evaluate_every", "training.checkpoint_every",
         "training.keep_checkpoints", "training.background_saves", "training.micro_batch", "data.workers",
         "export.tolerance", "export.to", "export.license", "teacher.take_turns")
 
 # Keys that affect only the exported files and the report, if training does not use quantized weights.
-AFTERWARDS = ("student.quantization", "export", "report")
+AFTERWARDS = ("student.quantization", "export", "report", "evaluate")
 # Those of them that affect only these even if it does.
-IN_ANY_CASE = ("report", "export.to", "export.readers", "export.tolerance", "export.license")
+IN_ANY_CASE = ("report", "evaluate", "export.to", "export.readers", "export.tolerance", "export.license")
 
 # Keys by which a run goes on for longer. What was trained stays as it is.
 LONGER = ("training.steps", "training.epochs", "schedule.restarts")

@@ -48,6 +48,7 @@ class RunFolder:
         self.receipt = self.student / "receipt.json"
         self.allocation = self.path / "allocation.json"
         self.comparison = self.path / "comparison.json"
+        self.evaluation = self.path / "evaluation.json"
         self.control = self.path / "control"
         self.report = self.path / "report.md"
         self.history = self.path / "history.json"
@@ -128,7 +129,7 @@ class RunFolder:
         trained = any((one.get("quantization") or {}).get("method") == "qat" for one in students)
         held = any((one.get("adapter") or {}).get("base") == "quantized" for one in students)
         places = IN_ANY_CASE if trained else (*IN_ANY_CASE, "export.adapter") if held else AFTERWARDS
-        return [key for key in self.changed(asked) if under(key, places)]
+        return [key for key in self.changed(asked) if under(key, places) and key != "evaluate.every"]
 
     def _values(self) -> dict[str, Any]:
         """The values of the experiment recorded in the folder, under the names of this version."""
@@ -184,8 +185,8 @@ class RunFolder:
 
         If the process is killed in between, the next one moves the rest.
         """
-        made = [self.report, self.comparison, *sorted(self.path.glob("*.png")), self.allocation, self.digests,
-                self.best, self.measured, *sorted(self.path.glob("student-*")), self.student]
+        made = [self.report, self.comparison, self.evaluation, *sorted(self.path.glob("*.png")), self.allocation,
+                self.digests, self.best, self.measured, *sorted(self.path.glob("student-*")), self.student]
         for path in made:
             if path.exists():
                 folder.mkdir(parents=True, exist_ok=True)

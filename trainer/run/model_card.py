@@ -25,6 +25,7 @@ from trainer.run.load_snippets import INSTALL, TITLES, Prompt, snippet
 from trainer.run.markdown import block, code, plain, sentence
 from trainer.run.metrics import readable
 from trainer.run.quantization_loss import rounding_cost
+from trainer.run.task_results import evaluation_of, task_tables
 
 CARD = "README.md"
 MARK = "<!-- Written by limbeck, which writes it again; remove this line to keep what you change. -->"
@@ -74,7 +75,7 @@ def model_card(folder: RunFolder, student: Path, repository: str | None = None, 
     parts = [f"---\n{_front_matter(values, before, runtime, stated)}---\n", f"# {plain(values['name'])}\n",
              f"{_opening(values, before, size, stated)}\n", "## Load it\n",
              *_loading(folder, values, student, repository), "## Receipt\n",
-             *_receipt(receipt, folder, values, size), "## Data\n", _data(values, folder), "",
+             *_receipt(receipt, folder, values, size), *_tasks(folder), "## Data\n", _data(values, folder), "",
              "## Recipe\n", _recipe(values, folder), "", *_earlier(before), MARK, ""]
     return "\n".join(parts)
 
@@ -282,6 +283,13 @@ def _receipt(receipt: dict[str, Any], folder: RunFolder, values: dict[str, Any],
             *([f"On the same {'text' if of == 'bits_per_byte' else 'rows'}, {FIGURES[of].words} of others: "
                f"{', '.join(others)}.\n"] if others else []),
             *(f"{plain(_public(note, values))}.\n" for note in receipt.get("notes", []))]
+
+
+def _tasks(folder: RunFolder) -> list[str]:
+    """Section on tasks that the student for transformers was judged on; nothing without them."""
+    found = evaluation_of(folder)
+    return [] if found is None else ["## Tasks\n", "With 95% intervals; judged in transformers, with greedy answers.\n",
+                                     *task_tables(found)]
 
 
 def _public(note: str, values: dict[str, Any]) -> str:

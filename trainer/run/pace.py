@@ -9,7 +9,7 @@ from typing import Any
 
 RECENT = 100  # steps that the speed of the next ones is taken from
 OUTLIERS = 2  # slowest of these steps that never count: a first one, which compiles, and one that is measured
-KINDS = {"loss": "training", "held_out": "evaluating", "checkpoint": "saving"}  # by what a record holds
+KINDS = {"loss": "training", "held_out": "evaluating", "tasks": "judging", "checkpoint": "saving"}  # by what it holds
 
 
 class Pace:
@@ -21,12 +21,15 @@ class Pace:
     Args:
         steps: steps of the whole run.
         evaluate_every, save_every: steps from one evaluation or checkpoint to the next; both also follow the last step.
+        judge_every: the same of evaluations on tasks; None if there are none.
     """
 
-    def __init__(self, steps: int, evaluate_every: int, save_every: int) -> None:
+    def __init__(self, steps: int, evaluate_every: int, save_every: int, judge_every: int | None = None) -> None:
         self.steps, self._every = steps, {"evaluating": evaluate_every, "saving": save_every}
+        if judge_every is not None:
+            self._every["judging"] = judge_every
         self.step = 0
-        self._seconds = {"training": 0.0, "evaluating": 0.0, "saving": 0.0}
+        self._seconds = dict.fromkeys(("training", *self._every, "judging"), 0.0)
         self._recent = {kind: deque(maxlen=RECENT if kind == "training" else 5) for kind in self._seconds}
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -56,7 +59,7 @@ class Pace:
         recent = sorted(self._recent["training"])
         usual = recent[:max(1, len(recent) - OUTLIERS - len(recent) // 20)]
         seconds = (self.steps - self.step) * sum(usual) / len(usual)
-        return seconds + sum(self._due(kind) * _mean(self._recent[kind]) for kind in ("evaluating", "saving"))
+        return seconds + sum(self._due(kind) * _mean(self._recent[kind]) for kind in self._every)
 
     def _due(self, kind: str) -> int:
         """How often something that is done every few steps and after the last one is still to be done."""
@@ -106,8 +109,8 @@ def _time_left(pace: Pace) -> list[str]:
 
 
 def _lost(pace: Pace) -> list[str]:
-    shares = [f"{word} {pace.share(kind):.0%}" for word, kind in (("eval", "evaluating"), ("save", "saving"))
-              if pace.share(kind) >= 0.005]
+    kinds = ("eval", "evaluating"), ("tasks", "judging"), ("save", "saving")
+    shares = [f"{word} {pace.share(kind):.0%}" for word, kind in kinds if pace.share(kind) >= 0.005]
     return [", ".join(shares)] if shares else []
 
 

@@ -28,6 +28,7 @@ from trainer.run.metrics import read_lines, readable
 from trainer.run.model_card import CARD, needs_its_base, write_cards
 from trainer.run.quantization_loss import rises, rounding_cost
 from trainer.run.report_plots import ordered, plot_confusion, plot_held_out, plot_loss, plot_size
+from trainer.run.task_results import task_section
 
 ABOUT_MODELS = (
     "Bits per byte on held-out text, lower is better; bytes of the weight files; tokens per second of a forward pass "
@@ -94,6 +95,7 @@ def _write(folder: RunFolder) -> None:
         ABOUT_CLASSES if classifies else ABOUT_MODELS,
         *[f"![size against {FIGURES[main_figure(found['student'])].words}](size.png)\n"] * (len(ordered(found)) > 1),
         *(confusion_section(found, folder) if classifies else []),
+        *task_section(folder),
         "## Training\n", *_curves(experiment), _training(curves["student"]), *_schedules(experiment),
         *_best(folder),
         *_went_on(folder),

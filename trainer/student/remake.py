@@ -25,6 +25,11 @@ def changes_files(changed: Iterable[str]) -> bool:
     return any(under(key, EXPORTED) for key in changed)
 
 
+def changes_tasks(changed: Iterable[str]) -> bool:
+    """Whether changed keys ask for another evaluation on tasks."""
+    return any(under(key, ("evaluate",)) for key in changed)
+
+
 def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, changed: Iterable[str],
            device: torch.device) -> None:
     """Make again what changed values act on, from the last checkpoint, on one process; nothing is trained.
@@ -39,6 +44,8 @@ def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, change
         RunFailed: the student cannot be taken from the last checkpoint, or the reloaded one differs from it; the one
             before stays.
     """
+    if all(under(key, ("evaluate",)) for key in changed):
+        return  # the models stay as they are
     whole = changes_files(changed)
     student, export = experiment.student, experiment.export
     before = rebuilt(experiment, folder, folder.student, text, final=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.experiment.evaluate_nodes import LOWER
 from trainer.experiment.nodes import Training
 from trainer.files import write_atomically
 from trainer.run.held_out import FIGURES
@@ -19,7 +20,7 @@ class BestEvaluation:
     Every process keeps its own and has the same values, since an evaluation's result is the same on all of them.
 
     Attributes:
-        metric: name of the value that is compared.
+        metric: name of the value that is compared, of the held-out text or of a task: `gsm8k.exact_match`.
         steps: planned optimizer steps of the run.
         patience: evaluations in a row without improvement after which training ends; None for never.
         min_delta: by how much a value must be below the last improvement to count as one for `patience`.
@@ -47,6 +48,19 @@ class BestEvaluation:
             settings.keep_best, steps, settings.early_stopping, settings.min_delta or 0.0)
 
     @property
+    def of_task(self) -> bool:
+        """Whether the value is of a task, which is not part of every evaluation."""
+        return "." in self.metric
+
+    @property
+    def higher(self) -> bool:
+        """Whether more of the value is better."""
+        return self.metric.rpartition(".")[2] not in LOWER if self.of_task else FIGURES[self.metric].higher
+
+    def _shown(self, value: float) -> str:
+        return f"{value:.4f}" if self.of_task else FIGURES[self.metric].shown(value)
+
+    @property
     def exhausted(self) -> bool:
         """Whether training is to end, since too many evaluations in a row did not improve."""
         return self.patience is not None and self.waited >= self.patience
@@ -62,7 +76,7 @@ class BestEvaluation:
         self.evaluated = step
         if not counts:
             return
-        value, sign = found[self.metric], -1 if FIGURES[self.metric].higher else 1
+        value, sign = found[self.metric], -1 if self.higher else 1
         if self.value is None or sign * value < sign * self.value:
             self.step, self.value = (step, value) if abs(value) < float("inf") else (self.step, self.value)
         if sign * value < (float("inf") if self.reference is None else sign * self.reference - self.min_delta):
@@ -74,11 +88,12 @@ class BestEvaluation:
         """What became of a run, in words: where training ended and why, and which step is exported."""
         ended = f"trained for {last} of {self.steps} steps, since {self.waited} evaluations in a row were no better" \
             if last < self.steps else f"trained for {last} steps"
-        what, figure = self.metric.replace("_", " "), FIGURES[self.metric]
-        best, better = ("highest", "higher") if figure.higher else ("lowest", "lower")
+        task, _, metric = self.metric.rpartition(".")
+        what = f"{metric.replace('_', ' ')} of {task}" if task else f"held-out {metric.replace('_', ' ')}"
+        best, better = ("highest", "higher") if self.higher else ("lowest", "lower")
         return f"{ended}; the student is that of step {exported}, " + (
-            f"with the {best} held-out {what} of {figure.shown(self.value)}" if exported == self.step else
-            f"since no checkpoint of a {better} held-out {what} could be kept")
+            f"with the {best} {what}{':' if task else ' of'} {self._shown(self.value)}" if exported == self.step else
+            f"since no checkpoint of a {better} {what} could be kept")
 
     def record(self, file: Path, exported: int, last: int) -> None:
         """Write the same as JSON, for the report and for later exports."""

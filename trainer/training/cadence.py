@@ -15,14 +15,21 @@ class Cadence:
     Attributes:
         settings: how often to evaluate and save.
         steps: the planned number of optimizer steps.
+        judge_every: steps between evaluations on tasks; None for none in training.
     """
 
     settings: Training
     steps: int
+    judge_every: int | None = None
 
     def evaluates(self, state: TrainState) -> bool:
         """Whether an evaluation is due after the last step."""
         return state.step == self.steps or (state.step > 0 and state.step % self.settings.evaluate_every == 0)
+
+    def judges(self, state: TrainState) -> bool:
+        """Whether an evaluation on tasks is due after the last step."""
+        return self.judge_every is not None and (
+            state.step == self.steps or (state.step > 0 and state.step % self.judge_every == 0))
 
     def saves(self, state: TrainState) -> bool:
         """Whether a checkpoint is due after a step and its evaluation, which may be the best so far."""

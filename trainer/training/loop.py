@@ -64,6 +64,7 @@ from trainer.training.memory_check import MemoryCheck
 from trainer.training.nonfinite import Backward, diagnosis, locate_nonfinite
 from trainer.training.saving import Saver
 from trainer.training.step_input import StepInput, StepInputs, Writer, batches_of, rows_in_all
+from trainer.training.task_evaluation import TaskEvaluator
 from trainer.training.train_state import TrainState
 
 LEAVING = 10.0  # seconds that a run which ends early waits for a checkpoint that is still being committed
@@ -81,6 +82,7 @@ class TrainLoop:
         engine: holds the student and its optimizer, sharded or replicated; `student` is the module to call.
         ranks: the processes of the run.
         evaluate: evaluates the student on the held-out rows.
+        judge: evaluates the student on tasks.
         saver: writes and finds checkpoints.
     """
 
@@ -129,6 +131,8 @@ class TrainLoop:
             self.unwrapped, shapes[0], text.held_out, plan.micro_batch, self.ranks, self._autocast, text.held_out_of
         ) if experiment.data.is_language else ClassifierEvaluator(
             text.held_out, len(text.classes), plan.micro_batch, self.ranks, self._autocast)
+        self.judge = TaskEvaluator(experiment.evaluate, self.unwrapped, text.tokenizer,
+                                   plan.micro_batch * experiment.data.sequence_length, self.ranks, self._autocast)
         self.distillation = Distillation(
             experiment.objective.build(teacher is not None or cached is not None), self.unwrapped, self.teacher,
             shapes=shapes, common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
@@ -163,7 +167,7 @@ class TrainLoop:
     @property
     def cadence(self) -> Cadence:
         """When the run evaluates, saves and ends."""
-        return Cadence(self.experiment.training, self.steps)
+        return Cadence(self.experiment.training, self.steps, self.experiment.evaluate.every)
 
     def inputs(self) -> StepInputs:
         """The inputs of the remaining steps, starting at the state's step."""
@@ -187,7 +191,8 @@ class TrainLoop:
         """
         settings, state = self.experiment.training, self.state
         metrics = Metrics(self.folder.metrics, self.ranks.main, state.step,
-                          Pace(self.steps, settings.evaluate_every, settings.checkpoint_every))
+                          Pace(self.steps, settings.evaluate_every, settings.checkpoint_every,
+                               self.experiment.evaluate.every))
         progress = ProgressReporter(self.experiment.name, self.steps, state.step, self.experiment.run.log_every,
                                     self.ranks.main, metrics.pace)
         if state.step:
@@ -195,8 +200,10 @@ class TrainLoop:
         inputs, end = self.inputs(), rows_in_all(self.experiment.training, self.text)
         try:
             with signals.defer_signals(), self.ranks.watch.on():
-                if self._lacks_evaluation():
+                if self._lacks("held_out", self.cadence.evaluates(state)):
                     self._evaluate(metrics, progress)
+                if self._lacks("tasks", self.cadence.judges(state)):
+                    self._judge(metrics, progress)
                 while not self.cadence.ends(state):
                     measured = None
                     if state.step == self._measured_at:
@@ -212,6 +219,8 @@ class TrainLoop:
                         self.memory.keep_budget(state.step, peak, metrics, progress, self._saved_now)
                     if self.cadence.evaluates(state):
                         self._evaluate(metrics, progress)
+                    if self.cadence.judges(state):
+                        self._judge(metrics, progress)
                     if self.cadence.saves(state):
                         self._save(metrics)
                     if state.nonfinite >= settings.nonfinite_limit:
@@ -387,18 +396,24 @@ class TrainLoop:
         """Release models and optimizer, so that the next training in this process finds the memory free."""
         self.engine.release()
         self.engine = self.teacher = self.cached = self.others = self.distillation = None
-        self.evaluate = self.saver = self.memory = self.plan = None
+        self.evaluate = self.judge = self.saver = self.memory = self.plan = None
         self.accelerator.free_memory()
 
     # ---- helpers
 
-    def _lacks_evaluation(self) -> bool:
-        """Whether the run was interrupted after a step was saved but before its evaluation was recorded."""
-        if not self.cadence.evaluates(self.state):
+    def _lacks(self, kind: str, due: bool) -> bool:
+        """Whether the run was interrupted after a step was saved but before its evaluation was recorded.
+
+        Args:
+            kind: key of the record: `held_out`, or `tasks`.
+            due: whether the step has such an evaluation at all.
+        """
+        if not due:
             return False
         best = self.state.best
-        done = self.ranks.main and (best is None or best.evaluated == self.state.step) and any(
-            line["step"] == self.state.step and "held_out" in line for line in read_lines(self.folder.metrics))
+        counted = best is None or best.of_task != (kind == "tasks") or best.evaluated == self.state.step
+        done = self.ranks.main and counted and any(
+            line["step"] == self.state.step and kind in line for line in read_lines(self.folder.metrics))
         return not any(self.ranks.gather_objects([done]))
 
     def _evaluate(self, metrics: Metrics, progress: ProgressReporter) -> None:
@@ -408,15 +423,34 @@ class TrainLoop:
             found = self.evaluate(self.student, self.state.step)
         if found is None:
             self.saver.stop(self.state, self.experiment.name)
-        if self.state.best is not None:
-            asked = self.experiment.student.quantization
-            counts = asked is None or asked.has_final_bits(self.state.step - 1, self.steps)
-            self.state.best.take_in(self.state.step, found, counts)
+        if self.state.best is not None and not self.state.best.of_task:
+            self._take_in(found)
         metrics.write({"step": self.state.step, "held_out": found, "seconds": time.perf_counter() - begun})
         self.trackers.log({f"held_out/{name}": value for name, value in flatten(found).items()}, self.state.step)
         of_sources = ", ".join(f"{value:.4f} of {name}" for name, value in found.get("sources", {}).items())
         progress.say(f"step {self.state.step}/{self.steps}  held-out {in_words(found)}"
                      + (f": {of_sources}" if of_sources else ""))
+
+    def _judge(self, metrics: Metrics, progress: ProgressReporter) -> None:
+        """Judge the student on tasks, then log and print the result; stop if a process received a stop signal."""
+        begun = time.perf_counter()
+        with working(self.experiment.name, "evaluating on tasks"):
+            found = self.judge(self.student)
+        if found is None:
+            self.saver.stop(self.state, self.experiment.name)
+        flat = flatten(found)
+        if self.state.best is not None and self.state.best.of_task:
+            self._take_in(flat)
+        metrics.write({"step": self.state.step, "tasks": found, "seconds": time.perf_counter() - begun})
+        self.trackers.log({f"tasks/{name}": value for name, value in flat.items()}, self.state.step)
+        progress.say(f"step {self.state.step}/{self.steps}  " + ", ".join(
+            f"{name} {value:.4f}" for name, value in flat.items()))
+
+    def _take_in(self, found: dict[str, float]) -> None:
+        """Let the best evaluation so far take in another one's result."""
+        asked = self.experiment.student.quantization
+        counts = asked is None or asked.has_final_bits(self.state.step - 1, self.steps)
+        self.state.best.take_in(self.state.step, found, counts)
 
     def _autocast(self) -> AbstractContextManager:
         return self.precision.autocast(self.engine.casts)

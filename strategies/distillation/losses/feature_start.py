@@ -82,10 +82,10 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """A forward, on the device that the model is on, without logits."""
     device = next(model.parameters()).device
     given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    if "position_ids" in given:
-        hidden_states(model, given)
-    else:  # a classifier, whose logits are few
+    if "attention_mask" in given or "pixel_values" in given:  # a classifier, whose logits are few
         model(**given)
+    else:
+        hidden_states(model, given)
 
 
 def _kept(states: torch.Tensor, inputs: Mapping[str, Any], targets: torch.Tensor) -> torch.Tensor:

@@ -54,15 +54,15 @@ def models():
 def batches():
     generator = torch.Generator().manual_seed(2)
     for rows in (4, 2):
-        kept = torch.rand(rows, 20, generator=generator) < 0.7
-        yield {"input_ids": torch.randint(0, 50, (rows, 20), generator=generator)}, kept
+        targets = torch.where(torch.rand(rows, 20, generator=generator) < 0.7, 0, IGNORED)
+        yield {"input_ids": torch.randint(0, 50, (rows, 20), generator=generator)}, targets
 
 
 def states(model, layer):
     """Hidden states of the tokens that count, after a block, by transformers' own way."""
     with torch.no_grad():
-        return numpy.concatenate([model(**inputs, output_hidden_states=True).hidden_states[layer + 1][kept].double()
-                                  for inputs, kept in batches()])
+        return numpy.concatenate([model(**inputs, output_hidden_states=True).hidden_states[layer + 1][
+            targets != IGNORED].double() for inputs, targets in batches()])
 
 
 def test_variances_are_numpys(models):
@@ -85,13 +85,13 @@ def test_projections_begin_as_the_ridge_regression(models):
 def test_scaled_features_are_the_share_of_variance_that_is_not_explained(models):
     """1 for a student that knows the mean alone, whatever the size of the teacher's states."""
     _, teacher = models
-    (inputs, kept), _ = batches()
-    targets = torch.where(kept, 0, IGNORED)
-    variances = teacher_variances(teacher, {0}, [(inputs, kept)])
+    (inputs, targets), _ = batches()
+    kept = targets != IGNORED
+    variances = teacher_variances(teacher, {0}, [(inputs, targets)])
     terms = IntermediateTerms(teacher, teacher, Features(1.0, ((0, 0),), variances=variances))
     with torch.no_grad(), terms.recording():
         teacher(**inputs)
         theirs = terms._recorders[1][0]._left[0, "hidden"]
         terms._recorders[0][0]._left[0, "hidden"] = theirs[kept].mean(0).expand_as(theirs)
-        (_, _, value), = terms.sums(targets, None)
+        (_, _, value), = terms.sums(targets, inputs)
     assert float(value) == pytest.approx(int(kept.sum()), rel=1e-5)

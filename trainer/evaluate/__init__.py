@@ -1,0 +1,1 @@
+"""Language models judged on tasks: likelihoods of choices, generated answers, bits per byte, with intervals."""
