@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import limbeck
-from benchmarks.distillation import cached, students
+from benchmarks.distillation import cached, peers_quality, students
+from strategies.distillation.losses.response import Divergence, ResponseObjective
 from trainer.run.metrics import read_lines
 
 
@@ -94,6 +95,26 @@ def test_steps_of_equal_compute(questions, tmp_path):
     assert students.compute_ratio(chosen) == pytest.approx(ratio, rel=0.1)
     asked = students.experiment(students.LONGER, 0, chosen, tmp_path)
     assert asked["training"]["steps"] == round(2 * students.compute_ratio(chosen)) and "teacher" not in asked
+
+
+def test_losses_of_peers_are_what_their_names_say(monkeypatch):
+    """Against our own, which have tests of their own; top-k over all tokens is KL, and over fewer leaves some out."""
+    student, teacher = torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(7)
+    ours = ResponseObjective(0.5, (Divergence("forward_kl", 0.5, 2.0),))(student, teacher, targets)[0] / 7
+    assert float(peers_quality.hf_kl(student, teacher, targets)) == pytest.approx(float(ours), rel=1e-5)
+    monkeypatch.setattr(peers_quality, "TOP", 20)
+    assert float(peers_quality.distillkit_top_k(student, teacher, targets)) == pytest.approx(float(ours), rel=1e-5)
+    monkeypatch.setattr(peers_quality, "TOP", 3)
+    assert float(peers_quality.distillkit_top_k(student, teacher, targets)) != pytest.approx(float(ours), rel=1e-3)
+
+
+def test_peers_are_compared_with_our_best_of_the_same_seed():
+    rows = [{"seed": seed, "method": method, "cross_entropy": loss + seed} for seed in (0, 1)
+            for method, loss in (("forward_kl", 3.0), ("jsd", 3.5), ("hf_kl", 3.25))]
+    said = peers_quality.table({"rows": rows})
+    assert "| HF Trainer, KL by hand | 3.7500 (0.7071) | +0.2500 (0.0000) |" in said
+    assert "| Limbeck, forward KL | 3.5000 (0.7071) | +0.0000 (0.0000) |" in said
 
 
 def test_summary_compares_each_seed_with_its_own_control():
