@@ -106,7 +106,7 @@ def test_losses_of_peers_are_what_their_names_say(monkeypatch):
     monkeypatch.setattr(peers_quality, "TOP", 20)
     assert float(peers_quality.distillkit_top_k(student, teacher, targets)) == pytest.approx(float(ours), rel=1e-5)
     monkeypatch.setattr(peers_quality, "TOP", 3)
-    assert float(peers_quality.distillkit_top_k(student, teacher, targets)) != pytest.approx(float(ours), rel=1e-2)
+    assert float(peers_quality.distillkit_top_k(student, teacher, targets)) != pytest.approx(float(ours), rel=1e-3)
 
 
 def test_peers_are_compared_with_our_best_of_the_same_seed():
