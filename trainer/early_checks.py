@@ -82,9 +82,10 @@ def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None,
                        topology: Topology) -> None:
     """Raise `UserError` for models whose shapes alone show that the student could not learn or be exported."""
     if not experiment.data.is_language:
-        check_convolutional(experiment, student, topology)
+        micro_batch, engine = experiment.training.micro_batch, experiment.sharding.named(topology.ranks)
+        check_convolutional(student, experiment.form, micro_batch, engine)
         if experiment.teacher is not None and experiment.teacher.train is not None:
-            check_convolutional(experiment.as_teacher(""), teacher, topology)
+            check_convolutional(teacher, experiment.as_teacher("").form, micro_batch, engine)
     early = check_early_causal if experiment.data.is_language else check_early_classifier
     if teacher is not None:
         early(experiment.teacher, "teacher", teacher)

@@ -156,7 +156,8 @@ def compare(
     receipt = make_receipt(found["student"], trained, exported, logits["student"],
                            [*weight_files(folder.unverified), *weight_files(folder.unverified / BASE)],
                            experiment.export.tolerance, libraries=libraries_of(experiment.student, experiment.export),
-                           notes=export_notes(experiment.student, experiment.export, trained, exported))
+                           notes=[*export_notes(experiment.student, experiment.export, trained, exported),
+                                  *_unpacked(folder.unverified)])
     receipt.write(folder.unverified / "receipt.json")
     if not receipt.holds and experiment.export.adapter == "separate":
         raise RunFailed(differs(receipt, folder.unverified, "export.tolerance", None))
@@ -172,6 +173,16 @@ def compare(
     os.rename(folder.unverified, folder.student)
     tell_receipt(experiment.name, receipt, folder.student)
     say_rise(folder, experiment.model_dump(mode="json"))
+
+
+def _unpacked(folder: Path) -> list[str]:
+    """A note if a folder holds fewer bits than it stores: kernels of convolutions take a byte for each number."""
+    config = read_json(folder / "config.json").get("quantization_config") or {}
+    if config.get("format") != "naive-quantized":
+        return []
+    bits = {group["weights"]["num_bits"] for group in config["config_groups"].values()} - {8}
+    return [f"its numbers of {min(bits)} bits take a byte each: transformers reads no packed format of convolutions"
+            ] if bits else []
 
 
 def _request(data: Data, report: Report, folder: RunFolder, text: PreparedData) -> dict[str, Any]:

@@ -170,8 +170,8 @@ def no_place(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, str]:
         if name in shapes and not (kept[name] and all(saved.endswith(".weight") for saved in kept[name])):
             found[name] = "is one tensor of all experts in files of this architecture, which nothing unpacks"
         elif is_kernel(layer) and beside:
-            found[name] = (f"is a {type(layer).__name__} beside larger linear layers, which the format packs only where "
-                           "there are no quantized convolutions")
+            found[name] = (f"is a {type(layer).__name__} beside larger linear layers, which the format packs only "
+                           "where no convolution is quantized")
         elif name not in shapes and not isinstance(layer, (nn.Linear, nn.Embedding)) and not (
                 is_turned(layer) or is_kernel(layer)):
             found[name] = f"is a {type(layer).__name__}: the format has linear layers, embeddings and convolutions"
@@ -187,8 +187,8 @@ def _cannot_hold(model: nn.Module, layers: dict[str, Quantized]) -> dict[str, st
     for name, layer in layers.items():
         quantizer = layer.quantizer
         if quantizer.group_size and holds_kernels(layers):
-            found[name] = (f"has groups of {quantizer.group_size}, and beside quantized convolutions every output has one "
-                           "scale: leave group_size out")
+            found[name] = (f"has groups of {quantizer.group_size}, and beside quantized convolutions every output has "
+                           "one scale: leave group_size out")
         elif is_turned(layer) and not quantizer.symmetric:
             found[name] = "is stored (inputs, outputs), which has no place for zero points: take symmetric weights"
         elif name not in experts:

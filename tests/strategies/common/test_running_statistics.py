@@ -35,9 +35,9 @@ def test_the_mean_over_ranks_is_the_same_at_each_step_and_at_the_end():
             if (step + 1) % every == 0:
                 halves = []
                 for model in ranks:  # what each rank hands in
-                    RunningStatistics(model).average(lambda own: halves.append(own) or own * 2, 2)
+                    RunningStatistics(model).average(lambda own, halves=halves: halves.append(own) or own * 2, 2)
                 for model in ranks:
-                    RunningStatistics(model).average(lambda own: sum(halves), 2)
+                    RunningStatistics(model).average(lambda own, halves=halves: sum(halves), 2)
         ends.append([dict(model.named_buffers()) for model in ranks])
     for name, buffer in ends[0][0].items():
         torch.testing.assert_close(buffer, ends[0][1][name])
