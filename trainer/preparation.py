@@ -206,7 +206,8 @@ def _cached(experiment: Experiment, accelerator: Accelerator, text: PreparedData
             common: SharedVocabulary | None) -> CachedTargets | CachedLogits:
     """The cached targets of a teacher, of the kind that it has."""
     if experiment.teacher.targets.source == "logits":
-        return cached_logits(experiment, accelerator, text, teacher)
+        return cached_logits(experiment.name, experiment.teacher.targets, experiment.run.cache,
+                             experiment.training.micro_batch, accelerator, text, teacher)
     return cached_targets(experiment, accelerator, text, teacher, common)
 
 
