@@ -188,6 +188,20 @@ def test_more_moments_never_prove_too_much(seed):
         assert prover.value <= brute_force(graph, budget)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_bounds_hold_where_operations_take_no_time_to_speak_of(seed):
+    """HiGHS stops within 1e-6 of a cost, whatever the cost is."""
+    graph = random_graph(seed, forward=5)
+    bounds = []
+    for unit in (1.0, 1e-8):
+        scaled = replace(graph, seconds=(np.asarray(graph.seconds) + 0.123) * unit)
+        bound = Bound(scaled, budgets(graph)[len(budgets(graph)) // 2])
+        bound.first(np.inf)
+        bound.single(np.inf)
+        bounds.append(bound.value / unit)
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-5)
+
+
 def test_workspace_of_a_moment_limits_what_is_kept():
     graph = chain(6)
     operations, moment = len(graph.seconds), graph.forward
