@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from trainer.errors import UserError, error_context
 from trainer.experiment.node import Node, Weight
 from trainer.experiment.scheduled import (
+    ScheduledFraction,
     ScheduledShare,
     ScheduledTemperature,
     ScheduledWeight,
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
     from strategies.distillation.losses.response import ResponseObjective
 
 INSIDE = ("features", "relations", "values", "attention_maps")  # losses on intermediate activations
-SCHEDULED = ("cross_entropy", "weight", "temperature", "share", "distance", "angle")  # keys that take points
+SCHEDULED = ("cross_entropy", "weight", "temperature", "share", "distance", "angle", "fraction")  # keys that take points
 MIXTURES = ("jsd", "skewed_kl", "skewed_reverse_kl")
 
 
@@ -106,14 +107,21 @@ class AttentionMaps(Node):
 class OnPolicy(Node):
     """On-policy distillation (GKD): the student generates, the teacher scores; cross-entropy is on data text only."""
 
-    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Fraction of steps, chosen by seed and step, that train on student generations; the others train on the data."""
+    fraction: ScheduledFraction = 0.5
+    """Fraction of steps, chosen by seed and step, that train on student generations; or points, as for weights."""
     prompt_tokens: Annotated[int, Field(gt=0)] = 16
     """Tokens of the text that the student continues, in rows without a prompt."""
     new_tokens: Annotated[int, Field(gt=0)] = 64
     """Maximum number of tokens to generate."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Sampling temperature of the generation."""
+
+    @model_validator(mode="after")
+    def _writes(self) -> OnPolicy:
+        if not highest(self.fraction):
+            raise UserError("fraction", "the student never writes", value=self.fraction,
+                            way_out="use more than 0, or remove `on_policy`")
+        return self
 
 
 class Objective(Node):

@@ -41,6 +41,7 @@ def _valid(adapter: TypeAdapter, value: Any) -> Any:
 
 
 ScheduledWeight = scheduled(Weight)
+ScheduledFraction = scheduled(Fraction)
 ScheduledShare = scheduled(Annotated[float, Field(gt=0, lt=1)])
 ScheduledTemperature = scheduled(Annotated[float, Field(gt=0, allow_inf_nan=False)])
 

@@ -156,7 +156,7 @@ def _projection(block: nn.Module, kind: str, where: str) -> tuple[nn.Module, int
     """The module that makes the projection, and which third of its output that is; None for all of the output."""
     separate = {name: module for name, module in block.named_modules() if name.split(".")[-1] in PROJECTIONS[kind]}
     fused = {name: module for name, module in block.named_modules() if name.split(".")[-1] in FUSED
-             and _is_threefold(module)}
+             and _is_threefold(name.split(".")[-1], module)}
     found = separate | fused
     if len(found) != 1:
         raise ValueError(f"{where}: looked for one module that makes the {kind}, named "
@@ -167,11 +167,14 @@ def _projection(block: nn.Module, kind: str, where: str) -> tuple[nn.Module, int
     return module, ORDER.index(kind) if fused else None
 
 
-def _is_threefold(module: nn.Module) -> bool:
-    """Whether a projection makes queries, keys and values one after the other; not GPT-BigCode's, by heads in turn."""
+def _is_threefold(name: str, module: nn.Module) -> bool:
+    """Whether a projection makes queries, keys and values one after the other.
+
+    GPT-BigCode's, a linear layer that is named as GPT-2's, does not: its heads alternate.
+    """
     if isinstance(module, Conv1D):
         return module.nf == 3 * module.nx
-    return isinstance(module, nn.Linear) and module.out_features == 3 * module.in_features
+    return name == "Wqkv" and isinstance(module, nn.Linear) and module.out_features == 3 * module.in_features
 
 
 def _name(model: nn.Module) -> str:

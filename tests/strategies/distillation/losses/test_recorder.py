@@ -212,7 +212,7 @@ def t5():
     (lambda: nn.Linear(2, 2), 0, "Linear has no configuration that says how many blocks to look for"),
     (bart, 0, r"BartModel: looked for one list of 2 blocks, and found (en|de)coder.layers, .*model.get_encoder\(\)"),
     (lambda: t5().get_encoder(), 0, "block 0 of T5Stack: looked for one module that makes the value, named v_proj or "
-                                    "value, or c_attn as GPT-2's, and found none"),
+                                    "value or v_lin, or c_attn or Wqkv as GPT-2's and ModernBERT's, and found none"),
     (decoder_with_cross_attention, 1, "block 1 of BertLMHeadModel: .*attention.self.value, crossattention.self.value"),
     (big_code, 0, "block 0 of GPTBigCodeForCausalLM: .* found none"),
 ])
