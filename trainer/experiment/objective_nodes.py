@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
     from strategies.distillation.losses.response import ResponseObjective
 
 INSIDE = ("features", "relations", "values", "attention_maps")  # losses on intermediate activations
-SCHEDULED = ("cross_entropy", "weight", "temperature", "share", "distance", "angle", "fraction")  # keys that take points
+SCHEDULED = ("cross_entropy", "weight", "temperature", "share", "distance", "angle", "fraction")  # may be points
 MIXTURES = ("jsd", "skewed_kl", "skewed_reverse_kl")
 
 

@@ -1,5 +1,7 @@
 """Weights, temperature and share that move during a run, and scaled features, in whole trainings of tiny models."""
 
+from types import SimpleNamespace
+
 import numpy
 import pytest
 import torch
@@ -8,10 +10,11 @@ import yaml
 from tests.trainer.teacher.test_distilling import bpe, losses, save, with_
 from trainer.errors import OtherRun, UserError
 from trainer.experiment.load import mistakes, read_experiment
-from trainer.experiment.objective_nodes import Objective
+from trainer.experiment.objective_nodes import Objective, OnPolicy
 from trainer.experiment.scheduled import shown, value_at
 from trainer.run.folder import RunFolder, training_identity
 from trainer.run.metrics import read_lines
+from trainer.training.step_input import Writer
 
 MOVING = {"cross_entropy": [[0, 1.0], [0.75, 0.25]], "divergence": {
     "name": "jsd", "weight": [[0, 0.0], [0.5, 1.0]], "temperature": [[0, 2.0], [1, 1.0]], "share": [[0, 0.1], [1, 0.5]],
@@ -119,3 +122,16 @@ def test_the_last_moment_is_no_step():
     assert Objective(cross_entropy=[[0, 1], [1, 0]]).idle_at(False) is None
     assert Objective(cross_entropy=[[0, 1], [0.9, 0]]).idle_at(False) == 0.9
     assert Objective(cross_entropy=[[0, 1], [0.9, 0]]).idle_at(True) is None
+
+
+def test_the_student_may_write_more_and_more():
+    """Which steps it writes follows from seed and step alone, so that a run that resumes writes the same."""
+    steps, asked = 400, OnPolicy(fraction=[[0, 0.0], [1, 1.0]])
+    text = SimpleNamespace(tokenizer=None)
+    writers = [Writer(asked, 3, SimpleNamespace(steps=steps), None, text, None, None) for _ in range(2)]
+    written = [[writer.writes(step) for step in range(steps)] for writer in writers]
+    assert written[0] == written[1]
+    quarters = [sum(written[0][begin:begin + 100]) for begin in range(0, steps, 100)]
+    assert quarters == sorted(quarters) and quarters[0] < 25 and quarters[-1] > 75
+    with pytest.raises(UserError, match="never writes"):
+        OnPolicy(fraction=[[0, 0.0], [1, 0.0]])
