@@ -133,5 +133,5 @@ def test_the_student_may_write_more_and_more():
     assert written[0] == written[1]
     quarters = [sum(written[0][begin:begin + 100]) for begin in range(0, steps, 100)]
     assert quarters == sorted(quarters) and quarters[0] < 25 and quarters[-1] > 75
-    with pytest.raises(UserError, match="never writes"):
+    with pytest.raises(ValueError, match="never writes"):
         OnPolicy(fraction=[[0, 0.0], [1, 0.0]])
