@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,11 @@ def write_records(chosen: argparse.Namespace, folder: Path) -> Path:
 def wrong_numbers(right: str) -> list[str]:
     """Three numbers beside the right one: ten more, twice as much, one less; one that is there already is raised."""
     found: list[str] = []
-    value = float(right)
+    value = Decimal(right)
     for wrong in (value + 10, 2 * value, value - 1):
-        while format(wrong, "g") in (right, *found):
+        while format(wrong.normalize(), "f") in (right, *found):
             wrong += 3
-        found.append(format(wrong, "g"))
+        found.append(format(wrong.normalize(), "f"))
     return found
 
 

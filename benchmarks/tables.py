@@ -17,6 +17,7 @@ from benchmarks.faults.judging import table as faults_table
 from benchmarks.figures import FILES as FIGURES
 from benchmarks.figures import table as figures_table
 from benchmarks.generation import table as generation_table
+from benchmarks.judged_on_tasks import table as judged_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
 from benchmarks.quantization.trained_quantized import table as qat_table
@@ -103,6 +104,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "architectures": ("architectures-cpu.json", architectures_table),
     "recipes": ("distillation-recipes-cpu.json", students_table),
     "students": ("distillation-students-cpu.json", students_table),
+    "tasks": ("judged-on-tasks-cpu.json", judged_table),
 }
 
 
