@@ -91,7 +91,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         raise UserError("teacher.targets.source", "student and teacher have their common tokens in other places",
                         value=experiment.teacher.targets.source, way_out="use `live` or `hidden`")
     if experiment.uses_teacher and experiment.teacher.targets.source == "logits":
-        teacher = cached_logits(experiment, accelerator, text, teacher)
+        teacher = cached_logits(experiment.teacher.targets, experiment.data, experiment.run,
+                                experiment.training.micro_batch, accelerator, text, teacher)
     elif experiment.uses_teacher and experiment.teacher.targets.source != "live":
         teacher = cached_targets(experiment, accelerator, text, teacher, related[0])
     with working(name, "trying the plan on the student"):

@@ -40,9 +40,9 @@ from trainer.models.configs import reach_model
 from trainer.models.full_precision import check_share, ignored, without_place
 from trainer.models.language_part import check_alone
 from trainer.models.model_origin import dense, learn_padding, loading, method_of, note, skeleton
+from trainer.models.pair_segments import ignoring_segments
 from trainer.models.quantized_base import check_quantized_base, given_numbers
 from trainer.models.rope_by_document import by_document
-from trainer.models.segments import ignoring_segments
 from trainer.models.task_heads import auto_class
 from trainer.models.teacher_layers import fill_from_layers, needed, paired_lists
 from trainer.models.tied_weights import kept_apart

@@ -15,7 +15,9 @@ from strategies.distillation.losses.teacher_targets import LogitTargets
 from trainer.data.batches import Batch, model_inputs
 from trainer.data.dataset import PreparedData
 from trainer.errors import RunFailed
-from trainer.experiment.experiment import Experiment
+from trainer.experiment.data_nodes import Data
+from trainer.experiment.model_nodes import Targets
+from trainer.experiment.nodes import Run
 from trainer.files import fingerprint
 from trainer.run.working import working
 from trainer.teacher.target_cache import weights_digest
@@ -41,19 +43,24 @@ class CachedLogits:
         return LogitTargets(self.logits[batch["row"].cpu().clamp(min=0)].to(self.device, non_blocking=True))
 
 
-def cached_logits(experiment: Experiment, accelerator: Accelerator, text: PreparedData, teacher: nn.Module
-                  ) -> CachedLogits:
-    """Open the cached scores of an experiment's teacher, and write them first if necessary.
+def cached_logits(asked: Targets, data: Data, run: Run, micro_batch: int, accelerator: Accelerator,
+                  text: PreparedData, teacher: nn.Module) -> CachedLogits:
+    """Open the cached scores of a teacher, and write them first if necessary.
+
+    Args:
+        asked: where the cache is.
+        data: settings of the rows, those of `text`.
+        run: names the folder that runs share, where caches are if `asked` says nothing.
+        micro_batch: rows of a forward pass.
 
     Raises:
         RunFailed: the file is damaged.
     """
-    identity = fingerprint([weights_digest(teacher), text.identity, text.classes, experiment.data.images.model_dump()])
-    asked = experiment.teacher.targets.path
-    file = Path(asked or Path(experiment.run.cache) / "targets" / identity) / FILE
+    identity = fingerprint([weights_digest(teacher), text.identity, text.classes, data.images.model_dump()])
+    file = Path(asked.path or Path(run.cache) / "targets" / identity) / FILE
     if accelerator.is_main_process and _read(file, identity) is None:
-        with working(experiment.name, f"writing what the teacher says of {len(text.train):,} rows", at_once=True):
-            _write(file, identity, experiment.training.micro_batch, text, teacher.to(accelerator.device).eval())
+        with working("teacher", f"writing what it says of {len(text.train):,} rows", at_once=True):
+            _write(file, identity, micro_batch, text, teacher.to(accelerator.device).eval())
     accelerator.wait_for_everyone()
     logits = _read(file, identity)
     if logits is None:
