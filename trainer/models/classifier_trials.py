@@ -29,9 +29,6 @@ def check_early_classifier(asked: Model, key: str, config: PretrainedConfig) -> 
     """
     if asked.trust_remote_code:
         return
-    config = copy.deepcopy(config)
-    if getattr(config, "pad_token_id", 0) is None:  # the tokenizer's, later; a classifier of the last token needs one
-        config.pad_token_id = 0
     with torch.device("meta"):
         many = sum(one.numel() for one in skeleton(copy.deepcopy(config), torch.float32, key=key).parameters())
     if many > SMALL:
