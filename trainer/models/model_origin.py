@@ -20,8 +20,8 @@ from strategies.common.generation_settings import copy_generation_settings
 from trainer.errors import UserError
 from trainer.experiment.model_nodes import Model
 from trainer.model_files import first_line
+from trainer.models.pair_segments import ignoring_segments
 from trainer.models.task_heads import auto_class
-from trainer.models.text_segments import ignoring_segments
 
 # Prefixes of the language model's weights in multimodal files of transformers 4 and 5, and in a text-only model.
 WITHIN = {r"^(?:model\.)?language_model\.model\.": "model.", r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",

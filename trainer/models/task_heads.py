@@ -99,6 +99,8 @@ def classifier(config: PretrainedConfig, model: Model, key: str, task: Task) -> 
     config.id2label = dict(enumerate(task.classes))
     config.label2id = {name: number for number, name in enumerate(task.classes)}
     config.architectures = [made.__name__]
+    if model.path is None and getattr(config, "pad_token_id", 0) is None:  # without, decoders tell no end of a text
+        config.pad_token_id = 0  # until the tokenizer is known, whose own it becomes when the model is built
     config.problem_type = "single_label_classification" if task.name == "sequence_classification" else None
     if task.name == "image_classification":
         _for_images(config, model, key, task, trained)

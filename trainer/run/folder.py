@@ -17,6 +17,7 @@ from trainer.experiment.load import node_of
 from trainer.experiment.plain_yaml import read_values
 from trainer.experiment.renamed import with_new_names
 from trainer.experiment.run_paths import CHECKPOINTS, MODEL, STUDENT
+from trainer.experiment.task_nodes import OWN
 from trainer.files import flatten, read_value, write_atomically
 from trainer.run.changes import AFTERWARDS, IN_ANY_CASE, Changes, is_free, longer, over_the_run, refused, under
 
@@ -266,5 +267,12 @@ def not_written(file: Path, why: str) -> UserError:
 def training_identity(experiment: Experiment) -> dict[str, Any]:
     """The values of an experiment that determine the trained weights, by dotted key."""
     values = flatten(experiment.model_dump(mode="json"))
+    unused = {"task", *OWN} if experiment.data.is_language else set()  # of data; came later, and say nothing here
     return {key: value for key, value in values.items() if key != "name" and not is_free(key)
-            and not (key in LATER and value in (None, [], (), False))}
+            and not (key in LATER and value in (None, [], (), False)) and not _is_of_data(key, unused)}
+
+
+def _is_of_data(key: str, names: set[str]) -> bool:
+    """Whether a dotted key is one of some keys of `data`, or within one."""
+    node, _, rest = key.partition(".")
+    return node == "data" and rest.split(".")[0] in names
