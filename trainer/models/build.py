@@ -45,7 +45,6 @@ from trainer.models.quantized_base import check_quantized_base, given_numbers
 from trainer.models.rope_by_document import by_document
 from trainer.models.task_heads import auto_class
 from trainer.models.teacher_layers import fill_from_layers, needed, paired_lists
-from trainer.models.pair_segments import ignoring_segments
 from trainer.models.tied_weights import kept_apart
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
