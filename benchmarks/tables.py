@@ -11,6 +11,7 @@ from benchmarks.adapters import table as adapters_table
 from benchmarks.architectures.table import table as architectures_table
 from benchmarks.distillation.cached import table as cached_table
 from benchmarks.distillation.losses import errors_table, side_by_side
+from benchmarks.distillation.peers_quality import table as peers_table
 from benchmarks.distillation.students import table as students_table
 from benchmarks.faults.cost import table as cost_table
 from benchmarks.faults.judging import table as faults_table
@@ -102,6 +103,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "faults": ("faults-cpu.json", faults_table),
     "cost": ("faults-cost-cpu.json", cost_table),
     "architectures": ("architectures-cpu.json", architectures_table),
+    "peers": ("distillation-peers-cpu.json", peers_table),
     "recipes": ("distillation-recipes-cpu.json", students_table),
     "students": ("distillation-students-cpu.json", students_table),
     "tasks": ("judged-on-tasks-cpu.json", judged_table),
