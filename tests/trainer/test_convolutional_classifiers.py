@@ -149,6 +149,7 @@ def test_two_processes_have_the_mean_of_their_statistics(write_experiment, image
      "a scale for each output", "leave it out"),
     ({"student": {"architecture": RESNET, "quantization": {"bits": 8, "activations": {}}}}, "quantizes its activations",
      ""),
+    ({"student": {"architecture": RESNET, "quantization": {"method": "rtn", "budget": "20KiB"}}}, "in a byte", "bits"),
     ({"student": {"architecture": RESNET, "quantization": {"bits": 8, "method": "gptq"}}}, "block by block",
      "method: rtn")])
 def test_what_a_net_cannot_do_is_said_before_anything_is_trained(write_experiment, images, changes, said, way_out):

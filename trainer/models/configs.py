@@ -98,7 +98,7 @@ def _too_many_tokens(experiment: Experiment, key: str, rows: int, tokens: int) -
         f"  or name a tokenizer of at most {rows:,} tokens as `data.tokenizer.path`")
 
 
-def _config(model: Model, key: str, vocabulary: int | None, offline: bool, task: Task) -> PretrainedConfig:
+def _config(model: Model, key: str, vocabulary: int | None, offline: bool, task: Task = LANGUAGE) -> PretrainedConfig:
     """A model's configuration: from its folder or the hub if reachable, else from the YAML; the two must agree."""
     written = _architecture(model, key, vocabulary) if model.architecture else None
     if model.path is None or (offline and written is not None and not Path(model.path).is_dir()):

@@ -34,6 +34,10 @@ def check_convolutional(student: PretrainedConfig, form: StudentForm, micro_batc
         raise UserError(f"student.quantization.{key}", "calibration goes block by block, and the stages of "
                         f"{student.model_type} differ from each other", value=getattr(asked, key),
                         way_out="use `method: rtn`" + (", or leave smooth out" if key == "smooth" else ""))
+    if has_maps(student) and asked is not None and asked.budget is not None:
+        raise UserError("student.quantization.budget", "files of transformers hold each number of a convolutional net "
+                        "in a byte, whatever its bits, so that there is nothing to choose", value=asked.budget,
+                        way_out="give `bits` in its place; files for ONNX Runtime are smaller with fewer")
     with torch.device("meta"):
         model = from_config(student, form.trust)
     if not batch_norms(model):

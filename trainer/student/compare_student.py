@@ -177,7 +177,8 @@ def compare(
 
 def _unpacked(folder: Path) -> list[str]:
     """A note if a folder holds fewer bits than it stores: kernels of convolutions take a byte for each number."""
-    config = read_json(folder / "config.json").get("quantization_config") or {}
+    file = folder / "config.json"  # an adapter alone has none
+    config = (read_json(file).get("quantization_config") or {}) if file.exists() else {}
     if config.get("format") != "naive-quantized":
         return []
     bits = {group["weights"]["num_bits"] for group in config["config_groups"].values()} - {8}

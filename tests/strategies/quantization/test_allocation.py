@@ -175,7 +175,7 @@ def test_bytes_are_those_of_the_export(dtype):
     schemes += [{"bits": bits, "symmetric": symmetric, **how} for bits in (8, 4, 3, 2) for symmetric in (True, False)
                 for how in ({}, {"group_size": 3}, {"per_tensor": True})]
     for how, activations in itertools.product(schemes, (None, ActivationQuantizer())):
-        model = nn.Sequential(nn.Linear(27, 7), nn.Conv2d(3, 5, 3, bias=False), nn.Embedding(9, 6))
+        model = nn.Sequential(nn.Linear(27, 7), nn.Linear(9, 5, bias=False), nn.Embedding(9, 6))
         quantizer = WeightQuantizer(scale_dtype=dtype, **how)
         embeddings = activations is None
         prepare(model, quantizer, activations=activations, embeddings=embeddings)
