@@ -19,14 +19,14 @@ from benchmarks.sharding.sharded_runs import fresh
 from strategies.export.hf.transformers_folder import write_folder
 from strategies.quantization.qat import quantized_layers
 from trainer import preparation
-from trainer.data.batches import Batch, training_batches
+from trainer.data.batches import Batch, example_batch, training_batches
 from trainer.data.dataset import PreparedData, prepare_text
 from trainer.distributed.launch import start
 from trainer.early_checks import check_early
 from trainer.errors import UserError
+from trainer.experiment.data_nodes import Data
 from trainer.experiment.experiment import Experiment
 from trainer.planning import plan
-from trainer.planning.step_memory import example_batch
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import console
 from trainer.student.compare_student import logits_of
@@ -120,7 +120,7 @@ def batches(text: PreparedData, rows: int) -> Iterator[Batch]:
 
 def filled(rows: int, packed: bool, documents: list[torch.Tensor]) -> Batch:
     """A micro-batch without padding, as a plan takes it to be: of two documents a row where they are packed."""
-    batch = example_batch(rows, ROW, packed)
+    batch = example_batch(Data(sequence_length=ROW, packing=packed), rows)
     text = torch.cat(documents)
     ids = text[torch.arange(rows * (ROW + 1)) % len(text)].view(rows, ROW + 1)
     return {**batch, "input_ids": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous(),
