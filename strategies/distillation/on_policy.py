@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from strategies.common.generation_settings import generating, left_padded
 from strategies.distillation.losses.response import IGNORED
 
 
@@ -33,27 +34,13 @@ def written_rows(student: nn.Module, batch: dict[str, torch.Tensor], *, prompt_t
     device = batch["input_ids"].device
     prompts = [_prompt(*row, prompt_tokens) for row in zip(batch["input_ids"], batch["position_ids"], batch["targets"],
                                                            strict=True)]
-    longest = max(map(len, prompts))
-    given = torch.full((rows, longest), padding, device=device)
-    seen = torch.zeros_like(given)
-    for row, prompt in enumerate(prompts):  # left-padded, so that all rows continue at the same index
-        given[row, longest - len(prompt):] = prompt
-        seen[row, longest - len(prompt):] = 1
-    mode, own = student.training, student.generation_config
-    student.eval()
-    # generate() takes every field that is left out from the model's own generation config; a repetition penalty set
-    # there, for example, would sample from another policy.
-    student.generation_config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=new_tokens, eos_token_id=end,
-        pad_token_id=padding)
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            out = student.generate(input_ids=given, attention_mask=seen)
-    finally:
-        student.generation_config = own
-        student.train(mode)
-    found = [_row(prompt, new[longest:], length, end, padding) for prompt, new in zip(prompts, out, strict=True)]
+    given, seen = left_padded(prompts, padding, device)  # all continue at the same index
+    settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
+                                eos_token_id=end, pad_token_id=padding)
+    with generating(student, settings), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        out = student.generate(input_ids=given, attention_mask=seen)
+    found = [_row(prompt, new[given.shape[1]:], length, end, padding) for prompt, new in zip(prompts, out, strict=True)]
     ids, targets, lengths = (torch.stack(parts) for parts in zip(*found, strict=True))
     return {"input_ids": ids, "targets": targets, "length": lengths,
             "position_ids": torch.arange(length, device=device).expand(rows, -1).contiguous()}

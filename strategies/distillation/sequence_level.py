@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from strategies.common.generation_settings import generating, left_padded
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -75,21 +77,16 @@ def decode_answers(model: nn.Module, prompts: Sequence[Sequence[int]], decoding:
     """
     each = decoding.answers if decoding.temperature else 1  # a beam search expands its prompts itself
     device = next(model.parameters()).device
-    given, seen = _left_padded([prompt for prompt in prompts for _ in range(each)], padding, device)
-    own = model.generation_config
-    # generate() takes every field that is left out from the model's own generation config, which may sample, or hold
-    # penalties that count in greedy decoding, too.
-    model.generation_config = GenerationConfig(
+    given, seen = left_padded([prompt for prompt in prompts for _ in range(each)], padding, device)
+    settings = GenerationConfig(
         do_sample=False, num_beams=decoding.beams, num_return_sequences=decoding.answers if each == 1 else 1,
         max_new_tokens=decoding.new_tokens, eos_token_id=sorted(ends), pad_token_id=padding, use_cache=True)
     drawn = LogitsProcessorList()
     if decoding.temperature:
         numbers = [uniforms(f"{seed} {number}", decoding.new_tokens) for seed in seeds for number in range(each)]
         drawn.append(RowSampler(torch.stack(numbers).to(device), given.shape[1], decoding.temperature, decoding.top_p))
-    try:
+    with generating(model, settings):
         found = model.generate(input_ids=given, attention_mask=seen, logits_processor=drawn)
-    finally:
-        model.generation_config = own
     answers = [_ended(row, ends) for row in found[:, given.shape[1]:].tolist()]
     return [answers[at:at + decoding.answers] for at in range(0, len(answers), decoding.answers)]
 
@@ -133,18 +130,6 @@ def uniforms(seed: str, count: int) -> torch.Tensor:
     """(count,) float64 numbers in [0, 1), the same for the same seed on every device."""
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little") >> 1
     return torch.rand(count, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
-
-
-def _left_padded(rows: Sequence[Sequence[int]], padding: int, device: torch.device
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, longest) ids that all end in the last column, and 1 where there is no padding."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), padding)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row):] = torch.tensor(row)
-        mask[number, longest - len(row):] = 1
-    return ids.to(device), mask.to(device)
 
 
 def _ended(row: list[int], ends: Collection[int]) -> list[int]:

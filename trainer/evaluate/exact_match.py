@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
+from strategies.common.generation_settings import generating, left_padded
 from trainer.evaluate.asking import Prompter, Reader, batches_of, shared
 from trainer.evaluate.extraction import extracted, right_of
 from trainer.evaluate.task_files import Question
@@ -76,20 +77,11 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, closing: st
 
 @contextmanager
 def greedy(model: nn.Module, tokenizer: PreTrainedTokenizerBase, stops: list[int], most: int | None) -> Iterator[None]:
-    """Context in which `model.generate` takes the most probable tokens, up to an end token.
-
-    generate() takes every field that is left out from the model's own generation config, which may hold penalties.
-    """
-    own, mode = model.generation_config, model.training
+    """Context in which `model.generate` takes the most probable tokens, up to an end token."""
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(max_new_tokens=most, eos_token_id=stops, pad_token_id=padding,
-                                               do_sample=False)
-    model.eval()
-    try:
+    with generating(model, GenerationConfig(max_new_tokens=most, eos_token_id=stops, pad_token_id=padding,
+                                            do_sample=False)):
         yield
-    finally:
-        model.generation_config = own
-        model.train(mode)
 
 
 class _Ends(StoppingCriteria):
@@ -119,16 +111,10 @@ def _written(reader: Reader, prompts: Sequence[list[int]], ends: Sequence[str], 
 
 def _generate(reader: Reader, prompts: Sequence[list[int]], criteria: list[StoppingCriteria]) -> torch.Tensor:
     """(rows, written) new tokens after prompts that are padded on their left."""
-    longest, device = max(map(len, prompts)), reader.ranks.device
-    ids = torch.full((len(prompts), longest), reader.plain.generation_config.pad_token_id)
-    seen = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt):] = torch.tensor(prompt)
-        seen[row, longest - len(prompt):] = 1
+    ids, seen = left_padded(prompts, reader.plain.generation_config.pad_token_id, reader.ranks.device)
     with reader.autocast():
-        out = reader.plain.generate(input_ids=ids.to(device), attention_mask=seen.to(device),
-                                    stopping_criteria=criteria)
-    return out[:, longest:]
+        out = reader.plain.generate(input_ids=ids, attention_mask=seen, stopping_criteria=criteria)
+    return out[:, ids.shape[1]:]
 
 
 @torch.no_grad()
@@ -146,12 +132,9 @@ def pads_alike(reader: Reader, prompts: Sequence[list[int]]) -> bool:
     try:
         logits = []
         for batch in ([shortest], [shortest, longest]):
-            width = max(map(len, batch))
-            ids = torch.tensor([[settings.pad_token_id] * (width - len(one)) + one for one in batch])
-            seen = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in batch])
+            ids, seen = left_padded(batch, settings.pad_token_id, reader.ranks.device)
             with reader.autocast():
-                out = reader.plain.generate(input_ids=ids.to(reader.ranks.device),
-                                            attention_mask=seen.to(reader.ranks.device), output_logits=True,
+                out = reader.plain.generate(input_ids=ids, attention_mask=seen, output_logits=True,
                                             return_dict_in_generate=True)
             logits.append(out.logits[0][0])
     finally:
