@@ -2,8 +2,8 @@
 
     python onnx_client.py request.json answer.json
 
-Request and answer are those of `transformers_client.py`. The script imports nothing of this project, so whatever
-it can load and compute, anybody can.
+Request and answer are those of `transformers_client.py`. The script imports nothing of this project but
+the one beside it, so whatever it can load and compute, anybody can.
 """
 
 from __future__ import annotations
@@ -14,26 +14,21 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).parent))
+onnx_session = import_module("onnx_session")
+open_session, layer_outputs = onnx_session.open_session, onnx_session.layer_outputs
 IGNORED = -100
 PAST, PRESENT = "past_key_values", "present"  # how the names of a cache's inputs and outputs begin
 STEPS = 32  # tokens that are compared one by one
-OUTPUT = "/output"  # suffix of a quantized layer's name, for its output in the graph
-
-
-def main(request_file: str, answer_file: str) -> None:
-    """Measure every model of the request on the same held-out rows, one after the other."""
-    request = json.loads(Path(request_file).read_text())
-    held_out = load_file(request["held_out"])
-    answer = {name: measure(model, held_out, request) for name, model in request["models"].items()}
-    Path(answer_file).write_text(json.dumps(answer))
 
 
 def measure(which: dict[str, Any], held_out: dict[str, np.ndarray], request: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +44,8 @@ def measure(which: dict[str, Any], held_out: dict[str, np.ndarray], request: dic
     else:
         logits_of(session, held_out, slice(0, 1), None)  # warmup: the first call allocates buffers
     if which.get("layers"):
-        save_file(layer_outputs(folder, held_out, request["threads"]), which["layers"])
+        save_file(layer_outputs(folder, request["threads"], lambda session: inputs_of(
+            session, held_out, slice(0, 1), None)), which["layers"])
     nats, speeds = 0.0, []
     for begin in range(0, len(held_out["input_ids"]), request["micro_batch"]):
         part = slice(begin, begin + request["micro_batch"])
@@ -60,35 +56,10 @@ def measure(which: dict[str, Any], held_out: dict[str, np.ndarray], request: dic
     return {
         "bits_per_byte": nats / math.log(2) / max(1, int(held_out["bytes"].sum())),
         "tokens_per_second": statistics.median(speeds),
-        "parameters": int(session.get_modelmeta().custom_metadata_map["parameters"]),
-        "parameter_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data")),
+        "parameters": onnx_session.parameters(session),
+        "parameter_bytes": onnx_session.parameter_bytes(folder),
         "sample": sample(session, folder, request),
     }
-
-
-def layer_outputs(folder: Path, held_out: dict[str, np.ndarray], threads: int) -> dict[str, np.ndarray]:
-    """The output of each quantized layer on the first row, by its name in the model."""
-    import onnx
-
-    shown, graph = folder / ".layers.onnx", onnx.load(folder / "model.onnx", load_external_data=False)
-    names = [name for node in graph.graph.node for name in node.output if name.endswith(OUTPUT)]
-    graph.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
-    try:
-        onnx.save(graph, shown)  # next to the weight file that it refers to
-        session = open_session(folder, threads, shown.name)
-        outputs = session.run(names, inputs_of(session, held_out, slice(0, 1), None))
-    finally:
-        shown.unlink(missing_ok=True)
-    return {name.removeprefix("model.").removesuffix(OUTPUT): output
-            for name, output in zip(names, outputs, strict=True)}
-
-
-def open_session(folder: Path, threads: int, file: str = "model.onnx") -> onnxruntime.InferenceSession:
-    """Open a folder's graph on the CPU."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(folder / file, options, providers=["CPUExecutionProvider"])
 
 
 def logits_of(session: onnxruntime.InferenceSession, held_out: dict[str, np.ndarray], rows: slice, length: int | None
@@ -191,4 +162,4 @@ def greedy(session: onnxruntime.InferenceSession, prompt: list[int], count: int,
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    onnx_session.main(measure, sys.argv[1], sys.argv[2])

@@ -54,10 +54,7 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
             model, lambda: logits_of(model, held_out, slice(0, 1), None)).items()}, which["layers"])
     return {
         **read_through(model, held_out, request),
-        # Scales and shapes of quantized weights are parameters too, but do not count as weights of the model.
-        "parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
-                          if not name.endswith(("_scale", "_shape", "_zero_point"))),
-        "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        **sizes(model),
         **({"samples": samples(model, which["path"], options, request)} if "prompts" in request else
            {"sample": sample(model, which["path"], options, request)}),
     }
@@ -71,6 +68,16 @@ def _load(path: str, **options: Any) -> Any:
         if "Unrecognized configuration class" not in str(error):
             raise
         return AutoModelForMultimodalLM.from_pretrained(path, **options)
+
+
+def sizes(model: torch.nn.Module) -> dict[str, int]:
+    """The number of a model's weights, and the bytes that its parameters take.
+
+    Scales and shapes of quantized weights are parameters, too, but do not count as weights.
+    """
+    return {"parameters": sum(parameter.numel() for name, parameter in model.named_parameters()
+                              if not name.endswith(("_scale", "_shape", "_zero_point"))),
+            "parameter_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())}
 
 
 def layer_outputs(model: torch.nn.Module, run: Callable[[], Any]) -> dict[str, torch.Tensor]:
