@@ -71,7 +71,7 @@ class Trainer:
         Returns:
             `bits_per_byte` and `cross_entropy` (nats per token).
         """
-        found = self.loop.evaluate(self.loop.student, self.loop.state.step)
+        found = self.loop.evaluations.held_out(self.loop.student, self.loop.state.step)
         assert found is not None, "nobody asks a script to stop"
         return found
 

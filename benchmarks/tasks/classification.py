@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=1500, help="of a student")
     made.add_argument("--more-steps", type=int, default=300, help="of a student in 4 bits")
     made.add_argument("--batch", type=int, default=64, help="rows of a step")
+    made.add_argument("--threads", type=int, help="of a run; by default one for each core")
     made.add_argument("--folder", type=Path, help="where runs are kept; by default they are removed")
     made.add_argument("--json", type=Path)
     return made
@@ -87,27 +88,28 @@ def parser() -> argparse.ArgumentParser:
 def train_all(chosen: argparse.Namespace, room: Path) -> list[dict]:
     """The teacher's row, and one for each seed, size, way to learn and number format."""
     room.mkdir(parents=True, exist_ok=True)
-    rows = [row("teacher", "teacher", "fp32", 0, run(room, "teacher", alone(chosen, room)))]
+    rows = [row("teacher", "teacher", "fp32", 0, run(chosen, room, "teacher", alone(chosen, room)))]
     for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
         for size in chosen.sizes:
             name = f"{size.replace('/', '-')}-{seed}"
-            first = run(room, name, taught(chosen, room, seed, size))
+            first = run(chosen, room, name, taught(chosen, room, seed, size))
             origins = {"taught": first, "alone": RunFolder(first.control)}
             for way, origin in origins.items():
                 for numbers, quantization in BITS.items():
                     folder = origin if quantization is None else run(
-                        room, f"{name}-{way}-{numbers[0]}", again(chosen, room, seed, way, origin, quantization))
+                        chosen, room, f"{name}-{way}-{numbers[0]}",
+                        again(chosen, room, seed, way, origin, quantization))
                     rows.append(row(size, way, numbers, seed, folder))
                     print(f"{size} {way} {numbers}, seed {seed}: {rows[-1]['accuracy']['transformers']:.2%}, "
                           f"{rows[-1]['bytes_on_disk']:,} bytes", flush=True)
     return rows
 
 
-def run(room: Path, name: str, values: dict[str, Any]) -> RunFolder:
+def run(chosen: argparse.Namespace, room: Path, name: str, values: dict[str, Any]) -> RunFolder:
     """Carry out one experiment, unless that is done."""
     file = room / f"{name}.yaml"
     values = {"name": name, **values, "run": {"folder": str(room / name), "cache": str(room / "cache"),
-                                              "log_every": 500}}
+                                              "log_every": 500, "threads": chosen.threads}}
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     return RunFolder(limbeck.run(limbeck.read_experiment(file)))
 

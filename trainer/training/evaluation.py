@@ -17,8 +17,10 @@ from strategies.distillation.losses.fused_head import LogitShape
 from strategies.distillation.losses.response import IGNORED, ResponseObjective
 from strategies.distillation.step import Distillation
 from trainer.data.batches import model_inputs
+from trainer.data.dataset import PreparedData
 from trainer.distributed.rank_group import RankGroup
 from trainer.errors import UserError
+from trainer.experiment.data_nodes import Data
 
 Rows = Mapping[str, torch.Tensor]
 
@@ -29,6 +31,15 @@ def check_held_out(rows: Rows) -> None:
         raise UserError("data.validation", "no held-out row has a target token: all of them are prompt or padding",
                         way_out="hold out more rows (data.validation.rows), or raise data.sequence_length, so that "
                         "responses are not cut off")
+
+
+def held_out_evaluator(data: Data, text: PreparedData, student: nn.Module, shape: LogitShape | None, micro_batch: int,
+                       ranks: RankGroup, autocast: Callable[[], AbstractContextManager]
+                       ) -> Evaluator | ClassifierEvaluator:
+    """What evaluates a student of the task of `data` on the held-out rows of `text`; arguments as of its class."""
+    if data.is_language:
+        return Evaluator(student, shape, text.held_out, micro_batch, ranks, autocast, text.held_out_of)
+    return ClassifierEvaluator(text.held_out, len(text.classes), micro_batch, ranks, autocast)
 
 
 class ClassifierEvaluator:

@@ -34,14 +34,12 @@ from trainer.distributed.rank_group import RankGroup
 from trainer.distributed.rank_memory import RankSetup
 from trainer.errors import RunFailed
 from trainer.experiment.experiment import Experiment
-from trainer.files import flatten
 from trainer.models.build import build_student, empty_student, layers_above, shape_of
 from trainer.models.router_balance import balancing_weight
 from trainer.planning.exceeded import ways_out
 from trainer.planning.plan import Plan
 from trainer.planning.step_memory import without_gradient
 from trainer.run.folder import RunFolder
-from trainer.run.held_out import in_words
 from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak, read_lines
 from trainer.run.pace import Pace
 from trainer.run.trackers import Trackers
@@ -59,7 +57,8 @@ from trainer.teacher.start_features import start_features
 from trainer.teacher.target_cache import CachedTargets
 from trainer.training.best_evaluation import BestEvaluation
 from trainer.training.cadence import Cadence
-from trainer.training.evaluation import ClassifierEvaluator, Evaluator
+from trainer.training.evaluation import held_out_evaluator
+from trainer.training.evaluations import Evaluations
 from trainer.training.memory_check import MemoryCheck
 from trainer.training.nonfinite import Backward, diagnosis, locate_nonfinite
 from trainer.training.saving import Saver
@@ -81,8 +80,7 @@ class TrainLoop:
         frozen_digests: of the base beneath adapters, where the engine holds it in other numbers or in parts.
         engine: holds the student and its optimizer, sharded or replicated; `student` is the module to call.
         ranks: the processes of the run.
-        evaluate: evaluates the student on the held-out rows.
-        judge: evaluates the student on tasks.
+        evaluations: evaluates the student on the held-out rows, and on tasks.
         saver: writes and finds checkpoints.
     """
 
@@ -127,12 +125,12 @@ class TrainLoop:
             self.teacher)
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
                                  lambda: without_gradient(experiment, teacher_config, student.config))
-        self.evaluate = Evaluator(
-            self.unwrapped, shapes[0], text.held_out, plan.micro_batch, self.ranks, self._autocast, text.held_out_of
-        ) if experiment.data.is_language else ClassifierEvaluator(
-            text.held_out, len(text.classes), plan.micro_batch, self.ranks, self._autocast)
-        self.judge = TaskEvaluator(experiment.evaluate, self.unwrapped, text.tokenizer,
-                                   plan.micro_batch * experiment.data.sequence_length, self.ranks, self._autocast)
+        self.evaluations = Evaluations(
+            experiment.name, self.steps, experiment.student.quantization,
+            held_out_evaluator(experiment.data, text, self.unwrapped, shapes[0], plan.micro_batch, self.ranks,
+                               self._autocast),
+            TaskEvaluator(experiment.evaluate, self.unwrapped, text.tokenizer,
+                          plan.micro_batch * experiment.data.sequence_length, self.ranks, self._autocast), self.ranks)
         self.distillation = Distillation(
             experiment.objective.build(teacher is not None or cached is not None), self.unwrapped, self.teacher,
             shapes=shapes, common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
@@ -200,10 +198,8 @@ class TrainLoop:
         inputs, end = self.inputs(), rows_in_all(self.experiment.training, self.text)
         try:
             with signals.defer_signals(), self.ranks.watch.on():
-                if self._lacks("held_out", self.cadence.evaluates(state)):
-                    self._evaluate(metrics, progress)
-                if self._lacks("tasks", self.cadence.judges(state)):
-                    self._judge(metrics, progress)
+                lines = read_lines(self.folder.metrics) if self.ranks.main else []
+                self._evaluate(self.evaluations.interrupted(state, self.cadence, lines), metrics, progress)
                 while not self.cadence.ends(state):
                     measured = None
                     if state.step == self._measured_at:
@@ -217,10 +213,7 @@ class TrainLoop:
                     if measured is not None and "empty" not in record:
                         peak = self.memory.report(state.step, measured, metrics, progress)
                         self.memory.keep_budget(state.step, peak, metrics, progress, self._saved_now)
-                    if self.cadence.evaluates(state):
-                        self._evaluate(metrics, progress)
-                    if self.cadence.judges(state):
-                        self._judge(metrics, progress)
+                    self._evaluate(self.evaluations.due(state, self.cadence), metrics, progress)
                     if self.cadence.saves(state):
                         self._save(metrics)
                     if state.nonfinite >= settings.nonfinite_limit:
@@ -396,61 +389,16 @@ class TrainLoop:
         """Release models and optimizer, so that the next training in this process finds the memory free."""
         self.engine.release()
         self.engine = self.teacher = self.cached = self.others = self.distillation = None
-        self.evaluate = self.judge = self.saver = self.memory = self.plan = None
+        self.evaluations = self.saver = self.memory = self.plan = None
         self.accelerator.free_memory()
 
     # ---- helpers
 
-    def _lacks(self, kind: str, due: bool) -> bool:
-        """Whether the run was interrupted after a step was saved but before its evaluation was recorded.
-
-        Args:
-            kind: key of the record: `held_out`, or `tasks`.
-            due: whether the step has such an evaluation at all.
-        """
-        if not due:
-            return False
-        best = self.state.best
-        counted = best is None or best.of_task != (kind == "tasks") or best.evaluated == self.state.step
-        done = self.ranks.main and counted and any(
-            line["step"] == self.state.step and kind in line for line in read_lines(self.folder.metrics))
-        return not any(self.ranks.gather_objects([done]))
-
-    def _evaluate(self, metrics: Metrics, progress: ProgressReporter) -> None:
-        """Evaluate, then log and print the result; stop if a process received a stop signal."""
-        begun = time.perf_counter()
-        with working(self.experiment.name, "evaluating"):
-            found = self.evaluate(self.student, self.state.step)
-        if found is None:
-            self.saver.stop(self.state, self.experiment.name)
-        if self.state.best is not None and not self.state.best.of_task:
-            self._take_in(found)
-        metrics.write({"step": self.state.step, "held_out": found, "seconds": time.perf_counter() - begun})
-        self.trackers.log({f"held_out/{name}": value for name, value in flatten(found).items()}, self.state.step)
-        of_sources = ", ".join(f"{value:.4f} of {name}" for name, value in found.get("sources", {}).items())
-        progress.say(f"step {self.state.step}/{self.steps}  held-out {in_words(found)}"
-                     + (f": {of_sources}" if of_sources else ""))
-
-    def _judge(self, metrics: Metrics, progress: ProgressReporter) -> None:
-        """Judge the student on tasks, then log and print the result; stop if a process received a stop signal."""
-        begun = time.perf_counter()
-        with working(self.experiment.name, "evaluating on tasks"):
-            found = self.judge(self.student)
-        if found is None:
-            self.saver.stop(self.state, self.experiment.name)
-        flat = flatten(found)
-        if self.state.best is not None and self.state.best.of_task:
-            self._take_in(flat)
-        metrics.write({"step": self.state.step, "tasks": found, "seconds": time.perf_counter() - begun})
-        self.trackers.log({f"tasks/{name}": value for name, value in flat.items()}, self.state.step)
-        progress.say(f"step {self.state.step}/{self.steps}  " + ", ".join(
-            f"{name} {value:.4f}" for name, value in flat.items()))
-
-    def _take_in(self, found: dict[str, float]) -> None:
-        """Let the best evaluation so far take in another one's result."""
-        asked = self.experiment.student.quantization
-        counts = asked is None or asked.has_final_bits(self.state.step - 1, self.steps)
-        self.state.best.take_in(self.state.step, found, counts)
+    def _evaluate(self, kinds: list[str], metrics: Metrics, progress: ProgressReporter) -> None:
+        """Carry out evaluations; stop if a process received a stop signal."""
+        for kind in kinds:
+            if not self.evaluations.carry_out(kind, self.student, self.state, metrics, progress, self.trackers):
+                self.saver.stop(self.state, self.experiment.name)
 
     def _autocast(self) -> AbstractContextManager:
         return self.precision.autocast(self.engine.casts)
