@@ -102,7 +102,7 @@ def of_all(chosen: argparse.Namespace, room: Path) -> Any:
     """A row for each seed and way to learn."""
     room.mkdir(parents=True, exist_ok=True)
     students.trained(students.TEACHER, 0, chosen, room)
-    for seed in range(chosen.seeds):
+    for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
         for student in chosen.taught:
             row = students.trained(student, seed, chosen, room)
             yield {"seed": seed, "method": student, "cross_entropy": row["cross_entropy"]}

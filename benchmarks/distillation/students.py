@@ -51,7 +51,8 @@ START = {"features": {"weight": [[0, 3.0], [0.5, 0.0]]}}
 # What a student minimizes, and where its teacher's targets come from.
 TAUGHT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "forward_kl": (KL, {"source": "live"}),
-    "jsd": (KL | {"divergence": KL["divergence"] | {"name": "jsd"}}, {"source": "live"}),
+    "jsd": (KL | {"divergence": KL["divergence"] | {"name": "jsd", "normalized": False}}, {"source": "live"}),
+    "jsd_default": (KL | {"divergence": KL["divergence"] | {"name": "jsd", "normalized": True}}, {"source": "live"}),
     "features": (KL | {"features": RAW}, {"source": "live"}),
     "kl_alone": (ALONE, {"source": "live"}),
     "jsd_normalized": (JSD, {"source": "live"}),
@@ -62,7 +63,8 @@ TAUGHT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "top_k": (KL, {"source": "top_k", "k": 64}),
 }
 TITLES = {TEACHER: "the teacher", CONTROL: "no teacher", LONGER: "no teacher, steps of equal compute",
-          "forward_kl": "forward KL", "jsd": "JSD", "features": "forward KL and raw features",
+          "forward_kl": "forward KL", "jsd": "JSD as it is",
+          "jsd_default": "JSD, normalized", "features": "forward KL and raw features",
           "kl_alone": "forward KL alone", "jsd_normalized": "normalized JSD alone, share 0.1",
           "kl_features_start": "forward KL alone, features at the start",
           "jsd_features_start": "normalized JSD alone, features at the start",
@@ -86,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("data", type=Path, metavar="DATA_FOLDER")
     made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--first-seed", type=int, default=0)
     made.add_argument("--taught", nargs="+", choices=list(TAUGHT), default=list(TAUGHT))
     made.add_argument("--size", choices=list(SIZES), default="small", help="of the models")
     made.add_argument("--teacher-steps", type=int, default=800)
@@ -108,7 +111,7 @@ def train_all(chosen: argparse.Namespace, room: Path) -> list[dict]:
     room.mkdir(parents=True, exist_ok=True)
     # A run of its own, as `teacher: {train: ...}` makes it: seeds of the students share it, and it has figures.
     rows = [trained(TEACHER, 0, chosen, room)]
-    for seed in range(chosen.seeds):
+    for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
         rows += [trained(student, seed, chosen, room) for student in (CONTROL, LONGER, *chosen.taught)]
     return rows
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
 INSIDE = ("features", "relations", "values", "attention_maps")  # losses on intermediate activations
 SCHEDULED = ("cross_entropy", "weight", "temperature", "share", "distance", "angle", "fraction")  # may be points
 MIXTURES = ("jsd", "skewed_kl", "skewed_reverse_kl")
+SMOOTH = ("forward_kl", "reverse_kl", *MIXTURES)  # divergences with a curvature where both distributions agree
 
 
 class Divergence(Node):
@@ -39,15 +40,23 @@ class Divergence(Node):
     """Divides the logits of both models; above 1 softens them. The loss is scaled by its square (survey eq. 15-16)."""
     share: ScheduledShare | None = None
     """Mixture weight: teacher's in jsd (null: 0.5) and skewed_kl (0.1), student's in skewed_reverse_kl (0.1)."""
-    normalized: bool = False
-    """Divide jsd and skewed ones by their curvature, so that a weight means what it means for KL (jsd at 0.5: x4)."""
+    normalized: bool | None = None
+    """Divide jsd and skewed ones by their curvature: weights mean what they mean for KL (jsd at 0.5: x4); null: yes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _comparable(cls, values: Any) -> Any:
+        """Mixtures are normalized unless the file says otherwise; said here, so that a run folder has it in writing."""
+        if isinstance(values, dict) and values.get("normalized") is None:
+            return {**values, "normalized": values.get("name") in MIXTURES}
+        return values
 
     @model_validator(mode="after")
     def _mixes(self) -> Divergence:
         if self.share is not None and self.name not in MIXTURES:
             raise UserError("share", f"{self.name} mixes nothing", value=self.share,
                             way_out=f"leave it out, or use {', '.join(MIXTURES)}")
-        if self.normalized and self.name in ("total_variation", "uld"):
+        if self.normalized and self.name not in SMOOTH:
             raise UserError("normalized", f"{self.name} has no curvature to divide by", value=True,
                             way_out=f"leave it out, or use {', '.join(MIXTURES)}")
         return self
@@ -204,7 +213,7 @@ class Objective(Node):
         asked = planned.divergence
         weight = float(teacher) if asked.weight is None else asked.weight
         with error_context("objective.divergence"):
-            built = Built(asked.name, weight, asked.temperature, asked.share, asked.normalized)
+            built = Built(asked.name, weight, asked.temperature, asked.share, bool(asked.normalized))
         return ResponseObjective(planned.cross_entropy, (built,), self.label_smoothing, self.z_loss)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 VALUES = {"student.quantization.scales": {"learnt": "learned"}}
 
 # Dotted key -> what versions without the key did, where today's default is another. A node that is null has no keys.
-BEFORE = {"objective.features.scale": "none", "objective.features.projections": "random"}
+BEFORE = {"objective.features.scale": "none", "objective.features.projections": "random",
+          "objective.divergence.normalized": False}
 
 
 def with_new_names(values: dict[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,32 @@ def test_a_run_of_a_version_without_scales_goes_on_as_it_began(write_experiment,
     assert "write `objective.features.projections: random`, `objective.features.scale: none`" in refused.value.way_out
 
 
+@pytest.mark.parametrize(("name", "share", "weight"), [
+    ("jsd", None, 4.0), ("jsd", 0.1, 1 / 0.09), ("skewed_kl", None, 1 / 0.81), ("skewed_reverse_kl", 0.5, 4.0),
+    ("forward_kl", None, 1.0), ("total_variation", None, 1.0), ("uld", None, 1.0)])
+def test_weights_mean_the_same_unless_the_file_says_otherwise(name, share, weight):
+    """By the curvature of each: s (1 - s) of a mixture, (1 - s) squared of a skewed one."""
+    asked = {"name": name, "share": share, "weight": 1.0}
+    for value, wanted in (({}, weight), ({"normalized": None}, weight), ({"normalized": False}, 1.0)):
+        objective = Objective.model_validate({"divergence": asked | value})
+        again = Objective.model_validate(objective.model_dump(mode="json"))
+        for one in (objective, again):
+            assert one.build(True).divergences[0].factor == pytest.approx(wanted)
+
+
+def test_a_mixture_of_a_version_that_did_not_normalize_it_goes_on_as_it_began(write_experiment, tmp_path):
+    jsd = {"teacher": {"path": "some/teacher"}, "objective": {"divergence": {"name": "jsd"}}}
+    values = read_experiment(write_experiment("run", **jsd)).experiment.model_dump(mode="json")
+    del values["objective"]["divergence"]["normalized"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "experiment.yaml").write_text(yaml.safe_dump(values))
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(OtherRun, match="objective.divergence.normalized"):
+        folder.check(read_experiment(write_experiment("run", **jsd)).experiment)
+    jsd["objective"]["divergence"]["normalized"] = False
+    folder.check(read_experiment(write_experiment("run", **jsd)).experiment)
+
+
 def test_what_an_earlier_version_cached_is_still_found(write_experiment):
     identity = training_identity(read_experiment(write_experiment()).experiment)
     assert "objective.divergence.normalized" not in identity
