@@ -26,7 +26,7 @@ from trainer.models.build import build_student, build_teacher, shape_of
 from trainer.models.classifier_trials import check_classifier
 from trainer.models.configs import teacher_config
 from trainer.models.model_trials import check_causal, check_packing, check_padding, check_positions
-from trainer.models.task_heads import Task
+from trainer.models.task_heads import Task, know_padding
 from trainer.planning.plan import Plan, Plans
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import console
@@ -66,6 +66,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     folder.check(asked)
     accelerator, name = how.accelerator, experiment.name
     teacher_shape, student_shape = shapes = configs_of(experiment, text.vocabulary)
+    know_padding(teacher_shape, text.tokenizer)
     rows = len(text.train) if hasattr(text.train, "__len__") else None
     with working(name, "planning memory"):
         plan = how.plans.resolve(experiment, how.topology, *shapes, rows, checkpoints.progress(folder.checkpoints))
@@ -181,6 +182,7 @@ def _others(experiment: Experiment, student: PretrainedConfig, text: PreparedDat
     for number, one in enumerate(experiment.by_other_teachers):
         with of_other(number):
             config = teacher_config(one.teacher, None, task=Task.of(one.data, text.classes))
+            know_padding(config, text.tokenizer)
             model = build_teacher(one.teacher, config)
             _try_out(one, model, None)
             common, reader = _related(one, text, student, config)

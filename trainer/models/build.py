@@ -43,7 +43,7 @@ from trainer.models.model_origin import dense, learn_padding, loading, method_of
 from trainer.models.pair_segments import ignoring_segments
 from trainer.models.quantized_base import check_quantized_base, given_numbers
 from trainer.models.rope_by_document import by_document
-from trainer.models.task_heads import auto_class
+from trainer.models.task_heads import auto_class, know_padding
 from trainer.models.teacher_layers import fill_from_layers, needed, paired_lists
 from trainer.models.tied_weights import kept_apart
 
@@ -80,6 +80,7 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
     """
     student = experiment.student
     torch.manual_seed(experiment.seed)  # so that every process draws the same weights
+    know_padding(config, tokenizer)
     if student.path is not None:
         model = _load(student, "student", config, torch.float32)
         _freeze_again(model, experiment.form.trust)
@@ -95,8 +96,6 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
             # trained.
             same = tokenizer.pad_token_id == tokenizer.eos_token_id
             set_token(config, "pad_token_id", None if same else tokenizer.pad_token_id, tokenizer.pad_token_id)
-        elif hasattr(tokenizer, "pad_token_id"):  # a classifier that reads the last token has to know what is padding
-            set_token(config, "pad_token_id", tokenizer.pad_token_id, tokenizer.pad_token_id)
         model = from_config(config, experiment.form.trust)
         if student.from_teacher is not None:
             assert teacher is not None

@@ -21,7 +21,7 @@ from trainer.errors import UserError
 from trainer.experiment.model_nodes import Model
 from trainer.model_files import first_line
 from trainer.models.pair_segments import ignoring_segments
-from trainer.models.task_heads import auto_class
+from trainer.models.task_heads import auto_class, check_writes
 
 # Prefixes of the language model's weights in multimodal files of transformers 4 and 5, and in a text-only model.
 WITHIN = {r"^(?:model\.)?language_model\.model\.": "model.", r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
@@ -37,9 +37,12 @@ def language_model(config: PretrainedConfig, model: Model, key: str) -> Pretrain
     """The configuration of the causal language model that a configuration is or contains, without quantization.
 
     Raises:
-        UserError: there is no such model, or its weights are quantized by a method that cannot be undone here.
+        UserError: there is no such model, it is a classifier, or its weights are quantized by a method that cannot be
+            undone here.
     """
     value = model.path or config.model_type
+    if model.path is not None:
+        check_writes(config, f"{key}.path", model.path)
     if not _own_code(config, model):
         config = _text_part(config, key, value)
     missing = [name for name in ("vocab_size", "hidden_size") if not isinstance(getattr(config, name, None), int)]
