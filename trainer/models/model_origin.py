@@ -20,7 +20,7 @@ from strategies.common.generation_settings import copy_generation_settings
 from trainer.errors import UserError
 from trainer.experiment.model_nodes import Model
 from trainer.model_files import first_line
-from trainer.models.pair_segments import ignoring_segments
+from trainer.models.fitted_inputs import fitting_inputs
 from trainer.models.task_heads import auto_class, check_writes
 
 # Prefixes of the language model's weights in multimodal files of transformers 4 and 5, and in a text-only model.
@@ -74,8 +74,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust: bool = False, 
     """
     try:
         if detect_fake_mode() is not None:
-            return ignoring_segments(_without_numbers(config, dtype, trust))
-        return ignoring_segments(auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust))
+            return fitting_inputs(_without_numbers(config, dtype, trust))
+        return fitting_inputs(auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust))
     except Exception as error:  # architectures validate their dimensions in different ways, or not at all
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{key}.architecture", f"a {config.model_type} model of these dimensions cannot be made: "
