@@ -166,12 +166,14 @@ def test_a_classifier_of_images_is_interrupted_and_goes_on_to_the_bit(train_here
 
 
 def test_cached_scores_of_a_teacher_teach_what_it_teaches_itself(train_here, run_experiment, texts):
+    """At a temperature that moves, too: scores are cached as they are, before any temperature."""
     values = of_texts(texts)
     _, teacher = run_experiment("teacher", **values, training={"steps": 2, "evaluate_every": 2})
     values["data"]["tokenizer"] = {"train_vocabulary": None, "path": str(teacher.student)}
     losses = []
     for source in ("live", "logits"):
-        taught = train_here(source, **values, teacher={"path": str(teacher.student), "targets": {"source": source}})
+        taught = train_here(source, **values, teacher={"path": str(teacher.student), "targets": {"source": source}},
+                            objective={"divergence": {"temperature": [[0, 4.0], [1, 1.0]]}})
         losses.append([(line["loss"], line["forward_kl"]) for line in steps_of(taught.folder)])
     for live, cached in zip(*losses, strict=True):
         assert cached == pytest.approx(live, rel=1e-5)
