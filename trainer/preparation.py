@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,7 @@ from trainer.models.build import build_student, build_teacher, shape_of
 from trainer.models.classifier_trials import check_classifier
 from trainer.models.configs import teacher_config
 from trainer.models.model_trials import check_causal, check_packing, check_padding, check_positions
-from trainer.models.task_heads import Task
+from trainer.models.task_heads import Task, know_padding
 from trainer.planning.plan import Plan, Plans
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import console
@@ -66,6 +67,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     folder.check(asked)
     accelerator, name = how.accelerator, experiment.name
     teacher_shape, student_shape = shapes = configs_of(experiment, text.vocabulary)
+    know_padding(teacher_shape, text.tokenizer)
     rows = len(text.train) if hasattr(text.train, "__len__") else None
     with working(name, "planning memory"):
         plan = how.plans.resolve(experiment, how.topology, *shapes, rows, checkpoints.progress(folder.checkpoints))
@@ -102,7 +104,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         _say_longer(how, asked, folder, plan, more)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.claim(_with_revisions(asked, teacher_shape, student_shape), {**plan.to_dict(), **text.described})
+        pinned = _with_revisions(asked, teacher_shape, student_shape, [one.commit for one in others])
+        folder.claim(pinned, {**plan.to_dict(), **text.described})
         write_model_files(folder.model, student, text.tokenizer)
     accelerator.wait_for_everyone()
     with working(name, "placing the models"):
@@ -181,6 +184,7 @@ def _others(experiment: Experiment, student: PretrainedConfig, text: PreparedDat
     for number, one in enumerate(experiment.by_other_teachers):
         with of_other(number):
             config = teacher_config(one.teacher, None, task=Task.of(one.data, text.classes))
+            know_padding(config, text.tokenizer)
             model = build_teacher(one.teacher, config)
             _try_out(one, model, None)
             common, reader = _related(one, text, student, config)
@@ -190,7 +194,7 @@ def _others(experiment: Experiment, student: PretrainedConfig, text: PreparedDat
                 cached = _cached(one, accelerator, text, model, common)
         judge = OtherTeacher(experiment.teacher.shares[number + 1], model if live else None,
                              shape_of(model) if live else None, common, reader)
-        found.append(Beside(judge, cached))
+        found.append(Beside(judge, cached, getattr(config, "_commit_hash", None)))
     return found
 
 
@@ -211,10 +215,19 @@ def _cached(experiment: Experiment, accelerator: Accelerator, text: PreparedData
     return cached_targets(experiment, accelerator, text, teacher, common)
 
 
-def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig) -> Experiment:
-    """The experiment with each hub model pinned to its commit, so that it loads the same after a branch has moved."""
+def _with_revisions(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
+                    others: Sequence[str | None] = ()) -> Experiment:
+    """The experiment with each hub model pinned to its commit, so that it loads the same after a branch has moved.
+
+    Args:
+        others: commits of the other teachers, as far as they are loaded.
+    """
     for key, config in (("teacher", teacher), ("student", student)):
         model, commit = getattr(experiment, key), getattr(config, "_commit_hash", None)
         if model is not None and model.path is not None and commit:
             experiment = experiment.model_copy(update={key: model.model_copy(update={"revision": commit})})
-    return experiment
+    if not any(others):
+        return experiment
+    pinned = tuple(one.model_copy(update={"revision": commit or one.revision})
+                   for one, commit in zip(experiment.teacher.others, others, strict=True))
+    return experiment.model_copy(update={"teacher": experiment.teacher.model_copy(update={"others": pinned})})

@@ -1,12 +1,20 @@
 """Whole runs of classifiers: trained, distilled, quantized, exported, reloaded and reported."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tests.conftest import on_two_ranks, train_py
 from trainer.run.folder import RunFolder
@@ -104,6 +112,39 @@ def test_classes_of_words_and_rounding_after_training(run_experiment, texts):
     assert all(line["tokens"] == 3 * 8 for line in steps_of(folder))
 
 
+def test_a_decoder_without_a_padding_token_classifies_as_student_and_as_teacher(run_experiment, texts, tmp_path):
+    """Its rows are padded with the token that ends texts, and its class is that of the text alone, without padding."""
+    words = [*(word for each in WORDS.values() for word in each), "and"]
+    known = Tokenizer(models.WordLevel({word: number for number, word in enumerate([*words, "<end>"])}, "and"))
+    known.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=known, eos_token="<end>").save_pretrained(tmp_path / "lm")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(words) + 1, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32)).save_pretrained(tmp_path / "lm")
+    values = {**of_texts(texts, tokenizer={"train_vocabulary": None}), "optimizer": {"lr": 1e-2},
+              "training": {"steps": 12, "batch_size": 24, "micro_batch": 12}}
+    _, first = run_experiment("first", **{**values, "student": {"path": str(tmp_path / "lm"), "architecture": None}})
+    assert json.loads((first.student / "config.json").read_text())["pad_token_id"] == len(words)
+    published = shutil.copytree(first.student, tmp_path / "published")
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    _, second = run_experiment("second", **{**values, "student": {"path": str(tmp_path / "lm"), "architecture": None}},
+                               teacher={"path": str(published)})
+    figures = json.loads(second.comparison.read_text())
+    for folder, accuracy in ((first.student, figures["teacher"]["accuracy"]),
+                             (second.student, figures["student"]["accuracy"])):
+        model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(
+            folder)
+        right = []
+        for record in map(json.loads, (texts / "test.jsonl").read_text().splitlines()):
+            with torch.no_grad():
+                scores = model(torch.tensor([tokenizer(record["text"])["input_ids"]])).logits[0]
+            right.append(model.config.id2label[int(scores.argmax())] == record["label"])
+        assert np.mean(right) == pytest.approx(accuracy)
+    assert figures["teacher"]["accuracy"] > 0.6
+
+
 def test_a_classifier_of_images_is_interrupted_and_goes_on_to_the_bit(train_here, images):
     """With images that are mirrored and moved in each epoch anew."""
     values = {"student": {"architecture": VIT}, "report": {"control": False},
@@ -125,12 +166,14 @@ def test_a_classifier_of_images_is_interrupted_and_goes_on_to_the_bit(train_here
 
 
 def test_cached_scores_of_a_teacher_teach_what_it_teaches_itself(train_here, run_experiment, texts):
+    """At a temperature that moves, too: scores are cached as they are, before any temperature."""
     values = of_texts(texts)
     _, teacher = run_experiment("teacher", **values, training={"steps": 2, "evaluate_every": 2})
     values["data"]["tokenizer"] = {"train_vocabulary": None, "path": str(teacher.student)}
     losses = []
     for source in ("live", "logits"):
-        taught = train_here(source, **values, teacher={"path": str(teacher.student), "targets": {"source": source}})
+        taught = train_here(source, **values, teacher={"path": str(teacher.student), "targets": {"source": source}},
+                            objective={"divergence": {"temperature": [[0, 4.0], [1, 1.0]]}})
         losses.append([(line["loss"], line["forward_kl"]) for line in steps_of(taught.folder)])
     for live, cached in zip(*losses, strict=True):
         assert cached == pytest.approx(live, rel=1e-5)

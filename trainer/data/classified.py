@@ -22,7 +22,7 @@ from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 from trainer.files import fingerprint
 
-FORMAT = 1  # of the cache; raised when the preparation changes
+FORMAT = 2  # of the cache; raised when the preparation changes
 BATCH = 256  # records that are tokenized at a time
 UNLIMITED = 10**12  # a tokenizer that knows no longest text has a larger number there
 

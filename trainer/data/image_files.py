@@ -17,6 +17,7 @@ from trainer.experiment.data_nodes import Data
 from trainer.experiment.task_nodes import Images
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")  # usual names of parts of data
 VERSION = "limbeck file version"  # field of records of files: size and time of the file, so that caches notice changes
 MOST_PIXELS = 64 * 2**20  # of one image: what Pillow warns of as a decompression bomb begins at 85 million
 
@@ -33,7 +34,7 @@ def image_records(data: Data, path: str, key: str) -> datasets.Dataset | None:
     and `labels` (n,): numbers or names. Its fields are named by `data.image` and `data.label`.
 
     Raises:
-        UserError: the archive lacks an array, or they are of the wrong shape.
+        UserError: the archive lacks an array, or they are of the wrong shape; the folders are parts of the data.
     """
     place = Path(path)
     if place.suffix == ".npz" and place.is_file():
@@ -45,6 +46,12 @@ def image_records(data: Data, path: str, key: str) -> datasets.Dataset | None:
              if file.suffix.lower() in ENDINGS and file.is_file()]
     if not found:
         return None
+    if len(folders) > 1 and all(folder.name.lower() in SPLITS for folder in folders):
+        own = next((folder for folder in folders if folder.name.lower() == "train"), folders[0])
+        other = next(folder for folder in folders if folder != own)
+        raise UserError(key, "its folders are no classes but parts of the data: "
+                        + ", ".join(one.name for one in folders), value=path,
+                        way_out=f"name one in data.path: {own}, and another in data.validation.path: {other}")
     return datasets.Dataset.from_dict({
         data.image: [str(file) for file, _ in found], data.label: [name for _, name in found],
         VERSION: [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file, _ in found]})
@@ -149,6 +156,9 @@ class ImageReader:
 def _of_pillow(image: Any, images: Images) -> np.ndarray:
     from PIL import Image
 
+    if image.mode.startswith(("I", "F")):  # converted, all values above 255 would become white
+        raise ValueError(f"its pixels have more than 8 bits (Pillow's mode {image.mode}): scale them to bytes, or "
+                         "write floats between 0 and 1 into an .npz archive")
     image = image.convert("RGB" if images.channels == 3 else "L")
     if image.size != (images.size, images.size):
         image = image.resize((images.size, images.size), Image.Resampling.BILINEAR)
@@ -159,7 +169,8 @@ def _of_pillow(image: Any, images: Images) -> np.ndarray:
 def fitted(array: np.ndarray, images: Images) -> np.ndarray:
     """An array (height, width) or (height, width, channels) as (channels, size, size) bytes.
 
-    Floats are taken for values between 0 and 1. Channels first, (channels, height, width), are accepted, too.
+    Floats are taken for values between 0 and 1, and so are truth values. Channels first, (channels, height, width), are
+    accepted, too.
 
     Raises:
         ValueError: it has another shape, or values out of range.
@@ -168,7 +179,8 @@ def fitted(array: np.ndarray, images: Images) -> np.ndarray:
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)) or not all(array.shape):
         raise ValueError(f"an image is (height, width) or (height, width, channels), not {array.shape}")
-    if array.dtype.kind == "f":
+    if array.dtype.kind in "fb":
+        array = array.astype(np.float32) if array.dtype.kind == "b" else array
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
             raise ValueError(f"floats are between 0 and 1, and these from {array.min():.4g} to {array.max():.4g}: "
                              "divide by the largest value of all images")

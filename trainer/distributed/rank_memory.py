@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from strategies.common.running_statistics import batch_norms
 from strategies.memory.residency import Residency
 from strategies.memory.tracker import tensors_of
 from strategies.optimizers.transient import Sharing, gathers_updates, one_of_each, transient_bytes
@@ -101,8 +102,12 @@ class RankSetup:
         return self.sharding.bucket_bytes // self.compute.itemsize // EVEN * EVEN
 
     def gathered_dtype(self, teacher: nn.Module) -> torch.dtype | None:
-        """Dtype in which a sharded teacher's weights are all-gathered, or None for their own dtype."""
-        return None if self.compute in (torch.float32, next(teacher.parameters()).dtype) else self.compute
+        """Dtype in which a sharded teacher's weights are all-gathered, or None for their own dtype.
+
+        Running statistics are gathered by no one, and a batch norm takes them in the dtype of its weights only.
+        """
+        own = self.compute in (torch.float32, next(teacher.parameters()).dtype) or batch_norms(teacher)
+        return None if own else self.compute
 
     def sharding_setup(self, student: nn.Module, on_gpu: bool) -> ShardingSetup:
         """The sharding setup of the student; `on_gpu` is false if the device is the CPU, the offload target itself."""

@@ -260,7 +260,7 @@ class Experiment(Node):
         """Reject settings for which a cache of teacher targets does not suffice."""
         assert self.teacher is not None, "nothing else is cached"
         source, name = self.teacher.targets.source, self.objective.divergence.name
-        if source != "hidden" and moves(temperature := self.objective.divergence.temperature):
+        if source not in ("hidden", "logits") and moves(temperature := self.objective.divergence.temperature):
             raise UserError("objective.divergence.temperature", f"{source} are cached at one temperature",
                             value=temperature, way_out="use one number, or teacher.targets.source live or hidden")
         if self.data.streaming:

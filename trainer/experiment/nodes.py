@@ -101,7 +101,8 @@ class Precision(Node):
 
 def _best(name: str) -> str:
     if name not in HELD_OUT and "." not in name:
-        near = difflib.get_close_matches(name, HELD_OUT, 1, 0.5)
+        meant = SHORT.get(name.lower())
+        near = [meant] if meant else difflib.get_close_matches(name, HELD_OUT, 1, 0.5)
         raise UserError("", f"no evaluation has such a value: it is one of {', '.join(HELD_OUT)}, or of a task of "
                         "`evaluate`", value=name, way_out=f"did you mean `{near[0]}`?" if near else
                         "write a task and its metric with a dot, for example gsm8k.exact_match")
@@ -110,6 +111,10 @@ def _best(name: str) -> str:
 
 # Values of an evaluation on held-out data: of language models, of both, and of classifiers.
 HELD_OUT = ("bits_per_byte", "cross_entropy", "accuracy", "macro_f1", "calibration_error")
+# What other tools call them.
+SHORT = {"f1": "macro_f1", "f1_macro": "macro_f1", "ece": "calibration_error", "acc": "accuracy",
+         "bpb": "bits_per_byte", "loss": "cross_entropy", "eval_loss": "cross_entropy",
+         "perplexity": "cross_entropy", "ppl": "cross_entropy"}
 Best = Annotated[str, AfterValidator(_best)]
 
 
@@ -157,7 +162,8 @@ class Training(Node):
     def _improvement(self) -> Training:
         if self.early_stopping is not None and self.keep_best is None:
             raise UserError("early_stopping", "nothing says what has to improve", value=self.early_stopping,
-                            way_out="add `keep_best: bits_per_byte`, which also exports the best evaluation's student")
+                            way_out="add `keep_best: bits_per_byte`, or accuracy of a classifier, which also exports "
+                            "the best evaluation's student")
         if self.min_delta is not None and self.early_stopping is None:
             raise UserError("min_delta", "it is for `early_stopping`, which is not given", value=self.min_delta,
                             way_out="add `early_stopping: 3`, or leave it out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.model_nodes import Student, Teacher
@@ -17,9 +19,12 @@ def check_best(data: Data, best: str | None) -> None:
     if data.is_language and best in OF_CLASSES:
         raise UserError("training.keep_best", "a language model is not measured by it", value=best,
                         way_out="use bits_per_byte or cross_entropy, or set data.task to a classification")
-    if not data.is_language and best in OF_TEXT:
-        raise UserError("training.keep_best", "a classifier writes no text", value=best,
-                        way_out=f"use one of accuracy, macro_f1, calibration_error and cross_entropy, for {data.task}")
+    if not data.is_language and best is not None and (best in OF_TEXT or "." in best):
+        bare = best.removeprefix("held_out.")
+        near = difflib.get_close_matches(bare, (*OF_CLASSES, "cross_entropy"), 1, 0.5)
+        raise UserError("training.keep_best", "a classifier writes no text, and is measured on held-out rows alone",
+                        value=best, way_out=f"did you mean `{near[0]}`?" if near else "use one of accuracy, macro_f1, "
+                        f"calibration_error and cross_entropy, for {data.task}")
 
 
 def check_language(teacher: Teacher | None) -> None:

@@ -37,13 +37,13 @@ from trainer.experiment.run_paths import model_of_run
 from trainer.model_files import stored_dtypes
 from trainer.models.architecture_keys import set_token
 from trainer.models.configs import reach_model
+from trainer.models.fitted_inputs import fitting_inputs
 from trainer.models.full_precision import check_share, ignored, without_place
 from trainer.models.language_part import check_alone
 from trainer.models.model_origin import dense, learn_padding, loading, method_of, note, skeleton
-from trainer.models.pair_segments import ignoring_segments
 from trainer.models.quantized_base import check_quantized_base, given_numbers
 from trainer.models.rope_by_document import by_document
-from trainer.models.task_heads import auto_class
+from trainer.models.task_heads import auto_class, know_padding
 from trainer.models.teacher_layers import fill_from_layers, needed, paired_lists
 from trainer.models.tied_weights import kept_apart
 
@@ -80,6 +80,7 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
     """
     student = experiment.student
     torch.manual_seed(experiment.seed)  # so that every process draws the same weights
+    know_padding(config, tokenizer)
     if student.path is not None:
         model = _load(student, "student", config, torch.float32)
         _freeze_again(model, experiment.form.trust)
@@ -95,8 +96,6 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
             # trained.
             same = tokenizer.pad_token_id == tokenizer.eos_token_id
             set_token(config, "pad_token_id", None if same else tokenizer.pad_token_id, tokenizer.pad_token_id)
-        elif hasattr(tokenizer, "pad_token_id"):  # a classifier that reads the last token has to know what is padding
-            set_token(config, "pad_token_id", tokenizer.pad_token_id, tokenizer.pad_token_id)
         model = from_config(config, experiment.form.trust)
         if student.from_teacher is not None:
             assert teacher is not None
@@ -252,7 +251,7 @@ def _load(model: Model, key: str, config: PretrainedConfig, dtype: torch.dtype) 
         loaded, info = reach_model(auto_class(config), model, key, dtype=dtype, use_safetensors=True,
                               output_loading_info=True, **loading(origin, config))
     if task_of(config) != "causal_lm":
-        return ignoring_segments(_with_head(loaded, info, model, key))
+        return fitting_inputs(_with_head(loaded, info, model, key))
     if info["missing_keys"]:  # transformers would initialize them randomly
         raise UserError(f"{key}.path", f"the weights lack {len(info['missing_keys'])} tensors, for example "
                         f"{sorted(info['missing_keys'])[0]}", value=model.path,

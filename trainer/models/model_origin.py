@@ -20,8 +20,8 @@ from strategies.common.generation_settings import copy_generation_settings
 from trainer.errors import UserError
 from trainer.experiment.model_nodes import Model
 from trainer.model_files import first_line
-from trainer.models.pair_segments import ignoring_segments
-from trainer.models.task_heads import auto_class
+from trainer.models.fitted_inputs import fitting_inputs
+from trainer.models.task_heads import auto_class, check_writes
 
 # Prefixes of the language model's weights in multimodal files of transformers 4 and 5, and in a text-only model.
 WITHIN = {r"^(?:model\.)?language_model\.model\.": "model.", r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
@@ -37,9 +37,12 @@ def language_model(config: PretrainedConfig, model: Model, key: str) -> Pretrain
     """The configuration of the causal language model that a configuration is or contains, without quantization.
 
     Raises:
-        UserError: there is no such model, or its weights are quantized by a method that cannot be undone here.
+        UserError: there is no such model, it is a classifier, or its weights are quantized by a method that cannot be
+            undone here.
     """
     value = model.path or config.model_type
+    if model.path is not None:
+        check_writes(config, f"{key}.path", model.path)
     if not _own_code(config, model):
         config = _text_part(config, key, value)
     missing = [name for name in ("vocab_size", "hidden_size") if not isinstance(getattr(config, name, None), int)]
@@ -71,8 +74,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, trust: bool = False, 
     """
     try:
         if detect_fake_mode() is not None:
-            return ignoring_segments(_without_numbers(config, dtype, trust))
-        return ignoring_segments(auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust))
+            return fitting_inputs(_without_numbers(config, dtype, trust))
+        return fitting_inputs(auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust))
     except Exception as error:  # architectures validate their dimensions in different ways, or not at all
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{key}.architecture", f"a {config.model_type} model of these dimensions cannot be made: "

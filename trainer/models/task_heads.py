@@ -25,6 +25,7 @@ from strategies.common.model_tasks import task_of
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.model_nodes import Model
+from trainer.models.architecture_keys import set_token
 
 AUTO = {"causal_lm": AutoModelForCausalLM, "sequence_classification": AutoModelForSequenceClassification,
         "token_classification": AutoModelForTokenClassification,
@@ -99,12 +100,35 @@ def classifier(config: PretrainedConfig, model: Model, key: str, task: Task) -> 
     config.id2label = dict(enumerate(task.classes))
     config.label2id = {name: number for number, name in enumerate(task.classes)}
     config.architectures = [made.__name__]
-    if model.path is None and getattr(config, "pad_token_id", 0) is None:  # without, decoders tell no end of a text
-        config.pad_token_id = 0  # until the tokenizer is known, whose own it becomes when the model is built
+    if task.name != "image_classification" and getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = 0  # without, decoders tell no end of a text; see `know_padding`
     config.problem_type = "single_label_classification" if task.name == "sequence_classification" else None
     if task.name == "image_classification":
         _for_images(config, model, key, task, trained)
     return config
+
+
+def check_writes(config: Any, where: str, value: str) -> None:
+    """Raise `UserError` if a configuration, or what has its `architectures`, is that of a classifier.
+
+    transformers would load it as a language model, too, and its head would be of random weights, or its embeddings.
+    """
+    if (task := task_of(config)) != "causal_lm":
+        raise UserError(where, f"this is a classifier, {config.architectures[0]}, and no language model", value=value,
+                        way_out=f"name a language model; classifiers are trained and measured with data.task: {task}")
+
+
+def know_padding(config: PretrainedConfig | None, tokenizer: Any) -> None:
+    """Give the configuration of a classifier of texts the padding token of the tokenizer that its rows are padded with.
+
+    Decoders answer at the last token that is no padding, and most are published without a padding token.
+
+    Args:
+        config: None, and that of another model, is left as it is.
+        tokenizer: that of the run, or what prepares images.
+    """
+    if config is not None and task_of(config) in ("sequence_classification", "token_classification"):
+        set_token(config, "pad_token_id", tokenizer.pad_token_id, tokenizer.pad_token_id)
 
 
 def check_classes(config: PretrainedConfig, task: Task, where: str, value: Any) -> None:

@@ -112,7 +112,7 @@ class RunFolder:
         then, now, usual = flatten(self._values()), flatten(asked), flatten(_defaults_of(Experiment, asked))
         # A key that the version before did not have is as it is by default, and a run pins revisions when it begins.
         return {key: (then.get(key), now.get(key)) for key in sorted({*then, *now})
-                if then.get(key, usual.get(key)) != now.get(key)
+                if _unpinned(then.get(key, usual.get(key)), now.get(key)) != now.get(key)
                 and not (key.endswith(".revision") and now.get(key) is None)}
 
     def longer(self, asked: dict[str, Any]) -> list[str]:
@@ -227,6 +227,14 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+def _unpinned(then: Any, now: Any) -> Any:
+    """A recorded list of models without the revisions that the run pinned when it began."""
+    if not (isinstance(then, list) and isinstance(now, list) and len(then) == len(now)):
+        return then
+    return [{**old, "revision": None} if isinstance(old, dict) and isinstance(new, dict) and "revision" in old
+            and new.get("revision") is None else old for old, new in zip(then, now, strict=True)]
 
 
 def read_json(file: Path, kind: type = dict) -> Any:

@@ -138,7 +138,8 @@ def compare(
     if experiment.teacher is not None and (text.classes or reads_alike(experiment.teacher, experiment.student, text)):
         models["teacher"] = {"path": experiment.teacher.path, "revision": experiment.teacher.revision,
                              "dtype": experiment.teacher.dtype,
-                             "trust_remote_code": experiment.teacher.trust_remote_code}
+                             "trust_remote_code": experiment.teacher.trust_remote_code,
+                             "pad_token_id": getattr(text.tokenizer, "pad_token_id", None)}
     if RunFolder(folder.control).student.exists():
         models["control"] = {**student_entry(experiment.student, experiment.export, RunFolder(folder.control).student),
                              "trust_remote_code": trust}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from trainer.experiment.plain_yaml import Key, read_values
 from trainer.files import write_atomically
 from trainer.model_files import check_files
 from trainer.models.build import quiet_libraries
-from trainer.run.folder import RunFolder
+from trainer.models.task_heads import check_writes
+from trainer.run.folder import RunFolder, read_json
 from trainer.run.foreign_folder import only_if_trusted, show_links
 from trainer.run.metrics import console
 from trainer.student.judge_student import Loader, by_harness, judge_models, load_exported, say_results
@@ -128,6 +130,8 @@ def _loader(entry: dict[str, Any], key: str, asked: Evaluate) -> Loader:
                         "transformers can load")
     if "adapter" not in entry:
         check_files(entry["path"], "")
+        check_writes(SimpleNamespace(**{"architectures": None, **read_json(Path(entry["path"]) / "config.json")}), "",
+                     entry["path"])
     tokenizer = load_tokenizer("", where, None)
     check_prompts(asked, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

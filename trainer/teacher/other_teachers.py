@@ -34,10 +34,12 @@ class Beside:
     Attributes:
         judge: as the loss needs it.
         cached: reads its targets for a micro-batch; None if there are none.
+        commit: of the hub that its weights are from; None for a folder.
     """
 
     judge: OtherTeacher
     cached: CachedTargets | None
+    commit: str | None = None
 
     @property
     def resident(self) -> list[nn.Module]:

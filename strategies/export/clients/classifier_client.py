@@ -40,6 +40,8 @@ def measure(which: dict[str, Any], held_out: dict[str, torch.Tensor], request: d
     model = TASKS[request["task"]].from_pretrained(
         which["path"], dtype=which.get("dtype", "auto"), use_safetensors=True,
         trust_remote_code=which.get("trust_remote_code", False), **options).to(request["device"]).eval()
+    if getattr(model.config, "pad_token_id", 0) is None:  # a decoder that was published without, told by its user
+        model.config.pad_token_id = which.get("pad_token_id")
     known = inspect.signature(model.forward).parameters
     if not (getattr(model.config, "type_vocab_size", None) or 0) > 1 and model.config.model_type != "xlnet":
         known = {name: None for name in known if name != "token_type_ids"}

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -93,6 +94,39 @@ def test_a_mistake_is_said_with_its_place(name, said, tmp_path, write_experiment
     with pytest.raises(UserError) as caught:
         prepared(write_experiment, wrong(tmp_path, name))
     assert said in caught.value.problem + caught.value.way_out + str(caught.value.value)
+
+
+def test_pixels_of_more_than_eight_bits_are_no_white_ones(pixels, tmp_path, write_experiment):
+    """Pillow makes bytes of 16 bits by cutting off at 255, without a word."""
+    deep = pixels.astype(np.uint16) * 257
+    for number, (array, label) in enumerate(zip(deep, labels(), strict=True)):
+        file = tmp_path / "deep" / label / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(array))
+    assert np.asarray(Image.open(file)).max() > 255
+    with pytest.raises(UserError) as caught:
+        prepared(write_experiment, tmp_path / "deep")
+    assert caught.value.key == "data.image" and "more than 8 bits (Pillow's mode I;16" in caught.value.problem
+
+
+def test_truth_values_are_black_and_white(pixels, tmp_path, write_experiment):
+    np.savez(tmp_path / "masks.npz", images=pixels > 127, labels=labels())
+    rows = prepared(write_experiment, tmp_path / "masks.npz").train
+    expected = torch.from_numpy((pixels > 127) * 2 - 1).float()
+    torch.testing.assert_close(torch.stack([rows[at]["pixel_values"][0] for at in range(COUNT)]), expected)
+
+
+def test_parts_of_the_data_are_no_classes(forms, tmp_path, write_experiment):
+    """A folder with train/ and test/, each with the classes, as many data sets are published."""
+    for part in ("train", "test"):
+        shutil.copytree(forms / "folders", tmp_path / "parts" / part)
+    with pytest.raises(UserError) as caught:
+        prepared(write_experiment, tmp_path / "parts")
+    assert caught.value.key == "data.path" and "no classes but parts of the data: test, train" in caught.value.problem
+    assert f"{tmp_path / 'parts' / 'train'}, and another in data.validation.path" in caught.value.way_out
+    text = prepared(write_experiment, tmp_path / "parts" / "train",
+                    validation={"path": str(tmp_path / "parts" / "test"), "rows": COUNT})
+    assert text.classes == ("cat", "dog")
 
 
 def test_a_class_that_only_the_held_out_part_has_is_an_error(forms, pixels, tmp_path, write_experiment):

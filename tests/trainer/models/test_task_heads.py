@@ -10,6 +10,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from trainer.cli import limbeck
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.model_nodes import Student, Teacher
@@ -66,6 +67,20 @@ def test_a_teacher_of_other_classes(classifier):
     teacher_config(classifier("good", "bad", "neutral"), 50, task=way_out)
     unnamed = teacher_config(classifier("LABEL_0", "LABEL_1", "LABEL_2"), 50, task=task)
     assert tuple(unnamed.id2label.values()) == NAMES, "whoever trained it has not named them"
+
+
+def test_a_classifier_is_no_language_model(classifier, tmp_path, capsys):
+    """transformers would give it a language model's head, of random weights, or of its embeddings."""
+    folder = classifier(*NAMES).path
+    found = said(lambda: teacher_config(classifier(*NAMES), 50))
+    assert found.startswith(f"teacher.path = {folder!r}: this is a classifier, BertForSequenceClassification")
+    assert "data.task: sequence_classification" in found
+    (tmp_path / "asked.jsonl").write_text('{"text": "one", "prompt": "one"}\n')
+    (tmp_path / "tasks.yaml").write_text(f"tasks: [{{name: t, kind: perplexity, path: {tmp_path / 'asked.jsonl'}}}]\n")
+    for words in (["evaluate", folder, "--tasks", str(tmp_path / "tasks.yaml")],
+                  ["generate", folder, "--prompts", str(tmp_path / "asked.jsonl"), "--to", str(tmp_path / "answers")]):
+        assert limbeck(words) == 2
+        assert "this is a classifier, BertForSequenceClassification" in capsys.readouterr().err
 
 
 def test_a_model_without_a_head_gets_one_with_the_names(tmp_path):

@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import LlamaConfig
 
 from tests.conftest import merge
 from tests.trainer.teacher.test_distilling import bpe, first, losses, relative, save
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.load import read_experiment
+from trainer.preparation import _with_revisions
+from trainer.run.folder import RunFolder
 from trainer.run.metrics import read_lines
 
 
@@ -118,3 +121,18 @@ def test_a_card_names_them_all(write_experiment, family):
     values = read_experiment(write_experiment(**family)).experiment.model_dump(mode="json")
     said = _opening(values, [], {"bytes on disk": 9, "parameters": 2}, None)
     assert "distilled from `large-1` and `large-2`, begun as `small`" in said
+
+
+def test_the_commit_of_each_is_recorded_and_asking_for_none_is_no_change(write_experiment):
+    """So that the recorded experiment loads the same after a branch of the hub has moved."""
+    file = write_experiment("run", teacher={"path": "a/first", "others": [{"path": "a/second"}, {"path": "here"}]})
+    asked = read_experiment(file, []).experiment
+    first, other = LlamaConfig(), LlamaConfig()
+    first._commit_hash = "1" * 40
+    pinned = _with_revisions(asked, first, other, ["2" * 40, None])
+    assert [pinned.teacher.revision, *(one.revision for one in pinned.teacher.others)] == ["1" * 40, "2" * 40, None]
+    folder = RunFolder(asked.folder)
+    folder.claim(pinned, {})
+    assert not folder.changed(asked.model_dump(mode="json"))
+    moved = read_experiment(file, ["teacher.others=[{path: a/second, revision: dev}, {path: here}]"]).experiment
+    assert list(folder.changed(moved.model_dump(mode="json"))) == ["teacher.others"]
