@@ -21,8 +21,8 @@ from trainer import __version__
 
 __all__ = [
     "ActivationQuantizer", "Adafactor", "Distillation", "Divergence", "Experiment", "Head", "HiddenTargets", "Lamb",
-    "ResponseObjective", "RunFailed", "Trainer", "UserError", "WeightQuantizer", "parameter_groups", "prepare_qat",
-    "quantize", "read_experiment", "rematerialize", "run", "write_report", "write_student", "__version__",
+    "ResponseObjective", "RunFailed", "Stopped", "Trainer", "UserError", "WeightQuantizer", "parameter_groups",
+    "prepare_qat", "quantize", "read_experiment", "rematerialize", "run", "write_report", "write_student", "__version__",
 ]
 
 if TYPE_CHECKING:  # so that type checkers and editors can resolve the names in _PUBLIC
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # so that type checkers and editors can resolve the names in 
     from strategies.quantization.qat import prepare as prepare_qat
     from strategies.quantization.quantizer import WeightQuantizer
     from strategies.rematerialization.rematerialize import rematerialize
-    from trainer.errors import RunFailed, UserError
+    from trainer.errors import RunFailed, Stopped, UserError
     from trainer.experiment.experiment import Experiment
     from trainer.experiment.load import read_experiment
     from trainer.pipeline import run_experiment as run
@@ -69,6 +69,7 @@ _PUBLIC = {  # name -> (module, attribute); imported on first use, so that `impo
     "write_report": ("trainer.run.report", "write_report"),
     "UserError": ("trainer.errors", "UserError"),
     "RunFailed": ("trainer.errors", "RunFailed"),
+    "Stopped": ("trainer.errors", "Stopped"),
 }
 
 

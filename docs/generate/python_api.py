@@ -9,7 +9,7 @@ from typing import Any
 
 import limbeck
 
-NO_SIGNATURE = ("Experiment", "RunFailed")  # a tree that has a page of its own; a plain exception
+NO_SIGNATURE = ("Experiment", "RunFailed", "Stopped")  # a tree that has a page of its own; plain exceptions
 METHODS = {"Trainer": ("train", "evaluate", "student")}  # that are shown beside the class
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")
 ENTRY = re.compile(r"^    (\*{0,2}[A-Za-z_]\w*(?:, \*{0,2}\w+)*): (.*)$")

@@ -66,7 +66,7 @@ class ClassificationCounts:
         return found
 
     def figures(self) -> dict[str, Any]:
-        """The figures of all rows counted.
+        """The figures of all rows counted; NaN if a row's logits had one, which is no answer and must not count as one.
 
         Returns:
             cross_entropy: nats per row.
@@ -75,15 +75,15 @@ class ClassificationCounts:
             calibration_error: expected calibration error with `BINS` bins (Guo et al. 2017, eq. 3).
         """
         rows = float(self.confusion.sum())
+        if not rows or self.nats.isnan():
+            return dict.fromkeys(("cross_entropy", "accuracy", "macro_f1", "calibration_error"), math.nan)
         right = self.confusion.diagonal()
         met = self.confusion.sum(0) + self.confusion.sum(1)  # 2 true positives + false positives + false negatives
         each = 2 * right[met > 0] / met[met > 0]
         counts, confidence, hits = self.bins
         gaps = (confidence - hits).abs().sum()
-        return {"cross_entropy": float(self.nats) / rows if rows else math.nan,
-                "accuracy": float(right.sum()) / rows if rows else math.nan,
-                "macro_f1": float(each.mean()) if len(each) else math.nan,
-                "calibration_error": float(gaps) / rows if rows else math.nan}
+        return {"cross_entropy": float(self.nats) / rows, "accuracy": float(right.sum()) / rows,
+                "macro_f1": float(each.mean()), "calibration_error": float(gaps) / rows}
 
     def table(self) -> list[list[int]]:
         """The confusion as whole numbers: a row for each true class, a column for each answer."""

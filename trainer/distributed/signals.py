@@ -4,6 +4,9 @@ Schedulers send SIGTERM or SIGUSR1 some time before they kill a job; users press
 only recorded: the processes agree on it in an all-reduce that they do at every step anyway, save a checkpoint, and exit
 with code 75, on which schedulers requeue the job. Before and after training, a signal ends its process at once, since
 incomplete work there is never mistaken for complete.
+
+A program that calls `limbeck.run` itself keeps its handlers. Where it has none, signals are recorded during training
+all the same, a checkpoint is saved, and the program gets `Stopped`.
 """
 
 from __future__ import annotations
@@ -158,7 +161,8 @@ def defer_signals() -> Iterator[None]:
     """Context manager in which signals are only recorded, for code that checks `asked` between steps."""
     heard = _heard
     if heard is None:
-        yield
+        with _recorded():
+            yield
         return
     heard.training = True
     try:
@@ -170,6 +174,39 @@ def defer_signals() -> Iterator[None]:
     if heard.asked is not None:
         heard.cleared.set()
         heard.leave(heard.asked, AGAIN_LATER)
+
+
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Record signals for a program without `handle_signals`, where it has no handler of its own for them.
+
+    They are recorded between two instructions of the main thread; in another thread nothing is. A second Ctrl-C is
+    Python's own. A signal after the last check of `asked` is sent again at the end, for whatever it does by default.
+    """
+    global _heard
+    free = [number for number in SIGNALS if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)]
+    if threading.current_thread() is not threading.main_thread() or not free:
+        yield
+        return
+    heard = _heard = Signals(_interrupt)
+    heard.training = True
+    before = {number: signal.signal(number, lambda number, _: heard.hear(signal.Signals(number).name))
+              for number in free}
+    try:
+        yield
+    except BaseException:
+        heard.asked = None  # the error tells it, or has ended the training before
+        raise
+    finally:
+        _heard = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if heard.asked is not None:
+            signal.raise_signal(signal.Signals[heard.asked])
+
+
+def _interrupt(name: str, code: int) -> NoReturn:
+    raise KeyboardInterrupt(name)
 
 
 @contextmanager

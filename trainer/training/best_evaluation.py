@@ -86,8 +86,9 @@ class BestEvaluation:
 
     def outcome(self, exported: int, last: int) -> str:
         """What became of a run, in words: where training ended and why, and which step is exported."""
-        ended = f"trained for {last} of {self.steps} steps, since {self.waited} evaluations in a row were no better" \
-            if last < self.steps else f"trained for {last} steps"
+        waited = f"{self.waited} evaluations in a row were" if self.waited > 1 else "an evaluation was"
+        ended = f"trained for {last} of {self.steps} steps, since {waited} no better" if last < self.steps else \
+            f"trained for {last} steps"
         task, _, metric = self.metric.rpartition(".")
         what = f"{metric.replace('_', ' ')} of {task}" if task else f"held-out {metric.replace('_', ' ')}"
         best, better = ("highest", "higher") if self.higher else ("lowest", "lower")

@@ -1,5 +1,7 @@
 """Counts of a classifier's answers, against figures that NumPy computes from all rows at once."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -77,3 +79,11 @@ def test_full_confidence_is_in_the_last_interval():
     sure = ClassificationCounts(3)
     sure.add(torch.tensor([[100.0, 0, 0]]), torch.tensor([0]))
     assert sure.bins[0][14] == 1 and sure.figures()["calibration_error"] == 0
+
+
+def test_what_is_no_number_is_no_answer():
+    """A maximum would be found among them: class 0, which is right for the row of class 0."""
+    counts = ClassificationCounts(2)
+    counts.add(torch.tensor([[2.0, 1.0], [math.nan, 0.0]]), torch.tensor([0, 0]))
+    assert all(map(math.isnan, counts.figures().values()))
+    assert all(map(math.isnan, ClassificationCounts(2).figures().values())), "nor is nothing at all"

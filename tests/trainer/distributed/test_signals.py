@@ -278,6 +278,55 @@ def test_slurm_queues_again_what_was_stopped(write_experiment, tmp_path):
     assert "stopped at step" in said.splitlines()[-2], "the run's own state comes last"
 
 
+CALLED = """
+import signal, sys, limbeck
+before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+try:
+    limbeck.run(limbeck.read_experiment(sys.argv[1]))
+except limbeck.Stopped as error:
+    print(type(error).__name__, error, flush=True)
+print([signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before)
+"""
+
+
+def _by_a_program(arguments: list[str]) -> None:
+    sys.argv = ["program", *arguments]
+    exec(CALLED, {})  # noqa: S102 - a program that calls the library
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_program_that_calls_the_library_loses_no_step(write_experiment, tmp_path, name):
+    """It has no handlers of its own; the run is saved, the program told, and the same call goes on to the same end."""
+    settings = {**QUICK, "training": {**QUICK["training"], "steps": 40}}
+    whole, cut = (str(write_experiment(one, **settings)) for one in ("whole", "cut"))
+
+    def called(file: str, number: int) -> Started:
+        said = [tmp_path / f"called-{number}-{stream}" for stream in ("stdout", "stderr")]
+        process = FORKED.Process(target=_leader, args=(with_clients({}), str(ROOT), said, _by_a_program, ([file],)))
+        process.start()
+        return Started(process, said)
+
+    assert called(whole, 0).end() == 0
+    stopped = called(cut, 1)
+    until(lambda: len(steps_of(tmp_path / "cut")) > 2, "in training", [stopped])
+    os.kill(stopped.pid, signal.Signals[name])
+    assert stopped.end() == 0, stopped.err
+    done = steps_of(tmp_path / "cut")
+    assert f"Stopped cut: stopped at step {done[-1]} by {name}" in stopped.out and stopped.out.endswith("True\n")
+    assert done[-1] < 40 and (tmp_path / "cut" / "checkpoints" / f"step-{done[-1]:08}").is_dir()
+    assert called(cut, 2).end() == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_signal_after_the_last_step_does_what_it_does_by_default():
+    told = []
+    with pytest.raises(KeyboardInterrupt), signals.defer_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        told.append(signals.asked())
+    assert told == ["SIGINT"] and signals.asked() is None
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_handlers_are_put_back_and_people_keep_theirs():
     before = [signal.getsignal(number) for number in signals.SIGNALS]
     told = []

@@ -58,7 +58,7 @@ def test_the_best_checkpoint_is_the_student_and_an_interruption_changes_nothing(
     assert sorted(path.name for path in whole.folder.checkpoints.iterdir()) == ["step-00000002", "step-00000008"]
     assert "trained for 8 of 20 steps, since 3 evaluations in a row were no better; the student is that of step 2" in \
         capsys.readouterr().out
-    assert whole.exported == 2 and whole.evaluate(whole.student, 8)["bits_per_byte"] == curve[2]
+    assert whole.exported == 2 and whole.evaluations.held_out(whole.student, 8)["bits_per_byte"] == curve[2]
     train_here("parts", until=7, **overfitting)
     again = train_here("parts", **overfitting)
     assert "resumed at step 5" in capsys.readouterr().out and losses(again.folder.path) == losses(whole.folder.path)
