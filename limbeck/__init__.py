@@ -22,7 +22,8 @@ from trainer import __version__
 __all__ = [
     "ActivationQuantizer", "Adafactor", "Distillation", "Divergence", "Experiment", "Head", "HiddenTargets", "Lamb",
     "ResponseObjective", "RunFailed", "Stopped", "Trainer", "UserError", "WeightQuantizer", "parameter_groups",
-    "prepare_qat", "quantize", "read_experiment", "rematerialize", "run", "write_report", "write_student", "__version__",
+    "prepare_qat", "quantize", "read_experiment", "rematerialize", "run", "write_report", "write_student",
+    "__version__",
 ]
 
 if TYPE_CHECKING:  # so that type checkers and editors can resolve the names in _PUBLIC
