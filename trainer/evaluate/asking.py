@@ -152,7 +152,7 @@ class Prompter:
         return (self.chat.shape.closing or "").strip() if self.chat else ""
 
 
-def batches_of(lengths: Sequence[int], tokens: int, apart: bool = False) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], tokens: int, apart: bool = False) -> list[list[int]]:
     """Indices in batches of texts of similar lengths, the longest first, so that too little memory shows at once.
 
     Args:

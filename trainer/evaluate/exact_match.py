@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from strategies.common.generation_settings import generating, left_padded
-from trainer.evaluate.asking import Prompter, Reader, batches_of, shared
+from trainer.evaluate.asking import Prompter, Reader, batches_by_length, shared
 from trainer.evaluate.extraction import extracted, right_of
 from trainer.evaluate.task_files import Question
 from trainer.experiment.evaluate_nodes import Task
@@ -57,7 +57,7 @@ def write_answers(reader: Reader, prompts: Sequence[list[int]], most: int, ends:
     stops = end_tokens(reader.plain, reader.tokenizer, closing)
     with greedy(reader.plain, reader.tokenizer, stops, most):
         alike = not reader.apart and pads_alike(reader, given)
-        batches = batches_of([len(ids) + most for ids in given], reader.tokens, reader.apart) if alike else [
+        batches = batches_by_length([len(ids) + most for ids in given], reader.tokens, reader.apart) if alike else [
             part for group in _by_length(given) for part in _parts(group, max(1, reader.tokens // (
                 len(given[group[0]]) + most)), reader.apart)]
         found = shared(batches, lambda batch: _written(reader, [given[index] for index in batch], ends, stops),

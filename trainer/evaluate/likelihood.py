@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.evaluate.asking import Prompter, Reader, batches_of, shared
+from trainer.evaluate.asking import Prompter, Reader, batches_by_length, shared
 from trainer.evaluate.task_files import Question
 
 WINDOW = 2048  # most tokens of a window: a long context would need many bytes of logits
@@ -117,7 +117,7 @@ def log_likelihoods(reader: Reader, passages: Sequence[Passage]) -> list[float] 
     mode = reader.called.training
     reader.called.eval()
     try:
-        batches = batches_of([len(one.ids) for one in passages], reader.tokens, reader.apart)
+        batches = batches_by_length([len(one.ids) for one in passages], reader.tokens, reader.apart)
         found = shared(batches, read, reader.ranks, "batches of texts")
     finally:
         reader.called.train(mode)

@@ -73,7 +73,8 @@ class ClassifierEvaluator:
         RunningStatistics(called).average(self.ranks.total, self.ranks.topology.ranks)
         called.eval()
         try:
-            for batch in batches_of(self.rows, slice(0, len(self.rows["targets"])), self.micro_batch, self.ranks, step):
+            every = slice(0, len(self.rows["targets"]))
+            for batch in held_out_batches(self.rows, every, self.micro_batch, self.ranks, step):
                 if batch is None:
                     return None
                 with self._autocast():
@@ -142,7 +143,7 @@ class Evaluator:
     def _sums(self, called: nn.Module, step: int, part: slice) -> torch.Tensor | None:
         """(2,) summed nats and targets of this process's rows in a part; None if a process received a stop signal."""
         sums = torch.zeros(2, dtype=self.ranks.wide, device=self.ranks.device)
-        for batch in batches_of(self.rows, part, self.micro_batch, self.ranks, step):
+        for batch in held_out_batches(self.rows, part, self.micro_batch, self.ranks, step):
             if batch is None:
                 return None
             with self._autocast():
@@ -151,8 +152,8 @@ class Evaluator:
         return sums
 
 
-def batches_of(rows: Rows, part: slice, size: int, ranks: RankGroup, step: int
-               ) -> Iterator[dict[str, torch.Tensor] | None]:
+def held_out_batches(rows: Rows, part: slice, size: int, ranks: RankGroup, step: int
+                     ) -> Iterator[dict[str, torch.Tensor] | None]:
     """This process's batches of a part of the held-out rows, on its device; None, and no more, after a stop signal.
 
     All processes agree on that before each batch. Every process has as many batches: one that has run out of rows

@@ -15,7 +15,7 @@ from tests.trainer.evaluate.asked_models import (
     write_records,
 )
 from trainer.errors import UserError
-from trainer.evaluate.asking import batches_of
+from trainer.evaluate.asking import batches_by_length
 from trainer.evaluate.likelihood import passage_of, windows
 from trainer.evaluate.task_files import read_task
 from trainer.experiment.evaluate_nodes import Task
@@ -96,5 +96,6 @@ def test_chats_are_asked_by_the_template_and_need_one(tmp_path):
 
 def test_batches_hold_texts_of_similar_lengths_within_their_tokens():
     lengths = [3, 9, 1, 9, 50, 2]
-    batches = batches_of(lengths, 20)
-    assert batches == [[4], [1, 3], [0, 5, 2]] and sum(batches_of(lengths, 20, apart=True), []) == [4, 1, 3, 0, 5, 2]
+    batches = batches_by_length(lengths, 20)
+    assert batches == [[4], [1, 3], [0, 5, 2]]
+    assert batches_by_length(lengths, 20, apart=True) == [[4], [1], [3], [0], [5], [2]]
