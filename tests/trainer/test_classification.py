@@ -100,12 +100,14 @@ def test_a_text_classifier_is_distilled_into_few_bits_and_reloads_in_two_runtime
     assert "text-classification" in (folder.student / "README.md").read_text()
 
 
-def test_classes_of_words_and_rounding_after_training(run_experiment, texts):
+def test_classes_of_words_and_rounding_after_training(run_experiment, texts, capsys):
     """Only the first token of a word has a class; the others count neither in the loss nor in the accuracy."""
     values = of_texts(texts, task="token_classification", label="tags")
     values["student"]["quantization"] = {"method": "gptq", "bits": 8, "calibration_rows": 32}
-    _, folder = run_experiment("run", **values, training={"steps": 16, "evaluate_every": 16}, optimizer={"lr": 1e-2},
-                               export={"to": ["onnx"]})
+    _, folder = run_experiment("run", **values, optimizer={"lr": 1e-2}, export={"to": ["onnx"]},
+                               training={"steps": 16, "evaluate_every": 16, "keep_best": "macro_f1"})
+    (found,) = held_out_of(folder)
+    assert f"held-out accuracy {found['accuracy']:.2%}; macro F1 {found['macro_f1']:.2%}\n" in capsys.readouterr().out
     receipt = json.loads(folder.receipt.read_text())
     assert receipt["holds"] and receipt["rows"] == 3 * 24 and receipt["accuracy"] > 0.6
     assert json.loads((folder.path / "student-onnx" / "receipt.json").read_text())["accuracy"] == receipt["accuracy"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
 
 from strategies.distillation.losses.tiled_loss import IGNORED
+from trainer.data.image_files import VERSION
 from trainer.data.missing_fields import no_such_field
 from trainer.data.sources import Documents
 from trainer.errors import UserError
@@ -35,6 +37,10 @@ def classes_of(data: Data, documents: Documents) -> tuple[str, ...]:
     else:
         numbers = all(label.isdecimal() for label in found)
         names = tuple(sorted(found, key=lambda label: (int(label), label) if numbers else (0, label)))
+    if len(found) < 2 and VERSION in (documents.column_names or ()) and os.path.isdir(data.path):
+        raise UserError("data.path", f"all images are in the folder {next(iter(found))!r}, and each folder is a class: "
+                        "there is nothing to tell apart", value=data.path,
+                        way_out="put the images of at least two classes into a folder each")
     if len(found) < 2:
         raise UserError("data.label", "the training data has one class only, "
                         f"{next(iter(found))!r}: there is nothing to tell apart", value=data.label,
@@ -73,14 +79,14 @@ class ClassNumbers:
 
     def _unknown(self, name: str) -> UserError:
         near = difflib.get_close_matches(name, self.classes, 1)
-        meant = f"did you mean {near[0]!r}? " if near else ""
+        meant = f"did you mean {near[0]!r}? Mend" if near else "mend"
         problem = f"{_whose(self.key)} has the label {name!r}, which"
         if self.data.class_names is not None:
             return UserError("data.class_names", f"{problem} is none of these", value=list(self.classes[:SHOWN]),
-                             way_out=f"{meant}Mend the record, or add the class")
+                             way_out=f"{meant} the record, or add the class")
         shown = ", ".join(self.classes[:SHOWN]) + (", ..." if len(self.classes) > SHOWN else "")
         return UserError(self.key, f"{problem} no training record has: {shown}", value=name,
-                         way_out=f"{meant}Mend the record, or name all classes in data.class_names")
+                         way_out=f"{meant} the record, or name all classes in data.class_names")
 
     def of_words(self, labels: Sequence[Any]) -> list[int]:
         """The number of each word's class; a word without one (null, or -100) is left out of the loss."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -113,15 +113,22 @@ def _name_inputs(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], length
         tokenizer.model_max_length = length
 
 
-def text_arrays(data: Data, documents: sources.Documents, numbers: ClassNumbers, tokenizer: PreTrainedTokenizerBase
-                ) -> Iterator[dict[str, np.ndarray]]:
-    """The tokens of each record with its label, or with one for each token."""
+def text_arrays(data: Data, documents: sources.Documents, numbers: ClassNumbers, tokenizer: PreTrainedTokenizerBase,
+                places: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """The tokens of each record with its label, or with one for each token.
+
+    Args:
+        places: where each record is in the data, from 0, for messages; None if these are all of it, or the first.
+    """
+    places = range(len(documents)) if places is None else places
     words, pairs = data.task == "token_classification", data.text_pair is not None
     for begin in range(0, len(documents), BATCH):
         report("records", begin, len(documents))
         records = documents[begin:begin + BATCH]
-        first = [_checked(one, data, begin + at) for at, one in enumerate(records[data.words if words else data.text])]
-        second = [_checked(one, data, begin + at) for at, one in enumerate(records[data.text_pair])] if pairs else None
+        first = [_checked(one, data, places[begin + at])
+                 for at, one in enumerate(records[data.words if words else data.text])]
+        second = [_checked(one, data, places[begin + at])
+                  for at, one in enumerate(records[data.text_pair])] if pairs else None
         found = tokenizer(first, second, truncation=True, max_length=data.sequence_length, is_split_into_words=words,
                           return_token_type_ids=pairs or None, return_attention_mask=False, verbose=False)
         for at, ids in enumerate(found["input_ids"]):

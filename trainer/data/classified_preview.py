@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,11 @@ from trainer.data.classified import image_arrays, text_arrays
 from trainer.data.classified_here import Here, records_here
 from trainer.data.data_preview import LONGEST, tokenizer_here
 from trainer.data.shown_documents import SHOWN
-from trainer.data.sources import Documents
+from trainer.data.sources import Documents, check_path
 from trainer.data.tokenizers import Origin
 from trainer.experiment.data_nodes import Data
 
-COUNTED = 1000  # records whose tokens are counted
+COUNTED = 1000  # most records whose tokens are counted
 LISTED = 20  # most classes that are listed with the number of their records
 WHOLE = 2**30  # tokens of a row that nothing is cut off for
 
@@ -38,7 +37,8 @@ class ClassifiedPreview:
         measured: those of them that are measured.
         classes: training records of each class, or words where these have one.
         usual: share of the held-out answers that are of their most frequent class; None without any.
-        tokens: mean tokens of a text, among the first records; None for images.
+        tokens: mean tokens of a text, among those that were counted; None for images.
+        counted: texts whose tokens were counted: all, or some that are evenly spread, since data may be sorted.
         longest: most tokens of one of these texts.
         cut: share of these texts that are longer than a row.
         notes: remarks.
@@ -54,6 +54,7 @@ class ClassifiedPreview:
     classes: dict[str, int] = field(default_factory=dict)
     usual: tuple[str, float] | None = None
     tokens: float | None = None
+    counted: int = 0
     longest: int = 0
     cut: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -72,8 +73,10 @@ class ClassifiedPreview:
         if self.usual is not None:
             rows.append(("to beat", f"{self.usual[1]:.1%} accuracy, by always answering {self.usual[0]}"))
         if self.tokens is not None:
-            rows.append(("tokens", f"{self.tokens:.1f} in a text on average, {self.longest:,} at most; {self.cut:.1%} "
-                                   "of the texts are longer than data.sequence_length, and are cut off there"))
+            some = f", in {self.counted:,} texts" if self.counted < self.records else ""
+            rows.append(("tokens", f"{self.tokens:.1f} in a text on average, {self.longest:,} at most{some}; "
+                                   f"{self.cut:.1%} of the texts are longer than data.sequence_length, and are cut off "
+                                   "there"))
         return [*rows, *(("note", note) for note in self.notes)]
 
     @property
@@ -85,7 +88,7 @@ class ClassifiedPreview:
 
 
 def classified_preview(data: Data, origin: Origin | None, cache: Path) -> list[ClassifiedPreview]:
-    """Look at classified data as far as it is on this machine: all labels, and the first records.
+    """Look at classified data as far as it is on this machine: all labels, and some records.
 
     Args:
         data: the data of the experiment.
@@ -93,8 +96,10 @@ def classified_preview(data: Data, origin: Origin | None, cache: Path) -> list[C
         cache: the folder shared between runs, which may have data of the hub from an earlier one.
 
     Raises:
-        UserError: as in a run, for mistakes in labels, and in the first records.
+        UserError: as in a run, for mistakes in labels, and in the records that are read here.
     """
+    if data.validation.path is not None:
+        check_path(data.validation.path, "data.validation.path")
     found, here = ClassifiedPreview(data.path), records_here(data, cache)
     if here.train is None:
         found.not_looked_at = "it is no local data; limbeck show-data downloads and shows it"
@@ -117,7 +122,7 @@ def look(found: ClassifiedPreview, data: Data, here: Here, tokenizer: PreTrained
         tokenizer: that of the run; None for images, or if it is not on this machine.
 
     Raises:
-        UserError: as in a run, for mistakes in labels, and in the first records.
+        UserError: as in a run, for mistakes in labels, and in the records that are read here.
     """
     assert here.train is not None, "there is nothing to look at"
     _count_classes(found, data, here.train, here.held_out)
@@ -151,23 +156,25 @@ def _labels(data: Data, documents: Documents, names: tuple[str, ...], key: str) 
 
 def _show_records(found: ClassifiedPreview, data: Data, documents: Documents, tokenizer: PreTrainedTokenizerBase | None
                   ) -> None:
-    """Read the first records as a run does: count their tokens, and show some."""
+    """Read some records as a run does: count the tokens of texts from all of the data, and show the first records."""
     names = tuple(found.classes)
     numbers = ClassNumbers(data, documents, names, "data.path")
-    first = documents.select(range(min(COUNTED, len(documents))))
+    first = documents.select(range(min(SHOWN, len(documents))))
     if data.task == "image_classification":
-        found.examples = [shown_image(data, record, names, number) for number, record in enumerate(
-            image_arrays(data, first.select(range(min(SHOWN, len(first)))), numbers), 1)]
+        found.examples = [shown_image(data, record, names, number)
+                          for number, record in enumerate(image_arrays(data, first, numbers), 1)]
         return
     if tokenizer is None:
         found.notes.append("its tokenizer is not on this machine, so that no tokens are shown")
         return
-    records = list(text_arrays(data.model_copy(update={"sequence_length": WHOLE}), first, numbers, tokenizer))
-    lengths = np.asarray([len(record["tokens"]) for record in records])
-    found.tokens, found.longest = float(lengths.mean()), int(lengths.max())
+    whole = data.model_copy(update={"sequence_length": WHOLE})
+    places = np.linspace(0, len(documents) - 1, min(COUNTED, len(documents))).astype(int).tolist()
+    lengths = np.asarray([len(record["tokens"]) for record in text_arrays(
+        whole, documents.select(places), numbers, tokenizer, places)])
+    found.counted, found.tokens, found.longest = len(lengths), float(lengths.mean()), int(lengths.max())
     found.cut = float((lengths > data.sequence_length).mean())
     found.examples = [shown_text(data, record, names, number, tokenizer)
-                      for number, record in enumerate(islice(records, SHOWN), 1)]
+                      for number, record in enumerate(text_arrays(whole, first, numbers, tokenizer), 1)]
 
 
 def shown_text(data: Data, record: dict[str, np.ndarray], names: tuple[str, ...], number: int,

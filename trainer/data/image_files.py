@@ -111,6 +111,7 @@ class ImageReader:
             raise
         except Exception as error:  # decoders raise all kinds of errors for damaged files
             said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            said = "it is in no format that Pillow knows" if "cannot identify image file" in said else said
             raise UserError("data.image", f"{where} cannot be read as an image: {said}", value=self.data.image,
                             way_out="mend or remove it") from error
 

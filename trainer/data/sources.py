@@ -198,6 +198,10 @@ def _builder(data: Data, path: str, key: str, cache: str) -> datasets.DatasetBui
         return datasets.load_dataset_builder(kind, data_files=files, cache_dir=cache)
     check_path(path, key)
     builder = datasets.load_dataset_builder(path, data.name, revision=data.revision, cache_dir=cache)
+    if builder.name == "imagefolder" and data.task == "image_classification" and os.path.isdir(path):
+        raise UserError(key, "the images in this folder are in no folders of their classes", value=path,
+                        way_out="put those of each class into a folder of its own, or name a file of records with the "
+                        "fields of data.image and data.label")
     if builder.name not in RECORDS:
         raise UserError(key, f"this data set is {builder.name}, not records of text", value=path,
                         way_out="convert it to JSONL or Parquet")

@@ -186,7 +186,8 @@ def _explain(entry: dict[str, Any], root: type[Node]) -> UserError:
                          value=entry["input"], way_out=f"it means: {_help(key, root)}")
     if entry["type"] == "literal_error" and isinstance(entry["input"], str):
         names = re.findall(r"'([^']*)'", entry["ctx"]["expected"])
-        if near := difflib.get_close_matches(entry["input"], names, 1, 0.5):
+        meant = ELSEWHERE_VALUES.get(entry["input"].lower().replace("-", "_"))
+        if near := [meant] if meant in names else difflib.get_close_matches(entry["input"], names, 1, 0.5):
             return UserError(key, f"must be {entry['ctx']['expected']}", value=entry["input"],
                              way_out=f"did you mean `{near[0]}`?")
     message = entry["msg"].replace("Input should be", "must be").replace("Value error, ", "")
@@ -209,8 +210,16 @@ ELSEWHERE = {
     "save_total_limit": "training.keep_checkpoints", "eval_steps": "training.evaluate_every",
     "logging_steps": "run.log_every", "report_to": "run.trackers", "output_dir": "run.folder",
     "model_name_or_path": "student.path", "dataset": "data.path", "datasets": "data.sources",
+    "metric_for_best_model": "training.keep_best", "load_best_model_at_end": "training.keep_best",
+    "metric": "training.keep_best", "early_stopping_patience": "training.early_stopping",
+    "num_labels": "data.class_names", "id2label": "data.class_names", "label2id": "data.class_names",
 }
 """What transformers, TRL and axolotl call it, and the key here."""
+ELSEWHERE_VALUES = {
+    "text_classification": "sequence_classification", "sentiment_analysis": "sequence_classification",
+    "ner": "token_classification", "language_modeling": "causal_lm", "text_generation": "causal_lm",
+}
+"""What transformers calls a value, in lower case with underscores, and the value here."""
 
 
 def _nearest_key(key: str, root: type[Node]) -> str:

@@ -73,16 +73,18 @@ def _write(folder: RunFolder) -> None:
     control = RunFolder(folder.control)
     if control.metrics.exists():
         curves["control"] = read_lines(control.metrics)
+    classifies = main_figure(found["student"]) != "bits_per_byte"
     meaning = MEANING if experiment["teacher"] else {"student": "fine-tuned without a teacher"}
     if (experiment["teacher"] or {}).get("from_student"):
         meaning = {**MEANING, "teacher": "the student as it began", "student": "distilled from itself as it began"}
+    if classifies:
+        meaning = {**meaning, "control": MEANING["control"].replace("tokens", "rows")}
     if experiment["training"]["steps"] == 0:
         meaning = {**MEANING, "student": "exported as it is, without any training"}
     if experiment["training"]["steps"] != 0:
         plot_loss(curves, folder.path / "loss.png")
         plot_held_out(curves, found, folder.path / "held_out.png")
     plot_size(found, folder.path / "size.png")
-    classifies = main_figure(found["student"]) != "bits_per_byte"
     if classifies:
         plot_confusion(found["student"]["confusion"], classes_of(folder), folder.path / "confusion.png")
     parts = [

@@ -40,15 +40,23 @@ def _save(figure: Any, file: Path) -> None:
 
 def plot_loss(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Plot the training cross-entropy, the term that all models share; the whole loss if the student has none."""
+    figure, _ = loss_figure(curves)
+    _save(figure, file)
+
+
+def loss_figure(curves: dict[str, list[dict[str, Any]]]) -> tuple[Any, Any]:
+    """The figure and the axes of that picture."""
+    classifies = any("accuracy" in line.get("held_out", ()) for line in curves["student"])
+    unit = "nats" if classifies else "nats per token"
     term = "cross_entropy" if any("cross_entropy" in line for line in curves["student"]) else "loss"
-    figure, axes = _figure("Training", "optimizer step", f"{term.replace('_', '-')} (nats per token)")
+    figure, axes = _figure("Training", "optimizer step", f"{term.replace('_', '-')} ({unit})")
     for name, lines in curves.items():
         points = [(line["step"], line[term]) for line in lines if isinstance(line.get(term), float)]
         if points:
             axes.plot(*zip(*points, strict=True), color=COLORS[name], alpha=0.2, linewidth=1)
             axes.plot(*zip(*_smooth(points), strict=True), color=COLORS[name], label=name)
     axes.legend(frameon=False)
-    _save(figure, file)
+    return figure, axes
 
 
 def plot_held_out(curves: dict[str, list[dict[str, Any]]], found: dict[str, Any], file: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from trainer.distributed.rank_group import RankGroup
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.files import flatten
-from trainer.run.held_out import in_words
+from trainer.run.held_out import in_words, main_figure
 from trainer.run.metrics import Metrics, ProgressReporter
 from trainer.run.trackers import Trackers
 from trainer.run.working import working
@@ -79,12 +79,15 @@ class Evaluations:
             state.best.take_in(state.step, flat if kind == TASKS else found, counts)
         metrics.write({"step": state.step, kind: found, "seconds": time.perf_counter() - begun})
         trackers.log({f"{kind}/{name}": value for name, value in flat.items()}, state.step)
-        progress.say(f"step {state.step}/{self.steps}  {_shown(kind, found, flat)}")
+        progress.say(f"step {state.step}/{self.steps}  "
+                     f"{_shown(kind, found, flat, state.best.metric if state.best is not None else None)}")
         return True
 
 
-def _shown(kind: str, found: dict[str, Any], flat: dict[str, float]) -> str:
+def _shown(kind: str, found: dict[str, Any], flat: dict[str, float], best: str | None) -> str:
+    """A result for people: all figures of tasks; of held-out rows the main one, and that by which the best is kept."""
     if kind == TASKS:
         return ", ".join(f"{name} {value:.4f}" for name, value in flat.items())
     of_sources = ", ".join(f"{value:.4f} of {name}" for name, value in found.get("sources", {}).items())
-    return f"held-out {in_words(found)}" + (f": {of_sources}" if of_sources else "")
+    also = [in_words(found, best)] if best in found and best != main_figure(found) else []
+    return "; ".join([f"held-out {in_words(found)}" + (f": {of_sources}" if of_sources else ""), *also])

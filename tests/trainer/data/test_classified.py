@@ -197,6 +197,22 @@ def test_show_data_and_a_dry_run_show_the_same(written, experiment, tmp_path, pi
     assert found.examples[0] == "record 1: a\n[CLS]|cat|sat|[SEP]" and found.classes == {"a": 1, "b": 3}
 
 
+def test_tokens_are_counted_from_all_of_the_data_which_may_be_sorted(written, experiment, pieces, tmp_path):
+    short, long = {"text": "cat", "label": "a"}, {"text": "cat " * 9, "label": "b"}  # 3 and 11 tokens
+    asked = experiment(written([short] * 1500 + [long] * 1500, [short, long]))
+    (found,) = classified_preview(asked.data, ("data.tokenizer.path", str(pieces), None), tmp_path)
+    assert (found.tokens, found.longest, found.cut, found.counted) == (7.0, 11, 0.5, 1000)
+    assert "7.0 in a text on average, 11 at most, in 1,000 texts; 50.0% of the texts" in dict(found.rows)["tokens"]
+
+
+def test_a_dry_run_misses_a_local_file_of_held_out_records(written, experiment, tmp_path, capsys):
+    data = written(texts("a", "b"), texts("b"))
+    experiment({**data, "validation": {**data["validation"], "path": str(tmp_path / "nowhere.jsonl")}})
+    assert cli.train(["--config", str(tmp_path / "e.yaml"), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "data.validation.path = " in said and "there is no such file or folder" in said
+
+
 def test_a_dry_run_does_not_ask_the_hub_for_classes(experiment, tmp_path, capsys):
     experiment({"task": "sequence_classification", "path": "somebody/reviews"})
     assert cli.train(["--config", str(tmp_path / "e.yaml"), "--dry-run"]) == 2

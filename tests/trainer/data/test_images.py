@@ -82,13 +82,22 @@ def wrong(folder, name):
             (folder / name / label / "one.png").write_bytes(png(images[0]))
         (folder / name / "dog" / "two.png").write_bytes(b"no image")
         return folder / name
+    if name in ("flat", "one class"):
+        place = folder / name / ("cat" if name == "one class" else "")
+        place.mkdir(parents=True)
+        for number, image in enumerate(images):
+            (place / f"{number}.png").write_bytes(png(image))
+        return folder / name
     contents = {"shape": (draw.random((4, 6, 6, 5)), ["cat", "dog"] * 2), "single": (images, ["cat"] * 4),
                 "range": (images.astype(np.float32), ["cat", "dog"] * 2)}[name]
     np.savez(folder / f"{name}.npz", images=contents[0], labels=contents[1])
     return folder / f"{name}.npz"
 
 
-@pytest.mark.parametrize(("name", "said"), [("unreadable", "two.png"), ("shape", "(4, 6, 6, 5)"), ("single", "cat"),
+@pytest.mark.parametrize(("name", "said"), [("unreadable", "two.png cannot be read as an image: it is in no format"),
+                                            ("flat", "put those of each class into a folder of its own"),
+                                            ("one class", "put the images of at least two classes into a folder each"),
+                                            ("shape", "(4, 6, 6, 5)"), ("single", "cat"),
                                             ("range", "between 0 and 1")])
 def test_a_mistake_is_said_with_its_place(name, said, tmp_path, write_experiment):
     with pytest.raises(UserError) as caught:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from matplotlib import pyplot
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from tests.conftest import sentences
@@ -13,7 +14,7 @@ from trainer.errors import ExperimentErrors
 from trainer.experiment.data_nodes import Data, Tokenizer
 from trainer.experiment.load import read_experiment
 from trainer.run.report import _samples, write_report
-from trainer.run.report_plots import plot_size, sizes_figure
+from trainer.run.report_plots import loss_figure, plot_size, sizes_figure
 
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -101,3 +102,12 @@ def test_one_prompt_or_several(write_experiment):
     with pytest.raises(ExperimentErrors, match="`prompt` is for one prompt"):
         read_experiment(write_experiment(report={"prompt": "A", "prompts": ["B"]}))
     assert read_experiment(write_experiment(report={"prompts": ["B", "C"]})).experiment.report.texts == ("B", "C")
+
+
+def test_the_loss_of_a_classifier_is_not_one_of_tokens():
+    lines = [{"step": 1, "loss": 2.0, "cross_entropy": 1.5}, {"step": 2, "loss": 1.0, "cross_entropy": 0.75}]
+    for held_out, unit in (({"bits_per_byte": 1.0}, "nats per token"), ({"accuracy": 0.5}, "nats")):
+        figure, axes = loss_figure({"student": [*lines, {"step": 2, "held_out": held_out}]})
+        assert axes.get_ylabel() == f"cross-entropy ({unit})"
+        assert axes.lines[0].get_xydata().tolist() == [[1, 1.5], [2, 0.75]]
+        pyplot.close(figure)
