@@ -21,10 +21,12 @@ from benchmarks.generation import table as generation_table
 from benchmarks.judged_on_tasks import table as judged_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
-from benchmarks.quantization.trained_quantized import table as qat_table
+from benchmarks.quantization.trained_quantized import costs_table, losses_table
 from benchmarks.quickstart import table as quickstart_table
 from benchmarks.sharding.bytes_by_engine import table as ledger_table
 from benchmarks.sharding.engines import table as engines_table
+from benchmarks.tasks.classification import SHAPES
+from benchmarks.tasks.classification import table as classification_table
 
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(<!-- python -m benchmarks\.tables (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -98,7 +100,9 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "generation": (("generation-cpu.json", "generation-4-bits-cpu.json"),
                    lambda *found: "\n\n".join(map(generation_table, found))),
     "allocation": ("quantization-allocation-cpu.json", lambda found: allocation_table(found["rows"])),
-    "qat": ("quantization-qat-cpu.json", qat_table),
+    "qat": ("quantization-qat-cpu.json", losses_table),
+    "rounded": ("quantization-rounded-cpu.json", losses_table),
+    "qat-costs": ("quantization-qat-costs-cpu.json", costs_table),
     "adapters": ("adapters-cpu.json", adapters_table),
     "faults": ("faults-cpu.json", faults_table),
     "cost": ("faults-cost-cpu.json", cost_table),
@@ -107,6 +111,8 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "recipes": ("distillation-recipes-cpu.json", students_table),
     "students": ("distillation-students-cpu.json", students_table),
     "tasks": ("judged-on-tasks-cpu.json", judged_table),
+    "classification": (tuple(f"classification-{task}-cpu.json" for task in SHAPES),
+                       lambda *found: "\n\n".join(map(classification_table, found))),
 }
 
 

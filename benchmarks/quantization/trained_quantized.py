@@ -8,8 +8,9 @@ scale for 32 weights:
 - it is rounded as it is, to nearest (`rtn`) and as GPTQ does (`gptq`);
 - it is trained on for some steps with quantized weights (`qat`), by ours and by torchao's fake quantizers: same
   weights to begin with, same rows, same optimizer, same steps;
-- ours is trained the same with a teacher (`qat + distillation`): half cross-entropy, half forward KL from the trained
-  model after as many more steps in full precision, which is also what quantized students are to be compared with.
+- ours is trained the same with a teacher: half cross-entropy, half forward KL from the trained model itself after as
+  many more steps in full precision, which is also what quantized students are to be compared with (`qat +
+  distillation`), or forward KL alone from a larger model that was trained for longer (`qat + larger teacher`).
 
 torchao has no ternary weights: there its two bits stand beside them. Losses are cross-entropies per token of held-out
 text, of the quantized model. Costs are of a step of a wider model: medians over rounds in which all take turns, and
@@ -47,9 +48,15 @@ ROOT = Path(__file__).parents[2]
 GROUP = 32
 SCHEMES: dict[str, dict[str, Any]] = {"8 bits": {"bits": 8}, "4 bits": {"bits": 4}, "3 bits": {"bits": 3},
                                       "2 bits": {"bits": 2}, "ternary": {"kind": "ternary"}}
-METHODS = ("rtn", "gptq", "qat", "qat, learned scales", "qat + distillation", "torchao qat")
+OWN, LARGER = "qat + distillation", "qat + larger teacher"
+METHODS = ("rtn", "gptq", "qat", "qat, learned scales", OWN, LARGER, "torchao qat")
+# What a student minimizes beside each teacher. One that knows no more than the student could needs the text beside it.
+OBJECTIVES = {OWN: ResponseObjective(0.5, (Divergence("forward_kl", 0.5),)),
+              LARGER: ResponseObjective(0.0, (Divergence("forward_kl", 1.0),))}
+ALONE = ResponseObjective(divergences=())
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True}
+LARGE = {**SMALL, "hidden_size": 192, "intermediate_size": 576, "num_attention_heads": 6}
 WIDE = {**SMALL, "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "vocab_size": 1024}
 BATCH, CALIBRATED = 8, 64
 
@@ -59,11 +66,14 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser().parse_args(arguments)
     torch.set_num_threads(chosen.threads or torch.get_num_threads())
     text = prepare_text(read_experiment(ROOT / "configs" / "quickstart.yaml").experiment)
-    rows = [row for seed in range(chosen.seeds) for row in of_seed(seed, text, chosen)]
+    larger = trained_larger(text, chosen) if LARGER in chosen.methods else None
+    rows = [] if larger is None else [
+        {"seed": 0, "scheme": "full precision", "method": "larger", "loss": held_out(larger, text)}]
+    rows += [row for seed in range(chosen.seeds) for row in of_seed(seed, text, larger, chosen)]
     found = {"settings": {name: value for name, value in vars(chosen).items() if name != "json"}, "machine": machine(),
              "versions": {name: version(name) for name in ("torch", "torchao") if find_spec(name)},
-             "rows": rows, "costs": costs(chosen.rounds)}
-    show(table(found), found, chosen.json)
+             "rows": rows, "costs": costs(chosen.rounds) if chosen.rounds else []}
+    show(table(found) if chosen.rounds else losses_table(found), found, chosen.json)
     return 0
 
 
@@ -75,8 +85,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     made.add_argument("--base-steps", type=int, default=800, help="of the model in full precision")
     made.add_argument("--steps", type=int, default=200, help="of training with quantized weights")
+    made.add_argument("--larger-steps", type=int, default=1500, help="of the larger teacher, which is trained once")
     made.add_argument("--lr", type=float, default=1e-3, help="of training with quantized weights, falling to a tenth")
-    made.add_argument("--rounds", type=int, default=7, help="that costs are timed")
+    made.add_argument("--rounds", type=int, default=7, help="that costs are timed; 0 for losses alone")
     made.add_argument("--threads", type=int)
     made.add_argument("--json", type=Path)
     return made
@@ -84,7 +95,15 @@ def parser() -> argparse.ArgumentParser:
 
 # ---- losses
 
-def of_seed(seed: int, text: PreparedData, chosen: argparse.Namespace) -> Iterator[dict]:
+def trained_larger(text: PreparedData, chosen: argparse.Namespace) -> nn.Module:
+    """The larger teacher."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LARGE, vocab_size=len(text.tokenizer)))
+    train(model, text, 2000, chosen.larger_steps, 2e-3)
+    return model
+
+
+def of_seed(seed: int, text: PreparedData, larger: nn.Module | None, chosen: argparse.Namespace) -> Iterator[dict]:
     """One model, and a row for each scheme and method."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL, vocab_size=len(text.tokenizer)))
@@ -105,8 +124,8 @@ def of_seed(seed: int, text: PreparedData, chosen: argparse.Namespace) -> Iterat
                 quantize(model, calibration(text, seed), quantizer, method=method)
             else:
                 with_weights(model, scheme, method)
-                train(model, text, seed + 1000, chosen.steps, chosen.lr,
-                      teacher if method == "qat + distillation" else None)
+                train(model, text, seed + 1000, chosen.steps, chosen.lr, {OWN: teacher, LARGER: larger}.get(method),
+                      OBJECTIVES.get(method, ALONE))
             row = {"seed": seed, "scheme": scheme, "method": method, "loss": held_out(model, text)}
             print(f"seed {seed}, {scheme}, {method}: {row['loss']:.4f} (full precision {whole:.4f})", flush=True)
             yield row
@@ -128,7 +147,8 @@ def with_weights(model: nn.Module, scheme: str, method: str) -> None:
 
 
 def train(
-    model: nn.Module, text: PreparedData, seed: int, steps: int, lr: float, teacher: nn.Module | None = None
+    model: nn.Module, text: PreparedData, seed: int, steps: int, lr: float, teacher: nn.Module | None = None,
+    objective: ResponseObjective = ALONE
 ) -> None:
     """AdamW on rows in an order that follows from the seed."""
     model.train()
@@ -136,8 +156,6 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 20) * (0.1 + 0.9 * (1 - step / steps)))
     order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(seed)).tolist()
-    objective = ResponseObjective(0.5, (Divergence("forward_kl", 0.5),)) if teacher else ResponseObjective(
-        divergences=())
     for step in range(steps):
         rows = [text.train[order[(step * BATCH + number) % len(order)]] for number in range(BATCH)]
         loss(model, {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, objective, teacher).backward()
@@ -173,7 +191,7 @@ def held_out(model: nn.Module, text: PreparedData) -> float:
     rows, total = text.held_out, 0.0
     for begin in range(0, len(rows["input_ids"]), BATCH):
         part = {name: tensor[begin:begin + BATCH] for name, tensor in rows.items()}
-        total += float(loss(model, part, ResponseObjective(divergences=()))) * int((part["targets"] != IGNORED).sum())
+        total += float(loss(model, part, ALONE)) * int((part["targets"] != IGNORED).sum())
     return total / int((rows["targets"] != IGNORED).sum())
 
 
@@ -216,20 +234,36 @@ def _step(model: nn.Module, ids: torch.Tensor) -> None:
 
 def table(found: dict) -> str:
     """Both tables, in Markdown."""
-    rows = found["rows"]
+    return f"{losses_table(found)}\n\n{costs_table(found)}"
+
+
+def losses_table(found: dict) -> str:
+    """Losses of each scheme and method, in Markdown."""
+    rows, settings = found["rows"], found["settings"]
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     lines = [f"| scheme | {' | '.join(methods)} |", "|---|" + "---:|" * len(methods)]
     for scheme in dict.fromkeys(row["scheme"] for row in rows if row["method"] in METHODS):
-        shown = [_spread([row["loss"] for row in rows if (row["scheme"], row["method"]) == (scheme, method)])
-                 for method in methods]
+        of = {method: {row["seed"]: row["loss"] for row in rows if (row["scheme"], row["method"]) == (scheme, method)}
+              for method in methods}
+        plain = of.get("qat", {})
+        shown = [f"{statistics.mean(losses.values()):.4f}" + (
+            "" if method == "qat" or not plain else
+            f" ({_spread([loss - plain[seed] for seed, loss in losses.items()], '+.4f')})")
+            for method, losses in of.items()]
         lines.append(f"| {scheme} | {' | '.join(shown)} |")
     whole, after = (_spread([row["loss"] for row in rows if row["method"] == method])
                     for method in ("none", "trained on"))
-    settings = found["settings"]
-    lines += [f"\nCross-entropy per token on held-out text, mean of {settings['seeds']} seeds (sd); the model in full "
-              f"precision has {whole}, after {settings['steps']} more steps {after}. As many are with quantized "
-              "weights.\n",
-              "| training with | step time, of plain | peak, MB | of plain |", "|---|---:|---:|---:|"]
+    larger = [row["loss"] for row in rows if row["method"] == "larger"]
+    lines += [f"\nCross-entropy per token on held-out text, mean of {settings['seeds']} seeds; in brackets what it is "
+              f"above `qat` of the same seed, mean ± standard deviation. The model in full precision has {whole}, "
+              f"and {after} after {settings['steps']} more steps. As many are with quantized weights."
+              f"{f' The larger teacher has {larger[0]:.4f}.' if larger else ''}"]
+    return "\n".join(lines)
+
+
+def costs_table(found: dict) -> str:
+    """What a step costs beside a plain one, in Markdown."""
+    lines = ["| training with | step time, of plain | peak, MB | of plain |", "|---|---:|---:|---:|"]
     base = next(row for row in found["costs"] if row["method"] == "plain")
     lines += [f"| {row['scheme']}, {row['method']} | x{row['seconds'] / base['seconds']:.2f} | "
               f"{row['peak_bytes'] / 1e6:.1f} | x{row['peak_bytes'] / base['peak_bytes']:.2f} |"
@@ -237,9 +271,9 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], form: str = ".4f") -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ({spread:.4f})"
+    return f"{statistics.mean(values):{form}} ± {spread:.4f}"
 
 
 if __name__ == "__main__":

@@ -4,17 +4,20 @@
 
 TASK is `banking77` (77 intents of a bank's customers: FOLDER holds `banking77_train.jsonl` and `banking77_test.jsonl`,
 with `text` and `label` in each line), `digits-vit` or `digits-resnet` (scikit-learn's handwritten digits). A teacher is
-trained once. Then for each seed and size a student learns the same rows, with the teacher and alone (the control of the
-same run). Both are rounded to 8 bits without another training, and trained for some more steps in 4 bits, the taught
-one with its teacher. Each is exported for transformers and ONNX Runtime; accuracy is that of the receipts, of files
-that a fresh process has reloaded, on all test rows. Reports mean and standard deviation over seeds, whichever way they
-fall. With `--folder` runs are kept, and a command that was interrupted goes on when it is given again.
+trained once. Then for each seed and size a student learns the same rows from the same first weights, with the teacher
+and alone. For texts these are the teacher's and five rewritings of each, in which words are left out or exchanged: the
+teacher says what it makes of them, and the student that learns alone has the label of the original. Both students are
+rounded to 8 bits without another training, and trained for some more steps in 4 bits, the taught one with its teacher.
+Each is exported for transformers and ONNX Runtime; accuracy is that of the receipts, of files that a fresh process has
+reloaded, on all test rows. Reports mean and standard deviation over seeds, whichever way they fall; the teacher has one
+seed. With `--folder` runs are kept, and a command that was interrupted goes on when it is given again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 from pathlib import Path
@@ -28,6 +31,7 @@ from benchmarks.quickstart import machine, show
 from trainer.run.folder import RunFolder
 
 BERT = {"model_type": "bert", "max_position_embeddings": 64}
+TINY = BERT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # no room to memorize anything
 VIT = {"model_type": "vit", "patch_size": 2}
 RESNET = {"model_type": "resnet", "layer_type": "basic", "downsample_in_first_stage": False}
 # Dimensions by task: of the teacher, and of students of about a quarter, a tenth and a 25th of its bytes.
@@ -36,8 +40,8 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "teacher": BERT | {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6,
                            "intermediate_size": 384},
         "1/4": BERT | {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 192},
-        "1/10": BERT | {"hidden_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 88},
-        "1/25": BERT | {"hidden_size": 22, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 44}},
+        "1/10": TINY | {"hidden_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 88},
+        "1/25": TINY | {"hidden_size": 22, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 44}},
     "digits-vit": {
         "teacher": VIT | {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
                           "intermediate_size": 192},
@@ -49,6 +53,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "1/4": RESNET | {"embedding_size": 16, "hidden_sizes": [16, 48, 80], "depths": [1, 1, 1]},
         "1/10": RESNET | {"embedding_size": 16, "hidden_sizes": [16, 32, 48], "depths": [1, 1, 1]},
         "1/25": RESNET | {"embedding_size": 8, "hidden_sizes": [8, 20, 32], "depths": [1, 1, 1]}}}
+REWRITINGS = 5
 SIZES = ("1/4", "1/10", "1/25")
 BITS = {"fp32": None, "8 bits": {"method": "rtn", "bits": 8}, "4 bits": {"method": "qat", "bits": 4}}
 RUNTIMES = {"transformers": "student", "onnx": "student-onnx"}
@@ -74,8 +79,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--first-seed", type=int, default=0)
     made.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     made.add_argument("--teacher-steps", type=int, default=1500)
-    made.add_argument("--steps", type=int, default=1500, help="of a student")
-    made.add_argument("--more-steps", type=int, default=300, help="of a student in 4 bits")
+    made.add_argument("--steps", type=int, default=5000, help="of a student")
+    made.add_argument("--lr", type=float, default=3e-3, help="of a student; a quarter of it in 4 bits")
+    made.add_argument("--more-steps", type=int, default=200, help="of a student in 4 bits")
     made.add_argument("--batch", type=int, default=64, help="rows of a step")
     made.add_argument("--threads", type=int, help="of a run; by default one for each core")
     made.add_argument("--folder", type=Path, help="where runs are kept; by default they are removed")
@@ -91,13 +97,12 @@ def train_all(chosen: argparse.Namespace, room: Path) -> list[dict]:
     rows = [row("teacher", "teacher", "fp32", 0, run(chosen, room, "teacher", alone(chosen, room)))]
     for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
         for size in chosen.sizes:
-            name = f"{size.replace('/', '-')}-{seed}"
-            first = run(chosen, room, name, taught(chosen, room, seed, size))
-            origins = {"taught": first, "alone": RunFolder(first.control)}
-            for way, origin in origins.items():
+            for way in ("taught", "alone"):
+                name = f"{size.replace('/', '-')}-{way}-{seed}"
+                origin = run(chosen, room, name, student(chosen, room, seed, size, way))
                 for numbers, quantization in BITS.items():
                     folder = origin if quantization is None else run(
-                        chosen, room, f"{name}-{way}-{numbers[0]}",
+                        chosen, room, f"{name}-{numbers[0]}-bits",
                         again(chosen, room, seed, way, origin, quantization))
                     rows.append(row(size, way, numbers, seed, folder))
                     print(f"{size} {way} {numbers}, seed {seed}: {rows[-1]['accuracy']['transformers']:.2%}, "
@@ -127,14 +132,16 @@ def row(size: str, way: str, numbers: str, seed: int, folder: RunFolder) -> dict
 
 def alone(chosen: argparse.Namespace, room: Path) -> dict[str, Any]:
     """The teacher's own training."""
-    return {"student": {"architecture": SHAPES[chosen.task]["teacher"]}, **settings_of(chosen, room),
+    return {"student": {"architecture": SHAPES[chosen.task]["teacher"]},
+            **settings_of(chosen, room, {"train_vocabulary": 3000}),
             "training": training(chosen, chosen.teacher_steps), "report": {"control": False}}
 
 
-def taught(chosen: argparse.Namespace, room: Path, seed: int, size: str) -> dict[str, Any]:
-    """A student with its teacher, and its control."""
+def student(chosen: argparse.Namespace, room: Path, seed: int, size: str, way: str) -> dict[str, Any]:
+    """A student with its teacher, or alone."""
     return {"seed": seed, "student": {"architecture": SHAPES[chosen.task][size]}, **settings_of(chosen, room),
-            **by_teacher(room), "training": training(chosen, chosen.steps), "export": {"to": ["onnx"]}}
+            "optimizer": {"lr": chosen.lr}, **(by_teacher(room) if way == "taught" else {}),
+            "training": training(chosen, chosen.steps), "report": {"control": False}, "export": {"to": ["onnx"]}}
 
 
 def again(chosen: argparse.Namespace, room: Path, seed: int, way: str, origin: RunFolder,
@@ -142,11 +149,11 @@ def again(chosen: argparse.Namespace, room: Path, seed: int, way: str, origin: R
     """A trained student in fewer bits: rounded as it is, or trained on in them."""
     steps = 0 if quantization["method"] == "rtn" else chosen.more_steps
     values = settings_of(chosen, room)
-    values["optimizer"] = {"lr": values["optimizer"]["lr"] / 4}
+    values["optimizer"] = {"lr": chosen.lr / 4}
     teacher = by_teacher(room) if way == "taught" and steps else {}
     return {"seed": seed, "student": {"from_run": str(origin.path), "quantization": quantization | of_task(chosen)},
             **values, **teacher, "training": training(chosen, steps), "report": {"control": False},
-            "export": {"to": ["onnx"], "dtype": "bfloat16"}}
+            "export": {"to": ["onnx"]}}
 
 
 def of_task(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -157,22 +164,37 @@ def of_task(chosen: argparse.Namespace) -> dict[str, Any]:
 def by_teacher(room: Path) -> dict[str, Any]:
     """The teacher, whose scores are written once, and what its student minimizes."""
     return {"teacher": {"path": str(RunFolder(room / "teacher").student), "targets": {"source": "logits"}},
-            "objective": {"cross_entropy": 0.3, "divergence": {"weight": 0.7, "temperature": 2.0}}}
+            "objective": {"cross_entropy": 0.0, "divergence": {"weight": 1.0, "temperature": 2.0}}}
 
 
-def settings_of(chosen: argparse.Namespace, room: Path) -> dict[str, Any]:
-    """Data and learning rate."""
+def settings_of(chosen: argparse.Namespace, room: Path, tokenizer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Data and learning rate; texts with a tokenizer of their own, or else with the teacher's."""
     if chosen.task == "banking77":
-        known = RunFolder(room / "teacher").student / "tokenizer.json"
-        tokenizer = {"path": str(known.parent)} if known.exists() else {"train_vocabulary": 3000}
+        given = chosen.data / "banking77_train.jsonl"
         return {"optimizer": {"lr": 1e-3}, "data": {
-            "task": "sequence_classification", "path": str(chosen.data / "banking77_train.jsonl"),
+            "task": "sequence_classification", "path": str(given if tokenizer else rewritten(given, room)),
             "validation": {"path": str(chosen.data / "banking77_test.jsonl"), "rows": 4000}, "sequence_length": 32,
-            "tokenizer": tokenizer}}
+            "tokenizer": tokenizer or {"path": str(RunFolder(room / "teacher").student)}}}
     digits(room)
     return {"optimizer": {"lr": 2e-3}, "data": {
         "task": "image_classification", "path": str(room / "digits_train.npz"),
         "validation": {"path": str(room / "digits_test.npz"), "rows": 1000}, "images": {"size": 8, "channels": 1}}}
+
+
+def rewritten(given: Path, room: Path) -> Path:
+    """A file with the texts and five rewritings of each: one word of eight left out, one exchanged for any other."""
+    file, generator = room / "rewritten.jsonl", random.Random(0)
+    if file.exists():
+        return file
+    rows = [json.loads(line) for line in given.read_text().splitlines()]
+    words = [word for row in rows for word in row["text"].split()]
+    lines = list(rows)
+    for row in rows * REWRITINGS:
+        kept = [(word, generator.random()) for word in row["text"].split()]
+        text = [generator.choice(words) if drawn < 1 / 4 else word for word, drawn in kept if drawn > 1 / 8]
+        lines.append({"text": " ".join(text) or row["text"], "label": row["label"]})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
 
 
 def digits(room: Path) -> None:
@@ -215,8 +237,8 @@ def table(found: dict) -> str:
     """The table of a result."""
     every = found["summary"]
     teacher = next(one for one in every if one["size"] == "teacher")
-    lines = ["| student | learned | numbers | bytes | smaller | accuracy | beside the teacher | ONNX Runtime "
-             "| calibration error |", "|---|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [f"| {found['settings']['task']} | learned | numbers | bytes | smaller | accuracy | beside the teacher "
+             "| ONNX Runtime | calibration error |", "|---|---|---|---:|---:|---:|---:|---:|---:|"]
     for one in every:
         accuracy, onnx = one["accuracy"]["transformers"], one["accuracy"].get("onnx")
         spread = f" ± {one['spread']:.2%}" if one["seeds"] > 1 else ""
@@ -225,9 +247,10 @@ def table(found: dict) -> str:
             f"x{teacher['bytes_on_disk'] / one['bytes_on_disk']:.1f} | {accuracy:.2%}{spread} | "
             f"{100 * (accuracy - teacher['accuracy']['transformers']):+.2f} | "
             f"{'' if onnx is None else f'{onnx:.2%}'} | {one['calibration_error']:.2%} |")
-    unequal = sum(one["unequal"] for one in every)
+    unequal, seeds = sum(one["unequal"] for one in every), max(one["seeds"] for one in every)
+    said = "" if seeds == 1 else f"; ± is the standard deviation over {seeds} seeds, rows without it have one"
     lines.append(f"\nAccuracies of {'all files are equal' if not unequal else f'{unequal} files differ'} in both "
-                 f"runtimes; {every[1]['seeds'] if len(every) > 1 else 1} seeds.")
+                 f"runtimes{said}.")
     return "\n".join(lines)
 
 
