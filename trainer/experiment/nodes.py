@@ -138,7 +138,7 @@ class Training(Node):
     keep_checkpoints: Positive = 2
     """Checkpoints to keep; an older one is removed only after a newer one is safely written."""
     keep_best: Best | None = None
-    """Export the best evaluation by this held-out figure, or a task's, as in gsm8k.exact_match; null: the last step."""
+    """Export the best: accuracy, macro_f1, calibration_error, bits_per_byte, cross_entropy, TASK.METRIC; null: last."""
     early_stopping: Positive | None = None
     """End training after this many evaluations in a row that do not improve `keep_best`; null trains all steps."""
     min_delta: Weight | None = None
