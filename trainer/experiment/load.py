@@ -217,9 +217,11 @@ ELSEWHERE = {
 """What transformers, TRL and axolotl call it, and the key here."""
 ELSEWHERE_VALUES = {
     "text_classification": "sequence_classification", "sentiment_analysis": "sequence_classification",
+    "kl": "forward_kl", "kld": "forward_kl", "kl_divergence": "forward_kl", "kl_div": "forward_kl", "rkl": "reverse_kl",
+    "js": "jsd", "js_divergence": "jsd",
     "ner": "token_classification", "language_modeling": "causal_lm", "text_generation": "causal_lm",
 }
-"""What transformers calls a value, in lower case with underscores, and the value here."""
+"""What others call a value, in lower case with underscores, and the value here."""
 
 
 def _nearest_key(key: str, root: type[Node]) -> str:

@@ -26,6 +26,7 @@ def experiment(tmp_path):
 @pytest.mark.parametrize("task, key, parts", [
     ("sequence_clasification", None, ["data.task = 'sequence_clasification'", f"did you mean `{SEQUENCE}`?"]),
     ("text-classification", None, ["data.task = 'text-classification'", f"did you mean `{SEQUENCE}`?"]),
+    (SEQUENCE, "objective.divergence.name=KL", ["objective.divergence.name", "did you mean `forward_kl`?"]),
     ("text_generation", None, ["did you mean `causal_lm`?"]),
     (SEQUENCE, "metric_for_best_model=f1", ["no such key", "did you mean `training.keep_best`?"]),
     (SEQUENCE, "num_labels=4", ["no such key", "did you mean `data.class_names`?"]),
