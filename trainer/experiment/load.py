@@ -178,6 +178,9 @@ def _explain(entry: dict[str, Any], root: type[Node]) -> UserError:
         names = list(node.model_fields) if node else []
         path = "path" in names and isinstance(entry["input"], str)
         name = key.rpartition(".")[2]
+        if entry["input"] is None and "weight" in names:
+            return UserError(key, "it cannot be null", value=None,
+                             way_out=f"to go without, write {name}: {{weight: 0}}")
         return UserError(key, "expected keys of its own, not a single value", value=entry["input"],
                          way_out=f"write {'' if name.isdigit() else f'{name}: '}{{path: {entry['input']}}}" if path
                          else f"its keys are {', '.join(names)}")
