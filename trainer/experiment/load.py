@@ -178,6 +178,9 @@ def _explain(entry: dict[str, Any], root: type[Node]) -> UserError:
         names = list(node.model_fields) if node else []
         path = "path" in names and isinstance(entry["input"], str)
         name = key.rpartition(".")[2]
+        if entry["input"] is None and "weight" in names:
+            return UserError(key, "it cannot be null", value=None,
+                             way_out=f"to go without, write {name}: {{weight: 0}}")
         return UserError(key, "expected keys of its own, not a single value", value=entry["input"],
                          way_out=f"write {'' if name.isdigit() else f'{name}: '}{{path: {entry['input']}}}" if path
                          else f"its keys are {', '.join(names)}")
@@ -217,9 +220,11 @@ ELSEWHERE = {
 """What transformers, TRL and axolotl call it, and the key here."""
 ELSEWHERE_VALUES = {
     "text_classification": "sequence_classification", "sentiment_analysis": "sequence_classification",
+    "kl": "forward_kl", "kld": "forward_kl", "kl_divergence": "forward_kl", "kl_div": "forward_kl", "rkl": "reverse_kl",
+    "js": "jsd", "js_divergence": "jsd",
     "ner": "token_classification", "language_modeling": "causal_lm", "text_generation": "causal_lm",
 }
-"""What transformers calls a value, in lower case with underscores, and the value here."""
+"""What others call a value, in lower case with underscores, and the value here."""
 
 
 def _nearest_key(key: str, root: type[Node]) -> str:

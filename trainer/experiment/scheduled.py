@@ -18,10 +18,15 @@ def scheduled(number: Any) -> Any:
     share, one = TypeAdapter(Fraction), TypeAdapter(number)
 
     def read(value: Any) -> Any:
+        if isinstance(value, dict):
+            raise UserError("", "is no list of points [fraction of the run, number]", value=value, way_out=WAY_OUT)
         if not isinstance(value, (list, tuple)):
             return _valid(one, value)
         if not value or not all(isinstance(point, (list, tuple)) and len(point) == 2 for point in value):
             raise UserError("", "is no list of points [fraction of the run, number]", value=value, way_out=WAY_OUT)
+        if wrong := next((at for at, _ in value if isinstance(at, (int, float)) and not 0 <= at <= 1), None):
+            raise UserError("", f"the first number of a point is a fraction of the run, from 0 to 1, and {wrong:g} is "
+                            "none", value=value, way_out=f"{WAY_OUT}; for a step, its number divided by training.steps")
         points = tuple((_valid(share, at), _valid(one, to)) for at, to in value)
         shares = [at for at, _ in points]
         if shares[0] != 0 or shares != sorted(set(shares)):

@@ -136,7 +136,7 @@ def generate(asked: Generation) -> str:
         if mine:
             _finish(work, folder, identity)
     folder.clean()
-    return f"{asked.folder}: {described(folder.found)}"
+    return f"{asked.folder}: {described(folder.found)}{_left_out(folder.found)}"
 
 
 def _prepared(asked: Generation, cache: Path) -> _Work:
@@ -299,6 +299,20 @@ def _finish(work: _Work, folder: AnswerFolder, identity: dict[str, Any]) -> None
             "versions": {"limbeck": __version__, **{name: version(name) for name in LIBRARIES}}}
     folder.finish([work.prompts[one.prompt].with_answer(one.text) for one in kept],
                   _card(work, {**identity, **more}), more)
+
+
+def _left_out(found: dict[str, Any]) -> str:
+    """A line on answers that are not in the data set, with what would keep those that were cut off; "" without any."""
+    counts, decoding = found["counts"], found["decoding"]
+    left_out = counts["answers"] - counts["written"]
+    if not left_out:
+        return ""
+    cut = left_out - counts["empty"]
+    what = [f"{cut:,} were cut off at {decoding['new_tokens']:,} tokens"] * bool(cut) + \
+        [f"{counts['empty']:,} are empty"] * bool(counts["empty"])
+    return f"\n  {left_out:,} more are left out: {', '.join(what)}" + (
+        "\n  -> more --new-tokens let them end, and --unfinished keep takes them as they are; both in a new folder"
+        if cut else "")
 
 
 def _card(work: _Work, found: dict[str, Any]) -> str:

@@ -26,6 +26,8 @@ def experiment(tmp_path):
 @pytest.mark.parametrize("task, key, parts", [
     ("sequence_clasification", None, ["data.task = 'sequence_clasification'", f"did you mean `{SEQUENCE}`?"]),
     ("text-classification", None, ["data.task = 'text-classification'", f"did you mean `{SEQUENCE}`?"]),
+    (SEQUENCE, "objective.divergence.name=KL", ["objective.divergence.name", "did you mean `forward_kl`?"]),
+    (SEQUENCE, "objective.divergence=null", ["it cannot be null", "write divergence: {weight: 0}"]),
     ("text_generation", None, ["did you mean `causal_lm`?"]),
     (SEQUENCE, "metric_for_best_model=f1", ["no such key", "did you mean `training.keep_best`?"]),
     (SEQUENCE, "num_labels=4", ["no such key", "did you mean `data.class_names`?"]),
@@ -73,6 +75,7 @@ def test_what_only_a_teacher_of_text_can_do_is_refused(experiment):
 
 def test_the_ways_out_are_taken(experiment):
     assert experiment(SEQUENCE, "data.label=intent", "training.keep_best=macro_f1").data.read == ("text", "label")
+    assert experiment(SEQUENCE, "objective.divergence={weight: 0}").objective.divergence.weight == 0
     assert experiment(SEQUENCE, "data.text_pair=other", "export.to=[onnx]").data.read == ("text", "text_pair", "label")
     assert experiment(TOKEN, "data.words=tokens2").data.read == ("words", "label")
     assert experiment(IMAGE, "data.images={channels: 1, mean: [0.5]}").data.images.channels == 1

@@ -91,6 +91,9 @@ def test_greedy_answers_of_chats_are_what_the_teacher_says_alone(teacher, questi
         if out[-1] in ends and text.strip():
             expected.append({"messages": [*messages, {"role": "assistant", "content": text}]})
     assert of(folder) == expected and cut and expected, (cut, empty)
+    said = capsys.readouterr().out
+    assert f"  {24 - len(expected)} more are left out: {cut} were cut off at 12 tokens" in said
+    assert "--unfinished keep takes them as they are" in said and (f", {empty} are empty" in said) == (empty > 0)
     found = json.loads((folder / "provenance.json").read_text())
     assert found["counts"]["cut_off"] == cut and found["counts"]["empty"] == empty
     assert found["counts"]["written"] == len(expected) == 24 - found["counts"]["prompts_without_answer"]

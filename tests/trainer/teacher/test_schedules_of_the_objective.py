@@ -118,7 +118,8 @@ def test_what_an_earlier_version_cached_is_still_found(write_experiment):
 
 @pytest.mark.parametrize(("value", "problem"), [
     ([[0, 1], [0.5, -1]], "greater than or equal to 0"), ([[0.1, 1]], "the first is 0"), ([1, 2], "no list of points"),
-    ([[0, 1], [0.5, 1], [0.5, 2]], "fractions of a schedule rise"), ([[0, 1], [2, 1]], "less than or equal to 1"),
+    ([[0, 1], [0.5, 1], [0.5, 2]], "fractions of a schedule rise"), ([[0, 1], [20, 1]], "from 0 to 1, and 20 is none"),
+    ({"0": 3, "0.5": 0}, "no list of points"), ([[0, 1], [-0.5, 1]], "and -0.5 is none"),
     ([], "no list of points"), (-1, "greater than or equal to 0"), ("much", "valid number")])
 def test_a_schedule_that_is_none(value, problem):
     with pytest.raises(ValueError) as error:
