@@ -75,7 +75,7 @@ def test_every_student_is_an_experiment(questions, tmp_path):
             3, control.data, control.student, control.training), "the same student on the same tokens"
         assert experiment.objective.cross_entropy + experiment.objective.divergence.weight == 1
     sources = [experiment.teacher.targets.source for experiment in asked.values()]
-    assert sources == [*["live"] * 7, "hidden", "samples", "top_k"]
+    assert sources == [*["live"] * 8, "hidden", "samples", "top_k"]
     assert [name for name, experiment in asked.items() if experiment.objective.features is not None] == [
         "features", "kl_features_start", "jsd_features_start"]
 
@@ -128,7 +128,7 @@ def test_summary_compares_each_seed_with_its_own_control():
     assert found["jsd"]["saved"] == {"mean": pytest.approx(-0.1), "sd": pytest.approx(0.08**0.5)}
     assert found["no teacher"]["cross_entropy"] == {"mean": pytest.approx(3), "sd": pytest.approx(2**0.5)}
     said = students.table({"rows": rows, "summary": found, "settings": {"seeds": 2, "steps": 7}})
-    assert "| JSD | 1.6000 (0.9899) | 3.2000 (1.9799) | -0.1000 (0.2828) |" in said
+    assert "| JSD as it is | 1.6000 (0.9899) | 3.2000 (1.9799) | -0.1000 (0.2828) |" in said
     assert "2 seeds; 7 steps of a student that is 5.0 times smaller" in said
 
 

@@ -90,7 +90,7 @@ def test_the_best_by_a_task_is_exported_and_an_interruption_changes_nothing(trai
     assert list(curve) == [3, 6, 9, 12] and best < 12
     assert whole.exported == best and f"with the lowest bits per byte of other: {curve[best]:.4f}" in \
         capsys.readouterr().out
-    assert whole.judge(whole.student) == lines[best]
+    assert whole.evaluations.tasks(whole.student) == lines[best]
     train_here("parts", until=8, **settings)
     again = train_here("parts", **settings)
     assert {line["step"]: line["tasks"] for line in read_lines(again.folder.metrics) if "tasks" in line} == lines
