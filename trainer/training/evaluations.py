@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from trainer.distributed.rank_group import RankGroup
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.files import flatten
 from trainer.run.held_out import in_words, main_figure
-from trainer.run.metrics import Metrics, ProgressReporter
+from trainer.run.metrics import Metrics, ProgressReporter, read_lines
 from trainer.run.trackers import Trackers
 from trainer.run.working import working
 from trainer.training.cadence import Cadence
@@ -45,16 +46,17 @@ class Evaluations:
         """The kinds of evaluation that are due after the last step."""
         return [kind for kind, asked in ((HELD_OUT, cadence.evaluates), (TASKS, cadence.judges)) if asked(state)]
 
-    def interrupted(self, state: TrainState, cadence: Cadence, lines: list[dict]) -> list[str]:
+    def interrupted(self, state: TrainState, cadence: Cadence, file: Path) -> list[str]:
         """The kinds that were due when the run was interrupted: after the step was saved, before they were recorded.
 
         Args:
-            lines: those of metrics.jsonl, on the first process.
+            file: metrics.jsonl, which the first process reads if any was due.
         """
-        best, found = state.best, []
-        for kind in self.due(state, cadence):
+        best, due, found = state.best, self.due(state, cadence), []
+        lines = read_lines(file) if due and self.ranks.main else []
+        for kind in due:
             counted = best is None or best.of_task != (kind == TASKS) or best.evaluated == state.step
-            done = self.ranks.main and counted and any(line["step"] == state.step and kind in line for line in lines)
+            done = counted and any(line["step"] == state.step and kind in line for line in lines)
             if not any(self.ranks.gather_objects([done])):
                 found.append(kind)
         return found

@@ -40,7 +40,7 @@ from trainer.planning.exceeded import ways_out
 from trainer.planning.plan import Plan
 from trainer.planning.step_memory import without_gradient
 from trainer.run.folder import RunFolder
-from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak, read_lines
+from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak
 from trainer.run.pace import Pace
 from trainer.run.trackers import Trackers
 from trainer.run.working import noted, working
@@ -198,8 +198,8 @@ class TrainLoop:
         inputs, end = self.inputs(), rows_in_all(self.experiment.training, self.text)
         try:
             with signals.defer_signals(), self.ranks.watch.on():
-                lines = read_lines(self.folder.metrics) if self.ranks.main else []
-                self._evaluate(self.evaluations.interrupted(state, self.cadence, lines), metrics, progress)
+                cut_off = self.evaluations.interrupted(state, self.cadence, self.folder.metrics)
+                self._evaluate(cut_off, metrics, progress)
                 while not self.cadence.ends(state):
                     measured = None
                     if state.step == self._measured_at:
