@@ -9,6 +9,8 @@ from transformers import PretrainedConfig
 from strategies.pruning.structured.cut import Cut, kept_of
 from strategies.pruning.structured.meta_shapes import changed, refused, tensor_shapes
 
+KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+
 
 def head_counts(config: PretrainedConfig) -> tuple[int, int]:
     """Numbers of query heads and of key-value heads.
@@ -19,7 +21,10 @@ def head_counts(config: PretrainedConfig) -> tuple[int, int]:
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         raise refused(config, "heads")
-    return heads, getattr(config, "num_key_value_heads", None) or heads
+    shared = next((found for name in KV_HEADS if (found := getattr(config, name, None))), heads)
+    if heads % shared:
+        raise ValueError(f"heads: {heads} query heads do not share {shared} key-value heads evenly")
+    return heads, shared
 
 
 def head_numbers(config: PretrainedConfig, cut: Cut, heads: int, groups: int) -> tuple[int, int]:
@@ -54,8 +59,7 @@ def head_numbers(config: PretrainedConfig, cut: Cut, heads: int, groups: int) ->
 def with_heads(config: PretrainedConfig, heads: int, groups: int) -> PretrainedConfig:
     """Other numbers of heads of the same size."""
     values: dict[str, Any] = {"num_attention_heads": heads}
-    if getattr(config, "num_key_value_heads", None):
-        values["num_key_value_heads"] = groups
+    values |= {name: groups for name in KV_HEADS if getattr(config, name, None)}
     return changed(with_head_size(config), **values)
 
 

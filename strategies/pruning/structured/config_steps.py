@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import lcm
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -28,6 +29,7 @@ from strategies.pruning.structured.meta_shapes import (
 
 MLP = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim", "moe_intermediate_size",
        "shared_expert_intermediate_size")
+ALIGNED = 8  # channels of experts: products of all experts at once need rows of 16 bytes, in bf16 too
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "moe_k", "moe_top_k", "num_experts_per_token")
 
@@ -43,12 +45,14 @@ class Step:
         config: the configuration afterwards.
         before: number of units now, by name: heads, kv_heads, mlp, width, layers, experts.
         after: number of units that remain.
+        sets: how many sets of equal size the units form, each of which keeps as many: groups of experts.
     """
 
     kind: str
     config: PretrainedConfig
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
+    sets: int = 1
 
 
 def cut_config(config: PretrainedConfig, cut: Cut, fewer: Fewer | None = None) -> PretrainedConfig:
@@ -147,7 +151,11 @@ def _experts(config: PretrainedConfig, cut: Cut) -> list[Step]:
         raise ValueError(f"experts: {kept} of {count} remain, and each token is routed to {top_k}; use at least "
                          f"{top_k}")
     kept = feasible(config, "experts", cut.experts, kept, count, lambda number: changed(config, **{name: number}))
-    return [Step("experts", changed(config, **{name: kept}), {"experts": count}, {"experts": kept})]
+    sets = getattr(config, "n_group", None) or 1
+    if kept % sets:
+        raise ValueError(f"experts: {kept} of {count} cannot be shared evenly by the {sets} groups that experts are "
+                         f"routed in; use {max(1, kept // sets) * sets}")
+    return [Step("experts", changed(config, **{name: kept}), {"experts": count}, {"experts": kept}, sets)]
 
 
 # ---- attention heads
@@ -186,12 +194,23 @@ def _mlp(config: PretrainedConfig, cut: Cut) -> list[Step]:
     if len(names) > 1 and isinstance(cut.mlp, int):
         raise ValueError(f"mlp: feed-forward parts have several sizes ({', '.join(names)}), so that one count cannot "
                          "serve all; give a fraction")
+    multiple = _multiple(config, cut, "mlp", cut.mlp)
     for name, count in names.items():
-        kept = kept_of("mlp", cut.mlp, count, cut.multiple_of)
-        kept = feasible(config, "mlp", cut.mlp, kept, count, setting(config, name), cut.multiple_of)
+        kept = kept_of("mlp", cut.mlp, count, multiple)
+        kept = feasible(config, "mlp", cut.mlp, kept, count, setting(config, name), multiple)
         config = changed(config, **{name: kept})
         found.append(Step("mlp", config, {"mlp": count}, {"mlp": kept}))
     return found
+
+
+def _multiple(config: PretrainedConfig, cut: Cut, name: str, asked: float | int) -> int:
+    """What counts are multiples of: of a mixture of experts, `ALIGNED` too."""
+    if not any(isinstance(getattr(config, one, None), int) for one in EXPERTS):
+        return cut.multiple_of
+    if isinstance(asked, int) and asked % ALIGNED:
+        raise ValueError(f"{name}: {asked} channels of experts cannot be multiplied at once, which needs a multiple of "
+                         f"{ALIGNED}; use {max(1, asked // ALIGNED) * ALIGNED}")
+    return lcm(cut.multiple_of, ALIGNED)
 
 
 def mlp_sizes(config: PretrainedConfig) -> dict[str, int]:
@@ -220,12 +239,20 @@ def _width(config: PretrainedConfig, cut: Cut) -> list[Step]:
     if getattr(config, "num_attention_heads", None) and heads_make_width(config):
         return [_heads_and_width(config, cut, count)]
     pinned = changed(with_head_size(config), **mlp_sizes(config))
-    kept = kept_of("width", cut.width, count, cut.multiple_of)
-    kept = feasible(config, "width", cut.width, kept, count, setting(pinned, "hidden_size"), cut.multiple_of)
-    made = changed(pinned, hidden_size=kept)
+    multiple = _multiple(config, cut, "width", cut.width)
+    kept = kept_of("width", cut.width, count, multiple)
+    kept = feasible(config, "width", cut.width, kept, count, lambda number: _with_width(pinned, number), multiple)
+    made = _with_width(pinned, kept)
     if cut.width_by == "rotation":
         made = _rotated(config, made, count, kept)
     return [Step("width", made, {"width": count}, {"width": kept})]
+
+
+def _with_width(config: PretrainedConfig, width: int) -> PretrainedConfig:
+    """Another width, also of embeddings that are as wide."""
+    also = {name: width for name in ("word_embed_proj_dim", "embedding_size")
+            if getattr(config, name, None) == config.hidden_size}
+    return changed(config, hidden_size=width, **also)
 
 
 def _rotated(config: PretrainedConfig, made: PretrainedConfig, count: int, kept: int) -> PretrainedConfig:
@@ -253,7 +280,7 @@ def _heads_and_width(config: PretrainedConfig, cut: Cut, count: int) -> Step:
         raise ValueError(f"width: {cut.width} is not that of {left} heads of {size} channels each; use {left * size}, "
                          f"or `heads: {near}` with `width: {near * size}`")
     pinned = changed(config, **mlp_sizes(config))
-    made = changed(pinned, num_attention_heads=left, hidden_size=left * size)
+    made = changed(_with_width(pinned, left * size), num_attention_heads=left)
     tensor_shapes(made)
     return Step("heads+width", made, {"heads": heads, "kv_heads": heads, "width": count},
                 {"heads": left, "kv_heads": shared, "width": left * size})

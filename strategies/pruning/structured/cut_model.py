@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from strategies.common.blockwise_calibration import Batch, find_blocks
-from strategies.common.stored_weights import experts_of
 from strategies.pruning.structured.block_influence import block_influence, without_blocks
 from strategies.pruning.structured.channel_spaces import channel_spaces
 from strategies.pruning.structured.config_steps import Fewer, Step, fewer_layers, steps
@@ -19,7 +18,13 @@ from strategies.pruning.structured.layout_trials import settle_layouts
 from strategies.pruning.structured.meta_shapes import changed
 from strategies.pruning.structured.residual_rotation import norms_of, principal_components, rotate
 from strategies.pruning.structured.slicing import empty_model, move_weights, set_to_zero
-from strategies.pruning.structured.unit_scores import Importance, Loss, routed_weights, unit_scores
+from strategies.pruning.structured.unit_scores import (
+    Importance,
+    Loss,
+    holds_experts,
+    routed_weights,
+    unit_scores,
+)
 from strategies.pruning.structured.unit_spaces import Space, best, find_spaces
 
 EQUAL = 1e-5  # largest difference of logits, over the largest logit
@@ -121,7 +126,7 @@ class _Work:
             rows = self.batches if self.importance == "gradient" else self.inputs
             return unit_scores(model, spaces, rows, self.importance, self.loss)
         routed = routed_weights(model, self.inputs)
-        holders = {name for name, module in model.named_modules() if experts_of(module)}
+        holders = {name for name, module in model.named_modules() if holds_experts(module)}
         return [next(routed[holder] for holder in holders if any(
             site.name.startswith(f"{holder}.") for site in space.sites)) for space in spaces]
 

@@ -18,6 +18,7 @@ from strategies.pruning.structured.slicing import (
     norms_over_kept,
     set_to_zero,
 )
+from strategies.pruning.structured.unit_scores import experts_in_turn
 from strategies.pruning.structured.unit_spaces import Space
 
 
@@ -42,7 +43,8 @@ def cut_and_compare(model: nn.Module, step: Step, spaces: Sequence[Space], kept:
 @torch.no_grad()
 def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Logits of the tokens, rows or classes that count, in fp32."""
-    found = model(**batch).logits.float()
+    with experts_in_turn(model):
+        found = model(**batch).logits.float()
     mask = token_mask(batch)
     if mask is not None and found.ndim == 3 and found.shape[:2].numel() == len(mask):
         return found.flatten(0, 1)[mask]

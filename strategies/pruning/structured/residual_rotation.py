@@ -130,7 +130,7 @@ def _readers(model: nn.Module, space: Space, norms: dict[str, nn.Module], batch:
         values = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None)
         for leaf, weight in module.named_parameters(recurse=False):
             site = sites.get(f"{name}.{leaf}")
-            if site is None or values is None or weight.ndim < 2 or isinstance(module, nn.Embedding):
+            if site is None or values is None or leaf.endswith("bias") or isinstance(module, nn.Embedding):
                 continue
             before = next((norm for output, norm in made if output.data_ptr() == values.data_ptr()), None)
             if before is not None and site.dim == _input_dim(module, weight):
@@ -155,7 +155,8 @@ def _input_dim(module: nn.Module, weight: torch.Tensor) -> int:
 def _check_readers(model: nn.Module, sites: dict[str, Site], found: dict[str, str]) -> None:
     for name, site in sites.items():
         module, weight = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
-        reads = weight.ndim > 1 and not isinstance(module, nn.Embedding) and site.dim == _input_dim(module, weight)
+        reads = weight.ndim > 1 and not name.endswith("bias") and not isinstance(module, nn.Embedding) and \
+            site.dim == _input_dim(module, weight)
         if reads and name not in found:
             raise ValueError(f"width_by: {name} reads the residual stream without a norm before it, so that no "
                              "rotation leaves the model as it is; use selection")

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from strategies.common.blockwise_calibration import Batch, token_mask
-from strategies.common.stored_weights import experts_of
 from strategies.pruning.structured.unit_spaces import Site, Space
 from strategies.pruning.structured.weight_reads import WeightReads
 
@@ -141,7 +140,7 @@ def routed_weights(model: nn.Module, batches: Sequence[Batch]) -> dict[str, torc
         if len(args) != 3:
             raise ValueError(f"experts: {name} is not called with indices and weights")
         index, weights = (one if mask[0] is None or len(mask[0]) != len(one) else one[mask[0]] for one in args[1:])
-        count = next(iter(experts_of(module).values())).weight.shape[0]
+        count = next(one.shape[0] for one in module.parameters(recurse=False) if one.ndim == 3)
         if weights.shape != index.shape:  # a weight for every expert, most of them 0
             weights = weights.gather(-1, index)
         sums.setdefault(name, torch.zeros(count, dtype=torch.float64)).index_add_(
@@ -149,7 +148,7 @@ def routed_weights(model: nn.Module, batches: Sequence[Batch]) -> dict[str, torc
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if experts_of(module):
+            if holds_experts(module):
                 stack.enter_context(module.register_forward_pre_hook(
                     lambda module, args, name=name: hook(name, module, args)))
         for batch in batches:
@@ -158,10 +157,15 @@ def routed_weights(model: nn.Module, batches: Sequence[Batch]) -> dict[str, torc
     return sums
 
 
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a transformers module holds all experts of a block, in weights (experts, ..., ...)."""
+    return hasattr(module, "is_transposed") and any(one.ndim == 3 for one in module.parameters(recurse=False))
+
+
 @contextmanager
 def experts_in_turn(model: nn.Module) -> Iterator[None]:
     """Within the context, experts run one after another, each multiplying with its own weights."""
-    before = model.get_experts_implementation() if any(experts_of(one) for one in model.modules()) else None
+    before = model.get_experts_implementation() if any(holds_experts(one) for one in model.modules()) else None
     if before is None:
         yield
         return
@@ -182,6 +186,6 @@ def padding_hidden_from_experts(model: nn.Module, mask: list[torch.Tensor | None
 
     with ExitStack() as stack:
         for module in model.modules():
-            if experts_of(module):
+            if holds_experts(module):
                 stack.enter_context(module.register_forward_pre_hook(hook))
         yield

@@ -54,12 +54,12 @@ Owners = list[tuple[str, torch.Tensor]]  # the unit of each index, by what it be
 Layouts = Mapping[str, int]  # for a kind of tensor that may be laid out in several ways, the way to take
 
 
-def best(count: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Keep the units with the highest scores; the first of equal ones."""
+def best(count: int, sets: int = 1) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Keep the units with the highest scores, the same number in each of some equal sets; the first of equal ones."""
     def choose(scores: torch.Tensor) -> torch.Tensor:
-        kept = torch.zeros(len(scores), dtype=torch.bool)
-        kept[scores.argsort(descending=True, stable=True)[:count]] = True
-        return kept
+        ordered = scores.view(sets, -1).argsort(dim=1, descending=True, stable=True)
+        kept = torch.zeros(sets, len(scores) // sets, dtype=torch.bool)
+        return kept.scatter_(1, ordered[:, :count // sets], True).flatten()
 
     return choose
 
@@ -115,11 +115,12 @@ def find_spaces(before: PretrainedConfig, step: Step, layouts: Layouts) -> list[
     """
     spaces: dict[str, Space] = {}
     shapes = tensor_shapes(before)
+    stacks = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 3}  # modules of all experts
     for name, dims in changed_dims(before, step.config).items():
         for dim, old, new in dims:
             ways = owners(before, step, name, dim, old, new)
             what, owner = ways[min(layouts.get(pattern(name), 0), len(ways) - 1)]
-            stacked = what == "mlp" and len(shapes[name]) == 3
+            stacked = what == "mlp" and name.rpartition(".")[0] in stacks
             for part in range(shapes[name][0]) if stacked else (None,):
                 label = what if what == "width" else f"{what} {block_of(name)}".rstrip()
                 label += "" if part is None else f" expert {part}"
@@ -133,7 +134,7 @@ def _space(label: str, what: str, step: Step) -> Space:
         heads, groups = step.before["heads"], step.before["kv_heads"]
         choose = best_heads(heads, groups, step.after["heads"], step.after["kv_heads"])
         return Space(label, heads + groups, choose)
-    return Space(label, step.before[what], best(step.after[what]))
+    return Space(label, step.before[what], best(step.after[what], step.sets))
 
 
 def ambiguous(before: PretrainedConfig, step: Step) -> dict[str, int]:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 See = Callable[[str, int | None, int, torch.Tensor, Any], Any]
+PRODUCTS: dict[Any, tuple[int, int]] = {  # places of the inputs and of the weight among the arguments
+    nn.functional.linear: (0, 1), torch.conv2d: (0, 1), torch.addmm: (1, 2), torch.matmul: (0, 1),
+    torch.Tensor.matmul: (0, 1), torch.Tensor.__matmul__: (0, 1)}
+
+
+class _View(NamedTuple):
+    """A weight, one expert of it, or its transpose."""
+
+    name: str
+    part: int | None = None
+    turned: bool = False
 
 
 class WeightReads(TorchFunctionMode):
@@ -24,36 +35,38 @@ class WeightReads(TorchFunctionMode):
         super().__init__()
         self._names = {id(weight): name for name, weight in model.named_parameters()}
         self._see = see
-        self._experts: dict[int, tuple[torch.Tensor, str, int]] = {}  # slices of stacked experts that were taken last
+        self._views: dict[int, tuple[torch.Tensor, _View]] = {}  # the last ones; held, so that ids are not reused
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func is torch.Tensor.__getitem__:
+        if func in (torch.Tensor.__getitem__, torch.Tensor.T.__get__):
             self._remember(args, output)
             return output
-        place = {nn.functional.linear: (0, 1), torch.addmm: (1, 2), torch.conv2d: (0, 1)}.get(func)
-        if place is None or len(args) <= place[1]:
+        first, second = PRODUCTS.get(func, (0, len(args)))
+        view = self._view(args[second]) if second < len(args) else None
+        if view is None:
             return output
-        inputs, weight = args[place[0]], args[place[1]]
-        name, part = self._weight(weight)
-        if name is None:
-            return output
-        dim = 0 if func is torch.addmm else 1 if func is torch.conv2d else weight.ndim - 1
+        inputs, weight = args[first], args[second]
         if func is torch.conv2d and weight.shape[1] != inputs.shape[1]:
             return output  # by groups: channels are not summed over
-        seen = self._see(name, part, dim if part is None else dim + 1, inputs, output)
+        dim = 1 if func in (nn.functional.linear, torch.conv2d) else 0
+        if view.turned:
+            dim = 1 - dim
+        seen = self._see(view.name, view.part, dim if view.part is None else dim + 1, inputs, output)
         return output if seen is None else seen
 
     def _remember(self, args: tuple, output: Any) -> None:
-        """A slice of a weight that stacks experts, of the expert that it is of."""
-        name, index = self._names.get(id(args[0])), args[1]
-        if name is not None and args[0].ndim == 3 and not isinstance(index, (slice, tuple)):
-            if len(self._experts) > 8:
-                self._experts.clear()
-            self._experts[id(output)] = (output, name, int(index))
+        """A transposed weight, or a slice of one expert of a weight that stacks them."""
+        name = self._names.get(id(args[0]))
+        if name is None or len(args) > 1 and (args[0].ndim != 3 or isinstance(args[1], (slice, tuple))):
+            return
+        if len(self._views) > 8:
+            self._views.clear()
+        self._views[id(output)] = (output, _View(name, int(args[1]) if len(args) > 1 else None, len(args) == 1))
 
-    def _weight(self, weight: torch.Tensor) -> tuple[str | None, int | None]:
-        if id(weight) in self._experts:
-            return self._experts[id(weight)][1:]
-        return self._names.get(id(weight)), None
+    def _view(self, weight: Any) -> _View | None:
+        if id(weight) in self._views:
+            return self._views[id(weight)][1]
+        name = self._names.get(id(weight))
+        return None if name is None else _View(name)
