@@ -28,8 +28,8 @@ from strategies.pruning.structured.unit_scores import (
 from strategies.pruning.structured.unit_spaces import Space, best, find_spaces
 
 EQUAL = 1e-5  # largest difference of logits, over the largest logit
-ROTATED = 1e-3  # the same for a rotation of fp32 weights, which is exact only in exact arithmetic
-COMPARED = 4  # most rows that both are run on
+ROTATED = 1e-3  # the same for a rotation, whose weights are rounded to fp32
+COMPARED, TOKENS = 4, 128  # most rows, and tokens of each, that both are run on
 NOT_INPUTS = ("labels", "targets")
 
 
@@ -83,8 +83,7 @@ class _Work:
                  fewer: Fewer) -> None:
         self.batches, self.inputs, self.loss = batches, inputs, loss
         self.importance, self.fewer = importance, fewer
-        self.shown = {name: value[:COMPARED] if isinstance(value, torch.Tensor) else value
-                      for name, value in inputs[0].items()}
+        self.shown = _shown(inputs[0])
 
     def carried_out(self, model: nn.Module, step: Step, rotated: bool) -> tuple[nn.Module, dict[str, Any]]:
         """The model after a step, and the record of it."""
@@ -105,8 +104,7 @@ class _Work:
         scores = block_influence(model, self.inputs)
         mask = best(step.after["layers"])(scores)
         kept = tuple(mask.nonzero().flatten().tolist())
-        with without_blocks(model, kept, self.shown):
-            expected = logits(model, self.shown)
+        expected = logits(model, self.shown, without_blocks(model, kept, self.shown))
         model = without_layers(model, kept, self.fewer)
         return model, {"layers": _described(mask, scores)}, difference(expected, logits(model, self.shown))
 
@@ -151,6 +149,20 @@ class _Work:
             nn.init.constant_(smaller.get_parameter(f"{name}.weight"), (count / kept) ** 0.5)
         return smaller, {"width": {"kept": list(range(kept)), "scores": _rounded(share), "untied": tied,
                                    "rotation": turned}}, difference(expected, logits(smaller, self.shown))
+
+
+def _shown(batch: Batch) -> Batch:
+    """The first rows and tokens, on which both models are run."""
+    ids = batch.get("input_ids")
+    length = 0 if ids is None else ids.shape[1]
+
+    def first(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        rows = value[:COMPARED]
+        return rows[:, :TOKENS] if length and rows.ndim > 1 and rows.shape[1] == length else rows
+
+    return {name: first(value) for name, value in batch.items()}
 
 
 def without_layers(model: nn.Module, kept: tuple[int, ...], fewer: Fewer) -> nn.Module:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from strategies.common.blockwise_calibration import Batch, token_mask
 from strategies.pruning.structured.config_steps import Step
+from strategies.pruning.structured.double_precision import DoublePrecision, doubled
 from strategies.pruning.structured.slicing import (
     Kept,
     empty_model,
@@ -29,22 +30,21 @@ def cut_and_compare(model: nn.Module, step: Step, spaces: Sequence[Space], kept:
     The weights of the whole model move to the smaller one.
     """
     smaller = empty_model(model, step.config)
-    with ExitStack() as stack:
-        if step.kind == "experts":
-            stack.enter_context(experts_left_out(model, spaces, kept))
-        else:
-            stack.enter_context(norms_over_kept(model, smaller, spaces, kept))
-            set_to_zero(model, spaces, kept)
-        expected = logits(model, batch)
+    if step.kind == "experts":
+        context = experts_left_out(model, spaces, kept)
+    else:
+        context = norms_over_kept(model, smaller, spaces, kept)
+        set_to_zero(model, spaces, kept)
+    expected = logits(model, batch, context)
     move_weights(model, smaller, spaces, kept)
     return smaller, difference(expected, logits(smaller, batch))
 
 
 @torch.no_grad()
-def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Logits of the tokens, rows or classes that count, in fp32."""
-    with experts_in_turn(model):
-        found = model(**batch).logits.float()
+def logits(model: nn.Module, batch: Batch, context: AbstractContextManager | None = None) -> torch.Tensor:
+    """Logits of the tokens, rows or classes that count, computed in float64, with the model within a context."""
+    with DoublePrecision(), experts_in_turn(model), context or nullcontext():
+        found = model(**doubled(batch)).logits
     mask = token_mask(batch)
     if mask is not None and found.ndim == 3 and found.shape[:2].numel() == len(mask):
         return found.flatten(0, 1)[mask]
