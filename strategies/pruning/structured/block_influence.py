@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.common.blockwise_calibration import Batch, find_blocks, token_mask
+from strategies.common.blockwise_calibration import Batch, find_blocks
+from strategies.pruning.structured.calibration_rows import counted, inputs_of, only_counted
 
 
 @torch.no_grad()
@@ -28,8 +29,7 @@ def block_influence(model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
     def hook(number: int, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         before, after = _hidden(args, kwargs), output if isinstance(output, torch.Tensor) else output[0]
         similar = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).flatten()
-        if mask[0] is not None and len(mask[0]) == len(similar):
-            similar = similar[mask[0]]
+        similar = only_counted(similar, mask[0])
         sums[number] += (1 - similar.double()).sum().cpu()
         tokens[number] += len(similar)
 
@@ -38,8 +38,8 @@ def block_influence(model: nn.Module, batches: Sequence[Batch]) -> torch.Tensor:
             stack.enter_context(block.register_forward_hook(
                 lambda _, args, kwargs, output, number=number: hook(number, args, kwargs, output), with_kwargs=True))
         for batch in batches:
-            mask[0] = token_mask(batch)
-            model(**batch)
+            mask[0] = counted(batch)
+            model(**inputs_of(batch))
     found = sums / torch.tensor(tokens)
     if not found.isfinite().all():
         raise ValueError("layers: hidden states on the calibration rows are not finite, or there is no token")
@@ -53,7 +53,7 @@ def without_blocks(model: nn.Module, kept: Sequence[int], batch: Batch) -> Itera
     form: list[bool] = []
     handle = blocks[0].register_forward_hook(lambda _, __, output: form.append(isinstance(output, tuple)))
     with torch.no_grad():
-        model(**batch)
+        model(**inputs_of(batch))
     handle.remove()
 
     def passing(*args: Any, **kwargs: Any) -> Any:

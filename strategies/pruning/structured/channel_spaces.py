@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
 from strategies.common.blockwise_calibration import Batch
+from strategies.pruning.structured.calibration_rows import inputs_of
 from strategies.pruning.structured.config_steps import Step
 from strategies.pruning.structured.unit_spaces import Site, Space, best, changed_dims
 
@@ -96,7 +97,7 @@ def channel_spaces(model: nn.Module, before: PretrainedConfig, step: Step, batch
     Raises:
         ValueError: a dimension changes that no channel was followed to, or joined ones change differently.
     """
-    first = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    first = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in inputs_of(batch).items()}
     with _Followed(model) as followed:
         model(**first)
     groups: dict[Dim, list[tuple[str, int, int, int]]] = defaultdict(list)

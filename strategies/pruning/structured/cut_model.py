@@ -10,6 +10,7 @@ from torch import nn
 
 from strategies.common.blockwise_calibration import Batch, find_blocks
 from strategies.pruning.structured.block_influence import block_influence, without_blocks
+from strategies.pruning.structured.calibration_rows import compared
 from strategies.pruning.structured.channel_spaces import channel_spaces
 from strategies.pruning.structured.config_steps import Fewer, Step, fewer_layers, steps
 from strategies.pruning.structured.cut import ORDER, Cut
@@ -29,8 +30,6 @@ from strategies.pruning.structured.unit_spaces import Space, best, find_spaces
 
 EQUAL = 1e-5  # largest difference of logits, over the largest logit
 ROTATED = 1e-3  # the same for a rotation, whose weights are rounded to fp32
-COMPARED, TOKENS = 4, 128  # most rows, and tokens of each, that both are run on
-NOT_INPUTS = ("labels", "targets")
 
 
 def cut_model(model: nn.Module, cut: Cut, batches: Sequence[Batch], loss: Loss | None = None,
@@ -45,8 +44,9 @@ def cut_model(model: nn.Module, cut: Cut, batches: Sequence[Batch], loss: Loss |
 
     Args:
         model: a transformers model in fp32, on one device.
-        batches: calibration rows as keyword arguments of the model, with masks. Padding does not count.
-        loss: for `gradient`, the loss of the model on a batch; batches may hold `labels` and `targets` for it.
+        batches: calibration rows as keyword arguments of the model, with masks; padding does not count. They may also
+            have `labels` or `targets` for the loss, and `counted` (rows, tokens), False for padding without a mask.
+        loss: for `gradient`, the loss of the model on a batch.
         fewer: gives a configuration with some of the layers; see `cut_config`.
 
     Returns:
@@ -60,12 +60,11 @@ def cut_model(model: nn.Module, cut: Cut, batches: Sequence[Batch], loss: Loss |
         raise ValueError("a cut needs calibration rows")
     if importance == "gradient" and loss is None:
         raise ValueError("importance 'gradient' needs a loss")
-    inputs = [{name: value for name, value in batch.items() if name not in NOT_INPUTS} for batch in batches]
     training, cache = model.training, getattr(model.config, "use_cache", None)
     model.eval()
     model.config.use_cache, model.config.architectures = False, [type(model).__name__]
     record: dict[str, Any] = {"importance": importance, "before": _size(model), "steps": []}
-    work = _Work(list(batches), inputs, loss, importance, fewer or fewer_layers)
+    work = _Work(list(batches), loss, importance, fewer or fewer_layers)
     for kind in ORDER:
         for step in steps(kind, model.config, cut, work.fewer):
             model, found = work.carried_out(model, step, cut.width_by == "rotation" and kind == "width")
@@ -77,13 +76,11 @@ def cut_model(model: nn.Module, cut: Cut, batches: Sequence[Batch], loss: Loss |
 
 
 class _Work:
-    """What every step needs: calibration rows with targets, as inputs alone, and how units are scored."""
+    """What every step needs: calibration rows, those that models are compared on, and how units are scored."""
 
-    def __init__(self, batches: list[Batch], inputs: list[Batch], loss: Loss | None, importance: Importance,
-                 fewer: Fewer) -> None:
-        self.batches, self.inputs, self.loss = batches, inputs, loss
-        self.importance, self.fewer = importance, fewer
-        self.shown = _shown(inputs[0])
+    def __init__(self, batches: list[Batch], loss: Loss | None, importance: Importance, fewer: Fewer) -> None:
+        self.batches, self.loss, self.importance, self.fewer = batches, loss, importance, fewer
+        self.shown = compared(batches[0])
 
     def carried_out(self, model: nn.Module, step: Step, rotated: bool) -> tuple[nn.Module, dict[str, Any]]:
         """The model after a step, and the record of it."""
@@ -101,7 +98,7 @@ class _Work:
                        "difference": off, "before": before, "after": _size(model)}
 
     def _layers(self, model: nn.Module, step: Step) -> tuple[nn.Module, dict[str, Any], float]:
-        scores = block_influence(model, self.inputs)
+        scores = block_influence(model, self.batches)
         mask = best(step.after["layers"])(scores)
         kept = tuple(mask.nonzero().flatten().tolist())
         expected = logits(model, self.shown, without_blocks(model, kept, self.shown))
@@ -121,9 +118,8 @@ class _Work:
 
     def _scores(self, model: nn.Module, spaces: list[Space], step: Step) -> list[torch.Tensor]:
         if step.kind != "experts" or self.importance != "activations":
-            rows = self.batches if self.importance == "gradient" else self.inputs
-            return unit_scores(model, spaces, rows, self.importance, self.loss)
-        routed = routed_weights(model, self.inputs)
+            return unit_scores(model, spaces, self.batches, self.importance, self.loss)
+        routed = routed_weights(model, self.batches)
         holders = {name for name, module in model.named_modules() if holds_experts(module)}
         return [next(routed[holder] for holder in holders if any(
             site.name.startswith(f"{holder}.") for site in space.sites)) for space in spaces]
@@ -133,7 +129,7 @@ class _Work:
         norms = norms_of(model, space)
         tied = bool(getattr(model.config, "tie_word_embeddings", False))
         expected = logits(model, self.shown)
-        basis, share = principal_components(model, norms, self.inputs)
+        basis, share = principal_components(model, norms, self.batches)
         rotate(model, space, norms, basis, self.shown)
         turned = difference(expected, logits(model, self.shown))
         if not turned <= ROTATED:
@@ -149,20 +145,6 @@ class _Work:
             nn.init.constant_(smaller.get_parameter(f"{name}.weight"), (count / kept) ** 0.5)
         return smaller, {"width": {"kept": list(range(kept)), "scores": _rounded(share), "untied": tied,
                                    "rotation": turned}}, difference(expected, logits(smaller, self.shown))
-
-
-def _shown(batch: Batch) -> Batch:
-    """The first rows and tokens, on which both models are run."""
-    ids = batch.get("input_ids")
-    length = 0 if ids is None else ids.shape[1]
-
-    def first(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        rows = value[:COMPARED]
-        return rows[:, :TOKENS] if length and rows.ndim > 1 and rows.shape[1] == length else rows
-
-    return {name: first(value) for name, value in batch.items()}
 
 
 def without_layers(model: nn.Module, kept: tuple[int, ...], fewer: Fewer) -> nn.Module:

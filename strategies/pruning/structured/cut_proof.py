@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from strategies.common.blockwise_calibration import Batch, token_mask
+from strategies.common.blockwise_calibration import Batch
+from strategies.pruning.structured.calibration_rows import counted, inputs_of
 from strategies.pruning.structured.config_steps import Step
 from strategies.pruning.structured.double_precision import DoublePrecision, doubled
 from strategies.pruning.structured.slicing import (
@@ -44,8 +45,8 @@ def cut_and_compare(model: nn.Module, step: Step, spaces: Sequence[Space], kept:
 def logits(model: nn.Module, batch: Batch, context: AbstractContextManager | None = None) -> torch.Tensor:
     """Logits of the tokens, rows or classes that count, computed in float64, with the model within a context."""
     with DoublePrecision(), experts_in_turn(model), context or nullcontext():
-        found = model(**doubled(batch)).logits
-    mask = token_mask(batch)
+        found = model(**doubled(inputs_of(batch))).logits
+    mask = counted(batch)
     if mask is not None and found.ndim == 3 and found.shape[:2].numel() == len(mask):
         return found.flatten(0, 1)[mask]
     return found

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from strategies.common.blockwise_calibration import Batch, token_mask
+from strategies.common.blockwise_calibration import Batch
+from strategies.pruning.structured.calibration_rows import counted, inputs_of, only_counted
 from strategies.pruning.structured.unit_spaces import Site, Space
 
 EQUAL = 1e-4  # largest difference of a norm from an RMS norm, over its largest output
@@ -62,18 +63,15 @@ def principal_components(model: nn.Module, norms: dict[str, nn.Module], batches:
     mask: list[torch.Tensor | None] = [None]
 
     def hook(module: nn.Module, args: tuple) -> None:
-        rows = args[0].reshape(-1, width)
-        if mask[0] is not None and len(mask[0]) == len(rows):
-            rows = rows[mask[0]]
-        rows = nn.functional.normalize(rows.float(), dim=-1)
+        rows = nn.functional.normalize(only_counted(args[0].reshape(-1, width), mask[0]).float(), dim=-1)
         moment.add_((rows.T @ rows).double().cpu())
 
     with ExitStack() as stack:
         for norm in norms.values():
             stack.enter_context(norm.register_forward_pre_hook(hook))
         for batch in batches:
-            mask[0] = token_mask(batch)
-            model(**batch)
+            mask[0] = counted(batch)
+            model(**inputs_of(batch))
     values, vectors = torch.linalg.eigh(moment)
     if not values.isfinite().all():
         raise ValueError("what enters the norms on the calibration rows is not finite")
@@ -143,7 +141,7 @@ def _readers(model: nn.Module, space: Space, norms: dict[str, nn.Module], batch:
             elif any(module.named_parameters(recurse=False)):
                 stack.enter_context(module.register_forward_pre_hook(
                     lambda module, args, kwargs, name=name: read(name, module, args, kwargs), with_kwargs=True))
-        model(**batch)
+        model(**inputs_of(batch))
     _check_readers(model, sites, found)
     return found
 

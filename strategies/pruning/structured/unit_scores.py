@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from strategies.common.blockwise_calibration import Batch, token_mask
+from strategies.common.blockwise_calibration import Batch
+from strategies.pruning.structured.calibration_rows import counted, inputs_of, only_counted
 from strategies.pruning.structured.unit_spaces import Site, Space
 from strategies.pruning.structured.weight_reads import WeightReads
 
@@ -81,16 +82,14 @@ def _input_squares(model: nn.Module, spaces: Sequence[Space], batches: Sequence[
                 return
             part = None
         rows = inputs.transpose(1, -1) if inputs.ndim == 4 else inputs
-        rows = rows.reshape(-1, rows.shape[-1]).float()
-        if mask[0] is not None and len(mask[0]) == len(rows):
-            rows = rows[mask[0]]
+        rows = only_counted(rows.reshape(-1, rows.shape[-1]).float(), mask[0])
         key = (name, part, dim)
         sums[key] = sums.get(key, 0) + rows.square().sum(0).double()
 
     with experts_in_turn(model), padding_hidden_from_experts(model, mask), WeightReads(model, see):
         for batch in batches:
-            mask[0] = token_mask(batch)
-            model(**batch)
+            mask[0] = counted(batch)
+            model(**inputs_of(batch))
     read = {(name, dim) for name, _, dim in sums}
     for space in spaces:
         for site in space.sites:
@@ -139,7 +138,7 @@ def routed_weights(model: nn.Module, batches: Sequence[Batch]) -> dict[str, torc
     def hook(name: str, module: nn.Module, args: tuple) -> None:
         if len(args) != 3:
             raise ValueError(f"experts: {name} is not called with indices and weights")
-        index, weights = (one if mask[0] is None or len(mask[0]) != len(one) else one[mask[0]] for one in args[1:])
+        index, weights = (only_counted(one, mask[0]) for one in args[1:])
         count = next(one.shape[0] for one in module.parameters(recurse=False) if one.ndim == 3)
         if weights.shape != index.shape:  # a weight for every expert, most of them 0
             weights = weights.gather(-1, index)
@@ -152,8 +151,8 @@ def routed_weights(model: nn.Module, batches: Sequence[Batch]) -> dict[str, torc
                 stack.enter_context(module.register_forward_pre_hook(
                     lambda module, args, name=name: hook(name, module, args)))
         for batch in batches:
-            mask[0] = token_mask(batch)
-            model(**batch)
+            mask[0] = counted(batch)
+            model(**inputs_of(batch))
     return sums
 
 
