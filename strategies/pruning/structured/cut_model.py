@@ -113,8 +113,14 @@ class _Work:
         scores = self._scores(model, spaces, step)
         kept = [space.choose(one) for space, one in zip(spaces, scores, strict=True)]
         smaller, off = cut_and_compare(model, step, spaces, kept, self.shown)
-        return smaller, {space.label: _described(mask, one) for space, mask, one in zip(
-            spaces, kept, scores, strict=True)}, off
+        units: dict[str, Any] = {}
+        for space, mask, one in zip(spaces, kept, scores, strict=True):
+            heads = step.before["heads"] if space.label.startswith("heads") else space.units
+            units[space.label] = _described(mask[:heads], one[:heads])
+            if heads < space.units:
+                units[f"kv_{space.label}"] = _described(mask[heads:], one[heads:] + one[:heads].view(
+                    space.units - heads, -1).sum(1))
+        return smaller, units, off
 
     def _scores(self, model: nn.Module, spaces: list[Space], step: Step) -> list[torch.Tensor]:
         if step.kind != "experts" or self.importance != "activations":
