@@ -56,6 +56,14 @@ def head_numbers(config: PretrainedConfig, cut: Cut, heads: int, groups: int) ->
     return inside * shared, shared
 
 
+def head_choices(config: PretrainedConfig, cut: Cut, shared: int) -> list[tuple[int, int]]:
+    """Numbers of query and key-value heads that a cut of the same kind could leave, with `shared` key-value heads."""
+    heads, groups = head_counts(config)
+    if cut.heads is None or groups == heads:
+        return [(number * (heads // groups), number) for number in range(1, groups)]
+    return [(number * shared, shared) for number in range(1, heads // groups + (shared < groups))]
+
+
 def with_heads(config: PretrainedConfig, heads: int, groups: int) -> PretrainedConfig:
     """Other numbers of heads of the same size."""
     values: dict[str, Any] = {"num_attention_heads": heads}

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from strategies.pruning.structured.attention_heads import (
+    head_choices,
     head_counts,
     head_numbers,
     heads_make_width,
@@ -21,7 +22,6 @@ from strategies.pruning.structured.meta_shapes import (
     builds,
     changed,
     feasible,
-    nearest,
     refused,
     setting,
     tensor_shapes,
@@ -171,15 +171,28 @@ def _heads(config: PretrainedConfig, cut: Cut) -> list[Step]:
             raise ValueError(f"heads: the width of a {config.model_type} model is that of its heads, {size} channels "
                              f"each, so that both are cut together; give `width: {left * size}` too")
         return []  # together with the width
-    made = with_heads(config, left, shared)
+    left, shared = _possible_heads(config, cut, left, shared)
+    return [Step("heads", with_heads(config, left, shared), {"heads": heads, "kv_heads": groups},
+                 {"heads": left, "kv_heads": shared})]
+
+
+def _possible_heads(config: PretrainedConfig, cut: Cut, left: int, shared: int) -> tuple[int, int]:
+    """These numbers of query and key-value heads, or for a fraction the nearest with which the model can be built.
+
+    Raises:
+        ValueError: it cannot be built with numbers that were asked for.
+    """
     try:
-        tensor_shapes(made)
+        tensor_shapes(with_heads(config, left, shared))
+        return left, shared
     except ValueError as error:
-        other = nearest(left, heads, lambda number: number % shared == 0 and builds(
-            with_heads(config, number, shared)))
-        raise ValueError(f"heads: {left} of {heads} is no {config.model_type} model ({error})"
-                         + (f"; the nearest that is: {other}" if other else "")) from error
-    return [Step("heads", made, {"heads": heads, "kv_heads": groups}, {"heads": left, "kv_heads": shared})]
+        choices = sorted(head_choices(config, cut, shared), key=lambda one: (abs(one[0] - left), one))
+        found = next((one for one in choices if builds(with_heads(config, *one))), None)
+        name = "kv_heads" if cut.heads is None else "heads"
+        if found is not None and not isinstance(getattr(cut, name), int):
+            return found
+        raise ValueError(f"{name}: {left} query and {shared} key-value heads are no {config.model_type} model ({error})"
+                         + (f"; the nearest that are: {found[0]} and {found[1]}" if found else "")) from error
 
 
 # ---- feed-forward channels
