@@ -344,7 +344,8 @@ class Experiment(Node):
         if not self.student.is_cut:
             return self
         return self.model_copy(update={"student": self.student.model_copy(update={
-            "path": str(folder), "revision": None, "architecture": None, "from_teacher": None, "from_run": None})})
+            "path": str(folder), "revision": None, "architecture": None, "from_teacher": None, "from_run": None,
+            "prune": None})})
 
     def as_teacher(self, folder: str) -> Experiment:
         """The experiment that trains this one's teacher: same data, full precision, and no teacher of its own."""

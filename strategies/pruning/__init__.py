@@ -1,0 +1,1 @@
+"""Pruning: what removes weights, structures and depth from a model."""
