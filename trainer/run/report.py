@@ -20,6 +20,7 @@ from trainer.run.classifier_report import (
     classifier_verdict,
     confusion_section,
 )
+from trainer.run.exit_report import exit_section
 from trainer.run.folder import RunFolder, not_written, read_json
 from trainer.run.held_out import FIGURES, compared, main_figure
 from trainer.run.hints import hints
@@ -97,6 +98,7 @@ def _write(folder: RunFolder) -> None:
         ABOUT_CLASSES if classifies else ABOUT_MODELS,
         *[f"![size against {FIGURES[main_figure(found['student'])].words}](size.png)\n"] * (len(ordered(found)) > 1),
         *(confusion_section(found, folder) if classifies else []),
+        *exit_section(folder),
         *task_section(folder),
         "## Training\n", *_curves(experiment), _training(curves["student"]), *_schedules(experiment),
         *_best(folder),

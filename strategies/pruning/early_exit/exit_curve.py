@@ -106,7 +106,8 @@ def point(costs: Costs, threshold: float, exit: torch.Tensor, **figure: float) -
     """
     counts = torch.bincount(exit.flatten(), minlength=len(costs.layers) + 1).double()
     left = tuple((counts / counts.sum().clamp(min=1)).tolist())
-    return Point(threshold, costs.depth(left), costs.share(left), left, **figure)
+    flops = 1.0 if threshold > 1 else costs.share(left)  # above 1 no exit is asked
+    return Point(threshold, costs.depth(left), flops, left, **figure)
 
 
 def classifier_curve(logits: torch.Tensor, targets: torch.Tensor, costs: Costs, mask: torch.Tensor | None = None,

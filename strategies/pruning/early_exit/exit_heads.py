@@ -36,7 +36,8 @@ class ClassifierExit(nn.Module):
         self.pooling = pooling
         self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, classes)
         with torch.no_grad():
-            self.linear.weight.copy_(torch.randn(classes, width, generator=generator) * INITIAL)
+            self.linear.weight.copy_(torch.randn(
+                classes, width, generator=generator, device="cpu") * INITIAL)
             self.linear.bias.zero_()
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -124,11 +125,11 @@ def attach_exits(model: nn.Module, layers: Sequence[int], pooling: Pooling = "fi
     if hasattr(model, NAME):
         raise ValueError(f"{type(model).__name__} has a submodule {NAME}; remove it with detach_exits")
     exits, generator = nn.ModuleDict(), torch.Generator().manual_seed(seed)
-    for layer in layers:
-        exits[str(layer)] = LanguageExit(model.get_submodule(parts.norm)) if parts.norm is not None else \
-            ClassifierExit(model.config.hidden_size, model.config.num_labels, pooling, generator)
-    device = next(model.parameters()).device
-    model.add_module(NAME, exits.to(device))
+    with next(model.parameters()).device:
+        for layer in layers:
+            exits[str(layer)] = LanguageExit(model.get_submodule(parts.norm)) if parts.norm is not None else \
+                ClassifierExit(model.config.hidden_size, model.config.num_labels, pooling, generator)
+    model.add_module(NAME, exits)
     return exits
 
 

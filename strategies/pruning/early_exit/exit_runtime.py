@@ -149,7 +149,7 @@ class EarlyExitModel:
                 return self._as_block(hidden)
             output = own(start if number == done and start is not None else hidden, *args, **kwargs)
             hidden = self._hidden(output)
-            if number in self.exits:
+            if number in self.exits and threshold <= 1:
                 logits = self.exits[number](hidden, mask)
                 leaves = confidence(logits, mask) >= threshold
                 if leaves.any():
