@@ -62,7 +62,10 @@ class LanguageExit(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.norm = copy.deepcopy(norm).requires_grad_(True)
+        # Tensors are cloned first: the deep copy of a fake one, of a planned step, reads memory that is not there.
+        own: dict[int, object] = {id(one): nn.Parameter(one.detach().clone()) for one in norm.parameters()}
+        own |= {id(one): one.detach().clone() for one in norm.buffers()}
+        self.norm = copy.deepcopy(norm, own)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., width) from (..., width)."""
@@ -114,7 +117,7 @@ def attach_exits(model: nn.Module, layers: Sequence[int], pooling: Pooling = "fi
 
     Args:
         layers: indices of blocks, counted from 0, without the last one.
-        pooling: of a classifier.
+        pooling: of a classifier; one of tokens has none.
         seed: of the initial weights; the global generators are left unchanged.
 
     Raises:
@@ -125,6 +128,8 @@ def attach_exits(model: nn.Module, layers: Sequence[int], pooling: Pooling = "fi
     if hasattr(model, NAME):
         raise ValueError(f"{type(model).__name__} has a submodule {NAME}; remove it with detach_exits")
     exits, generator = nn.ModuleDict(), torch.Generator().manual_seed(seed)
+    if task_of(model.config) == "token_classification":
+        pooling = "none"
     with next(model.parameters()).device:
         for layer in layers:
             exits[str(layer)] = LanguageExit(model.get_submodule(parts.norm)) if parts.norm is not None else \
