@@ -66,4 +66,4 @@ def check_exits_fit(asked: EarlyExits | None, *, steps: int | None, engine: str 
                         way_out=f"use merged, or {otherwise}")
     if trust:
         raise UserError(key, "the exported code runs no Python code that ships with a model, as this student needs it",
-                        way_out="remove it, or name a model of transformers itself")
+                        way_out=f"name a model of transformers itself, or {otherwise}")

@@ -31,12 +31,13 @@ from trainer.experiment.nodes import Export
 from trainer.experiment.objective_nodes import Objective
 from trainer.experiment.report_node import Report
 from trainer.models.build import DTYPES, shape_of
+from trainer.run.exit_snippets import RUNTIME
 from trainer.run.folder import RunFolder
 from trainer.run.working import working
 from trainer.student.compare_student import ask_about, differs, exported_checkpoint, tell_receipt
 from trainer.teacher.exit_losses import logits_from, settle_exits, take_exits
 
-RUNTIME, CLIENT = "early-exit", "early_exit_client.py"
+CLIENT = "early_exit_client.py"
 LIBRARIES = ("torch", "transformers", "safetensors")
 NOTHING_LEAVES = 2.0  # a threshold above all probabilities
 CURVE_ROWS = 64  # of a language model, which is run once for each threshold

@@ -33,7 +33,7 @@ def write_exits(folder: Path, model: nn.Module, exits: nn.ModuleDict, threshold:
     about = {"task": task_of(model.config), "layers": [int(layer) for layer in exits], "threshold": threshold,
              "blocks": parts.blocks, "norm": parts.norm, "pooling": getattr(first, "pooling", None), "scale": scale,
              "cap": cap, "curve": [one.to_dict() for one in curve]}
-    save_file({name: tensor.detach().to("cpu", torch.float32).contiguous()
+    save_file({name: tensor.detach().cpu().contiguous()
                for name, tensor in exits.state_dict().items()}, folder / WEIGHTS)
     (folder / SETTINGS).write_text(json.dumps(about, indent=2) + "\n")
     shutil.copyfile(Path(__file__).with_name("exit_runtime.py"), folder / CODE)

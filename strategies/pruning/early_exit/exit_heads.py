@@ -34,11 +34,10 @@ class ClassifierExit(nn.Module):
     def __init__(self, width: int, classes: int, pooling: Pooling, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.pooling = pooling
-        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, classes)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.randn(
-                classes, width, generator=generator, device="cpu") * INITIAL)
-            self.linear.bias.zero_()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, classes, device="meta")  # which draws nothing
+        bias = torch.zeros(classes)
+        drawn = torch.randn(classes, width, generator=generator, device="cpu") * INITIAL
+        self.linear.weight, self.linear.bias = nn.Parameter(drawn.to(bias.device)), nn.Parameter(bias)
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (batch, classes), or (batch, sequence, classes) without pooling.

@@ -288,6 +288,17 @@ def load(folder: str | Path, dtype: Any = "auto", device: str = "cpu") -> EarlyE
     return EarlyExitModel(model.to(device), exits, settings)
 
 
+def pixels_of(folder: Path, image: Path) -> torch.Tensor:
+    """(1, channels, height, width) of an image file, scaled as the folder's preprocessor_config.json says."""
+    from PIL import Image
+
+    how = json.loads((folder / "preprocessor_config.json").read_text())
+    size = how["size"]["width"], how["size"]["height"]
+    picture = Image.open(image).convert("RGB" if len(how["image_mean"]) == 3 else "L").resize(size, 2)
+    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size[1], size[0], -1) / 255
+    return ((values - torch.tensor(how["image_mean"])) / torch.tensor(how["image_std"])).permute(2, 0, 1)[None]
+
+
 def main() -> None:
     """Classify or continue what the command line gives."""
     parser = argparse.ArgumentParser(description="Run a model with early exits.")
@@ -307,10 +318,7 @@ def main() -> None:
         print(f"{sum(written.blocks)} of {whole * len(written.blocks)} blocks computed")
         return
     if asked.image is not None:
-        from PIL import Image
-
-        processor = transformers.AutoImageProcessor.from_pretrained(asked.folder)
-        inputs = processor(Image.open(asked.image), return_tensors="pt")
+        inputs = {"pixel_values": pixels_of(asked.folder, asked.image)}
     else:
         inputs = transformers.AutoTokenizer.from_pretrained(asked.folder)(asked.text, return_tensors="pt")
     answer = model.classify(asked.threshold, **inputs)
