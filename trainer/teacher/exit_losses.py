@@ -12,7 +12,14 @@ from strategies.common.model_tasks import task_of
 from strategies.distillation.losses.fused_head import LogitShape, output_head
 from strategies.distillation.losses.self_distillation import ExitObjective, ExitTerms
 from strategies.pruning.early_exit.exit_decisions import classifier_logits
-from strategies.pruning.early_exit.exit_heads import NAME, attach_exits, check_layers, detach_exits, parts_of, pooling_of
+from strategies.pruning.early_exit.exit_heads import (
+    NAME,
+    attach_exits,
+    check_layers,
+    detach_exits,
+    parts_of,
+    pooling_of,
+)
 from trainer.errors import UserError, error_context
 from trainer.experiment.exit_nodes import EarlyExits
 from trainer.experiment.objective_nodes import Objective
