@@ -1,1 +1,1 @@
-"""Makes a model smaller: weights, heads, channels and blocks that are left out, and blocks that are not always run."""
+"""Pruning: what removes weights, structures and depth from a model."""

@@ -11,7 +11,7 @@ from trainer.experiment.node import Fraction, Node
 
 
 class EarlyExits(Node):
-    """Heads after some of the student's blocks, at which inputs leave that they are sure of (survey III-A; BranchyNet)."""
+    """Heads after some of the student's blocks, where inputs leave that they are sure of (survey III-A; BranchyNet)."""
 
     layers: tuple[int, ...]
     """Blocks after which an exit sits, counted from 0, without the last one, such as [3, 7]."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from trainer.errors import UserError
 from trainer.experiment.adapter_nodes import Adapter, check_adapter_quantization
 from trainer.experiment.node import Dtype, Node, PathName, Positive
+from trainer.experiment.pruning_nodes import Prune
 from trainer.experiment.quantization_nodes import Quantization
 
 
@@ -164,6 +165,8 @@ class Student(Model):
     """Start from these layers of the teacher (0 is the first), with its embeddings and head; all: the whole teacher."""
     from_run: PathName | None = None
     """Start from the trained weights of another run: its folder (newest checkpoint), or one of its checkpoints."""
+    prune: Prune | None = None
+    """Cut heads, channels, width, layers or experts of the student before it is trained; null cuts nothing."""
     quantization: Quantization | None = None
     """Quantize the student's weights and export them bit-packed; null keeps full precision."""
     adapter: Adapter | None = None
@@ -190,6 +193,14 @@ class Student(Model):
         return self
 
     @model_validator(mode="after")
+    def _pruned(self) -> Student:
+        if self.prune is not None and self.from_teacher is None and self.path is None and self.from_run is None:
+            raise UserError("prune", "the student has random weights, of which none is better than another",
+                            value=self.prune.model_dump(exclude_defaults=True), way_out="give it a `path`, "
+                            "`from_teacher` or `from_run`, or write the smaller numbers into `architecture`")
+        return self
+
+    @model_validator(mode="after")
     def _adapted(self) -> Student:
         if self.adapter is not None and self.from_teacher is None and self.path is None and self.from_run is None:
             raise UserError("adapter", "the student has random weights, which an adapter would leave as they are",
@@ -209,6 +220,11 @@ class Student(Model):
     @property
     def is_cut(self) -> bool:
         """Whether something is cut from it before it is trained."""
+        return self.prune is not None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether weights of it are zero and stay so."""
         return False
 
     @property

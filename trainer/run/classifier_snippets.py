@@ -15,6 +15,7 @@ TAGS = {"sequence_classification": "text-classification", "token_classification"
 KINDS = {"sequence_classification": "A classifier of texts",
          "token_classification": "A classifier of the words of texts", "image_classification": "A classifier of images"}
 RUNTIMES = ("transformers", "onnx")
+PIXELS = 'inputs = {"pixel_values": torch.from_numpy(pixels)}\n'
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _transformers(path: str, given: Classified, hub: bool, trust: bool) -> str:
 path = {where}
 model = {auto}.from_pretrained(path{TRUST * trust})
 names = model.config.id2label
-{example_inputs_code(given, "pt")}{'inputs = {"pixel_values": torch.from_numpy(pixels)}' + chr(10) if given.is_image else ""}\
+{example_inputs_code(given, "pt")}{PIXELS * given.is_image}\
 with torch.no_grad():
     scores = model(**inputs).logits[0]
 {_answer(given)}"""

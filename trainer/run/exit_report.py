@@ -13,8 +13,8 @@ FOLDER, PICTURE = "student-early-exit", "early-exits.png"
 ABOUT = (
     "An input leaves after the first block whose exit gives its most probable answer at least the probability of the "
     "threshold; in the last row none does. Blocks and arithmetic are shares of the whole model's: arithmetic counts "
-    "multiplications with matrices of weights, those of the exits on the way, and of a language model those that fill the "
-    "cache of the blocks that a token skips. Thresholds at which inputs leave as at the one before are left out.\n")
+    "multiplications with matrices of weights, those of the exits on the way, and of a language model those that fill "
+    "the cache of the blocks that a token skips. Thresholds at which inputs leave as at the one before are left out.\n")
 
 
 def exit_section(folder: RunFolder) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.run.classifier_snippets import Classified, example_inputs_code
+from trainer.run.classifier_snippets import PIXELS, Classified, example_inputs_code
 from trainer.run.load_snippets import FETCH, TOKENS, Prompt, ids_code, place
 
 RUNTIME = "early-exit"
@@ -43,9 +43,8 @@ model = load(path)
 
 
 def _classifies(given: Classified) -> str:
-    pixels = 'inputs = {"pixel_values": torch.from_numpy(pixels)}\n' if given.is_image else ""
     return f"""\
-{example_inputs_code(given, "pt")}{pixels}answer = model.classify(**inputs)
+{example_inputs_code(given, "pt")}{PIXELS * given.is_image}answer = model.classify(**inputs)
 names = model.model.config.id2label
 print([names[int(one)] for one in answer.logits[0].argmax(-1).flatten()])
 print(int(answer.blocks[0]), "of", len(model.blocks), "blocks computed")

@@ -16,7 +16,7 @@ def ordered(found: dict[str, Any]) -> list[str]:
 
 
 def new_figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    """A figure in the style of the report, and its axes."""
+    """A figure with one pair of axes, in the style of all pictures."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,7 +33,7 @@ def new_figure(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def save_figure(figure: Any, file: Path) -> None:
-    """Write a figure as PNG."""
+    """Write a figure as PNG, and free its memory."""
     from matplotlib import pyplot
 
     figure.savefig(file, dpi=120)

@@ -231,8 +231,8 @@ def _compared(found: ExitModel, asked: EarlyExits, partial: Path, logits: torch.
              f"after the same block as in training's own computation, with {share:.1%} of the blocks computed"]
     if apart.any():
         notes.append(f"the rest are within {near:g} of the threshold")
-    notes.append("figures are those at the threshold; logits are compared where nothing leaves" if found.classifies else
-                 "bits per byte and logits are those where nothing leaves; exits.json has them by threshold")
+    notes.append("figures are those at the threshold; logits are compared where nothing leaves"
+                 if found.classifies else "bits per byte and logits are those where nothing leaves; exits.json has them by threshold")
     return answer, notes, theirs["student"]
 
 

@@ -1,7 +1,7 @@
 """Self-distillation: exits after some blocks of a student learn from the targets and from the student's own last layer.
 
-Source: Teerapittayanon et al. 2016, BranchyNet, section III-B (the weighted sum over exits); Zhang et al. 2019, *Be Your
-Own Teacher*, eq. 2-3 (cross-entropy, and KL from the deepest classifier).
+Source: Teerapittayanon et al. 2016, BranchyNet, section III-B (the weighted sum over exits); Zhang et al. 2019, *Be
+Your Own Teacher*, eq. 2-3 (cross-entropy, and KL from the deepest classifier).
 """
 
 from __future__ import annotations

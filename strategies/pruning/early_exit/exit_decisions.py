@@ -1,8 +1,7 @@
 """Where inputs leave a model by the confidence of its exits, computed at full depth: what the exported code must do.
 
-The rule (survey eq. 10; Teerapittayanon et al. 2016, algorithm 1, with the largest probability in place of the entropy, as
-in Schuster et al. 2022, section 3.5): an input leaves at the first exit whose largest softmax probability reaches the
-threshold.
+The rule (survey eq. 10; Teerapittayanon et al. 2016, algorithm 1, with the largest probability in place of the
+entropy): an input leaves at the first exit whose largest softmax probability reaches the threshold.
 """
 
 from __future__ import annotations
@@ -92,8 +91,8 @@ class _Deep(Exception):
 class TokenDepths:
     """Runs a language model so that each token leaves by itself, all tokens of a row in parallel.
 
-    The hidden state with which a token leaves goes through the blocks above unchanged, and its keys and values there are
-    computed from it: the state propagation of CALM (Schuster et al. 2022, section 3.2). So blocks see the same keys and
+    The hidden state with which a token leaves goes through the blocks above unchanged, and its keys and values there
+    are computed from it: the state propagation of CALM (Schuster et al. 2022, section 3.2). So blocks see the same keys and
     values as in a generation token by token with a cache that is filled in this way.
 
     Attributes:

@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", help="to classify, or to continue")
     parser.add_argument("--image", type=Path, help="to classify")
-    parser.add_argument("--threshold", type=float, help="leave from this probability on; that of the folder if left out")
+    parser.add_argument("--threshold", type=float, help="leave from this probability on; left out: the folder's")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     asked = parser.parse_args()
     model = load(asked.folder)

@@ -1,4 +1,4 @@
-"""The exported code: what it leaves out is really not computed, and what it computes is what training's own code says."""
+"""The exported code: what it leaves out is not computed, and what it computes is what training's own code says."""
 
 import json
 import sys
