@@ -213,7 +213,8 @@ def _compared(found: ExitModel, asked: EarlyExits, partial: Path, logits: torch.
     prompt = max(1, logits.shape[1] // 4)
     inputs = [name for name in model_inputs(next(found.batches(1))) if name in found.text.held_out]
     answers, theirs = ask_about({"student": {"path": str(partial), "compare": True}}, found.micro_batch, Report(),
-                                found.text, own, "cpu", client=CLIENT, inputs=inputs, prompt_tokens=prompt)
+                                found.text, own, next(found.model.parameters()).device.type, client=CLIENT,
+                                inputs=inputs, prompt_tokens=prompt)
     answer = answers["student"]
     blocks = torch.tensor(answer["blocks"]).flatten()
     exit, nearest, words = _rows_leave(found, asked, logits) if found.classifies else _tokens_leave(
@@ -223,16 +224,16 @@ def _compared(found: ExitModel, asked: EarlyExits, partial: Path, logits: torch.
     near = NEAR[next(found.model.parameters()).dtype]
     apart = depths[exit] != blocks
     if bool((apart & (nearest > near)).any()):
-        raise RunFailed(f"the exported code lets {int(apart.sum())} of {len(blocks)} {words} leave at other blocks than "
-                        f"training's own computation does; it is kept in {partial}\n  -> the training checkpoint is "
+        raise RunFailed(f"the exported code lets {int(apart.sum())} of {len(blocks)} {words} leave at other blocks "
+                        f"than training's own computation does; it is kept in {partial}\n  -> the training checkpoint is "
                         "safe; please report this with the model's architecture")
     share = float(blocks.double().mean()) / int(depths[-1])
     notes = [f"at threshold {asked.threshold:g} {len(blocks) - int(apart.sum()):,} of {len(blocks):,} {words} leave "
              f"after the same block as in training's own computation, with {share:.1%} of the blocks computed"]
     if apart.any():
         notes.append(f"the rest are within {near:g} of the threshold")
-    notes.append("figures are those at the threshold; logits are compared where nothing leaves"
-                 if found.classifies else "bits per byte and logits are those where nothing leaves; exits.json has them by threshold")
+    notes.append("figures are those at the threshold; logits are compared where nothing leaves" if found.classifies
+                 else "bits per byte and logits are those where nothing leaves; exits.json has them by threshold")
     return answer, notes, theirs["student"]
 
 

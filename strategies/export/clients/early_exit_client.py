@@ -8,6 +8,7 @@ The script imports nothing of this project but the scripts beside it, so whateve
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import statistics
 import sys
 import time
@@ -48,7 +49,8 @@ def code_of(folder: Path) -> Any:
 def classifier(model: Any, held_out: dict[str, torch.Tensor], request: dict[str, Any]
                ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Figures at the threshold, rows that leave dropped from their batches."""
-    names, rows, step = request["inputs"], len(held_out["targets"]), request["micro_batch"]
+    known, rows, step = inspect.signature(model.model.forward), len(held_out["targets"]), request["micro_batch"]
+    names = [name for name in request["inputs"] if name in known.parameters]
 
     def run(begin: int, threshold: float | None) -> Any:
         part = {name: held_out[name][begin:begin + step].to(model.model.device) for name in names}

@@ -92,8 +92,8 @@ class TokenDepths:
     """Runs a language model so that each token leaves by itself, all tokens of a row in parallel.
 
     The hidden state with which a token leaves goes through the blocks above unchanged, and its keys and values there
-    are computed from it: the state propagation of CALM (Schuster et al. 2022, section 3.2). So blocks see the same keys and
-    values as in a generation token by token with a cache that is filled in this way.
+    are computed from it: the state propagation of CALM (Schuster et al. 2022, arXiv 2207.07061). So blocks see the same
+    keys and values as in a generation token by token with a cache that is filled in this way.
 
     Attributes:
         model: in evaluation mode, without its exits.
