@@ -1,12 +1,13 @@
-"""What early exits save: blocks computed against accuracy, beside the same model without exits and beside shallower ones.
+"""What early exits save: blocks computed against accuracy, beside the same model without exits and shallower ones.
 
-    python -m benchmarks.pruning.early_exit [TASK] [--data FOLDER] [--seeds 3] [--steps N] [--json FILE] [--folder FOLDER]
+    python -m benchmarks.pruning.early_exit [TASK] [--data FOLDER] [--seeds 3] [--steps N] [--json FILE]
+                                            [--folder FOLDER]
 
 TASK is `digits` (scikit-learn's handwritten digits, a vision transformer of 6 blocks) or `banking77` (77 intents of a
-bank's customers, a BERT of 6 blocks; FOLDER holds `banking77_train.jsonl` and `banking77_test.jsonl`). For each seed four
-models learn the same rows for as many steps: one with exits after some of its blocks, the same one without, and two that
-have as many blocks as lie before an exit. Accuracy is that of the receipts, of files that a fresh process has reloaded;
-the curve is that of `exits.json`. Means and standard deviations over seeds, whichever way they fall.
+bank's customers, a BERT of 6 blocks; FOLDER holds `banking77_train.jsonl` and `banking77_test.jsonl`). For each seed
+four models learn the same rows for as many steps: one with exits after some of its blocks, the same one without, and
+two that have as many blocks as lie before an exit. Accuracy is that of the receipts, of files that a fresh process has
+reloaded; the curve is that of `exits.json`. Means and standard deviations over seeds, whichever way they fall.
 """
 
 from __future__ import annotations
@@ -130,8 +131,9 @@ def _over(values: list[float]) -> dict[str, float]:
 def table(found: dict) -> str:
     """The tables of a result."""
     seeds, task = found["settings"]["seeds"], found["settings"]["task"]
-    lines = [f"| {task}, exits after blocks {' and '.join(map(str, LAYERS))} of {BLOCKS} | blocks computed | arithmetic "
-             "| accuracy |", "|---|---:|---:|---:|"]
+    layers = " and ".join(map(str, LAYERS))
+    lines = [f"| {task}, exits after blocks {layers} of {BLOCKS} | blocks computed | arithmetic | accuracy |",
+             "|---|---:|---:|---:|"]
     for one in found["summary"]["curve"]:
         name = "nothing leaves" if one["threshold"] > 1 else f"threshold {one['threshold']:g}"
         lines.append(f"| {name} | {_shown(one['blocks'], 1)} | {one['flops']['mean']:.1%} | "
@@ -139,7 +141,8 @@ def table(found: dict) -> str:
     for way, blocks in list(WAYS.items())[1:]:
         words = "the same model, trained without exits" if blocks == BLOCKS else f"a model of {blocks} blocks"
         lines.append(f"| {words} | {blocks / BLOCKS:.1%} | | {_shown(found['summary']['ways'][way])} |")
-    return "\n".join([*lines, f"\n± is the standard deviation over {seeds} seeds; {found['settings']['steps']:,} steps."])
+    steps = found["settings"]["steps"]
+    return "\n".join([*lines, f"\n± is the standard deviation over {seeds} seeds; {steps:,} steps."])
 
 
 def _shown(one: dict[str, float], digits_: int = 2) -> str:

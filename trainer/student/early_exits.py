@@ -225,8 +225,8 @@ def _compared(found: ExitModel, asked: EarlyExits, partial: Path, logits: torch.
     apart = depths[exit] != blocks
     if bool((apart & (nearest > near)).any()):
         raise RunFailed(f"the exported code lets {int(apart.sum())} of {len(blocks)} {words} leave at other blocks "
-                        f"than training's own computation does; it is kept in {partial}\n  -> the training checkpoint is "
-                        "safe; please report this with the model's architecture")
+                        f"than training's own computation does; it is kept in {partial}\n  -> the training checkpoint "
+                        "is safe; please report this with the model's architecture")
     share = float(blocks.double().mean()) / int(depths[-1])
     notes = [f"at threshold {asked.threshold:g} {len(blocks) - int(apart.sum()):,} of {len(blocks):,} {words} leave "
              f"after the same block as in training's own computation, with {share:.1%} of the blocks computed"]

@@ -17,7 +17,8 @@ Rows of a classifier that have left are dropped from the batch: the model is cal
 block at which they are, so that its masks fit them. Only its embeddings are computed again for that.
 
 A token of a language model leaves by itself. Later tokens attend to it in the blocks that it skipped, too: its keys and
-values there are computed from the state with which it left, and no more of those blocks (Schuster et al. 2022, CALM). The prompt goes through all blocks.
+values there are computed from the state with which it left, and no more of those blocks (Schuster et al. 2022, CALM).
+The prompt goes through all blocks.
 """
 
 from __future__ import annotations
