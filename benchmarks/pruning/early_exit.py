@@ -34,6 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                   "intermediate_size": 128}}
 STEPS = {"digits": 800, "banking77": 1500}
 EXITS = {"layers": list(LAYERS), "weight": 1.0, "threshold": 0.9}
+SHOWN = (0.0, 0.5, 0.7, 0.9, 0.95, 0.98, 1.0, 2.0)  # thresholds in the table
 WAYS = {"with exits": BLOCKS, "without exits": BLOCKS, **{f"{layer + 1} blocks": layer + 1 for layer in LAYERS}}
 
 
@@ -134,7 +135,7 @@ def table(found: dict) -> str:
     layers = " and ".join(map(str, LAYERS))
     lines = [f"| {task}, exits after blocks {layers} of {BLOCKS} | blocks computed | arithmetic | accuracy |",
              "|---|---:|---:|---:|"]
-    for one in found["summary"]["curve"]:
+    for one in (each for each in found["summary"]["curve"] if each["threshold"] in SHOWN):
         name = "nothing leaves" if one["threshold"] > 1 else f"threshold {one['threshold']:g}"
         lines.append(f"| {name} | {_shown(one['blocks'], 1)} | {one['flops']['mean']:.1%} | "
                      f"{_shown(one['accuracy'])} |")
