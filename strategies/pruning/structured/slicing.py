@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.common.generation_settings import copy_generation_settings
+from strategies.pruning.structured.product_watch import WeightReads
 from strategies.pruning.structured.unit_spaces import Site, Space
-from strategies.pruning.structured.weight_reads import WeightReads
 
 Kept = Sequence[torch.Tensor]  # for each space, a mask (units,) of those that remain
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from strategies.common.blockwise_calibration import Batch
 from strategies.pruning.structured.calibration_rows import counted, inputs_of, only_counted
+from strategies.pruning.structured.product_watch import WeightReads
 from strategies.pruning.structured.unit_spaces import Site, Space
-from strategies.pruning.structured.weight_reads import WeightReads
 
 Importance = Literal["activations", "gradient", "magnitude"]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
