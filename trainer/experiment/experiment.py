@@ -20,6 +20,7 @@ from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.report_node import Report
 from trainer.experiment.run_paths import STUDENT, model_of_run, within
 from trainer.experiment.scheduled import highest, lowest, moves
+from trainer.experiment.stage_nodes import Stage
 from trainer.experiment.task_checks import check_best, check_classification, check_language
 
 
@@ -80,6 +81,8 @@ class Experiment(Node):
     """What the report compares."""
     run: Run = Run()
     """Where the run is kept and how it logs."""
+    stages: tuple[Stage, ...] = ()
+    """Make the student in several stages, one after the other, each with settings of its own."""
 
     @model_validator(mode="after")
     def _whole(self) -> Experiment:

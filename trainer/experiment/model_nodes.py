@@ -223,6 +223,11 @@ class Student(Model):
         return self.prune is not None
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether weights of it are zero and stay so."""
+        return False
+
+    @property
     def is_whole_teacher(self) -> bool:
         """Whether it starts as the teacher itself."""
         return self.from_teacher == "all"
