@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class _Work:
         scores = block_influence(model, self.batches)
         mask = best(step.after["layers"])(scores)
         kept = tuple(mask.nonzero().flatten().tolist())
-        expected = logits(model, self.shown, without_blocks(model, kept, self.shown))
+        expected = logits(model, self.shown, partial(without_blocks, model, kept, self.shown))
         model = without_layers(model, kept, self.fewer)
         return model, {"layers": _described(mask, scores)}, difference(expected, logits(model, self.shown))
 
