@@ -41,7 +41,7 @@ def cut_model(model: nn.Module, cut: Cut, batches: Sequence[Batch], loss: Loss |
     which ones remain differs from layer to layer, how many does not. Blocks are always ranked by their influence.
 
     The model is consumed: its weights move to the result, and it must not be used afterwards. Memory holds the model
-    and one of its weights, with `gradient` also gradients of what is cut.
+    and one of its weights; with `gradient`, a backward pass as well, but of all gradients only one at a time.
 
     Args:
         model: a transformers model in fp32, on one device.

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.pruning.tiny_families import CUTS, FAMILIES, kinds_of, make, rows
 from strategies.pruning.structured.config_steps import cut_config
@@ -103,6 +105,27 @@ def test_rows_and_losses_that_are_missing_are_refused():
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         cut_model(model, Cut(mlp=0.5), [rows(model)])
+
+
+class Freed(TorchDispatchMode):
+    """How many of some tensors' storages are gone whenever a part of a tensor is taken."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages, self.gone = [StorageWeakRef(one.untyped_storage()) for one in tensors], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_select.default:
+            self.gone.append(sum(one.expired() for one in self.storages))
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_replaced_one_after_another():
+    """Memory holds the model and one weight more: when the last is cut, all others have gone."""
+    model = make("qwen2")
+    with Freed([weight for name, weight in model.named_parameters() if ".mlp." in name]) as freed:
+        cut_model(model, Cut(mlp=0.5), [rows(model)])
+    assert freed.gone[0] == 0 and freed.gone[-1] >= len(freed.storages) - 1
 
 
 def test_the_model_is_used_up_and_weights_that_stay_are_not_copied():
