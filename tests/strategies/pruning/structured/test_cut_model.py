@@ -11,6 +11,7 @@ from strategies.pruning.structured.cut import Cut
 from strategies.pruning.structured.cut_model import cut_model
 from strategies.pruning.structured.meta_shapes import tensor_shapes
 
+MORE = ("mistral", "phi3", "gpt_neox", "roberta", "gpt_oss", "deepseek_v3", "gemma2")  # like others, and as right
 # Heads make up the width: one is not cut without the other.
 JOINED = ("gpt2", "gpt_neox", "bert", "roberta", "modernbert")
 REFUSED = {**{(family, kind): f"{{kind}}: the width of a {family} model is that of its heads"
@@ -19,7 +20,8 @@ REFUSED = {**{(family, kind): f"{{kind}}: the width of a {family} model is that 
            **{("gemma2", kind): "its logits are" for kind in ("width", "heads and width")}}  # it scales by its width
 
 
-@pytest.mark.parametrize("family, kind", [(family, kind) for family in FAMILIES for kind in kinds_of(family)])
+@pytest.mark.parametrize("family, kind", [pytest.param(family, kind, marks=pytest.mark.long if family in MORE else ())
+                                          for family in FAMILIES for kind in kinds_of(family)])
 def test_a_cut_reloads_and_computes_the_whole_model_without_what_was_cut(family, kind, tmp_path):
     model, cut = make(family), Cut(**CUTS[kind])
     batch, whole = rows(model), sum(one.numel() for one in model.parameters())
