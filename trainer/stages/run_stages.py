@@ -79,6 +79,8 @@ def run_stages(source: Source) -> Path:
     for stage in stages:
         say(f"{source.experiment.name}: stage {stage.number + 1} of {len(stages)}, {stage.kind}")
         with _placed(stage):
+            if before is not None and stage.kind != "export":
+                stage = stage.at(stage.folder, before.path)  # of one that is repeated, the round is known only now
             results = _rounds(stage, before) if stage.until else [_once(stage, before)]
         before = [one for one in results if one.kept][-1].student
         progress.stages.append({"label": stage.label, "kind": stage.kind, "made": [asdict(one) for one in results]})

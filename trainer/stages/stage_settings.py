@@ -62,7 +62,8 @@ class StageSettings:
         """The same with another folder, and with another student to start from; None for its own."""
         experiment = self.source.experiment
         changes: dict[str, Any] = {"run": experiment.run.model_copy(update={"folder": str(folder)}),
-                                   "name": f"{experiment.name}-{folder.name}" if self.until else experiment.name}
+                                   "name": f"{experiment.name}-{folder.name}" if folder != self.folder else
+                                   experiment.name}
         if student is not None:
             changes["student"] = experiment.student.model_copy(update={**dict.fromkeys(ORIGINS), "path": student})
         source = replace(self.source, experiment=experiment.model_copy(update=changes))
