@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from strategies.distillation.losses.tiled_loss import IGNORED
 from tests.conftest import TINY
+from tests.trainer.test_classification import images  # noqa: F401 - a fixture
 from trainer.errors import UserError
 from trainer.experiment.pruning_nodes import Prune
 from trainer.student.prune_student import _check_targets
@@ -47,3 +48,17 @@ def test_a_gradient_needs_targets_that_differ(targets, said):
     with pytest.raises(UserError, match=said) as caught:
         _check_targets(torch.tensor(targets), Prune(mlp=0.5, importance="gradient"))
     assert caught.value.key == "student.prune.importance"
+
+
+def test_channels_of_a_convolutional_student_are_cut_by_the_gradient(run_experiment, images, tmp_path):  # noqa: F811
+    resnet = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
+              "layer_type": "basic"}
+    _, folder = run_experiment(
+        "run", teacher={"architecture": resnet, "train": {"steps": 8, "lr": 1e-2}}, report={"control": False},
+        student={"architecture": None, "from_teacher": "all", "prune": {"channels": 0.5, "importance": "gradient"}},
+        data={"task": "image_classification", "path": str(images / "train.npz"),
+              "validation": {"path": str(images / "test.npz"), "rows": 16}}, run={"cache": str(tmp_path / "own")},
+        training={"steps": 2, "batch_size": 8, "micro_batch": 8})
+    config = AutoConfig.from_pretrained(folder.student)
+    assert (config.embedding_size, config.hidden_sizes) == (4, [4, 8])
+    assert json.loads((folder.cut / "prune.json").read_text())["prune"]["steps"][0]["difference"] < 1e-12
