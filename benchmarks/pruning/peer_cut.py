@@ -92,10 +92,10 @@ def mended(model: nn.Module, size: int) -> None:
     found = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
     up = next((module for name, module in model.named_modules() if name.endswith(UP)), None)
     if up is not None:
-        size = up.weight.shape[1] if isinstance(up, Conv1D) else up.weight.shape[0]
+        width = up.weight.shape[1] if isinstance(up, Conv1D) else up.weight.shape[0]
         for name in ("intermediate_size", "n_inner"):
             if hasattr(config, name):
-                setattr(config, name, size // (2 if "gate_up_proj" in found or "Wi" in found else 1))
+                setattr(config, name, width // (2 if "gate_up_proj" in found or "Wi" in found else 1))
     for query, key in (("q_proj", "k_proj"), ("query", "key")):
         if query in found and key in found:
             config.num_attention_heads = found[query].weight.shape[0] // size

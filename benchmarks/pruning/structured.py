@@ -107,25 +107,36 @@ def peer_row(family: str, what: str, folder: Path) -> dict[str, Any]:
 
 
 def table(found: dict) -> str:
-    """A line for each family and kind: differences beside what was refused; then the peer's."""
-    lines = ["| family | kind | parameters | beside the masked model | reloaded by transformers |",
-             "|---|---|---:|---:|---:|"]
-    lines += [_line(row) for row in found["rows"] if "refused" not in row]
+    """A line for each family with the difference of each kind of cut, what was refused, and the peer's."""
+    rows_of: dict[str, dict[str, dict]] = {}
+    for row in found["rows"]:
+        rows_of.setdefault(row["family"], {})[row["kind"]] = row
+    kinds = [kind for kind in CUTS if any(kind in own for own in rows_of.values())]
+    lines = [f"| family | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
+    lines += [f"| {family} | {' | '.join(_cell(own.get(kind)) for kind in kinds)} |" for family, own in rows_of.items()]
     done = [row for row in found["rows"] if "refused" not in row]
-    refused = [row for row in found["rows"] if "refused" in row]
-    lines.append(f"\n{len(done)} cuts, of which {sum('reloaded' in row for row in done)} were reloaded; {len(refused)} "
-                 "were refused with a message:\n")
-    lines += [f"- {row['family']}, {row['kind']}: {row['refused']}" for row in refused]
+    again = [row["reloaded"] for row in done if "reloaded" in row]
+    lines.append(f"\n{len(done)} cuts, of which transformers reloaded {len(again)}, with logits at most "
+                 f"{max(again, default=0):.1e} from those before. {len(found['rows']) - len(done)} were refused:\n")
+    for text in dict.fromkeys(_reason(row) for row in found["rows"] if "refused" in row):
+        families = dict.fromkeys(row["family"] for row in found["rows"] if "refused" in row and _reason(row) == text)
+        lines.append(f"- {', '.join(families)}: {text}")
     if found["peer"]:
         lines += ["\n| torch-pruning | half of | reloaded as it is saved | with the sizes in the configuration |",
                   "|---|---|---|---|", *(_peer_line(row) for row in found["peer"])]
     return "\n".join(lines)
 
 
-def _line(row: dict) -> str:
-    before, after = row["parameters"]
-    again = f"{row['reloaded']:.1e}" if "reloaded" in row else row["failed"]
-    return f"| {row['family']} | {row['kind']} | {before:,} to {after:,} | {row['masked']:.1e} | {again} |"
+def _cell(row: dict | None) -> str:
+    return "" if row is None else "refused" if "refused" in row else f"{row['masked']:.0e}"
+
+
+def _reason(row: dict) -> str:
+    """What a refusal says of its kind, without the numbers and the family."""
+    text = row["refused"].replace(f" of a {row['family']} model", "").replace(f"a {row['family']} configuration", "it")
+    if "logits are" in text:
+        return f"{row['kind']}: logits differ from those of the masked model"
+    return text.partition(", 16 channels each")[0].partition(": ")[2].partition("; ")[0]
 
 
 def _peer_line(row: dict) -> str:
@@ -137,6 +148,7 @@ def _peer_line(row: dict) -> str:
 
 
 def _short(text: str) -> str:
+    text = text.removeprefix("RuntimeError: ") if "nothing" in text else text
     return "other shapes" if "mismatched_sizes" in text else text.replace("|", "/")[:100]
 
 
