@@ -20,6 +20,7 @@ from benchmarks.figures import table as figures_table
 from benchmarks.generation import table as generation_table
 from benchmarks.judged_on_tasks import table as judged_table
 from benchmarks.pruning.early_exit import table as early_exit_table
+from benchmarks.pruning.structured import table as cuts_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
 from benchmarks.quantization.trained_quantized import costs_table, losses_table
@@ -88,6 +89,7 @@ def optimizers_table(found: dict) -> str:
 
 TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "figures": (FIGURES, figures_table),
+    "cuts": ("pruning-structured-cpu.json", cuts_table),
     "quickstart": ("quickstart-cpu.json", quickstart_table),
     "frontier": ("rematerialization-frontier-cpu.json", frontier_table),
     "instances": ("rematerialization-instances-cpu.json", instances_table),
