@@ -1,0 +1,55 @@
+"""Which weights of a model are pruned: those of its linear layers, convolutions and experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from strategies.common.stored_weights import Experts, all_layers
+
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D, Experts)
+
+
+def prunable(model: nn.Module, ignore: Iterable[str] = ("lm_head",)) -> dict[str, Any]:
+    """The layers of a model that are pruned, by name. Layers that share a weight come once.
+
+    Embeddings are left alone, and so are heads that share their weights.
+
+    Args:
+        model: any module.
+        ignore: shell-style patterns of names to leave alone.
+
+    Raises:
+        ValueError: there is no such layer, or a pattern matches none.
+    """
+    layers = {name: layer for name, layer in all_layers(model) if isinstance(layer, KINDS)}
+    for pattern in ignore:
+        # `lm_head` is the default pattern, so a model without one is no mistake.
+        if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(f"the pattern {pattern!r} in `ignore` matches no layer; names look like "
+                             f"{', '.join(list(layers)[:3])}")
+    taken = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    chosen = {}
+    for name, layer in layers.items():
+        if id(layer.weight) not in taken and not any(fnmatchcase(name, pattern) for pattern in ignore):
+            taken.add(id(layer.weight))
+            chosen[name] = layer
+    if not chosen:
+        raise ValueError(f"there is no layer to prune outside of {list(ignore)}")
+    return chosen
+
+
+def weight_names(model: nn.Module, layers: dict[str, Any]) -> list[str]:
+    """Names of the parameters in which layers have their weights."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    return [names[id(layer.weight)] for layer in layers.values()]
+
+
+def flat(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix (outputs, inputs) of weights (outputs, ...), as of a convolution's kernels."""
+    return matrix.flatten(1)
