@@ -163,8 +163,8 @@ def layers_above(result: dict) -> Iterator[tuple[str, int, int]]:
 def line(row: dict) -> str:
     """One row of the table."""
     means = " | ".join(f"{statistics.fmean(row['errors'][kind].values()):.4f}" for kind in ("own", "dense", "held_out"))
-    return (f"| {row['pattern']} | {row['contender']} | {100 * row['sparsity']:.2f}% | {row['perplexity']:.2f} | {means} "
-            f"| {row['seconds']:.0f} |")
+    return (f"| {row['pattern']} | {row['contender']} | {100 * row['sparsity']:.2f}% | {row['perplexity']:.2f} "
+            f"| {means} | {row['seconds']:.0f} |")
 
 
 def table(result: dict) -> str:

@@ -1,4 +1,4 @@
-"""What pruning knows of the inputs of a layer: their second moment, in the units in which they all have the same size."""
+"""What pruning knows of the inputs of a layer: their second moment, in units in which all have the same size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class LayerInputs:
             ValueError: the damping is not above zero.
         """
         if not damping > 0:
-            raise ValueError(f"a damping of {damping} cannot hold a second moment without full rank: take 0.01, or more")
+            raise ValueError(f"a damping of {damping} cannot hold a second moment without full rank: take 0.01, or "
+                             "more")
         damped = moment.double()
         mean = damped.diagonal().mean()
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)  # where no token says anything, all are the same
@@ -53,11 +54,12 @@ class LayerInputs:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.moment.double()))
         return torch.linalg.cholesky(inverse, upper=True).float()
 
-    def error(self, difference: torch.Tensor) -> float:
-        """Squared error of the outputs, from one of scaled weights (outputs, inputs)."""
-        return float((difference @ self.moment).mul_(difference).sum(dtype=torch.float64))
+    def errors(self, difference: torch.Tensor) -> torch.Tensor:
+        """(outputs,) squared errors of the outputs, from those of scaled weights (outputs, inputs)."""
+        return (difference @ self.moment).mul_(difference).sum(1)
 
 
+@torch.no_grad()
 def output_error(weight: torch.Tensor, exact: torch.Tensor, moment: torch.Tensor) -> float | None:
     """||X (W - W_0)^T||^2 / ||X W_0^T||^2, from weights (outputs, inputs) and X^T X, not damped.
 

@@ -97,7 +97,7 @@ class _Pruning:
     def __init__(self, chosen: dict[str, Any], method: str, pattern: Pattern, damping: float,
                  tell: Callable[[str], object]) -> None:
         self._left, self._method, self._pattern, self._damping = dict(chosen), method, pattern, damping
-        self._tell, self._layers = tell, dict.fromkeys(chosen, None)
+        self._tell, self._layers = tell, {name: dict[str, Any]() for name in chosen}
         self._zeros = 0
 
     def part(self, walk: BlockwiseCalibrator, modules: dict[str, nn.Module]) -> None:
@@ -127,12 +127,12 @@ class _Pruning:
     @torch.no_grad()
     def _prune(self, name: str, moment: torch.Tensor | None, inputs: LayerInputs | None) -> None:
         matrix = as_matrix(self._left.pop(name))
-        exact = flat(matrix.float())
-        method = "magnitude" if inputs is None else self._method
-        if method == "sparsegpt":
+        exact = flat(matrix).to(torch.float32, copy=True)
+        method = "magnitude" if inputs is None or moment is None else self._method
+        if method == "sparsegpt" and inputs is not None:
             found = sparsegpt(exact, inputs, self._pattern)
         else:
-            scores = exact.abs() if method == "magnitude" else exact.abs() * moment.diagonal().sqrt()
+            scores = exact.abs() if method == "magnitude" or moment is None else exact.abs() * moment.diagonal().sqrt()
             found = torch.where(self._pattern.largest(scores, per_row=method == "wanda"), exact, 0.0)
         matrix.copy_(found.view_as(matrix))
         stored = flat(matrix.float())

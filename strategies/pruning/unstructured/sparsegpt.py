@@ -18,7 +18,8 @@ def sparsegpt(weight: torch.Tensor, inputs: LayerInputs, pattern: Pattern) -> to
 
     The error is SparseGPT's, ||X (W - W_0)^T||^2, damped. Two masks are tried: that of SparseGPT's pass over the
     columns, and that of ADMM (`alternating_directions.admm`), which goes back to columns that it has passed. For both
-    the kept weights are the solution of least squares. The better one is taken, so no layer is worse than SparseGPT's.
+    the kept weights are the solution of least squares. The better one is taken, of each row where rows do not share
+    their zeros (N:M), so no layer is worse than by SparseGPT.
 
     Args:
         weight: (outputs, inputs).
@@ -29,9 +30,12 @@ def sparsegpt(weight: torch.Tensor, inputs: LayerInputs, pattern: Pattern) -> to
         (outputs, inputs) fp32.
     """
     exact = weight.float() * inputs.scale
-    tried = [refit(found, exact, found != 0, inputs) for found in (
-        column_by_column(exact, inputs, pattern), admm(exact, inputs, pattern))]
-    return min(tried, key=lambda found: inputs.error(found - exact)) / inputs.scale
+    passed, moved = (refit(found, exact, found != 0, inputs) for found in (
+        column_by_column(exact, inputs, pattern), admm(exact, inputs, pattern)))
+    errors = torch.stack([inputs.errors(found - exact) for found in (passed, moved)])
+    if pattern.of is None:
+        errors = errors.sum(1, keepdim=True)
+    return torch.where((errors[0] < errors[1]).unsqueeze(1), passed, moved) / inputs.scale
 
 
 @torch.no_grad()

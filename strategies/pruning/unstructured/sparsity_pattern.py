@@ -31,14 +31,15 @@ class Pattern:
         """
         if (sparsity is None) == (pattern is None):
             raise ValueError("give either a sparsity, such as 0.5, or a pattern, such as 2:4")
-        if pattern is None:
+        if sparsity is not None:
             if not 0 < sparsity < 1:
                 raise ValueError(f"a sparsity is between 0 and 1, such as 0.5, and not {sparsity}")
             return cls(float(sparsity))
-        found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", pattern)
+        found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", str(pattern))
         kept, of = map(int, found.groups()) if found else (0, 0)
         if not 0 < kept < of:
-            raise ValueError(f"a pattern names the weights that stay of every so many, such as 2:4, and not {pattern!r}")
+            raise ValueError("a pattern names the weights that stay of every so many, such as 2:4, and not "
+                             f"{pattern!r}")
         return cls(1 - kept / of, kept, of)
 
     def __str__(self) -> str:
@@ -59,7 +60,7 @@ class Pattern:
         Returns:
             (outputs, inputs) True where a weight is kept.
         """
-        if self.of is not None:
+        if self.of is not None and self.kept is not None:
             groups = scores.unflatten(1, (-1, self.of))
             return _top(groups, self.kept).flatten(1)
         rows = scores if per_row else scores.reshape(1, -1)
