@@ -89,10 +89,11 @@ def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None,
     early = check_early_causal if experiment.data.is_language else check_early_classifier
     if teacher is not None:
         early(experiment.teacher, "teacher", teacher)
-    if experiment.student.from_teacher is None:
+    layers = experiment.student.teacher_layers
+    if layers is None:
         early(experiment.student, "student", student)
     elif not experiment.teacher.trust_remote_code:
-        try_layers(teacher, experiment.student.from_teacher, experiment.data.sequence_length)
+        try_layers(teacher, layers, experiment.data.sequence_length)
     with torch.device("meta"):
         exported = export_skeleton(experiment.form, student)
         if experiment.student.adapter is not None:

@@ -41,6 +41,7 @@ from trainer.run.metrics import read_lines
 from trainer.run.report import write_report
 from trainer.run.run_status import RunStatus, check_free
 from trainer.run.working import working
+from trainer.starting_student import cut_first
 from trainer.student.compare_student import compare, rebuilt
 from trainer.student.export_student import check_tokenizer, check_written, end_answers, write_others
 from trainer.student.judge_student import judge_run, models_of
@@ -201,7 +202,8 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
     check_prompts(experiment.evaluate, text.tokenizer)
     for note in check_tokenizer(experiment.export, text, getattr(shape, "vocab_size", 0)):
         say(f"{name}  {note}")
-    return Begun(_with_teacher(experiment, how, text), how, text)
+    ready = _with_teacher(experiment, how, text)
+    return Begun(cut_first(ready, how, text, RunFolder(experiment.folder)), how, text)
 
 
 def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, how: Launched,

@@ -82,7 +82,8 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
     teacher = None
     other = None if experiment.student.from_run is None else WarmStart(experiment.student)
     with working(name, "loading models"):
-        if (experiment.uses_teacher and not experiment.teacher_is_base) or experiment.student.from_teacher is not None:
+        takes_layers = experiment.student.teacher_layers is not None
+        if (experiment.uses_teacher and not experiment.teacher_is_base) or takes_layers:
             teacher = build_teacher(experiment.teacher, teacher_shape)
         student = build_student(experiment, student_shape, teacher, text.tokenizer, other)
         if experiment.teacher_is_base:

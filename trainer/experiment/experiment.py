@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -86,7 +87,7 @@ class Experiment(Node):
             object.__setattr__(self, "teacher", self._student_as_teacher(self.teacher))
         if self.teacher is None and self.student.from_teacher is not None:
             raise UserError("student.from_teacher", "there is no teacher to take layers from",
-                            value=list(self.student.from_teacher),
+                            value=list(layers) if (layers := self.student.teacher_layers) else "all",
                             way_out="add `teacher`, or give the student a `path`")
         check_best(self.data, self.training.keep_best)
         if self.data.is_language:
@@ -334,6 +335,13 @@ class Experiment(Node):
         return brought + [(f"{key}.path", model.path, model.revision)
                           for key, model in (("student", self.student), ("teacher", self.teacher))
                           if model is not None and model.path]
+
+    def from_cut(self, folder: Path) -> Experiment:
+        """The experiment whose student starts from a cut that has been made; itself if its student is not cut."""
+        if not self.student.is_cut:
+            return self
+        return self.model_copy(update={"student": self.student.model_copy(update={
+            "path": str(folder), "revision": None, "architecture": None, "from_teacher": None, "from_run": None})})
 
     def as_teacher(self, folder: str) -> Experiment:
         """The experiment that trains this one's teacher: same data, full precision, and no teacher of its own."""

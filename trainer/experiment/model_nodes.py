@@ -160,8 +160,8 @@ class Teacher(Model):
 class Student(Model):
     """The small model that is trained and exported."""
 
-    from_teacher: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Start from these layers of the teacher (0 is the first), with its embeddings and head."""
+    from_teacher: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Start from these layers of the teacher (0 is the first), with its embeddings and head; all: the whole teacher."""
     from_run: PathName | None = None
     """Start from the trained weights of another run: its folder (newest checkpoint), or one of its checkpoints."""
     quantization: Quantization | None = None
@@ -179,10 +179,10 @@ class Student(Model):
                             f"{'layers of the teacher' if self.from_teacher is not None else 'its own model'}",
                             value=self.from_run, way_out="keep one of `from_run`, `from_teacher` and "
                             "`path`/`architecture`; a run brings its student's architecture and tokenizer")
-        if self.from_teacher is not None and (not self.from_teacher or sorted(set(self.from_teacher)) != list(
-                self.from_teacher)):
+        if isinstance(self.from_teacher, tuple) and (
+                not self.from_teacher or sorted(set(self.from_teacher)) != list(self.from_teacher)):
             raise UserError("from_teacher", "the layers must be listed once each, in rising order",
-                            value=list(self.from_teacher), way_out="for example `from_teacher: [0, 2, 5]`")
+                            value=list(self.from_teacher), way_out="for example `from_teacher: [0, 2, 5]`, or `all`")
         if self.from_teacher is None and not self.path and not self.architecture and not self.from_run:
             raise UserError("", "the student has no origin",
                             way_out="give `from_teacher` (layers), `path` (weights), `from_run` (the student of "
@@ -200,3 +200,18 @@ class Student(Model):
         if self.adapter is not None:
             check_adapter_quantization(self.adapter, self.quantization)
         return self
+
+    @property
+    def teacher_layers(self) -> tuple[int, ...] | None:
+        """The layers of the teacher that it starts from; None with another origin, or if it starts from all of it."""
+        return self.from_teacher if isinstance(self.from_teacher, tuple) else None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether something is cut from it before it is trained."""
+        return False
+
+    @property
+    def is_whole_teacher(self) -> bool:
+        """Whether it starts as the teacher itself."""
+        return self.from_teacher == "all"

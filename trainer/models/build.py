@@ -88,6 +88,10 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
         model = from_config(config, experiment.form.trust)
         other.load(model)
         load_generation_settings(model_of_run(student.from_run), model)
+    elif student.is_whole_teacher:
+        assert experiment.teacher is not None
+        model = _load(experiment.teacher, "teacher", config, torch.float32)
+        _freeze_again(model, experiment.form.trust)
     else:
         if task_of(config) == "causal_lm":
             config.eos_token_id = tokenizer.eos_token_id
@@ -97,10 +101,10 @@ def build_student(experiment: Experiment, config: PretrainedConfig, teacher: nn.
             same = tokenizer.pad_token_id == tokenizer.eos_token_id
             set_token(config, "pad_token_id", None if same else tokenizer.pad_token_id, tokenizer.pad_token_id)
         model = from_config(config, experiment.form.trust)
-        if student.from_teacher is not None:
+        if (layers := student.teacher_layers) is not None:
             assert teacher is not None
-            weights = _precise(experiment.teacher, student.from_teacher, teacher, model)
-            fill_from_layers(model, weights, teacher.config, student.from_teacher, experiment.data.sequence_length)
+            weights = _precise(experiment.teacher, layers, teacher, model)
+            fill_from_layers(model, weights, teacher.config, layers, experiment.data.sequence_length)
     by_document(learn_padding(model))
     if student.quantization is not None and student.quantization.trained:
         quantize(experiment.form, model)
@@ -130,7 +134,7 @@ def _precise(asked: Teacher, layers: Sequence[int], teacher: nn.Module, student:
 
 def layers_above(student: Student, teacher: Teacher | None, config: PretrainedConfig | None) -> nn.Module | None:
     """The teacher whose layers are the base of a student's adapter, loaded; None if it has another base."""
-    if student.from_teacher is None:
+    if student.teacher_layers is None:
         return None
     assert teacher is not None and config is not None, "the experiment checks that layers come from a teacher"
     return build_teacher(teacher, config)

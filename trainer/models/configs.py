@@ -38,18 +38,20 @@ def student_config(student: Student, teacher: PretrainedConfig | None, vocabular
     if student.from_teacher is None:  # without a tokenizer, assume as many tokens as the teacher has
         return _config(student, "student", vocabulary or getattr(teacher, "vocab_size", None), offline, task)
     assert teacher is not None, "the experiment checks that layers come from a teacher"
+    if student.teacher_layers is None:
+        return copy.deepcopy(teacher)
     layers = getattr(teacher, "num_hidden_layers", None)
     if layers is None:  # such as a byte latent transformer, which has several stacks
         raise UserError("student.from_teacher", f"a {teacher.model_type} model has several stacks of layers, and no "
-                        "one number of them", value=list(student.from_teacher),
+                        "one number of them", value=list(student.teacher_layers),
                         way_out="give the student a `path` or an `architecture`")
-    if max(student.from_teacher) >= layers:
+    if max(student.teacher_layers) >= layers:
         raise UserError("student.from_teacher", f"the teacher has layers 0 to {layers - 1}",
-                        value=list(student.from_teacher), way_out=f"choose from 0 to {layers - 1}")
+                        value=list(student.teacher_layers), way_out=f"choose from 0 to {layers - 1}")
     try:
-        return with_layers(teacher, student.from_teacher)[0]
+        return with_layers(teacher, student.teacher_layers)[0]
     except ValueError as error:
-        raise refused(teacher, student.from_teacher, str(error)) from error
+        raise refused(teacher, student.teacher_layers, str(error)) from error
 
 
 def check_shapes(experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,

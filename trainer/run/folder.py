@@ -42,6 +42,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.model = self.path / MODEL
         self.checkpoints = self.path / CHECKPOINTS
+        self.cut = self.path / "cut"
         self.best = self.path / "best.json"
         self.digests = self.path / "digests.json"
         self.student = self.path / STUDENT
@@ -85,8 +86,9 @@ class RunFolder:
         for place in (self.path, *self.path.parents):
             if place.is_file():
                 raise UserError("run.folder", f"{place} is a file", value=str(self.path), way_out="name a folder")
-        if not self.path.exists() or all(entry.name.startswith(".") for entry in self.path.iterdir()):
-            return
+        if not self.path.exists() or all(
+                entry.name.startswith(".") or entry == self.cut for entry in self.path.iterdir()):
+            return  # a cut is made before the folder is claimed
         if not self.experiment.exists():
             raise OtherRun("run.folder", "the folder exists and is not a run folder", value=str(self.path),
                            way_out="choose another `run.folder` or `name`, or move this folder away")

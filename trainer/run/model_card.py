@@ -175,7 +175,9 @@ def _opening(values: dict[str, Any], before: Sequence[EarlierRun], size: dict[st
                  if teacher.get("path") else "a teacher of its own"]
         names += [_name(one["path"], values) for one in teacher.get("others", ())]
         text += f", distilled from {' and '.join(names)}"
-    if layers is not None:
+    if layers == "all":
+        text += f", begun as {_name(base, first) if base else 'the whole of a teacher of its own'}"
+    elif layers is not None:
         text += f", begun with {len(layers)} of its layers" if _distilled(values) and first is values else \
             f", begun with {len(layers)} layers of {_name(base, first) if base else 'a teacher of its own'}"
     elif base:

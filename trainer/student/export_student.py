@@ -251,7 +251,7 @@ def export(run: Path, name: str, trust_remote_code: bool = False, readers: Seque
     settings = experiment.export.model_copy(update={"to": (name,), "readers": tuple(dict.fromkeys(
         [*readers, *readers_of(name, experiment.export)]))})
     check_readers(settings)
-    experiment = experiment.model_copy(update={"export": settings})
+    experiment = experiment.model_copy(update={"export": settings}).from_cut(folder.cut)
     text = prepare_text(experiment)
     with working(experiment.name, WORDS.format(name), at_once=True):
         write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)
