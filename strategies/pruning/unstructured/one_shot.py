@@ -11,9 +11,9 @@ from torch import nn
 
 from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, Seen, collect, token_mask
 from strategies.common.progress import report
-from strategies.common.stored_weights import as_matrix, multiplies
+from strategies.common.stored_weights import multiplies
 from strategies.pruning.unstructured.layer_inputs import LayerInputs, output_error
-from strategies.pruning.unstructured.prunable_layers import flat, prunable
+from strategies.pruning.unstructured.prunable_layers import as_stored, prunable, rows_of
 from strategies.pruning.unstructured.sparsegpt import sparsegpt
 from strategies.pruning.unstructured.sparsity_pattern import Pattern
 
@@ -62,7 +62,7 @@ def one_shot(model: nn.Module, batches: Iterable[Batch] | None, *, method: Metho
     if not damping > 0:
         raise ValueError(f"a damping of {damping} cannot hold a second moment without full rank: take 0.01, or more")
     for name, layer in chosen.items():
-        wanted.check(flat(as_matrix(layer)).shape[1], name)
+        wanted.check(rows_of(layer, layer.weight).shape[1], name)
     if method != "magnitude":
         _check_rows(chosen, batches, method)
     pruning = _Pruning(chosen, method, wanted, damping, tell)
@@ -79,7 +79,7 @@ def _check_rows(chosen: dict[str, Any], batches: list[Batch], method: str) -> No
     """Raise `ValueError` if there are too few calibration rows for a method."""
     if not batches:
         raise ValueError(f"method '{method}' cannot do without calibration rows: give `batches`")
-    inputs = {name: as_matrix(layer).shape[1] for name, layer in chosen.items() if multiplies(layer)}
+    inputs = {name: rows_of(layer, layer.weight).shape[1] for name, layer in chosen.items() if multiplies(layer)}
     if method != "sparsegpt" or not inputs or not all("input_ids" in batch for batch in batches):
         return
     widest = max(inputs, key=lambda name: inputs[name])
@@ -126,19 +126,19 @@ class _Pruning:
 
     @torch.no_grad()
     def _prune(self, name: str, moment: torch.Tensor | None, inputs: LayerInputs | None) -> None:
-        matrix = as_matrix(self._left.pop(name))
-        exact = flat(matrix).to(torch.float32, copy=True)
+        layer = self._left.pop(name)
+        exact = rows_of(layer, layer.weight).to(torch.float32, copy=True)
         method = "magnitude" if inputs is None or moment is None else self._method
         if method == "sparsegpt" and inputs is not None:
             found = sparsegpt(exact, inputs, self._pattern)
         else:
             scores = exact.abs() if method == "magnitude" or moment is None else exact.abs() * moment.diagonal().sqrt()
             found = torch.where(self._pattern.largest(scores, per_row=method == "wanda"), exact, 0.0)
-        matrix.copy_(found.view_as(matrix))
-        stored = flat(matrix.float())
+        layer.weight.copy_(as_stored(layer, found))
+        stored = rows_of(layer, layer.weight).float()
         zeros = int((stored == 0).sum())
         self._zeros += zeros
-        self._layers[name] = {"method": method, "weights": matrix.numel(), "sparsity": zeros / matrix.numel(),
+        self._layers[name] = {"method": method, "weights": stored.numel(), "sparsity": zeros / stored.numel(),
                               "error": None if moment is None else output_error(stored, exact, moment)}
         self._tell(name)
         report("layers", len(self._layers) - len(self._left), len(self._layers))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -44,12 +44,19 @@ def prunable(model: nn.Module, ignore: Iterable[str] = ("lm_head",)) -> dict[str
     return chosen
 
 
-def weight_names(model: nn.Module, layers: dict[str, Any]) -> list[str]:
+def weight_names(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
     """Names of the parameters in which layers have their weights."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     return [names[id(layer.weight)] for layer in layers.values()]
 
 
-def flat(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix (outputs, inputs) of weights (outputs, ...), as of a convolution's kernels."""
-    return matrix.flatten(1)
+def rows_of(layer: Any, values: torch.Tensor) -> torch.Tensor:
+    """Numbers of a layer's weights, in the shape of its parameter, as (outputs, inputs)."""
+    if isinstance(layer, Conv1D):
+        return values.T
+    return values.flatten(0, 1) if isinstance(layer, Experts) else values.flatten(1)
+
+
+def as_stored(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Convert (outputs, inputs) of `rows_of` back to the shape of the layer's parameter."""
+    return rows.T if isinstance(layer, Conv1D) else rows.view(layer.weight.shape)

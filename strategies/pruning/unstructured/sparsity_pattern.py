@@ -45,6 +45,13 @@ class Pattern:
     def __str__(self) -> str:
         return f"{self.sparsity:g}" if self.kept is None else f"{self.kept}:{self.of}"
 
+    def at(self, share: float) -> Pattern:
+        """The pattern with another share of zeros; of every M weights in a row, as many are kept as come nearest."""
+        if self.of is None:
+            return Pattern(share)
+        kept = self.of - round(share * self.of)
+        return Pattern(1 - kept / self.of, kept, self.of)
+
     def check(self, width: int, name: str) -> None:
         """Raise `ValueError` if rows of a layer with so many inputs cannot be divided by the pattern."""
         if self.of is not None and width % self.of:
