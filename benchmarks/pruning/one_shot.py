@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,14 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     calibration, held_out = split(options)
-    result = {"command": " ".join(["python -m benchmarks.pruning.one_shot", *sys.argv[1:]]), "machine": machine("cpu"),
+    result: dict[str, Any] = {
+              "command": " ".join(["python -m benchmarks.pruning.one_shot", *sys.argv[1:]]), "machine": machine("cpu"),
               "seed": options.seed, "rows": options.rows, "tokens": options.tokens, "held_out": options.held_out,
               "peer": f"llm-compressor {version('llmcompressor')}" if has_peer() else None,
               "dense": perplexity(model, held_out), "results": []}
+    result["results"] = done_before(options.json, result)
     dense = {"dense": moments(model, calibration), "held_out": moments(model, held_out[:options.rows])}
     for pattern in options.only:
         for contender in CONTENDERS:
-            if contender.startswith("llm-compressor") and not has_peer():
+            if contender.startswith("llm-compressor") and not has_peer() or any(
+                    (row["contender"], row["pattern"]) == (contender, pattern) for row in result["results"]):
                 continue
             result["results"].append(one(model, contender, pattern, calibration, held_out, dense))
             print(line(result["results"][-1]), flush=True)
@@ -65,6 +69,13 @@ def main(arguments: list[str] | None = None) -> int:
                 options.json.write_text(json.dumps(result, indent=1) + "\n")
     print("\n" + table(result))
     return 0
+
+
+def done_before(file: Path | None, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results that an earlier call left in the JSON, where it had the same rows and libraries."""
+    before = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    same = all(before.get(key) == result[key] for key in ("machine", "seed", "rows", "tokens", "held_out", "peer"))
+    return before["results"] if same and before else []
 
 
 def split(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:

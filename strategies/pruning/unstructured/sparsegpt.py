@@ -16,10 +16,11 @@ BLOCK = 128  # columns that share out their zeros among themselves, and whose er
 def sparsegpt(weight: torch.Tensor, inputs: LayerInputs, pattern: Pattern) -> torch.Tensor:
     """Weights with the zeros of a pattern, at the least error of the layer's outputs that is found.
 
-    The error is SparseGPT's, ||X (W - W_0)^T||^2, damped. Two masks are tried: that of SparseGPT's pass over the
-    columns, and that of ADMM (`alternating_directions.admm`), which goes back to columns that it has passed. For both
-    the kept weights are the solution of least squares. The better one is taken, of each row where rows do not share
-    their zeros (N:M), so no layer is worse than by SparseGPT.
+    The error is SparseGPT's, ||X (W - W_0)^T||^2, damped. Two masks are tried: that of ADMM
+    (`alternating_directions.admm`), with the kept weights as the solution of least squares, and that of SparseGPT's
+    pass over the columns, which sees each but once. Where the pass alone is as good, its kept weights are solved for, too,
+    and the better ones taken: of each row where rows do not share their zeros (N:M). So no layer is worse than by
+    SparseGPT.
 
     Args:
         weight: (outputs, inputs).
@@ -30,12 +31,13 @@ def sparsegpt(weight: torch.Tensor, inputs: LayerInputs, pattern: Pattern) -> to
         (outputs, inputs) fp32.
     """
     exact = weight.float() * inputs.scale
-    passed, moved = (refit(found, exact, found != 0, inputs) for found in (
-        column_by_column(exact, inputs, pattern), admm(exact, inputs, pattern)))
-    errors = torch.stack([inputs.errors(found - exact) for found in (passed, moved)])
-    if pattern.of is None:
-        errors = errors.sum(1, keepdim=True)
-    return torch.where((errors[0] < errors[1]).unsqueeze(1), passed, moved) / inputs.scale
+    found, passed = admm(exact, inputs, pattern), column_by_column(exact, inputs, pattern)
+    found = refit(found, exact, found != 0, inputs)
+    errors = torch.stack([inputs.errors(one - exact) for one in (passed, found)])
+    better = errors[0] < errors[1] if pattern.of is not None else (errors[0].sum() < errors[1].sum()).expand(len(exact))
+    if better.any():
+        found[better] = refit(passed[better], exact[better], passed[better] != 0, inputs)
+    return found / inputs.scale
 
 
 @torch.no_grad()
