@@ -1,11 +1,11 @@
 """A language model pruned once, without training: ours beside llm-compressor's SparseGPT and Wanda.
 
-    python -m benchmarks.pruning.one_shot --model FOLDER --data DIR [--json FILE] [--rows 16] [--tokens 512] [--seed 0]
+    python -m benchmarks.pruning.one_shot --model FOLDER --data DIR [--json FILE] [--rows 8] [--tokens 512] [--seed 0]
 
 Each contender prunes the same model on the same calibration rows of `tinyshakespeare.txt` in DIR, block by block. The
-errors of layers are measured by the same code for each, ||X (W - W_0)^T||^2 / ||X W_0^T||^2: on inputs X of the dense
-model, on calibration rows and on held-out rows, and on the inputs that the pruned model itself has on calibration rows.
-Perplexity is that of held-out rows, of which nothing was seen. llm-compressor takes part where it is installed.
+errors of layers are measured by the same code for each, ||X (W - W_0)^T||^2 / ||X W_0^T||^2, on the inputs X that the
+dense model has on calibration rows and on held-out rows. Perplexity is that of held-out rows, of which nothing was
+seen. llm-compressor takes part where it is installed. What a JSON has already is not measured again.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="a folder of transformers")
     parser.add_argument("--data", type=Path, required=True, help="a folder with tinyshakespeare.txt")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rows", type=int, default=16, help="calibration rows")
-    parser.add_argument("--held-out", type=int, default=64, help="rows that perplexity is measured on")
+    parser.add_argument("--rows", type=int, default=8, help="calibration rows")
+    parser.add_argument("--held-out", type=int, default=16, help="rows that perplexity is measured on")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
     parser.add_argument("--seed", type=int, default=0, help="picks the calibration rows")
     parser.add_argument("--only", nargs="*", default=list(PATTERNS), choices=list(PATTERNS))
@@ -57,9 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
               "peer": f"llm-compressor {version('llmcompressor')}" if has_peer() else None,
               "dense": perplexity(model, held_out), "results": []}
     result["results"] = done_before(options.json, result)
-    dense = {"dense": moments(model, calibration), "held_out": moments(model, held_out[:options.rows])}
-    for pattern in options.only:
-        for contender in CONTENDERS:
+    dense = {"calibration": moments(model, calibration), "held_out": moments(model, held_out[:options.rows])}
+    for contender in CONTENDERS:
+        for pattern in options.only:
             if contender.startswith("llm-compressor") and not has_peer() or any(
                     (row["contender"], row["pattern"]) == (contender, pattern) for row in result["results"]):
                 continue
@@ -103,12 +103,11 @@ def one(model: nn.Module, contender: str, pattern: str, calibration: torch.Tenso
     else:
         one_shot(pruned, batches(calibration), method=contender, **PATTERNS[pattern])
     seconds = time.perf_counter() - begun
-    own = {**dense, "own": moments(pruned, calibration)}
     names = list(prunable(model))
     weights = {name: (pruned.get_submodule(name).weight, model.get_submodule(name).weight) for name in names}
     with torch.no_grad():
         errors = {kind: {name: output_error(*weights[name], seen[name]) for name in names}
-                  for kind, seen in own.items()}
+                  for kind, seen in dense.items()}
         zeros = sum(int((weight == 0).sum()) for weight, _ in weights.values())
     return {"contender": contender, "pattern": pattern, "seconds": seconds,
             "sparsity": zeros / sum(weight.numel() for weight, _ in weights.values()),
@@ -163,9 +162,9 @@ def perplexity(model: nn.Module, rows: torch.Tensor) -> float:
 
 
 def layers_above(result: dict) -> Iterator[tuple[str, int, int]]:
-    """(pattern, layers whose error on own inputs is above that of llm-compressor's SparseGPT, layers)."""
+    """(pattern, layers with a larger error on calibration rows than by llm-compressor's SparseGPT, layers)."""
     for pattern in PATTERNS:
-        by = {row["contender"]: row["errors"]["own"] for row in result["results"] if row["pattern"] == pattern}
+        by = {row["contender"]: row["errors"]["calibration"] for row in result["results"] if row["pattern"] == pattern}
         if {"sparsegpt", "llm-compressor sparsegpt"} <= by.keys():
             ours, theirs = by["sparsegpt"], by["llm-compressor sparsegpt"]
             yield pattern, sum(ours[name] > theirs[name] for name in ours), len(ours)
@@ -173,15 +172,15 @@ def layers_above(result: dict) -> Iterator[tuple[str, int, int]]:
 
 def line(row: dict) -> str:
     """One row of the table."""
-    means = " | ".join(f"{statistics.fmean(row['errors'][kind].values()):.4f}" for kind in ("own", "dense", "held_out"))
+    means = " | ".join(f"{statistics.fmean(row['errors'][kind].values()):.4f}" for kind in ("calibration", "held_out"))
     return (f"| {row['pattern']} | {row['contender']} | {100 * row['sparsity']:.2f}% | {row['perplexity']:.2f} "
             f"| {means} | {row['seconds']:.0f} |")
 
 
 def table(result: dict) -> str:
     """The results as Markdown."""
-    lines = ["| pattern | method | zeros | perplexity | error, own inputs | dense inputs | held-out | seconds |",
-             "|---|---|---:|---:|---:|---:|---:|---:|", *map(line, result["results"])]
+    lines = ["| pattern | method | zeros | perplexity | error, calibration rows | held-out rows | seconds |",
+             "|---|---|---:|---:|---:|---:|---:|", *map(line, result["results"])]
     lines += [f"\n{pattern}: {above} of {count} layers have a larger error than llm-compressor's SparseGPT."
               for pattern, above, count in layers_above(result)]
     return "\n".join(lines) + f"\n\nPerplexity of the dense model: {result['dense']:.2f}."

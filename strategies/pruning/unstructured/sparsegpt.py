@@ -18,9 +18,8 @@ def sparsegpt(weight: torch.Tensor, inputs: LayerInputs, pattern: Pattern) -> to
 
     The error is SparseGPT's, ||X (W - W_0)^T||^2, damped. Two masks are tried: that of ADMM
     (`alternating_directions.admm`), with the kept weights as the solution of least squares, and that of SparseGPT's
-    pass over the columns, which sees each but once. Where the pass alone is as good, its kept weights are solved for, too,
-    and the better ones taken: of each row where rows do not share their zeros (N:M). So no layer is worse than by
-    SparseGPT.
+    pass over the columns, which sees each but once. Where the pass alone is as good, its kept weights are solved for,
+    too, and taken: in single rows where rows do not share their zeros (N:M). So no layer is worse than by SparseGPT.
 
     Args:
         weight: (outputs, inputs).

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import limbeck
 from strategies.pruning.unstructured.one_shot import one_shot
 from strategies.pruning.unstructured.prunable_layers import prunable, weight_names
-from tests.conftest import TINY
+from tests.conftest import TINY, on_two_ranks
 from trainer.errors import ExperimentErrors, UserError
 from trainer.planning.plan import Plans
 
@@ -96,6 +96,21 @@ def test_a_winning_ticket_is_the_early_step_without_the_smallest_of_the_trained(
         assert float(kept.float().mean()) == pytest.approx(0.5, abs=1e-3)
         assert torch.equal(ticket[name][kept], rewound[name][kept])
         assert trained[name][kept].abs().min() >= trained[name][~kept].abs().max()
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_two_ranks_prune_the_same_weights_as_one(write_experiment, train_here, engine):
+    asked = {"method": "movement" if engine == "fsdp2" else "magnitude", "sparsity": 0.6,
+             "schedule": {"begin": 0.25, "end": 0.5, "every": 1}}
+    how = {"student": {"sparsity": asked}, "training": {**LONG, "micro_batch": 4}, "optimizer": {"name": "muon"}}
+    one = train_here("one", **how)
+    file = write_experiment("two", **how, sharding={"engine": engine}, report={"control": False})
+    done = on_two_ranks("--config", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    exported = load_file(file.parent / "two" / "student" / "model.safetensors")
+    for name, weight in weights_of(one.unwrapped).items():
+        assert int((exported[name] == 0).sum()) == int((weight == 0).sum()) == round(0.6 * weight.numel())
+        assert float(((exported[name] == 0) == (weight == 0)).float().mean()) > 0.995, "but for rounding"
 
 
 def test_the_best_evaluation_is_one_with_all_zeros(train_here):
