@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import statistics
@@ -32,7 +33,7 @@ from strategies.pruning.unstructured.layer_inputs import output_error
 from strategies.pruning.unstructured.one_shot import one_shot
 from strategies.pruning.unstructured.prunable_layers import prunable
 
-PATTERNS = {"50%": {"sparsity": 0.5}, "70%": {"sparsity": 0.7}, "2:4": {"pattern": "2:4"}}
+PATTERNS = {"2:4": {"pattern": "2:4"}, "70%": {"sparsity": 0.7}, "50%": {"sparsity": 0.5}}
 BATCH = 4  # rows of a forward
 CONTENDERS = ("sparsegpt", "llm-compressor sparsegpt", "wanda", "llm-compressor wanda", "magnitude")
 
@@ -58,8 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
               "dense": perplexity(model, held_out), "results": []}
     result["results"] = done_before(options.json, result)
     dense = {"calibration": moments(model, calibration), "held_out": moments(model, held_out[:options.rows])}
-    for contender in CONTENDERS:
-        for pattern in options.only:
+    for contenders, pattern in itertools.product((CONTENDERS[:2], CONTENDERS[2:]), options.only):
+        for contender in contenders:
             if contender.startswith("llm-compressor") and not has_peer() or any(
                     (row["contender"], row["pattern"]) == (contender, pattern) for row in result["results"]):
                 continue
