@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.rematerialization.frontier import machine
 from strategies.export.archive.archive_file import read_archive, write_archive
-from strategies.pruning.unstructured.one_shot import one_shot
+from strategies.pruning.unstructured.prune_once import one_shot
 from strategies.quantization.post_training import quantize
 from strategies.quantization.quantizer import WeightQuantizer
 

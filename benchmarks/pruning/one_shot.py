@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.rematerialization.frontier import machine
 from strategies.pruning.unstructured.layer_inputs import output_error
-from strategies.pruning.unstructured.one_shot import one_shot
 from strategies.pruning.unstructured.prunable_layers import prunable
+from strategies.pruning.unstructured.prune_once import one_shot
 
 PATTERNS = {"2:4": {"pattern": "2:4"}, "70%": {"sparsity": 0.7}, "50%": {"sparsity": 0.5}}
 BATCH = 4  # rows of a forward

@@ -155,7 +155,7 @@ class Sparsity(Node):
             ValueError: see `one_shot` and `winning_ticket`.
         """
         from strategies.pruning.unstructured.lottery import winning_ticket
-        from strategies.pruning.unstructured.one_shot import one_shot
+        from strategies.pruning.unstructured.prune_once import one_shot
 
         how: dict[str, Any] = {"sparsity": self.sparsity, "pattern": self.pattern, "ignore": self.ignore}
         if self.method == "lottery":

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import limbeck
-from strategies.pruning.unstructured.one_shot import one_shot
 from strategies.pruning.unstructured.prunable_layers import prunable, weight_names
+from strategies.pruning.unstructured.prune_once import one_shot
 from tests.conftest import TINY, on_two_ranks
 from trainer.errors import ExperimentErrors, UserError
 from trainer.planning.plan import Plans

@@ -7,8 +7,8 @@ import torch
 
 from strategies.optimizers.by_name import build as optimizer_of
 from strategies.pruning.unstructured.gradual import CubicSchedule, GradualPruning
-from strategies.pruning.unstructured.one_shot import one_shot
 from strategies.pruning.unstructured.prunable_layers import prunable, weight_names
+from strategies.pruning.unstructured.prune_once import one_shot
 from strategies.pruning.unstructured.sparse_weights import SparseWeights
 from strategies.pruning.unstructured.sparsity_pattern import Pattern
 from strategies.quantization.gptq import factorize, round_weights

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from strategies.pruning.unstructured.layer_inputs import output_error
-from strategies.pruning.unstructured.one_shot import one_shot
+from strategies.pruning.unstructured.prune_once import one_shot
 from tests.strategies.quantization.calibrating import build, divergence, logits, rows, trained
 
 MOE = {"kind": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16,
