@@ -16,7 +16,7 @@ from torch import nn
 from strategies.export.hf.transformers_folder import write_folder
 from trainer.checkpoints import WarmStart
 from trainer.data.dataset import PreparedData
-from trainer.errors import RunFailed, error_context
+from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.sparsity_nodes import Sparsity
 from trainer.files import fingerprint, write_atomically
@@ -53,6 +53,9 @@ def _pruned(experiment: Experiment, asked: Sparsity, model: nn.Module, text: Pre
     """The model with weights set to zero, and the record of it."""
     trained = None
     if asked.trained is not None:
+        if not (Path(asked.trained) / "config.json").is_file():
+            raise UserError("student.sparsity.trained", f"there is no model in {asked.trained}", value=asked.trained,
+                            way_out="name the folder `student` of the run of the round before")
         student = experiment.student.model_copy(update={
             "path": asked.trained, "revision": None, "architecture": None, "from_teacher": None, "from_run": None})
         trained = origin_of(experiment.model_copy(update={"student": student}), text).get_parameter

@@ -267,7 +267,8 @@ class TrainLoop:
         self.ranks.at(f"the update of step {number}")
         mark("update")
         norm = self._update(math.isfinite(means["loss"]))
-        record = self._record(means, norm, rate, given.tokens, given.seen) | self._scheduled
+        record = self._record(means, norm, rate, given.tokens, given.seen) | self._scheduled | (
+            self.sparse.shown(self.state.step))
         if self.state.nonfinite:
             record["nonfinite"] = locate_nonfinite(self.accelerator, rows, finite)
         record["seconds"] = time.perf_counter() - started

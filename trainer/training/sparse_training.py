@@ -34,8 +34,13 @@ class SparseTraining:
     def resumed(self, step: int) -> None:
         """Take the zeros of a checkpoint, if a schedule has made some before its step."""
         weights = self.weights
-        if isinstance(weights, GradualPruning) and any(weights.schedule.at(before) for before in range(step)):
+        if isinstance(weights, GradualPruning) and step and weights.schedule.reached(step - 1):
             weights.read_zeros()
+
+    def shown(self, step: int) -> dict[str, float]:
+        """What the record of a step says, counted from 0: the share of zeros that a schedule has reached."""
+        weights = self.weights
+        return {"sparsity": weights.schedule.reached(step)} if isinstance(weights, GradualPruning) else {}
 
     def prune(self, step: int) -> None:
         """Make the zeros that a schedule asks for after so many steps. A collective call."""

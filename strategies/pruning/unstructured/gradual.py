@@ -45,6 +45,11 @@ class CubicSchedule:
         left = (self.end - step) / max(1, self.end - self.begin)
         return self.final * (1 - left**3)
 
+    def reached(self, step: int) -> float:
+        """The share of zeros that there are in a step: that of the last change."""
+        changes = (self.at(before) for before in range(min(step, self.end), self.begin - 1, -1))
+        return next((share for share in changes if share is not None), 0.0)
+
 
 class GradualPruning(SparseWeights):
     """Prunes more and more weights of each layer; a weight that has been pruned stays zero.

@@ -110,6 +110,7 @@ def test_the_schedule_is_the_papers():
     assert list(found) == [10, 18, 26, 34, 42, 50]
     for step, share in found.items():
         assert share == pytest.approx(0.8 + (0 - 0.8) * (1 - (step - 10) / (5 * 8)) ** 3)
+    assert [schedule.reached(step) for step in (0, 9, 19, 59)] == [0, 0, found[18], 0.8]
     assert [step for step in range(60) if CubicSchedule(10, 49, 8, 0.8).at(step) is not None][-1] == 49
 
 
