@@ -44,14 +44,14 @@ if TYPE_CHECKING:  # so that type checkers and editors can resolve the names in 
     from trainer.errors import RunFailed, Stopped, UserError
     from trainer.experiment.experiment import Experiment
     from trainer.experiment.load import read_experiment
-    from trainer.pipeline import run_experiment as run
     from trainer.run.report import write_report
     from trainer.script import Trainer
+    from trainer.stages.run_stages import run as run
 
 _PUBLIC = {  # name -> (module, attribute); imported on first use, so that `import limbeck` is cheap
     "Experiment": ("trainer.experiment.experiment", "Experiment"),
     "read_experiment": ("trainer.experiment.load", "read_experiment"),
-    "run": ("trainer.pipeline", "run_experiment"),
+    "run": ("trainer.stages.run_stages", "run"),
     "Trainer": ("trainer.script", "Trainer"),
     "ResponseObjective": ("strategies.distillation.losses.response", "ResponseObjective"),
     "Divergence": ("strategies.distillation.losses.divergences", "Divergence"),

@@ -13,8 +13,8 @@ from tests.conftest import ROOT
 TRAINER = ("experiment", "data", "run", "models", "distributed", "teacher", "checkpoints", "planning", "evaluate",
            "training", "student", "sweep")
 BELOW_ALL = ("errors", "files", "model_files")
-ABOVE_ALL = ("early_checks", "preparation", "starting_student", "pipeline", "script", "command_line", "failures",
-             "starter", "cli")
+ABOVE_ALL = ("early_checks", "preparation", "starting_student", "pipeline", "script", "stages", "command_line",
+             "failures", "starter", "cli")
 REMATERIALIZATION = ("solve", "capture", "price", "execute")
 MOST_WITH_EXPERIMENT = 30  # functions outside of experiment/, planning/ and the pipeline
 

@@ -28,9 +28,10 @@ def train(arguments: list[str]) -> int:
         options = parse_train(arguments)
         source = read_experiment(options.config, options.overrides)
         if options.dry_run:
-            from trainer import pipeline  # a heavy import, so only once the experiment is known to be valid
+            # A heavy import, so only once the experiment is known to be valid.
+            from trainer.stages.run_stages import dry_run
 
-            pipeline.dry_run(source, as_json=options.json)
+            dry_run(source, as_json=options.json)
         else:
             return _run_experiment(source)
     except SystemExit as done:  # --help and --version
@@ -59,9 +60,9 @@ def _run_experiment(source: Source) -> int:
     note.begin_again()
     try:
         with signals.handle_signals(_leaving(note)):
-            from trainer import pipeline
+            from trainer.stages.run_stages import run
 
-            pipeline.run_experiment(source)
+            run(source)
     except Stopped as stop:
         if process == 0:
             note.leave(str(stop), signals.AGAIN_LATER, step=stop.step, signal=stop.signal, process=stop.process)
@@ -69,7 +70,8 @@ def _run_experiment(source: Source) -> int:
         else:
             note.wait(OTHERS_WAIT)
         return signals.AGAIN_LATER
-    except UserError as error:  # recorded, since the launcher now signals the other processes: no stop by a user
+    except (UserError, ExperimentErrors) as error:
+        # Recorded, since the launcher now signals the other processes: no stop by a user.
         if not isinstance(error, OtherRun):  # then the folder, and the note in it, are not of this run
             note.leave(messages(error, source), exit_code(error), process=process)
         raise
@@ -159,6 +161,10 @@ def _status(options: Namespace) -> int:
 
         said, code, _ = sweep_status(folder)
         said = f"{folder}: {said}"
+    elif (folder / "stages.json").exists():
+        from trainer.stages.stages_status import stages_status
+
+        said, code = stages_status(folder)
     else:
         said, code = status(folder)
     print(said)
@@ -176,6 +182,24 @@ def _run_named(options: Namespace) -> Path:
     return Path(options.overrides[0])
 
 
+def _finished_stage(run: str) -> Path:
+    """The run folder of the last finished stage, if a folder is one of stages; else the folder itself."""
+    if not (Path(run) / "stages.json").exists():
+        return Path(run)
+    from trainer.stages.stage_record import last_run
+
+    return last_run(run)
+
+
+def _present_stage(folder: Path) -> Path:
+    """The run folder of the stage that runs or ran last, if a folder is one of stages; else the folder itself."""
+    if not (folder / "stages.json").exists():
+        return folder
+    from trainer.stages.stages_status import present_run
+
+    return present_run(folder)
+
+
 def _watch(options: Namespace) -> int:
     from trainer.run.watch import Looks, Watch, watch
 
@@ -188,7 +212,7 @@ def _watch(options: Namespace) -> int:
 
         looks: Looks = WatchSweep(folder)
     else:
-        looks = Watch(folder)
+        looks = Watch(_present_stage(folder))
     try:
         return watch(looks, options.every, options.once, Console(highlight=False))
     except KeyboardInterrupt:
@@ -204,6 +228,10 @@ def _report(options: Namespace) -> int:
         from trainer.sweep.run_sweep import report_sweep
 
         report_sweep(Path(options.run))
+    elif (Path(options.run) / "stages.json").exists():
+        from trainer.stages.stage_report import write_stages_report
+
+        print(write_stages_report(Path(options.run)))
     else:
         print(write_report(Path(options.run)))
     return 0
@@ -212,7 +240,7 @@ def _report(options: Namespace) -> int:
 def _export(options: Namespace) -> int:
     from trainer.student.export_student import export
 
-    print(export(Path(options.run), options.to, options.trust_remote_code, options.reader))
+    print(export(_finished_stage(options.run), options.to, options.trust_remote_code, options.reader))
     return 0
 
 
@@ -220,7 +248,7 @@ def _push(options: Namespace) -> int:
     from trainer.student.push_student import push
 
     try:
-        print(push(Path(options.run), options.to, options.runtime, options.private, options.base))
+        print(push(_finished_stage(options.run), options.to, options.runtime, options.private, options.base))
     except KeyboardInterrupt:
         tell("interrupted: until all of it has arrived, the repository is as it was before, or empty; start the same "
              "command again")
@@ -236,7 +264,7 @@ def _evaluate(options: Namespace) -> int:
             raise UserError(f"--{name}", "this has to be 1 or more", value=value, way_out="leave it out, or give more")
     teacher, tasks, output = (None if one is None else Path(one)
                               for one in (options.teacher, options.tasks, options.output))
-    print(judge_folder(Path(options.run), tasks, options.limit, teacher, output, options.tokens,
+    print(judge_folder(_finished_stage(options.run), tasks, options.limit, teacher, output, options.tokens,
                        options.trust_remote_code))
     return 0
 

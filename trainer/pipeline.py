@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from trainer.data.classified_preview import classified_preview
 from trainer.data.data_preview import preview
@@ -104,8 +106,12 @@ def planned(source: Source) -> Plan:
         return Plans().resolve(experiment, topology, teacher, student)
 
 
-def run_experiment(source: Source) -> Path:
+def run_experiment(source: Source, last: bool = True) -> Path:
     """Run an experiment, or resume it, and return its run folder.
+
+    Args:
+        source: the experiment.
+        last: whether the processes part afterwards; False if they run another one together.
 
     Raises:
         UserError: a mistake in the experiment or its data; in this case only the cache has been written to.
@@ -113,10 +119,10 @@ def run_experiment(source: Source) -> Path:
     """
     folder = RunFolder(source.experiment.folder)
     with RunStatus(source.experiment.name, folder, lambda: folder.check(source.experiment)):
-        return _run(source, folder)
+        return _run(source, folder, last)
 
 
-def _run(source: Source, folder: RunFolder) -> Path:
+def _run(source: Source, folder: RunFolder, last: bool) -> Path:
     quiet_libraries()
     experiment = source.experiment
     folder.check(experiment)
@@ -132,6 +138,7 @@ def _run(source: Source, folder: RunFolder) -> Path:
             "training.epochs); to run it again, choose another run.folder or remove it.")
         if changed := [key for key in folder.changed(values) if not key.startswith("run.")]:
             say(f"not used, since it is finished: {', '.join(changed)}")
+        _part(accelerator, last)
         return folder.path
     if again and not more:
         say(f"{folder.path} is trained; what {', '.join(again)} changes is made again, and nothing is trained")
@@ -165,8 +172,19 @@ def _run(source: Source, folder: RunFolder) -> Path:
         for hint in hints(folder):
             say(f"{experiment.name}: hint: {hint}")
         say(f"{experiment.name}: done, see {folder.report}")
-    accelerator.end_training()
+    _part(accelerator, last)
     return folder.path
+
+
+def _part(accelerator: Accelerator, last: bool) -> None:
+    """End what a run has used: all of it, or all but the group of processes, which run another one together."""
+    if last:
+        accelerator.end_training()
+        return
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()
+    AcceleratorState._reset_state()  # the next run may have another engine
 
 
 @dataclass(frozen=True)
@@ -178,6 +196,15 @@ class Begun:
     text: PreparedData
 
 
+def with_teacher(experiment: Experiment) -> Experiment:
+    """The experiment with a teacher that has weights, before other runs of the same processes; raises as `begin`."""
+    quiet_libraries()
+    how = Launched(*start(experiment))
+    ready = _with_teacher(experiment, how, _read(experiment, how))
+    _part(how.accelerator, last=False)
+    return ready
+
+
 def begin(experiment: Experiment, how: Launched) -> Begun:
     """Check an experiment, read and tokenize its data, and train its teacher if that has no weights yet.
 
@@ -185,6 +212,13 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
         UserError: a mistake in the experiment or its data; in this case only the cache has been written to.
         RunFailed: the training of the teacher failed.
     """
+    text = _read(experiment, how)
+    ready = _with_teacher(experiment, how, text)
+    return Begun(cut_first(ready, how, text, RunFolder(experiment.folder)), how, text)
+
+
+def _read(experiment: Experiment, how: Launched) -> PreparedData:
+    """Check an experiment, and read and tokenize its data."""
     accelerator, say, name = how.accelerator, how.say, experiment.name
     check_batch(experiment.training, experiment.optimizer, how.topology)
     with working(name, "planning memory", at_once=experiment.memory.bytes is not None):
@@ -202,8 +236,7 @@ def begin(experiment: Experiment, how: Launched) -> Begun:
     check_prompts(experiment.evaluate, text.tokenizer)
     for note in check_tokenizer(experiment.export, text, getattr(shape, "vocab_size", 0)):
         say(f"{name}  {note}")
-    ready = _with_teacher(experiment, how, text)
-    return Begun(cut_first(ready, how, text, RunFolder(experiment.folder)), how, text)
+    return text
 
 
 def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, student: Path, how: Launched,

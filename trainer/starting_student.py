@@ -30,6 +30,7 @@ from trainer.run.metrics import console, readable
 from trainer.run.working import working
 from trainer.student.compare_student import ask_about, logits_of
 from trainer.student.merge_adapter import client_of
+from trainer.student.prune_student import prune_student
 from trainer.student.quantize_student import calibration
 
 RECORD = "prune.json"
@@ -43,6 +44,9 @@ Cutter = Callable[[nn.Module, PreparedData], tuple[nn.Module, dict[str, Any]]]
 def cutters_of(experiment: Experiment) -> list[tuple[str, Cutter]]:
     """What is done to the student before it is trained, each by the name that the record has it under."""
     found: list[tuple[str, Cutter]] = []
+    if (prune := experiment.student.prune) is not None:
+        found.append(("prune", lambda model, text: prune_student(
+            prune, model, text, experiment.seed, experiment.training.micro_batch)))
     if (sparsity := experiment.student.sparsity) is not None and sparsity.is_one_shot:
         found.append(("sparsity", lambda model, text: _pruned(experiment, sparsity, model, text)))
     return found
@@ -134,7 +138,7 @@ def _cut(experiment: Experiment, device: torch.device, text: PreparedData, folde
 
 def origin_of(experiment: Experiment, text: PreparedData) -> nn.Module:
     """The model that a student starts as before it is cut, in fp32 and without quantization or adapters."""
-    student = experiment.student.model_copy(update={"quantization": None, "adapter": None})
+    student = experiment.student.model_copy(update={"quantization": None, "adapter": None, "prune": None})
     own = experiment.model_copy(update={"student": student})
     task = Task.of(experiment.data, text.classes)
     above = teacher_config(experiment.teacher, text.vocabulary, task=task)

@@ -1,1 +1,1 @@
-"""Benchmarks of pruning."""
+"""Structured and unstructured pruning beside peers."""

@@ -21,6 +21,7 @@ from trainer.experiment.report_node import Report
 from trainer.experiment.run_paths import STUDENT, model_of_run, within
 from trainer.experiment.scheduled import highest, lowest, moves
 from trainer.experiment.sparsity_nodes import check_sparse_run
+from trainer.experiment.stage_nodes import Stage
 from trainer.experiment.task_checks import check_best, check_classification, check_language
 
 
@@ -81,6 +82,8 @@ class Experiment(Node):
     """What the report compares."""
     run: Run = Run()
     """Where the run is kept and how it logs."""
+    stages: tuple[Stage, ...] = ()
+    """Make the student in several stages, one after the other, each with settings of its own."""
 
     @model_validator(mode="after")
     def _whole(self) -> Experiment:
@@ -345,7 +348,8 @@ class Experiment(Node):
         if not self.student.is_cut:
             return self
         return self.model_copy(update={"student": self.student.model_copy(update={
-            "path": str(folder), "revision": None, "architecture": None, "from_teacher": None, "from_run": None})})
+            "path": str(folder), "revision": None, "architecture": None, "from_teacher": None, "from_run": None,
+            "prune": None})})
 
     def as_teacher(self, folder: str) -> Experiment:
         """The experiment that trains this one's teacher: same data, full precision, and no teacher of its own."""

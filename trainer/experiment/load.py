@@ -52,7 +52,11 @@ def read_experiment(file: str | Path, overrides: Sequence[str] = (), places: Map
     """
     values, origins = read_values(Path(file))
     for override in overrides:
-        _apply(override, values, origins, (places or {}).get(override) or place_of(override))
+        place = (places or {}).get(override) or place_of(override)
+        try:
+            _apply(override, values, origins, place)
+        except UserError as error:
+            raise ExperimentErrors([error], {}, place) from error
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:
@@ -102,16 +106,30 @@ def _apply(override: str, values: dict[str, Any], origins: dict[Key, str], place
     """Apply one `dotted.key=value` override to the values read from the file, in place."""
     name, value = read_override(override, place)
     key = tuple(name.split("."))
-    node = values
+    node: Any = values
     for depth, part in enumerate(key[:-1], 1):
-        if not isinstance(node.get(part), dict):  # a null or missing node becomes an empty one
-            node[part] = {}
+        at = _index(node, part)
+        if not isinstance(node[at] if isinstance(node, list) else node.get(at), (dict, list)):
+            node[at] = {}  # a null or missing node becomes an empty one
             origins[key[:depth]] = place
-        node = node[part]
-    node[key[-1]] = value
+        node = node[at]
+    node[_index(node, key[-1])] = value
     for older in [known for known in origins if known[:len(key)] == key]:
         del origins[older]
     origins |= {key: place} | {(*key, *inner): place for inner in _inner_keys(value)}
+
+
+def _index(node: Any, part: str) -> Any:
+    """A name of a mapping, or the number of an item that a list has.
+
+    Raises:
+        UserError: the list has no such item.
+    """
+    if not isinstance(node, list):
+        return part
+    if not part.isdecimal() or int(part) >= len(node):
+        raise UserError("", f"`{part}` is not an item of a list of {len(node)}", way_out="items are numbered from 0")
+    return int(part)
 
 
 def read_override(override: str, place: str, example: str = "optimizer.lr=1e-4") -> tuple[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from trainer.errors import UserError
 from trainer.experiment.adapter_nodes import Adapter, check_adapter_quantization
 from trainer.experiment.node import Dtype, Node, PathName, Positive
+from trainer.experiment.pruning_nodes import Prune
 from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.sparsity_nodes import Sparsity, check_sparse_quantization
 
@@ -165,6 +166,8 @@ class Student(Model):
     """Start from these layers of the teacher (0 is the first), with its embeddings and head; all: the whole teacher."""
     from_run: PathName | None = None
     """Start from the trained weights of another run: its folder (newest checkpoint), or one of its checkpoints."""
+    prune: Prune | None = None
+    """Cut heads, channels, width, layers or experts of the student before it is trained; null cuts nothing."""
     sparsity: Sparsity | None = None
     """Set a share of the student's weights to zero, and keep them so; null keeps all of them."""
     quantization: Quantization | None = None
@@ -190,6 +193,14 @@ class Student(Model):
             raise UserError("", "the student has no origin",
                             way_out="give `from_teacher` (layers), `path` (weights), `from_run` (the student of "
                             "another run) or `architecture` (dimensions)")
+        return self
+
+    @model_validator(mode="after")
+    def _pruned(self) -> Student:
+        if self.prune is not None and self.from_teacher is None and self.path is None and self.from_run is None:
+            raise UserError("prune", "the student has random weights, of which none is better than another",
+                            value=self.prune.model_dump(exclude_defaults=True), way_out="give it a `path`, "
+                            "`from_teacher` or `from_run`, or write the smaller numbers into `architecture`")
         return self
 
     @model_validator(mode="after")
@@ -230,7 +241,12 @@ class Student(Model):
     @property
     def is_cut(self) -> bool:
         """Whether something is cut from it before it is trained."""
-        return self.sparsity is not None and self.sparsity.is_one_shot
+        return self.prune is not None or (self.sparsity is not None and self.sparsity.is_one_shot)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether weights of it are zero and stay so."""
+        return self.sparsity is not None
 
     def is_final(self, step: int, steps: int) -> bool:
         """Whether it has the bits and the zeros that are exported at a step of a run, counted from 0."""

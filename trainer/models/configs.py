@@ -18,6 +18,7 @@ from trainer.model_files import MOST_LAYERS, check_files, first_line, last_line,
 from trainer.models.architecture_keys import OF_A_FILE, check_arrived, model_values, without_foreign_ids
 from trainer.models.layer_settings import with_layers
 from trainer.models.model_origin import language_model
+from trainer.models.pruned_config import pruned_config
 from trainer.models.task_heads import LANGUAGE, Task, classifier
 from trainer.models.teacher_layers import refused
 from trainer.models.tied_weights import settle_tying
@@ -31,7 +32,12 @@ def teacher_config(teacher: Teacher | None, vocabulary: int | None, offline: boo
 
 def student_config(student: Student, teacher: PretrainedConfig | None, vocabulary: int | None, offline: bool = False,
                    task: Task = LANGUAGE) -> PretrainedConfig:
-    """The student's configuration: its own, that of the run it starts from, or its teacher's with fewer layers."""
+    """The student's configuration: its own, that of the run it starts from, or its teacher's; as cut, if it is cut."""
+    return pruned_config(student.prune, _origin_config(student, teacher, vocabulary, offline, task))
+
+
+def _origin_config(student: Student, teacher: PretrainedConfig | None, vocabulary: int | None, offline: bool,
+                   task: Task) -> PretrainedConfig:
     if student.from_run is not None:
         check_run(student.from_run)
         student = student.model_copy(update={"path": str(model_of_run(student.from_run)), "from_run": None})

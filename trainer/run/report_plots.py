@@ -15,7 +15,8 @@ def ordered(found: dict[str, Any]) -> list[str]:
     return [name for name in COLORS if name in found]
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+def new_figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    """A figure with one pair of axes, in the style of all pictures."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,7 +32,8 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, file: Path) -> None:
+def save_figure(figure: Any, file: Path) -> None:
+    """Write a figure as PNG, and free its memory."""
     from matplotlib import pyplot
 
     figure.savefig(file, dpi=120)
@@ -41,7 +43,7 @@ def _save(figure: Any, file: Path) -> None:
 def plot_loss(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Plot the training cross-entropy, the term that all models share; the whole loss if the student has none."""
     figure, _ = loss_figure(curves)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def loss_figure(curves: dict[str, list[dict[str, Any]]]) -> tuple[Any, Any]:
@@ -49,7 +51,7 @@ def loss_figure(curves: dict[str, list[dict[str, Any]]]) -> tuple[Any, Any]:
     classifies = any("accuracy" in line.get("held_out", ()) for line in curves["student"])
     unit = "nats" if classifies else "nats per token"
     term = "cross_entropy" if any("cross_entropy" in line for line in curves["student"]) else "loss"
-    figure, axes = _figure("Training", "optimizer step", f"{term.replace('_', '-')} ({unit})")
+    figure, axes = new_figure("Training", "optimizer step", f"{term.replace('_', '-')} ({unit})")
     for name, lines in curves.items():
         points = [(line["step"], line[term]) for line in lines if isinstance(line.get(term), float)]
         if points:
@@ -62,7 +64,7 @@ def loss_figure(curves: dict[str, list[dict[str, Any]]]) -> tuple[Any, Any]:
 def plot_held_out(curves: dict[str, list[dict[str, Any]]], found: dict[str, Any], file: Path) -> None:
     """Plot the bits per byte of each evaluation, or the accuracy, beside the teacher's."""
     of = main_figure(found["student"])
-    figure, axes = _figure("Held-out data", "optimizer step", FIGURES[of].words)
+    figure, axes = new_figure("Held-out data", "optimizer step", FIGURES[of].words)
     for name, lines in curves.items():
         points = [(line["step"], line["held_out"][of]) for line in lines if "held_out" in line]
         if points:
@@ -70,7 +72,7 @@ def plot_held_out(curves: dict[str, list[dict[str, Any]]], found: dict[str, Any]
     if "teacher" in found:
         axes.axhline(found["teacher"][of], color=COLORS["teacher"], linestyle="--", label="teacher")
     axes.legend(frameon=False)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_size(found: dict[str, Any], file: Path) -> None:
@@ -79,13 +81,13 @@ def plot_size(found: dict[str, Any], file: Path) -> None:
     if len(ordered(found)) < 2:
         return
     figure, _ = sizes_figure(found)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def sizes_figure(found: dict[str, Any]) -> tuple[Any, Any]:
     """The figure and the axes of that picture."""
     of = main_figure(found["student"])
-    figure, axes = _figure("Exported models", "MiB on disk", f"{FIGURES[of].words} on held-out data")
+    figure, axes = new_figure("Exported models", "MiB on disk", f"{FIGURES[of].words} on held-out data")
     for name in ordered(found):
         entry = found[name]
         axes.scatter(entry["bytes_on_disk"] / 2**20, entry[of], s=60, color=COLORS[name], label=name,
@@ -106,7 +108,7 @@ def plot_confusion(table: list[list[int]], classes: list[str], file: Path) -> No
 
     counts = numpy.asarray(table, float)
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
-    figure, axes = _figure("Answers of the student", "answer", "true class")
+    figure, axes = new_figure("Answers of the student", "answer", "true class")
     side = min(14.0, max(4.5, 2.5 + 0.28 * len(classes))) if len(classes) <= NAMED else 9.0
     figure.set_size_inches(side + 0.8, side)
     axes.grid(visible=False)
@@ -121,7 +123,7 @@ def plot_confusion(table: list[list[int]], classes: list[str], file: Path) -> No
             if counts[row, column]:
                 axes.text(column, row, f"{int(counts[row, column])}", ha="center", va="center", fontsize=8,
                           color="white" if shares[row, column] > 0.6 else "black")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

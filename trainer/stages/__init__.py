@@ -1,0 +1,1 @@
+"""A student that is made in several stages: cut, trained, quantized, exported."""

@@ -1,0 +1,236 @@
+"""The experiment that each stage is: the file's settings, its own over them, and the student of the stage before."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.errors import ExperimentErrors, UserError
+from trainer.experiment.load import Source, mistakes
+from trainer.experiment.plain_yaml import Key
+from trainer.experiment.run_paths import STUDENT
+from trainer.experiment.stage_nodes import Stage, Until
+from trainer.files import flatten
+
+ORIGINS = ("path", "revision", "architecture", "from_teacher", "from_run")  # keys of a student's origin
+TAKEN = {"name": "the stages are named by their numbers and kinds", "stages": "a stage has no stages of its own",
+         "run.folder": "each stage has a folder of its own within that of the experiment",
+         "run.cache": "all stages share one cache", "teacher.train": "one teacher is trained, for all stages",
+         "data.tokenizer": "the student brings its tokenizer from stage to stage"}
+AFTER = ("export", "report", "evaluate", "run")  # nodes that act on a finished student
+WORDS = {"prune": "student.prune or student.sparsity", "quantize": "student.quantization"}
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """A stage that can be run.
+
+    Attributes:
+        number: its place, from 0.
+        kind: prune, distill, quantize or export.
+        source: its experiment, whose student starts from that of the stage before.
+        folder: its folder; of one that is repeated, the folder of its rounds.
+        until: how often it is repeated; None for once.
+    """
+
+    number: int
+    kind: str
+    source: Source
+    folder: Path
+    until: Until | None = None
+
+    @property
+    def key(self) -> str:
+        """Where it stands in the file."""
+        return f"stages.{self.number}"
+
+    @property
+    def label(self) -> str:
+        """Its name, for example `2-distill`."""
+        return f"{self.number + 1}-{self.kind}"
+
+    @property
+    def student(self) -> Path:
+        """The folder of the student that it hands on, if it is not repeated."""
+        return self.folder / STUDENT
+
+    def at(self, folder: Path, student: str | None = None) -> StageSettings:
+        """The same with another folder, and with another student to start from; None for its own."""
+        experiment = self.source.experiment
+        changes: dict[str, Any] = {"run": experiment.run.model_copy(update={"folder": str(folder)}),
+                                   "name": f"{experiment.name}-{folder.name}" if folder != self.folder else
+                                   experiment.name}
+        if student is not None:
+            changes["student"] = experiment.student.model_copy(update={**dict.fromkeys(ORIGINS), "path": student})
+        source = replace(self.source, experiment=experiment.model_copy(update=changes))
+        return replace(self, source=source, folder=folder)
+
+
+def settings_of(source: Source) -> list[StageSettings]:
+    """The stages of an experiment, each read as an experiment; `source` has a teacher with weights, or none, or trains.
+
+    Raises:
+        ExperimentErrors: settings of a stage that are no experiment, or an input that does not fit it.
+    """
+    found: list[StageSettings] = []
+    for number, stage in enumerate(source.experiment.stages):
+        try:
+            found.append(_settings(source, number, stage, found))
+        except UserError as error:
+            raise ExperimentErrors([error], source.origins, source.file) from error
+    return found
+
+
+def _settings(source: Source, number: int, stage: Stage, before: list[StageSettings]) -> StageSettings:
+    whole, key = source.experiment, f"stages.{number}.{stage.kind}"
+    label = f"{number + 1}-{stage.kind}"
+    folder = Path(whole.folder) / label
+    own = _unfolded(stage.settings)
+    _check_own(own, key, number, stage.kind, before)
+    values = whole.model_dump(mode="json", exclude_unset=True, exclude={"stages"})
+    if stage.kind == "export":
+        values = _of_finished(values, before[-1])
+    if whole.teacher is not None and whole.teacher.from_student:
+        values["teacher"] = {**whole.teacher.model_dump(mode="json"), "from_student": False}
+    asks_control = "control" in values.get("report", {})
+    if before and stage.kind != "export":
+        _from_before(values, before[-1])
+    values = _merged(values, own)
+    values["name"], values.setdefault("run", {})["folder"] = f"{whole.name}-{label}", str(folder)
+    if stage.kind != "export" and not _trains(own) and _at_once(stage.kind, values):
+        values["training"] = {name: value for name, value in values["training"].items() if name not in (
+            "epochs", "keep_best", "early_stopping", "min_delta")} | {"steps": 0}
+    if not asks_control and "control" not in own.get("report", {}):
+        values.setdefault("report", {})["control"] = False
+    if stage.kind != "export" and number + 1 < len(whole.stages):
+        _hands_on(values, own)
+    made = Source(_validated(values, source, key), source.file, origins_of(source, number, stage.kind))
+    _check_kind(made, number, stage, before)
+    return StageSettings(number, stage.kind, made, folder, stage.until)
+
+
+def origins_of(source: Source, number: int, kind: str) -> dict[Key, str]:
+    """Where each value of a stage was set: in the stage, else in the file."""
+    found = dict(source.origins)
+    for written in (kind, "distil" if kind == "distill" else kind):
+        above = ("stages", str(number), written)
+        for key, place in source.origins.items():
+            if key[:3] == above and len(key) > 3:
+                found[tuple(part for name in key[3:] for part in name.split("."))] = place
+    return found
+
+
+def _validated(values: dict[str, Any], source: Source, key: str) -> Any:
+    number, kind = key.split(".")[1:]
+    try:
+        return type(source.experiment).model_validate(values)
+    except ValidationError as error:
+        found = mistakes(error)
+        for one in found:
+            one.problem += f" (in {key})"
+        raise ExperimentErrors(found, origins_of(source, int(number), kind), source.file) from error
+
+
+def _unfolded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with dotted keys taken apart: `{training.steps: 5}` says `{training: {steps: 5}}`."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        *above, last = key.split(".")
+        node = found
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = _merged(node.get(last) or {}, _unfolded(value)) if isinstance(value, dict) else value
+    return found
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested data with changes written into it; `student.prune` and its like are replaced as a whole where given."""
+    found = copy.deepcopy(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = _merged(found[key], value) if both else copy.deepcopy(value)
+    return found
+
+
+def _check_own(own: dict[str, Any], key: str, number: int, kind: str, before: list[StageSettings]) -> None:
+    """Raise `UserError` for settings that are not a stage's to say."""
+    given = {*flatten(own), *own}
+    for name, why in TAKEN.items():
+        if any(one == name or one.startswith(f"{name}.") for one in given):
+            raise UserError(f"{key}.{name}", why, way_out="set it outside of `stages`")
+    if before and (origin := next((one for one in ORIGINS if (own.get("student") or {}).get(one) is not None), None)):
+        raise UserError(f"{key}.student.{origin}", "a stage starts from the student of the stage before",
+                        value=own["student"][origin], way_out="remove it; or make it the first stage")
+    if kind == "export" and not before:
+        raise UserError(key, "there is no student yet", way_out="begin with prune, distill or quantize; to export a "
+                        "model as it is, use training.steps: 0 without stages")
+    if kind == "export" and (other := next((one for one in own if one not in AFTER), None)):
+        raise UserError(f"{key}.{other}", "an export does not change the student", value=own[other],
+                        way_out=f"its keys are {', '.join(AFTER)}; put it into a stage before")
+
+
+def _from_before(values: dict[str, Any], before: StageSettings) -> None:
+    """Let a student start from that of the stage before, with its zeros if it has any."""
+    student = {name: value for name, value in values["student"].items() if name == "trust_remote_code"}
+    if before.source.experiment.form.trust:
+        student["trust_remote_code"] = True
+    if before.source.experiment.student.is_sparse:
+        student["sparsity"] = {"method": "keep"}
+    values["student"] = {**student, "path": str(before.student)}
+    tokenizer = values.get("data", {}).get("tokenizer")
+    if tokenizer is not None and not tokenizer.get("path"):
+        values["data"] = {**values["data"], "tokenizer": {}}
+
+
+def _of_finished(values: dict[str, Any], before: StageSettings) -> dict[str, Any]:
+    """The values of the stage before, with what the file says of finished students."""
+    made = before.source.experiment.model_dump(mode="json", exclude={"stages"})
+    given = {name: values[name] for name in AFTER if name in values}
+    return {**made, **{name: _merged(made[name], node) for name, node in given.items()}}
+
+
+def _trains(own: dict[str, Any]) -> bool:
+    training = own.get("training") or {}
+    return training.get("steps") is not None or training.get("epochs") is not None
+
+
+def _at_once(kind: str, values: dict[str, Any]) -> bool:
+    """Whether a stage trains only if it says so: cuts, and rounding after training."""
+    quantization = values["student"].get("quantization") or {}
+    return kind == "prune" or (kind == "quantize" and quantization.get("method", "qat") != "qat")
+
+
+def _hands_on(values: dict[str, Any], own: dict[str, Any]) -> None:
+    """Settings of a stage that is not the last: its student is in full precision, and for transformers alone."""
+    asked = own.get("export") or {}
+    values["export"] = {**values.get("export", {}), "dtype": asked.get("dtype", "float32"), "to": asked.get("to", [])}
+    if "readers" in values["export"] and "readers" not in asked:
+        values["export"].pop("readers")
+
+
+def _check_kind(made: Source, number: int, stage: Stage, before: list[StageSettings]) -> None:
+    """Raise `UserError` for a stage that does not do what its name says, or cannot start from the one before."""
+    experiment, key = made.experiment, f"stages.{number}.{stage.kind}"
+    student = experiment.student
+    does = {"prune": student.is_cut or (student.is_sparse and student.sparsity.method != "keep"),
+            "quantize": student.quantization is not None}
+    if not does.get(stage.kind, True):
+        raise UserError(key, f"nothing says how: the stage has no {WORDS[stage.kind]}",
+                        way_out="for example student: {prune: {mlp: 0.5}}" if stage.kind == "prune" else
+                        "for example student: {quantization: {bits: 4, group_size: 32}}")
+    if stage.kind == "distill" and experiment.teacher is None:
+        raise UserError(key, "there is no teacher to learn from", way_out="add `teacher` to the experiment; to train "
+                        "without one, cut or quantize with training.steps in that stage")
+    if not before:
+        return
+    input_ = before[-1].source.experiment
+    if stage.kind != "export" and input_.student.quantization is not None and student.quantization is None:
+        raise UserError(key, f"it would start from the quantized student of stage {before[-1].label} and hand on one "
+                        "in full precision", way_out="put this stage before that one, or give it student.quantization")
+    if input_.export.adapter == "separate":
+        raise UserError(f"stages.{number - 1}.{before[-1].kind}.export.adapter", "the next stage starts from a whole "
+                        "model", value="separate", way_out="use merged")

@@ -1,0 +1,40 @@
+"""How an experiment in stages is doing, from its folder alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from trainer.run.folder import RunFolder
+from trainer.run.run_status import AGAIN_LATER, status
+from trainer.stages.stage_record import StagesFolder
+
+
+def stages_status(path: Path) -> tuple[str, int]:
+    """How far the stages are in words, and an exit code: 0 if all are finished, 75 if stopped by a signal, else 1.
+
+    Raises:
+        UserError: the record is not as it was written.
+    """
+    folder = StagesFolder(path)
+    done = [stage["label"] for stage in folder.read()["stages"]]
+    if folder.report.exists() and done:
+        return f"{path}: all {len(done)} stages finished, see {folder.report}", 0
+    finished = f"{len(done)} stages finished" if done else "no stage finished yet"
+    if (run := present_run(path)) == path:
+        return f"{path}: {finished}", 1
+    said, code = status(run)
+    return f"{path}: {finished}; {said}", AGAIN_LATER if code == AGAIN_LATER else 1
+
+
+def present_run(path: Path) -> Path:
+    """The run folder of the stage, or round, that runs or ran last; the path itself if none has begun."""
+    def number(one: Path) -> int:
+        return int(re.search(r"\d+", one.name).group())
+
+    stages = sorted((one for one in path.iterdir() if re.fullmatch(r"\d+-[a-z]+", one.name)), key=number)
+    if not stages:
+        return path
+    rounds = sorted(stages[-1].glob("round-*"), key=number)
+    last = rounds[-1] if rounds else stages[-1]
+    return last if RunFolder(last).experiment.exists() or (last / ".status.json").exists() else path
