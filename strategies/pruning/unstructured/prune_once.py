@@ -11,7 +11,7 @@ from torch import nn
 
 from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, Seen, collect, token_mask
 from strategies.common.progress import report
-from strategies.common.stored_weights import multiplies
+from strategies.common.stored_weights import Experts, multiplies
 from strategies.pruning.unstructured.layer_inputs import LayerInputs, output_error
 from strategies.pruning.unstructured.prunable_layers import as_stored, prunable, rows_of
 from strategies.pruning.unstructured.sparsegpt import sparsegpt
@@ -53,8 +53,9 @@ def one_shot(model: nn.Module, batches: Iterable[Batch] | None, *, method: Metho
         where it was not measured).
 
     Raises:
-        ValueError: an option is out of its range, a pattern matches or divides no layer, or there are too few rows. The
-            model is then unchanged. Also if a layer's inputs are not finite: earlier layers are then already pruned.
+        ValueError: an option is out of its range, a pattern matches or divides no layer, there are too few rows, or
+            there are no blocks that they could be taken through. The model is then unchanged. Also if a layer's inputs
+            are not finite: earlier layers are then already pruned.
     """
     batches, wanted, chosen = list(batches or ()), Pattern.parse(sparsity, pattern), prunable(model, ignore)
     if method not in METHODS:
@@ -66,13 +67,28 @@ def one_shot(model: nn.Module, batches: Iterable[Batch] | None, *, method: Metho
     if method != "magnitude":
         _check_rows(chosen, batches, method)
     pruning = _Pruning(chosen, method, wanted, damping, tell)
-    if batches:
-        walk = BlockwiseCalibrator(model, batches, device)
+    if batches and (walk := _walk(model, batches, device, method)) is not None:
         with closing(walk.parts()) as parts:
             for modules in parts:
                 pruning.part(walk, modules)
     pruning.rest()
     return {"method": method, "pattern": str(wanted), **pruning.done()}
+
+
+def _walk(model: nn.Module, batches: list[Batch], device: torch.device | str | None, method: str
+          ) -> BlockwiseCalibrator | None:
+    """What takes calibration rows through a model; None for one without blocks, which magnitude does not need.
+
+    Raises:
+        ValueError: another method finds no blocks.
+    """
+    try:
+        return BlockwiseCalibrator(model, batches, device)
+    except ValueError as error:
+        if method == "magnitude":
+            return None
+        raise ValueError(f"cannot find the blocks of {type(model).__name__}, through which method '{method}' takes its "
+                         "calibration rows: take method 'magnitude'") from error
 
 
 def _check_rows(chosen: dict[str, Any], batches: list[Batch], method: str) -> None:
@@ -101,7 +117,11 @@ class _Pruning:
         self._zeros = 0
 
     def part(self, walk: BlockwiseCalibrator, modules: dict[str, nn.Module]) -> None:
-        """Prune the layers in the current part of the walk."""
+        """Prune the layers in the current part of the walk, and the experts whose inputs it does not see."""
+        if walk.within:
+            for name in [name for name, layer in self._left.items() if isinstance(layer, Experts)
+                         and name.rpartition(".")[0] in modules]:
+                self._prune(name, None, None)
         layers = {name: self._left[name] for name in modules if name in self._left}
         if not layers:
             return

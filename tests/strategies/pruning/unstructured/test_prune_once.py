@@ -99,17 +99,21 @@ def test_gpt2_stores_its_weights_the_other_way(method):
 def test_experts_are_pruned_by_magnitude_and_the_rest_as_asked():
     model = build(**MOE)
     done = one_shot(model, rows(), method="sparsegpt", pattern="2:4")
+    assert len(done["layers"]) == 3 * 6
     methods = {name.split("layers.")[1][2:]: one["method"] for name, one in done["layers"].items()}
     assert methods["self_attn.q_proj"] == "sparsegpt" and methods["mlp.experts.down_proj"] == "magnitude"
     weight = model.model.layers[0].mlp.experts.gate_up_proj
     assert ((weight == 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
 
 
-def test_convolutions_are_pruned_by_magnitude_without_rows():
+def test_convolutions_are_pruned_by_magnitude_alone():
     torch.manual_seed(0)
     model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1],
                                                       layer_type="basic", num_labels=3))
-    done = one_shot(model, None, method="magnitude", sparsity=0.5, ignore=("*embedder*",))
+    rows = [{"pixel_values": torch.randn(2, 3, 16, 16)}]
+    with pytest.raises(ValueError, match="cannot find the blocks of ResNet.*take method 'magnitude'"):
+        one_shot(model, rows, method="wanda", sparsity=0.5)
+    done = one_shot(model, rows, method="magnitude", sparsity=0.5, ignore=("*embedder*",))
     assert all(one["error"] is None and one["sparsity"] == pytest.approx(0.5, abs=0.02)
                for one in done["layers"].values())
     assert not (model.resnet.embedder.embedder.convolution.weight == 0).any()
