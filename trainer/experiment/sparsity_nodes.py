@@ -127,7 +127,8 @@ class Sparsity(Node):
         """Bytes of masks in training, and of the scores of movement, which are in checkpoints, too."""
         from strategies.pruning.unstructured.prunable_layers import prunable
 
-        count = sum(layer.weight.numel() for layer in prunable(model, self.ignore).values())
+        count = sum(layer.weight.numel() for layer in prunable(model, self.ignore).values()
+                    if layer.weight.requires_grad)
         return count, 4 * count if self.method == "movement" else 0
 
     def build(self, steps: int) -> CubicSchedule:

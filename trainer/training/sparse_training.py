@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from strategies.common.frozen_base import has_adapters
 from strategies.pruning.unstructured.gradual import GradualPruning
 from strategies.pruning.unstructured.prunable_layers import prunable
 from strategies.pruning.unstructured.sparse_weights import SparseWeights
@@ -62,7 +63,7 @@ def check_sparsity(asked: Sparsity | None, model: nn.Module) -> None:
 
 def check_zeros(asked: Sparsity | None, student: nn.Module) -> None:
     """Raise `UserError` if a student is to keep zeros that it does not have; it is whole, with its weights."""
-    if asked is None or asked.method != "keep":
+    if asked is None or asked.method != "keep" or has_adapters(student):  # whose base may be held in other numbers
         return
     layers = prunable(student, asked.ignore).values()
     with torch.no_grad():

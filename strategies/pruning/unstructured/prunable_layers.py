@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from strategies.common.frozen_base import has_adapters
 from strategies.common.stored_weights import Experts, all_layers
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D, Experts)
@@ -18,7 +19,8 @@ KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D, Experts)
 def prunable(model: nn.Module, ignore: Iterable[str] = ("lm_head",)) -> dict[str, Any]:
     """The layers of a model that are pruned, by name. Layers that share a weight come once.
 
-    Embeddings are left alone, and so are heads that share their weights.
+    Embeddings are left alone, and so are heads that share their weights. Of a model with adapters, these are layers of
+    the frozen base.
 
     Args:
         model: any module.
@@ -27,7 +29,9 @@ def prunable(model: nn.Module, ignore: Iterable[str] = ("lm_head",)) -> dict[str
     Raises:
         ValueError: there is no such layer, or a pattern matches none.
     """
-    layers = {name: layer for name, layer in all_layers(model) if isinstance(layer, KINDS)}
+    adapted = has_adapters(model)
+    layers = {name: layer for name, layer in all_layers(model)
+              if isinstance(layer, KINDS) and not (adapted and layer.weight.requires_grad)}
     for pattern in ignore:
         # `lm_head` is the default pattern, so a model without one is no mistake.
         if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in layers):

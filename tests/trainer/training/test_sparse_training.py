@@ -67,6 +67,18 @@ def test_zeros_of_a_folder_stay_in_training_and_reach_the_file(run_experiment, s
         assert not torch.equal(then[name], now[name])
 
 
+def test_adapters_are_trained_on_a_base_that_keeps_its_zeros(train_here, sparse_folder):
+    before = sparse_folder()
+    loop = train_here("adapted", student={"architecture": None, "path": str(before), "sparsity": {"method": "keep"},
+                                          "adapter": {"rank": 2}}, export={"adapter": "separate"}, **BROUGHT)
+    then, own = load_file(before / "model.safetensors"), dict(loop.unwrapped.named_parameters())
+    base = {name: weight for name, weight in own.items() if "base_layer" in name}
+    assert len(base) == 3 * 7 and not loop.sparse.weights.weights
+    for name, weight in base.items():
+        assert torch.equal(weight, then[name.replace("base_model.model.", "").replace("base_layer.", "")])
+    assert all(weight.any() for name, weight in own.items() if "lora_B" in name), "they begin at zero"
+
+
 def test_a_student_is_pruned_once_trained_quantized_and_still_sparse(run_experiment):
     _, before = run_experiment("before")
     asked = {"method": "sparsegpt", "pattern": "2:4", "calibration_rows": 16}
