@@ -248,12 +248,12 @@ class TrainLoop:
         number, rate = self.state.step + 1, self.learning_rate(self.state.step)
         self._set_bits(self.state.step)
         self._set_weights(self.state.step)
-        self.sparse.prune(self.state.step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         given = inputs.take(self.state.step)
         if given.stops:
             return None
+        self.sparse.prune(self.state.step)
         if not given.tokens:
             return self._empty(rate, given.seen, started)
         rows = [batch["row"] for batch in given.micro_batches]

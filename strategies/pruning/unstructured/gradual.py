@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from strategies.common.shards import layout_of, local
@@ -79,6 +80,7 @@ class GradualPruning(SparseWeights):
         for mask in self.pruned.values():
             mask.zero_()  # a layer that starts with zeros is trained before it is pruned
         self.pattern, self.schedule, self.method = pattern, schedule, method
+        self._model = model
         self._layers = dict(zip(names, layers.values(), strict=True))
         self._scores = {name: torch.zeros_like(local(weight), dtype=torch.float32)
                         for name, weight in self.weights.items() if method == "movement"}
@@ -96,6 +98,9 @@ class GradualPruning(SparseWeights):
         share = self.schedule.at(step)
         if not share:
             return
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves the last modules gathered, which would run unpruned once more
         wanted = self.pattern.at(share)
         for name, weight in self.weights.items():
             scores = local(weight).abs() if self.method == "magnitude" else self._scores[name]
