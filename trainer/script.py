@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainer.distributed.launch import start
+from trainer.errors import UserError
 from trainer.experiment.load import Source
 from trainer.models.build import quiet_libraries
 from trainer.pipeline import begin
@@ -47,6 +48,9 @@ class Trainer:
 
     def __init__(self, source: Source) -> None:
         quiet_libraries()
+        if source.experiment.stages:
+            raise UserError("stages", "a Trainer trains one student, and this experiment has several stages",
+                            value=len(source.experiment.stages), way_out="use limbeck.run, or leave `stages` out")
         experiment, folder = source.experiment, RunFolder(source.experiment.folder)
         self._status = RunStatus(experiment.name, folder, lambda: folder.check(experiment))
         folder.check(experiment)

@@ -328,7 +328,8 @@ class Experiment(Node):
     def teacher_is_base(self) -> bool:
         """Whether the live teacher is the very base of the student's adapter, so that they can share their weights."""
         teacher, student = self.teacher, self.student
-        if teacher is None or student.adapter is None or not self.uses_teacher or student.path is None:
+        if teacher is None or student.adapter is None or not self.uses_teacher or student.path is None or (
+                student.is_cut):
             return False
         return (teacher.path, teacher.revision, teacher.trust_remote_code, teacher.dtype, teacher.targets.source) == (
             student.path, student.revision, student.trust_remote_code, student.adapter.base, "live"

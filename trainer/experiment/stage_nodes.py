@@ -11,6 +11,7 @@ from trainer.experiment.node import Node, Positive
 from trainer.experiment.nodes import HELD_OUT, Best
 
 KINDS = ("prune", "distill", "quantize", "export")
+REPEATED = ("prune", "distill")  # kinds that do more each time
 SHORT = "for example `- distill: {training: {steps: 500}}`"
 
 
@@ -44,7 +45,7 @@ class Stage(Node):
     export: dict[str, Any] | None = None
     """Write the student of the stage before for other runtimes (export.to), and judge it on tasks."""
     until: Until | None = None
-    """Repeat the stage until the student is too much worse; null: once."""
+    """Repeat a stage of pruning or distillation until the student is too much worse; null: once."""
 
     @model_validator(mode="before")
     @classmethod
@@ -63,8 +64,9 @@ class Stage(Node):
         if len(named) != 1:
             raise UserError("", "a stage is of one kind" + (f", and this has {', '.join(named)}" if named else ""),
                             way_out=f"write one of {', '.join(KINDS)} with its settings, {SHORT}")
-        if self.until is not None and named[0] == "export":
-            raise UserError("until", "an export does not change the student", way_out="leave it out")
+        if self.until is not None and named[0] not in REPEATED:
+            raise UserError("until", f"{named[0]} does the same each time", way_out=f"repeat {' or '.join(REPEATED)}, "
+                            "or leave it out")
         return self
 
     @property

@@ -18,6 +18,7 @@ from trainer.experiment.run_paths import STUDENT, run_of
 from trainer.experiment.scheduled import highest, shown
 from trainer.files import write_atomically
 from trainer.run.classifier_snippets import KINDS, TAGS, Classified, classifier_snippet, install
+from trainer.run.cut_report import cuts_in_words
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.held_out import FIGURES, compared, main_figure
 from trainer.run.lineage import EarlierRun, earlier_runs
@@ -184,6 +185,8 @@ def _opening(values: dict[str, Any], before: Sequence[EarlierRun], size: dict[st
         text += f", begun as {_name(base, first)}"
     elif before:
         text += ", begun with random weights"
+    if cuts := cuts_in_words([one.values for one in reversed(before)] + [values]):
+        text += f", cut to {cuts}"
     if first is not values:
         text += f", by way of {len(before)} earlier run{'s' * (len(before) > 1)}"
     return f"{text}. License: {plain(stated) if stated else 'not stated'}. Made with Limbeck {__version__}."

@@ -247,7 +247,10 @@ def _reference(folder: RunFolder, given: HandedOn | None) -> dict[str, Any]:
 
 
 def _hand_over(folder: StagesFolder, student: Path) -> None:
-    """Put the last student beside the report, as a whole or not at all."""
+    """Put the last student beside the report, as a whole or not at all, with what it was compared with."""
+    for name in ("comparison.json", "measured.json"):  # by which sweeps rank
+        if (student.parent / name).exists():
+            shutil.copy2(student.parent / name, folder.path / name)
     partial = folder.path / ".student.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(student, partial)

@@ -102,7 +102,8 @@ def draw_stages(record: dict[str, Any], file: Path) -> None:
     if (teacher := record["teacher"]) is not None:
         way.append((teacher["bytes_on_disk"] / 2**20, teacher[name]))
         axes.scatter(*way[0], s=60, color=COLORS["teacher"], zorder=3)
-        axes.annotate("teacher", way[0], textcoords="offset points", xytext=(6, -10), fontsize=8)
+        axes.annotate("teacher", way[0], textcoords="offset points", xytext=(2, -6), fontsize=8, rotation=-35,
+                      va="top")
     for one in changed:
         point = (one["student"]["bytes_on_disk"] / 2**20, one["student"]["figures"][name])
         if one["cut"] is not None and one["steps"]:
@@ -110,7 +111,8 @@ def draw_stages(record: dict[str, Any], file: Path) -> None:
                          edgecolors=COLORS["student"], zorder=3)
         axes.scatter(*point, s=50, color=COLORS["student"] if one["kept"] else "none",
                      edgecolors=COLORS["student"], marker="o" if one["kept"] else "X", zorder=3)
-        axes.annotate(one["label"], point, textcoords="offset points", xytext=(6, -10), fontsize=8)
+        axes.annotate(one["label"].rpartition("/")[2], point, textcoords="offset points", xytext=(2, -6), fontsize=8,
+                      rotation=-35, va="top")
         way += [point] if one["kept"] else []
     axes.plot(*zip(*way, strict=True), color=COLORS["student"], alpha=0.5, linewidth=1)
     axes.invert_xaxis()

@@ -225,6 +225,8 @@ def _check_kind(made: Source, number: int, stage: Stage, before: list[StageSetti
     if stage.kind == "distill" and experiment.teacher is None:
         raise UserError(key, "there is no teacher to learn from", way_out="add `teacher` to the experiment; to train "
                         "without one, cut or quantize with training.steps in that stage")
+    if stage.kind == "distill" and experiment.training.steps == 0:
+        raise UserError(f"{key}.training.steps", "nothing would be learned", value=0, way_out="give it steps")
     if not before:
         return
     input_ = before[-1].source.experiment

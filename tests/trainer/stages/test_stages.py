@@ -118,6 +118,11 @@ def test_two_processes_go_through_the_stages_together(write_experiment, texts): 
     ([{"distill": {}, "export": {}}], {}, ["stages.0", "of one kind, and this has distill, export"]),
     ([{"until": {"drop": 0.1}}], {}, ["stages.0", "of one kind", "write one of prune"]),
     ([{"distill": {}, "until": {"drop": 0.1, "metric": "gsm8k.exact_match"}}], {}, ["until.metric", "held-out data"]),
+    ([{"quantize": {}, "until": {"drop": 0.1}}], {}, ["stages.0.until", "quantize does the same each time"]),
+    ([{"distill": {"training": {"steps": 0}}}], {}, ["stages.0.distill.training.steps = 0", "nothing would be"]),
+    ([{"prune": {"student.prune": {"heads": 9}}}], {}, ["student.prune.heads = 9", "stages.0.prune"]),
+    ([{"distill": {}}, {"prune": {"student.prune": {"layers": 2}}}], {},
+     ["student.prune.layers = 2", "stages.1.prune"]),
     ([{"distill": {}}], {"teacher": None, "student": {"architecture": BERT}}, ["stages.0.distill", "no teacher"]),
     ([{"distill": {"student": {"from_teacher": [7]}}}], {}, ["student.from_teacher = [7]", "layers 0 to 2"]),
     ([{"distill": {}}, {"distill": {"data": {"sequence_length": 4000}}}], {},
@@ -142,3 +147,37 @@ def test_a_dry_run_plans_every_stage_and_writes_nothing(write_experiment, texts)
     assert not (file.parent / "dry").exists()
     done = train_py("--config", str(file), "--dry-run")
     assert "Stage 3 of 3: export" in done.stdout and done.returncode == 0
+
+
+def test_a_stage_is_repeated_until_the_student_is_too_much_worse(write_experiment, texts):  # noqa: F811
+    """Each round cuts the student of the round before; the last good one is handed on, and taken to few bits."""
+    rounds = [{"prune": {"student": {"from_teacher": "all", "prune": {"mlp": 0.5}}},
+               "until": {"metric": "cross_entropy", "drop": 0.05, "rounds": 6}}, QUANTIZE]
+    file = write_experiment("rounds", **in_stages(texts, rounds))
+    done = train_py("--config", str(file))
+    assert done.returncode == 0, done.stderr
+    folder = file.parent / "rounds"
+    first, second = (stage["made"] for stage in read(folder / "stages.json")["stages"])
+    kept = [one["kept"] for one in first]
+    assert kept in ([True] * len(kept), [True] * (len(kept) - 1) + [False])
+    inner = [read(folder / "1-prune" / f"round-{number}" / "model" / "config.json")["intermediate_size"]
+             for number in range(1, len(kept) + 1)]
+    assert inner == [BERT["intermediate_size"] // 2**number for number in range(1, len(kept) + 1)]
+    teacher = read(folder / "stages.json")["teacher"]["cross_entropy"]
+    worse = [one["student"]["figures"]["cross_entropy"] - teacher for one in first]
+    assert [one <= 0.05 for one in worse] == kept
+    last = [one for one in first if one["kept"]][-1]["student"]
+    assert read(folder / "2-quantize" / ".input.json")["sha256"] == last["sha256"]
+    assert second[0]["student"]["bytes_on_disk"] < last["bytes_on_disk"]
+    report = (folder / "report.md").read_text()
+    assert ("not kept*" in report.split("Each stage starts")[0]) == (False in kept) and "*cut*" not in report
+    before = (folder / "1-prune" / "round-1" / "report.md").stat().st_mtime_ns
+    assert train_py("--config", str(file)).returncode == 0
+    assert (folder / "1-prune" / "round-1" / "report.md").stat().st_mtime_ns == before
+
+
+def test_a_script_is_told_of_stages(write_experiment, texts):  # noqa: F811
+    import limbeck
+
+    with pytest.raises(limbeck.UserError, match="several stages"):
+        limbeck.Trainer(limbeck.read_experiment(write_experiment("script", **in_stages(texts, [{"distill": {}}]))))
