@@ -19,7 +19,9 @@ from benchmarks.figures import FILES as FIGURES
 from benchmarks.figures import table as figures_table
 from benchmarks.generation import table as generation_table
 from benchmarks.judged_on_tasks import table as judged_table
+from benchmarks.pruning.bytes_on_disk import table as sparse_bytes_table
 from benchmarks.pruning.early_exit import table as early_exit_table
+from benchmarks.pruning.one_shot import table as pruned_once_table
 from benchmarks.pruning.structured import table as cuts_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
@@ -107,6 +109,8 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "rounded": ("quantization-rounded-cpu.json", losses_table),
     "qat-costs": ("quantization-qat-costs-cpu.json", costs_table),
     "early-exits": ("pruning-early-exit-digits-cpu.json", early_exit_table),
+    "pruned-once": ("pruning-one-shot-cpu.json", pruned_once_table),
+    "sparse-bytes": ("pruning-bytes-cpu.json", lambda found: sparse_bytes_table(found["rows"])),
     "adapters": ("adapters-cpu.json", adapters_table),
     "faults": ("faults-cpu.json", faults_table),
     "cost": ("faults-cost-cpu.json", cost_table),

@@ -31,6 +31,7 @@ from trainer.student.export_student import check_runtimes
 from trainer.teacher.exit_losses import check_exits
 from trainer.teacher.intermediate_losses import check_intermediate
 from trainer.teacher.other_teachers import of_other
+from trainer.training.sparse_training import check_sparsity
 
 ALONE = Topology()
 
@@ -101,6 +102,7 @@ def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None,
             check_adapter(experiment.form, from_config(student, experiment.form.trust))
         check_exits(experiment.objective.early_exits, exported)
         check_runtimes(experiment.export, experiment.form, exported)
+        check_sparsity(experiment.student.sparsity, from_config(student, experiment.form.trust))
 
 
 def configs_of(experiment: Experiment, vocabulary: int | None, offline: bool = False

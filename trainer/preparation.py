@@ -39,6 +39,7 @@ from trainer.teacher.other_teachers import Beside, of_other
 from trainer.teacher.target_cache import CachedTargets, cached_targets
 from trainer.teacher.vocabularies import check_places_of_tokens, match_vocabularies
 from trainer.training.loop import TrainLoop
+from trainer.training.sparse_training import check_zeros
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         student = build_student(experiment, student_shape, teacher, text.tokenizer, other)
         if experiment.teacher_is_base:
             teacher = base_of(student)
+        check_zeros(experiment.student.sparsity, student)
         attach_parts(experiment.objective, experiment.seed, student, teacher_shape)
     with working(name, "trying the models on small inputs"):
         _try_out(experiment, teacher, student)

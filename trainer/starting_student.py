@@ -16,8 +16,9 @@ from torch import nn
 from strategies.export.hf.transformers_folder import write_folder
 from trainer.checkpoints import WarmStart
 from trainer.data.dataset import PreparedData
-from trainer.errors import RunFailed
+from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment
+from trainer.experiment.sparsity_nodes import Sparsity
 from trainer.files import fingerprint, write_atomically
 from trainer.models.build import build_student, build_teacher
 from trainer.models.configs import student_config, teacher_config
@@ -30,6 +31,7 @@ from trainer.run.working import working
 from trainer.student.compare_student import ask_about, logits_of
 from trainer.student.merge_adapter import client_of
 from trainer.student.prune_student import prune_student
+from trainer.student.quantize_student import calibration
 
 RECORD = "prune.json"
 TOLERANCE = 1e-5  # of the largest logit: a reloaded cut beside the one in memory
@@ -45,7 +47,27 @@ def cutters_of(experiment: Experiment) -> list[tuple[str, Cutter]]:
     if (prune := experiment.student.prune) is not None:
         found.append(("prune", lambda model, text: prune_student(
             prune, model, text, experiment.seed, experiment.training.micro_batch)))
+    if (sparsity := experiment.student.sparsity) is not None and sparsity.is_one_shot:
+        found.append(("sparsity", lambda model, text: _pruned(experiment, sparsity, model, text)))
     return found
+
+
+def _pruned(experiment: Experiment, asked: Sparsity, model: nn.Module, text: PreparedData
+            ) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with weights set to zero, and the record of it."""
+    trained = None
+    if asked.trained is not None:
+        if not (Path(asked.trained) / "config.json").is_file():
+            raise UserError("student.sparsity.trained", f"there is no model in {asked.trained}", value=asked.trained,
+                            way_out="name the folder `student` of the run of the round before")
+        student = experiment.student.model_copy(update={
+            "path": asked.trained, "revision": None, "architecture": None, "from_teacher": None, "from_run": None})
+        trained = origin_of(experiment.model_copy(update={"student": student}), text).get_parameter
+    batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch,
+                          next(model.parameters()).device)
+    with error_context("student.sparsity", value=asked.method, way_out="change it, or `calibration_rows`, or name the "
+                       "layers in `ignore`"):
+        return model, asked.cut(model, batches, trained)
 
 
 def cut_first(experiment: Experiment, how: Launched, text: PreparedData, folder: RunFolder) -> Experiment:

@@ -83,6 +83,8 @@ def round_weights(weight: torch.Tensor, quantizer: WeightQuantizer, factor: Fact
 
     Minimizes tr((W - W_hat) X^T X (W - W_hat)^T) = ||X (W - W_hat)^T||^2, with X^T X damped. An output for which
     rounding to nearest is better is rounded to nearest, so none is worse. The grid is that of the original weights.
+    Weights that are exactly zero stay so, as pruned ones must: what others move into them is compensated further on
+    (Frantar & Alistarh 2023, SparseGPT, section 3.5).
     (The paper recomputes a group's grid when its first column is reached, from weights that already compensate for
     errors: that was tried too, see docs/log.md.)
 
@@ -97,7 +99,7 @@ def round_weights(weight: torch.Tensor, quantizer: WeightQuantizer, factor: Fact
     """
     nearest, grid = round_to_nearest(weight, quantizer, factor.order[factor.rounded:])
     exact, nearest = weight.float()[:, factor.order], nearest[:, factor.order]
-    columns = _Columns(quantizer, grid, factor.order)
+    columns = _Columns(quantizer, grid, factor, exact == 0)
     found = _compensate(exact, columns, factor)
     for _ in range(sweeps):
         _descend(exact, found, columns, factor)
@@ -112,11 +114,13 @@ def _compensate(exact: torch.Tensor, columns: _Columns, factor: Factor) -> torch
         end = min(start + BLOCK, factor.rounded)
         errors = work.new_zeros(len(work), end - start)
         for place in range(start, end):
-            rounded = columns.round(work[:, place], place)
+            rounded = columns.settle(work[:, place], place)
             error = (work[:, place] - rounded) / upper[place, place]
             work[:, place + 1:end] -= error.outer(upper[place, place + 1:end])
             work[:, place], errors[:, place - start] = rounded, error
         work[:, end:] -= errors @ upper[start:end, end:]
+    for place in range(factor.rounded, work.shape[1]):
+        work[:, place] = columns.settle(work[:, place], place)
     return work
 
 
@@ -133,7 +137,7 @@ def _descend(exact: torch.Tensor, found: torch.Tensor, columns: _Columns, factor
         steps = found.new_zeros(len(found), end - start)
         for place in range(start, end):
             best = found[:, place] + slope[:, place] / moment[place, place]
-            best = columns.round(best, place) if place < factor.rounded else best
+            best = columns.settle(best, place)
             step = best - found[:, place]
             slope[:, place + 1:end] -= step.outer(moment[place, place + 1:end])
             found[:, place], steps[:, place - start] = best, step
@@ -141,13 +145,23 @@ def _descend(exact: torch.Tensor, found: torch.Tensor, columns: _Columns, factor
 
 
 class _Columns:
-    """Rounds single columns of a matrix, identified by their position in `order` (inputs,)."""
+    """Settles single columns of a matrix, identified by their position in the factor's order.
 
-    def __init__(self, quantizer: WeightQuantizer, grid: Grid, order: torch.Tensor) -> None:
+    Args:
+        zeros: (outputs, inputs) in that order, True where a weight stays zero.
+    """
+
+    def __init__(self, quantizer: WeightQuantizer, grid: Grid, factor: Factor, zeros: torch.Tensor) -> None:
         self._quantizer, self._grid = replace(quantizer, group_size=None, per_tensor=False), grid
-        self._groups = (order // (quantizer.group_size or len(order))).tolist()
+        self._groups = (factor.order // (quantizer.group_size or len(factor.order))).tolist()
+        self._rounded, self._zeros = factor.rounded, zeros if quantizer.kind != "binary" and bool(zeros.any()) else None
 
-    def round(self, values: torch.Tensor, place: int) -> torch.Tensor:
+    def settle(self, values: torch.Tensor, place: int) -> torch.Tensor:
+        """A column's values (outputs,), rounded unless the column never is, and zero where they stay so."""
+        values = self._round(values, place) if place < self._rounded else values
+        return values if self._zeros is None else values.masked_fill(self._zeros[:, place], 0.0)
+
+    def _round(self, values: torch.Tensor, place: int) -> torch.Tensor:
         """A column's values (outputs,), each rounded to nearest on its grid."""
         group = slice(self._groups[place], self._groups[place] + 1)
         grid = Grid(*(None if part is None else part[:, group] for part in self._grid))

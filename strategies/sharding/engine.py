@@ -50,6 +50,25 @@ class InBackward(Protocol):
         """Reset `squared_norm`."""
 
 
+class KeepsZeros(Protocol):
+    """Keeps weights of a student zero while it is trained; see `SparseWeights`."""
+
+    def mask_gradients(self) -> None:
+        """Set gradients of weights that stay zero to zero."""
+
+    def before_step(self) -> None:
+        """See the gradients that the optimizer gets."""
+
+    def mask_weights(self) -> None:
+        """Set weights back to zero."""
+
+    def scores(self, name: str) -> torch.Tensor | None:
+        """Numbers of a parameter's elements that a checkpoint has to hold, if any."""
+
+    def resident(self) -> list[torch.Tensor]:
+        """The tensors that take memory between steps."""
+
+
 class Engine:
     """A student on its ranks. This class holds it whole on every rank: one process, or data parallelism.
 
@@ -58,6 +77,7 @@ class Engine:
         student: the module itself, with its own parameter names.
         optimizer: its `param_groups` hold the learning rate.
         in_backward: makes the optimizer step during the backward, if it does; to be set before the first step.
+        sparse: keeps weights zero, if some are to stay so; to be set before the first step.
         casts: whether the engine runs the model in half precision by itself, so that no autocast is needed.
         scales: whether the engine scales the loss by itself.
         sharded: whether a rank holds only a part of the student's fp32 weights.
@@ -71,6 +91,7 @@ class Engine:
                  no_sync: Callable[[nn.Module], AbstractContextManager] | None = None) -> None:
         self.model, self.student, self.optimizer = model, student, optimizer
         self.in_backward: InBackward | None = None
+        self.sparse: KeepsZeros | None = None
         self._no_sync = no_sync
         # DDP's gradients are views of its buckets, which are never freed.
         self._drops = not isinstance(model, nn.parallel.DistributedDataParallel)
@@ -97,15 +118,23 @@ class Engine:
         gradients = [local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
+        if self.sparse is not None:
+            self.sparse.mask_gradients()
         norm = self._norm(gradients)
         length = float(norm)  # the only wait for the device before the weights are updated
         finite = math.isfinite(length)
         if finite and allowed:
             if clip is not None:
                 torch._foreach_mul_(gradients, torch.clamp(clip / (norm + CLIP_EPS), max=1.0))
-            self.optimizer.step()
+            self._step_sparse() if self.sparse is not None else self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self._drops)
         return Update(length, finite and allowed, finite)
+
+    def _step_sparse(self) -> None:
+        assert self.sparse is not None
+        self.sparse.before_step()
+        self.optimizer.step()
+        self.sparse.mask_weights()
 
     def _average_apart(self) -> None:
         """Average the gradients of parameters that DDP ignores but that some rank's loss does depend on."""
@@ -150,7 +179,7 @@ class Engine:
 
     def resident(self) -> list[object]:
         """Modules, optimizers and tensors in which this rank holds memory between steps."""
-        return [self.student, self.inner]
+        return [self.student, self.inner, *(() if self.sparse is None else self.sparse.resident())]
 
     @property
     def inner(self) -> torch.optim.Optimizer:

@@ -20,7 +20,7 @@ from strategies.optimizers.optimizer_state import PieceState, write_state
 from strategies.sharding.engine import Engine
 from trainer.checkpoints.manifest import Unreadable, read_manifest
 from trainer.checkpoints.random_state import set_random_state
-from trainer.checkpoints.writing import RANDOM, buffers_of
+from trainer.checkpoints.writing import RANDOM, SCORES, buffers_of
 
 
 def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
@@ -39,7 +39,10 @@ def load(checkpoint: Path, engine: Engine, rank: int) -> dict[str, Any]:
             for piece in layout.pieces:
                 if piece.numel:
                     piece.of(flat).copy_(saved.read("model", piece.name, piece))
-            write_state(engine.inner, tensor, [saved.moments(piece) for piece in layout.pieces])
+            moments = [saved.moments(piece) for piece in layout.pieces]
+            for piece, own in zip(layout.pieces, moments, strict=True):
+                _load_scores(engine, piece, own.elementwise.pop(SCORES, None))
+            write_state(engine.inner, tensor, moments)
         _load_buffers(saved, engine.student)
         if RANDOM.format(rank) in state.pop("files"):
             set_random_state(load_file(checkpoint / RANDOM.format(rank)))
@@ -169,6 +172,12 @@ def _elements(handle: Any, key: str, begin: int, end: int) -> torch.Tensor:
     first = begin // row
     rows = part[first:-(-end // row)].reshape(-1)
     return rows[begin - first * row:end - first * row]
+
+
+def _load_scores(engine: Engine, piece: Piece, found: torch.Tensor | None) -> None:
+    own = None if engine.sparse is None else engine.sparse.scores(piece.name)
+    if own is not None and found is not None:
+        own.copy_(found.view(own.shape))
 
 
 def _load_buffers(saved: Saved, model: nn.Module) -> None:

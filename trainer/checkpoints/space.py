@@ -29,11 +29,13 @@ def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: Pr
         attach_parts(experiment.objective, experiment.seed, model, teacher)
         base = base_names(model)
         weights = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in base)
+        sparsity = experiment.student.sparsity
+        scores = 0 if sparsity is None else sparsity.bytes_in_training(model)[1]
         if experiment.optimizer.name == "adamw8bit":
-            return (4 + MOMENTS_8BIT) * weights
+            return (4 + MOMENTS_8BIT) * weights + scores
         setup = RankSetup.of(experiment, Topology()).sharding_setup(model, on_gpu=False)
         state, _ = step_bytes(experiment.optimizer, model, setup)
-    return 4 * weights + state
+    return 4 * weights + state + scores
 
 
 def check_space(folder: Path, planned: int, *, keep: int, written: int, best: bool = False) -> None:

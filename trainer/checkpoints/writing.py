@@ -17,6 +17,7 @@ from strategies.optimizers.optimizer_state import read_state
 from strategies.sharding.engine import Engine
 from trainer.checkpoints.random_state import random_state
 
+SCORES = "pruning_scores"  # the key of an element's score in pruning, beside the moments of the optimizer
 WHOLE, PART, RANDOM = "{}.safetensors", "{}-{:05d}-of-{:05d}.safetensors", "random-{}.safetensors"
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
            torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
@@ -102,10 +103,16 @@ def _contents(engine: Engine, rank: int) -> Iterator[tuple[str, str, torch.Tenso
             if not piece.numel:
                 continue
             yield "model", _key(piece.name, piece, whole), _shaped(piece.of(flat), piece, whole)
-            for what, value in state.elementwise.items():
+            for what, value in {**state.elementwise, **_beside(engine, piece)}.items():
                 yield "optimizer", _key(f"{piece.name}/{what}", piece, whole), _shaped(value, piece, whole)
     if rank == 0:
         yield from (("model", name, buffer.detach()) for name, buffer in buffers_of(engine.student).items())
+
+
+def _beside(engine: Engine, piece: Piece) -> dict[str, torch.Tensor]:
+    """What is kept of a piece besides the optimizer's state, flat: the scores of pruning in training."""
+    scores = None if engine.sparse is None else engine.sparse.scores(piece.name)
+    return {} if scores is None else {SCORES: scores.reshape(-1)}
 
 
 def _key(name: str, piece: Piece, whole: bool) -> str:

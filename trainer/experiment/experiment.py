@@ -21,6 +21,7 @@ from trainer.experiment.quantization_nodes import Quantization
 from trainer.experiment.report_node import Report
 from trainer.experiment.run_paths import STUDENT, model_of_run, within
 from trainer.experiment.scheduled import highest, lowest, moves
+from trainer.experiment.sparsity_nodes import check_sparse_run
 from trainer.experiment.stage_nodes import Stage
 from trainer.experiment.task_checks import check_best, check_classification, check_language
 
@@ -131,6 +132,9 @@ class Experiment(Node):
         check_exits_fit(objective.early_exits, steps=self.training.steps, engine=self.sharding.engine,
                         on_policy=objective.on_policy is not None,
                         adapter_alone=self.export.adapter == "separate", trust=self.form.trust)
+        if self.student.sparsity is not None:
+            check_sparse_run(self.student.sparsity, self.training.steps, self.sharding.engine,
+                             self.optimizer.in_backward, self.student.adapter is not None, self.export.adapter)
         return self
 
     def _student_as_teacher(self, teacher: Teacher) -> Teacher:

@@ -11,6 +11,7 @@ from trainer.experiment.adapter_nodes import Adapter, check_adapter_quantization
 from trainer.experiment.node import Dtype, Node, PathName, Positive
 from trainer.experiment.pruning_nodes import Prune
 from trainer.experiment.quantization_nodes import Quantization
+from trainer.experiment.sparsity_nodes import Sparsity, check_sparse_quantization
 
 
 class TeacherTraining(Node):
@@ -167,6 +168,8 @@ class Student(Model):
     """Start from the trained weights of another run: its folder (newest checkpoint), or one of its checkpoints."""
     prune: Prune | None = None
     """Cut heads, channels, width, layers or experts of the student before it is trained; null cuts nothing."""
+    sparsity: Sparsity | None = None
+    """Set a share of the student's weights to zero, and keep them so; null keeps all of them."""
     quantization: Quantization | None = None
     """Quantize the student's weights and export them bit-packed; null keeps full precision."""
     adapter: Adapter | None = None
@@ -212,6 +215,24 @@ class Student(Model):
             check_adapter_quantization(self.adapter, self.quantization)
         return self
 
+    @model_validator(mode="after")
+    def _sparse(self) -> Student:
+        asked = self.sparsity
+        if asked is None:
+            return self
+        check_sparse_quantization(asked, self.quantization)
+        if not asked.is_gradual and self.from_teacher is None and not self.path and not self.from_run and (
+                asked.method != "lottery"):
+            raise UserError("sparsity.method", f"the student has random weights, and {asked.method} "
+                            f"{'keeps zeros of' if asked.method == 'keep' else 'prunes'} weights that were trained",
+                            value=asked.method, way_out="give it a `path`, `from_teacher` or `from_run`, or prune in "
+                            "training: magnitude with a `schedule`, or movement")
+        if self.adapter is not None and asked.is_gradual:
+            raise UserError("sparsity.method", "the weights beneath an adapter are frozen, and none is pruned in "
+                            "training", value=asked.method, way_out="use magnitude without `schedule`, wanda or "
+                            "sparsegpt, which prune before training, or remove `adapter`")
+        return self
+
     @property
     def teacher_layers(self) -> tuple[int, ...] | None:
         """The layers of the teacher that it starts from; None with another origin, or if it starts from all of it."""
@@ -220,12 +241,17 @@ class Student(Model):
     @property
     def is_cut(self) -> bool:
         """Whether something is cut from it before it is trained."""
-        return self.prune is not None
+        return self.prune is not None or (self.sparsity is not None and self.sparsity.is_one_shot)
 
     @property
     def is_sparse(self) -> bool:
         """Whether weights of it are zero and stay so."""
-        return False
+        return self.sparsity is not None
+
+    def is_final(self, step: int, steps: int) -> bool:
+        """Whether it has the bits and the zeros that are exported at a step of a run, counted from 0."""
+        return (self.quantization is None or self.quantization.has_final_bits(step, steps)) and (
+            self.sparsity is None or self.sparsity.has_final_sparsity(step, steps))
 
     @property
     def is_whole_teacher(self) -> bool:

@@ -148,7 +148,7 @@ class Plans:
 
 
 STUDIED = {"data": {"sequence_length", "packing", "task", "images", "text_pair"},
-           "student": {"quantization", "adapter"},
+           "student": {"quantization", "adapter", "sparsity"},
            "teacher": {"dtype", "targets", "others", "take_turns"},
            "training": {"batch_size", "micro_batch", "clip"}, "optimizer": True, "precision": True,
            "sharding": True, "memory": True, "objective": True}

@@ -126,6 +126,9 @@ class StepStudy:
             held["held besides"] = held_besides(torch.device(place), [])
         with self._mode, torch.device(place):
             made = _Made.of(experiment, *self._configs, setup.is_sharded, place)
+            if experiment.student.sparsity is not None:
+                ranks = self.topology.data_parallel if setup.is_sharded else 1
+                held["masks"] = sum(experiment.student.sparsity.bytes_in_training(made.model)) // ranks
             how: dict[str, Any] = {"reserved": held}
             if setup.engine == "zero" and setup.sharding.zero_stage == 3:
                 ask_for_gradients(made.model)

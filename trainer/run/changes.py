@@ -64,6 +64,9 @@ def over_the_run(values: dict[str, Any]) -> str | None:
     """The first key of an experiment's values that follows a schedule over the whole run; None if none does."""
     if (values["student"].get("quantization") or {}).get("bits_schedule"):
         return "student.quantization.bits_schedule"
+    pruned = values["student"].get("sparsity") or {}
+    if pruned.get("schedule") or pruned.get("method") == "movement":
+        return "student.sparsity"
     if ((values.get("teacher") or {}).get("targets") or {}).get("until"):
         return "teacher.targets.until"
     found = Objective.model_validate(values["objective"]).scheduled

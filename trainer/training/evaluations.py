@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from trainer.distributed.rank_group import RankGroup
-from trainer.experiment.quantization_nodes import Quantization
+from trainer.experiment.model_nodes import Student
 from trainer.files import flatten
 from trainer.run.held_out import in_words, main_figure
 from trainer.run.metrics import Metrics, ProgressReporter, read_lines
@@ -31,15 +31,15 @@ class Evaluations:
     Args:
         name: of the experiment, for messages.
         steps: of the run.
-        quantization: of the student; an evaluation before its last bit width is not the best one.
+        student: what an evaluation before its last bit width, or before its last zeros, is not the best of.
         held_out: evaluates on the held-out rows.
         tasks: evaluates on the tasks.
         ranks: the processes of the run.
     """
 
-    def __init__(self, name: str, steps: int, quantization: Quantization | None,
+    def __init__(self, name: str, steps: int, student: Student,
                  held_out: Evaluator | ClassifierEvaluator, tasks: TaskEvaluator, ranks: RankGroup) -> None:
-        self.name, self.steps, self.quantization, self.ranks = name, steps, quantization, ranks
+        self.name, self.steps, self.student, self.ranks = name, steps, student, ranks
         self.held_out, self.tasks = held_out, tasks
 
     def due(self, state: TrainState, cadence: Cadence) -> list[str]:
@@ -77,7 +77,7 @@ class Evaluations:
             return False
         flat = flatten(found)
         if state.best is not None and state.best.of_task == (kind == TASKS):
-            counts = self.quantization is None or self.quantization.has_final_bits(state.step - 1, self.steps)
+            counts = self.student.is_final(state.step - 1, self.steps)
             state.best.take_in(state.step, flat if kind == TASKS else found, counts)
         metrics.write({"step": state.step, kind: found, "seconds": time.perf_counter() - begun})
         trackers.log({f"{kind}/{name}": value for name, value in flat.items()}, state.step)

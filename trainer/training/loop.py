@@ -58,6 +58,7 @@ from trainer.training.evaluations import Evaluations
 from trainer.training.memory_check import MemoryCheck
 from trainer.training.nonfinite import Backward, diagnosis, locate_nonfinite
 from trainer.training.saving import Saver
+from trainer.training.sparse_training import SparseTraining
 from trainer.training.step_input import StepInput, StepInputs, Writer, batches_of, rows_in_all
 from trainer.training.task_evaluation import TaskEvaluator
 from trainer.training.train_state import TrainState
@@ -122,7 +123,7 @@ class TrainLoop:
         self.engine = engine_for(setup, experiment.precision.loss_scale, accelerator, student, plan.bucket,
                                  lambda: without_gradient(experiment, teacher_config, student.config))
         self.evaluations = Evaluations(
-            experiment.name, self.steps, experiment.student.quantization,
+            experiment.name, self.steps, experiment.student,
             held_out_evaluator(experiment.data, text, self.unwrapped, shapes[0], plan.micro_batch, self.ranks,
                                self._autocast),
             TaskEvaluator(experiment.evaluate, self.unwrapped, text.tokenizer,
@@ -142,7 +143,10 @@ class TrainLoop:
         self.statistics = RunningStatistics(self.unwrapped)
         seed_everything(experiment.seed * 1_000_003 + self.ranks.index + 1)  # each process draws its own dropout masks
         self.saver = Saver(folder, experiment.training, self.engine, self.ranks, self._say, base)
+        self.sparse = SparseTraining(experiment.student.sparsity, self.unwrapped, self.steps)
+        self.engine.sparse = self.sparse.weights
         self.saver.resume(self.state)
+        self.sparse.resumed(self.state.step)
         self.exported: int | None = None
         self._scheduled: dict[str, Any] = {}  # what of the objective moves, and its values in the present step
         self._measured_at = min(self.state.step + MEASURED, self.steps) - 1
@@ -246,6 +250,7 @@ class TrainLoop:
         given = inputs.take(self.state.step)
         if given.stops:
             return None
+        self.sparse.prune(self.state.step)
         if not given.tokens:
             return self._empty(rate, given.seen, started)
         rows = [batch["row"] for batch in given.micro_batches]
@@ -259,7 +264,8 @@ class TrainLoop:
         self.ranks.at(f"the update of step {number}")
         mark("update")
         norm = self._update(math.isfinite(means["loss"]))
-        record = self._record(means, norm, rate, given.tokens, given.seen) | self._scheduled
+        record = self._record(means, norm, rate, given.tokens, given.seen) | self._scheduled | (
+            self.sparse.shown(self.state.step))
         if self.state.nonfinite:
             record["nonfinite"] = locate_nonfinite(self.accelerator, rows, finite)
         record["seconds"] = time.perf_counter() - started
@@ -386,7 +392,7 @@ class TrainLoop:
         """Release models and optimizer, so that the next training in this process finds the memory free."""
         self.engine.release()
         self.engine = self.teacher = self.cached = self.others = self.distillation = None
-        self.evaluations = self.saver = self.memory = self.plan = None
+        self.evaluations = self.saver = self.memory = self.plan = self.sparse = None
         self.accelerator.free_memory()
 
     # ---- helpers
