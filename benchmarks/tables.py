@@ -21,6 +21,10 @@ from benchmarks.generation import table as generation_table
 from benchmarks.judged_on_tasks import table as judged_table
 from benchmarks.pruning.bytes_on_disk import table as sparse_bytes_table
 from benchmarks.pruning.early_exit import table as early_exit_table
+from benchmarks.pruning.fiftieth import CUTS as FIFTIETH
+from benchmarks.pruning.fiftieth import table as fiftieth_table
+from benchmarks.pruning.healing import table as healing_table
+from benchmarks.pruning.language_curve import table as language_curve_table
 from benchmarks.pruning.one_shot import table as pruned_once_table
 from benchmarks.pruning.structured import table as cuts_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
@@ -111,6 +115,10 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "early-exits": ("pruning-early-exit-digits-cpu.json", early_exit_table),
     "pruned-once": ("pruning-one-shot-cpu.json", pruned_once_table),
     "sparse-bytes": ("pruning-bytes-cpu.json", lambda found: sparse_bytes_table(found["rows"])),
+    "fiftieth": (tuple(f"pruning-fiftieth-{task}-cpu.json" for task in FIFTIETH),
+                 lambda *found: "\n\n".join(map(fiftieth_table, found))),
+    "healing": ("pruning-healing-cpu.json", healing_table),
+    "language-curve": ("pruning-language-curve-cpu.json", language_curve_table),
     "adapters": ("adapters-cpu.json", adapters_table),
     "faults": ("faults-cpu.json", faults_table),
     "cost": ("faults-cost-cpu.json", cost_table),
