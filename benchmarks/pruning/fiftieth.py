@@ -34,7 +34,7 @@ CUTS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
     "banking77": {
         "1/2": ({"heads": 4, "width": 128, "mlp": 256}, 8),
         "1/4": ({"heads": 3, "width": 96, "mlp": 128, "layers": 2}, 4),
-        "1/7": ({"heads": 2, "width": 64, "mlp": 64, "layers": 2}, 4),
+        "1/8": ({"heads": 2, "width": 64, "mlp": 32, "layers": 2}, 4),
         "1/15": ({"heads": 1, "width": 32, "mlp": 64, "layers": 2}, 4),
         "1/15, 2 bits": ({"heads": 1, "width": 32, "mlp": 64, "layers": 2}, 2)},
     "digits-vit": {

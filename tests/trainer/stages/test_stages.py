@@ -181,3 +181,25 @@ def test_a_script_is_told_of_stages(write_experiment, texts):  # noqa: F811
 
     with pytest.raises(limbeck.UserError, match="several stages"):
         limbeck.Trainer(limbeck.read_experiment(write_experiment("script", **in_stages(texts, [{"distill": {}}]))))
+
+
+def test_zeros_go_through_all_stages(write_experiment, texts):  # noqa: F811
+    """Pruned once, healed with the teacher, rounded to 4 bits: no weight that was zero has become another."""
+    file = write_experiment("zeros", **in_stages(texts, [
+        {"prune": {"student.sparsity": {"method": "sparsegpt", "sparsity": 0.5, "calibration_rows": 32}}},
+        {"distill": {"training.steps": 6}}, QUANTIZE]))
+    done = train_py("--config", str(file))
+    assert done.returncode == 0, done.stderr
+    models = [AutoModelForSequenceClassification.from_pretrained(file.parent / "zeros" / name / "student")
+              for name in ("1-prune", "2-distill", "3-quantize")]
+    models[2](input_ids=torch.tensor([[2, 3]]))  # unpacks its weights
+    pruned, healed, rounded = (dict(model.named_modules()) for model in models)
+    layers = [name for name in pruned if name.startswith("bert.encoder") and name.endswith(("query", "dense"))]
+    assert len(layers) > 4
+    for name in layers:
+        zeros = pruned[name].weight == 0
+        assert 0.45 < zeros.float().mean() < 0.55
+        assert (healed[name].weight[zeros] == 0).all() and not torch.equal(healed[name].weight, pruned[name].weight)
+        ones = torch.eye(zeros.shape[1])  # what transformers computes with the packed weights
+        weights = (rounded[name](ones) - rounded[name](torch.zeros(1, zeros.shape[1]))).T
+        assert (weights[zeros].abs() < 1e-6).all() and (weights[~zeros].abs() > 1e-4).float().mean() > 0.5
