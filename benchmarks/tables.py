@@ -20,7 +20,7 @@ from benchmarks.figures import table as figures_table
 from benchmarks.generation import table as generation_table
 from benchmarks.judged_on_tasks import table as judged_table
 from benchmarks.pruning.bytes_on_disk import table as sparse_bytes_table
-from benchmarks.pruning.one_shot import table as pruned_once_table
+from benchmarks.pruning.layer_errors import table as pruned_layers_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
 from benchmarks.quantization.trained_quantized import costs_table, losses_table
@@ -105,7 +105,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "qat": ("quantization-qat-cpu.json", losses_table),
     "rounded": ("quantization-rounded-cpu.json", losses_table),
     "qat-costs": ("quantization-qat-costs-cpu.json", costs_table),
-    "pruned-once": ("pruning-one-shot-cpu.json", pruned_once_table),
+    "pruned-layers": ("pruning-layers-cpu.json", pruned_layers_table),
     "sparse-bytes": ("pruning-bytes-cpu.json", lambda found: sparse_bytes_table(found["rows"])),
     "adapters": ("adapters-cpu.json", adapters_table),
     "faults": ("faults-cpu.json", faults_table),
