@@ -20,7 +20,14 @@ from benchmarks.figures import table as figures_table
 from benchmarks.generation import table as generation_table
 from benchmarks.judged_on_tasks import table as judged_table
 from benchmarks.pruning.bytes_on_disk import table as sparse_bytes_table
+from benchmarks.pruning.early_exit import table as early_exit_table
+from benchmarks.pruning.fiftieth import CUTS as FIFTIETH
+from benchmarks.pruning.fiftieth import table as fiftieth_table
+from benchmarks.pruning.healing import table as healing_table
+from benchmarks.pruning.language_curve import table as language_curve_table
 from benchmarks.pruning.layer_errors import table as pruned_layers_table
+from benchmarks.pruning.one_shot import table as pruned_once_table
+from benchmarks.pruning.structured import table as cuts_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
 from benchmarks.quantization.trained_quantized import costs_table, losses_table
@@ -89,6 +96,7 @@ def optimizers_table(found: dict) -> str:
 
 TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "figures": (FIGURES, figures_table),
+    "cuts": ("pruning-structured-cpu.json", cuts_table),
     "quickstart": ("quickstart-cpu.json", quickstart_table),
     "frontier": ("rematerialization-frontier-cpu.json", frontier_table),
     "instances": ("rematerialization-instances-cpu.json", instances_table),
@@ -106,7 +114,13 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "rounded": ("quantization-rounded-cpu.json", losses_table),
     "qat-costs": ("quantization-qat-costs-cpu.json", costs_table),
     "pruned-layers": ("pruning-layers-cpu.json", pruned_layers_table),
+    "early-exits": ("pruning-early-exit-digits-cpu.json", early_exit_table),
+    "pruned-once": ("pruning-one-shot-cpu.json", pruned_once_table),
     "sparse-bytes": ("pruning-bytes-cpu.json", lambda found: sparse_bytes_table(found["rows"])),
+    "fiftieth": (tuple(f"pruning-fiftieth-{task}-cpu.json" for task in FIFTIETH),
+                 lambda *found: "\n\n".join(map(fiftieth_table, found))),
+    "healing": ("pruning-healing-cpu.json", healing_table),
+    "language-curve": ("pruning-language-curve-cpu.json", language_curve_table),
     "adapters": ("adapters-cpu.json", adapters_table),
     "faults": ("faults-cpu.json", faults_table),
     "cost": ("faults-cost-cpu.json", cost_table),

@@ -28,6 +28,7 @@ from trainer.planning.plan import Plans, count_steps
 from trainer.run.folder import RunFolder
 from trainer.run.run_status import check_free
 from trainer.student.export_student import check_runtimes
+from trainer.teacher.exit_losses import check_exits
 from trainer.teacher.intermediate_losses import check_intermediate
 from trainer.teacher.other_teachers import of_other
 from trainer.training.sparse_training import check_sparsity
@@ -99,6 +100,7 @@ def check_shapes_early(experiment: Experiment, teacher: PretrainedConfig | None,
         exported = export_skeleton(experiment.form, student)
         if experiment.student.adapter is not None:
             check_adapter(experiment.form, from_config(student, experiment.form.trust))
+        check_exits(experiment.objective.early_exits, exported)
         check_runtimes(experiment.export, experiment.form, exported)
         check_sparsity(experiment.student.sparsity, from_config(student, experiment.form.trust))
 

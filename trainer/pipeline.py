@@ -32,7 +32,7 @@ from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
 from trainer.files import fingerprint, write_atomically
-from trainer.models.build import quiet_libraries
+from trainer.models.build import DTYPES, quiet_libraries
 from trainer.models.language_part import check_places
 from trainer.planning.plan import Plan, Plans, check_batch
 from trainer.planning.show_plan import plan_json, show_plan
@@ -45,12 +45,14 @@ from trainer.run.run_status import RunStatus, check_free
 from trainer.run.working import working
 from trainer.starting_student import cut_first
 from trainer.student.compare_student import compare, rebuilt
+from trainer.student.early_exits import ExitModel, write_early_exits
 from trainer.student.export_student import check_tokenizer, check_written, end_answers, write_others
 from trainer.student.judge_student import judge_run, models_of
 from trainer.student.quantize_student import check_calibration, finalize_student
 from trainer.student.remake import changes_files, changes_tasks, remake
 from trainer.student.weight_digests import check_digests, digests_in_training, save_digests
 from trainer.student.write_student import logits_to_compare, write_student
+from trainer.teacher.exit_losses import take_exits
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,7 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
     if accelerator.is_main_process:
         _keep_measured(folder)
         whole = loop.whole()
+        exits = take_exits(whole)
         check_digests(digests, whole, "the student, put together after training,")
         save_digests(folder.digests, digests)
         if experiment.data.is_language:
@@ -261,6 +264,9 @@ def train_one(asked: Experiment, experiment: Experiment, folder: RunFolder, stud
         with working(experiment.name, "writing the student"):
             write_student(student, whole, model, experiment.student, experiment.export, experiment.form, text)
             trained, exported = logits_to_compare(whole, model, experiment.student, experiment.export, text)
+        if exits is not None:
+            write_early_exits(experiment.name, experiment.objective.early_exits, experiment.export, folder, student,
+                              ExitModel.of(model, exits, DTYPES[experiment.export.dtype], text, loop.plan.micro_batch))
         failed = write_others(experiment, folder, model, text)
     loop.release()
     accelerator.wait_for_everyone()

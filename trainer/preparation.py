@@ -33,7 +33,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.metrics import console
 from trainer.run.trackers import start_trackers
 from trainer.run.working import working
-from trainer.teacher.intermediate_losses import attach_projections
+from trainer.teacher.exit_losses import attach_parts, settle_exits
 from trainer.teacher.logit_cache import CachedLogits, cached_logits
 from trainer.teacher.other_teachers import Beside, of_other
 from trainer.teacher.target_cache import CachedTargets, cached_targets
@@ -90,9 +90,11 @@ def prepare(asked: Experiment, experiment: Experiment, folder: RunFolder, how: L
         if experiment.teacher_is_base:
             teacher = base_of(student)
         check_zeros(experiment.student.sparsity, student)
-        attach_projections(experiment.objective, experiment.seed, student, teacher_shape)
+        attach_parts(experiment.objective, experiment.seed, student, teacher_shape)
     with working(name, "trying the models on small inputs"):
         _try_out(experiment, teacher, student)
+        if experiment.objective.early_exits is not None:
+            settle_exits(student, shape_of(student))
     related = _related(experiment, text, student_shape, teacher_shape if experiment.uses_teacher else None)
     check_places_of_tokens(experiment.teacher, related[0])
     cached = None

@@ -1,1 +1,1 @@
-"""Structured and unstructured pruning beside peers."""
+"""Pruning beside peers, and what exits save."""

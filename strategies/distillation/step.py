@@ -17,6 +17,7 @@ from strategies.distillation.losses.heads import Head
 from strategies.distillation.losses.intermediate import IntermediateTerms
 from strategies.distillation.losses.load_balancing import balancing_loss
 from strategies.distillation.losses.response import ResponseObjective
+from strategies.distillation.losses.self_distillation import ExitTerms
 from strategies.distillation.losses.teacher_targets import SharedVocabulary, Targets
 from strategies.distillation.losses.tiled_loss import IGNORED
 from strategies.distillation.several_teachers import OtherTeacher, shared_out
@@ -45,6 +46,7 @@ class Distillation:
             the student's arguments.
         others: further teachers, each with a share of the divergences; the first has what is left of 1.
         present: context manager within which the first teacher is on the device; see `LiveTeacher`.
+        exits: the losses of exits after some of the student's blocks.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class Distillation:
         balancing: float | None = None,
         others: Sequence[OtherTeacher] = (),
         present: Callable[..., Any] = always,
+        exits: ExitTerms | None = None,
     ) -> None:
-        self.others, self.present = tuple(others), present
+        self.others, self.present, self.exits = tuple(others), present, exits
         self.objective, self.student, self.shapes, self.common, self.tile = objective, student, shapes, common, tile
         self.reader, self.balancing = reader, balancing
         self.teacher, self.intermediate = (
@@ -108,7 +111,8 @@ class Distillation:
             learned: (n,) flat positions that have a target, if known; finding them synchronizes with a GPU.
             others_targets: the targets of the other teachers; None to run them.
         """
-        with nullcontext() if self.intermediate is None else self.intermediate.recording():
+        with (nullcontext() if self.intermediate is None else self.intermediate.recording(),
+              nullcontext() if self.exits is None else self.exits.recording()):
             return self._loss(called, inputs, targets, teacher_targets, real, learned, others_targets)
 
     def _loss(
@@ -146,6 +150,9 @@ class Distillation:
             if self.intermediate is not None:
                 for name, weight, value in self.intermediate.sums(targets, inputs, (output, first.output)):
                     total, terms[name] = total + weight * value, value.detach()
+            if self.exits is not None:
+                value = self.exits.sum(student, head, targets, inputs, self.tile, learned)
+                total, terms["early_exits"] = total + self.exits.objective.weight * value, value.detach()
             if self.balancing:
                 value = balancing_loss(self.student, output, real) * (targets != IGNORED).sum()
                 total, terms["balancing"] = total + self.balancing * value, value.detach()

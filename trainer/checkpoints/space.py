@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.models.build import empty_student
 from trainer.run.metrics import readable
-from trainer.teacher.intermediate_losses import attach_projections
+from trainer.teacher.exit_losses import attach_parts
 
 MOMENTS_8BIT = 8  # bytes saved per element for its two 8-bit moments, which are dequantized to fp32
 
@@ -26,7 +26,7 @@ def planned_bytes(experiment: Experiment, student: PretrainedConfig, teacher: Pr
     """Bytes of a checkpoint's tensors over all processes: fp32 weights, no frozen base's, and optimizer state."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model = empty_student(experiment.form, student)
-        attach_projections(experiment.objective, experiment.seed, model, teacher)
+        attach_parts(experiment.objective, experiment.seed, model, teacher)
         base = base_names(model)
         weights = sum(parameter.numel() for name, parameter in model.named_parameters() if name not in base)
         sparsity = experiment.student.sparsity

@@ -12,6 +12,7 @@ from trainer.errors import UserError
 from trainer.experiment.adapter_nodes import Adapter
 from trainer.experiment.data_nodes import Data
 from trainer.experiment.evaluate_nodes import Evaluate
+from trainer.experiment.exit_nodes import check_exits_fit
 from trainer.experiment.model_nodes import Student, Teacher
 from trainer.experiment.node import Dtype, Node
 from trainer.experiment.nodes import Export, Memory, Optimizer, Precision, Run, Schedule, Sharding, Training
@@ -128,6 +129,9 @@ class Experiment(Node):
             self._adapter_sharded(self.student.adapter)
         if self.export.adapter == "separate":
             self._adapter_alone()
+        check_exits_fit(objective.early_exits, steps=self.training.steps, engine=self.sharding.engine,
+                        on_policy=objective.on_policy is not None,
+                        adapter_alone=self.export.adapter == "separate", trust=self.form.trust)
         if self.student.sparsity is not None:
             check_sparse_run(self.student.sparsity, self.training.steps, self.sharding.engine,
                              self.optimizer.in_backward, self.student.adapter is not None, self.export.adapter)

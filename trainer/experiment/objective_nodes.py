@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from trainer.errors import UserError, error_context
+from trainer.experiment.exit_nodes import EarlyExits
 from trainer.experiment.node import Node, Weight
 from trainer.experiment.scheduled import (
     ScheduledFraction,
@@ -154,6 +155,8 @@ class Objective(Node):
     """Loss on relations between attention values; null: none."""
     attention_maps: AttentionMaps | None = None
     """Loss on attention maps; null: none."""
+    early_exits: EarlyExits | None = None
+    """Heads after some of the student's blocks, where easy inputs leave; null: none."""
     on_policy: OnPolicy | None = None
     """Train on the student's own generations as well; null trains on the data only."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from trainer.errors import UserError
 from trainer.experiment.node import Node, Positive
@@ -14,7 +14,7 @@ from trainer.experiment.node import Node, Positive
 if TYPE_CHECKING:  # pragma: no cover - imported for annotations only
     from strategies.pruning.structured.cut import Cut
 
-Kept = Positive | Annotated[float, Field(gt=0, allow_inf_nan=False)]  # a count, or a fraction
+Kept = int | float  # a count, or a fraction; `Cut` says which are none
 KINDS = ("heads", "kv_heads", "mlp", "width", "layers", "experts", "channels")
 
 

@@ -32,7 +32,7 @@ from trainer.models.model_origin import skeleton
 from trainer.models.router_balance import balancing_note
 from trainer.planning.step_memory import MemoryPlan
 from trainer.planning.step_plan import StepPlan, plan_step
-from trainer.teacher.intermediate_losses import attach_projections
+from trainer.teacher.exit_losses import attach_parts
 from trainer.teacher.resident_teacher import live, rank_residency, resident_teacher
 
 NOMINAL_STEPS = 1000  # run length assumed for the learning-rate curve while the length of the data is unknown
@@ -183,7 +183,7 @@ def _around(experiment: Experiment, topology: Topology, teacher: PretrainedConfi
         parameters = {"student": count_parameters(empty_student(experiment.form.merged, student))}
         if experiment.student.adapter is not None:
             parameters["adapter"] = sum(one.numel() for one in small.parameters() if one.requires_grad)
-        attach_projections(experiment.objective, experiment.seed, small, teacher)
+        attach_parts(experiment.objective, experiment.seed, small, teacher)
         large = asked = resident_teacher(experiment.teacher if experiment.uses_teacher else None, teacher)
         if teacher is not None and live(asked) is None:
             large = skeleton(teacher, DTYPES[experiment.teacher.dtype], experiment.teacher.trust_remote_code, "teacher")

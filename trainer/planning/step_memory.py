@@ -35,7 +35,8 @@ from trainer.experiment.nodes import Run
 from trainer.models.build import empty_student
 from trainer.models.router_balance import balancing_weight
 from trainer.planning.planned_teachers import PlannedOthers, together
-from trainer.teacher.intermediate_losses import attach_projections, build_intermediate
+from trainer.teacher.exit_losses import attach_parts, build_exits
+from trainer.teacher.intermediate_losses import build_intermediate
 from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.resident_teacher import check_sizes, example_targets, live, rank_residency, resident_teacher, sizes
 
@@ -182,7 +183,7 @@ class _Made:
             check_sizes(settings, student, teacher, tokens)
         small = empty_student(experiment.form, student)
         large = base_of(small) if experiment.teacher_is_base else resident_teacher(settings, teacher)
-        attach_projections(experiment.objective, experiment.seed, small, teacher)
+        attach_parts(experiment.objective, experiment.seed, small, teacher)
         batch = example_batch(experiment.data, experiment.training.micro_batch, place)
         objective, precision = experiment.objective.build(teacher is not None), experiment.precision.build(place)
         common = None if not language else sizes(student, teacher, tokens, apart_size(
@@ -194,7 +195,7 @@ class _Made:
             distillation = Distillation(objective, model, live(large), tile=tile, common=common, **shapes,
                                         intermediate=build_intermediate(experiment.objective, model, live(large)),
                                         balancing=balancing_weight(experiment.objective, student),
-                                        others=others.judges)
+                                        others=others.judges, exits=build_exits(experiment.objective, model))
             return loss_of_batch(distillation, precision, model, batch, engine_casts=sharded,
                                  teacher_targets=example_targets(experiment.teacher, temperature, teacher, batch,
                                                                  large),

@@ -17,9 +17,10 @@ FREE = ("run", "report", "evaluate", "memory", "sharding", "training.evaluate_ev
         "export.tolerance", "export.to", "export.license", "teacher.take_turns")
 
 # Keys that affect only the exported files and the report, if training does not use quantized weights.
-AFTERWARDS = ("student.quantization", "export", "report", "evaluate")
+AFTERWARDS = ("student.quantization", "export", "report", "evaluate", "objective.early_exits.threshold")
 # Those of them that affect only these even if it does.
-IN_ANY_CASE = ("report", "evaluate", "export.to", "export.readers", "export.tolerance", "export.license")
+IN_ANY_CASE = ("report", "evaluate", "export.to", "export.readers", "export.tolerance", "export.license",
+               "objective.early_exits.threshold")
 
 # Keys by which a run goes on for longer. What was trained stays as it is.
 LONGER = ("training.steps", "training.epochs", "schedule.restarts")

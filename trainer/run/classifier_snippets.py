@@ -15,6 +15,7 @@ TAGS = {"sequence_classification": "text-classification", "token_classification"
 KINDS = {"sequence_classification": "A classifier of texts",
          "token_classification": "A classifier of the words of texts", "image_classification": "A classifier of images"}
 RUNTIMES = ("transformers", "onnx")
+PIXELS = 'inputs = {"pixel_values": torch.from_numpy(pixels)}\n'
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _transformers(path: str, given: Classified, hub: bool, trust: bool) -> str:
 path = {where}
 model = {auto}.from_pretrained(path{TRUST * trust})
 names = model.config.id2label
-{_inputs(given, "pt")}{'inputs = {"pixel_values": torch.from_numpy(pixels)}' + chr(10) if given.is_image else ""}\
+{example_inputs_code(given, "pt")}{PIXELS * given.is_image}\
 with torch.no_grad():
     scores = model(**inputs).logits[0]
 {_answer(given)}"""
@@ -88,7 +89,7 @@ path = {place(path, hub)}
 session = onnxruntime.InferenceSession(f"{{path}}/model.onnx")
 with open(f"{{path}}/config.json") as file:
     names = {{int(number): name for number, name in json.load(file)["id2label"].items()}}
-{_inputs(given, "np")}{'inputs = {"pixel_values": pixels}' + chr(10) if given.is_image else ""}\
+{example_inputs_code(given, "np")}{'inputs = {"pixel_values": pixels}' + chr(10) if given.is_image else ""}\
 scores = session.run(["logits"], dict(inputs))[0][0]
 {_answer(given)}"""
 
@@ -97,7 +98,7 @@ _NUMPY, _PILLOW = "import numpy as np\n", "from PIL import Image\n"
 _IMPORTS = f"import json\n\n{_NUMPY}"
 
 
-def _inputs(given: Classified, tensors: str) -> str:
+def example_inputs_code(given: Classified, tensors: str) -> str:
     """Code for `inputs` from an example text, or for `pixels` from an image."""
     if given.is_image:
         return f"""\

@@ -24,8 +24,9 @@ from trainer.run.changes import AFTERWARDS, IN_ANY_CASE, Changes, is_free, longe
 # Keys that came later, and count for the identity of a training only where they are set: what earlier versions cached
 # under the others is still found.
 LATER = ("training.keep_best", "training.early_stopping", "training.min_delta", "student.from_run", "student.adapter",
-         "student.prune", "student.sparsity", "data.sources", "data.system", "data.input_ids", "data.labels",
-         "schedule.restarts", "export.adapter", "export.readers", "objective.divergence.normalized", "stages")
+         "student.prune", "student.sparsity", "objective.early_exits", "data.sources", "data.system",
+         "data.input_ids", "data.labels", "schedule.restarts", "export.adapter", "export.readers",
+         "objective.divergence.normalized", "stages")
 
 LARGEST_JSON = 256 * 2**20  # bytes of a file that is read back; the largest runs write about a hundredth of this
 _LOCKS: dict[Path, Any] = {}  # file locks held by this process; the system releases them when it ends

@@ -7,8 +7,9 @@ from typing import Any
 Prompt = str | list[dict[str, Any]]
 
 TITLES = {"transformers": "transformers", "onnx": "ONNX Runtime", "gguf": "llama.cpp", "ctranslate2": "CTranslate2",
-          "executorch": "ExecuTorch"}
+          "executorch": "ExecuTorch", "early-exit": "the code in its folder"}
 INSTALL = {"transformers": "pip install torch transformers compressed-tensors",
+           "early-exit": "pip install torch transformers compressed-tensors",
            "onnx": "pip install onnxruntime transformers huggingface_hub",
            "ctranslate2": "pip install ctranslate2 transformers huggingface_hub",
            "executorch": "pip install executorch torch transformers huggingface_hub"}
@@ -46,7 +47,7 @@ def place(path: str, hub: bool) -> str:
     return f"snapshot_download({path!r})" if hub else repr(path) + HERE * (path == ".")
 
 
-def _ids(prompt: Prompt, tensors: str) -> str:
+def ids_code(prompt: Prompt, tensors: str) -> str:
     """Code for `inputs` from a prompt, as tensors of a library."""
     if isinstance(prompt, str):
         return f"inputs = tokenizer({prompt!r}, return_tensors={tensors!r})"
@@ -129,7 +130,7 @@ def _shown(tokens: str, prompt: Prompt) -> str:
 def _answer(prompt: Prompt) -> str:
     """Code in which `model` answers a prompt."""
     return f"""\
-{_ids(prompt, "pt")}
+{ids_code(prompt, "pt")}
 tokens = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=False,
                         max_new_tokens={TOKENS})
 {_shown("tokens", prompt)}
@@ -146,7 +147,7 @@ path = {place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
 ends = np.ravel(GenerationConfig.from_pretrained(path).eos_token_id)
 session = InferenceSession(f"{{path}}/model.onnx")
-{_ids(prompt, "np")}
+{ids_code(prompt, "np")}
 caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values")]
 past = {{value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in caches}}
 ids = new = inputs.input_ids
@@ -173,7 +174,7 @@ from transformers import AutoTokenizer
 path = {place(path, hub)}
 tokenizer = AutoTokenizer.from_pretrained(path)
 generator = Generator(path, compute_type="float32")
-{_ids(prompt, "np")}
+{ids_code(prompt, "np")}
 tokens = tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
 [found] = generator.generate_batch([tokens], max_length={TOKENS}, sampling_topk=1{alone})
 print(tokenizer.decode(found.sequences_ids[0], skip_special_tokens=True))
@@ -192,7 +193,7 @@ ends = GenerationConfig.from_pretrained(path).eos_token_id
 ends = ends if isinstance(ends, list) else [ends]
 program = Runtime.get().load_program(f"{{path}}/student.pte")
 forward = program.load_method("forward")
-{_ids(prompt, "pt")}
+{ids_code(prompt, "pt")}
 ids = inputs.input_ids
 for _ in range({TOKENS}):
     [logits] = forward.execute([ids, torch.arange(ids.shape[1])[None]])

@@ -19,6 +19,8 @@ from trainer.experiment.scheduled import highest, shown
 from trainer.files import write_atomically
 from trainer.run.classifier_snippets import KINDS, TAGS, Classified, classifier_snippet, install
 from trainer.run.cut_report import cuts_in_words
+from trainer.run.exit_snippets import RUNTIME as EARLY_EXIT
+from trainer.run.exit_snippets import exit_snippet
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.held_out import FIGURES, compared, main_figure
 from trainer.run.lineage import EarlierRun, earlier_runs
@@ -225,9 +227,13 @@ def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repositor
         own = every[runtime] == student
         path = repository or ("." if own else f"../{every[runtime].name}")
         hub = repository is not None
-        shown = snippet(runtime, path, prompt, hub=hub, trust=trust, base=_adapter_base(values)) \
-            if not _classifies(values) else classifier_snippet(runtime, path, Classified.of(values["data"]), hub=hub,
-                                                               trust=trust)
+        given = Classified.of(values["data"])
+        if runtime == EARLY_EXIT:
+            shown = exit_snippet(path, given if _classifies(values) else prompt, hub=hub)
+        elif _classifies(values):
+            shown = classifier_snippet(runtime, path, given, hub=hub, trust=trust)
+        else:
+            shown = snippet(runtime, path, prompt, hub=hub, trust=trust, base=_adapter_base(values))
         if shown is None or (repository is not None and not own):
             continue
         where = "" if own else f", exported beside this folder in {code(every[runtime].name)}"

@@ -21,6 +21,7 @@ from trainer.run.classifier_report import (
     confusion_section,
 )
 from trainer.run.cut_report import cut_section
+from trainer.run.exit_report import exit_section
 from trainer.run.folder import RunFolder, not_written, read_json
 from trainer.run.held_out import FIGURES, compared, main_figure
 from trainer.run.hints import hints
@@ -98,6 +99,7 @@ def _write(folder: RunFolder) -> None:
         ABOUT_CLASSES if classifies else ABOUT_MODELS,
         *[f"![size against {FIGURES[main_figure(found['student'])].words}](size.png)\n"] * (len(ordered(found)) > 1),
         *(confusion_section(found, folder) if classifies else []),
+        *exit_section(folder),
         *task_section(folder),
         *cut_section(folder, found),
         "## Training\n", *_curves(experiment), _training(curves["student"]), *_schedules(experiment),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _check_targets(targets: torch.Tensor, prune: Prune) -> None:
                         way_out="use `importance: activations`, or more `calibration_rows`")
 
 
-def target_loss(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+def target_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     """Mean cross-entropy of the targets in a batch, () in nats."""
     inputs = {name: value for name, value in batch.items() if name not in ("targets", "counted")}
     logits = model(**inputs).logits.float()

@@ -9,9 +9,11 @@ import torch
 
 from trainer.data.dataset import PreparedData
 from trainer.experiment.experiment import Experiment
+from trainer.models.build import DTYPES
 from trainer.run.changes import under
 from trainer.run.folder import RunFolder
 from trainer.student.compare_student import compare, rebuilt
+from trainer.student.early_exits import ExitModel, exits_of_checkpoint, write_early_exits
 from trainer.student.export_student import RUNTIMES, check_written, drop_stale, write_others
 from trainer.student.other_readers import missing_receipts
 from trainer.student.quantize_student import finalize_student
@@ -49,6 +51,8 @@ def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, change
     whole = changes_files(changed)
     student, export = experiment.student, experiment.export
     before = rebuilt(experiment, folder, folder.student, text, final=False)
+    others = any(under(key, ("objective.early_exits",)) for key in changed)
+    exits = exits_of_checkpoint(experiment.objective, folder, before, experiment.seed) if whole or others else None
     model = finalize_student(experiment, before, text, folder)
     if whole:
         write_student(folder.unverified, before, model, student, export, experiment.form, text)
@@ -61,6 +65,9 @@ def remake(experiment: Experiment, folder: RunFolder, text: PreparedData, change
     for name in RUNTIMES if whole else ():  # of the student before; one that cannot be written again must not stay
         if name in export.to:
             shutil.rmtree(folder.student_for(name), ignore_errors=True)
+    if exits is not None:
+        write_early_exits(experiment.name, experiment.objective.early_exits, export, folder, folder.unverified,
+                          ExitModel.of(model, exits, DTYPES[export.dtype], text, experiment.training.micro_batch))
     failed = write_others(experiment, folder, model, text, without=there)
     compare(experiment, folder, trained, exported, text, device)
     folder.report.unlink(missing_ok=True)  # of the student before: until it is written again the run is not finished

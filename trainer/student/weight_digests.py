@@ -19,6 +19,7 @@ from strategies.common.frozen_base import base_names
 from strategies.common.shards import Layout, local_of
 from strategies.common.tensor_digest import tensor_digest
 from strategies.distillation.losses.features import NAME
+from strategies.pruning.early_exit.exit_heads import NAME as EXITS
 from strategies.sharding.engine import Engine
 from trainer.errors import RunFailed
 from trainer.files import write_atomically
@@ -115,8 +116,8 @@ def _other(what: str, how: str) -> str:
 
 
 def _besides(name: str) -> bool:
-    """Whether a weight belongs to the projections, which only training uses, and not to the student."""
-    return name.startswith(f"{NAME}.")
+    """Whether a weight belongs to projections or exits, which are trained beside the student, and not to it."""
+    return name.startswith((f"{NAME}.", f"{EXITS}."))
 
 
 def _by_name(model: nn.Module, found: dict[int, str]) -> Digests:

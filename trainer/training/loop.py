@@ -44,12 +44,8 @@ from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak
 from trainer.run.pace import Pace
 from trainer.run.trackers import Trackers
 from trainer.run.working import noted, working
-from trainer.teacher.intermediate_losses import (
-    attach_projections,
-    build_intermediate,
-    reweigh,
-    without_projections,
-)
+from trainer.teacher.exit_losses import attach_parts, build_exits
+from trainer.teacher.intermediate_losses import build_intermediate, reweigh, without_projections
 from trainer.teacher.logit_cache import CachedLogits
 from trainer.teacher.loss import loss_of_batch
 from trainer.teacher.other_teachers import Beside, placed, present_on_demand
@@ -137,7 +133,8 @@ class TrainLoop:
             shapes=shapes, common=related[0], reader=related[1], tile=plan.step and plan.step.tile,
             intermediate=build_intermediate(experiment.objective, self.unwrapped, self.teacher, variances),
             balancing=balancing_weight(experiment.objective, self.unwrapped.config),
-            others=[one.judge for one in self.others], present=present)
+            others=[one.judge for one in self.others], present=present,
+            exits=build_exits(experiment.objective, self.unwrapped))
         if plan.step is not None:
             plan.step.install(self.unwrapped, inductor=experiment.memory.compile)
         self.memory = MemoryCheck(experiment.memory, plan.memory, self.ranks, self._resident, lambda excess: ways_out(
@@ -387,7 +384,7 @@ class TrainLoop:
             experiment, config, layers_above(experiment.student, experiment.teacher, self.teacher_config),
             self.text.tokenizer)  # with the base of its adapters, which no checkpoint holds
         copy_generation_settings(self.unwrapped, model)
-        attach_projections(self.experiment.objective, self.experiment.seed, model, self.teacher_config)
+        attach_parts(self.experiment.objective, self.experiment.seed, model, self.teacher_config)
         checkpoints.load_whole(own, model.train())
         return without_projections(model)
 

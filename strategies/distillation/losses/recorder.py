@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from strategies.common.model_blocks import block_count, block_list
+
 PROJECTIONS = {"query": ("q_proj", "query", "q_lin"), "key": ("k_proj", "key", "k_lin"),
                "value": ("v_proj", "value", "v_lin")}
 FUSED, ORDER = ("c_attn", "Wqkv"), ("query", "key", "value")
@@ -110,25 +112,12 @@ class Values:
 
 
 def _blocks(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The module that runs the blocks, and the blocks."""
-    config = next((module.config for module in model.modules() if hasattr(module, "config")), None)
-    if config is None:
-        raise ValueError(f"{_name(model)} has no configuration that says how many blocks to look for; give a model of "
-                         "transformers")
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if count is None:
+    """The module that runs the blocks, and the blocks; stages of a convolutional net."""
+    if block_count(model) is None:
         name, stages = stages_of(model)
         return model.get_submodule(name.rpartition(".")[0]), stages
-    found, inside = [], ()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not name.startswith(inside):
-            inside = (*inside, f"{name}.")
-            if len(module) == count:
-                found.append(name)
-    if len(found) != 1:
-        raise ValueError(f"{_name(model)}: looked for one list of {count} blocks, and found "
-                         f"{', '.join(found) or 'none'}; give the part that has one, for example model.get_encoder()")
-    return model.get_submodule(found[0].rpartition(".")[0]), model.get_submodule(found[0])
+    found = block_list(model)
+    return model.get_submodule(found.rpartition(".")[0]), model.get_submodule(found)
 
 
 def stages_of(model: nn.Module) -> tuple[str, nn.ModuleList]:

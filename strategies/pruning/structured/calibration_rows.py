@@ -9,7 +9,7 @@ import torch
 from strategies.common.blockwise_calibration import Batch, token_mask
 
 BESIDES = ("labels", "targets", "counted")  # what rows may have besides inputs of a model
-COMPARED, TOKENS = 4, 128  # most rows, and tokens of each, that two models are compared on
+COMPARED, TOKENS = 4, 64  # most rows, and tokens of each, that two models are compared on
 
 
 def inputs_of(batch: Batch) -> dict[str, Any]:

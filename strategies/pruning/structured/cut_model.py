@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def cut_model(model: nn.Module, cut: Cut, batches: Sequence[Batch], loss: Loss |
     which ones remain differs from layer to layer, how many does not. Blocks are always ranked by their influence.
 
     The model is consumed: its weights move to the result, and it must not be used afterwards. Memory holds the model
-    and one of its weights, with `gradient` also gradients of what is cut.
+    and one of its weights; with `gradient`, a backward pass as well, but of all gradients only one at a time.
 
     Args:
         model: a transformers model in fp32, on one device.
@@ -101,7 +102,7 @@ class _Work:
         scores = block_influence(model, self.batches)
         mask = best(step.after["layers"])(scores)
         kept = tuple(mask.nonzero().flatten().tolist())
-        expected = logits(model, self.shown, without_blocks(model, kept, self.shown))
+        expected = logits(model, self.shown, partial(without_blocks, model, kept, self.shown))
         model = without_layers(model, kept, self.fewer)
         return model, {"layers": _described(mask, scores)}, difference(expected, logits(model, self.shown))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,20 +33,26 @@ def cut_and_compare(model: nn.Module, step: Step, spaces: Sequence[Space], kept:
     """
     smaller = empty_model(model, step.config)
     if step.kind == "experts":
-        context = experts_left_out(model, spaces, kept)
+        expected = logits(model, batch, partial(experts_left_out, model, spaces, kept))
     else:
-        context = norms_over_kept(model, smaller, spaces, kept)
         set_to_zero(model, spaces, kept)
-    expected = logits(model, batch, context)
+        expected = logits(model, batch, partial(norms_over_kept, model, smaller, spaces, kept))
     move_weights(model, smaller, spaces, kept)
     return smaller, difference(expected, logits(smaller, batch))
 
 
 @torch.no_grad()
-def logits(model: nn.Module, batch: Batch, context: AbstractContextManager | None = None) -> torch.Tensor:
-    """Logits of the tokens, rows or classes that count, computed in float64, with the model within a context."""
-    with DoublePrecision(), experts_in_turn(model), context or nullcontext():
-        found = model(**doubled(inputs_of(batch))).logits
+def logits(model: nn.Module, batch: Batch, context: Callable[[], AbstractContextManager] = nullcontext) -> torch.Tensor:
+    """Logits of the tokens, rows or classes that count, with the model within a context.
+
+    They are computed in float64, or in fp32 where operations of the model cannot be.
+    """
+    try:
+        with DoublePrecision(), experts_in_turn(model), context():
+            found = model(**doubled(inputs_of(batch))).logits
+    except (RuntimeError, NotImplementedError):  # an operation without float64, or without the memory for it
+        with experts_in_turn(model), context():
+            found = model(**inputs_of(batch)).logits.float()
     mask = counted(batch)
     if mask is not None and found.ndim == 3 and found.shape[:2].numel() == len(mask):
         return found.flatten(0, 1)[mask]

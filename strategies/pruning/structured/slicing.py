@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from strategies.common.generation_settings import copy_generation_settings
+from strategies.pruning.structured.product_watch import WeightReads
 from strategies.pruning.structured.unit_spaces import Site, Space
-from strategies.pruning.structured.weight_reads import WeightReads
 
 Kept = Sequence[torch.Tensor]  # for each space, a mask (units,) of those that remain
 
@@ -72,7 +72,7 @@ def move_weights(model: nn.Module, cut: nn.Module, spaces: Sequence[Space], kept
     made: dict[int, torch.Tensor] = {}  # of tied weights, which have several names
     owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     state: dict[str, torch.Tensor] = {}
-    for name in model.state_dict():
+    for name in list(model.state_dict()):  # its tensors would hold the weights that are replaced
         whole = owned[name]
         if id(whole) not in made:
             made[id(whole)] = sliced(whole.data, sites[name]) if name in sites else whole.data

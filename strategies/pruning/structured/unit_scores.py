@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 
 from strategies.common.blockwise_calibration import Batch
 from strategies.pruning.structured.calibration_rows import counted, inputs_of, only_counted
+from strategies.pruning.structured.product_watch import WeightReads
 from strategies.pruning.structured.unit_spaces import Site, Space
-from strategies.pruning.structured.weight_reads import WeightReads
 
 Importance = Literal["activations", "gradient", "magnitude"]
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
@@ -38,7 +39,7 @@ def unit_scores(model: nn.Module, spaces: Sequence[Space], batches: Sequence[Bat
         sums = _gradients(model, spaces, batches, loss)
     else:
         tensors = dict(model.named_parameters())
-        sums = {_key(site): _along(tensors[site.name].detach().double().square(), site)
+        sums = {_key(site): _along(tensors[site.name].detach().square(), site)
                 for space in spaces for site in space.sites if site.name in tensors}
     found = [_of_units(space, sums) for space in spaces]
     for space, scores in zip(spaces, found, strict=True):
@@ -55,7 +56,7 @@ def _key(site: Site) -> Key:
 def _along(values: torch.Tensor, site: Site) -> torch.Tensor:
     """Sum over all dimensions but the site's."""
     values, dim = (values, site.dim) if site.part is None else (values[site.part], site.dim - 1)
-    return values.transpose(0, dim).flatten(1).sum(1) if values.ndim > 1 else values
+    return values.transpose(0, dim).flatten(1).sum(1, dtype=torch.float64) if values.ndim > 1 else values.double()
 
 
 def _of_units(space: Space, sums: Mapping[Key, torch.Tensor]) -> torch.Tensor | None:
@@ -100,6 +101,7 @@ def _input_squares(model: nn.Module, spaces: Sequence[Space], batches: Sequence[
 
 def _gradients(model: nn.Module, spaces: Sequence[Space], batches: Sequence[Batch], loss: Loss | None
                ) -> dict[Key, torch.Tensor]:
+    """Sums of |w| |dL/dw| by the index along each site; each gradient is dropped as soon as it is whole."""
     if loss is None:
         raise ValueError("importance 'gradient' needs a loss")
     by_name: dict[str, list[Site]] = defaultdict(list)
@@ -107,22 +109,35 @@ def _gradients(model: nn.Module, spaces: Sequence[Space], batches: Sequence[Batc
         for site in space.sites:
             by_name[site.name].append(site)
     sums: dict[Key, torch.Tensor] = {}
-    weights = {name: weight for name, weight in model.named_parameters() if name in by_name}
-    kept = {name: weight.requires_grad for name, weight in model.named_parameters()}
-    try:
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(name in weights)
+
+    def whole(name: str, weight: torch.Tensor) -> None:
+        product = weight.detach().mul(weight.grad).abs_()
+        weight.grad = None
+        for site in by_name[name]:
+            sums[_key(site)] = sums.get(_key(site), 0) + _along(product, site)
+
+    with _trained(model, by_name) as weights, ExitStack() as stack:
+        for name, weight in weights.items():
+            stack.callback(weight.register_post_accumulate_grad_hook(partial(whole, name)).remove)
         for batch in batches:
-            found = torch.autograd.grad(loss(model, batch), list(weights.values()), allow_unused=True)
-            for (name, weight), gradient in zip(weights.items(), found, strict=True):
-                if gradient is not None:
-                    product = weight.detach().mul(gradient).abs_().double()
-                    for site in by_name[name]:
-                        sums[_key(site)] = sums.get(_key(site), 0) + _along(product, site)
-    finally:
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(kept[name])
+            loss(model, batch).backward()
     return sums
+
+
+@contextmanager
+def _trained(model: nn.Module, names: Collection[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Within the context, these weights alone require gradients, and have none yet."""
+    before = {weight: (weight.requires_grad, weight.grad) for weight in model.parameters()}
+    found = {name: weight for name, weight in model.named_parameters() if name in names}
+    try:
+        for weight in before:
+            weight.requires_grad_(False).grad = None
+        for weight in found.values():
+            weight.requires_grad_(True)
+        yield found
+    finally:
+        for weight, (needed, gradient) in before.items():
+            weight.requires_grad_(needed).grad = gradient
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.pruning.tiny_families import CUTS, FAMILIES, kinds_of, make, rows
 from strategies.pruning.structured.config_steps import cut_config
@@ -9,6 +11,7 @@ from strategies.pruning.structured.cut import Cut
 from strategies.pruning.structured.cut_model import cut_model
 from strategies.pruning.structured.meta_shapes import tensor_shapes
 
+MORE = ("mistral", "phi3", "gpt_neox", "roberta", "gpt_oss", "deepseek_v3", "gemma2")  # like others, and as right
 # Heads make up the width: one is not cut without the other.
 JOINED = ("gpt2", "gpt_neox", "bert", "roberta", "modernbert")
 REFUSED = {**{(family, kind): f"{{kind}}: the width of a {family} model is that of its heads"
@@ -17,7 +20,8 @@ REFUSED = {**{(family, kind): f"{{kind}}: the width of a {family} model is that 
            **{("gemma2", kind): "its logits are" for kind in ("width", "heads and width")}}  # it scales by its width
 
 
-@pytest.mark.parametrize("family, kind", [(family, kind) for family in FAMILIES for kind in kinds_of(family)])
+@pytest.mark.parametrize("family, kind", [pytest.param(family, kind, marks=pytest.mark.long if family in MORE else ())
+                                          for family in FAMILIES for kind in kinds_of(family)])
 def test_a_cut_reloads_and_computes_the_whole_model_without_what_was_cut(family, kind, tmp_path):
     model, cut = make(family), Cut(**CUTS[kind])
     batch, whole = rows(model), sum(one.numel() for one in model.parameters())
@@ -103,6 +107,27 @@ def test_rows_and_losses_that_are_missing_are_refused():
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         cut_model(model, Cut(mlp=0.5), [rows(model)])
+
+
+class Freed(TorchDispatchMode):
+    """How many of some tensors' storages are gone whenever a part of a tensor is taken."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages, self.gone = [StorageWeakRef(one.untyped_storage()) for one in tensors], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_select.default:
+            self.gone.append(sum(one.expired() for one in self.storages))
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_replaced_one_after_another():
+    """Memory holds the model and one weight more: when the last is cut, all others have gone."""
+    model = make("qwen2")
+    with Freed([weight for name, weight in model.named_parameters() if ".mlp." in name]) as freed:
+        cut_model(model, Cut(mlp=0.5), [rows(model)])
+    assert freed.gone[0] == 0 and freed.gone[-1] >= len(freed.storages) - 1
 
 
 def test_the_model_is_used_up_and_weights_that_stay_are_not_copied():

@@ -1,0 +1,1 @@
+"""Early exits: a model whose depth depends on its input, by heads after some of its blocks."""
