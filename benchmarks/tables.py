@@ -25,6 +25,7 @@ from benchmarks.pruning.fiftieth import CUTS as FIFTIETH
 from benchmarks.pruning.fiftieth import table as fiftieth_table
 from benchmarks.pruning.healing import table as healing_table
 from benchmarks.pruning.language_curve import table as language_curve_table
+from benchmarks.pruning.layer_errors import table as pruned_layers_table
 from benchmarks.pruning.one_shot import table as pruned_once_table
 from benchmarks.pruning.structured import table as cuts_table
 from benchmarks.quantization.bit_allocation import table as allocation_table
@@ -112,6 +113,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "qat": ("quantization-qat-cpu.json", losses_table),
     "rounded": ("quantization-rounded-cpu.json", losses_table),
     "qat-costs": ("quantization-qat-costs-cpu.json", costs_table),
+    "pruned-layers": ("pruning-layers-cpu.json", pruned_layers_table),
     "early-exits": ("pruning-early-exit-digits-cpu.json", early_exit_table),
     "pruned-once": ("pruning-one-shot-cpu.json", pruned_once_table),
     "sparse-bytes": ("pruning-bytes-cpu.json", lambda found: sparse_bytes_table(found["rows"])),
