@@ -24,6 +24,7 @@ from trainer.models.build import build_student, build_teacher
 from trainer.models.configs import student_config, teacher_config
 from trainer.models.task_heads import Task
 from trainer.preparation import Launched
+from trainer.run.cut_report import zeros_in_words
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.held_out import in_words
 from trainer.run.metrics import console, readable
@@ -85,14 +86,23 @@ def cut_first(experiment: Experiment, how: Launched, text: PreparedData, folder:
     """
     if not experiment.student.is_cut:
         return experiment
-    identity = fingerprint([VERSION, experiment.seed, text.identity, experiment.student.model_dump(mode="json"),
-                            None if experiment.teacher is None else experiment.teacher.path,
-                            experiment.training.micro_batch])
-    if how.accelerator.is_main_process and not _is_of(folder.cut, identity):
+    identity = fingerprint([VERSION, experiment.seed, text.identity, *_origin(experiment)])
+    begun = folder.reached > 0 and (folder.cut / RECORD).is_file()  # what has been trained is this one
+    if how.accelerator.is_main_process and not begun and not _is_of(folder.cut, identity):
         folder.lock(wait=False)
         _cut(experiment, how.accelerator.device, text, folder, identity)
     how.accelerator.wait_for_everyone()
     return experiment.from_cut(folder.cut)
+
+
+def _origin(experiment: Experiment) -> list[Any]:
+    """What a cut is made of: the settings, and the size and time of the weight files as far as they are here."""
+    student = experiment.student.model_dump(mode="json", exclude={"quantization", "adapter"})
+    teacher = experiment.teacher if experiment.student.from_teacher is not None else None
+    path = student["path"] if teacher is None else teacher.path
+    files = [] if path is None else sorted(Path(path).glob("*.safetensors"))
+    return [student, path, None if teacher is None else teacher.revision,
+            [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
 
 
 def _is_of(cut: Path, identity: str) -> bool:
@@ -132,8 +142,9 @@ def _cut(experiment: Experiment, device: torch.device, text: PreparedData, folde
         {**record, "difference_reloaded": difference, "bytes_on_disk": size, "held_out": figures}, indent=2) + "\n")
     shutil.rmtree(folder.cut, ignore_errors=True)
     os.rename(partial, folder.cut)
-    console.print(f"{name}: cut from {record['parameters_before']:,} to {record['parameters']:,} parameters, "
-                  f"{readable(size)}; before any training {in_words(figures)}, see {folder.cut / RECORD}")
+    console.print(f"{name}: cut from {record['parameters_before']:,} to {record['parameters']:,} parameters"
+                  f"{zeros_in_words(record)}, {readable(size)}; before any training {in_words(figures)}, see "
+                  f"{folder.cut / RECORD}")
 
 
 def origin_of(experiment: Experiment, text: PreparedData) -> nn.Module:

@@ -27,10 +27,20 @@ def cut_section(folder: RunFolder, found: dict[str, Any]) -> list[str]:
     figure = main_figure(found["student"])
     return ["## Cut\n",
             f"Before training, the student was cut from {record['parameters_before']:,} to {record['parameters']:,} "
-            f"parameters ({readable(record['bytes_on_disk'])} in fp32); `cut/prune.json` has what was kept and why. "
+            f"parameters ({readable(record['bytes_on_disk'])} in fp32){zeros_in_words(record)}; `cut/prune.json` has what was "
+            f"kept and why. "
             f"Right after it, {in_words(held_out, figure)} on held-out data; at the end, "
             f"{in_words(found['student'], figure)}. Reloaded in a fresh process, its logits differed from those in "
             f"memory by {record['difference_reloaded']:.2g} of the largest.\n"]
+
+
+def zeros_in_words(record: dict[str, Any]) -> str:
+    """How many weights a cut has set to zero; nothing if none."""
+    if "sparsity" not in record:
+        return ""
+    layers = record["sparsity"]["layers"].values()
+    share = sum(one["sparsity"] * one["weights"] for one in layers) / max(1, sum(one["weights"] for one in layers))
+    return f", {share:.1%} of the weights of its layers set to zero"
 
 
 def cuts_in_words(runs: Iterable[dict[str, Any]]) -> str:
