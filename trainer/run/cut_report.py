@@ -27,9 +27,8 @@ def cut_section(folder: RunFolder, found: dict[str, Any]) -> list[str]:
     figure = main_figure(found["student"])
     return ["## Cut\n",
             f"Before training, the student was cut from {record['parameters_before']:,} to {record['parameters']:,} "
-            f"parameters ({readable(record['bytes_on_disk'])} in fp32){zeros_in_words(record)}; `cut/prune.json` has what was "
-            f"kept and why. "
-            f"Right after it, {in_words(held_out, figure)} on held-out data; at the end, "
+            f"parameters ({readable(record['bytes_on_disk'])} in fp32){zeros_in_words(record)}; `cut/prune.json` has "
+            f"what was kept and why. Right after it, {in_words(held_out, figure)} on held-out data; at the end, "
             f"{in_words(found['student'], figure)}. Reloaded in a fresh process, its logits differed from those in "
             f"memory by {record['difference_reloaded']:.2g} of the largest.\n"]
 
