@@ -10,6 +10,7 @@ from pathlib import Path
 from trainer.early_checks import configs_of, vocabulary_of
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.load import Source
+from trainer.experiment.task_checks import check_best
 from trainer.models.build import quiet_libraries
 from trainer.pipeline import planned
 from trainer.planning.plan import Plan
@@ -62,9 +63,16 @@ def _starting_from(source: Source, shape: Path, above: Path) -> Source:
 
 
 def _check_rounds(stage: StageSettings) -> None:
-    """Raise `UserError` if rounds have nothing to be compared with."""
+    """Raise `UserError` if rounds have nothing to be compared with, or a figure that their models do not have."""
     experiment = stage.source.experiment
-    if stage.until is not None and stage.number == 0 and experiment.teacher is None:
+    if stage.until is None:
+        return
+    try:
+        check_best(experiment.data, stage.until.metric)
+    except UserError as error:
+        error.key = f"{stage.key}.until.metric"
+        raise
+    if stage.number == 0 and experiment.teacher is None:
         raise UserError(f"{stage.key}.until", "there is neither a teacher nor a stage before, whose student the rounds "
                         "would be compared with", way_out="add `teacher` (with the path of the student, if it is the "
                         "same model)")

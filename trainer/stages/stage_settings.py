@@ -141,8 +141,13 @@ def _unfolded(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         *above, last = key.split(".")
         node = found
-        for part in above:
-            node = node.setdefault(part, {})
+        for depth, part in enumerate(above, 1):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+            if not isinstance(node, dict):
+                raise UserError(".".join(above[:depth]), f"it has a value, and {key} is a key within it", value=node,
+                                way_out="leave one of them out")
         node[last] = _merged(node.get(last) or {}, _unfolded(value)) if isinstance(value, dict) else value
     return found
 
