@@ -172,7 +172,9 @@ def _once(stage: StageSettings, given: HandedOn | None, label: str | None = None
     if given is not None and int(os.environ.get("RANK", 0)) == 0:
         keep_input(folder, given)
     run_experiment(stage.source, last=False)
-    return made(label or stage.label, folder)
+    found = made(label or stage.label, folder)
+    # An export has copies of the steps and the cut of the stage before, in whose row they are.
+    return replace(found, steps=0, seconds=0.0, cut=None) if stage.kind == "export" else found
 
 
 def _exported(stage: StageSettings, before: RunFolder) -> StageSettings:

@@ -208,3 +208,16 @@ def test_zeros_go_through_all_stages(write_experiment, texts):  # noqa: F811
         ones = torch.eye(zeros.shape[1])  # what transformers computes with the packed weights
         weights = (rounded[name](ones) - rounded[name](torch.zeros(1, zeros.shape[1]))).T
         assert (weights[zeros].abs() < 1e-6).all() and (weights[~zeros].abs() > 1e-4).float().mean() > 0.5
+
+
+@pytest.mark.long
+def test_an_export_brings_exits_along_and_no_steps_of_its_own(write_experiment, texts):  # noqa: F811
+    file = write_experiment("exits", **in_stages(texts, [
+        {"distill": {"objective.early_exits.layers": [0]}}, EXPORT]))
+    done = train_py("--config", str(file))
+    assert done.returncode == 0, done.stderr
+    folder = file.parent / "exits"
+    one, two = (read(folder / name / "student-early-exit" / "receipt.json") for name in ("1-distill", "2-export"))
+    assert one == two and "## Early exits" in (folder / "2-export" / "report.md").read_text()
+    assert [stage["made"][0]["steps"] for stage in read(folder / "stages.json")["stages"]] == [12, 0]
+    assert set(read(folder / "stages.json")["stages"][1]["made"][0]["runtimes"]) == {"early-exit", "onnx"}
