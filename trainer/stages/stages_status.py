@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.run.folder import RunFolder
 from trainer.run.run_status import AGAIN_LATER, status
+from trainer.run.watch import Watch
 from trainer.stages.stage_record import StagesFolder
 
 
@@ -18,7 +19,7 @@ def stages_status(path: Path) -> tuple[str, int]:
     """
     folder = StagesFolder(path)
     done = [stage["label"] for stage in folder.read()["stages"]]
-    if folder.report.exists() and done:
+    if folder.finished:
         return f"{path}: all {len(done)} stages finished, see {folder.report}", 0
     finished = f"{len(done)} stages finished" if done else "no stage finished yet"
     if (run := present_run(path)) == path:
@@ -38,3 +39,23 @@ def present_run(path: Path) -> Path:
     rounds = sorted(stages[-1].glob("round-*"), key=number)
     last = rounds[-1] if rounds else stages[-1]
     return last if RunFolder(last).experiment.exists() or (last / ".status.json").exists() else path
+
+
+class WatchStages:
+    """Looks at the stage that runs or ran last, again and again; see `Watch`.
+
+    Args:
+        path: the folder of all stages.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = StagesFolder(path)
+        self._looks: dict[Path, Watch] = {}
+
+    def frame(self, columns: int, rows: int = 50) -> tuple[list[str], int | None]:
+        """See `Watch.frame`; a finished stage is no end while there is another one."""
+        run = present_run(self.folder.path)
+        if run not in self._looks:
+            self._looks[run] = Watch(run)
+        lines, code = self._looks[run].frame(columns, rows)
+        return lines, None if code == 0 and not self.folder.finished else code

@@ -16,6 +16,7 @@ from tests.conftest import ROOT, on_two_ranks, train_py
 from tests.trainer.test_classification import BERT, texts  # noqa: F401 - a fixture
 from trainer.cli import limbeck as limbeck_command
 from trainer.run.folder import RunFolder
+from trainer.stages.stages_status import WatchStages
 
 TEACHER = {"architecture": {**BERT, "num_hidden_layers": 3}, "train": {"steps": 30, "lr": 1e-2}}
 
@@ -88,8 +89,13 @@ def test_a_kill_loses_nothing_and_leaves_no_student_that_looks_finished(write_ex
     process.wait()
     assert RunFolder(killed / "1-distill").finished and not (killed / "2-quantize" / "student").exists()
     assert not (killed / "student").exists() and not (killed / "report.md").exists()
+    assert WatchStages(killed).frame(80)[1] == 1
+    (killed / "2-quantize").rename(killed / "aside")  # as it was a moment before that stage began
+    assert WatchStages(killed).frame(80)[1] is None
+    (killed / "aside").rename(killed / "2-quantize")
     first = (killed / "1-distill" / "report.md").stat().st_mtime_ns
-    assert limbeck_command(["status", str(killed)]) == 1
+    assert limbeck_command(["status", str(killed)]) == 1 and limbeck_command(["report", str(killed)]) == 2
+    assert not (killed / "report.md").exists() and limbeck_command(["status", str(killed)]) == 1
     assert train_py("--config", str(files[1])).returncode == 0
     assert (killed / "1-distill" / "report.md").stat().st_mtime_ns == first
     one, two = (load_file(folder / "student" / "model.safetensors") for folder in (whole, killed))
