@@ -53,12 +53,14 @@ def located(error: UserError, stage: StageSettings) -> UserError | ExperimentErr
 
 def _starting_from(source: Source, shape: Path, above: Path) -> Source:
     """A stage with models of these shapes, where those that it starts from are not there yet."""
-    student, teacher = source.experiment.student, source.experiment.teacher
+    student, teacher, data = source.experiment.student, source.experiment.teacher, source.experiment.data
     if student.path is not None and not (Path(student.path) / "config.json").exists():
         student = student.model_copy(update={"path": str(shape)})
     if teacher is not None and teacher.train is not None:
         teacher = teacher.model_copy(update={"path": str(above), "train": None, "architecture": None})
-    experiment = source.experiment.model_copy(update={"student": student, "teacher": teacher})
+        # The teacher brings the tokenizer that was trained for it.
+        data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={"train_vocabulary": None})})
+    experiment = source.experiment.model_copy(update={"student": student, "teacher": teacher, "data": data})
     return replace(source, experiment=experiment)
 
 

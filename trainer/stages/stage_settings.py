@@ -106,8 +106,8 @@ def _settings(source: Source, number: int, stage: Stage, before: list[StageSetti
             "epochs", "keep_best", "early_stopping", "min_delta")} | {"steps": 0}
     if not asks_control and "control" not in own.get("report", {}):
         values.setdefault("report", {})["control"] = False
-    if stage.kind != "export" and number + 1 < len(whole.stages):
-        _hands_on(values, own)
+    if stage.kind != "export" and (later := [one.kind for one in whole.stages[number + 1:]]):
+        _hands_on(values, own, exact=set(later) != {"export"})
     made = Source(_validated(values, source, key), source.file, origins_of(source, number, stage.kind))
     _check_kind(made, number, stage, before)
     return StageSettings(number, stage.kind, made, folder, stage.until)
@@ -209,10 +209,16 @@ def _at_once(kind: str, values: dict[str, Any]) -> bool:
     return kind == "prune" or (kind == "quantize" and quantization.get("method", "qat") != "qat")
 
 
-def _hands_on(values: dict[str, Any], own: dict[str, Any]) -> None:
-    """Settings of a stage that is not the last: its student is in full precision, and for transformers alone."""
+def _hands_on(values: dict[str, Any], own: dict[str, Any], exact: bool) -> None:
+    """Settings of a stage that is not the last: its student is for transformers alone.
+
+    Args:
+        exact: whether it is in full precision, since a later stage changes it further.
+    """
     asked = own.get("export") or {}
-    values["export"] = {**values.get("export", {}), "dtype": asked.get("dtype", "float32"), "to": asked.get("to", [])}
+    values["export"] = {**values.get("export", {}), "to": asked.get("to", [])}
+    if exact:
+        values["export"]["dtype"] = asked.get("dtype", "float32")
     if "readers" in values["export"] and "readers" not in asked:
         values["export"].pop("readers")
 
@@ -235,6 +241,12 @@ def _check_kind(made: Source, number: int, stage: Stage, before: list[StageSetti
     if not before:
         return
     input_ = before[-1].source.experiment
+    if stage.kind == "export" and experiment.export.dtype != input_.export.dtype and (
+            (student.quantization is not None and student.quantization.trained)
+            or (student.adapter is not None and student.adapter.base == "quantized")):
+        raise UserError(f"{key}.export.dtype", f"the student of stage {before[-1].label} is trained with the numbers of "
+                        "its file", value=experiment.export.dtype, way_out="set it in that stage, or outside of "
+                        "`stages`")
     if stage.kind != "export" and input_.student.quantization is not None and student.quantization is None:
         raise UserError(key, f"it would start from the quantized student of stage {before[-1].label} and hand on one "
                         "in full precision", way_out="put this stage before that one, or give it student.quantization")

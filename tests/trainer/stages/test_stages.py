@@ -15,7 +15,9 @@ from transformers import AutoModelForSequenceClassification
 from tests.conftest import ROOT, on_two_ranks, train_py
 from tests.trainer.test_classification import BERT, texts  # noqa: F401 - a fixture
 from trainer.cli import limbeck as limbeck_command
+from trainer.experiment.load import read_experiment
 from trainer.run.folder import RunFolder
+from trainer.stages.stage_settings import settings_of
 from trainer.stages.stages_status import WatchStages
 
 TEACHER = {"architecture": {**BERT, "num_hidden_layers": 3}, "train": {"steps": 30, "lr": 1e-2}}
@@ -119,6 +121,8 @@ def test_two_processes_go_through_the_stages_together(write_experiment, texts): 
     ([{"export": {}}], {}, ["stages.0.export", "no student yet", "begin with prune"]),
     ([{"distill": {}}, {"export": {"training.steps": 5}}], {}, ["stages.1.export.training", "into a stage before"]),
     ([QUANTIZE, {"distill": {}}], {}, ["stages.1.distill", "quantized student of stage 1-quantize", "before that one"]),
+    ([{"quantize": {"student": {"quantization": {"bits": 4}}}}, {"export": {"export.dtype": "bfloat16"}}], {},
+     ["stages.1.export.export.dtype = 'bfloat16'", "set it in that stage"]),
     ([{"quantize": {}}], {}, ["stages.0.quantize", "no student.quantization", "bits: 4"]),
     ([{"prune": {}}], {}, ["stages.0.prune", "no student.prune or student.sparsity"]),
     ([{"distill": {}, "export": {}}], {}, ["stages.0", "of one kind, and this has distill, export"]),
@@ -214,6 +218,14 @@ def test_zeros_go_through_all_stages(write_experiment, texts):  # noqa: F811
         ones = torch.eye(zeros.shape[1])  # what transformers computes with the packed weights
         weights = (rounded[name](ones) - rounded[name](torch.zeros(1, zeros.shape[1]))).T
         assert (weights[zeros].abs() < 1e-6).all() and (weights[~zeros].abs() > 1e-4).float().mean() > 0.5
+
+
+def test_students_that_are_changed_further_are_in_full_precision(write_experiment, texts):  # noqa: F811
+    qat = {"quantize": {"student": {"quantization": {"bits": 4}}}}
+    file = write_experiment("dtypes", **in_stages(texts, [{"distill": {}}, qat, EXPORT], export={"dtype": "bfloat16"}))
+    made = [stage.source.experiment.export for stage in settings_of(read_experiment(file))]
+    assert [one.dtype for one in made] == ["float32", "bfloat16", "bfloat16"]
+    assert [one.to for one in made] == [(), (), ("onnx",)]
 
 
 @pytest.mark.long

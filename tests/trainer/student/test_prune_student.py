@@ -77,7 +77,8 @@ def test_a_cut_of_other_weights_is_made_again(run_experiment, tmp_path):
         model.save_pretrained(before.student)
         _, folder = run_experiment("run", training={"steps": 0}, data={"tokenizer": {"train_vocabulary": None}}, student={
             "architecture": None, "path": str(before.student), "prune": {"mlp": 0.5, "importance": "magnitude"}})
-        embeddings.append(AutoModelForCausalLM.from_pretrained(folder.cut).get_input_embeddings().weight.mean().item())
+        cut = AutoModelForCausalLM.from_pretrained(folder.cut)
+        embeddings.append(cut.get_input_embeddings().weight.mean().item())
         for entry in folder.path.iterdir():  # what is there right after the cut
             if entry != folder.cut and not entry.name.startswith("."):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
