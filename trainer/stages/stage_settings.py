@@ -22,6 +22,7 @@ TAKEN = {"name": "the stages are named by their numbers and kinds", "stages": "a
          "run.cache": "all stages share one cache", "teacher.train": "one teacher is trained, for all stages",
          "data.tokenizer": "the student brings its tokenizer from stage to stage"}
 AFTER = ("export", "report", "evaluate", "run")  # nodes that act on a finished student
+OF_TRAINING = ("epochs", "keep_best", "early_stopping", "min_delta")
 WORDS = {"prune": "student.prune or student.sparsity", "quantize": "student.quantization"}
 
 
@@ -102,8 +103,9 @@ def _settings(source: Source, number: int, stage: Stage, before: list[StageSetti
     values = _merged(values, own)
     values["name"], values.setdefault("run", {})["folder"] = f"{whole.name}-{label}", str(folder)
     if stage.kind != "export" and not _trains(own) and _at_once(stage.kind, values):
-        values["training"] = {name: value for name, value in values["training"].items() if name not in (
-            "epochs", "keep_best", "early_stopping", "min_delta")} | {"steps": 0}
+        _check_untrained(own, key)
+        values["training"] = {name: value for name, value in values["training"].items()
+                              if name not in OF_TRAINING} | {"steps": 0}
     if not asks_control and "control" not in own.get("report", {}):
         values.setdefault("report", {})["control"] = False
     if stage.kind != "export" and (later := [one.kind for one in whole.stages[number + 1:]]):
@@ -203,6 +205,16 @@ def _trains(own: dict[str, Any]) -> bool:
     return training.get("steps") is not None or training.get("epochs") is not None
 
 
+def _check_untrained(own: dict[str, Any], key: str) -> None:
+    """Raise `UserError` for settings of a training in a stage that has none."""
+    asked = {**{name: own.get(name) for name in ("optimizer", "schedule")},
+             **{f"training.{name}": (own.get("training") or {}).get(name) for name in OF_TRAINING}}
+    for name, value in asked.items():
+        if value is not None:
+            raise UserError(f"{key}.{name}", "the stage trains nothing, since it does not say for how long",
+                            value=value, way_out="give it training.steps as well, or leave this out")
+
+
 def _at_once(kind: str, values: dict[str, Any]) -> bool:
     """Whether a stage trains only if it says so: cuts, and rounding after training."""
     quantization = values["student"].get("quantization") or {}
@@ -244,8 +256,8 @@ def _check_kind(made: Source, number: int, stage: Stage, before: list[StageSetti
     if stage.kind == "export" and experiment.export.dtype != input_.export.dtype and (
             (student.quantization is not None and student.quantization.trained)
             or (student.adapter is not None and student.adapter.base == "quantized")):
-        raise UserError(f"{key}.export.dtype", f"the student of stage {before[-1].label} is trained with the numbers of "
-                        "its file", value=experiment.export.dtype, way_out="set it in that stage, or outside of "
+        raise UserError(f"{key}.export.dtype", f"the student of stage {before[-1].label} is trained with the numbers "
+                        "of its file", value=experiment.export.dtype, way_out="set it in that stage, or outside of "
                         "`stages`")
     if stage.kind != "export" and input_.student.quantization is not None and student.quantization is None:
         raise UserError(key, f"it would start from the quantized student of stage {before[-1].label} and hand on one "

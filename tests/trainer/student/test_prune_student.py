@@ -75,8 +75,9 @@ def test_a_cut_of_other_weights_is_made_again(run_experiment, tmp_path):
         with torch.no_grad():
             model.get_input_embeddings().weight.fill_(value)
         model.save_pretrained(before.student)
-        _, folder = run_experiment("run", training={"steps": 0}, data={"tokenizer": {"train_vocabulary": None}}, student={
-            "architecture": None, "path": str(before.student), "prune": {"mlp": 0.5, "importance": "magnitude"}})
+        _, folder = run_experiment(
+            "run", training={"steps": 0}, data={"tokenizer": {"train_vocabulary": None}}, student={
+                "architecture": None, "path": str(before.student), "prune": {"mlp": 0.5, "importance": "magnitude"}})
         cut = AutoModelForCausalLM.from_pretrained(folder.cut)
         embeddings.append(cut.get_input_embeddings().weight.mean().item())
         for entry in folder.path.iterdir():  # what is there right after the cut
