@@ -102,7 +102,7 @@ def test_an_adapter_alone_is_judged_on_the_base_that_was_pruned_for_it(run_exper
     _, before = run_experiment("before")
     experiment, folder = run_experiment("adapted", **BROUGHT, export={"adapter": "separate"}, student={
         "architecture": None, "path": str(before.student), "adapter": {"rank": 2},
-        "sparsity": {"method": "magnitude", "sparsity": 0.5}})
+        "prune": {"mlp": 0.5, "importance": "magnitude"}, "sparsity": {"method": "magnitude", "sparsity": 0.5}})
     entry = _entry(folder, folder.path, trust=False)
     assert entry["path"] == str(folder.cut) == json.loads(
         (folder.student / "adapter_config.json").read_text())["base_model_name_or_path"]
