@@ -245,6 +245,10 @@ def _check_kind(made: Source, number: int, stage: Stage, before: list[StageSetti
         raise UserError(key, f"nothing says how: the stage has no {WORDS[stage.kind]}",
                         way_out="for example student: {prune: {mlp: 0.5}}" if stage.kind == "prune" else
                         "for example student: {quantization: {bits: 4, group_size: 32}}")
+    if stage.kind == "prune" and stage.until is not None and student.prune is None:
+        raise UserError(f"stages.{number}.until", "after the first round the student has as many zeros as "
+                        "student.sparsity asks for, and no round makes more", way_out="leave it out, with one stage for "
+                        "each share of zeros, or repeat student.prune")
     if stage.kind == "distill" and experiment.teacher is None:
         raise UserError(key, "there is no teacher to learn from", way_out="add `teacher` to the experiment; to train "
                         "without one, cut or quantize with training.steps in that stage")

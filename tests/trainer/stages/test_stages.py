@@ -125,6 +125,8 @@ def test_two_processes_go_through_the_stages_together(write_experiment, texts): 
      ["stages.1.export.export.dtype = 'bfloat16'", "set it in that stage"]),
     ([{"prune": {"student.prune": {"mlp": 0.5}, "training.keep_best": "accuracy"}}], {},
      ["stages.0.prune.training.keep_best = 'accuracy'", "give it training.steps"]),
+    ([{"prune": {"student.sparsity": {"sparsity": 0.5}}, "until": {"drop": 0.1}}], {},
+     ["stages.0.until", "no round makes more"]),
     ([{"quantize": {}}], {}, ["stages.0.quantize", "no student.quantization", "bits: 4"]),
     ([{"prune": {}}], {}, ["stages.0.prune", "no student.prune or student.sparsity"]),
     ([{"distill": {}, "export": {}}], {}, ["stages.0", "of one kind, and this has distill, export"]),
