@@ -247,7 +247,7 @@ def _check_kind(made: Source, number: int, stage: Stage, before: list[StageSetti
                         "for example student: {quantization: {bits: 4, group_size: 32}}")
     if stage.kind == "prune" and stage.until is not None and student.prune is None:
         raise UserError(f"stages.{number}.until", "after the first round the student has as many zeros as "
-                        "student.sparsity asks for, and no round makes more", way_out="leave it out, with one stage for "
+                        "student.sparsity asks for, and no round makes more", way_out="leave it out, with a stage for "
                         "each share of zeros, or repeat student.prune")
     if stage.kind == "distill" and experiment.teacher is None:
         raise UserError(key, "there is no teacher to learn from", way_out="add `teacher` to the experiment; to train "

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from trainer.run.folder import RunFolder
-from trainer.run.run_status import AGAIN_LATER, status
+from trainer.run.run_status import AGAIN_LATER, how_it_ended, status
 from trainer.run.watch import Watch
 from trainer.stages.stage_record import StagesFolder
 
@@ -22,6 +22,8 @@ def stages_status(path: Path) -> tuple[str, int]:
     if folder.finished:
         return f"{path}: all {len(done)} stages finished, see {folder.report}", 0
     finished = f"{len(done)} stages finished" if done else "no stage finished yet"
+    if (end := how_it_ended(RunFolder(path))) is not None:  # the note is of the command, and so in the folder of all
+        return f"{path}: {finished}; {end['said']}", AGAIN_LATER if end["code"] == AGAIN_LATER else 1
     if (run := present_run(path)) == path:
         return f"{path}: {finished}", 1
     said, code = status(run)
@@ -58,4 +60,7 @@ class WatchStages:
         if run not in self._looks:
             self._looks[run] = Watch(run)
         lines, code = self._looks[run].frame(columns, rows)
+        if code is not None and how_it_ended(RunFolder(self.folder.path)) is not None:
+            said, code = stages_status(self.folder.path)
+            return [*lines, *said.splitlines()[:1]], code
         return lines, None if code == 0 and not self.folder.finished else code

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from tests.conftest import ROOT, on_two_ranks, train_py
 from tests.trainer.test_classification import BERT, texts  # noqa: F401 - a fixture
 from trainer.cli import limbeck as limbeck_command
+from trainer.distributed.signals import EndNote
 from trainer.experiment.load import read_experiment
 from trainer.run.folder import RunFolder
 from trainer.stages.stage_settings import settings_of
@@ -95,6 +96,8 @@ def test_a_kill_loses_nothing_and_leaves_no_student_that_looks_finished(write_ex
     (killed / "2-quantize").rename(killed / "aside")  # as it was a moment before that stage began
     assert WatchStages(killed).frame(80)[1] is None
     (killed / "aside").rename(killed / "2-quantize")
+    EndNote(read_experiment(files[1]).experiment).leave("stopped at step 10", 75)  # as a signal would have it
+    assert limbeck_command(["status", str(killed)]) == WatchStages(killed).frame(80)[1] == 75
     first = (killed / "1-distill" / "report.md").stat().st_mtime_ns
     assert limbeck_command(["status", str(killed)]) == 1 and limbeck_command(["report", str(killed)]) == 2
     assert not (killed / "report.md").exists() and limbeck_command(["status", str(killed)]) == 1
