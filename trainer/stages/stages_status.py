@@ -62,5 +62,5 @@ class WatchStages:
         lines, code = self._looks[run].frame(columns, rows)
         if code is not None and how_it_ended(RunFolder(self.folder.path)) is not None:
             said, code = stages_status(self.folder.path)
-            return [*lines, *said.splitlines()[:1]], code
+            return [*said.splitlines()[:1], *lines[1:]], code
         return lines, None if code == 0 and not self.folder.finished else code
