@@ -18,6 +18,7 @@ from trainer.checkpoints import WarmStart
 from trainer.data.dataset import PreparedData
 from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment
+from trainer.experiment.model_nodes import Student, Teacher
 from trainer.experiment.sparsity_nodes import Sparsity
 from trainer.files import fingerprint, write_atomically
 from trainer.models.build import build_student, build_teacher
@@ -88,26 +89,26 @@ def cut_first(experiment: Experiment, how: Launched, text: PreparedData, folder:
     identity = fingerprint([VERSION, experiment.seed, text.identity, experiment.student.model_dump(mode="json"),
                             None if experiment.teacher is None else experiment.teacher.path,
                             experiment.training.micro_batch])
-    if how.accelerator.is_main_process and not _is_made(experiment, folder, identity):
+    if how.accelerator.is_main_process and not _is_made(
+            folder, identity, experiment.student, experiment.teacher):
         folder.lock(wait=False)
         _cut(experiment, how.accelerator.device, text, folder, identity)
     how.accelerator.wait_for_everyone()
     return experiment.from_cut(folder.cut)
 
 
-def _is_made(experiment: Experiment, folder: RunFolder, identity: str) -> bool:
+def _is_made(folder: RunFolder, identity: str, student: Student, teacher: Teacher | None) -> bool:
     """Whether the cut is there, of the settings of now and of the weights of now.
 
     Once a run has trained it goes on from its own weights, and the cut stays what it began with.
     """
     record = read_json(folder.cut / RECORD) if (folder.cut / RECORD).is_file() else {}
     return record.get("identity") == identity and (
-        folder.reached > 0 or folder.finished or record.get("origin") == _origin(experiment))
+        folder.reached > 0 or folder.finished or record.get("origin") == _origin(student, teacher))
 
 
-def _origin(experiment: Experiment) -> list[list[str | int]]:
+def _origin(student: Student, teacher: Teacher | None) -> list[list[str | int]]:
     """The files of weights that are cut, with sizes and times, by which others in the same place are told."""
-    student, teacher = experiment.student, experiment.teacher
     places = [student.path, teacher.path if teacher is not None and student.from_teacher is not None else None,
               None if student.sparsity is None else student.sparsity.trained,
               None if student.from_run is None else str(WarmStart(student).checkpoint)]
@@ -118,7 +119,7 @@ def _origin(experiment: Experiment) -> list[list[str | int]]:
 def _cut(experiment: Experiment, device: torch.device, text: PreparedData, folder: RunFolder, identity: str
          ) -> None:
     name = experiment.name
-    record: dict[str, Any] = {"identity": identity, "origin": _origin(experiment)}
+    record: dict[str, Any] = {"identity": identity, "origin": _origin(experiment.student, experiment.teacher)}
     partial = folder.cut.with_name(".cut.unverified")
     with working(name, "loading what is cut", at_once=True):
         model = origin_of(experiment, text).to(device).eval()
