@@ -100,11 +100,14 @@ def cut_first(experiment: Experiment, how: Launched, text: PreparedData, folder:
 def _is_made(folder: RunFolder, identity: str, student: Student, teacher: Teacher | None) -> bool:
     """Whether the cut is there, of the settings of now and of the weights of now.
 
-    Once a run has trained it goes on from its own weights, and the cut stays what it began with.
+    Once a run has trained it goes on from its own weights, and the cut stays what it began with: its zeros are those
+    that are kept. What may still change then, such as the micro-batch, makes no other one.
     """
-    record = read_json(folder.cut / RECORD) if (folder.cut / RECORD).is_file() else {}
-    return record.get("identity") == identity and (
-        folder.reached > 0 or folder.finished or record.get("origin") == _origin(student, teacher))
+    if not (folder.cut / RECORD).is_file():
+        return False
+    record = read_json(folder.cut / RECORD)
+    return folder.reached > 0 or folder.finished or (
+        record.get("identity") == identity and record.get("origin") == _origin(student, teacher))
 
 
 def _origin(student: Student, teacher: Teacher | None) -> list[list[str | int]]:

@@ -67,6 +67,17 @@ def test_channels_of_a_convolutional_student_are_cut_by_the_gradient(run_experim
     assert json.loads((folder.cut / "prune.json").read_text())["prune"]["steps"][0]["difference"] < 1e-12
 
 
+def test_a_run_that_goes_on_keeps_the_cut_that_it_began_with(run_experiment):
+    _, before = run_experiment("before", training={"steps": 1})
+    student = {"architecture": None, "path": str(before.student), "sparsity": {"method": "wanda", "sparsity": 0.5}}
+    made = []
+    for training in ({"steps": 1, "micro_batch": 8}, {"steps": 2, "micro_batch": 4}):
+        _, folder = run_experiment("run", training=training, student=student,
+                                   data={"tokenizer": {"train_vocabulary": None}})
+        made.append((folder.cut / "prune.json").stat().st_mtime_ns)
+    assert made[0] == made[1] and folder.reached == 2
+
+
 def test_a_cut_of_other_weights_is_made_again(run_experiment, tmp_path):
     """A run that was killed before it trained cuts the weights that are there now, not those that were there then."""
     _, before = run_experiment("before", training={"steps": 1})
