@@ -191,15 +191,6 @@ def _finished_stage(run: str) -> Path:
     return last_run(run)
 
 
-def _present_stage(folder: Path) -> Path:
-    """The run folder of the stage that runs or ran last, if a folder is one of stages; else the folder itself."""
-    if not (folder / "stages.json").exists():
-        return folder
-    from trainer.stages.stages_status import present_run
-
-    return present_run(folder)
-
-
 def _watch(options: Namespace) -> int:
     from trainer.run.watch import Looks, Watch, watch
 
@@ -211,8 +202,12 @@ def _watch(options: Namespace) -> int:
         from trainer.sweep.watch_sweep import WatchSweep
 
         looks: Looks = WatchSweep(folder)
+    elif (folder / "stages.json").exists():
+        from trainer.stages.stages_status import WatchStages
+
+        looks = WatchStages(folder)
     else:
-        looks = Watch(_present_stage(folder))
+        looks = Watch(folder)
     try:
         return watch(looks, options.every, options.once, Console(highlight=False))
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from trainer.checkpoints import WarmStart
 from trainer.data.dataset import PreparedData
 from trainer.errors import RunFailed, UserError, error_context
 from trainer.experiment.experiment import Experiment
+from trainer.experiment.model_nodes import Student, Teacher
 from trainer.experiment.sparsity_nodes import Sparsity
 from trainer.files import fingerprint, write_atomically
 from trainer.models.build import build_student, build_teacher
@@ -86,33 +87,43 @@ def cut_first(experiment: Experiment, how: Launched, text: PreparedData, folder:
     """
     if not experiment.student.is_cut:
         return experiment
-    identity = fingerprint([VERSION, experiment.seed, text.identity, *_origin(experiment)])
-    begun = folder.reached > 0 and (folder.cut / RECORD).is_file()  # what has been trained is this one
-    if how.accelerator.is_main_process and not begun and not _is_of(folder.cut, identity):
+    settings = experiment.student.model_dump(mode="json", exclude={"quantization", "adapter"})
+    identity = fingerprint([VERSION, experiment.seed, text.identity, settings,
+                            None if experiment.teacher is None else experiment.teacher.path])
+    if how.accelerator.is_main_process and not _is_made(
+            folder, identity, experiment.student, experiment.teacher):
         folder.lock(wait=False)
         _cut(experiment, how.accelerator.device, text, folder, identity)
     how.accelerator.wait_for_everyone()
     return experiment.from_cut(folder.cut)
 
 
-def _origin(experiment: Experiment) -> list[Any]:
-    """What a cut is made of: the settings, and the size and time of the weight files as far as they are here."""
-    student = experiment.student.model_dump(mode="json", exclude={"quantization", "adapter"})
-    teacher = experiment.teacher if experiment.student.from_teacher is not None else None
-    path = student["path"] if teacher is None else teacher.path
-    files = [] if path is None else sorted(Path(path).glob("*.safetensors"))
-    return [student, path, None if teacher is None else teacher.revision,
-            [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]]
+def _is_made(folder: RunFolder, identity: str, student: Student, teacher: Teacher | None) -> bool:
+    """Whether the cut is there, of the settings of now and of the weights of now.
+
+    Once a run has trained it goes on from its own weights, and the cut stays what it began with: its zeros are those
+    that are kept. What may still change then, such as the micro-batch, makes no other one.
+    """
+    if not (folder.cut / RECORD).is_file():
+        return False
+    record = read_json(folder.cut / RECORD)
+    return folder.reached > 0 or folder.finished or (
+        record.get("identity") == identity and record.get("origin") == _origin(student, teacher))
 
 
-def _is_of(cut: Path, identity: str) -> bool:
-    return (cut / RECORD).is_file() and read_json(cut / RECORD).get("identity") == identity
+def _origin(student: Student, teacher: Teacher | None) -> list[list[str | int]]:
+    """The files of weights that are cut, with sizes and times, by which others in the same place are told."""
+    places = [student.path, teacher.path if teacher is not None and student.from_teacher is not None else None,
+              None if student.sparsity is None else student.sparsity.trained,
+              None if student.from_run is None else str(WarmStart(student).checkpoint)]
+    files = [file for place in places if place for file in sorted(Path(place).glob("*.safetensors"))]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _cut(experiment: Experiment, device: torch.device, text: PreparedData, folder: RunFolder, identity: str
          ) -> None:
     name = experiment.name
-    record: dict[str, Any] = {"identity": identity}
+    record: dict[str, Any] = {"identity": identity, "origin": _origin(experiment.student, experiment.teacher)}
     partial = folder.cut.with_name(".cut.unverified")
     with working(name, "loading what is cut", at_once=True):
         model = origin_of(experiment, text).to(device).eval()

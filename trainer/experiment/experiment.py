@@ -354,7 +354,7 @@ class Experiment(Node):
             return self
         return self.model_copy(update={"student": self.student.model_copy(update={
             "path": str(folder), "revision": None, "architecture": None, "from_teacher": None, "from_run": None,
-            "prune": None})})
+            "prune": None, "trust_remote_code": self.form.trust})})
 
     def as_teacher(self, folder: str) -> Experiment:
         """The experiment that trains this one's teacher: same data, full precision, and no teacher of its own."""

@@ -54,6 +54,9 @@ class Stage(Node):
             given = {given: {}}
         if not isinstance(given, dict):
             return given
+        if "distil" in given and "distill" in given:  # such as one in a file, and the other in an override
+            raise UserError("", "distil and distill are the same kind, and only one of them can count",
+                            way_out="write distill, or name the stage as the file does, stages.1.distil for example")
         given = {"distill" if key == "distil" else key: value for key, value in given.items()}
         named = [key for key in given if key in KINDS]
         return {**given, named[0]: {}} if len(named) == 1 and given[named[0]] is None else given

@@ -204,6 +204,8 @@ def _size(values: dict[str, Any], receipt: dict[str, Any], student: Path) -> dic
     found = {"parameters of the adapter": own, "bytes of the adapter on disk": file.stat().st_size,
              "parameters of its base": receipt["parameters"] - own}
     base = student / "base" if _adapter_base(values) == "quantized" else Path(str(values["student"]["path"]))
+    if (cut := student.parent / "cut").is_dir():  # then the adapter is for what was left
+        base = cut
     size = sum(one.stat().st_size for one in base.glob("*.safetensors"))
     return {**found, **({"bytes of its base on disk": size} if size else {})}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from trainer.early_checks import configs_of, vocabulary_of
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.load import Source
+from trainer.experiment.task_checks import check_best
 from trainer.models.build import quiet_libraries
 from trainer.pipeline import planned
 from trainer.planning.plan import Plan
@@ -52,19 +53,28 @@ def located(error: UserError, stage: StageSettings) -> UserError | ExperimentErr
 
 def _starting_from(source: Source, shape: Path, above: Path) -> Source:
     """A stage with models of these shapes, where those that it starts from are not there yet."""
-    student, teacher = source.experiment.student, source.experiment.teacher
+    student, teacher, data = source.experiment.student, source.experiment.teacher, source.experiment.data
     if student.path is not None and not (Path(student.path) / "config.json").exists():
         student = student.model_copy(update={"path": str(shape)})
     if teacher is not None and teacher.train is not None:
         teacher = teacher.model_copy(update={"path": str(above), "train": None, "architecture": None})
-    experiment = source.experiment.model_copy(update={"student": student, "teacher": teacher})
+        # The teacher brings the tokenizer that was trained for it.
+        data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={"train_vocabulary": None})})
+    experiment = source.experiment.model_copy(update={"student": student, "teacher": teacher, "data": data})
     return replace(source, experiment=experiment)
 
 
 def _check_rounds(stage: StageSettings) -> None:
-    """Raise `UserError` if rounds have nothing to be compared with."""
+    """Raise `UserError` if rounds have nothing to be compared with, or a figure that their models do not have."""
     experiment = stage.source.experiment
-    if stage.until is not None and stage.number == 0 and experiment.teacher is None:
+    if stage.until is None:
+        return
+    try:
+        check_best(experiment.data, stage.until.metric)
+    except UserError as error:
+        error.key = f"{stage.key}.until.metric"
+        raise
+    if stage.number == 0 and experiment.teacher is None:
         raise UserError(f"{stage.key}.until", "there is neither a teacher nor a stage before, whose student the rounds "
                         "would be compared with", way_out="add `teacher` (with the path of the student, if it is the "
                         "same model)")

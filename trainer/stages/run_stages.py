@@ -21,6 +21,7 @@ from trainer.experiment.load import Source, read_experiment
 from trainer.files import write_atomically
 from trainer.pipeline import run_experiment, with_teacher
 from trainer.planning.show_plan import plan_json, show_plan
+from trainer.run.exit_report import FOLDER as EXITS
 from trainer.run.folder import RunFolder
 from trainer.run.held_out import in_words
 from trainer.run.metrics import console, readable
@@ -69,10 +70,10 @@ def run_stages(source: Source) -> Path:
     if main:
         RunFolder(folder.path).lock(wait=False)
         folder.report.unlink(missing_ok=True)
+        if not folder.record.exists():  # first of all, since a folder with other files alone is taken for another's
+            folder.write({"name": source.experiment.name, "teacher": None, "stages": []})
         write_atomically(folder.experiment, f"# Resolved by Limbeck: every value, defaults included.\n"
                          f"{resolved_yaml(source.experiment)}")
-        if not folder.record.exists():
-            folder.write({"name": source.experiment.name, "teacher": None, "stages": []})
     with _teacher_first(source) as ready:
         stages = settings_of(ready)
     progress, before = _Progress(source.experiment.name, []), None
@@ -171,7 +172,9 @@ def _once(stage: StageSettings, given: HandedOn | None, label: str | None = None
     if given is not None and int(os.environ.get("RANK", 0)) == 0:
         keep_input(folder, given)
     run_experiment(stage.source, last=False)
-    return made(label or stage.label, folder)
+    found = made(label or stage.label, folder)
+    # An export has copies of the steps and the cut of the stage before, in whose row they are.
+    return replace(found, steps=0, seconds=0.0, cut=None) if stage.kind == "export" else found
 
 
 def _exported(stage: StageSettings, before: RunFolder) -> StageSettings:
@@ -192,8 +195,8 @@ def _exported(stage: StageSettings, before: RunFolder) -> StageSettings:
 
 
 def _left_out(folder: str, names: list[str]) -> set[str]:
-    """Signs of life and locks of the run before, and what it wrote for other runtimes."""
-    return {name for name in names if name.startswith((".", "student-"))}
+    """Signs of life and locks of the run before, and what it wrote for other runtimes; exits come from training."""
+    return {name for name in names if name.startswith((".", "student-")) and name != EXITS}
 
 
 def _linked(source: str, target: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import OtherRun, UserError
+from trainer.experiment.plain_yaml import read_values
 from trainer.files import write_atomically
 from trainer.run.folder import RunFolder, read_json
 from trainer.run.held_out import FIGURES, main_figure
@@ -150,6 +151,16 @@ class StagesFolder:
         if not self.record.exists():
             raise OtherRun("run.folder", "the folder exists and is not of an experiment in stages",
                            value=str(self.path), way_out="choose another `run.folder` or `name`, or move it away")
+
+    @property
+    def planned(self) -> int:
+        """How many stages its experiment has."""
+        return len(read_values(self.experiment)[0].get("stages") or ()) if self.experiment.exists() else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all stages are made, and reported on."""
+        return self.report.exists() and self.record.exists() and 0 < self.planned <= len(self.read()["stages"])
 
     def write(self, values: dict[str, Any]) -> None:
         """Replace the record."""

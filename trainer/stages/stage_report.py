@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import UserError
 from trainer.files import write_atomically
 from trainer.run.held_out import FIGURES, main_figure
 from trainer.run.markdown import plain
@@ -19,9 +20,16 @@ ABOUT = (
 
 
 def write_stages_report(path: Path) -> Path:
-    """Write `report.md` and `stages.png` of a folder of stages, from its record; returns the report."""
+    """Write `report.md` and `stages.png` of a folder of stages, from its record; returns the report.
+
+    Raises:
+        UserError: not all stages are finished.
+    """
     folder = StagesFolder(path)
     record = folder.read()
+    if (done := len(record["stages"])) < folder.planned or not done:
+        raise UserError("", f"{done} of {folder.planned} stages of {path} are finished, and a report is of all",
+                        way_out="start its command again")
     results = [one for stage in record["stages"] for one in stage["made"]]
     last = [one for one in results if one["kept"]][-1]
     name, figure = _figure_of(last)

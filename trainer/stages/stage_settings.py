@@ -22,6 +22,7 @@ TAKEN = {"name": "the stages are named by their numbers and kinds", "stages": "a
          "run.cache": "all stages share one cache", "teacher.train": "one teacher is trained, for all stages",
          "data.tokenizer": "the student brings its tokenizer from stage to stage"}
 AFTER = ("export", "report", "evaluate", "run")  # nodes that act on a finished student
+OF_TRAINING = ("epochs", "keep_best", "early_stopping", "min_delta")
 WORDS = {"prune": "student.prune or student.sparsity", "quantize": "student.quantization"}
 
 
@@ -102,12 +103,13 @@ def _settings(source: Source, number: int, stage: Stage, before: list[StageSetti
     values = _merged(values, own)
     values["name"], values.setdefault("run", {})["folder"] = f"{whole.name}-{label}", str(folder)
     if stage.kind != "export" and not _trains(own) and _at_once(stage.kind, values):
-        values["training"] = {name: value for name, value in values["training"].items() if name not in (
-            "epochs", "keep_best", "early_stopping", "min_delta")} | {"steps": 0}
+        _check_untrained(own, key)
+        values["training"] = {name: value for name, value in values["training"].items()
+                              if name not in OF_TRAINING} | {"steps": 0}
     if not asks_control and "control" not in own.get("report", {}):
         values.setdefault("report", {})["control"] = False
-    if stage.kind != "export" and number + 1 < len(whole.stages):
-        _hands_on(values, own)
+    if stage.kind != "export" and (later := [one.kind for one in whole.stages[number + 1:]]):
+        _hands_on(values, own, exact=set(later) != {"export"})
     made = Source(_validated(values, source, key), source.file, origins_of(source, number, stage.kind))
     _check_kind(made, number, stage, before)
     return StageSettings(number, stage.kind, made, folder, stage.until)
@@ -141,8 +143,13 @@ def _unfolded(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         *above, last = key.split(".")
         node = found
-        for part in above:
-            node = node.setdefault(part, {})
+        for depth, part in enumerate(above, 1):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+            if not isinstance(node, dict):
+                raise UserError(".".join(above[:depth]), f"it has a value, and {key} is a key within it", value=node,
+                                way_out="leave one of them out")
         node[last] = _merged(node.get(last) or {}, _unfolded(value)) if isinstance(value, dict) else value
     return found
 
@@ -198,16 +205,32 @@ def _trains(own: dict[str, Any]) -> bool:
     return training.get("steps") is not None or training.get("epochs") is not None
 
 
+def _check_untrained(own: dict[str, Any], key: str) -> None:
+    """Raise `UserError` for settings of a training in a stage that has none."""
+    asked = {**{name: own.get(name) for name in ("optimizer", "schedule")},
+             **{f"training.{name}": (own.get("training") or {}).get(name) for name in OF_TRAINING}}
+    for name, value in asked.items():
+        if value is not None:
+            raise UserError(f"{key}.{name}", "the stage trains nothing, since it does not say for how long",
+                            value=value, way_out="give it training.steps as well, or leave this out")
+
+
 def _at_once(kind: str, values: dict[str, Any]) -> bool:
     """Whether a stage trains only if it says so: cuts, and rounding after training."""
     quantization = values["student"].get("quantization") or {}
     return kind == "prune" or (kind == "quantize" and quantization.get("method", "qat") != "qat")
 
 
-def _hands_on(values: dict[str, Any], own: dict[str, Any]) -> None:
-    """Settings of a stage that is not the last: its student is in full precision, and for transformers alone."""
+def _hands_on(values: dict[str, Any], own: dict[str, Any], exact: bool) -> None:
+    """Settings of a stage that is not the last: its student is for transformers alone.
+
+    Args:
+        exact: whether it is in full precision, since a later stage changes it further.
+    """
     asked = own.get("export") or {}
-    values["export"] = {**values.get("export", {}), "dtype": asked.get("dtype", "float32"), "to": asked.get("to", [])}
+    values["export"] = {**values.get("export", {}), "to": asked.get("to", [])}
+    if exact:
+        values["export"]["dtype"] = asked.get("dtype", "float32")
     if "readers" in values["export"] and "readers" not in asked:
         values["export"].pop("readers")
 
@@ -222,6 +245,10 @@ def _check_kind(made: Source, number: int, stage: Stage, before: list[StageSetti
         raise UserError(key, f"nothing says how: the stage has no {WORDS[stage.kind]}",
                         way_out="for example student: {prune: {mlp: 0.5}}" if stage.kind == "prune" else
                         "for example student: {quantization: {bits: 4, group_size: 32}}")
+    if stage.kind == "prune" and stage.until is not None and student.prune is None:
+        raise UserError(f"stages.{number}.until", "after the first round the student has as many zeros as "
+                        "student.sparsity asks for, and no round makes more", way_out="leave it out, with a stage for "
+                        "each share of zeros, or repeat student.prune")
     if stage.kind == "distill" and experiment.teacher is None:
         raise UserError(key, "there is no teacher to learn from", way_out="add `teacher` to the experiment; to train "
                         "without one, cut or quantize with training.steps in that stage")
@@ -230,6 +257,12 @@ def _check_kind(made: Source, number: int, stage: Stage, before: list[StageSetti
     if not before:
         return
     input_ = before[-1].source.experiment
+    if stage.kind == "export" and experiment.export.dtype != input_.export.dtype and (
+            (student.quantization is not None and student.quantization.trained)
+            or (student.adapter is not None and student.adapter.base == "quantized")):
+        raise UserError(f"{key}.export.dtype", f"the student of stage {before[-1].label} is trained with the numbers "
+                        "of its file", value=experiment.export.dtype, way_out="set it in that stage, or outside of "
+                        "`stages`")
     if stage.kind != "export" and input_.student.quantization is not None and student.quantization is None:
         raise UserError(key, f"it would start from the quantized student of stage {before[-1].label} and hand on one "
                         "in full precision", way_out="put this stage before that one, or give it student.quantization")

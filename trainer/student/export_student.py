@@ -251,8 +251,9 @@ def export(run: Path, name: str, trust_remote_code: bool = False, readers: Seque
     settings = experiment.export.model_copy(update={"to": (name,), "readers": tuple(dict.fromkeys(
         [*readers, *readers_of(name, experiment.export)]))})
     check_readers(settings)
-    experiment = experiment.model_copy(update={"export": settings}).from_cut(folder.cut)
-    text = prepare_text(experiment)
+    experiment = experiment.model_copy(update={"export": settings})
+    text = prepare_text(experiment)  # with the tokenizer of the run, which the cut has taken over
+    experiment = experiment.from_cut(folder.cut)
     with working(experiment.name, WORDS.format(name), at_once=True):
         write_for(name, experiment, folder, rebuilt(experiment, folder, folder.student, text), text)
     write_report(folder.path)

@@ -118,7 +118,7 @@ def _entry(run: RunFolder, path: Path, trust: bool) -> dict[str, Any]:
         raise UserError("", f"{path} is not the folder of a finished run",
                         way_out="finish it: start its command again")
     show_links(run)
-    experiment = only_if_trusted(read_experiment(run.experiment).experiment, run, trust)
+    experiment = only_if_trusted(read_experiment(run.experiment).experiment, run, trust).from_cut(run.cut)
     return {**student_entry(experiment.student, experiment.export, run.student), "trust_remote_code": trust}
 
 

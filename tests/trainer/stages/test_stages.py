@@ -15,7 +15,11 @@ from transformers import AutoModelForSequenceClassification
 from tests.conftest import ROOT, on_two_ranks, train_py
 from tests.trainer.test_classification import BERT, texts  # noqa: F401 - a fixture
 from trainer.cli import limbeck as limbeck_command
+from trainer.distributed.signals import EndNote
+from trainer.experiment.load import read_experiment
 from trainer.run.folder import RunFolder
+from trainer.stages.stage_settings import settings_of
+from trainer.stages.stages_status import WatchStages
 
 TEACHER = {"architecture": {**BERT, "num_hidden_layers": 3}, "train": {"steps": 30, "lr": 1e-2}}
 
@@ -88,8 +92,15 @@ def test_a_kill_loses_nothing_and_leaves_no_student_that_looks_finished(write_ex
     process.wait()
     assert RunFolder(killed / "1-distill").finished and not (killed / "2-quantize" / "student").exists()
     assert not (killed / "student").exists() and not (killed / "report.md").exists()
+    assert WatchStages(killed).frame(80)[1] == 1
+    (killed / "2-quantize").rename(killed / "aside")  # as it was a moment before that stage began
+    assert WatchStages(killed).frame(80)[1] is None
+    (killed / "aside").rename(killed / "2-quantize")
+    EndNote(read_experiment(files[1]).experiment).leave("stopped at step 10", 75)  # as a signal would have it
+    assert limbeck_command(["status", str(killed)]) == WatchStages(killed).frame(80)[1] == 75
     first = (killed / "1-distill" / "report.md").stat().st_mtime_ns
-    assert limbeck_command(["status", str(killed)]) == 1
+    assert limbeck_command(["status", str(killed)]) == 1 and limbeck_command(["report", str(killed)]) == 2
+    assert not (killed / "report.md").exists() and limbeck_command(["status", str(killed)]) == 1
     assert train_py("--config", str(files[1])).returncode == 0
     assert (killed / "1-distill" / "report.md").stat().st_mtime_ns == first
     one, two = (load_file(folder / "student" / "model.safetensors") for folder in (whole, killed))
@@ -113,6 +124,12 @@ def test_two_processes_go_through_the_stages_together(write_experiment, texts): 
     ([{"export": {}}], {}, ["stages.0.export", "no student yet", "begin with prune"]),
     ([{"distill": {}}, {"export": {"training.steps": 5}}], {}, ["stages.1.export.training", "into a stage before"]),
     ([QUANTIZE, {"distill": {}}], {}, ["stages.1.distill", "quantized student of stage 1-quantize", "before that one"]),
+    ([{"quantize": {"student": {"quantization": {"bits": 4}}}}, {"export": {"export.dtype": "bfloat16"}}], {},
+     ["stages.1.export.export.dtype = 'bfloat16'", "set it in that stage"]),
+    ([{"prune": {"student.prune": {"mlp": 0.5}, "training.keep_best": "accuracy"}}], {},
+     ["stages.0.prune.training.keep_best = 'accuracy'", "give it training.steps"]),
+    ([{"prune": {"student.sparsity": {"sparsity": 0.5}}, "until": {"drop": 0.1}}], {},
+     ["stages.0.until", "no round makes more"]),
     ([{"quantize": {}}], {}, ["stages.0.quantize", "no student.quantization", "bits: 4"]),
     ([{"prune": {}}], {}, ["stages.0.prune", "no student.prune or student.sparsity"]),
     ([{"distill": {}, "export": {}}], {}, ["stages.0", "of one kind, and this has distill, export"]),
@@ -123,6 +140,11 @@ def test_two_processes_go_through_the_stages_together(write_experiment, texts): 
     ([{"prune": {"student.prune": {"heads": 9}}}], {}, ["student.prune.heads = 9", "stages.0.prune"]),
     ([{"distill": {}}, {"prune": {"student.prune": {"layers": 2}}}], {},
      ["student.prune.layers = 2", "stages.1.prune"]),
+    ([{"distill": {"training.steps": 5}, "distil": {"training.steps": 7}}], {}, ["stages.0", "write distill"]),
+    ([{"distill": {"training": 5, "training.steps": 7}}], {}, ["training = 5", "leave one of them out"]),
+    ([{"prune": {"student": None, "student.prune.heads": 9}}], {}, ["student.prune.heads = 9", "stages.0.prune"]),
+    ([{"distill": {}, "until": {"drop": 0.1, "metric": "bits_per_byte"}}], {},
+     ["stages.0.until.metric = 'bits_per_byte'", "accuracy"]),
     ([{"distill": {}}], {"teacher": None, "student": {"architecture": BERT}}, ["stages.0.distill", "no teacher"]),
     ([{"distill": {"student": {"from_teacher": [7]}}}], {}, ["student.from_teacher = [7]", "layers 0 to 2"]),
     ([{"distill": {}}, {"distill": {"data": {"sequence_length": 4000}}}], {},
@@ -203,3 +225,24 @@ def test_zeros_go_through_all_stages(write_experiment, texts):  # noqa: F811
         ones = torch.eye(zeros.shape[1])  # what transformers computes with the packed weights
         weights = (rounded[name](ones) - rounded[name](torch.zeros(1, zeros.shape[1]))).T
         assert (weights[zeros].abs() < 1e-6).all() and (weights[~zeros].abs() > 1e-4).float().mean() > 0.5
+
+
+def test_students_that_are_changed_further_are_in_full_precision(write_experiment, texts):  # noqa: F811
+    qat = {"quantize": {"student": {"quantization": {"bits": 4}}}}
+    file = write_experiment("dtypes", **in_stages(texts, [{"distill": {}}, qat, EXPORT], export={"dtype": "bfloat16"}))
+    made = [stage.source.experiment.export for stage in settings_of(read_experiment(file))]
+    assert [one.dtype for one in made] == ["float32", "bfloat16", "bfloat16"]
+    assert [one.to for one in made] == [(), (), ("onnx",)]
+
+
+@pytest.mark.long
+def test_an_export_brings_exits_along_and_no_steps_of_its_own(write_experiment, texts):  # noqa: F811
+    file = write_experiment("exits", **in_stages(texts, [
+        {"distill": {"objective.early_exits.layers": [0]}}, EXPORT]))
+    done = train_py("--config", str(file))
+    assert done.returncode == 0, done.stderr
+    folder = file.parent / "exits"
+    one, two = (read(folder / name / "student-early-exit" / "receipt.json") for name in ("1-distill", "2-export"))
+    assert one == two and "## Early exits" in (folder / "2-export" / "report.md").read_text()
+    assert [stage["made"][0]["steps"] for stage in read(folder / "stages.json")["stages"]] == [12, 0]
+    assert set(read(folder / "stages.json")["stages"][1]["made"][0]["runtimes"]) == {"early-exit", "onnx"}

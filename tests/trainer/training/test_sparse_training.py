@@ -13,6 +13,8 @@ from tests.conftest import TINY, on_two_ranks
 from trainer.errors import ExperimentErrors, UserError
 from trainer.planning.plan import Plans
 from trainer.run.metrics import read_lines
+from trainer.run.model_card import _size
+from trainer.student.judge_folder import _entry
 
 GRADUAL = {"method": "magnitude", "sparsity": 0.6, "schedule": {"begin": 0.25, "end": 0.5, "every": 1}}
 BROUGHT = {"data": {"tokenizer": {"train_vocabulary": None}}}
@@ -94,6 +96,19 @@ def test_a_student_is_pruned_once_trained_quantized_and_still_sparse(run_experim
     for name in (name for name in cut if "proj" in name):
         assert torch.equal(cut[name] == 0, checkpoint[name] == 0)
         assert not torch.equal(cut[name], checkpoint[name])
+
+
+def test_an_adapter_alone_is_judged_on_the_base_that_was_pruned_for_it(run_experiment):
+    _, before = run_experiment("before")
+    experiment, folder = run_experiment("adapted", **BROUGHT, export={"adapter": "separate"}, student={
+        "architecture": None, "path": str(before.student), "adapter": {"rank": 2},
+        "prune": {"mlp": 0.5, "importance": "magnitude"}, "sparsity": {"method": "magnitude", "sparsity": 0.5}})
+    entry = _entry(folder, folder.path, trust=False)
+    assert entry["path"] == str(folder.cut) == json.loads(
+        (folder.student / "adapter_config.json").read_text())["base_model_name_or_path"]
+    size = (folder.cut / "model.safetensors").stat().st_size
+    card = _size(experiment.model_dump(mode="json"), json.loads(folder.receipt.read_text()), folder.student)
+    assert card["bytes of its base on disk"] == size != (before.student / "model.safetensors").stat().st_size
 
 
 def test_a_winning_ticket_is_the_early_step_without_the_smallest_of_the_trained(run_experiment):
