@@ -31,6 +31,7 @@ from trainer.evaluate.check_tasks import check_prompts, check_tasks
 from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
 from trainer.experiment.load import Source
+from trainer.experiment.plain_yaml import read_values
 from trainer.files import fingerprint, write_atomically
 from trainer.models.build import DTYPES, quiet_libraries
 from trainer.models.language_part import check_places
@@ -311,6 +312,8 @@ def _with_teacher(experiment: Experiment, how: Launched, text: PreparedData) -> 
     accelerator.wait_for_everyone()
     if not folder.student.exists():
         own = experiment.as_teacher(str(folder.path))
+        if folder.experiment.exists():  # begun by another experiment, under whose name it goes on
+            own = own.model_copy(update={"name": read_values(folder.experiment)[0].get("name", own.name)})
         with working(experiment.name, "training", quiet=True, model="teacher", folder=str(folder.path)):
             train_one(own, own, folder, folder.student, how, text)
     else:

@@ -25,22 +25,22 @@ def show_plan(source: Source, plan: Plan, data: Sequence[Preview | ClassifiedPre
     Args:
         start: what a start would do with the run folder.
     """
-    _print_columns(f"Experiment {source.experiment.name}: key, value, where it was written", resolved_table(source))
-    _print_columns("Plan", [("run folder", start), *_plan_rows(plan, source.experiment.data.is_language)])
-    _print_columns("Ledger: bytes per process, each part at its largest", [
+    print_columns(f"Experiment {source.experiment.name}: key, value, where it was written", resolved_table(source))
+    print_columns("Plan", [("run folder", start), *_plan_rows(plan, source.experiment.data.is_language)])
+    print_columns("Ledger: bytes per process, each part at its largest", [
         (name.replace("_", " "), f"{count:>15,}", readable(count)) for name, count in plan.ledger.rows()])
     if plan.memory is not None:
-        _print_columns("Memory at the peak of a step: predicted bytes per process", _memory_rows(plan.memory))
+        print_columns("Memory at the peak of a step: predicted bytes per process", _memory_rows(plan.memory))
     else:
         console.print("  activations and the peak are not in it: this architecture cannot be run without data")
     for one in data:
         of = f", {one.weight:.1%} of the tokens" if len(data) > 1 else ""
-        _print_columns(f"Data: {one.source}{of}", _data_rows(one) if isinstance(one, Preview) else one.rows)
+        print_columns(f"Data: {one.source}{of}", _data_rows(one) if isinstance(one, Preview) else one.rows)
         for example in one.examples:
             console.print(f"  {example}", style="dim" if console.is_terminal else None)
 
 
-def _print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
+def print_columns(title: str, rows: Sequence[tuple[str, ...]]) -> None:
     """Print aligned columns without truncation or wrapping, so that the output can be piped to `grep`."""
     console.print(f"\n{title}")
     widths = [min(44, max(len(row[column]) for row in rows)) for column in range(len(rows[0]) - 1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,18 +13,17 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer import pipeline
-from trainer.early_checks import next_start
 from trainer.errors import RunFailed, UserError
 from trainer.experiment.explain import resolved_yaml
 from trainer.experiment.load import Source, read_experiment
 from trainer.files import write_atomically
 from trainer.pipeline import run_experiment, with_teacher
-from trainer.planning.show_plan import plan_json, show_plan
 from trainer.run.exit_report import FOLDER as EXITS
 from trainer.run.folder import RunFolder
 from trainer.run.held_out import in_words
 from trainer.run.metrics import console, readable
 from trainer.stages.check_stages import check_stages, located
+from trainer.stages.show_stages import dry_run_stages
 from trainer.stages.stage_record import (
     HandedOn,
     Made,
@@ -110,26 +108,9 @@ def run(source: Source) -> Path:
 def dry_run(source: Source, as_json: bool) -> None:
     """Show what would run, in stages if there are some, without leaving any file.
 
-    Raises what `pipeline.dry_run` raises; of stages `ExperimentErrors`.
+    Raises what `pipeline.dry_run` and `dry_run_stages` raise.
     """
-    if not source.experiment.stages:
-        pipeline.dry_run(source, as_json)
-        return
-    StagesFolder(source.experiment.folder).check()
-    stages = settings_of(source)
-    plans = check_stages(stages)
-    if int(os.environ.get("RANK", 0)) != 0:
-        return
-    starts = [next_start(stage.source.experiment) for stage in stages]
-    if as_json:
-        found = [json.loads(plan_json(stage.source, plan, (), start))
-                 for stage, plan, start in zip(stages, plans, starts, strict=True)]
-        print(json.dumps({"stages": found}, indent=2))
-        return
-    for stage, plan, start in zip(stages, plans, starts, strict=True):
-        times = "" if stage.until is None else f", up to {stage.until.rounds} rounds; this is the first"
-        console.print(f"\nStage {stage.number + 1} of {len(stages)}: {stage.kind}{times}")
-        show_plan(stage.source, plan, (), start)
+    (dry_run_stages if source.experiment.stages else pipeline.dry_run)(source, as_json)
 
 
 def say(text: str) -> None:

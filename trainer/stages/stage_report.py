@@ -106,7 +106,7 @@ def draw_stages(record: dict[str, Any], file: Path) -> None:
     figure, axes = new_figure("Bytes against quality", "MiB on disk (logarithmic)", f"{of.words} on held-out data")
     axes.set_xscale("log")
     changed = [one for stage in record["stages"] if stage["kind"] != "export" for one in stage["made"]]
-    way = []
+    way, labeled = [], False
     if (teacher := record["teacher"]) is not None:
         way.append((teacher["bytes_on_disk"] / 2**20, teacher[name]))
         axes.scatter(*way[0], s=60, color=COLORS["teacher"], zorder=3)
@@ -116,13 +116,16 @@ def draw_stages(record: dict[str, Any], file: Path) -> None:
         point = (one["student"]["bytes_on_disk"] / 2**20, one["student"]["figures"][name])
         if one["cut"] is not None and one["steps"]:
             axes.scatter(one["cut"]["bytes_on_disk"] / 2**20, one["cut"][name], s=36, facecolors="none",
-                         edgecolors=COLORS["student"], zorder=3)
+                         edgecolors=COLORS["student"], zorder=3, label=None if labeled else "cut, not healed yet")
+            labeled = True
         axes.scatter(*point, s=50, color=COLORS["student"] if one["kept"] else "none",
                      edgecolors=COLORS["student"], marker="o" if one["kept"] else "X", zorder=3)
         axes.annotate(one["label"].rpartition("/")[2], point, textcoords="offset points", xytext=(2, -6), fontsize=8,
                       rotation=-35, va="top")
         way += [point] if one["kept"] else []
     axes.plot(*zip(*way, strict=True), color=COLORS["student"], alpha=0.5, linewidth=1)
+    if labeled:
+        axes.legend(frameon=False)
     axes.invert_xaxis()
     axes.margins(x=0.15, y=0.2)
     save_figure(figure, file)

@@ -110,7 +110,10 @@ def _settings(source: Source, number: int, stage: Stage, before: list[StageSetti
         values.setdefault("report", {})["control"] = False
     if stage.kind != "export" and (later := [one.kind for one in whole.stages[number + 1:]]):
         _hands_on(values, own, exact=set(later) != {"export"})
-    made = Source(_validated(values, source, key), source.file, origins_of(source, number, stage.kind))
+    above = replace(source, origins=before[-1].source.origins) if stage.kind == "export" else source
+    origins = origins_of(above, number, stage.kind) | origins_of(replace(source, origins={
+        key: place for key, place in source.origins.items() if key[0] == "stages"}), number, stage.kind)
+    made = Source(_validated(values, source, key), source.file, origins)
     _check_kind(made, number, stage, before)
     return StageSettings(number, stage.kind, made, folder, stage.until)
 
