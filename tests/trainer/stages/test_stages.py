@@ -96,11 +96,11 @@ def test_a_kill_loses_nothing_and_leaves_no_student_that_looks_finished(write_ex
     (killed / "2-quantize").rename(killed / "aside")  # as it was a moment before that stage began
     assert WatchStages(killed).frame(80)[1] is None
     (killed / "aside").rename(killed / "2-quantize")
-    EndNote(read_experiment(files[1]).experiment).leave("stopped at step 10", 75)  # as a signal would have it
-    assert limbeck_command(["status", str(killed)]) == WatchStages(killed).frame(80)[1] == 75
     first = (killed / "1-distill" / "report.md").stat().st_mtime_ns
     assert limbeck_command(["status", str(killed)]) == 1 and limbeck_command(["report", str(killed)]) == 2
     assert not (killed / "report.md").exists() and limbeck_command(["status", str(killed)]) == 1
+    EndNote(read_experiment(files[1]).experiment).leave("stopped at step 10", 75)  # as a signal would have it
+    assert limbeck_command(["status", str(killed)]) == WatchStages(killed).frame(80)[1] == 75
     assert train_py("--config", str(files[1])).returncode == 0
     assert (killed / "1-distill" / "report.md").stat().st_mtime_ns == first
     one, two = (load_file(folder / "student" / "model.safetensors") for folder in (whole, killed))
