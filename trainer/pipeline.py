@@ -203,7 +203,9 @@ def with_teacher(experiment: Experiment) -> Experiment:
     """The experiment with a teacher that has weights, before other runs of the same processes; raises as `begin`."""
     quiet_libraries()
     how = Launched(*start(experiment))
-    ready = _with_teacher(experiment, how, _read(experiment, how))
+    # No stage has the budget to keep that this experiment would have; its teacher has.
+    free = experiment.model_copy(update={"memory": experiment.memory.model_copy(update={"budget": None})})
+    ready = _with_teacher(experiment, how, _read(free, how))
     _part(how.accelerator, last=False)
     return ready
 

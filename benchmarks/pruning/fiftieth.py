@@ -44,6 +44,7 @@ CUTS: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
         "1/25": ({"heads": 1, "width": 24, "mlp": 48, "layers": 2}, 4)},
     "digits-resnet": {
         "1/2": ({"channels": 0.75}, 8), "1/4": ({"channels": 0.5}, 8), "1/14": ({"channels": 0.25}, 8),
+        "1/28": ({"channels": 0.1875}, 8),
         "1/50": ({"channels": 0.125}, 8)}}
 STAGES = {"1-prune": "healed", "2-quantize": "quantized", "3-export": "exported"}
 

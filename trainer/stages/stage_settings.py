@@ -78,6 +78,10 @@ def settings_of(source: Source) -> list[StageSettings]:
         ExperimentErrors: settings of a stage that are no experiment, or an input that does not fit it.
     """
     found: list[StageSettings] = []
+    if source.experiment.student.adapter is not None and len(source.experiment.stages) > 1:
+        raise ExperimentErrors([UserError(
+            "student.adapter", "it would be of the first stage alone", value=source.experiment.student.adapter.kind,
+            way_out="write it into the stages that it is for")], source.origins, source.file)
     for number, stage in enumerate(source.experiment.stages):
         try:
             found.append(_settings(source, number, stage, found))
