@@ -22,9 +22,8 @@ import yaml
 from transformers import AutoConfig
 
 import limbeck
+from benchmarks.distillation import students
 from benchmarks.distillation.students import ALONE, TEACHER, spread
-from benchmarks.distillation.students import experiment as of_students
-from benchmarks.distillation.students import parser as students_parser
 from benchmarks.quickstart import machine, show
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import read_lines
@@ -50,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line: that of `benchmarks.distillation.students`."""
-    made = students_parser()
+    made = students.parser()
     made.description = __doc__
     return made
 
@@ -85,9 +84,9 @@ def trained(way: str, seed: int, chosen: argparse.Namespace, room: Path) -> dict
 def experiment(way: str, seed: int, chosen: argparse.Namespace, room: Path) -> dict[str, Any]:
     """What a person would write into a file for this model."""
     if way == TEACHER:
-        return of_students(TEACHER, seed, chosen, room)
+        return students.experiment(TEACHER, seed, chosen, room)
     teacher, (cut, layers) = str(RunFolder(room / f"{TEACHER}-0").student), CUTS[chosen.size]
-    values = of_students("kl_alone", seed, chosen, room) | {
+    values = students.experiment("kl_alone", seed, chosen, room) | {
         "teacher": {"path": teacher}, "objective": ALONE}
     steps = chosen.steps * {"random, 2x": 2, "random, 4x": 4}.get(way, 1)
     values["training"] = values["training"] | {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps}

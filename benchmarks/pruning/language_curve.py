@@ -30,9 +30,9 @@ from trainer.stages.stage_record import StagesFolder
 
 # By name: what is left of the model when it is cut, and the share of its layers that is kept whole beside it.
 CUTS: dict[str, tuple[dict[str, Any], float]] = {
-    "2/3": ({"layers": 0.8, "mlp": 0.75}, 0.63),
-    "1/2": ({"layers": 0.6, "mlp": 0.6}, 0.4),
-    "1/4": ({"layers": 0.5, "mlp": 0.5, "width": 0.5}, 0.07)}
+    "2/3": ({"layers": 0.8, "mlp": 0.75, "multiple_of": 64}, 0.63),
+    "1/2": ({"layers": 0.6, "mlp": 0.6, "multiple_of": 64}, 0.4),
+    "1/4": ({"layers": 0.5, "mlp": 0.5, "width": 0.5, "multiple_of": 64}, 0.07)}
 STARTS = {"cut": "cut", "layers": "whole layers"}
 
 

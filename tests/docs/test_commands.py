@@ -186,7 +186,7 @@ def benchmark(words, folder):
     places = spec.submodule_search_locations
     text = (Path(spec.origin) if places is None else Path(places[0]) / "__main__.py").read_text()
     for other in re.findall(r"made = (\w+)\.parser\(\)", text):  # a command line that goes on from another's
-        text += Path(spec.origin).with_name(f"{other}.py").read_text()
+        text += next((ROOT / "benchmarks").rglob(f"{other}.py")).read_text()
     for option in (word for word in words if word.startswith("--")):
         assert f'"{option}"' in text, f"{words[2]} has no option {option}"
 

@@ -76,6 +76,7 @@ def test_a_student_goes_from_stage_to_stage_with_a_receipt_each(write_experiment
     assert "2-quantize" in done.stderr and "stages.1" in done.stderr
 
 
+@pytest.mark.long
 def test_a_kill_loses_nothing_and_leaves_no_student_that_looks_finished(write_experiment, texts):  # noqa: F811
     """Killed in its second stage, started again: the same files as without a kill, and the first stage as it was."""
     stages = [{"distill": {}}, {"quantize": {"student": {"quantization": {"bits": 4}}, "training": {
@@ -171,6 +172,7 @@ def test_a_dry_run_plans_every_stage_and_writes_nothing(write_experiment, texts)
     assert "Stage 3 of 3: export" in done.stdout and done.returncode == 0
 
 
+@pytest.mark.long
 def test_a_stage_is_repeated_until_the_student_is_too_much_worse(write_experiment, texts):  # noqa: F811
     """Each round cuts the student of the round before; the last good one is handed on, and taken to few bits."""
     rounds = [{"prune": {"student": {"from_teacher": "all", "prune": {"mlp": 0.5}}},
@@ -205,6 +207,7 @@ def test_a_script_is_told_of_stages(write_experiment, texts):  # noqa: F811
         limbeck.Trainer(limbeck.read_experiment(write_experiment("script", **in_stages(texts, [{"distill": {}}]))))
 
 
+@pytest.mark.long
 def test_zeros_go_through_all_stages(write_experiment, texts):  # noqa: F811
     """Pruned once, healed with the teacher, rounded to 4 bits: no weight that was zero has become another."""
     file = write_experiment("zeros", **in_stages(texts, [
