@@ -229,10 +229,10 @@ def _loading(folder: RunFolder, values: dict[str, Any], student: Path, repositor
         own = every[runtime] == student
         path = repository or ("." if own else f"../{every[runtime].name}")
         hub = repository is not None
-        given = Classified.of(values["data"])
+        given = Classified.of(values["data"]) if _classifies(values) else None
         if runtime == EARLY_EXIT:
-            shown = exit_snippet(path, given if _classifies(values) else prompt, hub=hub)
-        elif _classifies(values):
+            shown = exit_snippet(path, given or prompt, hub=hub)
+        elif given is not None:
             shown = classifier_snippet(runtime, path, given, hub=hub, trust=trust)
         else:
             shown = snippet(runtime, path, prompt, hub=hub, trust=trust, base=_adapter_base(values))
