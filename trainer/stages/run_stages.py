@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -67,13 +67,16 @@ def run_stages(source: Source) -> Path:
     main = int(os.environ.get("RANK", 0)) == 0
     if main:
         RunFolder(folder.path).lock(wait=False)
-        folder.report.unlink(missing_ok=True)
         if not folder.record.exists():  # first of all, since a folder with other files alone is taken for another's
             folder.write({"name": source.experiment.name, "teacher": None, "stages": []})
-        write_atomically(folder.experiment, f"# Resolved by Limbeck: every value, defaults included.\n"
-                         f"{resolved_yaml(source.experiment)}")
+        if not folder.experiment.exists():
+            _write_experiment(folder, source)
     with _teacher_first(source) as ready:
         stages = settings_of(ready)
+    _check_folders(stages)
+    if main:
+        folder.report.unlink(missing_ok=True)
+        _write_experiment(folder, source)
     progress, before = _Progress(source.experiment.name, []), None
     for stage in stages:
         say(f"{source.experiment.name}: stage {stage.number + 1} of {len(stages)}, {stage.kind}")
@@ -95,6 +98,24 @@ def run_stages(source: Source) -> Path:
         dist.barrier()
         dist.destroy_process_group()
     return folder.path
+
+
+def _write_experiment(folder: StagesFolder, source: Source) -> None:
+    write_atomically(folder.experiment, f"# Resolved by Limbeck: every value, defaults included.\n"
+                     f"{resolved_yaml(source.experiment)}")
+
+
+def _check_folders(stages: Sequence[StageSettings]) -> None:
+    """Raise `OtherRun` for stages that were begun with other values, before the report of all is taken away.
+
+    Which student a stage after a repeated one starts from is not known yet.
+    """
+    for stage in stages:
+        if stage.until is not None:
+            return
+        if stage.kind != "export":
+            with _placed(stage):
+                RunFolder(stage.folder).check(stage.source.experiment)
 
 
 def run(source: Source) -> Path:

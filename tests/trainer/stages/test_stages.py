@@ -71,6 +71,9 @@ def test_a_student_goes_from_stage_to_stage_with_a_receipt_each(write_experiment
     assert limbeck_command(["status", str(folder.path)]) == 0
     assert "all 3 stages finished" in capsys.readouterr().out
     assert limbeck_command(["report", str(folder.path)]) == 0
+    done = train_py("--config", str(file), "stages.0.distil={training.steps: 15, optimizer.lr: 0.1}")
+    assert done.returncode == 2 and "optimizer.lr was 0.005 and is 0.1" in done.stderr, done.stderr
+    assert (folder.path / "report.md").exists()
     done = train_py("--config", str(file), "stages.0.distil={training.steps: 20}")
     assert done.returncode == 2 and "was begun with another student than" in done.stderr, done.stderr
     assert "2-quantize" in done.stderr and "stages.1" in done.stderr
