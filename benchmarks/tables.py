@@ -24,6 +24,7 @@ from benchmarks.pruning.early_exit import table as early_exit_table
 from benchmarks.pruning.fiftieth import CUTS as FIFTIETH
 from benchmarks.pruning.fiftieth import table as fiftieth_table
 from benchmarks.pruning.healing import table as healing_table
+from benchmarks.pruning.language_curve import table as language_curve_table
 from benchmarks.pruning.layer_errors import table as pruned_layers_table
 from benchmarks.pruning.one_shot import table as pruned_once_table
 from benchmarks.pruning.structured import table as cuts_table
@@ -118,6 +119,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "sparse-bytes": ("pruning-bytes-cpu.json", lambda found: sparse_bytes_table(found["rows"])),
     "fiftieth": (tuple(f"pruning-fiftieth-{task}-cpu.json" for task in FIFTIETH),
                  lambda *found: "\n\n".join(map(fiftieth_table, found))),
+    "language-curve": ("pruning-language-curve-cpu.json", language_curve_table),
     "healing": ("pruning-healing-cpu.json", healing_table),
     "adapters": ("adapters-cpu.json", adapters_table),
     "faults": ("faults-cpu.json", faults_table),
