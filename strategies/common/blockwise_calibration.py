@@ -217,6 +217,29 @@ def token_mask(batch: Batch) -> torch.Tensor | None:
     return mask.flatten().bool() if mask is not None and mask.ndim == 2 else None
 
 
+def counted_tokens(batches: Sequence[Batch]) -> int:
+    """Tokens of batches with `input_ids`, without those that an `attention_mask` leaves out."""
+    masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
+    return sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
+
+
+def check_full_rank(inputs: Mapping[str, int], batches: Sequence[Batch], otherwise: str) -> None:
+    """Raise `ValueError` if a layer has more inputs than there are calibration tokens to measure them on.
+
+    Args:
+        inputs: number of inputs of each layer that is calibrated.
+        batches: without `input_ids` in each, as of images, nothing is said.
+        otherwise: a method that goes without.
+    """
+    if not inputs or not all("input_ids" in batch for batch in batches):
+        return
+    widest, tokens = max(inputs, key=lambda name: inputs[name]), counted_tokens(batches)
+    if tokens < inputs[widest]:
+        raise ValueError(f"the calibration rows have {tokens} tokens, and {widest} has {inputs[widest]} inputs: its "
+                         f"second moment can have full rank from {inputs[widest]} tokens on; give more rows, or take "
+                         f"method '{otherwise}'")
+
+
 def watch(
     walk: BlockwiseCalibrator, layers: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], None]
 ) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, Seen, collect, token_mask, watch
+from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, Seen, check_full_rank, collect, watch
 from strategies.common.progress import report
 from strategies.common.stored_weights import Experts, as_matrix, multiplies
 from strategies.quantization.activations import ActivationQuantizer
@@ -122,16 +122,9 @@ def _check(how: _How, batches: list[Batch], chosen: dict[str, tuple[nn.Module, W
         raise ValueError(f"a damping of {how.damping} cannot hold a second moment without full rank: take 0.01 or more")
     if needs and not batches:
         raise ValueError(f"{' and '.join(needs)} cannot do without calibration rows: give `batches`")
-    inputs = {name: as_matrix(module).shape[1] for name, (module, _) in chosen.items() if multiplies(module)}
-    if how.method != "gptq" or not inputs or not all("input_ids" in batch for batch in batches):
-        return
-    widest = max(inputs, key=lambda name: inputs[name])
-    masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
-    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
-    if tokens < inputs[widest]:
-        raise ValueError(f"the calibration rows have {tokens} tokens, and {widest} has {inputs[widest]} inputs: its "
-                         f"second moment can have full rank from {inputs[widest]} tokens on; give more rows, or take "
-                         "method 'rtn'")
+    if how.method == "gptq":
+        check_full_rank({name: as_matrix(module).shape[1] for name, (module, _) in chosen.items()
+                         if multiplies(module)}, batches, "rtn")
 
 
 class _Rounding:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from strategies.common.blockwise_calibration import token_mask
+from strategies.common.blockwise_calibration import counted_tokens
 from strategies.common.generation_settings import copy_generation_settings
 from strategies.common.model_tasks import task_of
 from strategies.export.quantized_layers import quantized_layers
@@ -93,8 +93,7 @@ def check_calibration(experiment: Experiment, config: PretrainedConfig, text: Pr
     batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch,
                           torch.device("cpu"))
     rows = sum(len(batch["input_ids"]) for batch in batches)
-    masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
-    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
+    tokens = counted_tokens(batches)
     if tokens < widest:
         needed = -(-widest * rows // tokens)
         enough = not hasattr(text.train, "__len__") or len(text.train) >= needed

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, Seen, collect, token_mask
+from strategies.common.blockwise_calibration import Batch, BlockwiseCalibrator, Seen, check_full_rank, collect
 from strategies.common.progress import report
 from strategies.common.stored_weights import Experts, multiplies
 from strategies.pruning.unstructured.layer_inputs import LayerInputs, output_error
@@ -95,16 +95,9 @@ def _check_rows(chosen: dict[str, Any], batches: list[Batch], method: str) -> No
     """Raise `ValueError` if there are too few calibration rows for a method."""
     if not batches:
         raise ValueError(f"method '{method}' cannot do without calibration rows: give `batches`")
-    inputs = {name: rows_of(layer, layer.weight).shape[1] for name, layer in chosen.items() if multiplies(layer)}
-    if method != "sparsegpt" or not inputs or not all("input_ids" in batch for batch in batches):
-        return
-    widest = max(inputs, key=lambda name: inputs[name])
-    masks = [(batch["input_ids"], token_mask(batch)) for batch in batches]
-    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
-    if tokens < inputs[widest]:
-        raise ValueError(f"the calibration rows have {tokens} tokens, and {widest} has {inputs[widest]} inputs: its "
-                         f"second moment can have full rank from {inputs[widest]} tokens on; give more rows, or take "
-                         "method 'wanda'")
+    if method == "sparsegpt":
+        check_full_rank({name: rows_of(layer, layer.weight).shape[1] for name, layer in chosen.items()
+                         if multiplies(layer)}, batches, "wanda")
 
 
 class _Pruning:
