@@ -62,8 +62,7 @@ def _pruned(experiment: Experiment, asked: Sparsity, model: nn.Module, text: Pre
         if not (Path(asked.trained) / "config.json").is_file():
             raise UserError("student.sparsity.trained", f"there is no model in {asked.trained}", value=asked.trained,
                             way_out="name the folder `student` of the run of the round before")
-        student = experiment.student.model_copy(update={
-            "path": asked.trained, "revision": None, "architecture": None, "from_teacher": None, "from_run": None})
+        student = experiment.student.starting_from(asked.trained)
         trained = origin_of(experiment.model_copy(update={"student": student}), text).get_parameter
     batches = calibration(text, asked.calibration_rows, experiment.seed, experiment.training.micro_batch,
                           next(model.parameters()).device)

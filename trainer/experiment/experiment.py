@@ -352,8 +352,7 @@ class Experiment(Node):
         """The experiment whose student starts from a cut that has been made; itself if its student is not cut."""
         if not self.student.is_cut:
             return self
-        return self.model_copy(update={"student": self.student.model_copy(update={
-            "path": str(folder), "revision": None, "architecture": None, "from_teacher": None, "from_run": None,
+        return self.model_copy(update={"student": self.student.starting_from(str(folder)).model_copy(update={
             "prune": None, "trust_remote_code": self.form.trust})})
 
     def as_teacher(self, folder: str) -> Experiment:

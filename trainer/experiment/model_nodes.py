@@ -159,6 +159,9 @@ class Teacher(Model):
         return self
 
 
+ORIGINS = ("path", "revision", "architecture", "from_teacher", "from_run")  # keys of a student's origin
+
+
 class Student(Model):
     """The small model that is trained and exported."""
 
@@ -237,6 +240,10 @@ class Student(Model):
     def teacher_layers(self) -> tuple[int, ...] | None:
         """The layers of the teacher that it starts from; None with another origin, or if it starts from all of it."""
         return self.from_teacher if isinstance(self.from_teacher, tuple) else None
+
+    def starting_from(self, path: str) -> Student:
+        """The same with another origin: the model in a local folder."""
+        return self.model_copy(update={**dict.fromkeys(ORIGINS), "path": path})
 
     @property
     def is_cut(self) -> bool:

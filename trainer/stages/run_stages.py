@@ -71,8 +71,7 @@ def run_stages(source: Source) -> Path:
             folder.write({"name": source.experiment.name, "teacher": None, "stages": []})
         if not folder.experiment.exists():
             _write_experiment(folder, source)
-    with _teacher_first(source) as ready:
-        stages = settings_of(ready)
+    stages = settings_of(_teacher_first(source))
     _check_folders(stages)
     if main:
         folder.report.unlink(missing_ok=True)
@@ -149,19 +148,17 @@ def _placed(stage: StageSettings) -> Iterator[None]:
         raise located(error, stage) from error
 
 
-@contextmanager
-def _teacher_first(source: Source) -> Iterator[Source]:
+def _teacher_first(source: Source) -> Source:
     """The experiment with a teacher that has weights, which is trained once for all stages."""
     teacher = source.experiment.teacher
     if teacher is None or teacher.train is None:
-        yield source
-        return
+        return source
     alone = source.experiment.model_copy(update={"stages": ()})
     ready = with_teacher(alone).model_copy(update={"stages": source.experiment.stages})
     if ready.data.tokenizer.train_vocabulary:  # the teacher brings it from now on
         ready = ready.model_copy(update={"data": ready.data.model_copy(update={
             "tokenizer": ready.data.tokenizer.model_copy(update={"train_vocabulary": None})})})
-    yield replace(source, experiment=ready)
+    return replace(source, experiment=ready)
 
 
 def _once(stage: StageSettings, given: HandedOn | None, label: str | None = None) -> Made:

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from trainer.errors import ExperimentErrors, UserError
 from trainer.experiment.load import Source, mistakes
+from trainer.experiment.model_nodes import ORIGINS
 from trainer.experiment.plain_yaml import Key
 from trainer.experiment.run_paths import STUDENT
 from trainer.experiment.stage_nodes import Stage, Until
 from trainer.files import flatten
 
-ORIGINS = ("path", "revision", "architecture", "from_teacher", "from_run")  # keys of a student's origin
 TAKEN = {"name": "the stages are named by their numbers and kinds", "stages": "a stage has no stages of its own",
          "run.folder": "each stage has a folder of its own within that of the experiment",
          "run.cache": "all stages share one cache", "teacher.train": "one teacher is trained, for all stages",
@@ -66,7 +66,7 @@ class StageSettings:
                                    "name": f"{experiment.name}-{folder.name}" if folder != self.folder else
                                    experiment.name}
         if student is not None:
-            changes["student"] = experiment.student.model_copy(update={**dict.fromkeys(ORIGINS), "path": student})
+            changes["student"] = experiment.student.starting_from(student)
         source = replace(self.source, experiment=experiment.model_copy(update=changes))
         return replace(self, source=source, folder=folder)
 
