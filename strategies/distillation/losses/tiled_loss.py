@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from strategies.distillation.losses.fused_rows import applies, on_tile
 from strategies.distillation.losses.heads import Head, products_of, slabs
 from strategies.distillation.losses.logit_blocks import Taught, Terms
 from strategies.distillation.losses.teacher_targets import (
@@ -204,6 +205,11 @@ def _on_tile(
     call: HeadCall, head: Head, products: torch.Tensor, rows: torch.Tensor, teacher_targets: Taught, gradient: bool
 ) -> torch.Tensor:
     """Values of the terms over a tile, whose products are overwritten with gradients, block by block."""
+    whole = call.common is None
+    if applies(products, call.terms, teacher_targets, whole):
+        said = teacher_targets if isinstance(teacher_targets, torch.Tensor) and call.terms.divergences else None
+        return on_tile(call.terms, products, head, call.targets[rows], said,
+                       None if call.asked is None else call.asked[rows], gradient)
     fitting = len(rows) if products.is_cuda else max(1, BLOCK // (products.element_size() * products.shape[1]))
     targets = call.targets[rows]
     asked = None if call.asked is None else call.asked[rows]
