@@ -102,8 +102,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
     if "ByteLevel" in json.dumps(backend.get("decoder")):
         return [len(added[number].encode()) if number in added else len(token or "")
                 for number, token in enumerate(tokens)]
-    anchor = next(number for number, token in enumerate(tokens) if token and number not in added
-                  and re.fullmatch(r"\W?[a-z]+", token))
+    own = [number for number, token in enumerate(tokens) if token and number not in added]
+    plain = [number for number in own if re.fullmatch(r"\W?[a-z]+", tokens[number])]
+    anchor = next(iter(plain or own), 0)  # tokens of proteins or of another script have no small Latin letter
     before = len(tokenizer.decode([anchor]).encode())
     pairs = tokenizer.batch_decode([[anchor, number] for number in range(size)])
     return [1 if token and re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(added[number].encode()) if number in added

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
+from strategies.common.cpu_products import faster_fp32_products
 from strategies.common.frozen_base import base_digest, base_digests
 from strategies.common.generation_settings import copy_generation_settings
 from strategies.common.running_statistics import RunningStatistics
@@ -198,7 +199,7 @@ class TrainLoop:
             progress.say(f"resumed at step {state.step}")
         inputs, end = self.inputs(), rows_in_all(self.experiment.training, self.text)
         try:
-            with signals.defer_signals(), self.ranks.watch.on():
+            with signals.defer_signals(), self.ranks.watch.on(), faster_fp32_products(self.accelerator.device):
                 cut_off = self.evaluations.interrupted(state, self.cadence, self.folder.metrics)
                 self._evaluate(cut_off, metrics, progress)
                 while not self.cadence.ends(state):
