@@ -6,8 +6,8 @@ Each side is a process of its own with the same weights, rows, optimizer and los
 vocabulary), taught by a 36 M teacher, 2,048 tokens a step. All wait at the beginning of a step and take turns of a few
 steps, so that what else the machine does falls on all; `ratio` is the median over rounds of our tokens/s over theirs in
 the same round. The first turn warms up and is not counted. Losses are compared step by step: where they differ by more
-than the tolerance (relative, 1e-4 in fp32, 1e-3 in bf16, where logits of the peers are rounded) the row is void. Peaks are
-of resident memory up to the last step, whole and above what a process held after its imports. With `--busy` another
+than the tolerance (relative, 1e-4 in fp32, 1e-3 in bf16, where logits of the peers are rounded) the row is void. Peaks
+are of resident memory up to the last step, whole and above what a process held after its imports. With `--busy` another
 process multiplies matrices all the while. Peers: `pip install trl`.
 """
 
@@ -20,10 +20,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ class Side:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.end_to_end.contestant", name, str(room)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                 "TRL_EXPERIMENTAL_SILENCE": "1"})
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+                 "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"})
         self.last: dict[str, Any] = {}
         self.answer()
 
@@ -118,7 +118,7 @@ def compared(setting: Setting, chosen: argparse.Namespace) -> list[dict[str, Any
 
 def row(setting: Setting, side: Side, ours: Side, seconds: list[float], our_seconds: list[float],
         chosen: argparse.Namespace) -> dict[str, Any]:
-    """What was found of a contestant: tokens/s, how many times faster we were, peaks, and how far its losses are off."""
+    """What was found of a contestant: tokens/s, how many times faster we were, peaks, how far its losses are off."""
     tokens = chosen.turn * BATCH * LENGTH
     losses = list(zip(side.last["losses"], ours.last["losses"], strict=True))
     off = max(abs(theirs / mine - 1) for theirs, mine in losses)

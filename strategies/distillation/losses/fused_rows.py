@@ -55,14 +55,15 @@ def on_tile(terms: Terms, products: torch.Tensor, head: Head, targets: torch.Ten
     values, places = np.zeros((len(products), 3)), targets.numpy()
     own = logits.numpy()
     if teacher_logits is None:
-        _shared(len(own), lambda begin, end: kernels.text_rows(own, places, begin, end, text, shape, values, gradient))
+        shared_out(len(own), lambda begin, end: kernels.text_rows(own, places, begin, end, text, shape, values,
+                                                                  gradient))
     else:
         divergence = terms.divergences[0]
         kernel = kernels.forward_kl_rows if divergence.name == "forward_kl" else kernels.slope_rows
         said = np.ones(len(own), dtype=np.bool_) if asked is None else asked.numpy()
         theirs, taught = teacher_logits.numpy(), kernels.Taught(*_taught(divergence))
-        _shared(len(own), lambda begin, end: kernel(own, theirs, said, places, begin, end, text, taught, shape, values,
-                                                    gradient))
+        shared_out(len(own), lambda begin, end: kernel(own, theirs, said, places, begin, end, text, taught, shape,
+                                                       values, gradient))
     return _named(terms, torch.from_numpy(values.sum(0))).to(products.dtype)
 
 
@@ -84,7 +85,7 @@ def _named(terms: Terms, sums: torch.Tensor) -> torch.Tensor:
     return torch.stack([of[name] for name in terms.names])
 
 
-def _shared(rows: int, work: Callable[[int, int], None]) -> None:
+def shared_out(rows: int, work: Callable[[int, int], None]) -> None:
     """Call `work(begin, end)` for all rows, from as many threads as torch has."""
     threads = min(torch.get_num_threads(), rows)
     if threads == 1:

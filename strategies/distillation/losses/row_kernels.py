@@ -71,7 +71,7 @@ class Taught(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Of one row: largest logits, inverse normalizers, offset with d = (teacher - student) / T - offset, text's slope.
+    """Of one row: largest logits, inverse normalizers, offset with d = (teacher - student) / T - offset, slope of text.
 
     Attributes:
         top, top_teacher: the largest logits.

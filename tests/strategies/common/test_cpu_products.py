@@ -1,0 +1,45 @@
+"""fp32 products that are handed to oneDNN are products of fp32 numbers, and nothing else changes."""
+
+import pytest
+import torch
+
+from strategies.common import cpu_products
+from strategies.common.cpu_products import faster_fp32_products, rounds_nothing
+
+CPU = torch.device("cpu")
+
+
+def setting():
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("shapes", [((64, 96), (96, 200)), ((300, 257), (257, 1031)), ((5, 40, 64), (5, 64, 48))])
+def test_products_are_as_exact_as_before(shapes):
+    """bf16 operands would be 1e-3 off."""
+    first, second = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in shapes)
+    exact = first.double() @ second.double()
+    with faster_fp32_products(CPU):
+        for found in (first @ second, (second.mT.contiguous() @ first.mT.contiguous()).mT):
+            assert float((found - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_the_permission_is_given_only_where_nothing_is_rounded(monkeypatch):
+    monkeypatch.setattr(cpu_products, "is_faster", lambda: True)
+    before = setting()
+    with pytest.raises(KeyError), faster_fp32_products(CPU):
+        assert setting() == "bf16"
+        raise KeyError
+    assert setting() == before
+    with faster_fp32_products(torch.device("cuda")):
+        assert setting() == before
+    monkeypatch.setattr(cpu_products, "is_faster", lambda: False)
+    with faster_fp32_products(CPU):
+        assert setting() == before
+
+
+def test_a_product_that_rounds_is_seen(monkeypatch):
+    """The trial itself: products of operands rounded to bf16 do not pass it."""
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda one, other: product(one.bfloat16().float(),
+                                                                               other.bfloat16().float()))
+    assert not rounds_nothing()
