@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from strategies.common.cpu_products import faster_fp32_products
+
 SLAB = 8 * 2**20  # bytes of a head's weights that are converted to a wider dtype at a time
 
 
@@ -89,7 +91,7 @@ def products_of(compute: torch.dtype, device: torch.device) -> Iterator[None]:
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     if device.type != "cpu" or compute is not torch.bfloat16:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), faster_fp32_products(device):
             yield
         return
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
