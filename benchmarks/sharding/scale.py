@@ -2,9 +2,13 @@
 
     python -m benchmarks.sharding.scale --json FILE
 
-Nothing is fitted to these rows. Compute is the roofline of every operation of the step, run on fake tensors, with
-matrix products at the fraction of the data sheet that a published search over shapes attained; the network is NCCL's
-own model. `sources` says where each published figure is from, and what of it had to be taken for granted.
+Compute is the roofline of every operation of a step on fake tensors, with matrix products at the fraction of the data
+sheet that a published search over shapes attained; the network is NCCL's own model. There is one calibration: the share
+of that roofline's speed which a whole step held in one row for each kind of GPU, of a single node (`calibrates`), and
+which `limbeck scale` uses, too. All other rows are predictions; `by_data_sheet` is their ratio without the calibration,
+and `one_by_one` is that with it, if no collective ran beside computation.
+
+`growth` is the same for three models under every engine, on 1 to 1,024 GPUs.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,11 +30,11 @@ from benchmarks.rematerialization.frontier import machine
 from strategies.memory.ledger import Ledger
 from strategies.optimizers.by_name import build
 from strategies.rematerialization.price.costs import DEVICES
-from strategies.rematerialization.price.unit_seconds import unit_seconds
-from strategies.sharding.network import NETWORKS
+from strategies.rematerialization.price.unit_seconds import SUSTAINED, unit_seconds
+from strategies.sharding.network import NETWORKS, Network
 from strategies.sharding.rank_residency import ShardingSetup, residency
 from strategies.sharding.step_time import StepTime, UnitSeconds, step_time
-from strategies.sharding.traffic import Traffic, traffic_of, whole_units
+from strategies.sharding.traffic import Traffic, traffic_of
 from strategies.sharding.zero import bucket_numel
 from trainer.distributed.rank_memory import optimizer_bytes
 
@@ -54,7 +58,8 @@ class Published:
         recompute: whether all of a block is recomputed in backward.
         tokens: published tokens per second and GPU.
         pure: whether gradients are reduced in 16 bit, too.
-        why: where the prediction is more than 15% off, the reason.
+        why: where the prediction is more than 15% off, the reason as far as it is known.
+        calibrates: whether the GPU's `SUSTAINED` is from this row.
     """
 
     source: str
@@ -71,6 +76,7 @@ class Published:
     pure: bool = False
     gbits: float | None = None
     why: str = ""
+    calibrates: bool = False
 
 
 def gpt(width: int, layers: int, heads: int, vocabulary: int = 50368) -> Callable[[int], GPT2Config]:
@@ -97,17 +103,22 @@ MODELS = {
 }
 
 
-def azure(model: str, width: int, layers: int, rows: int, sequence: int, tflops: float) -> float:
-    """Tokens per second of a GPU, from TFLOP/s by the formula of that post; its B s tokens are those of one GPU."""
+def azure(width: int, layers: int, sequence: int, tflops: float) -> float:
+    """Tokens per second of a GPU, from TFLOP/s by the formula of that post, in which recomputation counts."""
     operations = 96 * sequence * layers * width**2 * (1 + sequence / (6 * width) + 51200 / (16 * layers * width))
     return tflops * 1e12 / operations * sequence
 
 
-POWER = "the H100 does not hold the attained rate of matrix products for a whole step: it is short of power, and the " \
-        "attention and the elementwise kernels of the time were written for the A100"
+SHORT = "4,096 tokens a forward: the roofline has matrix products as fast as those of more tokens, and no waiting for " \
+        "processes; on one node of 8 the source has 4,792 tokens/s, so it is no matter of the network"
+FULL = "not known: with 128 GPUs and twice the tokens the same source is within 15%, so that it is no matter of the " \
+       "shapes; 40 GB are nearly full, and torch's allocator may wait for the GPU (Zhao et al. 2023, section 3.4)"
+OFFLOAD = "activations and optimizer state were moved to the CPU and back, which is not in the model, with kernels of " \
+          "2022; the source scales from 128 to 1,024 GPUs almost linearly, so little of it is the network's"
 PUBLISHED = (
     Published(MOSAIC, "MPT-3B", "fsdp2", "a100-80gb", 8, "dgx-a100", 10, 2, 2048, False, 10811),
-    Published(MOSAIC, "MPT-7B", "fsdp2", "a100-80gb", 8, "dgx-a100", 6, 2, 2048, False, 4641),
+    Published(MOSAIC, "MPT-7B", "fsdp2", "a100-80gb", 8, "dgx-a100", 6, 2, 2048, False, 4641,
+              calibrates=True),
     Published(MOSAIC, "MPT-7B", "fsdp2", "a100-40gb", 128, "dgx-a100", 18, 1, 2048, True, 3623, pure=True),
     Published(MOSAIC, "MPT-13B", "fsdp2", "a100-80gb", 8, "dgx-a100", 2, 3, 2048, False, 2262),
     Published(MOSAIC, "MPT-13B", "fsdp2", "a100-40gb", 128, "dgx-a100", 16, 1, 2048, True, 1972, pure=True),
@@ -115,44 +126,43 @@ PUBLISHED = (
     Published(MOSAIC, "MPT-30B", "fsdp2", "a100-40gb", 128, "dgx-a100", 6, 1, 2048, True, 865, pure=True),
     Published(MOSAIC, "MPT-70B", "fsdp2", "a100-80gb", 64, "dgx-a100", 8, 4, 2048, True, 410, pure=True),
     Published(MOSAIC, "MPT-70B", "fsdp2", "a100-40gb", 128, "dgx-a100", 4, 1, 2048, True, 376, pure=True),
-    Published(MOSAIC, "MPT-70B", "fsdp2", "a100-40gb", 64, "dgx-a100", 2, 1, 2048, True, 276, pure=True),
+    Published(MOSAIC, "MPT-70B", "fsdp2", "a100-40gb", 64, "dgx-a100", 2, 1, 2048, True, 276, pure=True, why=FULL),
     Published(FMS, "CodeLlama-34B", "fsdp2", "a100-80gb", 128, "dgx-a100", 8, 1, 4096, True, 772, gbits=50),
     Published(FMS, "Llama-2-70B", "fsdp2", "a100-80gb", 128, "dgx-a100", 6, 1, 4096, True, 380, gbits=50),
-    Published(MOSAIC, "MPT-7B", "fsdp2", "h100", 8, "dgx-h100", 6, 1, 2048, False, 10643, why=POWER),
-    Published(MOSAIC, "MPT-13B", "fsdp2", "h100", 64, "dgx-h100", 2, 1, 2048, False, 4800, why=POWER),
-    Published(MOSAIC, "MPT-70B", "fsdp2", "h100", 64, "dgx-h100", 8, 4, 2048, True, 1039, why=POWER),
+    Published(MOSAIC, "MPT-7B", "fsdp2", "h100", 8, "dgx-h100", 6, 1, 2048, False, 10643, calibrates=True),
+    Published(MOSAIC, "MPT-13B", "fsdp2", "h100", 64, "dgx-h100", 2, 1, 2048, False, 4800, why=SHORT),
+    Published(MOSAIC, "MPT-70B", "fsdp2", "h100", 64, "dgx-h100", 8, 4, 2048, True, 1039),
     Published(GRANITE, "Llama-2-7B", "zero 3", "a100-80gb", 4, "dgx-a100", 8, 1, 4096, True, 3094.5),
     Published(GRANITE, "Llama-2-7B", "fsdp2", "a100-80gb", 4, "dgx-a100", 8, 1, 4096, True, 3158.7),
     Published(AZURE, "GPT-175B", "zero 3", "a100-80gb", 256, "dgx-a100", 32, 1, 512, True,
-              azure("GPT-175B", 12288, 96, 32, 512, 204.49)),
+              azure(12288, 96, 512, 204.49)),
     Published(AZURE, "GPT-530B", "zero 3", "a100-80gb", 1024, "dgx-a100", 8, 1, 1024, True,
-              azure("GPT-530B", 20480, 105, 8, 1024, 171.37)),
+              azure(20480, 105, 1024, 171.37), why=OFFLOAD),
     Published(AZURE, "GPT-1T", "zero 3", "a100-80gb", 1024, "dgx-a100", 8, 1, 1024, True,
-              azure("GPT-1T", 25600, 128, 8, 1024, 165.36)),
+              azure(25600, 128, 1024, 165.36), why=OFFLOAD),
     Published(AZURE, "GPT-2T", "zero 3", "a100-80gb", 1024, "dgx-a100", 8, 1, 1024, True,
-              azure("GPT-2T", 32768, 160, 8, 1024, 157.0)),
+              azure(32768, 160, 1024, 157.0), why=OFFLOAD),
 )
 
 
-def model_of(name: str, sequence: int, recompute: bool) -> nn.Module:
-    """A model of fake tensors in bfloat16."""
-    model = AutoModelForCausalLM.from_config(MODELS[name](sequence), dtype=torch.bfloat16).train()
+def model_of(name: str, sequence: int, recompute: bool, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A model of fake tensors."""
+    model = AutoModelForCausalLM.from_config(MODELS[name](sequence), dtype=dtype).train()
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def seconds_of(model: nn.Module, one: Published) -> dict[tuple[str, ...], UnitSeconds]:
-    """Seconds of each unit in a micro-batch."""
+def seconds_of(model: nn.Module, one: Published, units: Sequence[tuple[str, ...]] | None = None
+               ) -> dict[tuple[str, ...], UnitSeconds]:
+    """Seconds of each unit in a micro-batch, by the data sheet; None for the units of its engine."""
     rows = torch.zeros(one.micro_batch, one.sequence, dtype=torch.int64)
 
     def loss() -> torch.Tensor:
         logits = model(input_ids=rows, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), rows.flatten())
 
-    units = whole_units(model)
-    if one.engine == "zero 3":
-        units = [unit.modules for unit in traffic(model, one).units]
+    units = units or [unit.modules for unit in traffic(model, one).units]
     found = unit_seconds(loss, {"student": model}, {"student": units}, DEVICES[one.device])["student"]
     return {unit: UnitSeconds(*pair) for unit, pair in found.items()}
 
@@ -171,46 +181,117 @@ def traffic(model: nn.Module, one: Published) -> Traffic:
     return replace(found, units=tuple(replace(unit, reduces=unit.reduces // 2) for unit in found.units))
 
 
-def ledger_of(model: nn.Module, one: Published) -> Ledger:
-    """Model state of a rank."""
-    setup, optimizer = setup_of(model, one), build(model, "adamw", lr=1e-4, betas=(0.9, 0.95), eps=None,
-                                                   weight_decay=0.1)
+def ledger_of(model: nn.Module, one: Published, setup: ShardingSetup | None = None) -> Ledger:
+    """Bytes of a rank without activations; weights that are updated are fp32."""
+    setup, model = setup or setup_of(model, one), model_of(one.model, one.sequence, False, torch.float32)
+    optimizer = build(model, "adamw", lr=1e-4, betas=(0.9, 0.95), eps=None, weight_decay=0.1)
     groups = [list(group["params"]) for group in optimizer.param_groups]
     state, update = optimizer_bytes(optimizer, setup)
     return Ledger.of(residency(model, groups, setup, optimizer_state=state, update=update), None, 0)
 
 
-def predicted(one: Published) -> tuple[StepTime, Ledger, int]:
-    """A step's seconds, a rank's bytes, and the number of parameters."""
+def update_seconds(ledger: Ledger, one: Published) -> float:
+    """Seconds in which the optimizer reads and writes a rank's weights and state, and reads its gradients."""
+    moved = 2 * (ledger.weights + ledger.fp32_weights + ledger.optimizer_state) + ledger.gradients
+    return moved / DEVICES[one.device].bandwidth
+
+
+def network_for(one: Published) -> Network:
+    """The cluster's links."""
     network = NETWORKS[one.network]
-    if one.gbits is not None:
-        network = replace(network, between=one.gbits * 1e9 / 8)
+    return network if one.gbits is None else replace(network, between=one.gbits * 1e9 / 8)
+
+
+def predicted(one: Published) -> dict:
+    """Step times of a row by the data sheet, calibrated, and calibrated without overlap; and bytes of a rank."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         model = model_of(one.model, one.sequence, one.recompute)
-        seconds, ledger = seconds_of(model, one), ledger_of(model, one)
-        update = (2 * (ledger.weights + ledger.fp32_weights + ledger.optimizer_state) + ledger.gradients
-                  ) / DEVICES[one.device].bandwidth
-        step = step_time(traffic(model, one), seconds, network, one.ranks, one.accumulation, update)
-        return step, ledger, sum(parameter.numel() for parameter in model.parameters())
+        seconds, ledger, sends = seconds_of(model, one), ledger_of(model, one), traffic(model, one)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def step(share: float, how: Traffic) -> StepTime:
+        slower = {unit: UnitSeconds(own.forward / share, own.backward / share) for unit, own in seconds.items()}
+        return step_time(how, slower, network_for(one), one.ranks, one.accumulation, update_seconds(ledger, one))
+
+    share = SUSTAINED[one.device]
+    return {"parameters": parameters, "model_state_bytes": ledger.model_state, "sheet": step(1.0, sends),
+            "step": step(share, sends), "serial": step(share, replace(sends, overlaps=False))}
 
 
 def row(one: Published) -> dict:
     """A published figure and its prediction."""
-    step, ledger, parameters = predicted(one)
-    tokens = one.micro_batch * one.accumulation * one.sequence / step.seconds
-    return {**asdict(one), "parameters": parameters, "predicted_tokens": tokens, "ratio": tokens / one.tokens,
-            "step_seconds": step.seconds, "compute_seconds": step.compute, "network_seconds": step.network,
-            "exposed_seconds": step.exposed, "sent_bytes": step.sent, "model_state_bytes": ledger.model_state}
+    found = predicted(one)
+    sheet, step, serial = found.pop("sheet"), found.pop("step"), found.pop("serial")
+    tokens = one.micro_batch * one.accumulation * one.sequence
+    return {**asdict(one), **found, "predicted_tokens": tokens / step.seconds,
+            "ratio": tokens / step.seconds / one.tokens, "by_data_sheet": tokens / sheet.seconds / one.tokens,
+            "one_by_one": tokens / serial.seconds / one.tokens, "step_seconds": step.seconds,
+            "compute_seconds": step.compute, "network_seconds": step.network, "exposed_seconds": step.exposed,
+            "sent_bytes": step.sent}
+
+
+RANKS = (1, 8, 64, 256, 1024)
+ENGINES = {"ddp": ("ddp", 3), "zero 1": ("zero", 1), "zero 2": ("zero", 2), "zero 3": ("zero", 3),
+           "fsdp2": ("fsdp2", 3)}
+GROWN = ("Llama-3.1-8B", "CodeLlama-34B", "Llama-2-70B")
+
+
+def growth(name: str) -> list[dict]:
+    """One model under each engine as it is set up here, 2 rows of 4,096 tokens per H100 and step, recomputed."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        model = model_of(name, 4096, True)
+        return [grown(model, name, engine, ranks) for engine in ENGINES for ranks in RANKS]
+
+
+_seconds: dict[tuple, dict[tuple[str, ...], UnitSeconds]] = {}
+
+
+def grown(model: nn.Module, name: str, engine: str, ranks: int) -> dict:
+    """A step and the bytes of a rank."""
+    kind, stage = ENGINES[engine]
+    one = Published("", name, engine, "h100", ranks, "dgx-h100", 2, 1, 4096, True, 0)
+    setup = replace(setup_of(model, one), engine=kind, stage=stage)
+    ledger, sends = ledger_of(model, one, setup), traffic_of(model, [list(model.parameters())], setup)
+    share, units = SUSTAINED["h100"], [unit.modules for unit in sends.units]
+    key = name, tuple(units)
+    if key not in _seconds:
+        _seconds[key] = {unit: UnitSeconds(own.forward / share, own.backward / share)
+                         for unit, own in seconds_of(model, one, units).items()}
+    step = step_time(sends, _seconds[key], network_for(one), ranks, 1, update_seconds(ledger, one))
+    return {"model": name, "engine": engine, "ranks": ranks, "step_seconds": step.seconds,
+            "network_seconds": step.network, "exposed_seconds": step.exposed, "tokens": 2 * 4096 / step.seconds,
+            "sent_bytes": step.sent, "model_state_bytes": ledger.model_state,
+            "rank_bytes": ledger.model_state + ledger.gathered + ledger.communication}
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as Markdown."""
-    lines = ["| engine | model | GPUs | micro-batch | step, s | network, s | of which exposed | tokens/s per GPU | "
-             "published | ratio |", "|---|---|---|---|---:|---:|---:|---:|---:|---:|"]
-    lines += [f"| {one['engine']} | {one['model']} | {one['ranks']} x {one['device']} | {one['accumulation']} of "
-              f"{one['micro_batch']} x {one['sequence']}{', recomputed' if one['recompute'] else ''} | "
-              f"{one['step_seconds']:.2f} | {one['network_seconds']:.2f} | {one['exposed_seconds']:.2f} | "
-              f"{one['predicted_tokens']:,.0f} | {one['tokens']:,.0f} | {one['ratio']:.2f} |" for one in rows]
+    """Rows as Markdown, and why some are off."""
+    lines = ["| engine | model | GPUs | forwards x rows x tokens | step, s | network, s | tokens/s per GPU | published "
+             "| ratio | by data sheet |", "|---|---|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {one['engine']} | {one['model']} | {one['ranks']} {one['device']} | {one['accumulation']} x "
+              f"{one['micro_batch']} x {one['sequence']:,}{', recomputed' if one['recompute'] else ''} | "
+              f"{one['step_seconds']:.2f} | {one['network_seconds']:.2f} | "
+              f"{one['predicted_tokens']:,.0f} | {one['tokens']:,.0f} | "
+              f"{'calibrates' if one['calibrates'] else format(one['ratio'], '.2f')} | {one['by_data_sheet']:.2f} |"
+              for one in rows]
+    reasons = {}
+    for one in rows:
+        if abs(one["ratio"] - 1) > 0.15:
+            reasons.setdefault(one["why"], []).append(f"{one['model']} on {one['ranks']} ({one['one_by_one']:.2f} if "
+                                                      "nothing overlapped)")
+    return "\n".join([*lines, "\nMore than 15% off:\n", *(f"- {', '.join(names)}: {why}." for why, names in
+                                                          reasons.items())])
+
+
+def growth_table(rows: list[dict]) -> str:
+    """Steps by number of GPUs as Markdown: seconds, and GB of a rank."""
+    ranks = list(dict.fromkeys(one["ranks"] for one in rows))
+    lines = [f"| model | engine | {' | '.join(f'{count:,}' for count in ranks)} GPUs |",
+             f"|---|---|{'---:|' * len(ranks)}"]
+    for model, engine in dict.fromkeys((one["model"], one["engine"]) for one in rows):
+        own = [one for one in rows if (one["model"], one["engine"]) == (model, engine)]
+        cells = [f"{one['step_seconds']:.2f} s, {one['rank_bytes'] / 1e9:,.0f} GB" for one in own]
+        lines.append(f"| {model} | {engine} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -222,10 +303,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     begun = time.perf_counter()
     rows = [row(one) for one in PUBLISHED if one.model in options.models]
-    print(table(rows))
+    larger = [one for name in GROWN if name in options.models for one in growth(name)]
+    print(f"{table(rows)}\n\n{growth_table(larger)}" if larger else table(rows))
     print(f"\n{time.perf_counter() - begun:.1f} s for all of them, without weights")
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps({
+            "machine": machine("cpu"), "sustained": SUSTAINED, "rows": rows, "growth": larger}, indent=2) + "\n")
     return 0
 
 
