@@ -109,12 +109,12 @@ def azure(width: int, layers: int, sequence: int, tflops: float) -> float:
     return tflops * 1e12 / operations * sequence
 
 
-SHORT = "4,096 tokens a forward: the roofline has matrix products as fast as those of more tokens, and no waiting for " \
-        "processes; on one node of 8 the source has 4,792 tokens/s, so it is no matter of the network"
+SHORT = "4,096 tokens a forward: the roofline has matrix products as fast as those of more tokens, and no waiting " \
+        "for processes; on one node of 8 the source has 4,792 tokens/s, so it is no matter of the network"
 FULL = "not known: with 128 GPUs and twice the tokens the same source is within 15%, so that it is no matter of the " \
        "shapes; 40 GB are nearly full, and torch's allocator may wait for the GPU (Zhao et al. 2023, section 3.4)"
-OFFLOAD = "activations and optimizer state were moved to the CPU and back, which is not in the model, with kernels of " \
-          "2022; the source scales from 128 to 1,024 GPUs almost linearly, so little of it is the network's"
+OFFLOAD = "activations and optimizer state were moved to the CPU and back, which is not in the model, with kernels " \
+          "of 2022; the source scales from 128 to 1,024 GPUs almost linearly, so little of it is the network's"
 PUBLISHED = (
     Published(MOSAIC, "MPT-3B", "fsdp2", "a100-80gb", 8, "dgx-a100", 10, 2, 2048, False, 10811),
     Published(MOSAIC, "MPT-7B", "fsdp2", "a100-80gb", 8, "dgx-a100", 6, 2, 2048, False, 4641,
@@ -274,7 +274,7 @@ def table(rows: list[dict]) -> str:
               f"{one['predicted_tokens']:,.0f} | {one['tokens']:,.0f} | "
               f"{'calibrates' if one['calibrates'] else format(one['ratio'], '.2f')} | {one['by_data_sheet']:.2f} |"
               for one in rows]
-    reasons = {}
+    reasons: dict[str, list[str]] = {}
     for one in rows:
         if abs(one["ratio"] - 1) > 0.15:
             reasons.setdefault(one["why"], []).append(f"{one['model']} on {one['ranks']} ({one['one_by_one']:.2f} if "

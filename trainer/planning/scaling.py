@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from strategies.memory.ledger import Ledger
 from strategies.rematerialization.price.costs import DEVICES
+from strategies.rematerialization.price.unit_seconds import ATTAINED, sustained
 from strategies.sharding.network import Network
 from strategies.sharding.step_time import UnitSeconds, step_time
 from strategies.sharding.traffic import Traffic, traffic_of, whole_units
@@ -93,8 +94,7 @@ def scale(experiment: Experiment, teacher: PretrainedConfig | None, student: Pre
 
 def _sharded(experiment: Experiment, name: str) -> Sharding:
     engine, stage = ENGINES[name]
-    values = experiment.sharding.model_dump(exclude={"engine", "stage", "offload"})
-    return Sharding(**values, engine=engine, stage=stage)
+    return Sharding.model_validate({"engine": engine, "stage": stage, "bucket": experiment.sharding.bucket})
 
 
 def _on(experiment: Experiment, sharding: Sharding, ranks: int) -> Experiment:
@@ -122,8 +122,8 @@ def _row(experiment: Experiment, teacher: PretrainedConfig | None, student: Pret
     seconds = known[setup.is_sharded]
     moved = 2 * (ledger.weights + ledger.fp32_weights + ledger.optimizer_state) + ledger.gradients
     accumulation = experiment.training.batch_size // (experiment.training.micro_batch * topology.data_parallel)
-    step = step_time(traffic, _recomputed(seconds["student"], plan.blocks()), network, topology.ranks, accumulation,
-                     moved / device.bandwidth, seconds.get("teacher"))
+    step = step_time(traffic, _recomputed(seconds["student"], plan.blocks(), device.name), network, topology.ranks,
+                     accumulation, moved / device.bandwidth, seconds.get("teacher"))
     return ScaleRow(experiment.sharding.words(topology.ranks), topology.ranks, experiment.training.batch_size,
                     step.seconds, step.compute, step.update, step.network, step.exposed,
                     positions_of(experiment.data, experiment.training.batch_size) / step.seconds, step.sent,
@@ -147,12 +147,15 @@ def _unit_seconds(study: StepStudy, traffic: Traffic, experiment: Experiment) ->
 
     assert experiment.memory.device is not None
     found = study.unit_seconds(DEVICES[experiment.memory.device], units)
-    return {name: {unit: UnitSeconds(*pair) for unit, pair in own.items()} for name, own in found.items()}
+    share = sustained(experiment.memory.device)
+    return {name: {unit: UnitSeconds(forward / share, backward / share) for unit, (forward, backward) in own.items()}
+            for name, own in found.items()}
 
 
-def _recomputed(seconds: Seconds, blocks: Sequence[dict]) -> Seconds:
-    """Seconds with the recomputation of a plan's blocks in the backward of their units."""
-    more = {block["name"]: block["seconds"] for block in blocks}
+def _recomputed(seconds: Seconds, blocks: Sequence[dict], device: str) -> Seconds:
+    """Seconds with the recomputation of a plan's blocks in their units' backward; it is priced by the data sheet."""
+    share = sustained(device) * ATTAINED.get(device, 1.0)
+    more = {block["name"]: block["seconds"] / share for block in blocks}
     return {unit: replace(own, backward=own.backward + sum(more.get(name, 0.0) for name in unit))
             for unit, own in seconds.items()}
 

@@ -24,11 +24,16 @@ FORWARD, BACKWARD = "forward", "backward"
 ATTAINED = {"a100-40gb": 271.2 / 312, "a100-80gb": 271.2 / 312, "h100": 794.5 / 989, "h200": 794.5 / 989}
 # Share of that roofline's speed that a whole step held: in mosaicml/llm-foundry's scripts/train/benchmarking/README.md
 # for MPT-7B on one node of 8, 4,641 tokens/s per A100 and 10,643 per H100, by `benchmarks.sharding.scale`. Elementwise
-# kernels do not attain the data sheet's bandwidth, nor do GPUs hold their clock. Others are taken for like these.
+# kernels do not attain the data sheet's bandwidth, nor do GPUs hold their clock. Others are taken to be like the A100.
 SUSTAINED = {"a100-40gb": 0.794, "a100-80gb": 0.794, "h100": 0.655, "h200": 0.655}
 FREE = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided,
         torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided, torch.ops.aten.lift_fresh}
 Unit = tuple[str, ...]
+
+
+def sustained(device: str) -> float:
+    """Share of the roofline's speed that a whole step holds on a device."""
+    return SUSTAINED.get(device, SUSTAINED["a100-80gb"])
 
 
 class OperationSeconds(TorchDispatchMode):
