@@ -124,6 +124,9 @@ def scaled(source: Source, ranks: Sequence[int], engines: str | None, network: s
     """
     quiet_libraries()
     experiment = source.experiment
+    if experiment.stages:
+        raise UserError("stages", "steps are predicted for one experiment, and these are several",
+                        way_out="write one stage as an experiment of its own")
     names = [] if engines is None else engines.split(",")
     for name in names:
         if name not in ENGINES:

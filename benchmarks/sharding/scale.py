@@ -279,8 +279,10 @@ def table(rows: list[dict]) -> str:
         if abs(one["ratio"] - 1) > 0.15:
             reasons.setdefault(one["why"], []).append(f"{one['model']} on {one['ranks']} ({one['one_by_one']:.2f} if "
                                                       "nothing overlapped)")
-    return "\n".join([*lines, "\nMore than 15% off:\n", *(f"- {', '.join(names)}: {why}." for why, names in
-                                                          reasons.items())])
+    others = [one for one in rows if not one["calibrates"]]
+    near = sum(abs(one["ratio"] - 1) <= 0.15 for one in others)
+    listed = [f"- {', '.join(names)}: {why}." for why, names in reasons.items()]
+    return "\n".join([*lines, f"\n{near} of {len(others)} predictions are within 15%. The others:\n", *listed])
 
 
 def growth_table(rows: list[dict]) -> str:

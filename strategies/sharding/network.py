@@ -4,7 +4,7 @@ Two kinds of links are told apart: those within a node (NVLink, PCIe) and those 
 Algorithms are those of NCCL: rings (Patarasuk & Yuan 2009) and, for all-reduce, double binary trees (Sanders et al.
 2009); beside them the hierarchical ones, which cross between nodes once with a node's share (Thakur et al. 2005 for
 the costs). Latencies and the bandwidth of a link within a node are those that NCCL's own model plans with
-(NVIDIA/nccl: src/graph/tuning.cc and src/graph/topo.h of 2.27).
+(NVIDIA/nccl: src/graph/tuning.cc and src/graph/topo.h).
 """
 
 from __future__ import annotations
