@@ -44,7 +44,7 @@ class StepTime:
     @property
     def exposed(self) -> float:
         """Seconds in which a rank waits for the network."""
-        return self.seconds - self.compute - self.update
+        return max(0.0, self.seconds - self.compute - self.update)
 
 
 @dataclass
