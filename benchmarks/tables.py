@@ -34,6 +34,8 @@ from benchmarks.quantization.trained_quantized import costs_table, losses_table
 from benchmarks.quickstart import table as quickstart_table
 from benchmarks.sharding.bytes_by_engine import table as ledger_table
 from benchmarks.sharding.engines import table as engines_table
+from benchmarks.sharding.scale import growth_table
+from benchmarks.sharding.scale import table as scale_table
 from benchmarks.tasks.classification import SHAPES
 from benchmarks.tasks.classification import table as classification_table
 
@@ -102,6 +104,8 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "instances": ("rematerialization-instances-cpu.json", instances_table),
     "engines": ("sharding-engines-cpu.json", lambda found: engines_table(found["rows"])),
     "ledger": ("sharding-ledger.json", lambda found: ledger_table(found["rows"])),
+    "scale": ("sharding-scale.json", lambda found: scale_table(found["rows"])),
+    "growth": ("sharding-scale.json", lambda found: growth_table(found["growth"])),
     "optimizers": ("optimizers-cpu.json", optimizers_table),
     "losses": ("distillation-losses-cpu.json", lambda found: side_by_side(found["rows"])),
     "errors": ("distillation-losses-cpu.json", lambda found: errors_table(found["errors"])),

@@ -303,6 +303,28 @@ def _generate(options: Namespace) -> int:
     return 0
 
 
+def _scale(options: Namespace) -> int:
+    if options.config is None:
+        raise UserError("", "no experiment given", way_out="limbeck scale --config FILE [key=value ...]")
+    source = read_experiment(options.config, options.overrides)
+    from trainer.pipeline import scaled
+
+    try:
+        scaled(source, _ranks(options.ranks), options.engines, options.network, options.gbits, options.json)
+    except UserError as error:
+        raise ExperimentErrors([error], source.origins, source.file) from error
+    return 0
+
+
+def _ranks(text: str) -> list[int]:
+    """Numbers of ranks from the command line."""
+    numbers = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if min(numbers) < 1:
+        raise UserError("--ranks", "these are numbers of ranks, separated by commas", value=text,
+                        way_out="for example --ranks 1,8,64")
+    return numbers
+
+
 VERBS = {"init": _init, "schema": _schema, "show-data": _show_data, "status": _status, "watch": _watch,
          "report": _report, "export": _export, "push": _push, "evaluate": _evaluate, "sweep": _sweep,
-         "generate": _generate}
+         "generate": _generate, "scale": _scale}

@@ -17,6 +17,7 @@ from trainer.sweep.sweep_file import Sweep
 EXAMPLE = "configs/quickstart.yaml"
 RUNTIMES = ("onnx", "gguf", "ctranslate2", "executorch")
 READERS = ("llama-cpp", "openvino")
+CLUSTERS = ("dgx-v100", "dgx-a100", "dgx-h100", "pcie")  # as in strategies.sharding.network
 OVERRIDES = "override a value of the file, for example optimizer.lr=1e-4 student.quantization.bits=8"
 
 EXIT_CODES = """\
@@ -146,7 +147,8 @@ def limbeck_parser() -> Parser:
     parser.add_argument("-V", "--version", action="version", version=f"limbeck {__version__}",
                         help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="limbeck")
-    for add in (_init, _schema, _show_data, _status, _watch, _report, _export, _push, _evaluate, _sweep, _generate):
+    for add in (_init, _schema, _show_data, _status, _watch, _report, _export, _push, _evaluate, _sweep, _generate,
+                _scale):
         add(verbs)
     for name, verb in verbs.choices.items():
         verb.siblings = {other: one for other, one in verbs.choices.items() if other != name}
@@ -340,3 +342,22 @@ def _of_decoding(parser: Parser) -> None:
                         "cut off (default: drop answers, keep plain texts)")
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="sequences at a time (default: 16)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the samples (default: 0)")
+
+
+def _scale(verbs: Any) -> None:
+    says = "predict step time and bytes per rank for many numbers of GPUs, without any of them"
+    parser = verbs.add_parser(
+        "scale", help=says, description=f"{_sentence(says)}.\nEach rank has the sequences that it has in the "
+        "experiment, so that the batch grows with the ranks.",
+        usage="limbeck scale --config FILE [--ranks N,N] [--engines NAME,NAME] [--network NAME] [--gbits G]\n"
+              "                     [--json] [key=value ...]")
+    _experiment(parser)
+    parser.add_argument("--ranks", metavar="N,N", default="1,8,64,1024", help="numbers of ranks, one per GPU (default: "
+                        "1,8,64,1024)")
+    parser.add_argument("--engines", metavar="NAME,NAME", help="of ddp, zero1, zero2, zero3, fsdp2 and fsdp2-stage2 "
+                        "(default: the experiment's)")
+    parser.add_argument("--network", metavar="NAME", choices=CLUSTERS, help="nodes and their links: "
+                        + ", ".join(CLUSTERS) + " (default: the usual one for memory.device)")
+    parser.add_argument("--gbits", metavar="G", type=float, help="gigabits per second of each GPU between nodes, if "
+                        "not the network's")
+    parser.add_argument("--json", action="store_true", help="print them as JSON")

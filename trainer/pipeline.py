@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from strategies.sharding.network import NETWORKS, network_of
 from trainer.data.classified_preview import classified_preview
 from trainer.data.data_preview import preview
 from trainer.data.dataset import PreparedData, for_each_source, prepare_text
@@ -27,6 +29,7 @@ from trainer.early_checks import (
     next_start,
     vocabulary_of,
 )
+from trainer.errors import UserError
 from trainer.evaluate.check_tasks import check_prompts, check_tasks
 from trainer.experiment.data_nodes import source_names
 from trainer.experiment.experiment import Experiment
@@ -36,6 +39,7 @@ from trainer.files import fingerprint, write_atomically
 from trainer.models.build import DTYPES, quiet_libraries
 from trainer.models.language_part import check_places
 from trainer.planning.plan import Plan, Plans, check_batch
+from trainer.planning.scaling import ENGINES, scale, scale_json, show_scale
 from trainer.planning.show_plan import plan_json, show_plan
 from trainer.preparation import Launched, prepare
 from trainer.run.folder import RunFolder, training_identity
@@ -107,6 +111,35 @@ def planned(source: Source) -> Plan:
     check_tokenizer_origin(experiment)
     with working(experiment.name, "planning memory", to_stderr=True):  # standard output may be read as JSON
         return Plans().resolve(experiment, topology, teacher, student)
+
+
+def scaled(source: Source, ranks: Sequence[int], engines: str | None, network: str | None, gbits: float | None,
+           as_json: bool) -> None:
+    """Show predicted step time and bytes for numbers of ranks; see `trainer.planning.scaling`.
+
+    Args:
+        engines: names separated by commas.
+        network: name of one; None for that of `memory.device`.
+        gbits: gigabits per second of a rank between nodes, if not the network's.
+    """
+    quiet_libraries()
+    experiment = source.experiment
+    if experiment.stages:
+        raise UserError("stages", "steps are predicted for one experiment, and these are several",
+                        way_out="write one stage as an experiment of its own")
+    names = [] if engines is None else engines.split(",")
+    for name in names:
+        if name not in ENGINES:
+            raise UserError("--engines", "there is no such engine", value=name,
+                            way_out=f"one of {', '.join(ENGINES)}")
+    if gbits is not None and not gbits > 0:
+        raise UserError("--gbits", "this has to be more than 0", value=gbits, way_out="leave it out, or give more")
+    found = network_of(experiment.memory.device or "") if network is None else NETWORKS[network]
+    found = found if gbits is None else replace(found, between=gbits * 1e9 / 8)
+    teacher, student = configs_of(experiment, vocabulary_of(experiment), offline=True)
+    with working(experiment.name, "predicting steps", to_stderr=True):
+        rows = scale(experiment, teacher, student, ranks, found, names)
+    print(scale_json(rows, found)) if as_json else show_scale(rows, found, experiment.memory.device or "")
 
 
 def run_experiment(source: Source, last: bool = True) -> Path:

@@ -149,12 +149,12 @@ def _fsdp2(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
     """
     units, size = units_of(model), setup.compute.itemsize
     sums = FP32 if setup.half else size
-    outside, order = _outside(model, units), _order(units)
+    outside, order = outside_units(model, units), order_of(units)
     own = sum(local_rows(parameter, setup.ranks) * parameter.element_size() for parameter in model.parameters())
-    trained = _rows_of(model.parameters(), setup.ranks, True) // setup.ranks
-    counts = [_gathered(_parameters(model, names), setup) for names in order]  # in bytes
-    summed = [_rows_of(_parameters(model, names), setup.ranks, True) for names in order]
-    root, root_summed = _gathered(outside, setup), _rows_of(outside, setup.ranks, True)
+    trained = padded_elements(model.parameters(), setup.ranks, True) // setup.ranks
+    counts = [gathered_bytes(parameters_in(model, names), setup) for names in order]  # in bytes
+    summed = [padded_elements(parameters_in(model, names), setup.ranks, True) for names in order]
+    root, root_summed = gathered_bytes(outside, setup), padded_elements(outside, setup.ranks, True)
     fetched = [0 if setup.stage == 2 or units.tail and index == len(order) - 1 else count
                for index, count in enumerate(counts)]  # each unit's, in backward
     turns = []
@@ -198,7 +198,7 @@ def _arriving(count: int, setup: ShardingSetup) -> int:
     return count * setup.gloo + (count // setup.ranks if setup.half else 0)
 
 
-def _gathered(parameters: Iterable[nn.Parameter], setup: ShardingSetup) -> int:
+def gathered_bytes(parameters: Iterable[nn.Parameter], setup: ShardingSetup) -> int:
     """Bytes of parameters when gathered, with padding: in the dtype that is computed with, or else their own."""
     return sum(setup.ranks * local_rows(parameter, setup.ranks) * (
         setup.compute.itemsize if setup.half else parameter.element_size()) for parameter in parameters)
@@ -212,15 +212,15 @@ def _summing(model: nn.Module, names: Sequence[str], setup: ShardingSetup, held:
     of an embedding or a head). Then the rank's part of the sum is added, and gloo's copy. Without names the unit is the
     root.
     """
-    parameters = _parameters(model, names) if names else _outside(model, units_of(model))
-    whole, count = _gathered(parameters, setup), _rows_of(parameters, setup.ranks, True)
+    parameters = parameters_in(model, names) if names else outside_units(model, units_of(model))
+    whole, count = gathered_bytes(parameters, setup), padded_elements(parameters, setup.ranks, True)
     size, sums = setup.compute.itemsize, FP32 if setup.half else setup.compute.itemsize
     copied = size * max((parameter.numel() for parameter in parameters), default=0) if setup.half and setup.gloo else 0
     summing = sums * count * (2 if setup.gloo else 1) + FP32 * count // setup.ranks
     return max(sums * count + copied, summing - (0 if held else size * count)) - whole
 
 
-def _rows_of(parameters: Iterable[nn.Parameter], ranks: int, trained: bool = False) -> int:
+def padded_elements(parameters: Iterable[nn.Parameter], ranks: int, trained: bool = False) -> int:
     """Elements of all parameters, or only the trained ones, summed over ranks with padding."""
     return ranks * sum(local_rows(parameter, ranks) for parameter in parameters
                        if parameter.requires_grad or not trained)
@@ -333,7 +333,7 @@ def _zero3(model: nn.Module, groups: Sequence[Sequence[torch.Tensor]], setup: Sh
                   "optimizer state": state}
     turns, bucket, end = [], Bucket(setup.bucket), 0
     for name in reversed((*units.ends[:1], *units.blocks, *units.ends[1:])):
-        own = _parameters(model, [name])
+        own = parameters_in(model, [name])
         count = sum(equal_part(parameter, setup.ranks) * setup.ranks for parameter in own)
         ahead, waits = min(setup.ahead, count), not units.tail and name in units.ends  # tied: complete at the end
         bucket.begin()
@@ -382,27 +382,27 @@ def _teacher(teacher: nn.Module, setup: ShardingSetup, compute: torch.dtype | No
     def arriving(count: int) -> int:  # the buffer, and the copy out of it
         return count + max(count, count * setup.gloo + (0 if compute is None else count // ranks))
 
-    root = bytes_of(_outside(teacher, units), ranks)
-    counts = [bytes_of(_parameters(teacher, names), ranks) for names in _order(units)]
+    root = bytes_of(outside_units(teacher, units), ranks)
+    counts = [bytes_of(parameters_in(teacher, names), ranks) for names in order_of(units)]
     most = max([arriving(root), *(root + before + arriving(count) for before, count in pairwise([root, *counts]))])
     gathered = root + 2 * max(counts, default=0)
-    head = bytes_of(_parameters(teacher, units.tail[-1:]), ranks) if units.tail else root
+    head = bytes_of(parameters_in(teacher, units.tail[-1:]), ranks) if units.tail else root
     return bytes_of(teacher.parameters(), 1), gathered, max(0, most - gathered), head
 
 
-def _order(units: Units) -> list[list[str]]:
+def order_of(units: Units) -> list[list[str]]:
     """Units in the order in which they run."""
     return [*([[units.first]] if units.first else []), *([name] for name in units.blocks),
             *([list(units.tail)] if units.tail else [])]
 
 
-def _outside(model: nn.Module, units: Units) -> list[nn.Parameter]:
+def outside_units(model: nn.Module, units: Units) -> list[nn.Parameter]:
     """Parameters of the root: in no block, nor in `first` or `tail`."""
-    inside = {id(parameter) for names in _order(units) for parameter in _parameters(model, names)}
+    inside = {id(parameter) for names in order_of(units) for parameter in parameters_in(model, names)}
     return [parameter for parameter in model.parameters() if id(parameter) not in inside]
 
 
-def _parameters(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+def parameters_in(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     """Parameters of the named modules of a model, in order."""
     return [parameter for name in names for parameter in model.get_submodule(name).parameters()]
 

@@ -207,7 +207,8 @@ def verb(words, folder):
              "push": {"--to", "--private", "--runtime", "--base"}, "sweep": {"--dry-run"},
              "evaluate": {"--tasks", "--limit", "--teacher", "--output", "--tokens", "--trust-remote-code"},
              "generate": {"--prompts", "--to", "--limit", "--first-tokens", "--new-tokens", "--temperature", "--dtype",
-                          "--batch-size"}}
+                          "--batch-size"},
+             "scale": {"--config", "--ranks", "--engines", "--network", "--gbits", "--json"}}
     assert words[1] in known and {word for word in words if word.startswith("--")} <= set(known[words[1]])
     if "--config" in words:
         experiment_of(words)

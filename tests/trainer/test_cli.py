@@ -15,7 +15,7 @@ from trainer.errors import UserError
 
 HEAVY = "{'torch', 'transformers', 'datasets', 'accelerate', 'numpy'}"
 VERBS = ("init", "schema", "show-data", "status", "watch", "report", "export", "push", "evaluate", "sweep",
-         "generate")
+         "generate", "scale")
 
 
 def typed(*arguments, capsys):
@@ -102,7 +102,7 @@ def test_overrides_reach_the_experiment(write_experiment, capsys):
     ("export r --to onxx", ["no such runtime: onxx", "did you mean onnx?"]),
     ("export r --ot onnx", ["no such option: --ot", "did you mean --to?"]),
     ("report r --trust-remote-code", ["--trust-remote-code goes with export"]),
-    ("report r --config x", ["--config goes with show-data and status and watch"]),
+    ("report r --config x", ["--config goes with show-data and status and watch and scale"]),
     ("report nowhere", ["not a finished run: experiment.yaml is missing"]),
     ("sweep", ["the following arguments are required: SWEEP", "limbeck sweep SWEEP [--dry-run] [key=value ...]"]),
     ("sweep a --jobs 2", ["no such option: --jobs"]),

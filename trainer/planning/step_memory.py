@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,12 @@ from strategies.memory.external import held_besides
 from strategies.memory.plot import curve, thinned
 from strategies.memory.residency import Residency
 from strategies.memory.units import parse_bytes
+from strategies.rematerialization.capture.compile_region import quiet
+from strategies.rematerialization.capture.fake_tensors import FakeItemMode
 from strategies.rematerialization.planner import Planner
+from strategies.rematerialization.price.costs import Device
 from strategies.rematerialization.price.step_trace import Shared, off_the_path
+from strategies.rematerialization.price.unit_seconds import unit_seconds
 from strategies.rematerialization.recompute_plan import RecomputePlan
 from strategies.rematerialization.rematerialize import Refuted, study
 from strategies.sharding.zero import ask_for_gradients
@@ -115,6 +119,29 @@ class StepStudy:
                      regions=regions, measure=experiment.memory.device is None and self.topology.ranks == 1,
                      refuted=self.refuted, solver=experiment.memory.solver, cache=plans_cache(experiment.run),
                      shared=self._shared, **how)
+
+    def unit_seconds(self, device: Device, units: Callable[[str, nn.Module], Sequence[tuple[str, ...]]]
+                     ) -> dict[str, dict[tuple[str, ...], tuple[float, float]]]:
+        """Seconds (forward, backward) of each unit of `student` and `teacher` in a micro-batch, nothing recomputed.
+
+        Args:
+            units: gives the units of one of them, by its name.
+        """
+        made, _ = self._made
+        models = {name: model for name, model in (("teacher", self.teacher), ("student", made.model)) if model}
+        with self._mode, FakeItemMode(), quiet("torch._subclasses.fake_tensor"):
+            return unit_seconds(lambda: made.loss(made.batch), models,
+                                {name: units(name, model) for name, model in models.items()}, device)
+
+    @property
+    def student(self) -> nn.Module:
+        """The student, of fake tensors."""
+        return self._made[0].model
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """What of the teachers is resident beside the student; None if that is nothing, or part of the student."""
+        return None if self.experiment.teacher_is_base else self._made[0].teacher
 
     @cached_property
     def _made(self) -> tuple[_Made, dict[str, Any]]:

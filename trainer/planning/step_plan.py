@@ -159,6 +159,23 @@ def choose(experiment: Experiment, study: Callable[[Experiment], Study], topolog
         raise refuse(experiment, unmet.error, *named_parts(unmet.least), attempt, topology) from unmet.error
 
 
+def plan_or_least(experiment: Experiment, study: Study) -> tuple[RecomputePlan, bool]:
+    """The plan of a step for its budget, or one of the lowest peak found; and whether it fits.
+
+    Where the lower bound shows that no plan fits, none is searched, so that the lowest peak is that of nothing
+    recomputed.
+    """
+    budget, planner = experiment.memory.bytes, study(False, None)
+    usual = planner.keep_all()
+    if budget is None:
+        return usual, True
+    try:
+        found = _kept(budget, study, planner) or _planned(budget, study, usual.peak, hopeless=True)
+    except _Unmet as unmet:
+        return min(unmet.least, usual, key=lambda plan: plan.peak), planner.fits_as_it_is(budget)
+    return found.schedule, True
+
+
 def _choose(budget: int | None, study: Study) -> Chosen:
     """See `choose`.
 
