@@ -1,17 +1,21 @@
-"""Five figures for the README, each from the committed results of the command beside it."""
+"""Six figures for the README, each from the committed results of the command beside it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.end_to_end.contestant import GKD, TRAINER
+from benchmarks.end_to_end.end_to_end_table import best
+
 FILES = ("quickstart-cpu.json", "rematerialization-frontier-cpu.json", "distillation-losses-cpu.json",
-         "quantization-runtimes-cpu.json", "faults-cpu.json")
+         "quantization-runtimes-cpu.json", "faults-cpu.json", "end-to-end-cpu.json")
 
 
-def table(quickstart: dict, frontier: list, losses: dict, runtimes: dict, faults: dict) -> str:
+def table(quickstart: dict, frontier: list, losses: dict, runtimes: dict, faults: dict, end_to_end: dict) -> str:
     """What was measured, and the command that measures it again."""
     rows = [
         ("quickstart --seeds 3", _quickstart(quickstart)),
+        ("end_to_end", _end_to_end(end_to_end)),
         ("rematerialization.frontier --model all", _frontier(frontier)),
         ("distillation.losses --rounds 2", _losses(losses)),
         ("quantization.runtimes", _runtimes(runtimes)),
@@ -28,6 +32,14 @@ def _quickstart(found: dict) -> str:
     return (f"**Size.** The quickstart's 4-bit student is {share:.1f} times smaller than its teacher, at "
             f"{student:.3f} against {teacher:.3f} bits per byte of held-out text. "
             f"Learning from the teacher saves {gain['mean']:.4f} (sd {gain['sd']:.4f}, {len(found['rows'])} seeds).")
+
+
+def _end_to_end(found: dict) -> str:
+    (low, high), (least, most) = best(found["rows"], "fine-tune", TRAINER)
+    (taught_low, taught_high), (taught_least, taught_most) = best(found["rows"], "distill", GKD)
+    return (f"**Speed.** With the same weights, rows and losses, fine-tuning is {low:.1f} to {high:.1f} times as fast as "
+            f"the HF Trainer, with {least:.2f} to {most:.2f} of its memory; distillation {taught_low:.1f} to "
+            f"{taught_high:.1f} times as fast as TRL GKD, with {taught_least:.2f} to {taught_most:.2f}.")
 
 
 def _frontier(rows: list[dict]) -> str:

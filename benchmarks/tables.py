@@ -13,6 +13,7 @@ from benchmarks.distillation.cached import table as cached_table
 from benchmarks.distillation.losses import errors_table, side_by_side
 from benchmarks.distillation.peers_quality import table as peers_table
 from benchmarks.distillation.students import table as students_table
+from benchmarks.end_to_end.end_to_end_table import table as end_to_end_table
 from benchmarks.faults.cost import table as cost_table
 from benchmarks.faults.judging import table as faults_table
 from benchmarks.figures import FILES as FIGURES
@@ -100,6 +101,8 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "figures": (FIGURES, figures_table),
     "cuts": ("pruning-structured-cpu.json", cuts_table),
     "quickstart": ("quickstart-cpu.json", quickstart_table),
+    "end-to-end": ("end-to-end-cpu.json", lambda found: end_to_end_table(found["rows"])),
+    "end-to-end-busy": ("end-to-end-busy-cpu.json", lambda found: end_to_end_table(found["rows"])),
     "frontier": ("rematerialization-frontier-cpu.json", frontier_table),
     "instances": ("rematerialization-instances-cpu.json", instances_table),
     "engines": ("sharding-engines-cpu.json", lambda found: engines_table(found["rows"])),

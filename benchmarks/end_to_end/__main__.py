@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.end_to_end.contestant import CONTESTANTS, OURS
+from benchmarks.end_to_end.contestant import CONTESTANTS
+from benchmarks.end_to_end.end_to_end_table import table
 from benchmarks.end_to_end.material import BATCH, LENGTH, Setting, rows_in_order
 from benchmarks.rematerialization.frontier import machine
 
@@ -138,23 +139,6 @@ def another_job(wanted: bool) -> Iterator[None]:
     finally:
         if other is not None:
             other.kill()
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """For people; ratios are ours over theirs."""
-    lines = ["| trained | vocabulary | dtype | by | tokens/s | ours, times faster | peak, MB | above imports, MB | "
-             "ours, share of it | losses differ by |", "|---|---:|---|---|---:|---:|---:|---:|---:|---:|"]
-    for one in rows:
-        own = next(other for other in rows if other["contestant"] == OURS and all(
-            other[key] == one[key] for key in ("task", "vocabulary", "dtype")))
-        peer = one is not own
-        lines.append(
-            f"| {one['task']} | {one['vocabulary']:,} | {one['dtype']} | {one['contestant']} | "
-            f"{one['tokens_per_second']:,.0f} | {format(one['ratio'], '.2f') if peer else ''} | "
-            f"{one['peak_bytes'] / 1e6:,.0f} | {one['peak_above_imports'] / 1e6:,.0f} | "
-            f"{format(own['peak_above_imports'] / one['peak_above_imports'], '.2f') if peer else ''} | "
-            f"{format(one['largest_loss_difference'], '.0e') + (' (void)' if one['void'] else '') if peer else ''} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
