@@ -217,14 +217,13 @@ def ratios_in_parts(weights: Weights, edges: tuple[int, ...]) -> list[Weights]:
     found = []
     for step in range(STEPS):
         slopes = gradients(weights, step)
-        pieces = []
-        for part, optimizer, (begin, end) in zip(parts, optimizers, pairwise(edges), strict=True):
+        for part, (begin, end) in zip(parts, pairwise(edges), strict=True):
             part.grad = flat_part(slopes, begin, end)
-            pieces.append(optimizer._parts(part, optimizer.param_groups[0])[0])
-        for own in zip(*pieces, strict=True):
-            norms = sum(lamb._norms(piece, lamb._direction(piece)) for piece in own)
-            for piece, optimizer in zip(own, optimizers, strict=True):
-                optimizer._apply(piece, lamb._direction(piece), norms)
+        held = [list(optimizer._batches()) for optimizer in optimizers]
+        norms = sum(torch.cat([lamb._shares(batch) for batch in own]) for own in held)
+        for own, optimizer in zip(held, optimizers, strict=True):
+            for batch, shares in zip(own, norms.split([len(batch) for batch in own]), strict=True):
+                optimizer._step_shared(batch, shares)
         found.append(dict(optimizers[0].trust_ratios))
     return found
 
