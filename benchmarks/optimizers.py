@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from benchmarks.rematerialization.frontier import machine
-from strategies.common.shards import Layout, Piece, lay_out
+from strategies.common.shards import Layout, Piece, lay_out, layout_of
 from strategies.memory.meter import resident_tensors
 from strategies.optimizers import lamb
 from strategies.optimizers.adafactor import Adafactor
@@ -219,13 +219,20 @@ def ratios_in_parts(weights: Weights, edges: tuple[int, ...]) -> list[Weights]:
         slopes = gradients(weights, step)
         for part, (begin, end) in zip(parts, pairwise(edges), strict=True):
             part.grad = flat_part(slopes, begin, end)
-        held = [list(optimizer._batches()) for optimizer in optimizers]
+        held = [_batches(optimizer, part) for part, optimizer in zip(parts, optimizers, strict=True)]
         norms = sum(torch.cat([lamb._shares(batch) for batch in own]) for own in held)
         for own, optimizer in zip(held, optimizers, strict=True):
             for batch, shares in zip(own, norms.split([len(batch) for batch in own]), strict=True):
                 optimizer._step_shared(batch, shares)
         found.append(dict(optimizers[0].trust_ratios))
     return found
+
+
+def _batches(optimizer: Lamb, part: torch.Tensor) -> list:
+    state = optimizer.state.setdefault(part, {}) or optimizer.fresh_state(part)
+    optimizer.state[part] = state
+    state["step"] += 1
+    return list(optimizer._batches([(part, optimizer.param_groups[0], layout_of(part))]))
 
 
 def flat_part(values: Weights, begin: int, end: int) -> torch.Tensor:

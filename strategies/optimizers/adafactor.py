@@ -11,7 +11,7 @@ import torch
 from strategies.common.shards import Layout, Piece, add_over, layout_of, local, local_of
 from strategies.optimizers import adafactor_passes as passes_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
-from strategies.optimizers.passes import Compiles, number_of, passable
+from strategies.optimizers.passes import Compiles, is_together, number_of, passable
 from strategies.optimizers.rectangles import Rectangle, blocks_of, stack_of
 from strategies.optimizers.transient import Sharing, traced_one_by_one
 
@@ -95,7 +95,7 @@ class Adafactor(Compiles, torch.optim.Optimizer):
             state["step"] += 1
             if compiled:
                 passed.append(local(tensor))
-            if compiled and passes_of.is_together(layout):
+            if compiled and is_together(layout):
                 passes_of.add_whole(together, tensor, state, layout, settings)
                 continue
             work = _Work(tensor, state, settings, layout, compiled)

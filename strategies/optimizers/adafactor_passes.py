@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from strategies.common.shards import Layout, local, local_of
-from strategies.optimizers.passes import RowSpan, is_one_span, number_of, row_spans, spread, spread_each, without_data
+from strategies.optimizers.passes import RowSpan, number_of, row_spans, spread, spread_each, without_data
 from strategies.optimizers.rectangles import stack_of
 
 
@@ -17,11 +17,6 @@ class Whole(NamedTuple):
 
     table: list[tuple[int, ...]]
     scalars: list[tuple[float, ...]]
-
-
-def is_together(layout: Layout) -> bool:
-    """Whether the pieces are whole parameters, each of which one thread steps."""
-    return layout.group is None and all(is_one_span(piece.numel) for piece in layout.pieces)
 
 
 def add_whole(whole: Whole, tensor: torch.Tensor, state: dict[str, torch.Tensor], layout: Layout,

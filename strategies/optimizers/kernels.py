@@ -56,12 +56,11 @@ def _square(value: Any) -> Any:
 
 
 @summing
-def _lamb_advance(weight: Array, gradient: Array, mean: Array, square: Array, betas: tuple[float, float], scalars: Array
-                  ) -> tuple[float, float]:
+def _lamb_advance(weight: Array, gradient: Array, mean: Array, square: Array, scalars: Array) -> tuple[float, float]:
     """Advance the moments; squared norms of weight and update."""
-    keep1, keep2, new1, new2 = (np.float32(betas[0]), np.float32(betas[1]), np.float32(1 - betas[0]),
-                                np.float32(1 - betas[1]))
     scale, eps, decay = np.float32(scalars[0]), np.float32(scalars[1]), np.float32(scalars[2])
+    keep1, keep2 = np.float32(scalars[3]), np.float32(scalars[4])
+    new1, new2 = np.float32(1 - scalars[3]), np.float32(1 - scalars[4])
     weights, updates = 0.0, 0.0
     for i in range(len(weight)):
         mean[i] = _lerp(mean[i], gradient[i], new1, keep1)
@@ -80,47 +79,40 @@ def _lamb_apply(weight: Array, mean: Array, square: Array, scalars: Array, rate:
 
 
 @strict
-def lamb_advance(table: Array, scalars: Array, betas: tuple[float, float], norms: Array) -> None:
+def lamb_advance(table: Array, scalars: Array, norms: Array) -> None:
     """Advance the moments of k runs of elements, and find the norms of their weights and updates.
 
     Args:
         table: int64 [k, 5]: addresses of weight, gradient, first and second moment, all fp32, and number of elements.
-        scalars: float64 [k, 3]: scale of the root of the second moment, eps, and weight decay; an update is
-            mean / (scale sqrt(square) + eps) + decay weight.
-        betas: decay rates of the moments.
+        scalars: float64 [k, 7]: scale of the root of the second moment, eps and weight decay, where an update is
+            mean / (scale sqrt(square) + eps) + decay weight; decay rates of the moments; learning rate and bound of the
+            trust ratio, which is infinite for none.
         norms: float64 [k, 2]: receives squared norms of weight and update.
     """
     for k in range(len(table)):
-        weight, gradient, mean, square = (_floats(table[k, 0], table[k, 4]), _floats(table[k, 1], table[k, 4]),
-                                          _floats(table[k, 2], table[k, 4]), _floats(table[k, 3], table[k, 4]))
-        norms[k, 0], norms[k, 1] = _lamb_advance(weight, gradient, mean, square, betas, scalars[k])
+        length = table[k, 4]
+        norms[k, 0], norms[k, 1] = _lamb_advance(_floats(table[k, 0], length), _floats(table[k, 1], length),
+                                                 _floats(table[k, 2], length), _floats(table[k, 3], length), scalars[k])
 
 
 @strict
 def lamb_apply(table: Array, scalars: Array, rates: Array) -> None:
     """weight -= rate update, for `table` and `scalars` as in `lamb_advance` and float64 rates [k]."""
     for k in range(len(table)):
-        weight, mean, square = (_floats(table[k, 0], table[k, 4]), _floats(table[k, 2], table[k, 4]),
-                                _floats(table[k, 3], table[k, 4]))
-        _lamb_apply(weight, mean, square, scalars[k], rates[k])
+        length = table[k, 4]
+        _lamb_apply(_floats(table[k, 0], length), _floats(table[k, 2], length), _floats(table[k, 3], length),
+                    scalars[k], rates[k])
 
 
 @strict
-def lamb_step(table: Array, scalars: Array, betas: tuple[float, float], lr: float, bound: float, ratios: Array) -> None:
-    """Both, one run of elements after another, each of which is a whole parameter.
-
-    Args:
-        lr: learning rate.
-        bound: of the trust ratio, infinite for none.
-        ratios: float64 [k]: receives trust ratios.
-    """
+def lamb_step(table: Array, scalars: Array, ratios: Array) -> None:
+    """Both, one run after another, each of which is a whole parameter; ratios: float64 [k], receives trust ratios."""
     norms = np.empty((1, 2))
     for k in range(len(table)):
-        lamb_advance(table[k:k + 1], scalars[k:k + 1], betas, norms)
-        if norms[0, 0] > 0 and norms[0, 1] > 0:
-            ratios[k] = np.sqrt(norms[0, 0] / norms[0, 1])
-        ratios[k] = bound if ratios[k] > bound else ratios[k]
-        lamb_apply(table[k:k + 1], scalars[k:k + 1], ratios[k:k + 1] * lr)
+        lamb_advance(table[k:k + 1], scalars[k:k + 1], norms)
+        ratio = np.sqrt(norms[0, 0] / norms[0, 1]) if norms[0, 0] > 0 and norms[0, 1] > 0 else 1.0
+        ratios[k] = scalars[k, 6] if ratio > scalars[k, 6] else ratio
+        lamb_apply(table[k:k + 1], scalars[k:k + 1], ratios[k:k + 1] * scalars[k, 5])
 
 
 # ---- Adafactor

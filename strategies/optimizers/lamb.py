@@ -13,7 +13,7 @@ from strategies.common.shards import Layout, add_over, layout_of, local, local_o
 from strategies.optimizers import lamb_passes
 from strategies.optimizers.batches import batches, chunks, zeros_for
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
-from strategies.optimizers.passes import Compiles, is_one_span, passable
+from strategies.optimizers.passes import Compiles, is_together, passable
 from strategies.optimizers.transient import Sharing, traced
 
 
@@ -107,8 +107,17 @@ class Lamb(Compiles, torch.optim.Optimizer):
                 rejects.
         """
         loss = evaluated(closure)
+        table, rest = lamb_passes.Table(), []
+        for tensor, settings in with_gradient(self.param_groups):
+            layout, state = layout_of(tensor), begun(self, tensor)
+            state["step"] += 1
+            if self.compiled and passable(tensor) and is_together(layout):
+                lamb_passes.add_whole(table, tensor, state, layout, settings)
+            else:
+                rest.append((tensor, settings, layout))
+        self._step_together(table)
         shared: dict[Any, list[tuple[list[_Part], torch.Tensor]]] = {}
-        for parts in self._batches():
+        for parts in self._batches(rest):
             if parts[0].group is None:
                 self._step_whole(parts)
             else:
@@ -119,16 +128,20 @@ class Lamb(Compiles, torch.optim.Optimizer):
                 self._step_shared(parts, norms)
         return loss
 
-    def _batches(self) -> Iterator[list[_Part]]:
-        """The pieces of all tensors that have a gradient, in batches, which are made one by one."""
-        found = [(tensor, settings, layout_of(tensor)) for tensor, settings in with_gradient(self.param_groups)]
+    def _step_together(self, table: lamb_passes.Table) -> None:
+        ratios = lamb_passes.step_whole(table)
+        for (tensor, number), ratio in zip(table.owners, ratios.unbind(), strict=True):
+            self.trust_ratios[layout_of(tensor).pieces[number].name or (tensor, number)] = ratio
+        torch.autograd.graph.increment_version([local(tensor) for tensor, number in table.owners if number == 0])
+
+    def _batches(self, found: Sequence[tuple[torch.Tensor, dict[str, Any], Layout]]) -> Iterator[list[_Part]]:
+        """The pieces of tensors, whose steps have been counted, in batches, which are made one by one."""
         largest = max((piece.numel for _, _, layout in found for piece in layout.pieces), default=0)
         return batches((part for each in found for part in self._parts(*each)), largest)
 
     def _parts(self, tensor: torch.Tensor, settings: dict[str, Any], layout: Layout) -> Iterator[_Part]:
         """The pieces of a tensor."""
-        state = begun(self, tensor)
-        state["step"] += 1
+        state = self.state[tensor]
         gradient, weight = flat_gradient(tensor), local_of(tensor)
         mean, square = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
         for number, piece in enumerate(layout.pieces):
@@ -138,24 +151,15 @@ class Lamb(Compiles, torch.optim.Optimizer):
 
     def _step_whole(self, parts: Sequence[_Part]) -> None:
         """Step parts that are whole parameters: each is still in a cache when its norms are known."""
-        if parts[0].compiled:
-            self._pass_whole(parts)
+        if parts[0].compiled:  # they are large
+            for part in parts:
+                self._step_shared([part], lamb_passes.advance([part]))
             return
         updates = _advanced(parts)
         ratios = _ratios(_norms(parts, updates), parts[0].settings)
         torch._foreach_addcmul_([part.weight for part in parts], updates,
                                 list(_rates(parts, ratios).unbind()))
         self._finish(parts, ratios)
-
-    def _pass_whole(self, parts: Sequence[_Part]) -> None:
-        settings = parts[0].settings
-        bound = math.inf if settings["max_trust_ratio"] is None else float(settings["max_trust_ratio"])
-        for part in parts:
-            if not is_one_span(part.weight.numel()):
-                self._step_shared([part], lamb_passes.advance([part]))
-        small = [part for part in parts if is_one_span(part.weight.numel())]
-        if small:
-            self._finish(small, lamb_passes.step(small, float(settings["lr"]), bound))
 
     def _step_shared(self, parts: Sequence[_Part], norms: torch.Tensor) -> None:
         """Step parts whose moments are this step's. `norms`: [parts, 2], squared, of whole weights and updates."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+
+from strategies.common.shards import Layout
 
 T = TypeVar("T")
 WORTH = 1 << 20
@@ -74,6 +78,11 @@ def is_one_span(length: int) -> bool:
     return length <= SPAN
 
 
+def is_together(layout: Layout) -> bool:
+    """Whether all pieces are whole parameters of one span each."""
+    return layout.group is None and all(is_one_span(piece.numel) for piece in layout.pieces)
+
+
 def spans(length: int) -> list[tuple[int, int]]:
     """(begin, number) of `SPAN` elements each, the last ones fewer; one that is empty if there are no elements."""
     return [(begin, min(SPAN, length - begin)) for begin in range(0, max(1, length), SPAN)]
@@ -109,16 +118,22 @@ def shares(sizes: np.ndarray[Any, Any]) -> list[slice]:
     return [slice(begin, end) for begin, end in pairwise(sorted(min(cut, len(sizes)) for cut in cuts)) if begin < end]
 
 
+@lru_cache(maxsize=1)
+def _threads(process: int, number: int) -> ThreadPoolExecutor:
+    """The threads beside the first one; a forked process has none of its parent's."""
+    return ThreadPoolExecutor(number - 1, "optimizer")
+
+
 def spread(work: Callable[[slice], Any], sizes: np.ndarray[Any, Any]) -> None:
     """`work` of runs of items, in as many threads as torch has; a kernel leaves the interpreter to the others."""
     if torch.get_num_threads() == 1 or sizes.sum() < 2 * GRAIN:
         return work(slice(0, len(sizes)))
     first, *others = shares(sizes)
-    with ThreadPoolExecutor(max(1, len(others))) as pool:
-        waiting = [pool.submit(work, other) for other in others]
-        work(first)
-        for one in waiting:
-            one.result()
+    pool = _threads(os.getpid(), torch.get_num_threads())
+    waiting = [pool.submit(work, other) for other in others]
+    work(first)
+    for one in waiting:
+        one.result()
 
 
 def spread_each(work: Callable[[T], Any], items: Sequence[T], size: int) -> None:

@@ -190,7 +190,8 @@ def test_partial_sums_of_any_cut_add_up_to_the_whole(use_passes, shape, cuts):
                                    use_passes)
             statistics = statistics + work.square_sums()
             norms = norms + squared_norm(flat.grad)
-            (own,) = two._batches()
+            two.state[flat] = two.fresh_state(flat) | {"step": torch.ones(())}
+            (own,) = two._batches([(flat, two.param_groups[0], layout_of(flat))])
             ratios = ratios + lamb._shares(own)
         return statistics, norms, ratios
 
