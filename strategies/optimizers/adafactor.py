@@ -11,7 +11,7 @@ import torch
 from strategies.common.shards import Layout, Piece, add_over, layout_of, local, local_of
 from strategies.optimizers import adafactor_passes as passes_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
-from strategies.optimizers.passes import Compiles, is_together, number_of, passable
+from strategies.optimizers.passes import Compiles, is_together, number_of, numbers_of, passable
 from strategies.optimizers.rectangles import Rectangle, blocks_of, stack_of
 from strategies.optimizers.transient import Sharing, traced_one_by_one
 
@@ -250,6 +250,8 @@ class _PassedSlice(_Slice):
 
     def _of_blocks(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """Weight, gradient [L, R, C], factors of their variance [L, R] and [L, C], block by block."""
+        if not self.weight.numel():
+            return
         if not self.matrix:
             one = self.weight.new_ones(1, 1)
             yield self.weight.view(1, 1, -1), self.gradient.view(1, 1, -1), one, self.variance.view(1, -1)
@@ -265,7 +267,7 @@ class _PassedSlice(_Slice):
 
     def step(self, norms: torch.Tensor) -> None:
         _, floor, threshold, keep = passes_of.scalars_of(self.settings, self.weight.dtype)
-        weight_rms, update_rms = (number_of(norm) / max(1, self.numel) for norm in norms)
+        weight_rms, update_rms = (norm / max(1, self.numel) for norm in numbers_of(norms))
         rate = max(weight_rms ** 0.5, floor) * number_of(self.rate) / max(1.0, update_rms ** 0.5 / threshold)
         for each in self._of_blocks():
             passes_of.apply(*each, self.eps, keep, rate)

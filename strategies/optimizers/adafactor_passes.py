@@ -11,6 +11,8 @@ from strategies.common.shards import Layout, local, local_of
 from strategies.optimizers.passes import RowSpan, number_of, row_spans, spread, spread_each, without_data
 from strategies.optimizers.rectangles import stack_of
 
+Array = np.ndarray[Any, Any]
+
 
 class Whole(NamedTuple):
     """Whole parameters to be stepped together: `table` and `scalars` of `kernels.adafactor_step`."""
@@ -67,17 +69,13 @@ def sums_of(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     over_columns = gradient.new_zeros(stack, rows, dtype=torch.float64)
     over_rows = gradient.new_zeros(max((part.number for part in parts), default=0) + 1, stack, columns,
                                    dtype=torch.float64)  # of each of a matrix's spans, added in their order
-
-    def add(part: RowSpan) -> None:
+    if not without_data(gradient):
         from strategies.optimizers.kernels import add_squares
 
-        add_squares(*(tensor.numpy() for tensor in (
-            gradient[part.matrices, part.rows], over_columns[part.matrices, part.rows],
-            over_rows[part.number, part.matrices])))
-
-    if not without_data(gradient):
-        spread_each(add, parts, gradient.numel())
-    return over_columns, over_rows.sum(0)
+        values, left, down = gradient.numpy(), over_columns.numpy(), over_rows.numpy()
+        spread_each(lambda part: add_squares(values[part.matrices, part.rows], left[part.matrices, part.rows],
+                                             down[part.number, part.matrices]), parts, gradient.numel())
+    return over_columns, over_rows[0] if len(over_rows) == 1 else over_rows.sum(0)
 
 
 def norms_of(weight: torch.Tensor, gradient: torch.Tensor, share: torch.Tensor, column: torch.Tensor, eps: float
@@ -85,27 +83,27 @@ def norms_of(weight: torch.Tensor, gradient: torch.Tensor, share: torch.Tensor, 
     """Squared norms of weight and update, fp32 [L, R, C] with V = share [L, R] column [L, C]."""
     parts = row_spans(*weight.shape)
     found = np.zeros((len(parts), 2))
-
-    def norms(part: RowSpan) -> None:
+    if not without_data(weight):
         from strategies.optimizers.kernels import adafactor_norms
 
-        found[parts.index(part)] = adafactor_norms(*_arrays(part, weight, gradient, share, column), eps)
+        arrays = [tensor.numpy() for tensor in (weight, gradient, share, column)]
 
-    if not without_data(weight):
-        spread_each(norms, parts, weight.numel())
+        def norms(numbered: tuple[int, RowSpan]) -> None:
+            found[numbered[0]] = adafactor_norms(*_within(numbered[1], *arrays), eps)
+
+        spread_each(norms, list(enumerate(parts)), weight.numel())
     return float(found[:, 0].sum()), float(found[:, 1].sum())
 
 
 def apply(weight: torch.Tensor, gradient: torch.Tensor, share: torch.Tensor, column: torch.Tensor, eps: float,
           keep: float, rate: float) -> None:
     """weight = keep weight - rate update, as in `norms_of`."""
-    def step(part: RowSpan) -> None:
+    if not without_data(weight):
         from strategies.optimizers.kernels import adafactor_apply
 
-        adafactor_apply(*_arrays(part, weight, gradient, share, column), eps, keep, rate)
-
-    if not without_data(weight):
-        spread_each(step, row_spans(*weight.shape), weight.numel())
+        arrays = [tensor.numpy() for tensor in (weight, gradient, share, column)]
+        spread_each(lambda part: adafactor_apply(*_within(part, *arrays), eps, keep, rate), row_spans(*weight.shape),
+                    weight.numel())
 
 
 def shares_of(row: torch.Tensor, eps: float) -> torch.Tensor:
@@ -118,8 +116,6 @@ def shares_of(row: torch.Tensor, eps: float) -> torch.Tensor:
     return share
 
 
-def _arrays(part: RowSpan, weight: torch.Tensor, gradient: torch.Tensor, share: torch.Tensor, column: torch.Tensor
-            ) -> list[np.ndarray[Any, Any]]:
-    return [tensor.numpy() for tensor in (
-        weight[part.matrices, part.rows], gradient[part.matrices, part.rows], share[part.matrices, part.rows],
-        column[part.matrices])]
+def _within(part: RowSpan, weight: Array, gradient: Array, share: Array, column: Array) -> tuple[Array, ...]:
+    return (weight[part.matrices, part.rows], gradient[part.matrices, part.rows], share[part.matrices, part.rows],
+            column[part.matrices])

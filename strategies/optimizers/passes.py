@@ -73,6 +73,11 @@ def number_of(scalar: torch.Tensor) -> float:
     return 1.0 if isinstance(scalar, FakeTensor) else float(scalar)
 
 
+def numbers_of(vector: torch.Tensor) -> list[float]:
+    """The numbers of a vector, as `number_of`."""
+    return [1.0] * len(vector) if isinstance(vector, FakeTensor) else vector.tolist()
+
+
 def is_one_span(length: int) -> bool:
     """Whether one thread works on all of so many elements."""
     return length <= SPAN
@@ -142,5 +147,7 @@ def spread_each(work: Callable[[T], Any], items: Sequence[T], size: int) -> None
         for item in items[run]:
             work(item)
 
-    if items:
+    if len(items) == 1:
+        work(items[0])
+    elif items:
         spread(of, np.full(len(items), size / len(items)))
