@@ -15,8 +15,8 @@ the norm of all gradients, a check that it is finite, and a step after it.
 
 `muon_floor`: multiplications and additions of Muon's products, and what they take at the rate of a large product.
 
-`first_step`: seconds of LAMB's first step in a process: by operations of torch, and compiled, with numba's import, where
-nothing is on disk and where what numba compiled before is.
+`first_step`: seconds of LAMB's first step in a process: by operations of torch, and compiled, with numba's import,
+where nothing is on disk and where what numba compiled before is.
 
 `trust_ratio_error` is the largest relative difference, over all parameters and 5 steps, between LAMB's trust ratios in
 fp32 and a float64 computation of the paper's algorithm: whole, and in 2 and 3 flat parts whose sums are added up

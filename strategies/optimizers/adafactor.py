@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from strategies.common.shards import Layout, Piece, add_over, layout_of, local, local_of
 from strategies.optimizers import adafactor_passes as passes_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
-from strategies.optimizers.passes import Compiles, is_together, number_of, numbers_of, passable
+from strategies.optimizers.passes import Compiles, added, is_together, number_of, numbers_of, passable
 from strategies.optimizers.rectangles import Rectangle, blocks_of, stack_of
 from strategies.optimizers.transient import Sharing, traced_one_by_one
 
@@ -248,28 +248,27 @@ class _PassedSlice(_Slice):
             row[block.matrices, block.rows] += over_columns.div_(column.shape[1])
             column[block.matrices, block.columns] += over_rows.div_(row.shape[1])
 
-    def _of_blocks(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Weight, gradient [L, R, C], factors of their variance [L, R] and [L, C], block by block."""
+    def _blocks(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Weight and gradient [L, R, C] and factors of their variance [L, R] and [L, C], of each block."""
         if not self.weight.numel():
-            return
+            return []
         if not self.matrix:
             one = self.weight.new_ones(1, 1)
-            yield self.weight.view(1, 1, -1), self.gradient.view(1, 1, -1), one, self.variance.view(1, -1)
-            return
+            return [(self.weight.view(1, 1, -1), self.gradient.view(1, 1, -1), one, self.variance.view(1, -1))]
         share = passes_of.shares_of(self.row, self.eps)
-        for block in self.blocks:
-            yield (block.of(self.weight), block.of(self.gradient), share[block.matrices, block.rows],
-                   self.column[block.matrices, block.columns])
+        return [(block.of(self.weight), block.of(self.gradient), share[block.matrices, block.rows],
+                 self.column[block.matrices, block.columns]) for block in self.blocks]
 
     def shares(self) -> torch.Tensor:
-        return torch.tensor([passes_of.norms_of(*each, self.eps) for each in self._of_blocks()],
-                            dtype=torch.float64).view(-1, 2).sum(0)
+        self._known = self._blocks()
+        norms = added([passes_of.norms_of(*each, self.eps) for each in self._known])
+        return torch.tensor(norms, dtype=torch.float64)
 
     def step(self, norms: torch.Tensor) -> None:
         _, floor, threshold, keep = passes_of.scalars_of(self.settings, self.weight.dtype)
         weight_rms, update_rms = (norm / max(1, self.numel) for norm in numbers_of(norms))
         rate = max(weight_rms ** 0.5, floor) * number_of(self.rate) / max(1.0, update_rms ** 0.5 / threshold)
-        for each in self._of_blocks():
+        for each in self._known:
             passes_of.apply(*each, self.eps, keep, rate)
 
     def step_whole(self) -> None:

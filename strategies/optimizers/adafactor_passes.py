@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from strategies.common.shards import Layout, local, local_of
-from strategies.optimizers.passes import RowSpan, number_of, row_spans, spread, spread_each, without_data
+from strategies.optimizers.passes import RowSpan, added, number_of, row_spans, spread, spread_each, without_data
 from strategies.optimizers.rectangles import stack_of
 
 Array = np.ndarray[Any, Any]
@@ -82,7 +82,7 @@ def norms_of(weight: torch.Tensor, gradient: torch.Tensor, share: torch.Tensor, 
              ) -> tuple[float, float]:
     """Squared norms of weight and update, fp32 [L, R, C] with V = share [L, R] column [L, C]."""
     parts = row_spans(*weight.shape)
-    found = np.zeros((len(parts), 2))
+    found = [(0.0, 0.0)] * len(parts)
     if not without_data(weight):
         from strategies.optimizers.kernels import adafactor_norms
 
@@ -92,7 +92,7 @@ def norms_of(weight: torch.Tensor, gradient: torch.Tensor, share: torch.Tensor, 
             found[numbered[0]] = adafactor_norms(*_within(numbered[1], *arrays), eps)
 
         spread_each(norms, list(enumerate(parts)), weight.numel())
-    return float(found[:, 0].sum()), float(found[:, 1].sum())
+    return added(found)
 
 
 def apply(weight: torch.Tensor, gradient: torch.Tensor, share: torch.Tensor, column: torch.Tensor, eps: float,

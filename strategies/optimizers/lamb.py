@@ -192,7 +192,8 @@ def _advanced(parts: Sequence[_Part]) -> list[torch.Tensor]:
     settings = parts[0].settings
     updates = zeros_for([part.weight for part in parts])
     beta1, beta2 = settings["betas"]
-    torch._fused_adam_(updates, [part.gradient for part in parts], [part.exp_avg for part in parts],
+    slopes = [part.gradient for part in parts if part.gradient is not None]
+    torch._fused_adam_(updates, slopes, [part.exp_avg for part in parts],
                        [part.exp_avg_sq for part in parts], [], [part.step for part in parts], lr=1.0, beta1=beta1,
                        beta2=beta2, eps=settings["eps"], weight_decay=0.0, amsgrad=False, maximize=False)
     if settings["weight_decay"]:

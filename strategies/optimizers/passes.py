@@ -78,6 +78,11 @@ def numbers_of(vector: torch.Tensor) -> list[float]:
     return [1.0] * len(vector) if isinstance(vector, FakeTensor) else vector.tolist()
 
 
+def added(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Sums of pairs, in order."""
+    return sum(first for first, _ in pairs), sum(second for _, second in pairs)
+
+
 def is_one_span(length: int) -> bool:
     """Whether one thread works on all of so many elements."""
     return length <= SPAN
