@@ -11,9 +11,9 @@ import torch
 
 from strategies.common.shards import Layout, add_over, layout_of, local, local_of
 from strategies.optimizers import lamb_passes
-from strategies.optimizers.batches import batches, chunks, zeros_for
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
 from strategies.optimizers.passes import Compiles, is_together, passable
+from strategies.optimizers.step_batches import batches, chunks, zeros_for
 from strategies.optimizers.transient import Sharing, traced
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from strategies.common.shards import Layout
+from strategies.common.shards import Layout, local
 
 T = TypeVar("T")
 WORTH = 1 << 20
@@ -60,7 +60,7 @@ def passable(tensor: torch.Tensor) -> bool:
     """Whether kernels can read a parameter and its gradient as they are: contiguous fp32 in this machine's memory."""
     gradient = tensor.grad
     return (gradient.dtype == tensor.dtype == torch.float32 and tensor.device.type == gradient.device.type == "cpu"
-            and gradient.is_contiguous())
+            and local(gradient).is_contiguous())
 
 
 def without_data(tensor: torch.Tensor) -> bool:
