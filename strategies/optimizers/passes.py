@@ -25,8 +25,8 @@ SPAN = 1 << 19
 """Elements that one thread works on at a time, and whose squares are summed alone, however many threads there are."""
 
 GRAIN = 1 << 23
-"""Elements below which a second thread saves nothing: torch's own threads still spin after the backward, so that for some
-milliseconds it is woken where the first one runs."""
+"""Elements for each of two threads, with fewer than which the second saves nothing: torch's own may still spin after the
+backward, so that for some milliseconds it is woken where the first one runs."""
 
 
 class Compiles:
