@@ -19,14 +19,13 @@ from strategies.common.shards import Layout, local
 
 T = TypeVar("T")
 WORTH = 1 << 20
-"""Parameters from which on compiled passes pay. A process takes 0.4 s for numba and what it kept on disk, 1 s where it
+"""Parameters from which on compiled passes pay. A process takes 0.4 s for numba and what it kept on disk, 1.5 s where it
 has nothing yet, and with a million parameters a step saves 1 to 2 ms."""
 SPAN = 1 << 19
 """Elements that one thread works on at a time, and whose squares are summed alone, however many threads there are."""
-
 GRAIN = 1 << 23
-"""Elements for each of two threads, with fewer than which the second saves nothing: torch's own may still spin after the
-backward, so that for some milliseconds it is woken where the first one runs."""
+"""Elements for each of two threads, with fewer than which the second saves nothing: torch's own may still spin after
+the backward, so that for some milliseconds it is woken where the first one runs."""
 
 
 class Compiles:
