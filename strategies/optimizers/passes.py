@@ -19,8 +19,8 @@ from strategies.common.shards import Layout, local
 
 T = TypeVar("T")
 WORTH = 1 << 20
-"""Parameters from which on compiled passes pay. A process takes 0.4 s for numba and what it kept on disk, 1.5 s where it
-has nothing yet, and with a million parameters a step saves 1 to 2 ms."""
+"""Parameters from which on compiled passes pay. A process takes 0.4 s for numba and what it kept on disk, 1.5 s where
+it has nothing yet, and with a million parameters a step saves 1 to 2 ms."""
 SPAN = 1 << 19
 """Elements that one thread works on at a time, and whose squares are summed alone, however many threads there are."""
 GRAIN = 1 << 23
