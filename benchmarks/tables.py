@@ -85,16 +85,34 @@ def instances_table(rows: list[dict]) -> str:
 
 def optimizers_table(found: dict) -> str:
     """State and time of optimizers beside their peers, and how right trust ratios are."""
-    lines = ["| optimizer | from | state, bytes per parameter | time of a step |", "|---|---|---:|---:|"]
+    threads = list(found["rows"][0]["of_threads"])
+    titles = ["optimizer", "from", "state, bytes per parameter", "time of a step", *(f"{n} threads" for n in threads)]
+    lines = [f"| {' | '.join(titles)} |", f"|---|---|{'---:|' * (len(titles) - 2)}"]
     for row in found["rows"]:
-        figures = f"{row['state_bytes_per_parameter']:.3f} | x{row['ratio']:.2f}" if "ratio" in row else "absent |"
-        lines.append(f"| {row['optimizer']} | {row['source']} | {figures} |")
+        figures = ["absent", *("" for _ in threads), ""]
+        if "ratio" in row:
+            figures = [f"{row['state_bytes_per_parameter']:.3f}",
+                       *(f"x{one['ratio']:.2f}" for one in (row, *row["of_threads"].values()))]
+        lines.append(f"| {row['optimizer']} | {row['source']} | {' | '.join(figures)} |")
+    return "\n".join([*lines, *_said_of_optimizers(found)])
+
+
+def _said_of_optimizers(found: dict) -> list[str]:
+    """What stands below the table, a paragraph each."""
     errors = dict(found["trust_ratio_error"])
     norm = errors.pop("fp32_norm_error")
     said = ", ".join(f"{where} {error:.1e}" for where, error in errors.items())
-    lines.append(f"\nLargest relative error of LAMB's trust ratios against float64: {said}; torch's own fp32 norm of "
-                 f"the same weights is {norm:.1e} off.")
-    return "\n".join(lines)
+    inside = ", ".join(f"{row['optimizer']} x{row['ratio']:.2f}" for row in found["in_backward"])
+    floor, first = found["muon_floor"], found["first_step"]
+    steps, rate = floor["seconds"] / found["rows"][0]["seconds"], floor["flops_per_second"] / 1e9
+    return [f"\nLargest relative error of LAMB's trust ratios against float64: {said}; torch's own fp32 norm of the "
+            f"same weights is {norm:.1e} off.",
+            f"\nA training step with steps in the backward beside one with a norm and a step after it: {inside}.",
+            f"\nMuon's products are {floor['flops'] / 1e9:.1f} GFLOP, {steps:.1f} steps of AdamW at this machine's "
+            f"{rate:.0f} GFLOP/s in bfloat16: no step that takes them is faster.",
+            f"\nLAMB's first step in a process takes {first['nothing on disk']:.1f} s where nothing has been compiled, "
+            f"{first['from disk']:.1f} s where it has, {first['without']:.2f} s by operations of torch, as models of "
+            "fewer than a million parameters take it."]
 
 
 TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {

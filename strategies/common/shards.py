@@ -41,6 +41,8 @@ class Piece:
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """A view of the piece's elements in a flattened tensor with the rank's layout."""
+        if self.offset == 0 and self.numel == flat.numel():
+            return flat
         return flat[self.offset:self.offset + self.numel]
 
 

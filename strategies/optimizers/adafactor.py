@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from strategies.common.shards import Layout, Piece, add_over, layout_of, local, local_of
+from strategies.optimizers import adafactor_passes as passes_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
+from strategies.optimizers.passes import Compiles, added, is_together, number_of, numbers_of, passable
 from strategies.optimizers.rectangles import Rectangle, blocks_of, stack_of
 from strategies.optimizers.transient import Sharing, traced_one_by_one
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(Compiles, torch.optim.Optimizer):
     """Adaptive rates from row and column means of the squared gradient (Shazeer & Stern 2018, algorithms 4 and 5).
 
     The mathematics and arguments are those of `torch.optim.Adafactor`. With G a gradient of R rows and C columns:
@@ -28,8 +30,9 @@ class Adafactor(torch.optim.Optimizer):
     of G^2 itself. All means and RMS values are of whole parameters. Each step makes two all-reduces over the ranks that
     share parameters: one of all row and column sums, one of all RMS values. Padding between pieces is never touched.
 
-    A step needs memory for one update at a time. For sharded weights each update is computed twice, before and after
-    RMS values are known, rather than kept for all weights. Nothing waits for the device.
+    Large fp32 models on CPU are stepped by compiled passes (`kernels`), which keep no updates. Elsewhere a step needs
+    memory for one update at a time; for sharded weights each is computed twice, before and after RMS values are known,
+    rather than kept for all weights. Nothing waits for the device.
 
     State per tensor: `step` (scalar, on the tensor's device); `row_var` [.., R, 1] and `col_var` [.., 1, C], whole on
     every rank; `variance`, of the rank's own elements of vectors. A tensor of several pieces has those of all pieces
@@ -53,6 +56,7 @@ class Adafactor(torch.optim.Optimizer):
             raise ValueError(f"d = {d}: a threshold of clipping is at least 1")
         super().__init__(params, {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d,
                                   "weight_decay": weight_decay})
+        self.compiled = self.compiles(self.param_groups)
 
     def fresh_state(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state of a tensor before its first step."""
@@ -72,7 +76,8 @@ class Adafactor(torch.optim.Optimizer):
 
     def transient_bytes(self, sharing: Sharing) -> int:
         """One update at a time and sums of its squares, as traced; no kernel here allocates memory of its own."""
-        return traced_one_by_one(self)
+        with self.planned(sharing.on_cpu):
+            return traced_one_by_one(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -84,14 +89,24 @@ class Adafactor(torch.optim.Optimizer):
         """
         loss = evaluated(closure)
         shared: dict[Any, list[_Work]] = {}
+        together, passed = passes_of.Whole([], []), []
         for tensor, settings in with_gradient(self.param_groups):
-            work = _Work(tensor, begun(self, tensor), settings)
+            state, layout, compiled = begun(self, tensor), layout_of(tensor), self.compiled and passable(tensor)
+            state["step"] += 1
+            if compiled:
+                passed.append(local(tensor))
+            if compiled and is_together(layout):
+                passes_of.add_whole(together, tensor, state, layout, settings)
+                continue
+            work = _Work(tensor, state, settings, layout, compiled)
             if work.group is None:
                 _update([work], None)
             else:
                 shared.setdefault((work.group, tensor.dtype), []).append(work)
+        passes_of.step_whole(together)
         for (group, _), works in shared.items():
             _update(works, group)
+        torch.autograd.graph.increment_version(passed)  # autograd does not see what kernels write
         return loss
 
 
@@ -104,27 +119,27 @@ def _update(works: Sequence[_Work], group: Any) -> None:
     del sums
     if group is None:
         for slice_ in (slice_ for work in works for slice_ in work.slices):
-            updates = slice_.updates()
-            slice_.apply(updates, slice_.norms(updates))
+            slice_.step_whole()
         return
     slices = [slice_ for work in works for slice_ in work.slices]
-    norms = torch.stack([slice_.norms(slice_.updates()) for slice_ in slices])
+    norms = torch.stack([slice_.shares() for slice_ in slices])
     add_over(group, [norms])
     for slice_, norm in zip(slices, norms, strict=True):
-        slice_.apply(slice_.updates(), norm)
+        slice_.step(norm)
 
 
 class _Work:
     """One tensor in one step: its pieces, and the partial sums that are reduced over ranks together."""
 
-    def __init__(self, tensor: torch.Tensor, state: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-        state["step"] += 1
-        layout, weight, gradient = layout_of(tensor), local_of(tensor), flat_gradient(tensor)
-        self.group, self.state = layout.group, state
+    def __init__(self, tensor: torch.Tensor, state: dict[str, torch.Tensor], settings: dict[str, Any], layout: Layout,
+                 compiled: bool) -> None:
+        weight, gradient = local_of(tensor), flat_gradient(tensor)
+        self.group = layout.group
         step = state["step"].to(wide(weight.device))
         self.fresh = (step ** settings["beta2_decay"]).to(weight.dtype)  # 1 - beta, the weight of the new mean
         rate = step.rsqrt().clamp(max=settings["lr"])
-        self.slices = [_Slice(piece, piece.of(weight), piece.of(gradient), found, settings, rate)
+        kind = _PassedSlice if compiled else _Slice
+        self.slices = [kind(piece, piece.of(weight), piece.of(gradient), found, settings, rate)
                        for piece, found in zip(layout.pieces, views(state, layout), strict=True)]
 
     def square_sums(self) -> torch.Tensor:
@@ -193,6 +208,19 @@ class _Slice:
                     * self.column[block.matrices, block.columns].unsqueeze(1))
         return variance.clamp_(min=self.eps**2).rsqrt_().mul_(block.of(self.gradient)).view(-1)
 
+    def shares(self) -> torch.Tensor:
+        """[2]: the rank's share of the squared norms of weight and update."""
+        return self.norms(self.updates())
+
+    def step(self, norms: torch.Tensor) -> None:
+        """Decay and update the weight. `norms`: [2], squared, of the whole weight and of the whole update."""
+        self.apply(self.updates(), norms)
+
+    def step_whole(self) -> None:
+        """Decay and update a whole parameter, whose update is computed once."""
+        updates = self.updates()
+        self.apply(updates, self.norms(updates))
+
     def norms(self, updates: Sequence[torch.Tensor]) -> torch.Tensor:
         """[2]: the rank's share of the squared norms of weight and update."""
         zero = torch.zeros((), dtype=wide(self.weight.device), device=self.weight.device)
@@ -209,6 +237,42 @@ class _Slice:
         for update in updates:
             self.weight[at:at + update.numel()].addcmul_(update, rate, value=-1)
             at += update.numel()
+
+
+class _PassedSlice(_Slice):
+    """A `_Slice` whose updates are computed by compiled passes, once for their norm and once to be applied."""
+
+    def add_squares(self, row: torch.Tensor, column: torch.Tensor) -> None:
+        for block in self.blocks:
+            over_columns, over_rows = passes_of.sums_of(block.of(self.gradient))
+            row[block.matrices, block.rows] += over_columns.div_(column.shape[1])
+            column[block.matrices, block.columns] += over_rows.div_(row.shape[1])
+
+    def _blocks(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Weight and gradient [L, R, C] and factors of their variance [L, R] and [L, C], of each block."""
+        if not self.weight.numel():
+            return []
+        if not self.matrix:
+            one = self.weight.new_ones(1, 1)
+            return [(self.weight.view(1, 1, -1), self.gradient.view(1, 1, -1), one, self.variance.view(1, -1))]
+        share = passes_of.shares_of(self.row, self.eps)
+        return [(block.of(self.weight), block.of(self.gradient), share[block.matrices, block.rows],
+                 self.column[block.matrices, block.columns]) for block in self.blocks]
+
+    def shares(self) -> torch.Tensor:
+        self._known = self._blocks()
+        norms = added([passes_of.norms_of(*each, self.eps) for each in self._known])
+        return torch.tensor(norms, dtype=torch.float64)
+
+    def step(self, norms: torch.Tensor) -> None:
+        _, floor, threshold, keep = passes_of.scalars_of(self.settings, self.weight.dtype)
+        weight_rms, update_rms = (norm / max(1, self.numel) for norm in numbers_of(norms))
+        rate = max(weight_rms ** 0.5, floor) * number_of(self.rate) / max(1.0, update_rms ** 0.5 / threshold)
+        for each in self._known:
+            passes_of.apply(*each, self.eps, keep, rate)
+
+    def step_whole(self) -> None:
+        self.step(self.shares())
 
 
 # ---- where in the state each piece's part is

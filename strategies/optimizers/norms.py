@@ -25,9 +25,11 @@ def wide(device: torch.device) -> torch.dtype:
 def squared_norm(flat: torch.Tensor) -> torch.Tensor:
     """Sum of squares of a contiguous tensor of any shape, as a scalar in the device's widest dtype, without a copy."""
     flat, whole = flat.view(-1), flat.numel() // RUN * RUN
-    norms = torch.linalg.vector_norm(flat[:whole].view(-1, RUN), dim=1).to(wide(flat.device))
-    rest = torch.linalg.vector_norm(flat[whole:]).to(norms.dtype)
-    return norms.square_().sum() + rest.square_()
+    runs = flat.view(-1, RUN) if whole == flat.numel() else flat[:whole].view(-1, RUN)
+    total = torch.linalg.vector_norm(torch.linalg.vector_norm(runs, dim=1), dtype=wide(flat.device)).square_()
+    if whole < flat.numel():
+        total += torch.linalg.vector_norm(flat[whole:]).to(total.dtype).square_()
+    return total
 
 
 def flat_gradient(tensor: torch.Tensor) -> torch.Tensor:

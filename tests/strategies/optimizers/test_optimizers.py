@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from copy import deepcopy
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -35,9 +35,19 @@ SHAPES = {"vector": (11,), "matrix": (7, 5), "cube": (3, 4, 5), "big": (129, 70)
 TOTAL = sum(math.prod(shape) for shape in SHAPES.values())
 CUTS = {2: (0, 5003, TOTAL), 3: (0, 13, 7001, TOTAL)}  # in the middle of rows; a rank has nothing of some parameters
 PADDING, STEPS = 5, 20
+
+
+def compiled(optimizer):
+    """Steps are compiled passes, although the parameters are few."""
+    optimizer.compiled = True
+    return optimizer
+
+
 MAKE = {
     "lamb": lambda params: Lamb(params, lr=1e-2, weight_decay=0.1),
     "adafactor": lambda params: Adafactor(params, lr=1e-2, weight_decay=0.1),
+    "lamb compiled": lambda params: compiled(Lamb(params, lr=1e-2, weight_decay=0.1)),
+    "adafactor compiled": lambda params: compiled(Adafactor(params, lr=1e-2, weight_decay=0.1)),
     "adamw": lambda params: adamw([{"params": params, "weight_decay": 0.1}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8),
     "adamw8bit": lambda params: AdamW8bit(params, lr=1e-2, weight_decay=0.1),
 }
@@ -105,8 +115,9 @@ def reference_lamb(steps: int, lr=1e-2, betas=(0.9, 0.999), eps=1e-6, decay=0.1)
     return weights, ratios
 
 
-def test_lamb_is_the_papers():
-    weights, optimizer = whole_run(MAKE["lamb"])
+@pytest.mark.parametrize("name", ["lamb", "lamb compiled"])
+def test_lamb_is_the_papers(name):
+    weights, optimizer = whole_run(MAKE[name])
     wanted, ratios = reference_lamb(STEPS)
     for name, weight in weights.items():
         assert difference(weight.double(), wanted[name]) < 1e-6
@@ -161,9 +172,10 @@ def test_torchs_adafactor_on_flat_halves_is_silently_another_optimizer():
     assert difference(joined, torch.cat([weight.reshape(-1) for weight in whole.values()])) > 1e-3
 
 
+@pytest.mark.parametrize("use_passes", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.lists(st.integers(0, 400), max_size=4))
-def test_partial_sums_of_any_cut_add_up_to_the_whole(shape, cuts):
+def test_partial_sums_of_any_cut_add_up_to_the_whole(use_passes, shape, cuts):
     values, slopes = numbers(0, {"any": shape}), numbers(1, {"any": shape})
     size = values["any"].numel()
 
@@ -173,11 +185,14 @@ def test_partial_sums_of_any_cut_add_up_to_the_whole(shape, cuts):
             flat = flat_part(values, begin, end)
             flat.grad = flat_part(slopes, begin, end)
             one, two = Adafactor([flat]), Lamb([flat])
-            work = adafactor._Work(flat, one.fresh_state(flat), one.param_groups[0])
+            two.compiled = use_passes
+            work = adafactor._Work(flat, one.fresh_state(flat), one.param_groups[0], layout_of(flat),
+                                   use_passes)
             statistics = statistics + work.square_sums()
             norms = norms + squared_norm(flat.grad)
-            (part,), _ = two._parts(flat, two.param_groups[0])
-            ratios = ratios + lamb._norms(part, lamb._direction(part))
+            two.state[flat] = two.fresh_state(flat) | {"step": torch.ones(())}
+            (own,) = two._batches([(flat, two.param_groups[0], layout_of(flat))])
+            ratios = ratios + lamb._shares(own)
         return statistics, norms, ratios
 
     whole, cut = parts([0, size]), parts([0, *sorted(min(cut, size) for cut in cuts), size])
@@ -296,8 +311,8 @@ def test_sharded_is_unsharded(shared, name):
 def test_sharded_trust_ratios_are_those_of_float64(shared):
     _, wanted = reference_lamb(STEPS)
     for found in shared:
-        for engine in ("flat", "dtensor"):
-            for name, ratio in found[engine]["lamb"]["ratios"].items():
+        for engine, way in product(("flat", "dtensor"), ("lamb", "lamb compiled")):
+            for name, ratio in found[engine][way]["ratios"].items():
                 assert abs(float(ratio / wanted[name]) - 1) < 1e-6
 
 
@@ -308,7 +323,7 @@ def test_muon_sharded_by_rows_is_unsharded(shared):
 
 
 def test_state_of_ranks_goes_on_in_one_process(shared):
-    for name in ("lamb", "adafactor", "adamw"):
+    for name in ("lamb", "adafactor", "lamb compiled", "adafactor compiled", "adamw"):
         weights, optimizer = whole_run(MAKE[name])
         fresh = MAKE[name](list(weights.values()))
         for number, weight in enumerate(weights.values()):
@@ -448,7 +463,7 @@ def test_8bit_is_near_adamw_and_says_what_it_needs(monkeypatch):
         AdamW8bit(list(weights.values()), lr=1.0)
 
 
-@pytest.mark.parametrize("name", ["lamb", "adafactor", "adamw", "muon"])
+@pytest.mark.parametrize("name", ["lamb", "adafactor", "lamb compiled", "adafactor compiled", "adamw", "muon"])
 def test_steps_run_on_tensors_without_data(name):
     with FakeTensorMode():
         weights, optimizer = whole_run_fake({**MAKE, "muon": make_muon}[name])

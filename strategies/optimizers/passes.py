@@ -1,0 +1,158 @@
+"""Where compiled passes (`kernels`) take the place of torch's operations, and how they are spread over threads."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from strategies.common.shards import Layout, local
+
+T = TypeVar("T")
+WORTH = 1 << 20
+"""Parameters from which on compiled passes pay. A process takes 0.4 s for numba and what it kept on disk, 1.5 s where
+it has nothing yet, and with a million parameters a step saves 1 to 2 ms."""
+SPAN = 1 << 19
+"""Elements that one thread works on at a time, and whose squares are summed alone, however many threads there are."""
+GRAIN = 1 << 23
+"""Elements for each of two threads, with fewer than which the second saves nothing: torch's own may still spin after
+the backward, so that for some milliseconds it is woken where the first one runs."""
+
+
+class Compiles:
+    """An optimizer whose steps of fp32 parts on CPU are compiled passes, if its parameters are many.
+
+    Whether they are is known when it is made, of whole parameters, so that ranks, resumed runs and single parameters
+    stepped in the backward come to the same bits.
+    """
+
+    compiled: bool
+
+    def compiles(self, groups: Iterable[dict[str, Any]]) -> bool:
+        """Whether all parameters together are `WORTH` it."""
+        return sum(_whole_numel(tensor) for group in groups for tensor in group["params"]) >= WORTH
+
+    @contextmanager
+    def planned(self, on_cpu: bool) -> Iterator[None]:
+        """Within the context a step of fake tensors allocates what one on CPU, or on another device, would."""
+        compiled = self.compiled
+        self.compiled = compiled and on_cpu
+        try:
+            yield
+        finally:
+            self.compiled = compiled
+
+
+def _whole_numel(tensor: torch.Tensor) -> int:
+    return math.prod(getattr(tensor, "ds_shape", tensor.shape))  # under ZeRO 3 DeepSpeed empties parameters
+
+
+def passable(tensor: torch.Tensor) -> bool:
+    """Whether kernels can read a parameter and its gradient as they are: contiguous fp32 in this machine's memory."""
+    gradient = tensor.grad
+    return (gradient.dtype == tensor.dtype == torch.float32 and tensor.device.type == gradient.device.type == "cpu"
+            and local(gradient).is_contiguous())
+
+
+def without_data(tensor: torch.Tensor) -> bool:
+    """Whether there is nothing to pass over, as in planning."""
+    return isinstance(tensor, FakeTensor)
+
+
+def number_of(scalar: torch.Tensor) -> float:
+    """A number such as that of a step; 1 in planning, when there are none."""
+    return 1.0 if isinstance(scalar, FakeTensor) else float(scalar)
+
+
+def numbers_of(vector: torch.Tensor) -> list[float]:
+    """The numbers of a vector, as `number_of`."""
+    return [1.0] * len(vector) if isinstance(vector, FakeTensor) else vector.tolist()
+
+
+def added(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Sums of pairs, in order."""
+    return sum(first for first, _ in pairs), sum(second for _, second in pairs)
+
+
+def is_one_span(length: int) -> bool:
+    """Whether one thread works on all of so many elements."""
+    return length <= SPAN
+
+
+def is_together(layout: Layout) -> bool:
+    """Whether all pieces are whole parameters of one span each."""
+    return layout.group is None and all(is_one_span(piece.numel) for piece in layout.pieces)
+
+
+def spans(length: int) -> list[tuple[int, int]]:
+    """(begin, number) of `SPAN` elements each, the last ones fewer; one that is empty if there are no elements."""
+    return [(begin, min(SPAN, length - begin)) for begin in range(0, max(1, length), SPAN)]
+
+
+class RowSpan(NamedTuple):
+    """Whole matrices of [L, R, C], or rows of one.
+
+    Attributes:
+        number: how many spans of the same matrix come before.
+    """
+
+    matrices: slice
+    rows: slice
+    number: int
+
+
+def row_spans(stack: int, rows: int, columns: int) -> list[RowSpan]:
+    """Spans of [L, R, C], each of at most `SPAN` elements, or of one row."""
+    if rows * columns <= SPAN:
+        count = SPAN // max(1, rows * columns)
+        return [RowSpan(slice(at, min(at + count, stack)), slice(0, rows), 0) for at in range(0, stack, count)]
+    height = max(1, SPAN // columns)
+    return [RowSpan(slice(matrix, matrix + 1), slice(at, min(at + height, rows)), number)
+            for matrix in range(stack) for number, at in enumerate(range(0, rows, height))]
+
+
+def shares(sizes: np.ndarray[Any, Any]) -> list[slice]:
+    """Runs of items of about equal size in all, one for each of torch's threads; those that would be empty left out."""
+    threads = torch.get_num_threads()
+    edges = np.searchsorted(np.cumsum(sizes), np.arange(1, threads) * (sizes.sum() / threads))
+    cuts = [0, *(int(edge) + 1 for edge in edges), len(sizes)]
+    return [slice(begin, end) for begin, end in pairwise(sorted(min(cut, len(sizes)) for cut in cuts)) if begin < end]
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int, number: int) -> ThreadPoolExecutor:
+    """The threads beside the first one; a forked process has none of its parent's."""
+    return ThreadPoolExecutor(number - 1, "optimizer")
+
+
+def spread(work: Callable[[slice], Any], sizes: np.ndarray[Any, Any]) -> None:
+    """`work` of runs of items, in as many threads as torch has; a kernel leaves the interpreter to the others."""
+    if torch.get_num_threads() == 1 or sizes.sum() < 2 * GRAIN:
+        return work(slice(0, len(sizes)))
+    first, *others = shares(sizes)
+    pool = _threads(os.getpid(), torch.get_num_threads())
+    waiting = [pool.submit(work, other) for other in others]
+    work(first)
+    for one in waiting:
+        one.result()
+
+
+def spread_each(work: Callable[[T], Any], items: Sequence[T], size: int) -> None:
+    """`spread` of items that are about equally large, `size` in all."""
+    def of(run: slice) -> None:
+        for item in items[run]:
+            work(item)
+
+    if len(items) == 1:
+        work(items[0])
+    elif items:
+        spread(of, np.full(len(items), size / len(items)))
