@@ -31,6 +31,13 @@ def ranges(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return found[0], found[1]
 
 
+def signed_scales(groups: torch.Tensor, lowest: int) -> torch.Tensor:
+    """The scale (groups,) with which the largest weight of each of (groups, weights) in fp32 is the lowest number."""
+    least, most = ranges(groups)
+    _in_parts(_on_the_lowest, least, most, numbers=(lowest,))
+    return least
+
+
 def rounded(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, lowest: int, highest: int
             ) -> torch.Tensor:
     """scale * (q - zero_point) (groups, weights) of weights in fp32, with scale and zero_point (groups,) in fp32."""
@@ -94,6 +101,13 @@ def _least_and_most(bits, least, most):
         else:
             least[group] = low ^ ((low >> np.int32(31)) & _MAGNITUDE)
             most[group] = high ^ ((high >> np.int32(31)) & _MAGNITUDE)
+
+
+@_compiled
+def _on_the_lowest(least, most, lowest):
+    for group in range(least.shape[0]):
+        largest = most[group] if most[group] > -least[group] else least[group]
+        least[group] = largest / lowest
 
 
 @_compiled

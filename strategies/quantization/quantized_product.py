@@ -62,9 +62,10 @@ class QuantizedProduct(torch.autograd.Function):
 def _factor(weight: torch.Tensor, ratio: torch.Tensor | None, grid: Grid, quantizer: WeightQuantizer, turned: bool,
             dtype: torch.dtype) -> torch.Tensor:
     """The quantized weight (inputs, outputs) in a dtype, in memory as a plain layer would have it."""
-    if turned:
-        return quantizer.fake_quantize(weight.T, ratio, grid).T.contiguous().to(dtype)
-    return quantizer.fake_quantize(weight, ratio, grid).to(dtype).t()
+    matrix = weight.T if turned else weight
+    # With gradients only where they are differentiated again.
+    made = quantizer.fake_quantize(matrix, ratio, grid) if torch.is_grad_enabled() else quantizer.rounded(matrix, grid)
+    return made.T.contiguous().to(dtype) if turned else made.to(dtype).t()
 
 
 def _by_column(matrix: torch.Tensor) -> bool:

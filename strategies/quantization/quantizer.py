@@ -162,7 +162,7 @@ class WeightQuantizer:
         underflows in `scale_dtype`.
         """
         scale = scale.to(self.scale_dtype)
-        return Grid(torch.where(scale == 0, torch.ones_like(scale), scale), zero_point)
+        return Grid(scale.masked_fill(scale == 0, 1.0), zero_point)
 
     def numbers(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
         """q in the shape of `weight`: int8, or float8 for `fp8`."""
@@ -181,6 +181,8 @@ class WeightQuantizer:
             return scales.covering(*scales.ranges(groups), self)
         from strategies.quantization import group_kernels  # imports numba
 
+        if self.kind == "int" and self.symmetric and not self.positive:
+            return group_kernels.signed_scales(_flat(groups), self.lowest).view(groups.shape[:2]), None
         least, most = group_kernels.ranges(_flat(groups))
         return scales.covering(least.view(groups.shape[:2]), most.view(groups.shape[:2]), self)
 
@@ -202,12 +204,23 @@ class WeightQuantizer:
             ratio: (outputs, groups) ratio of the scale to the covering one; gets a gradient if it is learned.
             grid: a given grid, instead of one computed from the weight.
         """
-        with torch.no_grad():
-            grid = self.grid(weight, ratio) if grid is None else grid
-            rounded = self._fake(weight, grid)
+        grid = self.grid(weight, ratio) if grid is None else grid
+        rounded = self.rounded(weight, grid)
         if ratio is None or not ratio.requires_grad:
             return StraightThrough.apply(weight, rounded)
         return LearnedScale.apply(weight, ratio, rounded, *grid, self)
+
+    @torch.no_grad()
+    def rounded(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """`dequantize(numbers(weight))` in the dtype of `weight`, without a gradient."""
+        if not self._in_one_pass(weight, grid.scale):
+            return self._product(self._rounded(weight, grid), grid).to(weight.dtype)
+        from strategies.quantization import group_kernels
+
+        # A product in half precision is the one in fp32, rounded: its factors have few bits.
+        made = group_kernels.rounded(_flat(self._grouped(weight.detach())), *map(_vector, grid), self.lowest,
+                                     self.highest)
+        return made.to(grid.scale.dtype).to(weight.dtype).view(weight.shape)
 
     def gradient_of_scale(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None,
                           gradient: torch.Tensor) -> torch.Tensor:
@@ -243,17 +256,6 @@ class WeightQuantizer:
     def _in_one_pass(self, weight: torch.Tensor, scale: torch.Tensor) -> bool:
         """Whether `group_kernels` round a weight, with their fp32 arithmetic."""
         return self.kind in ("int", "ternary") and _by_kernel(weight) and scale.dtype.itemsize <= 4
-
-    def _fake(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """`dequantize(numbers(weight))` in the dtype of `weight`."""
-        if not self._in_one_pass(weight, grid.scale):
-            return self._product(self._rounded(weight, grid), grid).to(weight.dtype)
-        from strategies.quantization import group_kernels
-
-        # A product in half precision is the one in fp32, rounded: its factors have few bits.
-        made = group_kernels.rounded(_flat(self._grouped(weight.detach())), *map(_vector, grid), self.lowest,
-                                     self.highest)
-        return made.to(grid.scale.dtype).to(weight.dtype).view(weight.shape)
 
     def _ratio(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """w / scale (outputs, groups, weights of a group) in fp32."""
