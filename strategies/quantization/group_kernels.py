@@ -67,7 +67,7 @@ def _in_parts(kernel: Callable[..., None], *tensors: torch.Tensor, numbers: tupl
     """
     if any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return None
-    arrays, bounds = [tensor.numpy() for tensor in tensors], tuple(map(np.float32, numbers))
+    arrays, bounds = [np.asarray(_Memory(tensor)) for tensor in tensors], tuple(map(np.float32, numbers))
     parts = max(1, min(torch.get_num_threads(), arrays[0].size // _PART, len(arrays[0])))
     if parts == 1:
         return kernel(*arrays, *bounds)
@@ -78,6 +78,16 @@ def _in_parts(kernel: Callable[..., None], *tensors: torch.Tensor, numbers: tupl
     for other in others:
         other.result()
     return None
+
+
+class _Memory:
+    """A tensor's memory for numpy. `Tensor.numpy` would forbid to resize its storage, as FSDP2 does with weights."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        assert tensor.is_contiguous()
+        kind = np.dtype(np.int32 if tensor.dtype is torch.int32 else np.float32)
+        self.__array_interface__ = {"data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape),
+                                    "typestr": kind.str, "version": 3}
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

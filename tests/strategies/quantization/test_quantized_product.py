@@ -64,6 +64,14 @@ def test_values_and_gradients_are_those_of_torchs_own_products(monkeypatch, name
                 assert same_bits(ours, found(model, x, half)), (layer, x.shape, x.stride())
 
 
+def test_the_storage_of_a_weight_can_still_be_resized():
+    """As FSDP2 does to free gathered weights between forward and backward."""
+    model = nn.Sequential(nn.Linear(16, 16))
+    prepare(model, WeightQuantizer(4, 8, rule="learned"))
+    model(torch.randn(2, 16)).sum().backward()
+    assert model[0].weight.untyped_storage().resizable()
+
+
 @pytest.mark.parametrize("rule", ["minmax", "learned"])
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_no_quantized_copy_waits_for_the_backward(kind, rule):
