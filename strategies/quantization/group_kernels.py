@@ -40,24 +40,30 @@ def signed_scales(groups: torch.Tensor, lowest: int) -> torch.Tensor:
 
 def rounded(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, lowest: int, highest: int
             ) -> torch.Tensor:
-    """scale * (q - zero_point) (groups, weights) of weights in fp32, with scale and zero_point (groups,) in fp32."""
+    """scale * (q - zero_point) (groups, weights) of weights in fp32, computed in fp32; a scale for each group."""
     made = torch.empty_like(groups)
     if zero_point is None:
-        _in_parts(_symmetric, groups, scale, made, numbers=(lowest, highest))
+        _in_parts(_symmetric, groups, _vector(scale), made, numbers=(lowest, highest))
     else:
-        _in_parts(_asymmetric, groups, scale, zero_point, made, numbers=(lowest, highest))
+        _in_parts(_asymmetric, groups, _vector(scale), _vector(zero_point), made, numbers=(lowest, highest))
     return made
 
 
 def by_scale(groups: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, gradient: torch.Tensor,
              lowest: int, highest: int) -> torch.Tensor:
-    """d w_hat / d scale times the gradient of w_hat (groups, weights), all in fp32; see `LearnedScale`."""
+    """d w_hat / d scale times the gradient of w_hat (groups, weights), both in fp32; see `LearnedScale`."""
     made = torch.empty_like(groups)
     if zero_point is None:
-        _in_parts(_symmetric_slope, groups, scale, gradient, made, numbers=(lowest, highest))
+        _in_parts(_symmetric_slope, groups, _vector(scale), gradient, made, numbers=(lowest, highest))
     else:
-        _in_parts(_asymmetric_slope, groups, scale, zero_point, gradient, made, numbers=(lowest, highest))
+        _in_parts(_asymmetric_slope, groups, _vector(scale), _vector(zero_point), gradient, made,
+                  numbers=(lowest, highest))
     return made
+
+
+def _vector(found: torch.Tensor) -> torch.Tensor:
+    """Scales or zero points of groups as a vector in fp32."""
+    return found.detach().flatten().float().contiguous()
 
 
 def _in_parts(kernel: Callable[..., None], *tensors: torch.Tensor, numbers: tuple[int, ...] = ()) -> None:

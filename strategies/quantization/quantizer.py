@@ -218,8 +218,7 @@ class WeightQuantizer:
         from strategies.quantization import group_kernels
 
         # A product in half precision is the one in fp32, rounded: its factors have few bits.
-        made = group_kernels.rounded(_flat(self._grouped(weight.detach())), *map(_vector, grid), self.lowest,
-                                     self.highest)
+        made = group_kernels.rounded(_flat(self._grouped(weight.detach())), *grid, self.lowest, self.highest)
         return made.to(grid.scale.dtype).to(weight.dtype).view(weight.shape)
 
     def gradient_of_scale(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None,
@@ -236,7 +235,7 @@ class WeightQuantizer:
         from strategies.quantization import group_kernels
 
         groups, arriving = (self._grouped(one.detach()) for one in (weight, gradient))
-        terms = group_kernels.by_scale(_flat(groups), _vector(scale), _vector(zero_point), _flat(arriving), self.lowest,
+        terms = group_kernels.by_scale(_flat(groups), scale, zero_point, _flat(arriving), self.lowest,
                                        self.highest).view(groups.shape)
         # A sum depends on the order in memory, which is to be that of the weights.
         return (terms if groups.is_contiguous() else torch.empty_like(groups, dtype=torch.float32).copy_(terms)).sum(-1)
@@ -292,8 +291,3 @@ class WeightQuantizer:
 def _flat(groups: torch.Tensor) -> torch.Tensor:
     """(outputs, groups, weights of a group) as contiguous rows in fp32."""
     return groups.flatten(0, 1).float().contiguous()
-
-
-def _vector(found: torch.Tensor | None) -> torch.Tensor | None:
-    """Scales or zero points (outputs, groups) as a vector in fp32."""
-    return None if found is None else found.detach().flatten().float().contiguous()
