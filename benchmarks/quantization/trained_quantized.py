@@ -65,22 +65,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Train, print the tables, and write what was found."""
     chosen = parser().parse_args(arguments)
     torch.set_num_threads(chosen.threads or torch.get_num_threads())
-    text = prepare_text(read_experiment(ROOT / "configs" / "quickstart.yaml").experiment)
-    larger = trained_larger(text, chosen) if LARGER in chosen.methods else None
-    rows = [] if larger is None else [
-        {"seed": 0, "scheme": "full precision", "method": "larger", "loss": held_out(larger, text)}]
-    rows += [row for seed in range(chosen.seeds) for row in of_seed(seed, text, larger, chosen)]
+    rows = losses(chosen) if chosen.seeds else []
     found = {"settings": {name: value for name, value in vars(chosen).items() if name != "json"}, "machine": machine(),
              "versions": {name: version(name) for name in ("torch", "torchao") if find_spec(name)},
              "rows": rows, "costs": costs(chosen.rounds) if chosen.rounds else []}
-    show(table(found) if chosen.rounds else losses_table(found), found, chosen.json)
+    tables = [made for made, wanted in ((losses_table, chosen.seeds), (costs_table, chosen.rounds)) if wanted]
+    show("\n\n".join(made(found) for made in tables), found, chosen.json)
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--seeds", type=int, default=3, help="of losses; 0 for costs alone")
     made.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     made.add_argument("--base-steps", type=int, default=800, help="of the model in full precision")
@@ -94,6 +91,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 # ---- losses
+
+def losses(chosen: argparse.Namespace) -> list[dict]:
+    """A row for each seed, scheme and method."""
+    text = prepare_text(read_experiment(ROOT / "configs" / "quickstart.yaml").experiment)
+    larger = trained_larger(text, chosen) if LARGER in chosen.methods else None
+    rows = [] if larger is None else [
+        {"seed": 0, "scheme": "full precision", "method": "larger", "loss": held_out(larger, text)}]
+    return rows + [row for seed in range(chosen.seeds) for row in of_seed(seed, text, larger, chosen)]
+
 
 def trained_larger(text: PreparedData, chosen: argparse.Namespace) -> nn.Module:
     """The larger teacher."""
@@ -231,11 +237,6 @@ def _step(model: nn.Module, ids: torch.Tensor) -> None:
 
 
 # ---- printing
-
-def table(found: dict) -> str:
-    """Both tables, in Markdown."""
-    return f"{losses_table(found)}\n\n{costs_table(found)}"
-
 
 def losses_table(found: dict) -> str:
     """Losses of each scheme and method, in Markdown."""

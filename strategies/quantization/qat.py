@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from strategies.common.stored_weights import PARTS, Experts, all_layers, as_matrix, as_weight, plain, seeing
 from strategies.quantization.activations import ActivationQuantizer
+from strategies.quantization.quantized_product import quantized_product, serves
 from strategies.quantization.quantizer import Grid, WeightQuantizer
 
 # A ratio r is stored as r_0, which is not trained and exact in half precision, and a = log(r / r_0) + OFFSET. A step of
@@ -73,6 +74,13 @@ class Quantized:
         if grid.zero_point is not None:
             self.zero_point = nn.Parameter(grid.zero_point.detach().float().clone(), requires_grad=False)
 
+    def product(self, values: torch.Tensor, bias: torch.Tensor | None, turned: bool = False) -> torch.Tensor:
+        """Values (..., inputs) times the fake-quantized weight, plus a bias: (..., outputs)."""
+        fixed = self._fixed()
+        ratio = None if fixed else self._ratio()
+        return quantized_product(values, self.weight, ratio, bias, fixed or self.quantizer.grid(self.matrix, ratio),
+                                 self.quantizer, turned)
+
     def _ratio(self) -> torch.Tensor | None:
         """Ratio of the scale to the covering one, (outputs, groups), if one is kept."""
         kept = getattr(self, "log_ratio", None)
@@ -98,7 +106,10 @@ class QATLinear(Quantized, nn.Linear):  # type: ignore[misc]  # torch calls a we
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs)"""
-        return nn.functional.linear(self.as_seen(input), self.effective_weight, self.bias)
+        values = self.as_seen(input)
+        if serves(self.weight) and values.ndim > 1:
+            return self.product(values, self.bias)
+        return nn.functional.linear(values, self.effective_weight, self.bias)
 
 
 class QATEmbedding(Quantized, nn.Embedding):  # type: ignore[misc]
@@ -132,7 +143,9 @@ class QATConv1D(Quantized, Conv1D):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs)"""
         rows = self.as_seen(x).view(-1, x.shape[-1])
-        return torch.addmm(self.bias, rows, self.effective_weight).view(*x.shape[:-1], self.nf)
+        product = (self.product(rows, self.bias, turned=True) if serves(self.weight)
+                   else torch.addmm(self.bias, rows, self.effective_weight))
+        return product.view(*x.shape[:-1], self.nf)
 
 
 class QATExperts(Quantized, Experts):  # type: ignore[misc]

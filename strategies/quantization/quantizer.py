@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.quantization import scales
@@ -37,6 +38,12 @@ class Grid(NamedTuple):
 def without_data(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a meta or fake tensor, as when a run is only planned."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _by_kernel(tensor: torch.Tensor) -> bool:
+    """Whether `group_kernels` serve a tensor: an ordinary or fake one on the CPU, and torch.compile not tracing."""
+    return (tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor)
+            and not torch.compiler.is_compiling())
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ class WeightQuantizer:
         underflows in `scale_dtype`.
         """
         scale = scale.to(self.scale_dtype)
-        return Grid(torch.where(scale == 0, torch.ones_like(scale), scale), zero_point)
+        return Grid(scale.masked_fill(scale == 0, 1.0), zero_point)
 
     def numbers(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
         """q in the shape of `weight`: int8, or float8 for `fp8`."""
@@ -170,7 +177,14 @@ class WeightQuantizer:
         groups = self._grouped(weight.detach())
         if self.kind in ("ternary", "binary"):
             return groups.abs().mean(-1, dtype=torch.float32), None
-        return scales.covering(groups, self)
+        if not _by_kernel(weight):
+            return scales.covering(*scales.ranges(groups), self)
+        from strategies.quantization import group_kernels  # imports numba
+
+        if self.kind == "int" and self.symmetric and not self.positive:
+            return group_kernels.signed_scales(_flat(groups), self.lowest).view(groups.shape[:2]), None
+        least, most = group_kernels.ranges(_flat(groups))
+        return scales.covering(least.view(groups.shape[:2]), most.view(groups.shape[:2]), self)
 
     def _best(self, weight: torch.Tensor) -> scales.Found:
         """Scale and zero point of the least squared error; for binary numbers that is the mean magnitude."""
@@ -190,12 +204,41 @@ class WeightQuantizer:
             ratio: (outputs, groups) ratio of the scale to the covering one; gets a gradient if it is learned.
             grid: a given grid, instead of one computed from the weight.
         """
-        with torch.no_grad():
-            grid = self.grid(weight, ratio) if grid is None else grid
-            rounded = self._product(self._rounded(weight, grid), grid).to(weight.dtype)
+        grid = self.grid(weight, ratio) if grid is None else grid
+        rounded = self.rounded(weight, grid)
         if ratio is None or not ratio.requires_grad:
             return StraightThrough.apply(weight, rounded)
         return LearnedScale.apply(weight, ratio, rounded, *grid, self)
+
+    @torch.no_grad()
+    def rounded(self, weight: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """`dequantize(numbers(weight))` in the dtype of `weight`, without a gradient."""
+        if not self._in_one_pass(weight, grid.scale):
+            return self._product(self._rounded(weight, grid), grid).to(weight.dtype)
+        from strategies.quantization import group_kernels
+
+        # A product in half precision is the one in fp32, rounded: its factors have few bits.
+        made = group_kernels.rounded(_flat(self._grouped(weight.detach())), *grid, self.lowest, self.highest)
+        return made.to(grid.scale.dtype).to(weight.dtype).view(weight.shape)
+
+    def gradient_of_scale(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None,
+                          gradient: torch.Tensor) -> torch.Tensor:
+        """Gradient of the scale (outputs, groups) in fp32, from that of the fake-quantized weight; see `LearnedScale`.
+
+        Args:
+            weight, gradient: (outputs, ...).
+            scale, zero_point: (outputs, groups), with which the weight was quantized.
+        """
+        if not self._in_one_pass(weight, scale):
+            terms = self.slope(weight, scale, zero_point)
+            return terms.mul_(gradient.reshape(terms.shape)).sum(-1)
+        from strategies.quantization import group_kernels
+
+        groups, arriving = (self._grouped(one.detach()) for one in (weight, gradient))
+        terms = group_kernels.by_scale(_flat(groups), scale, zero_point, _flat(arriving), self.lowest,
+                                       self.highest).view(groups.shape)
+        # A sum depends on the order in memory, which is to be that of the weights.
+        return (terms if groups.is_contiguous() else torch.empty_like(groups, dtype=torch.float32).copy_(terms)).sum(-1)
 
     def slope(self, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
         """d w_hat / d scale (outputs, groups, weights of a group) in fp32; see `LearnedScale`."""
@@ -208,6 +251,10 @@ class WeightQuantizer:
         return numbers.clamp_(self.lowest, self.highest).sub_(shift).sub_(ratio.mul_(inside))
 
     # ---- arithmetic on groups
+
+    def _in_one_pass(self, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        """Whether `group_kernels` round a weight, with their fp32 arithmetic."""
+        return self.kind in ("int", "ternary") and _by_kernel(weight) and scale.dtype.itemsize <= 4
 
     def _ratio(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """w / scale (outputs, groups, weights of a group) in fp32."""
@@ -239,3 +286,8 @@ class WeightQuantizer:
         if self.per_tensor:
             return weight.reshape(1, 1, -1)
         return weight.flatten(1).unflatten(1, (-1, self.group_size or weight[0].numel()))
+
+
+def _flat(groups: torch.Tensor) -> torch.Tensor:
+    """(outputs, groups, weights of a group) as contiguous rows in fp32."""
+    return groups.flatten(0, 1).float().contiguous()

@@ -32,18 +32,19 @@ class Range(Protocol):
 Found = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def covering(groups: torch.Tensor, of: Range) -> Found:
+def ranges(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and most weight (outputs, groups), fp32, of (outputs, groups, weights of a group)."""
+    least, most = torch.aminmax(groups, dim=-1)
+    return least.float(), most.float()
+
+
+def covering(least: torch.Tensor, most: torch.Tensor, of: Range) -> Found:
     """Scale and zero point (outputs, groups), fp32, of the range that covers all weights of a group.
 
     Args:
-        groups: (outputs, groups, weights of a group).
+        least, most: (outputs, groups) the range, fp32.
         of: the quantizer's number range.
     """
-    least, most = (found.float() for found in torch.aminmax(groups, dim=-1))
-    return _ranged(least, most, of)
-
-
-def _ranged(least: torch.Tensor, most: torch.Tensor, of: Range) -> Found:
     if of.kind == "fp8":
         return torch.maximum(most, -least) / of.highest, None
     if of.symmetric and of.positive:
@@ -61,13 +62,13 @@ def best(groups: torch.Tensor, of: Range) -> Found:
 
     On a symmetric integer grid both signs of the scale are tried, because one side has one number more.
     """
-    least, most = (found.float() for found in torch.aminmax(groups, dim=-1))
+    least, most = ranges(groups)
     groups = groups.float()
     signs = (1, -1) if of.symmetric and of.kind == "int" and not of.positive else (1,)
-    chosen, lowest = _ranged(least, most, of), torch.full_like(least, torch.inf)
+    chosen, lowest = covering(least, most, of), torch.full_like(least, torch.inf)
     for ratio in torch.linspace(LARGEST, SMALLEST, RATIOS).tolist():
         for sign in signs:
-            scale, zero_point = _ranged(ratio * least, ratio * most, of)
+            scale, zero_point = covering(ratio * least, ratio * most, of)
             scale = sign * torch.where(scale == 0, torch.ones_like(scale), scale)
             error = _error(groups, scale, zero_point, of)
             better = error < lowest

@@ -51,7 +51,5 @@ class LearnedScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, ratio, scale, zero_point = ctx.saved_tensors
-        quantizer = ctx.quantizer
-        by_scale = quantizer.slope(weight, scale, zero_point)
-        by_scale *= gradient.reshape(by_scale.shape)
-        return gradient, by_scale.sum(-1) * (scale.float() / ratio), None, None, None, None
+        by_scale = ctx.quantizer.gradient_of_scale(weight, scale, zero_point, gradient)
+        return gradient, by_scale * (scale.float() / ratio), None, None, None, None
