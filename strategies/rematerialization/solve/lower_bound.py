@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -114,39 +114,3 @@ def least_bytes(graph: Graph) -> int:
         there[[*read, *makes[operation]]] = True
         most = max(most, int(graph.workspace[operation]) + int(size[there].sum()))
     return most + int(graph.fixed)
-
-
-def least_sum(curves: Sequence[Sequence[tuple[int, float]]], room: int) -> float:
-    """Lower bound on the least sum of functions whose arguments sum to at most `room`.
-
-    Args:
-        curves: for each function, which is decreasing, lower bounds as (argument, value) at increasing arguments.
-            Between two points the function is at least the value at the right one.
-        room: total of the arguments.
-    """
-    pieces: list[tuple[float, int]] = []
-    total = 0.0
-    for curve in curves:
-        corners = [(bytes_, following) for (bytes_, _), (_, following) in zip(curve, curve[1:], strict=False)]
-        hull = _lower_hull([*corners, curve[-1]])
-        total += hull[0][1]
-        room -= hull[0][0]
-        pieces += [((left[1] - right[1]) / (right[0] - left[0]), right[0] - left[0])
-                   for left, right in zip(hull, hull[1:], strict=False)]
-    for slope, width in sorted(pieces, reverse=True):
-        used = min(max(room, 0), width)
-        total -= slope * used
-        room -= used
-    return max(0.0, total)
-
-
-def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    hull: list[tuple[int, float]] = []
-    for point in sorted(set(points)):
-        if hull and point[0] == hull[-1][0]:
-            continue
-        while len(hull) >= 2 and ((hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0])
-                                  >= (point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0])):
-            hull.pop()
-        hull.append(point)
-    return hull

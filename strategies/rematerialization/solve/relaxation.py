@@ -35,20 +35,27 @@ class Program:
     keep: np.ndarray
     run: np.ndarray
 
-    def solve(self, seconds: float, whole: bool = True, gap: float = 0.0) -> OptimizeResult:
+    def solve(self, seconds: float, whole: bool = True, gap: float = 0.0, nodes: int | None = None) -> OptimizeResult:
         """HiGHS's answer; its `mip_dual_bound` (or `fun` for the linear program) plus `constant` is the lower bound.
 
         Costs are solved for in units of the largest one: HiGHS takes a program for solved within 1e-6 of its cost, and
         reports a bound that much too high, which is a share of a percent where operations take microseconds.
+
+        Args:
+            seconds: time limit.
+            whole: whether columns are integer.
+            gap: relative gap at which to stop.
+            nodes: limit on the branch and bound that, unlike seconds, stops it at the same place every time.
         """
         if not self.cost.size:
             status = 2 if (self.limit < 0).any() else 0
             return OptimizeResult(status=status, fun=0.0, mip_dual_bound=0.0, x=np.zeros(0))
         unit = float(self.cost.max()) or 1.0
+        options = {"mip_rel_gap": gap} | ({} if np.isinf(seconds) else {"time_limit": max(seconds, 0.01)})
         answer = mixed_integer(
             self.cost / unit, constraints=LinearConstraint(self.rows, -np.inf, self.limit), bounds=Bounds(0, 1),
             integrality=np.full(self.cost.size, int(whole)),
-            options={"time_limit": max(seconds, 0.01), "mip_rel_gap": gap})
+            options=options | ({} if nodes is None else {"node_limit": nodes}))
         for name in ("fun", "mip_dual_bound"):
             if answer.get(name) is not None:
                 answer[name] *= unit

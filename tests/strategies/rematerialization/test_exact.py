@@ -102,7 +102,7 @@ def test_what_was_found_for_a_block_is_found_once(tmp_path, monkeypatch):
     files = list((tmp_path / "plans").iterdir())
     assert len(files) >= 3 and not [file for file in files if file.suffix != ".json"]
     with monkeypatch.context() as nothing:
-        for search in ("_options", "_bound_curve"):
+        for search in ("_options", "keep_frontier"):
             nothing.setattr(block_options, search, None)
         nothing.setattr(Prices, "_price", None)
         assert plan() == first
