@@ -11,9 +11,9 @@ import numpy as np
 
 from strategies.rematerialization.solve.graph import Graph, simulate
 
-WIDTH, GROWTH = 5.3, 0.65  # mean width of a layer at 100 nodes, and its growth with the number of nodes
+WIDTH = 0.66  # mean width of a layer, times the square root of the number of nodes
 REACH = 0.2  # of the widest layer's width: how far apart along the layers two neighbors may lie
-SKIPS = 0.14  # share of nodes that a node of a later layer reads
+SKIPS = 0.5  # connections over several layers, for each node
 SIZES = ((700.0, 300.0), (2000.0, 700.0), (4500.0, 1000.0))  # mean and deviation of the mixture that sizes come from
 
 
@@ -29,7 +29,7 @@ def layered(nodes: int, seed: int = 0) -> Graph:
         for place, node in enumerate(before):  # whatever is made is read
             if not any(node in reads[later] for later in here):
                 reads[here[min(len(here) - 1, place * len(here) // len(before))]].add(node)
-    for _ in range(round(SKIPS * nodes * max(1.0, widest / 12))):
+    for _ in range(round(SKIPS * nodes)):
         early, late = sorted(draw.choice(len(layers), 2, replace=False))
         if late > early + 1:
             reads[draw.choice(layers[late])].add(int(draw.choice(layers[early])))
@@ -42,7 +42,7 @@ def layered(nodes: int, seed: int = 0) -> Graph:
 
 def _layers(nodes: int, draw: np.random.Generator) -> list[list[int]]:
     """Numbers of the nodes of every layer; the first and the last have one."""
-    mean = WIDTH * (nodes / 100) ** GROWTH
+    mean = WIDTH * nodes**0.5
     layers, made = [[0]], 1
     while made < nodes - 1:
         width = min(int(draw.integers(round(0.4 * mean), round(1.6 * mean) + 1)), nodes - 1 - made)
