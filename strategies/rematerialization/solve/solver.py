@@ -12,6 +12,7 @@ import numpy as np
 from strategies.rematerialization.solve.annealing_search import Searcher
 from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.lower_bound import Bound, least_bytes
+from strategies.rematerialization.solve.relief import relieve
 
 THREADED = 2.0  # with at least this many seconds, the bound and a second search get a thread of their own
 SHARE = 0.3  # of the time, for bounds where they take turns with the search
@@ -172,9 +173,15 @@ def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadl
 
 
 def offered(search: Searcher, prover: Bound) -> bool:
-    """Let the search know what the last relaxation suggests, which can be an optimum."""
+    """Let the search know what the last relaxation suggests, which can be an optimum; if it does not fit, repair it.
+
+    Repairing begins with the third moment, as most graphs are solved before.
+    """
     if prover.order is not None:
         search.offer(prover.order)
+        if len(prover.moments) > 2 and prover.worst(prover.order) is not None:
+            prover.starts.append(relieve(search.arrays, prover.order, search.budget, search.room))
+            search.offer(prover.starts[-1])
     return True
 
 
