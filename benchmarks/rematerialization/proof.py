@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--share", type=float, default=0.6, help="budget as a share of the peak of keeping everything")
     parser.add_argument("--plan-for", choices=list(DEVICES), default="h100")
     parser.add_argument("--json", type=Path)
@@ -48,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def planned(blocks: int, options: argparse.Namespace) -> dict:
     """The figures for one number of blocks; seconds are of analysis and plan together."""
-    config = LlamaConfig(vocab_size=32768, hidden_size=options.hidden, intermediate_size=11 * options.hidden // 4,
-                         num_hidden_layers=blocks, num_attention_heads=options.hidden // 64,
+    config = LlamaConfig(vocab_size=options.vocabulary, hidden_size=options.hidden, num_hidden_layers=blocks,
+                         intermediate_size=11 * options.hidden // 4, num_attention_heads=options.hidden // 64,
                          max_position_embeddings=2 * options.length)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = LlamaForCausalLM(config).train()

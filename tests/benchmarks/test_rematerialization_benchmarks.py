@@ -103,8 +103,8 @@ def test_layered_graphs_are_the_same_each_time_and_solved(tmp_path, capsys):
 def test_proof_of_a_chain_of_blocks(tmp_path, capsys):
     """More is recomputed than in a long chain's limit, and the bound leaves little of it open."""
     file = tmp_path / "rows.json"
-    assert proof.main(["--blocks", "3", "--hidden", "128", "--length", "256", "--batch", "1", "--share", "0.8",
-                       "--json", str(file)]) == 0
+    assert proof.main(["--blocks", "3", "--hidden", "128", "--length", "256", "--batch", "1", "--vocabulary", "64",
+                       "--share", "0.96", "--json", str(file)]) == 0
     row, = json.loads(file.read_text())["rows"]
     assert row["peak"] <= row["budget"] and row["recomputed"] > 0
     assert row["gap"] < 0.3 * row["recomputed"]
