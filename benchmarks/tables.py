@@ -89,8 +89,10 @@ def layered_table(found: dict) -> str:
     lines = [f"| nodes | edges | once | cost | proven bound | gap | seconds | {peer}, {found['seconds']:g} s |",
              "|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for row in found["graphs"]:
-        figures = " | ".join(f"{row[name]:,.0f}" for name in ("nodes", "edges", "once", "cost", "bound"))
-        lines.append(f"| {figures} | {row['gap']:.2%} | {row['seconds']:.1f} | {shown(row['peer'])} |")
+        figures = " | ".join("none" if row[name] is None else f"{row[name]:,.0f}"
+                             for name in ("nodes", "edges", "once", "cost", "bound"))
+        gap = "none" if row["gap"] is None else f"{row['gap']:.2%}"
+        lines.append(f"| {figures} | {gap} | {row['seconds']:.1f} | {shown(row['peer'])} |")
     return "\n".join(lines)
 
 

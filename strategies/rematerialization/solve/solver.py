@@ -16,6 +16,7 @@ from strategies.rematerialization.solve.relief import relieve
 
 THREADED = 2.0  # with at least this many seconds, the bound and a second search get a thread of their own
 SHARE = 0.3  # of the time, for bounds where they take turns with the search
+LARGE = 400  # operations, from which on annealing finds little in seconds unless it begins with a repaired order
 QUICK = 0.04  # of the time, for improving the first start that a bound suggests before the proof goes on
 AS_GOOD_AS_PROVEN = 2e-6  # relative gap that counts as optimal, as bounds are lowered by solver tolerances
 PROOF = 0.6  # of the time, after which the bound's thread stops proving and searches too
@@ -103,6 +104,8 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
             prover.first(deadline)
             prover.tighten(deadline, proven)
     elif not proven() and bound and seconds >= THREADED:
+        if len(graph.seconds) > LARGE:
+            starts.append(relieve(search.arrays, starts[0], budget, search.room))
         beside(search, prover, starts, deadline, gap)
     elif not proven() and bound:
         in_turn(search, prover, starts, deadline, proven)
@@ -157,6 +160,7 @@ def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadl
     def prove() -> None:
         begin = time.perf_counter()
         prover.first(begin + SHARE * (deadline - begin))
+        offered(second, prover)
         now = time.perf_counter()
         second.round(min(list(starts), key=second.offer), 0.03, 0.2, now + QUICK * (deadline - now), enough=enough)
         starts.extend([] if second.order is None else [second.order])
@@ -175,13 +179,15 @@ def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadl
 def offered(search: Searcher, prover: Bound) -> bool:
     """Let the search know what the last relaxation suggests, which can be an optimum; if it does not fit, repair it.
 
-    Repairing begins with the third moment, as most graphs are solved before.
+    Repairing begins with the third moment in graphs that are not large, as most are solved before.
     """
     if prover.order is not None:
         search.offer(prover.order)
-        if len(prover.moments) > 2 and prover.worst(prover.order) is not None:
-            prover.starts.append(relieve(search.arrays, prover.order, search.budget, search.room))
-            search.offer(prover.starts[-1])
+        late = len(prover.moments) > 2 or search.operations > LARGE
+        if late and prover.worst(prover.order) is not None:
+            repaired = relieve(search.arrays, prover.order, search.budget, search.room)
+            prover.starts.append(repaired)
+            search.offer(repaired)
     return True
 
 
