@@ -15,7 +15,7 @@ from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.solve.chain_program import Option
 from strategies.rematerialization.solve.checkmate import check_size, optimal
 from strategies.rematerialization.solve.graph import Graph, simulate
-from strategies.rematerialization.solve.keep_frontier import keep_frontier
+from strategies.rematerialization.solve.keep_frontier import Frontier, keep_frontier
 from strategies.rematerialization.solve.lower_bound import Bound
 from strategies.rematerialization.solve.relaxation import program
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
@@ -117,7 +117,7 @@ def _options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, mov
         if kept >= lowest.kept:  # near the lowest peak, at less cost than `lowest` where more may be kept
             order = _solved(captured, seconds, workspace, kept, int(1.01 * least.peak), moves, least.order, cost)
             found += [option_of(captured, free, order)] if order is not None else []
-    found += [option_of(captured, free, order) for order in keep_frontier(free, captured.forward).orders]
+    found += [option_of(captured, free, order) for order in _kept_frontier(captured, seconds, workspace).orders]
     return frontier(found)
 
 
@@ -204,6 +204,14 @@ def keep_lines(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, s
     relaxation: peaks are not constrained.
     """
     return _remembered(_key("bounds", captured, seconds, workspace), store,
-                       lambda: keep_frontier(problem(captured, seconds, workspace), captured.forward).lines,
+                       lambda: _kept_frontier(captured, seconds, workspace).lines,
                        lambda found: [[price, level] for price, level in found],
                        lambda kept: tuple((float(price), float(level)) for price, level in kept))
+
+
+def _kept_frontier(captured: Captured, seconds: np.ndarray, workspace: np.ndarray) -> Frontier:
+    """The frontier of bytes kept between forward and backward, found once in a process."""
+    key = _key("frontier", captured, seconds, workspace)
+    if key not in _known:
+        _known[key] = keep_frontier(problem(captured, seconds, workspace), captured.forward)
+    return _known[key]

@@ -112,9 +112,8 @@ def solve_chain(links: Sequence[Link], head: int, budget: int, slots: int = 2000
     for slack in (0.0, 0.003, 0.01, 0.03):  # win back what rounding up costs, if the exact peak fits
         schedule = _best(links, head, budget + int(slack * budget), slots)
         if schedule is not None and replay(links, schedule, head).peak <= budget:
-            found = [_spend(links, one, head, budget) for one in (schedule, _at_one_price(links, head, budget))
-                     if one is not None]
-            return min(found, key=lambda one: replay(links, one, head).seconds)
+            found = [one for one in (schedule, _at_one_price(links, head, budget)) if one is not None]
+            return _spend(links, min(found, key=lambda one: replay(links, one, head).seconds), head, budget)
     return None
 
 

@@ -124,7 +124,7 @@ def _best_drop(g, order, length, budget, current, start, last, resident, ran, ba
                 for p in range(since + 1, position):
                     if resident[p] > budget:
                         saved += min(g.size[value], resident[p] - budget)
-                for deep in range(2):
+                for deep in range(3):
                     runs, cost, added = _price(g, g.maker[value], position, deep, budget, current, last, resident,
                                                chain)
                     added += runs * max(0, beside - budget)
@@ -150,37 +150,38 @@ def _best_drop(g, order, length, budget, current, start, last, resident, ran, ba
 def _price(g, maker, position, deep, budget, current, last, resident, chain):
     """What running `maker` again before a position takes: (runs written to `chain`, cost, excess added).
 
-    Inputs that are gone by then stay until it or, if `deep`, are made again themselves.
+    Inputs that are gone by then stay until it (`deep` 0), or are made again from what stays (1) or from what is there
+    anyway (2).
     """
-    cost, added, runs = g.cost[maker], 0, 0
-    for k in range(g.read_start[maker], g.read_start[maker + 1]):
-        value = g.reads[k]
-        copy = current[value]
-        if g.held[value] or last[copy] >= position:
-            continue
-        if deep and g.movable[value]:
-            again = g.maker[value]
-            for other in range(g.read_start[again], g.read_start[again + 1]):
-                further = g.reads[other]
-                if not g.held[further] and last[current[further]] < position:
-                    added += _excess(g.size[further], last[current[further]] + 1, position, budget, resident)
-            there = False
-            for r in range(runs):
-                there = there or chain[r] == again
-            if not there:
-                if runs > 60:
-                    return 0, 0.0, 0
-                place = runs
-                while place > 0 and chain[place - 1] > again:
-                    chain[place] = chain[place - 1]
-                    place -= 1
-                chain[place] = again
-                runs += 1
-                cost += g.cost[again]
-        else:
-            added += _excess(g.size[value], last[copy] + 1, position, budget, resident)
-    chain[runs] = maker
-    return runs + 1, cost, added
+    cost, added, runs, done = g.cost[maker], 0, 1, 0
+    chain[0] = maker
+    while done < runs:
+        operation = chain[done]
+        for k in range(g.read_start[operation], g.read_start[operation + 1]):
+            value = g.reads[k]
+            until = last[current[value]]
+            if g.held[value] or until >= position:
+                continue
+            if g.movable[value] and (deep == 2 or (deep == 1 and done == 0)):
+                again, there = g.maker[value], False
+                for r in range(runs):
+                    there = there or chain[r] == again
+                if not there:
+                    if runs == chain.size:
+                        return 0, 0.0, 0
+                    chain[runs] = again
+                    runs += 1
+                    cost += g.cost[again]
+            else:
+                added += _excess(g.size[value], until + 1, position, budget, resident)
+        done += 1
+    for k in range(1, runs):  # into the graph's order
+        one, place = chain[k], k
+        while place > 0 and chain[place - 1] > one:
+            chain[place] = chain[place - 1]
+            place -= 1
+        chain[place] = one
+    return runs, cost, added
 
 
 @compiled
