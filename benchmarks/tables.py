@@ -83,6 +83,29 @@ def instances_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def layered_table(found: dict) -> str:
+    """Random layered graphs: the solver's cost and bound beside CP-SAT's."""
+    def shown(peer: dict) -> str:
+        return "nothing found" if peer["cost"] is None else f"{peer['cost']:,.0f} (bound {peer['bound']:,.0f})"
+
+    peer = found["graphs"][0]["peer"]["name"]
+    lines = [f"| nodes | edges | once | cost | proven bound | gap | seconds | {peer}, {found['seconds']:g} s |",
+             "|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for row in found["graphs"]:
+        figures = " | ".join("none" if row[name] is None else f"{row[name]:,.0f}"
+                             for name in ("nodes", "edges", "once", "cost", "bound"))
+        gap = "none" if row["gap"] is None else f"{row['gap']:.2%}"
+        lines.append(f"| {figures} | {gap} | {row['seconds']:.1f} | {shown(row['peer'])} |")
+    return "\n".join(lines)
+
+
+def proof_table(found: dict) -> str:
+    """What a better schedule could save at most, by number of blocks."""
+    lines = ["| blocks | recomputed | a better schedule could save at most |", "|---:|---:|---:|"]
+    lines += [f"| {row['blocks']} | {row['recomputed']:.2%} | {row['gap']:.2%} |" for row in found["rows"]]
+    return "\n".join(lines)
+
+
 def optimizers_table(found: dict) -> str:
     """State and time of optimizers beside their peers, and how right trust ratios are."""
     threads = list(found["rows"][0]["of_threads"])
@@ -123,6 +146,8 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "end-to-end-busy": ("end-to-end-busy-cpu.json", lambda found: end_to_end_table(found["rows"])),
     "frontier": ("rematerialization-frontier-cpu.json", frontier_table),
     "instances": ("rematerialization-instances-cpu.json", instances_table),
+    "layered": ("rematerialization-layered-cpu.json", layered_table),
+    "proof": ("rematerialization-proof-cpu.json", proof_table),
     "engines": ("sharding-engines-cpu.json", lambda found: engines_table(found["rows"])),
     "ledger": ("sharding-ledger.json", lambda found: ledger_table(found["rows"])),
     "scale": ("sharding-scale.json", lambda found: scale_table(found["rows"])),

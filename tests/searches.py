@@ -41,7 +41,7 @@ def share() -> None:
                 block_options.LEVELS, block_options.MOVES)
 
     costs._timed = _kept(costs._timed, timed)
-    for name in ("options", "bound_curve"):
+    for name in ("options", "keep_lines"):
         setattr(planner, name, _kept(getattr(planner, name), lambda *args, name=name, **named: (
             name, *searched(*args, **named))))
 

@@ -18,9 +18,9 @@ from strategies.rematerialization.capture.joint_graph import Captured, problem
 from strategies.rematerialization.capture.regions import RegionCall
 from strategies.rematerialization.execute.installed import Planned, whole
 from strategies.rematerialization.price.block_options import (
-    bound_curve,
     cheapest_within,
     frontier,
+    keep_lines,
     most_states,
     option_of,
     options,
@@ -39,7 +39,8 @@ from strategies.rematerialization.solve.chain_program import (
 )
 from strategies.rematerialization.solve.checkmate import check_size, optimal
 from strategies.rematerialization.solve.graph import Graph, simulate
-from strategies.rematerialization.solve.lower_bound import least_bytes, least_sum
+from strategies.rematerialization.solve.keep_frontier import Kept, least_total
+from strategies.rematerialization.solve.lower_bound import least_bytes
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
 
 # Margin for what counting tensors misses, such as small temporaries and kernels' own buffers: a share of the memory
@@ -76,7 +77,7 @@ class Planner:
             if call.captured is not None:
                 check_size(name_of(call), len(call.captured.operations) + 1)
         self._options: dict[str, tuple[Option, ...]] = {}
-        self._curves: dict[str, list[tuple[int, float]]] = {}
+        self._lines: dict[str, tuple[tuple[float, float], ...]] = {}
         self._problems: dict[str, Graph] = {}
         self._steady: dict[str, tuple[Option, ...]] = {}
         self._steady_priced: dict[str, tuple[Option, ...]] = {}
@@ -345,17 +346,19 @@ class Planner:
     def _bound(self, budget: int) -> float:
         """Proven lower bound on the seconds of recomputation of any schedule of the chain.
 
-        At the turn from forward to backward, everything that the regions keep is resident at once.
+        At the turn from forward to backward, everything that the regions keep is resident at once, and so is the input
+        of each that is not inside a segment.
         """
-        curves = []
-        for call in self.calls:
+        blocks = []
+        inputs = [call.input for call in self.calls]
+        for call, handed in zip(self.calls, [*inputs[1:], 0], strict=True):
             if call.captured is None:
                 return 0.0
-            if call.captured.signature not in self._curves:
-                self._curves[call.captured.signature] = bound_curve(
+            if call.captured.signature not in self._lines:
+                self._lines[call.captured.signature] = keep_lines(
                     call.captured, *self.prices.price(call.captured), store=self.store)
-            curves.append(self._curves[call.captured.signature])
-        return least_sum(curves, budget - self.frame.head + self.frame.spare)
+            blocks.append(Kept(self._lines[call.captured.signature], handed, self._forward(call)))
+        return least_total(blocks, budget - self.frame.head + self.frame.spare - inputs[0])
 
     def orders(self, captured: Captured, option: Option) -> Sequence[int]:
         """The order of operations for a captured graph under an option.

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.rematerialization import frontier, planning
+from benchmarks.rematerialization import frontier, layered, planning, proof
+from benchmarks.rematerialization.layered_graphs import budget_of
+from benchmarks.rematerialization.layered_graphs import layered as layered_graph
 
 KEYS = ["model", "method", "budget_bytes", "predicted_peak", "measured_peak", "time_ratio"]
 
@@ -81,3 +83,29 @@ def test_planning_of_a_model_without_data(tmp_path, capsys):
     assert figures["host_bytes"] < 4 * 2**30
     assert figures["seconds"] == pytest.approx(sum(figures["seconds_by_stage"].values()))
     assert "host memory" in capsys.readouterr().out
+
+
+def test_layered_graphs_are_the_same_each_time_and_solved(tmp_path, capsys):
+    first, again, other = (layered_graph(80, seed) for seed in (0, 0, 1))
+    assert first.reads == again.reads and first.size.tolist() == again.size.tolist() and first.reads != other.reads
+    assert all(value in set(sum(first.reads, ())) for value in range(79)), "every value but the last is read"
+    file = tmp_path / "rows.json"
+    assert layered.main(["--nodes", "40", "80", "--seconds", "1", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["graphs"]
+    assert [row["nodes"] for row in rows] == [40, 80]
+    for row in rows:
+        assert row["bound"] <= row["cost"] and row["cost"] > row["once"] and row["peak"] <= row["budget"]
+        assert row["gap"] == pytest.approx((row["cost"] - row["bound"]) / row["cost"])
+        assert row["budget"] == budget_of(layered_graph(row["nodes"]))
+    assert "80 nodes" in capsys.readouterr().out
+
+
+def test_proof_of_a_chain_of_blocks(tmp_path, capsys):
+    """More is recomputed than in a long chain's limit, and the bound leaves little of it open."""
+    file = tmp_path / "rows.json"
+    assert proof.main(["--blocks", "3", "--hidden", "128", "--length", "256", "--batch", "1", "--vocabulary", "64",
+                       "--share", "0.96", "--json", str(file)]) == 0
+    row, = json.loads(file.read_text())["rows"]
+    assert row["peak"] <= row["budget"] and row["recomputed"] > 0
+    assert row["gap"] < 0.3 * row["recomputed"]
+    assert "3 blocks" in capsys.readouterr().out

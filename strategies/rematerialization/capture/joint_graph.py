@@ -112,7 +112,7 @@ def capture(joint: fx.GraphModule, forward_outputs: int) -> Captured:
 
 
 def problem(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept: int | None = None,
-            budget: int = 0, again: bool = False) -> Graph:
+            budget: int = 0) -> Graph:
     """The region as a rematerialization problem, with a moment between forward and backward.
 
     At that moment, operation number `captured.forward`, the forward's outputs leave and their gradients arrive, which
@@ -124,23 +124,21 @@ def problem(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, kept
         workspace: (operations,) bytes that each needs while it runs, beyond its inputs and outputs.
         kept: maximum bytes kept at that moment, enforced when solved for `budget`; None for no limit.
         budget: the budget that the problem will be solved for; only used with `kept`.
-        again: whether the forward's outputs are needed once more at the start of the backward, by the next region.
     """
     border = captured.forward
     leaving = {value for node in filter(None, captured.handed_out) for value in captured.values[node]}
     arriving = sum(count for node in captured.tangents for _, count in _storages(node))
     reads = [tuple(sorted(reads_of(captured, node))) for node in captured.operations]
-    reads[border:border] = [tuple(sorted(leaving))] * (1 + again)
+    reads.insert(border, tuple(sorted(leaving)))
     gradients = {value for node in filter(None, captured.gradients) for value in captured.values[node]}
-    after = [index + (index >= border) * (1 + again) for index in range(len(captured.operations))]
-    moments = [border, border + 1][:1 + again]
+    after = [index + (index >= border) for index in range(len(captured.operations))]
     taken = arriving + sum(captured.size[value] for value in leaving)
     return Graph(
-        seconds=np.insert(seconds, border, [0.0] * len(moments)), reads=tuple(reads),
+        seconds=np.insert(seconds, border, 0.0), reads=tuple(reads),
         maker=np.array([*(after[index] for index in captured.maker), border]),
         size=np.array([*captured.size, arriving], dtype=np.int64),
-        workspace=np.insert(workspace, border, [0 if kept is None else max(0, budget - kept - taken), 0][:1 + again]),
-        once=frozenset([*moments, *(after[index] for index in captured.once)]),
+        workspace=np.insert(workspace, border, 0 if kept is None else max(0, budget - kept - taken)),
+        once=frozenset([border, *(after[index] for index in captured.once)]),
         held=frozenset([*(value for value in gradients if captured.maker[value] >= border), len(captured.size)]),
         forward=border)
 

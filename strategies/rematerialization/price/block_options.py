@@ -15,6 +15,7 @@ from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.solve.chain_program import Option
 from strategies.rematerialization.solve.checkmate import check_size, optimal
 from strategies.rematerialization.solve.graph import Graph, simulate
+from strategies.rematerialization.solve.keep_frontier import Frontier, keep_frontier
 from strategies.rematerialization.solve.lower_bound import Bound
 from strategies.rematerialization.solve.relaxation import program
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
@@ -116,6 +117,7 @@ def _options(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, mov
         if kept >= lowest.kept:  # near the lowest peak, at less cost than `lowest` where more may be kept
             order = _solved(captured, seconds, workspace, kept, int(1.01 * least.peak), moves, least.order, cost)
             found += [option_of(captured, free, order)] if order is not None else []
+    found += [option_of(captured, free, order) for order in _kept_frontier(captured, seconds, workspace).orders]
     return frontier(found)
 
 
@@ -194,41 +196,22 @@ def frontier(found: Sequence[Option]) -> tuple[Option, ...]:
     return tuple(kept)
 
 
-def bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float = 0.3,
-                store: OptionStore | None = None) -> list[tuple[int, float]]:
-    """Proven lower bound on a region's recomputation for bytes kept, as (bytes, seconds), fewest bytes first.
+def keep_lines(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, store: OptionStore | None = None
+               ) -> tuple[tuple[float, float], ...]:
+    """Proven lower bound on a region's recomputation for bytes kept, as lines (see `Frontier`).
 
-    Bytes are those between forward and backward of what the region keeps, including its own output (the next region's
-    input) and excluding its input. Every value that the backward reads, and the output, must then be present or be
-    recomputed from what is. This is a relaxation: peaks are not constrained.
-
-    Args:
-        captured, seconds, workspace: the region and its prices.
-        limit: time limit in seconds for each point.
-        store: keeps results from one process to the next.
+    Bytes are those between forward and backward of what the region keeps, without its input and its output. This is a
+    relaxation: peaks are not constrained.
     """
-    return _remembered(_key("bounds", captured, seconds, workspace, limit), store,
-                       lambda: _bound_curve(captured, seconds, workspace, limit),
-                       lambda found: [[count, least] for count, least in found],
-                       lambda kept: [(int(count), float(least)) for count, least in kept])
+    return _remembered(_key("bounds", captured, seconds, workspace), store,
+                       lambda: _kept_frontier(captured, seconds, workspace).lines,
+                       lambda found: [[price, level] for price, level in found],
+                       lambda kept: tuple((float(price), float(level)) for price, level in kept))
 
 
-def _bound_curve(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, limit: float
-                 ) -> list[tuple[int, float]]:
-    free = problem(captured, seconds, workspace, again=True)
-    most = option_of(captured, free, tuple(range(len(free.seconds)))).kept
-    curve: list[tuple[int, float]] = []
-    too_little: int | None = None  # most bytes found to be infeasible
-    for level in sorted({0.0, 1.0, *LEVELS}):
-        kept = int(level * most)
-        graph = problem(captured, seconds, workspace, kept, 4 * most + 1, again=True)
-        bound = Bound(graph, 4 * most + 1)
-        bound.prove(program(graph, 4 * most + 1, [graph.forward]), time.perf_counter() + limit)
-        if np.isinf(bound.value):
-            too_little = kept
-            continue
-        least = max(0.0, bound.value - float(graph.seconds.sum()))
-        if not curve and too_little is not None:
-            curve.append((too_little, least))  # one byte more may be feasible, at no lower cost
-        curve.append((kept, least))
-    return curve
+def _kept_frontier(captured: Captured, seconds: np.ndarray, workspace: np.ndarray) -> Frontier:
+    """The frontier of bytes kept between forward and backward, found once in a process."""
+    key = _key("frontier", captured, seconds, workspace)
+    if key not in _known:
+        _known[key] = keep_frontier(problem(captured, seconds, workspace), captured.forward)
+    return _known[key]

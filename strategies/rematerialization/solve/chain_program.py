@@ -8,7 +8,7 @@ runs again, with segments inside it where that pays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numba
@@ -112,8 +112,48 @@ def solve_chain(links: Sequence[Link], head: int, budget: int, slots: int = 2000
     for slack in (0.0, 0.003, 0.01, 0.03):  # win back what rounding up costs, if the exact peak fits
         schedule = _best(links, head, budget + int(slack * budget), slots)
         if schedule is not None and replay(links, schedule, head).peak <= budget:
-            return _spend(links, schedule, head, budget)
+            found = [one for one in (schedule, _at_one_price(links, head, budget)) if one is not None]
+            return _spend(links, min(found, key=lambda one: replay(links, one, head).seconds), head, budget)
     return None
+
+
+def _at_one_price(links: Sequence[Link], head: int, budget: int) -> ChainSchedule | None:
+    """Every block by the option that is best at one price of a byte kept, the lowest that fits; None if none does.
+
+    As many blocks as fit take what is best just below that price. The program's slots round every block's bytes up,
+    which adds up over long chains; prices need no rounding, and lose at most one block's step between two options
+    where the turn from forward to backward is what limits memory (Everett 1963).
+    """
+    def at(price: float) -> ChainSchedule:
+        return tuple(Block(position, _best_at(link.options, price)) for position, link in enumerate(links))
+
+    def fits(schedule: ChainSchedule) -> bool:
+        return replay(links, schedule, head).peak <= budget
+
+    prices = [0.0, *sorted({(low.seconds - high.seconds) / (high.kept - low.kept)
+                            for options in dict.fromkeys(link.options for link in links)
+                            for low in options for high in options
+                            if low.kept < high.kept and low.seconds > high.seconds})]
+    above = _first(len(prices), lambda k: fits(at(prices[k] * (1 + 1e-9))))
+    if above == len(prices):
+        return None
+    best, dearer = at(prices[above] * (1 + 1e-9)), at(prices[above] * (1 - 1e-9))
+    many = _first(len(links), lambda k: not fits((*dearer[:k + 1], *best[k + 1:])))
+    return (*dearer[:many], *best[many:])
+
+
+def _best_at(options: Sequence[Option], price: float) -> int:
+    return min(range(len(options)), key=lambda which: (options[which].seconds + price * options[which].kept,
+                                                       options[which].backward_peak))
+
+
+def _first(count: int, holds: Callable[[int], bool]) -> int:
+    """The first number below `count` for which something holds that, once it does, goes on to; else `count`."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
 
 
 def _best(links: Sequence[Link], head: int, budget: int, slots: int) -> ChainSchedule | None:

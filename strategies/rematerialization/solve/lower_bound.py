@@ -12,8 +12,6 @@ from strategies.rematerialization.solve.order import unroll
 from strategies.rematerialization.solve.relaxation import Program, program
 
 TOLERANCE = 1e-6  # relative tolerance of HiGHS, by which its bounds are lowered before they count as proven
-COARSE = 12  # moments tried first, spread over those at which keeping everything does not fit
-TRIES = 3  # single moments solved as integer programs
 
 
 class Bound:
@@ -25,6 +23,8 @@ class Bound:
     Attributes:
         value: the best bound proven so far, in the graph's unit; infinite if no order can fit.
         starts: orders built from the relaxations' solutions, good starts for a search; they may not fit.
+        moments: the moments looked at so far.
+        order: the order that the last relaxation's solution suggests; None if there is none.
     """
 
     def __init__(self, graph: Graph, budget: int):
@@ -32,66 +32,58 @@ class Bound:
         self.value = float(np.sum(graph.seconds))
         self.starts: list[tuple[int, ...]] = []
         self.whole = bool(np.all(np.asarray(graph.seconds) == np.round(graph.seconds)))
-        self.singles: dict[int, float] = {}  # bound of each moment alone, from the linear relaxation
-        self.tight = simulate(graph, range(len(graph.seconds))).resident
+        self.moments: list[int] = []
+        self.order: tuple[int, ...] | None = None
         if least_bytes(graph) > budget:
             self.value = np.inf
 
     def first(self, deadline: float) -> None:
         """Bound by the moment at which most is resident: usually the best single moment, and a good start."""
-        self.prove(program(self.graph, self.budget, [int(self.tight.argmax())]), deadline)
+        resident = simulate(self.graph, range(len(self.graph.seconds))).resident
+        self.moments = [int(resident.argmax())]
+        self.prove(program(self.graph, self.budget, self.moments), deadline)
 
-    def single(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
-        """Bound by single moments: linear programs in up to half of the time, then the best few in integers.
+    def tighten(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """Bound by more and more moments jointly, each the one at which the last solution's order needs most.
 
-        This and `several` stop early when `enough()` holds.
+        Few are needed, as one moment speaks for its neighbors. If no moment is left at which that order needs more than
+        the budget, the solution is that of the program of all moments, and only reruns between them can still need more
+        memory. It stops early when `enough()` holds.
         """
-        begin = time.perf_counter()
-        until = begin + 0.5 * (deadline - begin) if np.isfinite(deadline) else deadline
-        short = np.flatnonzero(self.tight > self.budget)
-        coarse = short[np.linspace(0, len(short) - 1, min(len(short), COARSE)).astype(int)]
-        for moment in dict.fromkeys([int(self.tight.argmax()), *coarse.tolist(), *short.tolist()]):
-            if self.singles and (time.perf_counter() > until or enough()):
-                break
-            self.singles[moment] = self.prove(program(self.graph, self.budget, [moment]), deadline, whole=False)
-        for moment in self.peaks()[:TRIES]:
-            if time.perf_counter() < deadline and not enough():
-                self.prove(program(self.graph, self.budget, [moment]), deadline)
-
-    def peaks(self) -> list[int]:
-        """Moments whose bound is at least that of their neighbors, best first."""
-        moments = sorted(self.singles)
-        bounds = [-np.inf, *(self.singles[moment] for moment in moments), -np.inf]
-        high = [moment for moment, before, here, after in zip(moments, bounds, bounds[1:], bounds[2:], strict=False)
-                if here >= before and here > after]
-        return sorted(high, key=lambda moment: -self.singles[moment])
-
-    def several(self, deadline: float, enough: Callable[[], bool] = lambda: False) -> None:
-        """Bound by more and more moments jointly: the best single ones, then others where memory is short."""
-        short = np.flatnonzero(self.tight > self.budget)
-        for count in (2, 3, 5, 8, 12, 18, 27):
-            if deadline - time.perf_counter() < 0.5 or not len(short) or enough():
+        while time.perf_counter() < deadline and np.isfinite(self.value) and not enough():
+            worst = None if self.order is None else self.worst(self.order)
+            if worst is None:
                 return
-            spread = short[np.linspace(0, len(short) - 1, count).astype(int)] if count > 3 else []
-            moments = {*self.peaks()[:count], *map(int, spread)}
-            self.prove(program(self.graph, self.budget, sorted(moments)), deadline)
+            self.moments = sorted([*self.moments, worst])
+            if not self.prove(program(self.graph, self.budget, self.moments), deadline):
+                return
 
-    def prove(self, relaxation: Program, deadline: float, whole: bool = True) -> float:
-        """Solve a relaxation and keep its bound and the order its solution suggests; returns the bound."""
-        answer = relaxation.solve(deadline - time.perf_counter(), whole)
+    def worst(self, order: Sequence[int]) -> int | None:
+        """The moment at which an order needs most bytes above the budget, of those not looked at; None if it fits."""
+        first = np.full(len(self.graph.seconds), -1)
+        for position, operation in reversed(list(enumerate(order))):
+            first[operation] = position
+        over = simulate(self.graph, order).resident[first] - self.budget
+        over[self.moments] = 0
+        return int(over.argmax()) if over.max() > 0 else None
+
+    def prove(self, relaxation: Program, deadline: float) -> bool:
+        """Solve a relaxation, keep its bound and the order its solution suggests; returns whether it was solved."""
+        answer = relaxation.solve(deadline - time.perf_counter())
         if answer.status == 2:
             self.value = np.inf
-            return np.inf
-        found = answer.mip_dual_bound if whole else (answer.fun if answer.status == 0 else None)
+            return True
+        found = answer.mip_dual_bound
         if found is None or not np.isfinite(found):  # stopped without a bound
-            return 0.0
+            return False
         proven = relaxation.constant + found - TOLERANCE * abs(found)
         if self.whole:
             proven = float(np.ceil(proven - 1e-3))
         self.value = max(self.value, proven)
-        if whole and answer.x is not None:
-            self.starts.append(unroll(self.graph, relaxation.moments, relaxation.kept(answer.x)))
-        return proven
+        if answer.x is not None:
+            self.order = unroll(self.graph, relaxation.moments, relaxation.kept(answer.x))
+            self.starts.append(self.order)
+        return answer.status == 0
 
 
 def least_bytes(graph: Graph) -> int:
@@ -114,39 +106,3 @@ def least_bytes(graph: Graph) -> int:
         there[[*read, *makes[operation]]] = True
         most = max(most, int(graph.workspace[operation]) + int(size[there].sum()))
     return most + int(graph.fixed)
-
-
-def least_sum(curves: Sequence[Sequence[tuple[int, float]]], room: int) -> float:
-    """Lower bound on the least sum of functions whose arguments sum to at most `room`.
-
-    Args:
-        curves: for each function, which is decreasing, lower bounds as (argument, value) at increasing arguments.
-            Between two points the function is at least the value at the right one.
-        room: total of the arguments.
-    """
-    pieces: list[tuple[float, int]] = []
-    total = 0.0
-    for curve in curves:
-        corners = [(bytes_, following) for (bytes_, _), (_, following) in zip(curve, curve[1:], strict=False)]
-        hull = _lower_hull([*corners, curve[-1]])
-        total += hull[0][1]
-        room -= hull[0][0]
-        pieces += [((left[1] - right[1]) / (right[0] - left[0]), right[0] - left[0])
-                   for left, right in zip(hull, hull[1:], strict=False)]
-    for slope, width in sorted(pieces, reverse=True):
-        used = min(max(room, 0), width)
-        total -= slope * used
-        room -= used
-    return max(0.0, total)
-
-
-def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    hull: list[tuple[int, float]] = []
-    for point in sorted(set(points)):
-        if hull and point[0] == hull[-1][0]:
-            continue
-        while len(hull) >= 2 and ((hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0])
-                                  >= (point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0])):
-            hull.pop()
-        hull.append(point)
-    return hull

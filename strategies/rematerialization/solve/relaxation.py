@@ -18,10 +18,12 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult
 from strategies.common.highs import mixed_integer
 from strategies.rematerialization.solve.graph import Graph
 
+ALWAYS, NEVER = -1, -2
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """min cost @ z + constant subject to rows @ z <= limit, 0 <= z <= 1, with integer z unless relaxed.
+    """min cost @ z + constant subject to rows @ z <= limit, z in {0, 1}.
 
     `keep[k][i]` is the column that says whether value i is resident at moment k (1-based), `run[k][j]` the one that
     says whether operation j runs between moments k and k + 1. Either can be `ALWAYS` or `NEVER` instead of a column.
@@ -35,20 +37,25 @@ class Program:
     keep: np.ndarray
     run: np.ndarray
 
-    def solve(self, seconds: float, whole: bool = True, gap: float = 0.0) -> OptimizeResult:
-        """HiGHS's answer; its `mip_dual_bound` (or `fun` for the linear program) plus `constant` is the lower bound.
+    def solve(self, seconds: float, nodes: int | None = None) -> OptimizeResult:
+        """HiGHS's answer; its `mip_dual_bound` plus `constant` is the lower bound.
 
         Costs are solved for in units of the largest one: HiGHS takes a program for solved within 1e-6 of its cost, and
         reports a bound that much too high, which is a share of a percent where operations take microseconds.
+
+        Args:
+            seconds: time limit.
+            nodes: limit on the branch and bound that, unlike seconds, stops it at the same place every time.
         """
         if not self.cost.size:
             status = 2 if (self.limit < 0).any() else 0
             return OptimizeResult(status=status, fun=0.0, mip_dual_bound=0.0, x=np.zeros(0))
         unit = float(self.cost.max()) or 1.0
+        options = {"mip_rel_gap": 0.0} | ({} if np.isinf(seconds) else {"time_limit": max(seconds, 0.01)})
         answer = mixed_integer(
             self.cost / unit, constraints=LinearConstraint(self.rows, -np.inf, self.limit), bounds=Bounds(0, 1),
-            integrality=np.full(self.cost.size, int(whole)),
-            options={"time_limit": max(seconds, 0.01), "mip_rel_gap": gap})
+            integrality=np.ones(self.cost.size),
+            options=options | ({} if nodes is None else {"node_limit": nodes}))
         for name in ("fun", "mip_dual_bound"):
             if answer.get(name) is not None:
                 answer[name] *= unit
@@ -62,9 +69,6 @@ class Program:
         return [{value for value, column in enumerate(row) if there(column)} for row in self.keep[1:]]
 
 
-ALWAYS, NEVER = -1, -2
-
-
 def program(graph: Graph, budget: int, moments: Sequence[int]) -> Program:
     """The relaxation of `graph` under `budget` bytes that checks memory at the first runs of `moments`."""
     return _Builder(graph, budget, sorted(moments)).build()
@@ -73,95 +77,103 @@ def program(graph: Graph, budget: int, moments: Sequence[int]) -> Program:
 class _Builder:
     def __init__(self, graph: Graph, budget: int, moments: list[int]):
         self.graph, self.budget, self.moments = graph, budget, moments
-        self.cost: list[float] = []
-        self.entries: tuple[list[int], list[int], list[float]] = ([], [], [])
-        self.limit: list[float] = []
-        self.constant = float(sum(graph.seconds[moment] for moment in moments))
+        self.cost: list[np.ndarray] = []
+        self.columns, self.count = 0, 0
+        self.entries: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.limits: list[np.ndarray] = []
+        self.once = np.isin(np.arange(len(graph.seconds)), list(graph.once))
+        self.held = np.isin(np.arange(len(graph.maker)), list(graph.held))
+        self.seconds, self.size = np.asarray(graph.seconds, float), np.asarray(graph.size, float)
+        self.maker = np.asarray(graph.maker, np.int64)
+        self.reader = np.repeat(np.arange(len(graph.reads)), [len(read) for read in graph.reads])
+        self.read = np.array([value for read in graph.reads for value in read], np.int64)
 
-    def column(self, cost: float) -> int:
+    def add_columns(self, cost: np.ndarray) -> np.ndarray:
+        """New columns, one for each of the costs."""
         self.cost.append(cost)
-        return len(self.cost) - 1
+        self.columns += len(cost)
+        return np.arange(self.columns - len(cost), self.columns)
 
-    def row(self, terms: list[tuple[int, float]], limit: float) -> None:
-        """Add sum coefficient * column <= limit, where columns may be ALWAYS (1) or NEVER (0)."""
-        limit -= sum(factor for column, factor in terms if column == ALWAYS)
-        left = [(column, factor) for column, factor in terms if column >= 0]
-        if limit >= 0 and all(factor < 0 for _, factor in left):
-            return
-        for column, factor in left:
-            self.entries[0].append(len(self.limit))
-            self.entries[1].append(column)
-            self.entries[2].append(factor)
-        self.limit.append(limit)
+    def add_rows(self, columns: np.ndarray, factors: Sequence[float] | np.ndarray, limit: float = 0.0) -> None:
+        """Add a row sum factor * column <= limit for each of (rows, terms) columns, which may be ALWAYS (1) or NEVER.
+
+        Rows that hold anyway are left out.
+        """
+        factor = np.broadcast_to(np.asarray(factors, float), columns.shape)
+        limits = limit - np.where(columns == ALWAYS, factor, 0.0).sum(1)
+        real = columns >= 0
+        needed = (limits < 0) | (real & (factor > 0)).any(1)
+        number = np.full(len(columns), -1)
+        number[needed] = self.count + np.arange(int(needed.sum()))
+        where = real & needed[:, None]
+        self.entries.append((np.broadcast_to(number[:, None], columns.shape)[where], columns[where], factor[where]))
+        self.limits.append(limits[needed])
+        self.count += int(needed.sum())
 
     def build(self) -> Program:
-        graph, operations = self.graph, len(self.graph.seconds)
-        keep = np.full((len(self.moments) + 1, len(graph.maker)), NEVER)
-        run = np.full((len(self.moments) + 1, operations), NEVER)
-        run[0, : self.moments[0]] = ALWAYS
-        self.constant += float(graph.seconds[: self.moments[0]].sum())
+        """The program."""
+        graph, count = self.graph, len(self.moments)
+        operations, values = len(graph.seconds), len(graph.maker)
+        self.keep = np.full((count + 1, values), NEVER)
+        self.run = np.full((count + 1, operations), NEVER)
+        self.run[0, : self.moments[0]] = ALWAYS
         makes = graph.makes
         for k, moment in enumerate(self.moments, start=1):
-            after = self.moments[k] if k < len(self.moments) else operations
             relevant = needed_after(graph, moment)
-            self.keep_at(k, moment, keep, run, relevant)
-            keep[k, list(makes[moment])] = ALWAYS
-            self.run_between(k, moment, after, keep, run, relevant)
-        for k, moment in enumerate(self.moments[:-1], start=1):
-            self.run_after(k, moment, keep, run)
-        rows = sparse.csr_array((self.entries[2], (self.entries[0], self.entries[1])),
-                                shape=(len(self.limit), len(self.cost)))
-        return Program(tuple(self.moments), np.array(self.cost), self.constant, rows, np.array(self.limit, float),
-                       keep, run)
+            self.keep_at(k, moment, relevant)
+            self.keep[k, list(makes[moment])] = ALWAYS
+            self.run_between(k, moment, self.moments[k] if k < count else operations, relevant)
+        for k in range(1, count):
+            self.run_after(k, self.moments[k - 1])
+        row, column, factor = (np.concatenate(part) for part in zip(*self.entries, strict=True))
+        cost = np.concatenate(self.cost) if self.cost else np.zeros(0)
+        rows = sparse.csr_array((factor, (row, column)), shape=(self.count, self.columns))
+        limit = np.concatenate(self.limits)
+        return Program(tuple(self.moments), cost, float(self.seconds.sum()), rows, limit, self.keep, self.run)
 
-    def keep_at(self, k: int, moment: int, keep: np.ndarray, run: np.ndarray, relevant: np.ndarray) -> None:
+    def keep_at(self, k: int, moment: int, relevant: np.ndarray) -> None:
         """What may be resident at moment k, what must be, and that it fits."""
         graph, useful = self.graph, np.zeros(len(self.graph.maker), bool)
-        for operation in np.flatnonzero(relevant):
-            useful[list(graph.reads[operation])] = True
-        memory = []
-        for value in np.flatnonzero(graph.maker < moment):
-            if value in graph.held or value in graph.reads[moment]:
-                keep[k, value] = ALWAYS
-                self.row([(ALWAYS, 1), (keep[k - 1, value], -1), (run[k - 1, graph.maker[value]], -1)], 0)
-            elif useful[value]:
-                keep[k, value] = self.column(0.0)
-                self.row([(keep[k, value], 1), (keep[k - 1, value], -1), (run[k - 1, graph.maker[value]], -1)], 0)
-            memory.append((keep[k, value], float(graph.size[value])))
+        useful[self.read[relevant[self.reader]]] = True
+        before = self.maker < moment
+        must = self.held.copy()
+        must[list(graph.reads[moment])] = True
+        self.keep[k, before & must] = ALWAYS
+        chosen = np.flatnonzero(before & ~must & useful)
+        self.keep[k, chosen] = self.add_columns(np.zeros(len(chosen)))
+        there = np.flatnonzero(before & (must | useful))
+        terms = np.stack([self.keep[k, there], self.keep[k - 1, there], self.run[k - 1, self.maker[there]]], 1)
+        self.add_rows(terms, (1, -1, -1))
         made = sum(int(graph.size[value]) for value in graph.makes[moment])
-        self.row(memory, self.budget - graph.fixed - int(graph.workspace[moment]) - made)
+        self.add_rows(self.keep[k, there][None], self.size[there],
+                      self.budget - graph.fixed - int(graph.workspace[moment]) - made)
 
-    def run_between(self, k: int, moment: int, after: int, keep: np.ndarray, run: np.ndarray,
-                    relevant: np.ndarray) -> None:
+    def run_between(self, k: int, moment: int, after: int, relevant: np.ndarray) -> None:
         """What may run between moment k and the next, what must, and that its inputs are available."""
-        graph = self.graph
-        for operation in range(after):
-            if moment < operation:
-                run[k, operation] = ALWAYS
-                self.constant += float(graph.seconds[operation])
-            elif relevant[operation] and operation not in graph.once:
-                run[k, operation] = self.column(float(graph.seconds[operation]))
-        for operation in range(after):
-            if run[k, operation] != NEVER:
-                for value in graph.reads[operation]:
-                    self.row([(run[k, operation], 1), (keep[k, value], -1), (run[k, graph.maker[value]], -1)], 0)
+        self.run[k, moment + 1:after] = ALWAYS
+        again = np.flatnonzero(relevant[:moment + 1] & ~self.once[:moment + 1])
+        self.run[k, again] = self.add_columns(self.seconds[again])
+        self.need(k, self.run[k], np.arange(len(relevant)) < after)
 
-    def run_after(self, k: int, moment: int, keep: np.ndarray, run: np.ndarray) -> None:
+    def need(self, k: int, runs: np.ndarray, which: np.ndarray) -> None:
+        """What runs after moment k reads what is there at moment k or made by what runs after it."""
+        edge = np.flatnonzero(which[self.reader] & (runs[self.reader] != NEVER))
+        value = self.read[edge]
+        self.add_rows(np.stack([runs[self.reader[edge]], self.keep[k, value], runs[self.maker[value]]], 1), (1, -1, -1))
+
+    def run_after(self, k: int, moment: int) -> None:
         """What runs at any time after moment k, counted once, satisfies the program of moment k alone.
 
         This is implied for integers, and makes the linear relaxation at least as strong as that of every single moment.
         It is not otherwise: fractional reruns in several intervals could all rely on the same fractionally kept value.
         """
-        graph, ever = self.graph, np.full(len(self.graph.seconds), NEVER)
+        ever = np.full(len(self.graph.seconds), NEVER)
         ever[moment + 1:] = ALWAYS
-        for operation in range(moment + 1):
-            runs = [(int(column), -1.0) for column in run[k:, operation] if column != NEVER]
-            if runs:
-                ever[operation] = self.column(0.0)
-                self.row([(ever[operation], 1.0), *runs], 0)
-        for operation in np.flatnonzero(ever != NEVER):
-            for value in graph.reads[operation]:
-                self.row([(ever[operation], 1), (keep[k, value], -1), (ever[graph.maker[value]], -1)], 0)
+        some = np.flatnonzero((self.run[k:, :moment + 1] >= 0).any(0))
+        ever[some] = self.add_columns(np.zeros(len(some)))
+        terms = np.concatenate([ever[some][:, None], self.run[k:, some].T], 1)
+        self.add_rows(terms, (1, *[-1] * (terms.shape[1] - 1)))
+        self.need(k, ever, np.ones(len(ever), bool))
 
 
 def needed_after(graph: Graph, moment: int) -> np.ndarray:

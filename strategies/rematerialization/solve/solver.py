@@ -12,11 +12,12 @@ import numpy as np
 from strategies.rematerialization.solve.annealing_search import Searcher
 from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.lower_bound import Bound, least_bytes
+from strategies.rematerialization.solve.relief import relieve
 
 THREADED = 2.0  # with at least this many seconds, the bound and a second search get a thread of their own
-SHARE = 0.3  # of the time, for bounds from single moments (see relaxation), whose solutions are good starting orders
-QUICK = 0.04  # of the time, for improving the first such start before the proof goes on
-CLOSE = 1.01  # after SHARE, the bound's thread searches instead once the cost is within this factor of the bound
+SHARE = 0.3  # of the time, for bounds where they take turns with the search
+LARGE = 400  # operations, from which on annealing finds little in seconds unless it begins with a repaired order
+QUICK = 0.04  # of the time, for improving the first start that a bound suggests before the proof goes on
 AS_GOOD_AS_PROVEN = 2e-6  # relative gap that counts as optimal, as bounds are lowered by solver tolerances
 PROOF = 0.6  # of the time, after which the bound's thread stops proving and searches too
 ROUNDS = ((0.06, 0.03, 0.2, "best"), (0.12, 1.0, 0.2, "first"), (0.1, 0.3, 8.0, "first"), (0.16, 0.3, 0.2, "first"),
@@ -101,9 +102,10 @@ def solve(graph: Graph, budget: int, seconds: float, seed: int = 0, bound: bool 
             rounds(search, starts, deadline, proven, iterations)
         if bound and search.order is not None and not proven():
             prover.first(deadline)
-            prover.single(deadline, proven)
-            prover.several(deadline, proven)
+            prover.tighten(deadline, proven)
     elif not proven() and bound and seconds >= THREADED:
+        if len(graph.seconds) > LARGE:
+            starts.append(relieve(search.arrays, starts[0], budget, search.room))
         beside(search, prover, starts, deadline, gap)
     elif not proven() and bound:
         in_turn(search, prover, starts, deadline, proven)
@@ -144,7 +146,7 @@ def in_turn(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], dead
     """Bound first, as its solutions are good starting orders, then search."""
     now = time.perf_counter()
     prover.first(now + SHARE * (deadline - now))
-    prover.single(now + SHARE * (deadline - now), proven)
+    prover.tighten(now + SHARE * (deadline - now), lambda: offered(search, prover) and proven())
     rounds(search, starts, deadline, proven)
 
 
@@ -152,19 +154,17 @@ def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadl
     """Bound and then search in one thread, search in another; the compiled code and HiGHS release the GIL."""
     second = Searcher(search.graph, search.budget, seed=search.seed + 1)
 
-    def enough(times: float = 1.0) -> bool:
-        return min(search.cost, second.cost) <= times * (1 + gap) * prover.value
+    def enough() -> bool:
+        return min(search.cost, second.cost) <= (1 + gap) * prover.value
 
     def prove() -> None:
         begin = time.perf_counter()
         prover.first(begin + SHARE * (deadline - begin))
+        offered(second, prover)
         now = time.perf_counter()
         second.round(min(list(starts), key=second.offer), 0.03, 0.2, now + QUICK * (deadline - now), enough=enough)
         starts.extend([] if second.order is None else [second.order])
-        prover.single(begin + SHARE * (deadline - begin), enough)
-        turn = begin + SHARE * (deadline - begin)
-        prover.several(begin + PROOF * (deadline - begin),
-                       lambda: enough(1.0 if time.perf_counter() < turn else CLOSE))
+        prover.tighten(begin + PROOF * (deadline - begin), lambda: offered(second, prover) and enough())
         if not enough():
             rounds(second, starts, deadline, enough)
 
@@ -174,6 +174,21 @@ def beside(search: Searcher, prover: Bound, starts: list[tuple[int, ...]], deadl
         other.result()
     for order in starts:
         search.offer(order)
+
+
+def offered(search: Searcher, prover: Bound) -> bool:
+    """Let the search know what the last relaxation suggests, which can be an optimum; if it does not fit, repair it.
+
+    Repairing begins with the third moment in graphs that are not large, as most are solved before.
+    """
+    if prover.order is not None:
+        search.offer(prover.order)
+        late = len(prover.moments) > 2 or search.operations > LARGE
+        if late and prover.worst(prover.order) is not None:
+            repaired = relieve(search.arrays, prover.order, search.budget, search.room)
+            prover.starts.append(repaired)
+            search.offer(repaired)
+    return True
 
 
 def infeasible(graph: Graph, budget: int, seconds: float, seed: int, iterations: int | None = None) -> Infeasible:

@@ -12,10 +12,7 @@ import transformers
 from torch import nn
 
 from strategies.memory.meter import measure
-from strategies.rematerialization.capture import joint_graph
 from strategies.rematerialization.capture.fake_tensors import fake_optimizer
-from strategies.rematerialization.price import block_options
-from strategies.rematerialization.price.block_options import bound_curve
 from strategies.rematerialization.price.step_trace import Shared
 from strategies.rematerialization.rematerialize import _buckets, loss_of, rematerialize, study
 from strategies.rematerialization.solve.chain_program import Block, Segment
@@ -366,25 +363,6 @@ def test_one_region_with_more_beside_its_backward_than_beside_its_forward():
     plan = planner.plan(planner.keep_all().peak - 20_000, seconds=3)
     assert plan.recomputed <= plan.bound * (1 + 1e-3) + 1e-3 * plan.seconds
     assert plan.peak <= plan.budget
-
-
-def test_a_level_that_is_impossible_leaves_those_just_above_it_open(monkeypatch):
-    """What keeps nothing cannot run here; what keeps a little more might, so the bound has to allow for it."""
-    class Counts(MLP):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("count", torch.zeros(32))
-
-        def forward(self, x):
-            self.count.add_(x.detach().mean((0, 1)))
-            return super().forward(x) * self.count
-
-    monkeypatch.setattr(block_options, "LEVELS", (0.5, 0.0))
-    planner = study(Chain([Counts() for _ in range(2)]), batch())
-    captured = planner.calls[0].captured
-    curve = bound_curve(captured, *planner.prices.price(captured))
-    assert curve[0][0] < curve[1][0] and curve[0][1] == curve[1][1], curve
-    assert joint_graph.problem(captured, *planner.prices.price(captured), kept=0, budget=10**9).once
 
 
 # ---- models that cannot be followed

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from strategies.rematerialization.solve.chain_program import Block, Link, Option, Segment, replay, solve_chain
-from strategies.rematerialization.solve.lower_bound import least_sum
+from strategies.rematerialization.solve.keep_frontier import Kept, least_total
 
 
 def chain(seed: int, count: int, even: bool) -> tuple[list[Link], int]:
@@ -67,13 +67,34 @@ def test_against_every_schedule(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_bound_is_never_above_the_best_choice(seed):
+    """Blocks keep some of their bytes and their output, or are inside a segment and keep nothing."""
     draw = random.Random(seed)
-    curves = []
+    blocks, choices = [], []
     for _ in range(4):
         kept = sorted(draw.sample(range(1, 60), draw.randint(1, 5)))
-        curves.append(list(zip(kept, sorted((draw.uniform(0, 10) for _ in kept), reverse=True), strict=True)))
+        points = list(zip(kept, sorted((draw.uniform(0, 10) for _ in kept), reverse=True), strict=True))
+        handed, again = draw.randint(0, 9), draw.uniform(5, 20)
+        prices = sorted({0.0, *(draw.uniform(0, 1) for _ in range(5))})
+        lines = tuple((price, min(seconds + price * count for count, seconds in points)) for price in prices)
+        blocks.append(Kept(lines, handed, again))
+        choices.append([*((count + handed, seconds) for count, seconds in points), (0, again)])
     for room in range(0, 240, 7):
-        sums = [sum(seconds for _, seconds in choice) for choice in product(*curves)
+        sums = [sum(seconds for _, seconds in choice) for choice in product(*choices)
                 if sum(count for count, _ in choice) <= room]
-        if sums:
-            assert least_sum(curves, room) <= min(sums) + 1e-9
+        assert least_total(blocks, room) <= min(sums, default=float("inf")) + 1e-9
+    assert least_total(blocks * 8, 8 * 120) == pytest.approx(8 * least_total(blocks, 120))
+
+
+@pytest.mark.parametrize("count", [12, 40])
+def test_long_chains_of_equal_blocks_come_close_to_the_bound(count):
+    """Rounding every block's bytes up to a slot must not add up: all but one block do what is best at one price."""
+    points = [(1000, 0.0), (731, 1.0), (402, 3.0), (57, 9.0)]
+    ways = tuple(Option(kept, 1100, kept + 100, seconds) for kept, seconds in points)
+    links = [Link(ways, 10, 30.0, 0, 0, 10) for _ in range(count)]
+    prices = {(low[1] - high[1]) / (high[0] - low[0]) for low in points for high in points if low[0] < high[0]}
+    lines = tuple((price, min(seconds + price * kept for kept, seconds in points)) for price in sorted({0.0, *prices}))
+    for share in (0.3, 0.5, 0.8):
+        budget = 2000 + int(share * 1000 * count)
+        found = replay(links, solve_chain(links, 1500, budget), 1500)
+        bound = least_total([Kept(lines, 10, 30.0)] * (count - 1) + [Kept(lines, 0, 30.0)], budget - 1500 - 10)
+        assert bound <= found.seconds <= bound + 6.0

@@ -19,6 +19,7 @@ from strategies.rematerialization.solve import baselines, checkmate
 from strategies.rematerialization.solve.checkmate import MOST_OPERATIONS, NotExact, exact, linear_bound, optimal
 from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.lower_bound import Bound
+from strategies.rematerialization.solve.relaxation import program
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
 
 MOVES = 6000  # of annealing: a few hundredths of a second on these graphs
@@ -183,9 +184,30 @@ def test_more_moments_never_prove_too_much(seed):
         prover = Bound(graph, budget)
         if np.isfinite(prover.value):
             prover.first(np.inf)
-            prover.single(np.inf)
-            prover.several(np.inf)
+            one = prover.value
+            prover.tighten(np.inf)
+            assert prover.value >= one
         assert prover.value <= brute_force(graph, budget)
+
+
+def test_moments_that_an_order_violates_are_looked_at_together():
+    """Where a single moment's program allows too much, the moments that its order needs most at raise the bound."""
+    raised = 0
+    for seed in range(40):
+        graph = random_graph(seed, forward=6, rich=False)
+        for budget in list(budgets(graph))[1:3]:
+            prover = Bound(graph, budget)
+            prover.first(np.inf)
+            one = prover.value
+            prover.tighten(np.inf)
+            raised += prover.value > one
+            every = Bound(graph, budget)
+            every.prove(program(graph, budget, range(len(graph.seconds))), np.inf)
+            assert prover.value <= every.value
+            if np.isfinite(prover.value):
+                assert prover.worst(prover.order) is None and prover.value == every.value, "few moments are enough"
+                assert len(prover.moments) < len(graph.seconds)
+    assert raised > 10
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -197,7 +219,7 @@ def test_bounds_hold_where_operations_take_no_time_to_speak_of(seed):
         scaled = replace(graph, seconds=(np.asarray(graph.seconds) + 0.123) * unit)
         bound = Bound(scaled, budgets(graph)[len(budgets(graph)) // 2])
         bound.first(np.inf)
-        bound.single(np.inf)
+        bound.tighten(np.inf)
         bounds.append(bound.value / unit)
     assert bounds[1] == pytest.approx(bounds[0], rel=1e-5)
 
