@@ -37,8 +37,8 @@ def _quickstart(found: dict) -> str:
 def _end_to_end(found: dict) -> str:
     (low, high), (least, most) = best(found["rows"], "fine-tune", TRAINER)
     (taught_low, taught_high), (taught_least, taught_most) = best(found["rows"], "distill", GKD)
-    return (f"**Speed.** With the same weights, rows and losses, fine-tuning is {low:.1f} to {high:.1f} times as fast as "
-            f"the HF Trainer, with {least:.2f} to {most:.2f} of its memory; distillation {taught_low:.1f} to "
+    return (f"**Speed.** With the same weights, rows and losses, fine-tuning is {low:.1f} to {high:.1f} times as fast "
+            f"as the HF Trainer, with {least:.2f} to {most:.2f} of its memory; distillation {taught_low:.1f} to "
             f"{taught_high:.1f} times as fast as TRL GKD, with {taught_least:.2f} to {taught_most:.2f}.")
 
 

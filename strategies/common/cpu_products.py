@@ -1,8 +1,8 @@
 """Matrix products of fp32 tensors on a CPU by the library that is faster at them.
 
-torch gives fp32 products to MKL and all others to oneDNN. On AMD processors with AVX-512, MKL runs at half of their rate
-or less, and oneDNN at the whole. torch hands fp32 products over to oneDNN only together with the
-permission to round their operands to bf16 (`fp32_precision = "bf16"`). oneDNN uses it where the processor has matrix
+torch gives fp32 products to MKL and all others to oneDNN. On AMD processors with AVX-512, MKL runs at half of their
+rate or less, and oneDNN at the whole. torch hands fp32 products over to oneDNN only together with the permission to
+round their operands to bf16 (`fp32_precision = "bf16"`). oneDNN uses it where the processor has matrix
 units for bf16 (AMX), and computes in fp32 where it has none. So the permission is given only after a product has shown
 that nothing is rounded.
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,6 +12,7 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from strategies.common.kernel_threads import in_threads
 from strategies.common.shards import Layout, local
 
 T = TypeVar("T")
@@ -128,22 +126,12 @@ def shares(sizes: np.ndarray[Any, Any]) -> list[slice]:
     return [slice(begin, end) for begin, end in pairwise(sorted(min(cut, len(sizes)) for cut in cuts)) if begin < end]
 
 
-@lru_cache(maxsize=1)
-def _threads(process: int, number: int) -> ThreadPoolExecutor:
-    """The threads beside the first one; a forked process has none of its parent's."""
-    return ThreadPoolExecutor(number - 1, "optimizer")
-
-
 def spread(work: Callable[[slice], Any], sizes: np.ndarray[Any, Any]) -> None:
     """`work` of runs of items, in as many threads as torch has; a kernel leaves the interpreter to the others."""
     if torch.get_num_threads() == 1 or sizes.sum() < 2 * GRAIN:
-        return work(slice(0, len(sizes)))
-    first, *others = shares(sizes)
-    pool = _threads(os.getpid(), torch.get_num_threads())
-    waiting = [pool.submit(work, other) for other in others]
-    work(first)
-    for one in waiting:
-        one.result()
+        work(slice(0, len(sizes)))
+        return
+    in_threads(work, shares(sizes))
 
 
 def spread_each(work: Callable[[T], Any], items: Sequence[T], size: int) -> None:

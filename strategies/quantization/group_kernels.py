@@ -6,14 +6,14 @@ places. torch needs about ten times as long for the ranges of groups of 32 weigh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+
+from strategies.common.kernel_threads import in_threads
 
 _compiled = numba.njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float but its sign
@@ -21,7 +21,6 @@ _INFINITY = np.int32(0x7F800000)
 _LEAST = np.int32(-0x7F800001)  # minus infinity, as `_least_and_most` orders floats
 _NAN = np.int32(0x7FC00000)
 _PART = 1 << 20  # weights that are worth a thread of their own: 0.1 ms of work, where handing it over costs 0.05
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by process, since threads do not survive a fork, and size
 
 
 def ranges(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,10 +78,7 @@ def _in_parts(kernel: Callable[..., None], *tensors: torch.Tensor, numbers: tupl
         return kernel(*arrays, *bounds)
     edges = [len(arrays[0]) * part // parts for part in range(parts + 1)]
     pieces = [[array[begin:end] for array in arrays] for begin, end in zip(edges, edges[1:], strict=False)]
-    others = [_pool(parts - 1).submit(kernel, *piece, *bounds) for piece in pieces[1:]]
-    kernel(*pieces[0], *bounds)
-    for other in others:
-        other.result()
+    in_threads(lambda piece: kernel(*piece, *bounds), pieces)
     return None
 
 
@@ -94,13 +90,6 @@ class _Memory:
         kind = np.dtype(np.int32 if tensor.dtype is torch.int32 else np.float32)
         self.__array_interface__ = {"data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape),
                                     "typestr": kind.str, "version": 3}
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    key = os.getpid(), threads
-    if key not in _pools:
-        _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
-    return _pools[key]
 
 
 @_compiled

@@ -7,15 +7,13 @@ logits to gradient, and they meet once per tile; and what a chain reads and writ
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from strategies.common.kernel_threads import in_threads
 from strategies.distillation.losses.divergences import Divergence
 from strategies.distillation.losses.heads import Head
 from strategies.distillation.losses.logit_blocks import Taught, Terms
@@ -55,14 +53,14 @@ def on_tile(terms: Terms, products: torch.Tensor, head: Head, targets: torch.Ten
     values, places = np.zeros((len(products), 3)), targets.numpy()
     own = logits.numpy()
     if teacher_logits is None:
-        shared_out(len(own), lambda begin, end: kernels.text_rows(own, places, begin, end, text, shape, values,
+        _for_rows(len(own), lambda begin, end: kernels.text_rows(own, places, begin, end, text, shape, values,
                                                                   gradient))
     else:
         divergence = terms.divergences[0]
         kernel = kernels.forward_kl_rows if divergence.name == "forward_kl" else kernels.slope_rows
         said = np.ones(len(own), dtype=np.bool_) if asked is None else asked.numpy()
         theirs, taught = teacher_logits.numpy(), kernels.Taught(*_taught(divergence))
-        shared_out(len(own), lambda begin, end: kernel(own, theirs, said, places, begin, end, text, taught, shape,
+        _for_rows(len(own), lambda begin, end: kernel(own, theirs, said, places, begin, end, text, taught, shape,
                                                        values, gradient))
     return _named(terms, torch.from_numpy(values.sum(0))).to(products.dtype)
 
@@ -85,19 +83,7 @@ def _named(terms: Terms, sums: torch.Tensor) -> torch.Tensor:
     return torch.stack([of[name] for name in terms.names])
 
 
-def shared_out(rows: int, work: Callable[[int, int], None]) -> None:
+def _for_rows(rows: int, work: Callable[[int, int], None]) -> None:
     """Call `work(begin, end)` for all rows, from as many threads as torch has."""
-    threads = min(torch.get_num_threads(), rows)
-    if threads == 1:
-        work(0, rows)
-        return
-    size = -(-rows // (threads * PIECES))
-    for done in [_threads(threads, os.getpid()).submit(work, begin, min(begin + size, rows))
-                 for begin in range(0, rows, size)]:
-        done.result()
-
-
-@cache
-def _threads(count: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process: those of a parent are not there after a fork."""
-    return ThreadPoolExecutor(count, thread_name_prefix="limbeck-rows")
+    size = -(-rows // (torch.get_num_threads() * PIECES))
+    in_threads(lambda begin: work(begin, min(begin + size, rows)), range(0, rows, size))

@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 class Taught(NamedTuple):
-    """A divergence: `first` KL(p || m) + `second` KL(q || m) with m = `share` p + (1 - share) q, or one without mixture.
+    """`first` KL(p || m) + `second` KL(q || m) with m = `share` p + (1 - share) q, or a divergence without a mixture.
 
     Attributes:
         kind: `REVERSE`, `MIXTURE` or `VARIATION`; forward KL has a kernel of its own.

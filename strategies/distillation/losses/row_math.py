@@ -1,8 +1,8 @@
 """Elementary functions in single precision that a compiler turns into vector instructions, for `row_kernels`.
 
 numba calls the C library for `math.exp` and its like, one number at a time. These are polynomials without a branch,
-which LLVM vectorizes: 0.14 ns for an exponential of a row in the cache, where torch's takes 0.58 (one core of an AMD EPYC,
-AVX-512). All are accurate to about one unit in the last place, and NaN in is NaN out.
+which LLVM vectorizes: 0.14 ns for an exponential of a row in the cache, where torch's takes 0.58 (one core of an AMD
+EPYC, AVX-512). All are accurate to about one unit in the last place, and NaN in is NaN out.
 
 Reductions of the argument are those of Cody and Waite (1980): a multiple of ln 2 is subtracted in two parts, of which
 the first has few bits, so that nothing is lost. They must not be regrouped: these functions are compiled without

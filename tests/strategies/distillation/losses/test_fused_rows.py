@@ -1,7 +1,5 @@
 """The compiled kernels of the response loss: elementary functions, every term, and what threads must not change."""
 
-import multiprocessing
-
 import numba
 import numpy as np
 import pytest
@@ -114,24 +112,3 @@ def test_the_teachers_logits_are_left_as_they_are():
     student = one.student_logits().float()
     ResponseObjective(0.0, (Divergence("reverse_kl"),))(student, LogitTargets(teacher), one.targets)
     assert torch.equal(teacher, kept)
-
-
-def _in_child(sender):
-    done = np.zeros(9)
-    fused_rows.shared_out(9, lambda begin, end: done.__setitem__(slice(begin, end), 1))
-    sender.send(float(done.sum()))
-
-
-def test_threads_are_a_process_own_after_a_fork():
-    """Those of the parent are not there: work given to them would never be done."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        fused_rows.shared_out(9, lambda begin, end: None)
-        receiver, sender = multiprocessing.Pipe(False)
-        child = multiprocessing.get_context("fork").Process(target=_in_child, args=(sender,))
-        child.start()
-        assert receiver.poll(60) and receiver.recv() == 9
-        child.join()
-    finally:
-        torch.set_num_threads(before)
