@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -119,6 +120,9 @@ def _plain(value: object) -> object:
         return type(value), value
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(_plain, value))
+    if type(value) is partial:
+        return partial, _plain(value.func), _plain(value.args), tuple(
+            (name, _plain(one)) for name, one in sorted(value.keywords.items()))
     if isinstance(value, (dict, set, frozenset)) and not value:
         return type(value)
     return id(value)
@@ -141,7 +145,7 @@ def few_running(runs: Sequence[EqualRun], tracker: LiveBytes | None = None) -> I
     numbers = [module.__dict__.pop(NUMBER) for module in numbered]
     stage = _Stage(runs, tracker)
     try:
-        with calling({name: block for run in runs for name, block in run.blocks}, stage.instead):
+        with calling(stage.blocks, stage.instead):
             yield
     finally:
         for module, number in zip(numbered, numbers, strict=True):
@@ -153,8 +157,10 @@ class _Stage:
 
     def __init__(self, runs: Sequence[EqualRun], tracker: LiveBytes | None) -> None:
         self.tracker = tracker
-        self.of = {name: run for run in runs for name, _ in run.blocks}
-        self.ran = {name for run in runs for name, _ in run.running}
+        # Two models have blocks of the same names.
+        self.of = {f"{number}:{name}": run for number, run in enumerate(runs) for name, _ in run.blocks}
+        self.blocks = {f"{number}:{name}": block for number, run in enumerate(runs) for name, block in run.blocks}
+        self.ran = {id(block) for run in runs for _, block in run.running}
         self.returned: dict[int, torch.Tensor] = {}  # by run: what its last block returned
         self.called: set[str] = set()
 
@@ -164,7 +170,7 @@ class _Stage:
                 raise Uneven(f"{name} is called twice")
             self.called.add(name)
             run = self.of[name]
-            if name not in self.ran:
+            if id(module) not in self.ran:
                 return self.returned[id(run)]
             self.returned.pop(id(run), None)
             self._note(run.forward)
@@ -173,7 +179,7 @@ class _Stage:
                 raise Uneven(f"{name} returns something else than a tensor")
             if self.tracker is not None and out.requires_grad:
                 out.register_hook(lambda _: self._note(run.backward))
-            if name == run.blocks[FIRST - 1][0]:
+            if module is run.blocks[FIRST - 1][1]:
                 self.returned[id(run)] = out
             return out
         return forward

@@ -89,22 +89,26 @@ class Step:
         if self.runs and not calls and shared.even is not False:
             shared.even = False
             with suppress(Exception):  # then the step says itself, with all blocks, what is wrong with it
-                frame = self._alone(calls, mode, self.runs)
+                frame = self._alone(calls, mode, shared, self.runs)
                 shared.even = True
                 return frame
-        return self._alone(calls, mode)
+        return self._alone(calls, mode, shared)
 
-    def _alone(self, calls: Sequence[RegionCall], mode: FakeTensorMode, runs: Sequence[EqualRun] = ()
-               ) -> NonRegionMemory:
+    def _alone(self, calls: Sequence[RegionCall], mode: FakeTensorMode, shared: Shared,
+               runs: Sequence[EqualRun] = ()) -> NonRegionMemory:
         """The same on a rank that shares the model with no other; of `runs`, a few blocks run."""
-        optimizer = None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in)
+        stepped = shared.optimizer  # of an earlier study of the same parameters: it has its state
+        optimizer = stepped or (None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in))
         modules = [self.model, *(thing for thing in self.others if isinstance(thing, nn.Module))]
         parameters = [parameter for parameter in parameters_of(modules, optimizer)
                       if parameter.requires_grad and id(parameter) not in self.idle]
         with mode:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
-            state, update = self._updating(optimizer, parameters)
+            state, update = ([stepped.state], stepped.step) if stepped else self._updating(optimizer, parameters)
+            if optimizer is not None and not self.stand_in and self.in_backward is None and state and (
+                    state[0] is optimizer.state):
+                shared.optimizer = optimizer
             if not self.accumulate:
                 for parameter in parameters:
                     parameter.grad = None
@@ -166,11 +170,14 @@ class Shared:
     Attributes:
         calls: captured regions in call order; None until they have been captured.
         idle: names of the parameters in `Step.idle`; None until they are known.
+        optimizer: the optimizer on fake parameters, after a step; None until one was taken, or where parameters have
+            data and get new stand-ins in each study.
         even: whether equal blocks were found to need the same memory, change for change; None until it is known.
     """
 
     calls: list[RegionCall] | None = None
     idle: frozenset[str] | None = None
+    optimizer: torch.optim.Optimizer | None = None
     even: bool | None = None
 
     def of(self, step: Step, mode: FakeTensorMode) -> frozenset[int]:
@@ -227,7 +234,8 @@ def unreached(step: Step, mode: FakeTensorMode) -> frozenset[int]:
 def off_the_path(step: Forward, mode: FakeTensorMode, runs: Sequence[EqualRun] = ()) -> frozenset[int]:
     """Trained parameters, by id, that the loss does not depend on, according to the autograd graph.
 
-    Of `runs`, a few blocks run. Raises what the forward raises. A decoder trained without its encoder has such parameters, the cross-attention's.
+    Of `runs`, a few blocks run. Raises what the forward raises. A decoder trained without its encoder has such
+    parameters, the cross-attention's.
     """
     trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
     with mode, FakeItemMode(), quiet("torch._subclasses.fake_tensor"), few_running(runs) if runs else nullcontext():
