@@ -28,6 +28,7 @@ from strategies.rematerialization.capture.regions import RegionCall, calling, fi
 from strategies.rematerialization.execute.installed import uninstall
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price.costs import DEVICES, Prices, this_device
+from strategies.rematerialization.price.equal_blocks import equal_runs
 from strategies.rematerialization.price.gpu_attention import attention_as_on_gpus
 from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.price.step_trace import Hooks, Shared, Step, gradients_kept, trace_step, without
@@ -116,7 +117,7 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
           device: str | None = None, reserved: Mapping[str, int] | None = None, residency: Residency | None = None,
           in_backward: Hooks | None = None, regions: bool = True, measure: bool | None = None,
           refuted: Mapping[str, Refuted] | None = None, solver: str = "auto", cache: Path | None = None,
-          shared: Shared | None = None) -> Planner:
+          shared: Shared | None = None, alike: bool = False) -> Planner:
     """Analyze one training step and return the planner that makes plans for any budget; see `rematerialize`.
 
     Args:
@@ -134,6 +135,8 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
         cache: folder in which solutions for each block are kept, created if its parent exists.
         shared: what other studies of this step have found; they may differ from this one in `regions` and in how the
             loss goes about its computation.
+        alike: whether nothing but the next block reads what a block of a run of equal ones returns, and the loss reads
+            nothing of them; then a few of them tell what all need.
     """
     if autocast is not None and not isinstance(autocast, torch.dtype):
         raise ValueError(f"autocast is a dtype such as torch.bfloat16, not {autocast!r}")
@@ -159,14 +162,14 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
     with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # bypass an installed plan
         return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions, residency,
                       in_backward, measure, refuted or {}, solver, None if cache is None else OptionStore(cache),
-                      shared or Shared())
+                      shared or Shared(), alike)
 
 
 def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], torch.Tensor],
            optimizer: torch.optim.Optimizer | None, accumulate: bool, others: Sequence[object], device: str | None,
            reserved: Mapping[str, int], regions: bool, residency: Residency | None, in_backward: Hooks | None,
-           measure: bool | None, refuted: Mapping[str, Refuted], solver: str, store: OptionStore | None, shared: Shared
-           ) -> Planner:
+           measure: bool | None, refuted: Mapping[str, Refuted], solver: str, store: OptionStore | None, shared: Shared,
+           alike: bool) -> Planner:
     kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
     pretended = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
     blocks = None if residency is None else residency.blocks
@@ -181,7 +184,8 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
         with without_data(*around) if pretended else nullcontext((None, None)) as (mode, _), mode or nullcontext(), \
                 elsewhere():
             recorded = record(modules, lambda: step(model, batch if mode is None else fake_batch(mode, batch)), around,
-                              {name: why.reason for name, why in refuted.items()})
+                              {name: why.reason for name, why in refuted.items()},
+                              _counted(model) if pretended and alike and shared.even else ())
         shared.calls = _plannable(recorded)
         _warn_of([call for call in shared.calls if call.captured is None], "keeps all or only its input")
     calls = [replace(call) for call in shared.calls or ()] if modules else []
@@ -194,12 +198,17 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
     with gradients_kept(around, optimizer), without_data(*around) as (mode, stand_in), elsewhere():
         calls, frame = trace_step(calls, Step(
             model, fake_batch(mode, batch), lambda batch: step(model, batch), optimizer, stand_in, others,
-            accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward), mode,
-            shared)
+            accumulate, reserved, on_gpu=kind == "cuda" or named, residency=residency, in_backward=in_backward,
+            alike=alike and pretended), mode, shared)
         fallback = {id(call): fallback_options(call.measured, known) for call in calls  # type: ignore[arg-type]  # it ran
                     if call.captured is None}
     prices = Prices(known, measure=not pretended if measure is None else measure, store=store)
     return Planner(calls, frame, prices, lambda call: fallback[id(call)], blocks is not None, solver, store)
+
+
+def _counted(model: nn.Module) -> set[str]:
+    """Names of blocks that are equal to the block before them, and that need not be run to know what they need."""
+    return {name for run in equal_runs(model) for name, _ in run.counted}
 
 
 def _regions(model: nn.Module, blocks: Sequence[str] | None) -> dict[str, nn.Module]:

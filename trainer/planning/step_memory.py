@@ -118,7 +118,15 @@ class StepStudy:
                      others=[made.teacher] if made.teacher is not None else [], device=experiment.memory.device,
                      regions=regions, measure=experiment.memory.device is None and self.topology.ranks == 1,
                      refuted=self.refuted, solver=experiment.memory.solver, cache=plans_cache(experiment.run),
-                     shared=self._shared, **how)
+                     shared=self._shared, alike=self._alike, **how)
+
+    @property
+    def _alike(self) -> bool:
+        """Whether nothing but the next block reads what a block returns, and the loss nothing inside of blocks."""
+        objective, student = self.experiment.objective, self._configs[1]
+        read = (objective.features, objective.relations, objective.values, objective.attention_maps,
+                objective.early_exits, balancing_weight(objective, student))
+        return self.experiment.data.is_language and all(part is None for part in read)
 
     def unit_seconds(self, device: Device, units: Callable[[str, nn.Module], Sequence[tuple[str, ...]]]
                      ) -> dict[str, dict[tuple[str, ...], tuple[float, float]]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from weakref import WeakSet
 
@@ -152,7 +152,7 @@ def calling(modules: dict[str, nn.Module], instead: Callable[[str, nn.Module], C
 
 def record(
     modules: dict[str, nn.Module], run: Callable[[], object], around: Sequence[nn.Module] = (),
-    uncaptured: Mapping[str, str] = NONE,
+    uncaptured: Mapping[str, str] = NONE, counted: Collection[str] = (),
 ) -> list[RegionCall]:
     """Run a model forward once and capture each of its regions with the arguments it gets.
 
@@ -164,6 +164,8 @@ def record(
         run: calls the model.
         around: modules that run too, such as the model itself and a teacher.
         uncaptured: names of regions that are not to be captured, each with the reason.
+        counted: names of regions that need not run, since each is equal to the one before it and takes what that one
+            returns; they share its graph. Those that a graph cannot stand in for run all the same.
     """
     capturing = _Capturing()
     calls: list[RegionCall] = []
@@ -175,6 +177,10 @@ def record(
             if not takes_part(module, args, kwargs):
                 return own_forward(module, *args, **kwargs)
             args, kwargs = without_cache(args, kwargs)
+            if name in counted and name not in uncaptured and _is_as_before(calls, last, args, kwargs):
+                calls.append(replace(calls[-1], name=name, module=module))
+                report("captured blocks", len(calls), len(modules))
+                return last[0]
             call = RegionCall(name, module, arguments=_kinds((args, kwargs)))
             given = tree_flatten((args, kwargs))[0]
             _note_input(call, given, last)
@@ -208,6 +214,16 @@ def record(
           torch.enable_grad()):
         run()
     return calls
+
+
+def _is_as_before(calls: Sequence[RegionCall], last: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> bool:
+    """Whether a region gets what the one before it got, but the one tensor that this one returned."""
+    if not calls or len(last) != 1 or len(calls[-1].outputs[0]) != 1:
+        return False
+    before, given = calls[-1], tree_flatten((args, kwargs))[0]
+    return (before.captured is not None and before.chained and not before.unfit and not before.attributes
+            and before.arguments == _kinds((args, kwargs)) and {index for index, leaf in enumerate(given)
+            if isinstance(leaf, torch.Tensor) and looks_at(leaf, last[0])} == before.passed)
 
 
 class _Tracer:

@@ -18,6 +18,15 @@ from strategies.rematerialization.capture.compile_region import own_forward
 from strategies.rematerialization.capture.fake_tensors import FakeItemMode
 from strategies.rematerialization.capture.regions import Meta, RegionCall, calling, takes_part, without_cache
 from strategies.rematerialization.capture.trial_run import attributes_kept
+from strategies.rematerialization.price.equal_blocks import (
+    EqualRun,
+    Uneven,
+    few_running,
+    moved,
+    puts,
+    repeated,
+    unfolded,
+)
 from strategies.rematerialization.price.sharded_step import Shared
 
 
@@ -102,7 +111,7 @@ class Unreached(Exception):
 def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[], torch.Tensor], parts: dict[str, list],
             update: Callable[[], object], round_to: int = 1, reserved: Mapping[str, int] | None = None,
             shared: tuple[nn.Module, Residency] | None = None, idle: frozenset[int] = frozenset(),
-            trained: Sequence[torch.Tensor] = ()) -> NonRegionMemory:
+            trained: Sequence[torch.Tensor] = (), runs: Sequence[EqualRun] = ()) -> NonRegionMemory:
     """Run one step on fake tensors, with stand-ins for regions that only return outputs of the right shapes.
 
     Args:
@@ -116,9 +125,11 @@ def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[]
         shared: the model that is sharded over ranks, and what this rank holds of it.
         idle: parameters, by id, that get no gradient.
         trained: parameters whose gradients are noted when they are complete.
+        runs: runs of equal blocks, of which only some are to run; only without regions and on one rank.
 
     Raises:
         Unreached: some regions have no backward.
+        Uneven: the blocks of a run are not equal.
     """
     modules = {call.name: call.module for call in calls}
     with attributes_kept(modules.values()), mode, FakeItemMode(), LiveBytes(round_to=round_to) as tracker:
@@ -133,13 +144,15 @@ def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[]
         stage = _Stage(tracker, calls, idle)
         sharing = None if shared is None else Shared(*shared, tracker)
         with calling(modules, stage.instead), nullcontext() if sharing is None else sharing.step(), \
-                _completed(trained, tracker) as gradients:
+                _completed(trained, tracker) as gradients, few_running(runs, tracker) if runs else nullcontext():
             base = tracker.current
             tracker.mark("forward")
             found = loss()
             tracker.mark("backward")
             found.backward()
             del found
+        if runs:
+            _unfold(tracker, runs, gradients)
         tracker.mark("update")
         tracker.transient(0 if shared is None else shared[1].update)
         update()
@@ -159,6 +172,25 @@ def _completed(trained: Sequence[torch.Tensor], tracker: LiveBytes) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _unfold(tracker: LiveBytes, runs: Sequence[EqualRun], gradients: list[tuple[int, int]]) -> None:
+    """Add what blocks that did not run would have added to a tracker's timeline, and give them their gradients.
+
+    Raises:
+        Uneven: the bytes that are live then are others than those of all gradients that there are.
+    """
+    places, length = puts(runs, tracker.timeline), len(tracker.timeline)
+    for run in runs:
+        for parameter, one in run.stands_for():
+            if parameter.grad is None and one.grad is not None:
+                parameter.grad = torch.empty_like(parameter)
+    whole = unfolded(tracker.timeline[:length], places)
+    if whole[-1] != tracker.current:
+        raise Uneven(f"{whole[-1]} bytes after the backward, and {tracker.current} with all gradients")
+    gradients[:] = repeated(gradients, places)
+    tracker.timeline[:] = whole
+    tracker.marks[:] = [(name, moved(position, places)) for name, position in tracker.marks]
 
 
 class _Stage:

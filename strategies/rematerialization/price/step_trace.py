@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from strategies.memory.tracker import tensors_of
 from strategies.rematerialization.capture.compile_region import quiet
 from strategies.rematerialization.capture.fake_tensors import FakeItemMode, fake_optimizer, unwrapped
 from strategies.rematerialization.capture.regions import RegionCall, first_line
+from strategies.rematerialization.price.equal_blocks import EqualRun, equal_runs, few_running
 from strategies.rematerialization.price.non_region_memory import NonRegionMemory, Unreached, observe
 
 
@@ -57,6 +59,8 @@ class Step:
         in_backward: attaches hooks to the optimizer's parameters that step and free gradients during the backward.
         idle: trained parameters, by id, that the loss does not depend on. What their forward keeps is kept all the
             same, but they get no gradient and no optimizer state.
+        alike: whether equal blocks are used alike, so that a few of them tell what all need: nothing but the next block
+            reads what one returns.
     """
 
     model: nn.Module
@@ -71,19 +75,40 @@ class Step:
     residency: Residency | None = None
     in_backward: Hooks | None = None
     idle: frozenset[int] = frozenset()
+    alike: bool = False
 
-    def frame(self, calls: Sequence[RegionCall], mode: FakeTensorMode) -> NonRegionMemory:
+    @cached_property
+    def runs(self) -> list[EqualRun]:
+        """Runs of equal blocks of the model and of those beside it, of which a few tell what all need."""
+        return equal_runs(self.model, *self.others) if self.alike and self.residency is None else []
+
+    def frame(self, calls: Sequence[RegionCall], mode: FakeTensorMode, shared: Shared) -> NonRegionMemory:
         """Run the step and return the memory held outside the regions; see `observe` for what it raises."""
         if self.residency is not None:
             return self._shared(calls, mode, self.residency)
-        optimizer = None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in)
+        if self.runs and not calls and shared.even is not False:
+            shared.even = False
+            with suppress(Exception):  # then the step says itself, with all blocks, what is wrong with it
+                frame = self._alone(calls, mode, shared, self.runs)
+                shared.even = True
+                return frame
+        return self._alone(calls, mode, shared)
+
+    def _alone(self, calls: Sequence[RegionCall], mode: FakeTensorMode, shared: Shared,
+               runs: Sequence[EqualRun] = ()) -> NonRegionMemory:
+        """The same on a rank that shares the model with no other; of `runs`, a few blocks run."""
+        stepped = shared.optimizer  # of an earlier study of the same parameters: it has its state
+        optimizer = stepped or (None if self.optimizer is None else fake_optimizer(self.optimizer, self.stand_in))
         modules = [self.model, *(thing for thing in self.others if isinstance(thing, nn.Module))]
         parameters = [parameter for parameter in parameters_of(modules, optimizer)
                       if parameter.requires_grad and id(parameter) not in self.idle]
         with mode:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
-            state, update = self._updating(optimizer, parameters)
+            state, update = ([stepped.state], stepped.step) if stepped else self._updating(optimizer, parameters)
+            if optimizer is not None and not self.stand_in and self.in_backward is None and state and (
+                    state[0] is optimizer.state):
+                shared.optimizer = optimizer
             if not self.accumulate:
                 for parameter in parameters:
                     parameter.grad = None
@@ -102,7 +127,8 @@ class Step:
 
         try:
             frame = observe(calls, mode, lambda: self.loss(self.batch), parts, advance,
-                            CUDA_BLOCK if self.on_gpu else 1, self.reserved, idle=self.idle, trained=parameters)
+                            CUDA_BLOCK if self.on_gpu else 1, self.reserved, idle=self.idle, trained=parameters,
+                            runs=[EqualRun(run.blocks) for run in runs])
         finally:
             if hooks is not None:
                 hooks.remove()
@@ -144,10 +170,15 @@ class Shared:
     Attributes:
         calls: captured regions in call order; None until they have been captured.
         idle: names of the parameters in `Step.idle`; None until they are known.
+        optimizer: the optimizer on fake parameters, after a step; None until one was taken, or where parameters have
+            data and get new stand-ins in each study.
+        even: whether equal blocks were found to need the same memory, change for change; None until it is known.
     """
 
     calls: list[RegionCall] | None = None
     idle: frozenset[str] | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    even: bool | None = None
 
     def of(self, step: Step, mode: FakeTensorMode) -> frozenset[int]:
         """The parameters in `Step.idle`, by id."""
@@ -172,7 +203,7 @@ def trace_step(calls: list[RegionCall], step: Step, mode: FakeTensorMode, shared
     while True:
         try:
             with quiet("torch._subclasses.fake_tensor"):
-                return calls, step.frame(calls, mode)
+                return calls, step.frame(calls, mode, shared)
         except Unreached as error:
             calls = without({id(calls[index].module) for index in error.regions}, calls)
         except Exception as error:
@@ -191,19 +222,23 @@ def unreached(step: Step, mode: FakeTensorMode) -> frozenset[int]:
 
     Empty if the forward does not run on fake tensors, which the caller then finds out by itself.
     """
+    if step.runs:
+        with suppress(Exception):
+            return off_the_path(step, mode, [EqualRun(run.blocks) for run in step.runs])
     try:
         return off_the_path(step, mode)
     except Exception:
         return frozenset()
 
 
-def off_the_path(step: Forward, mode: FakeTensorMode) -> frozenset[int]:
+def off_the_path(step: Forward, mode: FakeTensorMode, runs: Sequence[EqualRun] = ()) -> frozenset[int]:
     """Trained parameters, by id, that the loss does not depend on, according to the autograd graph.
 
-    Raises what the forward raises. A decoder trained without its encoder has such parameters, the cross-attention's.
+    Of `runs`, a few blocks run. Raises what the forward raises. A decoder trained without its encoder has such
+    parameters, the cross-attention's.
     """
     trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
-    with mode, FakeItemMode(), quiet("torch._subclasses.fake_tensor"):
+    with mode, FakeItemMode(), quiet("torch._subclasses.fake_tensor"), few_running(runs) if runs else nullcontext():
         todo = [step.loss(step.batch).grad_fn]
     seen, reached = set(), set()
     while todo:
@@ -212,6 +247,8 @@ def off_the_path(step: Forward, mode: FakeTensorMode) -> frozenset[int]:
             seen.add(node)
             reached.add(id(getattr(node, "variable", None)))
             todo += [following for following, _ in node.next_functions]
+    for run in runs:
+        reached |= {id(parameter) for parameter, one in run.stands_for() if id(one) in reached}
     return frozenset(map(id, trained)) - reached
 
 

@@ -206,10 +206,12 @@ def _solve(links: Sequence[Link], allowed: list[list[Option]], cap: list[int], h
             back[index, which] = up(option.backward_peak + link.behind - floor)
             back_again[index, which] = up(option.backward_peak + link.behind + later[index] - floor)
     again = [links[max(t - 1, 0)].behind + links[max(t - 1, 0)].arriving - floor for t in range(n + 1)]
-    extra = np.array([[[up(options[which].forward_peak + others) if which < len(options) else slots + 1
-                        for which in range(most)] for others in again] for options in allowed])
+    extra = np.full((n, n + 1, most), slots + 1, dtype=np.int64)
+    for index, options in enumerate(allowed):
+        peaks = np.array([option.forward_peak for option in options], dtype=np.int64)
+        extra[index, :, :len(options)] = _slots(peaks[None, :] + np.array(again)[:, None], unit, slots)
     pass_ahead = np.array([up(cap[i] + link.before - floor) for i, link in enumerate(links)])
-    pass_behind = np.array([[up(limit + others) for others in again] for limit in cap])
+    pass_behind = _slots(np.array(cap)[:, None] + np.array(again)[None, :], unit, slots)
     inputs = np.array([up(link.input) for link in links] + [0])
     cost, choice = _program(n, slots, kept, ahead, back, back_again, seconds, extra, pass_ahead, pass_behind, inputs,
                             np.array([link.seconds for link in links]), np.array([link.cut for link in links]),
@@ -219,6 +221,11 @@ def _solve(links: Sequence[Link], allowed: list[list[Option]], cap: list[int], h
         return None
     names = [[link.options.index(option) for option in options] for link, options in zip(links, allowed, strict=True)]
     return float(cost[0, n + 1, start]), _read(choice, 0, n + 1, start, kept, inputs, names)
+
+
+def _slots(counts: np.ndarray, unit: float, slots: int) -> np.ndarray:
+    """Numbers of bytes in slots of `unit` bytes, rounded up; one more than there are for what never fits."""
+    return np.minimum(np.ceil(counts / unit - 1e-9), slots + 1).astype(np.int64)
 
 
 def _fresh_after(links: Sequence[Link], end: int) -> list[int]:
