@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from strategies.common import cpu_products
 from strategies.common.cpu_products import faster_fp32_products, rounds_nothing
@@ -43,3 +44,12 @@ def test_a_product_that_rounds_is_seen(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda one, other: product(one.bfloat16().float(),
                                                                                other.bfloat16().float()))
     assert not rounds_nothing()
+
+
+def test_it_can_be_asked_first_while_a_step_is_planned():
+    """On tensors without data no product shows anything."""
+    cpu_products.is_faster.cache_clear()
+    with FakeTensorMode():
+        within = cpu_products.is_faster()
+    cpu_products.is_faster.cache_clear()
+    assert within == cpu_products.is_faster()
