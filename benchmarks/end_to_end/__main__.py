@@ -69,14 +69,14 @@ class Side:
 def main(arguments: list[str] | None = None) -> int:
     """Run all settings, print, and write what was found."""
     chosen = parser().parse_args(arguments)
-    found = {"machine": machine("cpu"), "threads": chosen.threads, "busy": chosen.busy,
+    found = {"machine": machine(chosen.device), "threads": chosen.threads, "busy": chosen.busy,
              "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")
                           if find_spec(name)}, "rows": []}
     for task in chosen.tasks:
         for vocabulary in chosen.vocabulary:
             for dtype in chosen.dtypes:
                 steps = chosen.warm_up + chosen.rounds * chosen.turn
-                found["rows"] += compared(Setting(task, vocabulary, dtype, steps), chosen)
+                found["rows"] += compared(Setting(task, vocabulary, dtype, steps, chosen.device), chosen)
                 print(table(found["rows"][-len(CONTESTANTS[task]):]), flush=True)
     print("\n" + table(found["rows"]))
     if chosen.json:
@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--turn", type=int, default=3, help="steps of a turn")
     made.add_argument("--warm-up", type=int, default=4, help="steps before")
     made.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side")
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: its peaks are the allocator's")
     made.add_argument("--busy", action="store_true", help="beside another process at work")
     made.add_argument("--json", type=Path)
     return made

@@ -13,7 +13,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.end_to_end.material import Setting
 
 OURS, TRAINER, SFT, GKD = "limbeck", "transformers Trainer", "trl SFT", "trl GKD"
 CONTESTANTS = {"fine-tune": (OURS, TRAINER, SFT), "distill": (OURS, GKD)}
@@ -28,8 +31,8 @@ def resident(field: str) -> int:
 class Gate:
     """Stands at the beginning of each step, and holds it until it is told to go on."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done, self.left, self.started = steps, 0, 0, 0.0
+    def __init__(self, steps: int, device: str) -> None:
+        self.device, self.steps, self.done, self.left, self.started = device, steps, 0, 0, 0.0
         self.losses: list[float] = []
         self.imported = resident("VmRSS")
         self.answers = os.fdopen(os.dup(1), "w")
@@ -44,7 +47,12 @@ class Gate:
 
     def end(self) -> None:
         """The last step is over."""
-        self.answer(peak=resident("VmHWM"), imported=self.imported)
+        peak, before = resident("VmHWM"), self.imported
+        if self.device == "cuda":
+            import torch
+
+            peak, before = torch.cuda.max_memory_allocated(), 0
+        self.answer(peak=peak, imported=before)
 
     def answer(self, **more: Any) -> None:
         """What is known of the steps since the last answer."""
@@ -62,7 +70,7 @@ class Gate:
         self.started = time.perf_counter()
 
 
-def limbeck_side(room: Path, steps: int) -> None:
+def limbeck_side(room: Path, setting: Setting) -> None:
     """Our run, whole: its loop is held at each step and at its end."""
     import numba  # noqa: F401 - what a run imports on its way, before the count of what is held after imports
     from transformers import LlamaForCausalLM  # noqa: F401
@@ -71,7 +79,7 @@ def limbeck_side(room: Path, steps: int) -> None:
     from trainer import pipeline  # noqa: F401
     from trainer.training.loop import TrainLoop
 
-    gate = Gate(steps)
+    gate = Gate(setting.steps, setting.device)
     step, train = TrainLoop.train_step, TrainLoop.train
 
     def held(self: TrainLoop, inputs: Any) -> Any:
@@ -89,14 +97,14 @@ def limbeck_side(room: Path, steps: int) -> None:
     limbeck.run(limbeck.read_experiment(room / "experiment.yaml"))
 
 
-def peer_side(name: str, room: Path, steps: int) -> None:
+def peer_side(name: str, room: Path, setting: Setting) -> None:
     """A peer's trainer with its defaults, on the rows of our run in their order."""
     import torch
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-    from benchmarks.end_to_end.material import BATCH, BETAS, RATE, Setting
+    from benchmarks.end_to_end.material import BATCH, BETAS, RATE
 
     kind, arguments = Trainer, TrainingArguments
     if name == SFT:
@@ -107,8 +115,8 @@ def peer_side(name: str, room: Path, steps: int) -> None:
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
         kind, arguments = GKDTrainer, GKDConfig
-    rows, setting = torch.load(room / "rows.pt"), Setting.read(room)
-    gate = Gate(steps)
+    rows = torch.load(room / "rows.pt")
+    gate = Gate(setting.steps, setting.device)
 
     class InOrder(kind):  # type: ignore[valid-type,misc]
         """Rows come as they are given; the loss of each step is kept."""
@@ -137,7 +145,8 @@ def peer_side(name: str, room: Path, steps: int) -> None:
                 **({"prompts": ids[:, :1]} if name == GKD else {})}
 
     settings = arguments(
-        output_dir=str(room / "peer"), max_steps=steps, use_cpu=True, report_to=[], save_strategy="no",
+        output_dir=str(room / "peer"), max_steps=setting.steps, use_cpu=setting.device == "cpu", report_to=[],
+        save_strategy="no",
         per_device_train_batch_size=BATCH, learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0,
         adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=1.0, logging_strategy="no", disable_tqdm=True,
         bf16=setting.dtype == "bf16", remove_unused_columns=False, dataloader_drop_last=False,
@@ -157,11 +166,11 @@ def main() -> None:
     name, room = sys.argv[1], Path(sys.argv[2])
     from benchmarks.end_to_end.material import Setting
 
-    steps = Setting.read(room).steps
+    setting = Setting.read(room)
     if name == OURS:
-        limbeck_side(room, steps)
+        limbeck_side(room, setting)
     else:
-        peer_side(name, room, steps)
+        peer_side(name, room, setting)
 
 
 if __name__ == "__main__":

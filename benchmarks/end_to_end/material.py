@@ -21,12 +21,13 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained: how, over how many tokens of vocabulary, in which dtype, for how many steps."""
+    """What is trained: how, over how many tokens of vocabulary, in which dtype, for how many steps, and where."""
 
     task: str
     vocabulary: int
     dtype: str
     steps: int
+    device: str = "cpu"
 
     def write(self, room: Path) -> None:
         """Weights, rows and experiment, into a folder."""
