@@ -210,7 +210,12 @@ def verb(words, folder):
                           "--batch-size"},
              "scale": {"--config", "--ranks", "--engines", "--network", "--gbits", "--json"}}
     assert words[1] in known and {word for word in words if word.startswith("--")} <= set(known[words[1]])
-    if "--config" in words:
+    if words[1] == "scale":
+        from trainer.command_line import limbeck_parser
+
+        read = limbeck_parser().parse_args(words[1:])
+        experiment_of(["--config", read.config, *read.overrides])
+    elif "--config" in words:
         experiment_of(words)
     if words[1] == "generate":
         from trainer.command_line import limbeck_parser
