@@ -8,7 +8,8 @@ steps, so that what else the machine does falls on all; `ratio` is the median ov
 the same round. The first turn warms up and is not counted. Losses are compared step by step: where they differ by more
 than the tolerance (relative, 1e-4 in fp32, 1e-3 in bf16, where logits of the peers are rounded) the row is void. Peaks
 are of resident memory up to the last step, whole and above what a process held after its imports. With `--busy` another
-process multiplies matrices all the while. Peers: `pip install trl`.
+process multiplies matrices all the while. Rows of other settings that FILE has already are kept. Peers:
+`pip install trl`.
 """
 
 from __future__ import annotations
@@ -72,16 +73,23 @@ def main(arguments: list[str] | None = None) -> int:
     found = {"machine": machine(chosen.device), "threads": chosen.threads, "busy": chosen.busy,
              "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")
                           if find_spec(name)}, "rows": []}
+    if chosen.json and chosen.json.exists():
+        found["rows"] = json.loads(chosen.json.read_text())["rows"]
     for task in chosen.tasks:
         for vocabulary in chosen.vocabulary:
             for dtype in chosen.dtypes:
                 steps = chosen.warm_up + chosen.rounds * chosen.turn
-                found["rows"] += compared(Setting(task, vocabulary, dtype, steps, chosen.device), chosen)
-                print(table(found["rows"][-len(CONTESTANTS[task]):]), flush=True)
+                rows = compared(Setting(task, vocabulary, dtype, steps, chosen.device), chosen)
+                print(table(rows), flush=True)
+                found["rows"] = [*(one for one in found["rows"] if _setting(one) != _setting(rows[0])), *rows]
+                if chosen.json:  # a long run that is cut off keeps what it has found
+                    chosen.json.write_text(json.dumps(found, indent=1) + "\n")
     print("\n" + table(found["rows"]))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["vocabulary"], row["dtype"]
 
 
 def parser() -> argparse.ArgumentParser:

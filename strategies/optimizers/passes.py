@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.common.kernel_threads import in_threads
+from strategies.common.planned_device import kind_of
 from strategies.common.shards import Layout, local
 
 T = TypeVar("T")
@@ -57,8 +58,14 @@ def _whole_numel(tensor: torch.Tensor) -> int:
 def passable(tensor: torch.Tensor) -> bool:
     """Whether kernels can read a parameter and its gradient as they are: contiguous fp32 in this machine's memory."""
     gradient = tensor.grad
-    return (gradient.dtype == tensor.dtype == torch.float32 and tensor.device.type == gradient.device.type == "cpu"
+    return (gradient.dtype == tensor.dtype == torch.float32 and kind_of(tensor) == kind_of(gradient) == "cpu"
             and local(gradient).is_contiguous())
+
+
+def are_readable(state: Iterable[torch.Tensor], numel: int | None = None) -> bool:
+    """Whether kernels can read an optimizer's state as it is: as a loaded or converted one may not be."""
+    return all(one.dtype == torch.float32 and one.device.type == "cpu" and one.is_contiguous()
+               and numel in (None, one.numel()) for one in state)
 
 
 def without_data(tensor: torch.Tensor) -> bool:

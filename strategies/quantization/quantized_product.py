@@ -75,7 +75,8 @@ def _by_column(matrix: torch.Tensor) -> bool:
 
 def serves(weight: torch.Tensor) -> bool:
     """Whether products with a weight are to be computed here: it is trained, and torch.compile does not trace."""
-    return torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
+    return (torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
+            and not weight.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(weight))
 
 
 def quantized_product(x: torch.Tensor, weight: torch.Tensor, ratio: torch.Tensor | None, bias: torch.Tensor | None,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from strategies.common.planned_device import kind_of
 from strategies.quantization import scales
 from strategies.quantization.straight_through import LearnedScale, StraightThrough
 
@@ -42,8 +43,8 @@ def without_data(tensor: torch.Tensor) -> bool:
 
 def _by_kernel(tensor: torch.Tensor) -> bool:
     """Whether `group_kernels` serve a tensor: an ordinary or fake one on the CPU, and torch.compile not tracing."""
-    return (tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor)
-            and not torch.compiler.is_compiling())
+    return (kind_of(tensor) == "cpu" and type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor)
+            and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from strategies.rematerialization.execute.installed import uninstall
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price.costs import DEVICES, Prices, this_device
 from strategies.rematerialization.price.equal_blocks import equal_runs
-from strategies.rematerialization.price.gpu_attention import attention_as_on_gpus
+from strategies.rematerialization.price.gpu_attention import as_on_gpus
 from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.price.step_trace import Hooks, Shared, Step, gradients_kept, trace_step, without
 from strategies.rematerialization.price.uncaptured_options import fallback_options
@@ -178,7 +178,7 @@ def _study(model: nn.Module, batch: object, step: Callable[[nn.Module, object], 
         if why.unfit and name in modules:
             _warn(name, modules.pop(name), "runs as it is", why.reason)
     named = device not in (None, "cpu")  # a GPU, which need not be present
-    elsewhere = attention_as_on_gpus if pretended and kind != "cuda" and named else nullcontext
+    elsewhere = as_on_gpus if pretended and kind != "cuda" and named else nullcontext
     around = [thing for thing in (model, *others) if isinstance(thing, nn.Module)]
     if modules and shared.calls is None:
         with without_data(*around) if pretended else nullcontext((None, None)) as (mode, _), mode or nullcontext(), \

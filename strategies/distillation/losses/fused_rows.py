@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.common.kernel_threads import in_threads
+from strategies.common.planned_device import kind_of
 from strategies.distillation.losses.divergences import Divergence
 from strategies.distillation.losses.heads import Head
 from strategies.distillation.losses.logit_blocks import Taught, Terms
@@ -30,7 +31,7 @@ def applies(products: torch.Tensor, terms: Terms, teacher_targets: Taught, whole
         teacher_targets: of these rows.
         whole: whether student and teacher are compared in all of their columns.
     """
-    if products.device.type != "cpu" or products.dtype is not torch.float32 or products.shape[1] < LEAST:
+    if kind_of(products) != "cpu" or products.dtype is not torch.float32 or products.shape[1] < LEAST:
         return False
     taught = terms.divergences
     return not taught or (whole and len(taught) == 1 and taught[0].name != "uld"
@@ -52,6 +53,10 @@ def on_tile(terms: Terms, products: torch.Tensor, head: Head, targets: torch.Ten
     shape = kernels.Shape(np.float32(1 / head.cap if head.cap else 0.0), np.float32(head.scale))
     values, places = np.zeros((len(products), 3)), targets.numpy()
     own = logits.numpy()
+    least, most = targets.aminmax()
+    if least < 0 or most >= own.shape[1]:  # the kernels do not ask
+        raise IndexError(f"index {int(least if least < 0 else most)} is out of bounds: a target is one of "
+                         f"{own.shape[1]} tokens")
     if teacher_logits is None:
         _for_rows(len(own), lambda begin, end: kernels.text_rows(own, places, begin, end, text, shape, values,
                                                                   gradient))

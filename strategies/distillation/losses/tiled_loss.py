@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from strategies.common.planned_device import kind_of, stands_for_gpu
 from strategies.distillation.losses.fused_rows import applies, on_tile
 from strategies.distillation.losses.heads import Head, products_of, slabs
 from strategies.distillation.losses.logit_blocks import Taught, Terms
@@ -163,7 +164,7 @@ def _tiles(call: HeadCall, head: Head, given: torch.Tensor, compute: torch.dtype
     theirs = said.head.vocabulary if isinstance(said, HiddenTargets) else (
         said.logits.shape[-1] if isinstance(said, LogitTargets) else 0)
     kept = loss_mask(call.targets) if call.learned is None else call.learned
-    size = tile_rows(len(kept), vocabulary + theirs, given.device.type, call.tile, wide.itemsize)
+    size = tile_rows(len(kept), vocabulary + theirs, kind_of(given), call.tile, wide.itemsize)
     mine = torch.empty(size, vocabulary, dtype=wide, device=given.device)
     other = torch.empty(size, theirs, dtype=wide, device=given.device)
     for rows in kept.split(size)[:1 if isinstance(given, FakeTensor) else None]:
@@ -210,7 +211,7 @@ def _on_tile(
         said = teacher_targets if isinstance(teacher_targets, torch.Tensor) and call.terms.divergences else None
         return on_tile(call.terms, products, head, call.targets[rows], said,
                        None if call.asked is None else call.asked[rows], gradient)
-    fitting = len(rows) if products.is_cuda else max(1, BLOCK // (products.element_size() * products.shape[1]))
+    fitting = len(rows) if stands_for_gpu(products) else max(1, BLOCK // (products.element_size() * products.shape[1]))
     targets = call.targets[rows]
     asked = None if call.asked is None else call.asked[rows]
     values = products.new_zeros(len(call.terms.names))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
+from strategies.common.planned_device import planned_for_gpu
 from strategies.rematerialization.price.costs import HALF
 
 
@@ -24,6 +25,13 @@ def attention_as_on_gpus() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = own
+
+
+@contextmanager
+def as_on_gpus() -> Iterator[None]:
+    """Within the context, what depends on the device is as on a GPU; for fake tensors only."""
+    with attention_as_on_gpus(), planned_for_gpu():
+        yield
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,

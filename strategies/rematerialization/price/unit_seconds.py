@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from strategies.rematerialization.capture.uncaptured import HALF
 from strategies.rematerialization.price.costs import Device
-from strategies.rematerialization.price.gpu_attention import attention_as_on_gpus
+from strategies.rematerialization.price.gpu_attention import as_on_gpus
 
 FORWARD, BACKWARD = "forward", "backward"
 # Fractions of a data sheet's 16-bit operations that the best of many matrix products attained, in a published
@@ -94,7 +94,7 @@ def unit_seconds(loss: Callable[[], torch.Tensor], models: Mapping[str, nn.Modul
     clock = OperationSeconds(device, ATTAINED.get(device.name, 1.0))
     with ExitStack() as stack:
         if device.name != "cpu":
-            stack.enter_context(attention_as_on_gpus())
+            stack.enter_context(as_on_gpus())
         for name, model in models.items():
             stack.enter_context(_labels(clock, name, model, units[name]))
         with clock, torch.enable_grad():

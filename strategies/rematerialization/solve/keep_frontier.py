@@ -74,6 +74,8 @@ class _Search:
         if not self.bytes.sum() or not self.program.cost.max(initial=0.0):
             return Frontier((tuple(range(len(self.graph.seconds))),), ((0.0, 0.0),))
         fewest = self.fewest()
+        if fewest.kept >= most:  # every value with bytes has to stay
+            return Frontier((tuple(range(len(self.graph.seconds))),), ((0.0, 0.0),))
         free = _Corner(most, 0.0, tuple(range(len(self.graph.seconds))))
         self.corners = [fewest, free]
         open_ = [(fewest, free)]
