@@ -30,13 +30,15 @@ def faster_fp32_products(device: torch.device) -> Iterator[None]:
     float64, and those on a GPU, are as before.
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if device.type == "cpu" and before == "none" and is_faster():
-        settings.fp32_precision = "bf16"
+    if device.type != "cpu" or settings.fp32_precision != "none" or not is_faster():
+        yield
+        return
+    settings.fp32_precision = "bf16"
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        if settings.fp32_precision == "bf16":  # else somebody has decided otherwise in between
+            settings.fp32_precision = "none"
 
 
 @cache
@@ -51,17 +53,20 @@ def rounds_nothing() -> bool:
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
-        with _disable_current_modes():  # which count what is allocated, or make tensors without data
+        # Modes count what is allocated, or make tensors without data.
+        with _disable_current_modes(), torch.autocast("cpu", enabled=False), torch.no_grad():
             return _is_exact()
     finally:
         settings.fp32_precision = before
 
 
 def _is_exact() -> bool:
-    given = 1 + torch.arange(SIZE * SIZE, dtype=torch.float32).view(SIZE, SIZE) * 2.0**-23
-    order = torch.arange(SIZE).roll(1)
-    shuffle = torch.zeros(SIZE, SIZE)
-    shuffle[order, torch.arange(SIZE)] = 1
+    cpu = torch.device("cpu")  # whatever the defaults are
+    given = 1 + torch.arange(SIZE * SIZE, dtype=torch.float32, device=cpu).view(SIZE, SIZE) * 2.0**-23
+    places = torch.arange(SIZE, device=cpu)
+    order = places.roll(1)
+    shuffle = torch.zeros(SIZE, SIZE, dtype=torch.float32, device=cpu)
+    shuffle[order, places] = 1
     return all(torch.equal(found, wanted) for found, wanted in (
         (given @ shuffle, given[:, order]), (shuffle.T @ given, given[order]),
         (given.T @ shuffle, given.T[:, order]), (shuffle.T @ given.T, given.T[order])))

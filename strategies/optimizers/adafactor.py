@@ -91,7 +91,8 @@ class Adafactor(Compiles, torch.optim.Optimizer):
         shared: dict[Any, list[_Work]] = {}
         together, passed = passes_of.Whole([], []), []
         for tensor, settings in with_gradient(self.param_groups):
-            state, layout, compiled = begun(self, tensor), layout_of(tensor), self.compiled and passable(tensor)
+            state, layout = begun(self, tensor), layout_of(tensor)
+            compiled = self.compiled and passable(tensor, state)
             state["step"] += 1
             if compiled:
                 passed.append(local(tensor))

@@ -17,10 +17,12 @@ import numpy as np
 from numba import types
 from numba.core import cgutils
 
+from strategies.common.compiled import compiled
+
 Array = np.ndarray[Any, Any]
 
-strict = numba.njit(cache=True, nogil=True, error_model="numpy")
-summing = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
+strict = compiled(error_model="numpy")
+summing = compiled(error_model="numpy", fastmath={"reassoc"})
 """Sums may be taken in any order, so that they are vectorized; functions inlined from `strict` stay as they are."""
 
 

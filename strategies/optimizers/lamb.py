@@ -111,7 +111,7 @@ class Lamb(Compiles, torch.optim.Optimizer):
         for tensor, settings in with_gradient(self.param_groups):
             layout, state = layout_of(tensor), begun(self, tensor)
             state["step"] += 1
-            if self.compiled and passable(tensor) and is_together(layout):
+            if self.compiled and passable(tensor, state) and is_together(layout):
                 lamb_passes.add_whole(table, tensor, state, layout, settings)
             else:
                 rest.append((tensor, settings, layout))
@@ -147,7 +147,7 @@ class Lamb(Compiles, torch.optim.Optimizer):
         for number, piece in enumerate(layout.pieces):
             yield _Part(piece.name or (tensor, number), piece.of(weight), piece.of(gradient), piece.of(mean),
                         piece.of(square), state["step"], settings, layout.group,
-                        self.compiled and passable(tensor))
+                        self.compiled and passable(tensor, state))
 
     def _step_whole(self, parts: Sequence[_Part]) -> None:
         """Step parts that are whole parameters: each is still in a cache when its norms are known."""

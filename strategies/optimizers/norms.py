@@ -57,6 +57,8 @@ def begun(optimizer: torch.optim.Optimizer, tensor: torch.Tensor) -> dict[str, t
     state = optimizer.state[tensor]
     if not state:
         state.update(optimizer.fresh_state(tensor))
+    elif "step" in state and state["step"].device != (device := local(tensor).device):
+        state["step"] = state["step"].to(device)  # loaded states keep it where it was; fused kernels read it there
     return state
 
 

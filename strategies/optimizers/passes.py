@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -55,17 +55,18 @@ def _whole_numel(tensor: torch.Tensor) -> int:
     return math.prod(getattr(tensor, "ds_shape", tensor.shape))  # under ZeRO 3 DeepSpeed empties parameters
 
 
-def passable(tensor: torch.Tensor) -> bool:
-    """Whether kernels can read a parameter and its gradient as they are: contiguous fp32 in this machine's memory."""
-    gradient = tensor.grad
-    return (gradient.dtype == tensor.dtype == torch.float32 and kind_of(tensor) == kind_of(gradient) == "cpu"
-            and local(gradient).is_contiguous())
+def passable(tensor: torch.Tensor, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether kernels can read a parameter, its gradient and its state as they are: contiguous fp32 in this memory.
 
-
-def are_readable(state: Iterable[torch.Tensor], numel: int | None = None) -> bool:
-    """Whether kernels can read an optimizer's state as it is: as a loaded or converted one may not be."""
+    They are given addresses and ask for nothing, and a state that was loaded or converted can be anything.
+    """
+    gradient, numel = tensor.grad, local(tensor).numel()
+    if not (gradient.dtype == tensor.dtype == torch.float32 and kind_of(tensor) == kind_of(gradient) == "cpu"
+            and local(gradient).is_contiguous()):
+        return False
     return all(one.dtype == torch.float32 and one.device.type == "cpu" and one.is_contiguous()
-               and numel in (None, one.numel()) for one in state)
+               and (not name.startswith("exp_avg") or one.numel() == numel)
+               for name, one in state.items() if name != "step")
 
 
 def without_data(tensor: torch.Tensor) -> bool:

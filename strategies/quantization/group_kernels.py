@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numba
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from strategies.common.compiled import compiled
 from strategies.common.kernel_threads import in_threads
 
-_compiled = numba.njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
+_compiled = compiled(boundscheck=False, error_model="numpy")
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float but its sign
 _INFINITY = np.int32(0x7F800000)
 _LEAST = np.int32(-0x7F800001)  # minus infinity, as `_least_and_most` orders floats

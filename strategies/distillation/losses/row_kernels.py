@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from strategies.common.compiled import compiled
 from strategies.distillation.losses.row_math import (
     ONE,
     ZERO,
@@ -29,7 +29,7 @@ from strategies.distillation.losses.row_math import (
     single,
 )
 
-fast = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+fast = compiled(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 
 CHUNK = 512
 SIGN, MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)

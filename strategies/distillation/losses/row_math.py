@@ -11,11 +11,12 @@ the first has few bits, so that nothing is lost. They must not be regrouped: the
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from strategies.common.compiled import compiled
+
 single = np.float32
-exact = numba.njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy", forceinline=True)
+exact = compiled(fastmath={"contract"}, error_model="numpy", forceinline=True)
 
 LOG2_E = single(1.4426950408889634)
 LN2_HIGH, LN2_LOW = single(0.693359375), single(-2.12194440e-4)  # 0.693359375 = 355/512

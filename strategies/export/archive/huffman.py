@@ -5,14 +5,15 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-import numba
 import numpy
+
+from strategies.common.compiled import compiled
 
 LONGEST = 56  # most bits of a code, so that it fits a 64-bit window from any bit of a byte
 LARGEST_ALPHABET = 4096  # of blocks; beyond it, stored code lengths cost more than longer blocks save
 _TABLE_BITS = 12  # codes of up to this length are decoded by a table lookup
 
-_compiled = numba.njit(cache=True, nogil=True)
+_compiled = compiled()
 
 
 def code_lengths(counts: numpy.ndarray) -> numpy.ndarray:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from strategies.common.compiled import compiled as on_disk
+
 STRIDE = 8
-compiled = numba.njit(cache=True, nogil=True, boundscheck=False)
-inlined = numba.njit(cache=True, nogil=True, boundscheck=False, inline="always")  # a call would double the cost
+compiled = on_disk(boundscheck=False)
+inlined = on_disk(boundscheck=False, inline="always")  # a call would double the cost
 
 
 class Arrays(NamedTuple):

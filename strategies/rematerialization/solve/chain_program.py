@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numba
 import numpy as np
+
+from strategies.common.compiled import compiled
 
 KEEP, CHECKPOINT = "keep", "checkpoint"  # modes of a block without a graph: run unchanged, or keep only its input
 
@@ -236,7 +237,7 @@ def _fresh_after(links: Sequence[Link], end: int) -> list[int]:
     return found
 
 
-@numba.njit(cache=True)
+@compiled()
 def _program(n, slots, kept, ahead, back, back_again, seconds, extra, pass_ahead, pass_behind, inputs, forward, cut,
              head):
     """Least seconds for every part of the chain and every amount of memory, and the choices that lead to them.
@@ -260,7 +261,7 @@ def _program(n, slots, kept, ahead, back, back_again, seconds, extra, pass_ahead
     return cost, choice
 
 
-@numba.njit(cache=True)
+@compiled()
 def _fill(s, t, n, slots, kept, ahead, back, seconds, passing, inputs, forward, cut, cost, choice):
     """Fill in cost[s, t] and its choice; `ahead` and `passing` are needs of the forward, `back` of the backward.
 

@@ -27,7 +27,11 @@ def relieve(g: Arrays, start: Sequence[int], budget: int, room: int) -> tuple[in
 def _relieve(g, order, length, budget):
     """Insert reruns into `order[:length]` until it fits; returns its new length, even if nothing helps any more."""
     count, values = g.cost.size, g.size.size
-    start, last = np.zeros(order.size + values, np.int64), np.zeros(order.size + values, np.int64)
+    most = 1  # values that one run makes
+    for operation in range(count):
+        most = max(most, g.make_start[operation + 1] - g.make_start[operation])
+    copies = order.size * most + values
+    start, last = np.zeros(copies, np.int64), np.zeros(copies, np.int64)
     resident, ran = np.zeros(order.size + 1, np.int64), np.zeros(count, np.uint8)
     current = np.zeros(values, np.int64)
     chain, best_chain = np.zeros(64, np.int64), np.zeros(64, np.int64)

@@ -53,3 +53,31 @@ def test_it_can_be_asked_first_while_a_step_is_planned():
         within = cpu_products.is_faster()
     cpu_products.is_faster.cache_clear()
     assert within == cpu_products.is_faster()
+
+
+def test_defaults_and_autocast_do_not_change_what_is_found():
+    cpu_products.is_faster.cache_clear()
+    wanted = cpu_products.is_faster()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        cpu_products.is_faster.cache_clear()
+        assert cpu_products.is_faster() == wanted
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        cpu_products.is_faster.cache_clear()
+        assert cpu_products.is_faster() == wanted
+
+
+def test_what_somebody_else_sets_is_left(monkeypatch):
+    monkeypatch.setattr(cpu_products, "is_faster", lambda: True)
+    settings = torch.backends.mkldnn.matmul
+    with faster_fp32_products(CPU):
+        settings.fp32_precision = "ieee"
+    try:
+        assert setting() == "ieee"
+        with faster_fp32_products(CPU):
+            assert setting() == "ieee"
+    finally:
+        settings.fp32_precision = "none"

@@ -112,3 +112,13 @@ def test_the_teachers_logits_are_left_as_they_are():
     student = one.student_logits().float()
     ResponseObjective(0.0, (Divergence("reverse_kl"),))(student, LogitTargets(teacher), one.targets)
     assert torch.equal(teacher, kept)
+
+
+@pytest.mark.parametrize("wrong", [-1, 700])
+def test_targets_that_are_no_tokens_are_refused(wrong):
+    """Compiled code asks for no bounds: it would read, and write, what lies beside the logits."""
+    one = case(1.0, **SIZE)
+    targets = one.targets.clone()
+    targets[1] = wrong
+    with pytest.raises(IndexError, match=f"index {wrong} is out of bounds"):
+        ResponseObjective(1.0, ())(one.student_logits().float(), None, targets)
