@@ -43,7 +43,8 @@ def workspace(operation: Any, args: tuple, kwargs: dict[str, Any] | None = None,
     if operation.is_view or operation._opname in _INTRINSIC or operation.namespace == "prim":
         return 0
     args = _with_statistics(operation, args)
-    key = (operation, limit, torch.get_num_threads(), *_described((args, kwargs or {})))
+    library = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # which computes products
+    key = (operation, limit, torch.get_num_threads(), library, *_described((args, kwargs or {})))
     if key not in _found:
         _found[key] = _try(operation, args, kwargs or {}, limit)
     return _found[key]

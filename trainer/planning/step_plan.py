@@ -6,13 +6,16 @@ Works from shapes alone. A schedule says which activations a block keeps and whi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from strategies.common.cpu_products import faster_fp32_products
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
 from strategies.rematerialization.rematerialize import Refuted, try_blocks
@@ -87,13 +90,14 @@ def plan_step(experiment: Experiment, topology: Topology, teacher: PretrainedCon
         return StepStudy(changed, teacher, student, topology, refuted)
 
     try:
-        planner, schedule, tile, keep_all = choose(experiment, study, topology)
+        with as_in_training(topology):
+            planner, schedule, tile, keep_all = choose(experiment, study, topology)
+            memory = describe(planner, schedule, tile, keep_all)
     except (RuntimeError, NotImplementedError) as error:  # some mixtures of experts branch on their data
         if experiment.memory.bytes is None:
             return None
         raise UserError("memory.budget", f"cannot be promised for this architecture: {error}",
                         value=experiment.memory.budget, way_out="leave memory.budget out") from error
-    memory = describe(planner, schedule, tile, keep_all)
     if not planner.calls:  # the models that were studied are not kept
         return StepPlan(memory, planner.frame.base)
     return StepPlan(memory, planner.frame.base, schedule, planner)
@@ -135,6 +139,11 @@ class _Unmet(Exception):
         return self if error is self.error else _Unmet(error, other)
 
 
+def as_in_training(topology: Topology) -> AbstractContextManager[None]:
+    """Context manager within which operations that are tried take the kernels, and the buffers, of training."""
+    return faster_fp32_products(torch.device("cuda" if topology.on_gpu else "cpu"))
+
+
 def choose(experiment: Experiment, study: Callable[[Experiment], Study], topology: Topology) -> Chosen:
     """Study an experiment's step, and choose its schedule and the tile size of its loss.
 
@@ -150,7 +159,8 @@ def choose(experiment: Experiment, study: Callable[[Experiment], Study], topolog
         return _Trial(changed.memory.bytes, study(changed))
 
     try:
-        return _choose(experiment.memory.bytes, study(experiment))
+        with as_in_training(topology):
+            return _choose(experiment.memory.bytes, study(experiment))
     except NotExact as error:
         raise UserError("memory.solver", str(error), value=experiment.memory.solver,
                         way_out="use `auto`, which says how much a better schedule could save at most (the gap, "

@@ -42,7 +42,7 @@ def applies(products: torch.Tensor, terms: Terms, teacher_targets: Taught, whole
 def on_tile(terms: Terms, products: torch.Tensor, head: Head, targets: torch.Tensor,
             teacher_logits: torch.Tensor | None, asked: torch.Tensor | None, gradient: bool) -> torch.Tensor:
     """As `Terms.on_block`, for a whole tile; `teacher_logits` (rows, vocabulary) are overwritten."""
-    if isinstance(products, FakeTensor):
+    if isinstance(products, FakeTensor) or not len(products):
         return products.new_zeros(len(terms.names))
     from strategies.distillation.losses import row_kernels as kernels  # not imported before it is needed: numba
 

@@ -122,3 +122,14 @@ def test_targets_that_are_no_tokens_are_refused(wrong):
     targets[1] = wrong
     with pytest.raises(IndexError, match=f"index {wrong} is out of bounds"):
         ResponseObjective(1.0, ())(one.student_logits().float(), None, targets)
+
+
+def test_rows_without_a_target_have_no_loss():
+    """A rank may have none in a step."""
+    one = case(1.0, **SIZE)
+    hidden, weight = one.hidden.clone().requires_grad_(), one.weight.clone().requires_grad_()
+    value, _ = ResponseObjective(1.0, (Divergence("jsd"),))(
+        hidden, HiddenTargets(one.teacher_targets, Head(one.their_weight)), torch.full((37,), IGNORED),
+        head=Head(weight))
+    value.backward()
+    assert float(value) == 0 and not hidden.grad.any() and not weight.grad.any()
