@@ -22,6 +22,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 SIZE = 256  # of the product that is tried
 
 
+_plain = False  # whether products stay as they are, whoever asks
+
+
+@contextmanager
+def fp32_products(device: torch.device, faster: bool) -> Iterator[None]:
+    """Within the context, `faster_fp32_products`; or none at all, also for those who ask for them inside.
+
+    oneDNN takes buffers from torch, of which only those in captured blocks are in a memory plan.
+    """
+    global _plain
+    before, _plain = _plain, not faster
+    try:
+        with faster_fp32_products(device):
+            yield
+    finally:
+        _plain = before
+
+
 @contextmanager
 def faster_fp32_products(device: torch.device) -> Iterator[None]:
     """Within the context fp32 products on a CPU are oneDNN's, where that is faster and rounds no more than MKL's.
@@ -30,7 +48,7 @@ def faster_fp32_products(device: torch.device) -> Iterator[None]:
     float64, and those on a GPU, are as before.
     """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if device.type != "cpu" or settings.fp32_precision != "none" or not is_faster():
+    if _plain or device.type != "cpu" or settings.fp32_precision != "none" or not is_faster():
         yield
         return
     settings.fp32_precision = "bf16"

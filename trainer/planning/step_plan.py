@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from strategies.common.cpu_products import faster_fp32_products
+from strategies.common.cpu_products import fp32_products
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
 from strategies.rematerialization.rematerialize import Refuted, try_blocks
@@ -140,8 +140,12 @@ class _Unmet(Exception):
 
 
 def as_in_training(topology: Topology) -> AbstractContextManager[None]:
-    """Context manager within which operations that are tried take the kernels, and the buffers, of training."""
-    return faster_fp32_products(torch.device("cuda" if topology.on_gpu else "cpu"))
+    """Context manager within which fp32 products on a CPU are those of training, with their buffers.
+
+    Of several processes they are not oneDNN's: its buffers are in no plan where blocks are not captured, and budgets
+    are kept to the byte there.
+    """
+    return fp32_products(torch.device("cuda" if topology.on_gpu else "cpu"), faster=topology.ranks == 1)
 
 
 def choose(experiment: Experiment, study: Callable[[Experiment], Study], topology: Topology) -> Chosen:

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
-from strategies.common.cpu_products import faster_fp32_products
 from strategies.common.frozen_base import base_digest, base_digests
 from strategies.common.generation_settings import copy_generation_settings
 from strategies.common.running_statistics import RunningStatistics
@@ -40,6 +39,7 @@ from trainer.models.router_balance import balancing_weight
 from trainer.planning.exceeded import ways_out
 from trainer.planning.plan import Plan
 from trainer.planning.step_memory import without_gradient
+from trainer.planning.step_plan import as_in_training
 from trainer.run.folder import RunFolder
 from trainer.run.metrics import Metrics, ProgressReporter, console, memory_peak
 from trainer.run.pace import Pace
@@ -199,7 +199,7 @@ class TrainLoop:
             progress.say(f"resumed at step {state.step}")
         inputs, end = self.inputs(), rows_in_all(self.experiment.training, self.text)
         try:
-            with signals.defer_signals(), self.ranks.watch.on(), faster_fp32_products(self.accelerator.device):
+            with signals.defer_signals(), self.ranks.watch.on(), as_in_training(self.plan.topology):
                 cut_off = self.evaluations.interrupted(state, self.cadence, self.folder.metrics)
                 self._evaluate(cut_off, metrics, progress)
                 while not self.cadence.ends(state):

@@ -81,3 +81,12 @@ def test_what_somebody_else_sets_is_left(monkeypatch):
             assert setting() == "ieee"
     finally:
         settings.fp32_precision = "none"
+
+
+def test_products_can_be_kept_as_they_are_for_all_inside(monkeypatch):
+    monkeypatch.setattr(cpu_products, "is_faster", lambda: True)
+    with cpu_products.fp32_products(CPU, faster=False), faster_fp32_products(CPU):
+        assert setting() == "none"
+    with cpu_products.fp32_products(CPU, faster=True):
+        assert setting() == "bf16"
+    assert setting() == "none"
