@@ -15,7 +15,7 @@ def table(quickstart: dict, frontier: list, losses: dict, runtimes: dict, faults
     """What was measured, and the command that measures it again."""
     rows = [
         ("quickstart --seeds 3", _quickstart(quickstart)),
-        ("end_to_end", _end_to_end(end_to_end)),
+        ("end_to_end --vocabulary 8192 32768", _end_to_end(end_to_end)),
         ("rematerialization.frontier --model all", _frontier(frontier)),
         ("distillation.losses --rounds 2", _losses(losses)),
         ("quantization.runtimes", _runtimes(runtimes)),
