@@ -72,11 +72,14 @@ def on_tile(terms: Terms, products: torch.Tensor, head: Head, targets: torch.Ten
 
 def _taught(divergence: Divergence) -> tuple[int, np.float32, np.float32, np.float32, np.float32, float]:
     """The numbers of `row_kernels.Taught`: which kind, weights of both KLs, the teacher's share of the mixture."""
+    from strategies.distillation.losses.row_kernels import MIXTURE, REVERSE, VARIATION
+
     share = divergence.mixed
     kind, first, second, teacher_share = {
-        "forward_kl": (0, 1.0, 0.0, 0.0), "reverse_kl": (0, 0.0, 1.0, 0.0), "total_variation": (2, 0.0, 0.0, 0.0),
-        "jsd": (1, share, 1 - share, share), "skewed_kl": (1, 1.0, 0.0, share),
-        "skewed_reverse_kl": (1, 0.0, 1.0, 1 - share)}[divergence.name]
+        "forward_kl": (REVERSE, 1.0, 0.0, 0.0),  # whose kernel asks for no kind
+        "reverse_kl": (REVERSE, 0.0, 1.0, 0.0), "total_variation": (VARIATION, 0.0, 0.0, 0.0),
+        "jsd": (MIXTURE, share, 1 - share, share), "skewed_kl": (MIXTURE, 1.0, 0.0, share),
+        "skewed_reverse_kl": (MIXTURE, 0.0, 1.0, 1 - share)}[divergence.name]
     numbers = (np.float32(value) for value in (first, second, teacher_share, 1 / divergence.temperature))
     return kind, *numbers, float(divergence.factor * divergence.temperature)
 
