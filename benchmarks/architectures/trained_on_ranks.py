@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.architectures.tiny_models import Room
 from benchmarks.architectures.verdicts import apart, judged, verdict_of
 from benchmarks.sharding import sharded_runs as launched
+from strategies.common.cpu_products import fp32_products
 from trainer.data.dataset import prepare_text
 from trainer.run.metrics import console
 
@@ -49,13 +50,16 @@ def _compared(room: Room, name: str, alone: dict[str, torch.Tensor], moved: floa
 
 
 def _trained(room: Room, name: str, sharding: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Train two steps, and write the whole student and its logits on the main process."""
+    """Train two steps, and write the whole student and its logits on the main process.
+
+    The matrix products of one process are those of several, since engines are compared, and no libraries.
+    """
     from benchmarks.architectures.checks import APART, prepared, unplanned
 
     asked = room.experiment(name, sharding=sharding, data=APART, training={
         "batch_size": 8, "micro_batch": 4, "steps": 2, "evaluate_every": 100, "checkpoint_every": 100})
     text = prepare_text(asked)
-    with unplanned(), console.capture():
+    with unplanned(), console.capture(), fp32_products(torch.device("cpu"), faster=False):
         trainer = prepared(asked, text)
         trainer.train()
     if rank == 0:

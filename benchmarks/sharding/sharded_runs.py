@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from strategies.common.cpu_products import fp32_products  # noqa: E402
 from strategies.common.shards import local, local_of  # noqa: E402
 from trainer import checkpoints  # noqa: E402
 from trainer.experiment.load import read_experiment  # noqa: E402
@@ -204,9 +205,10 @@ def with_peer(run: dict, folder: Path) -> None:
 
 
 def main(file: Path) -> None:
-    """Run all of them."""
-    for run in json.loads(file.read_text()):
-        (with_peer if run.get("peer") else one)(run, file.parent)
+    """Run all of them, with the same matrix products on one process as on several."""
+    with fp32_products(torch.device("cpu"), faster=False):
+        for run in json.loads(file.read_text()):
+            (with_peer if run.get("peer") else one)(run, file.parent)
 
 
 if __name__ == "__main__":

@@ -21,18 +21,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 SIZE = 256  # of the product that is tried
 
-
 _plain = False  # whether products stay as they are, whoever asks
 
 
 @contextmanager
 def fp32_products(device: torch.device, faster: bool) -> Iterator[None]:
-    """Within the context, `faster_fp32_products`; or none at all, also for those who ask for them inside.
+    """Within the context, `faster_fp32_products`; or none at all, whoever asks for them inside.
 
     oneDNN takes buffers from torch, of which only those in captured blocks are in a memory plan.
     """
     global _plain
-    before, _plain = _plain, not faster
+    before, _plain = _plain, _plain or not faster
     try:
         with faster_fp32_products(device):
             yield

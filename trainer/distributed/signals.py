@@ -289,14 +289,24 @@ class EndNote:
         # While a run is planned its folder may hold the sign that it lives, which goes if the experiment is refused.
         if not self._is_own() or not (makes or RunFolder(self.folder).experiment.exists()):
             return True
+        note = json.dumps({"code": code, **more, "said": said})
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            return self._write(note)
+        except FileNotFoundError:  # the main thread has left planning meanwhile, and removed a folder that was empty
+            with suppress(OSError):
+                return self._write(note)
+        except OSError:  # for example a full disk: the end is reported all the same
+            pass
+        return True
+
+    def _write(self, note: str) -> bool:
+        """Write the note to the folder, which is created if it is missing; False if there is one already."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
             with (self.folder / ENDED).open("x", encoding="utf-8") as handle:
-                json.dump({"code": code, **more, "said": said}, handle)
+                handle.write(note)
         except FileExistsError:
             return False
-        except OSError:  # for example a full disk: the end is reported all the same
-            return True
         return True
 
     def wait(self, seconds: float) -> None:

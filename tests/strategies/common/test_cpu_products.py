@@ -87,6 +87,8 @@ def test_products_can_be_kept_as_they_are_for_all_inside(monkeypatch):
     monkeypatch.setattr(cpu_products, "is_faster", lambda: True)
     with cpu_products.fp32_products(CPU, faster=False), faster_fp32_products(CPU):
         assert setting() == "none"
+    with cpu_products.fp32_products(CPU, faster=False), cpu_products.fp32_products(CPU, faster=True):
+        assert setting() == "none"
     with cpu_products.fp32_products(CPU, faster=True):
         assert setting() == "bf16"
     assert setting() == "none"

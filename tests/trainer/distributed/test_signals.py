@@ -21,6 +21,7 @@ from tests.clients import CLIENTS
 from tests.conftest import FORKED, ROOT, _in_fork, _train, train_py, two_ranks, with_clients
 from trainer.cli import limbeck
 from trainer.distributed import signals
+from trainer.experiment.load import read_experiment
 from trainer.run.metrics import read_lines
 
 QUICK = {"training": {"steps": 400, "micro_batch": 4, "evaluate_every": 1000, "checkpoint_every": 1000},
@@ -214,6 +215,22 @@ def test_where_there_is_no_folder_yet_the_first_process_makes_it_for_a_stop(writ
     os.kill(waiting.pid, signal.SIGTERM)
     assert waiting.end() == 75
     assert (tmp_path / "tiny").exists() == (rank == 0)
+
+
+def test_a_folder_that_planning_removes_meanwhile_is_made_again_for_the_note(write_experiment, tmp_path, monkeypatch):
+    note = signals.EndNote(read_experiment(write_experiment("tiny")).experiment)
+    made = Path.mkdir
+
+    def removed_once(self, *how, **more):
+        made(self, *how, **more)
+        if self == note.folder:
+            monkeypatch.setattr(Path, "mkdir", made)
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", removed_once)
+    assert note.leave("stopped", signals.AGAIN_LATER)
+    assert limbeck(["status", str(note.folder)]) == 75
+    assert not note.leave("stopped", signals.AGAIN_LATER), "another process was first"
 
 
 def test_a_mistake_in_going_on_is_the_end_that_status_tells_of(write_experiment, tmp_path, capsys):
