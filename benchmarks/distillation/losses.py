@@ -1,4 +1,4 @@
-"""Distillation losses beside the naive one, TRL's and Liger's: memory, time, and how right their gradients are.
+"""Losses beside the naive ones, torch's, TRL's and Liger's: memory, time, and how right their gradients are.
 
     python -m benchmarks.distillation.losses --json FILE
     python -m benchmarks.distillation.losses --device cuda --hidden 4096 --vocabulary 128256 --tokens 8192
@@ -7,7 +7,10 @@ Each implementation is given the same hidden states and heads of student and tea
 Peak bytes are what is added to them, gradients included; what does not fit this machine is counted on tensors without
 data and not timed. Times are medians over rounds in which all take turns. Errors are against the definition in
 float64: of the hidden states' gradient at some rows, and in a table before that of all gradients, at many spreads of
-the logits and with a student 0.01 from its teacher. TRL and Liger: `pip install trl liger-kernel`.
+the logits and with a student 0.01 from its teacher. `rate` is that of the products which no implementation can do
+without, over the whole of its seconds, in FLOP/s; `machine_rate` is what matrix products of that dtype make here alone.
+Cross-entropy alone has torch's two as peers: of all logits, as the naive one, and `linear_cross_entropy`, which takes a
+chunk of them at a time. TRL and Liger: `pip install trl liger-kernel`.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 
 from benchmarks.rematerialization.frontier import machine
+from strategies.common.cpu_products import faster_fp32_products
 from strategies.distillation.losses.divergences import Divergence
 from strategies.distillation.losses.heads import Head
 from strategies.distillation.losses.response import ResponseObjective
@@ -49,8 +54,10 @@ def limbeck(name: str, case: Case) -> torch.Tensor:
 
 
 def naive(name: str, case: Case) -> torch.Tensor:
-    """All logits, in fp32 from the moment they exist, and the definition."""
-    teacher = case.teacher_targets @ case.their_weight.T if name != "cross_entropy" else case.teacher_targets
+    """All logits, in fp32 from the moment they exist, and torch's cross-entropy or the definition."""
+    if name == "cross_entropy":
+        return functional.cross_entropy((case.hidden @ case.weight.T).float(), case.targets, reduction="sum")
+    teacher = case.teacher_targets @ case.their_weight.T
     return definition(name, (case.hidden @ case.weight.T).float(), teacher.float(), case.targets)
 
 
@@ -75,15 +82,24 @@ def liger(name: str, case: Case) -> torch.Tensor:
     )
 
 
+def chunked_by_torch(_: str, case: Case) -> torch.Tensor:
+    """torch's cross-entropy of a chunk of logits at a time, with the policies that it chooses by itself."""
+    return functional.linear_cross_entropy(case.hidden, case.weight, case.targets, reduction="sum", ignore_index=-100,
+                                           options=torch.nn.LinearCrossEntropyOptions())
+
+
 IMPLEMENTATIONS: dict[str, tuple[Loss, tuple[str, ...]]] = {
     "limbeck": (limbeck, ("cross_entropy", *WHOLE)), "naive": (naive, ("cross_entropy", *WHOLE)),
+    "torch, chunked": (chunked_by_torch, ("cross_entropy",)),
     "trl": (trl, ("forward_kl", "reverse_kl", "jsd")), "liger": (liger, ("forward_kl", "reverse_kl", "jsd"))}
 
 
 def present(implementation: str) -> bool:
     """Whether it is installed."""
-    return implementation in ("limbeck", "naive") or find_spec({"trl": "trl", "liger": "liger_kernel"}[implementation]
-                                                               ) is not None
+    if implementation == "torch, chunked":
+        return hasattr(functional, "linear_cross_entropy")
+    needed = {"trl": "trl", "liger": "liger_kernel"}.get(implementation)
+    return needed is None or find_spec(needed) is not None
 
 
 # ---- memory and time
@@ -123,6 +139,9 @@ def counted(loss: Loss, name: str, tokens: int, hidden: int, vocabulary: int, dt
         case = make(tokens, hidden, vocabulary, dtype, "cpu")
         case.targets = torch.zeros(tokens, dtype=torch.long)
         with LiveBytes() as tracker:
+            if name == "cross_entropy":
+                loss(name, case).backward()
+                return tracker.peak
             student, teacher = case.hidden @ case.weight.T, case.teacher_targets @ case.their_weight.T
             if loss is naive:
                 log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
@@ -161,7 +180,7 @@ def _compared(name: str, case: Case, dtype: str, arguments: argparse.Namespace, 
     shape = {"dtype": dtype, "tokens": tokens, "vocabulary": arguments.vocabulary, "hidden": arguments.hidden}
     rows, running = [], {}
     for implementation, (loss, names) in IMPLEMENTATIONS.items():
-        if name not in names or not present(implementation):
+        if name not in names or implementation not in arguments.implementations or not present(implementation):
             continue
         row = {"loss": name, "implementation": implementation, **shape}
         rows.append(row)
@@ -180,9 +199,23 @@ def _compared(name: str, case: Case, dtype: str, arguments: argparse.Namespace, 
         for implementation, (_, loss) in running.items():
             times[implementation].append(timed(lambda loss=loss: run(loss, name, case), device))
     for implementation, (row, _) in running.items():
-        row |= {"seconds": statistics.median(times[implementation]), "rounds": rounds}
+        seconds = statistics.median(times[implementation])
+        row |= {"seconds": seconds, "rounds": rounds, "rate": products_of(name, case) / seconds}
     print("\n".join(table(rows).splitlines()[2:]), flush=True)
     return rows
+
+
+def products_of(name: str, case: Case) -> int:
+    """FLOPs of the products of a forward and a backward, for the positions that have a target."""
+    products = 3 if name == "cross_entropy" else 4  # logits, and gradients of both factors; the teacher's logits
+    return products * 2 * int((case.targets >= 0).sum()) * case.weight.numel()
+
+
+def machine_rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
+    """FLOP/s of a square matrix product, the best of ten."""
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    with faster_fp32_products(torch.device(device)):
+        return 2 * size**3 / min(timed(lambda: one @ other, torch.device(device)) for _ in range(10))
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
@@ -297,7 +330,8 @@ def _cell(row: dict | None, ours: dict) -> str:
         return ""
     peak = f"{row['peak_bytes'] / 1e6:,.0f} MB"
     if row is ours:
-        return f"{peak}, {row['seconds']:.1f} s, error {row['gradient_error']:.0e}"
+        rate = f"{row['rate'] / 1e9:,.0f} GFLOP/s, " if "rate" in row else ""
+        return f"{peak}, {row['seconds']:.1f} s, {rate}error {row['gradient_error']:.0e}"
     peak += f" (x{row['peak_bytes'] / ours['peak_bytes']:.1f})"
     if not row["ran"]:
         return f"{peak}, counted"
@@ -333,13 +367,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--losses", nargs="+", default=["forward_kl", "jsd"])
+    parser.add_argument("--losses", nargs="+", default=["cross_entropy", "forward_kl", "reverse_kl", "jsd"])
+    parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS))
     parser.add_argument("--rounds", type=int, default=3, help="of the smallest case; larger ones have fewer")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     found = {"machine": machine(chosen.device), "threads": torch.get_num_threads(),
              "versions": {name: version(name) for name in ("torch", "trl", "liger-kernel") if find_spec(
                  name.replace("-", "_"))}, "device": chosen.device,
+             "machine_rate": {dtype: machine_rate(getattr(torch, dtype), chosen.device) for dtype in chosen.dtypes},
              "errors": errors(chosen.device)}
     print(errors_table(found["errors"]), "\n", flush=True)
     found["rows"] = sizes(chosen)
