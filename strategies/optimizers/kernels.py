@@ -22,8 +22,9 @@ from strategies.common.compiled import compiled
 Array = np.ndarray[Any, Any]
 
 strict = compiled(error_model="numpy")
-summing = compiled(error_model="numpy", fastmath={"reassoc"})
-"""Sums may be taken in any order, so that they are vectorized; functions inlined from `strict` stay as they are."""
+inlined = compiled(error_model="numpy", forceinline=True)
+summing = compiled(error_model="numpy", fastmath={"reassoc"}, forceinline=True)
+"""Sums may be taken in any order, so that they are vectorized; functions that are `inlined` there stay as they are."""
 
 
 @numba.extending.intrinsic
@@ -41,18 +42,18 @@ def _floats(address: Any, length: Any) -> Any:
 
 # ---- LAMB
 
-@strict
+@inlined
 def _lerp(start: Any, end: Any, weight: Any, rest: Any) -> Any:
     """start + weight (end - start), from the nearer end; weight + rest = 1."""
     return start + (end - start) * weight if weight < 0.5 else end - (end - start) * rest
 
 
-@strict
+@inlined
 def _lamb_update(weight: Any, mean: Any, square: Any, scale: Any, eps: Any, decay: Any) -> Any:
     return mean / (np.sqrt(square) * scale + eps) + decay * weight
 
 
-@strict
+@inlined
 def _square(value: Any) -> Any:
     return np.float64(value) * np.float64(value)
 
@@ -119,7 +120,7 @@ def lamb_step(table: Array, scalars: Array, ratios: Array) -> None:
 
 # ---- Adafactor
 
-@strict
+@inlined
 def _adafactor_update(gradient: Any, row: Any, column: Any, eps: Any) -> Any:
     return gradient / np.sqrt(max(row * column, eps))
 

@@ -13,12 +13,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.common.compiled import compiled
+from strategies.common.float_order import HIGHEST_ORDER, LOWEST_ORDER, order_of_bits
 from strategies.common.kernel_threads import in_threads
 
 _compiled = compiled(boundscheck=False, error_model="numpy")
-_MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits of a float but its sign
 _INFINITY = np.int32(0x7F800000)
-_LEAST = np.int32(-0x7F800001)  # minus infinity, as `_least_and_most` orders floats
+_LEAST = np.int32(-0x7F800001)  # minus infinity, as `order_of_bits` has it
 _NAN = np.int32(0x7FC00000)
 _PART = 1 << 20  # weights that are worth a thread of their own: 0.1 ms of work, where handing it over costs 0.05
 
@@ -94,18 +94,15 @@ class _Memory:
 
 @_compiled
 def _least_and_most(bits, least, most):
-    """Compares floats as integers, which vectorizes: with the magnitude of negative ones inverted, the order is one."""
     for group in range(bits.shape[0]):
-        low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        low, high = HIGHEST_ORDER, LOWEST_ORDER
         for place in range(bits.shape[1]):
-            value = bits[group, place]
-            value ^= (value >> np.int32(31)) & _MAGNITUDE
+            value = order_of_bits(bits[group, place])
             low, high = min(low, value), max(high, value)
         if low < _LEAST or high > _INFINITY:
             least[group] = most[group] = _NAN
         else:
-            least[group] = low ^ ((low >> np.int32(31)) & _MAGNITUDE)
-            most[group] = high ^ ((high >> np.int32(31)) & _MAGNITUDE)
+            least[group], most[group] = order_of_bits(low), order_of_bits(high)
 
 
 @_compiled

@@ -45,6 +45,7 @@ def on_tile(terms: Terms, products: torch.Tensor, head: Head, targets: torch.Ten
     if isinstance(products, FakeTensor) or not len(products):
         return products.new_zeros(len(terms.names))
     from strategies.distillation.losses import row_kernels as kernels  # not imported before it is needed: numba
+    from strategies.distillation.losses import slope_kernels
 
     logits = products if head.scale == 1 else products.mul_(head.scale)
     if head.cap is not None:
@@ -62,7 +63,7 @@ def on_tile(terms: Terms, products: torch.Tensor, head: Head, targets: torch.Ten
                                                                   gradient))
     else:
         divergence = terms.divergences[0]
-        kernel = kernels.forward_kl_rows if divergence.name == "forward_kl" else kernels.slope_rows
+        kernel = kernels.forward_kl_rows if divergence.name == "forward_kl" else slope_kernels.slope_rows
         said = np.ones(len(own), dtype=np.bool_) if asked is None else asked.numpy()
         theirs, taught = teacher_logits.numpy(), kernels.Taught(*_taught(divergence))
         _for_rows(len(own), lambda begin, end: kernel(own, theirs, said, places, begin, end, text, taught, shape,
@@ -72,7 +73,7 @@ def on_tile(terms: Terms, products: torch.Tensor, head: Head, targets: torch.Ten
 
 def _taught(divergence: Divergence) -> tuple[int, np.float32, np.float32, np.float32, np.float32, float]:
     """The numbers of `row_kernels.Taught`: which kind, weights of both KLs, the teacher's share of the mixture."""
-    from strategies.distillation.losses.row_kernels import MIXTURE, REVERSE, VARIATION
+    from strategies.distillation.losses.slope_kernels import MIXTURE, REVERSE, VARIATION
 
     share = divergence.mixed
     kind, first, second, teacher_share = {

@@ -17,25 +17,21 @@ from typing import NamedTuple
 import numpy as np
 
 from strategies.common.compiled import compiled
+from strategies.common.float_order import HIGHEST_ORDER, LOWEST_ORDER, order, unorder
 from strategies.distillation.losses.row_math import (
     ONE,
     ZERO,
-    below_line,
     beyond_line,
     exact,
     exponential,
     growth,
-    log_of_one_more,
     single,
 )
 
-fast = compiled(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+FAST = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+kernel, fast = compiled(**FAST), compiled(**FAST, forceinline=True)
 
 CHUNK = 512
-SIGN, MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
-LOWEST_ORDER = np.int32(-(2**31))
-LARGEST = single(80.0)  # as in `divergences`
-REVERSE, MIXTURE, VARIATION = 0, 1, 2
 
 
 class Text(NamedTuple):
@@ -57,7 +53,7 @@ class Taught(NamedTuple):
     """`first` KL(p || m) + `second` KL(q || m) with m = `share` p + (1 - share) q, or a divergence without a mixture.
 
     Attributes:
-        kind: `REVERSE`, `MIXTURE` or `VARIATION`; forward KL has a kernel of its own.
+        kind: one of `slope_kernels`; forward KL has a kernel of its own, which asks for none.
         inverse: 1 / temperature.
         factor: of the gradient with respect to the logits.
     """
@@ -94,19 +90,6 @@ class Row(NamedTuple):
 
 
 @exact
-def order(x):
-    """An integer that is larger where a float is, and largest for NaN; an integer maximum vectorizes."""
-    bits = np.float32(x).view(np.int32)
-    return np.int32(bits ^ np.int32(np.int32(bits >> SIGN) & MAGNITUDE))
-
-
-@exact
-def unorder(key):
-    """The float of an `order`."""
-    return np.int32(key ^ np.int32(np.int32(key >> SIGN) & MAGNITUDE)).view(np.float32)
-
-
-@exact
 def log_ratio(student, teacher, inverse, row):
     """d = log p - log q of a token; where d is near 0, nothing is rounded before the last subtraction."""
     return ((teacher - student) * inverse - row.offset) - row.offset_low
@@ -139,7 +122,7 @@ def normalizer(row, top, inverse):
 @fast
 def spread(student, teacher, inverse):
     """The smallest and the largest of (teacher - student) / T."""
-    low, high = np.int32(2**31 - 1), LOWEST_ORDER
+    low, high = HIGHEST_ORDER, LOWEST_ORDER
     for index in range(student.size):
         key = order(difference(student[index], teacher[index], inverse, ZERO))
         low, high = min(low, key), max(high, key)
@@ -214,7 +197,7 @@ def text_row(student, target, text, shape, values, gradient):
     at_target(student, target, before, text, shape)
 
 
-@fast
+@kernel
 def text_rows(logits, targets, begin, end, text, shape, values, gradient):
     """Rows without a teacher. `values`: (rows, 3) double."""
     for number in range(begin, end):
@@ -243,7 +226,7 @@ def q_minus_p(p, q, d):
     return p * shrunk if d > ZERO else -q * shrunk
 
 
-@fast
+@kernel
 def forward_kl_rows(logits, teachers, asked, targets, begin, end, text, taught, shape, values, gradient):
     """Rows with KL(p || q) = sum p d + (q - p), whose gradient is q - p."""
     inverse, factor = taught.inverse, single(taught.factor)
@@ -271,142 +254,3 @@ def forward_kl_rows(logits, teachers, asked, targets, begin, end, text, taught, 
         values[number, 2] = value
         if gradient:
             at_target(student, target, before, text, shape)
-
-
-@exact
-def mixture_slope(d, taught):
-    """Derivative of a divergence from a mixture with respect to q, up to a constant.
-
-    It is (1 - s) (b s - a (1 - s)) g / (1 + s g) - b log(1 + s g) with g = expm1(d), a and b the weights of both terms.
-    For `jsd` the first part is zero.
-    """
-    share, grown = taught.share, growth(d)
-    first = (ONE - share) * (taught.second * share - taught.first * (ONE - share))
-    return first * grown / (ONE + share * grown) - taught.second * log_of_one_more(share * grown)
-
-
-@exact
-def kl_to_mixture(first, other, ratio, share):
-    """A token's part of KL(first || m), m = (1 - share) first + share other; see `divergences._mixture`."""
-    x = share * growth(ratio)
-    far = share * (other - first) - first * log_of_one_more(x)
-    return first * below_line(x) if ratio < ONE else far
-
-
-@exact
-def variation_slope(d):
-    """Half the sign of q - p."""
-    return single(-0.5) if d > ZERO else (single(0.5) if d < ZERO else ZERO * d)
-
-
-@fast
-def slope_of(d, taught):
-    """Derivative of a divergence with respect to q, up to a constant."""
-    if taught.kind == REVERSE:
-        return -d
-    if taught.kind == MIXTURE:
-        return mixture_slope(min(max(d, -LARGEST), LARGEST), taught)
-    return variation_slope(d)
-
-
-@fast
-def reverse_slopes(student, teacher, row, taught, at_top):
-    """KL(q || p) = sum -q d + (p - q). Slopes less the top's go to `teacher`; returns value and mean of these."""
-    inverse, value, mean = taught.inverse, 0.0, 0.0
-    for start in range(0, student.size, CHUNK):
-        part, share, mine, theirs = ZERO, ZERO, student[start:start + CHUNK], teacher[start:start + CHUNK]
-        for index in range(mine.size):
-            d = log_ratio(mine[index], theirs[index], inverse, row)
-            p = exponential((theirs[index] - row.top_teacher) * inverse) * row.teacher
-            q = exponential((mine[index] - row.top) * inverse) * row.student
-            near = abs(d) < ONE
-            part += q * beyond_line(d if near else ZERO) if near else -q * d - q_minus_p(p, q, d)
-            slope = -d - at_top
-            share += q * slope
-            theirs[index] = slope
-        value += part
-        mean += share
-    return value, mean
-
-
-@fast
-def mixture_slopes(student, teacher, row, taught, at_top):
-    """A divergence from a mixture; as `reverse_slopes`."""
-    inverse, value, mean = taught.inverse, 0.0, 0.0
-    for start in range(0, student.size, CHUNK):
-        part, share, mine, theirs = ZERO, ZERO, student[start:start + CHUNK], teacher[start:start + CHUNK]
-        for index in range(mine.size):
-            d = log_ratio(mine[index], theirs[index], inverse, row)
-            d = d if d < LARGEST else (LARGEST if d == d else d)
-            d = d if d > -LARGEST else (-LARGEST if d == d else d)
-            p = exponential((theirs[index] - row.top_teacher) * inverse) * row.teacher
-            q = exponential((mine[index] - row.top) * inverse) * row.student
-            part += (taught.first * kl_to_mixture(p, q, -d, ONE - taught.share)
-                     + taught.second * kl_to_mixture(q, p, d, taught.share))
-            slope = mixture_slope(d, taught) - at_top
-            share += q * slope
-            theirs[index] = slope
-        value += part
-        mean += share
-    return value, mean
-
-
-@fast
-def variation_slopes(student, teacher, row, taught, at_top):
-    """1/2 sum |p - q|; as `reverse_slopes`."""
-    inverse, value, mean = taught.inverse, 0.0, 0.0
-    for start in range(0, student.size, CHUNK):
-        part, share, mine, theirs = ZERO, ZERO, student[start:start + CHUNK], teacher[start:start + CHUNK]
-        for index in range(mine.size):
-            d = log_ratio(mine[index], theirs[index], inverse, row)
-            p = exponential((theirs[index] - row.top_teacher) * inverse) * row.teacher
-            q = exponential((mine[index] - row.top) * inverse) * row.student
-            part += abs(q_minus_p(p, q, d))
-            slope = variation_slope(d) - at_top
-            share += q * slope
-            theirs[index] = slope
-        value += part
-        mean += share
-    return value * 0.5, mean
-
-
-@fast
-def position_of(row, top):
-    """Where the largest logit is."""
-    found = np.int32(2**31 - 1)
-    for index in range(row.size):
-        found = min(found, np.int32(index) if row[index] == top else np.int32(2**31 - 1))
-    return min(found, np.int32(row.size - 1))  # NaN equals nothing
-
-
-@fast
-def slope_rows(logits, teachers, asked, targets, begin, end, text, taught, shape, values, gradient):
-    """Rows with any other divergence, whose gradient is q (a - sum q a) with a its derivative with respect to q.
-
-    `teachers` is overwritten. See `divergences._through_softmax` for why a is 0 at the most probable token.
-    """
-    inverse, factor = taught.inverse, single(taught.factor)
-    for number in range(begin, end):
-        student, teacher, target = logits[number], teachers[number], targets[number]
-        if not asked[number]:
-            text_row(student, target, text, shape, values[number], gradient)
-            continue
-        row = prepared(student, teacher, target, text, inverse, values[number])
-        before, place = student[target], position_of(student, row.top)
-        at_top = slope_of(log_ratio(student[place], teacher[place], inverse, row), taught)
-        if taught.kind == REVERSE:
-            value, mean = reverse_slopes(student, teacher, row, taught, at_top)
-        elif taught.kind == MIXTURE:
-            value, mean = mixture_slopes(student, teacher, row, taught, at_top)
-        else:
-            value, mean = variation_slopes(student, teacher, row, taught, at_top)
-        values[number, 2] = value
-        if not gradient:
-            continue
-        middle = single(mean)
-        for index in range(student.size):
-            logit = student[index]
-            by = exponential((logit - row.top) * inverse) * row.student * (teacher[index] - middle) * factor
-            by += exponential(logit - row.top) * row.one * row.slope - row.even
-            student[index] = by * (ONE - (logit * shape.inverse_cap) ** 2) * shape.scale
-        at_target(student, target, before, text, shape)

@@ -1,22 +1,98 @@
-"""Compiled functions also where nothing can be kept on disk."""
+"""Compiled functions compute the same where their machine code is new and where it comes from disk."""
 
-import numba
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from strategies.common.compiled import compiled
 
+ROOT = Path(__file__).parents[3]
+FAST = {"fastmath": {"reassoc", "contract"}}
 
-def test_a_function_is_compiled_where_nothing_can_be_kept(monkeypatch):
-    njit = numba.njit
 
-    def refuses(*given, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(*given, **options)
+def test_what_may_be_rounded_otherwise_is_inlined():
+    plain, fast, inlined = compiled(), compiled(**FAST), compiled(**FAST, forceinline=True)
 
-    monkeypatch.setattr(numba, "njit", refuses)
+    @plain
+    def of_plain(x):
+        return x * x
 
-    @compiled(error_model="numpy")
-    def halved(number):
-        return number / 2
+    @fast
+    def of_fast(x):
+        return x * x
 
-    assert halved(3) == 1.5 and halved.signatures
+    @inlined
+    def of_inlined(x):
+        return x * x + 1.0
+
+    for decorator, called in ((fast, of_plain), (plain, of_fast), (fast, of_fast)):
+        with pytest.raises(TypeError, match="caller calls called, which must be compiled with forceinline=True"):
+            @decorator
+            def caller(x):
+                return called(x)
+
+    @fast
+    def sums(x):
+        return of_inlined(x) + of_inlined(x + 1.0)
+
+    assert sums(2.0) == 15.0
+
+
+def test_a_process_that_compiles_has_the_bits_of_one_that_loads(tmp_path):
+    """All kernels that may round otherwise: of losses, quantizers and optimizers."""
+    digests = [_of_a_process(tmp_path) for _ in range(2)]
+    files = sorted({path.name.split(".")[0] for path in tmp_path.rglob("*.nbi")})
+    assert {"slope_kernels", "row_kernels", "kernels", "group_kernels"} <= set(files), "nothing was kept on disk"
+    assert len(digests[0].split()) == 9 and digests[0] == digests[1]
+
+
+def _of_a_process(cache: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, cwd=ROOT, timeout=300,
+                          env={**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+KERNELS = """
+import hashlib
+import numpy as np
+from strategies.distillation.losses import row_kernels as rows, slope_kernels as slopes
+
+def said(*arrays):
+    print(hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest())
+
+single, chance = np.float32, np.random.default_rng(0)
+student, teacher = (chance.standard_normal((8, 4099)).astype(single) for _ in range(2))
+targets, asked = chance.integers(0, 4099, 8), np.ones(8, dtype=np.bool_)
+text, shape = rows.Text(0.3, 0.1, 1e-3), rows.Shape(single(0.03), single(0.7))
+for kind, first, second, share in ((slopes.REVERSE, 0, 1, 0), (slopes.MIXTURE, 0.5, 0.5, 0.5), (slopes.MIXTURE, 0, 1, 0.9),
+                                   (slopes.VARIATION, 0, 0, 0), (None, 1, 0, 0)):
+    kernel = rows.forward_kl_rows if kind is None else slopes.slope_rows
+    taught = rows.Taught(kind or 0, single(first), single(second), single(share), single(1), 1.0)
+    mine, theirs, values = student.copy(), teacher.copy(), np.zeros((8, 3))
+    kernel(mine, theirs, asked, targets, 0, 8, text, taught, shape, values, True)
+    said(mine, values)
+mine, values = student.copy(), np.zeros((8, 3))
+rows.text_rows(mine, targets, 0, 8, text, shape, values, True)
+said(mine, values)
+
+from strategies.optimizers import kernels
+
+weight, gradient, mean, square = (chance.standard_normal(1003).astype(single) for _ in range(4))
+square *= square
+table = np.array([[array.ctypes.data for array in (weight, gradient, mean, square)] + [1003]])
+kernels.lamb_step(table, np.array([[1.1, 1e-6, 0.01, 0.9, 0.999, 1e-3, np.inf]]), ratios := np.zeros(1))
+said(weight, mean, square, ratios)
+share, column = np.ones((1, 17), dtype=single), np.ones((1, 59), dtype=single)
+said(np.array(kernels.adafactor_norms(weight.reshape(1, 17, 59), gradient.reshape(1, 17, 59), share, column, 1e-30)))
+
+from strategies.quantization import group_kernels
+
+bits, least, most = student.view(np.int32), np.zeros(8, dtype=np.int32), np.zeros(8, dtype=np.int32)
+group_kernels._least_and_most(bits, least, most)
+assert (least.view(single) == student.min(1)).all() and (most.view(single) == student.max(1)).all()
+said(least, most)
+"""
