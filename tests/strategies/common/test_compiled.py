@@ -28,11 +28,15 @@ def test_what_may_be_rounded_otherwise_is_inlined():
     def of_inlined(x):
         return x * x + 1.0
 
+    def calling(called):
+        def caller(x):
+            return called(x)
+
+        return caller
+
     for decorator, called in ((fast, of_plain), (plain, of_fast), (fast, of_fast)):
         with pytest.raises(TypeError, match="caller calls called, which must be compiled with forceinline=True"):
-            @decorator
-            def caller(x):
-                return called(x)
+            decorator(calling(called))
 
     @fast
     def sums(x):
@@ -68,8 +72,9 @@ single, chance = np.float32, np.random.default_rng(0)
 student, teacher = (chance.standard_normal((8, 4099)).astype(single) for _ in range(2))
 targets, asked = chance.integers(0, 4099, 8), np.ones(8, dtype=np.bool_)
 text, shape = rows.Text(0.3, 0.1, 1e-3), rows.Shape(single(0.03), single(0.7))
-for kind, first, second, share in ((slopes.REVERSE, 0, 1, 0), (slopes.MIXTURE, 0.5, 0.5, 0.5), (slopes.MIXTURE, 0, 1, 0.9),
-                                   (slopes.VARIATION, 0, 0, 0), (None, 1, 0, 0)):
+for kind, first, second, share in (
+        (slopes.REVERSE, 0, 1, 0), (slopes.MIXTURE, 0.5, 0.5, 0.5), (slopes.MIXTURE, 0, 1, 0.9),
+        (slopes.VARIATION, 0, 0, 0), (None, 1, 0, 0)):
     kernel = rows.forward_kl_rows if kind is None else slopes.slope_rows
     taught = rows.Taught(kind or 0, single(first), single(second), single(share), single(1), 1.0)
     mine, theirs, values = student.copy(), teacher.copy(), np.zeros((8, 3))
