@@ -92,3 +92,17 @@ def test_products_can_be_kept_as_they_are_for_all_inside(monkeypatch):
     with cpu_products.fp32_products(CPU, faster=True):
         assert setting() == "bf16"
     assert setting() == "none"
+
+
+def test_the_precision_can_be_asked_for_within(monkeypatch):
+    """Models and libraries ask; torch raises where CPU and GPU do not agree."""
+    monkeypatch.setattr(cpu_products, "is_faster", lambda: True)
+    gpu = torch.backends.cuda.matmul
+    gpu.fp32_precision = "tf32"  # a person's own setting
+    try:
+        with faster_fp32_products(CPU):
+            assert torch.get_float32_matmul_precision() == "medium" and setting() == "bf16"
+        assert gpu.fp32_precision == "tf32" and setting() == "none"
+    finally:
+        gpu.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"
