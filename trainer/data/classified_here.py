@@ -12,6 +12,7 @@ from trainer.data import sources
 from trainer.data.class_names import classes_of
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
+from trainer.run.temporary_folder import temporary_folder
 
 ELSEWHERE = {"sequence_length", "tokenizer", "packing", "workers", "class_names"}  # keys that no record depends on
 
@@ -74,11 +75,11 @@ def _read(data: str, cache: Path, stamp: tuple[Any, ...]) -> tuple[Here, tempfil
     other = asked.model_copy(update={"path": validation.path or asked.path, "max_documents": None,
                                      "split": validation.split or asked.split})
     if sources.is_local(asked.path) and (validation.path is None or sources.is_local(validation.path)):
-        folder = tempfile.TemporaryDirectory(prefix="limbeck-")
+        folder = temporary_folder()
         corpus = sources.open_corpus(asked, Path(folder.name))
         return Here(corpus.train, corpus.validation), folder
     if sources.is_local(asked.path):
-        folder = tempfile.TemporaryDirectory(prefix="limbeck-")
+        folder = temporary_folder()
         return Here(sources.open_training(asked, Path(folder.name)), sources.from_hub_cache(other, cache)), folder
     train = sources.from_hub_cache(asked, cache)
     if train is None or own:

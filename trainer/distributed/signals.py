@@ -27,6 +27,7 @@ from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.run.folder import RunFolder
 from trainer.run.run_status import AGAIN_LATER, ENDED
+from trainer.run.temporary_folder import remove_folders
 
 AT_ONCE = 130  # exit code: the shell's for SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -221,6 +222,7 @@ def block_signals_in_children() -> Iterator[None]:
 
 def end(code: int) -> NoReturn:
     """End the process from any thread, whatever its other threads wait for."""
+    remove_folders()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -23,6 +23,7 @@ from trainer.cli import limbeck
 from trainer.distributed import signals
 from trainer.experiment.load import read_experiment
 from trainer.run.metrics import read_lines
+from trainer.run.temporary_folder import temporary_folder
 
 QUICK = {"training": {"steps": 400, "micro_batch": 4, "evaluate_every": 1000, "checkpoint_every": 1000},
          "report": {"sample_tokens": 1}}
@@ -231,6 +232,19 @@ def test_a_folder_that_planning_removes_meanwhile_is_made_again_for_the_note(wri
     assert note.leave("stopped", signals.AGAIN_LATER)
     assert limbeck(["status", str(note.folder)]) == 75
     assert not note.leave("stopped", signals.AGAIN_LATER), "another process was first"
+
+
+def test_an_end_at_once_leaves_no_temporary_folder(tmp_path):
+    """Records of a person's data may be in it."""
+    parents = temporary_folder()
+    child = os.fork()
+    if not child:
+        own = temporary_folder()
+        (Path(own.name) / "records").write_text("data")
+        (tmp_path / "name").write_text(own.name)
+        signals.end(signals.AGAIN_LATER)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signals.AGAIN_LATER
+    assert not Path((tmp_path / "name").read_text()).exists() and Path(parents.name).exists()
 
 
 def test_a_mistake_in_going_on_is_the_end_that_status_tells_of(write_experiment, tmp_path, capsys):
