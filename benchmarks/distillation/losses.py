@@ -5,12 +5,13 @@
 
 Each implementation is given the same hidden states and heads of student and teacher, and runs forward and backward.
 Peak bytes are what is added to them, gradients included; what does not fit this machine is counted on tensors without
-data and not timed. Times are medians over rounds in which all take turns. Errors are against the definition in
-float64: of the hidden states' gradient at some rows, and in a table before that of all gradients, at many spreads of
-the logits and with a student 0.01 from its teacher. `rate` is that of the products which no implementation can do
-without, over the whole of its seconds, in FLOP/s; `machine_rate` is what matrix products of that dtype make here alone.
-Cross-entropy alone has torch's two as peers: of all logits, as the naive one, and `linear_cross_entropy`, which takes a
-chunk of them at a time. TRL and Liger: `pip install trl liger-kernel`.
+data and not timed. Times are medians over rounds in which all take turns. Errors are against the definition in float64:
+of the hidden states' gradient at some rows, and in a table before that of all gradients, at many spreads of the logits
+and with a student 0.01 from its teacher. `rate` is that of the products which no implementation can do without, over
+the whole of its seconds, in FLOP/s; `machine_rate` is what matrix products of that dtype make here alone. Cross-entropy
+alone has torch's two as peers: of all logits, as the naive one, and `linear_cross_entropy`, which takes a chunk of them
+at a time. TRL and Liger: `pip install trl liger-kernel`. A file that is there already keeps the rows of what is not
+measured again.
 """
 
 from __future__ import annotations
@@ -381,8 +382,18 @@ def main(arguments: list[str] | None = None) -> int:
     found["rows"] = sizes(chosen)
     print("\n" + table(found["rows"]))
     if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+        chosen.json.write_text(json.dumps(found | {"rows": with_earlier(found["rows"], chosen.json)}, indent=1) + "\n")
     return 0
+
+
+def with_earlier(rows: list[dict], file: Path) -> list[dict]:
+    """These rows, after those of earlier calls with the same file that measured something else."""
+    def what(row: dict) -> tuple:
+        return tuple(row[key] for key in ("loss", "dtype", "tokens", "vocabulary", "hidden"))
+
+    earlier = json.loads(file.read_text())["rows"] if file.exists() else []
+    every = [row for row in earlier if what(row) not in set(map(what, rows))] + rows
+    return sorted(every, key=lambda row: (row["tokens"], row["dtype"] != "float32"))
 
 
 if __name__ == "__main__":
