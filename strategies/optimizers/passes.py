@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -79,14 +79,9 @@ def number_of(scalar: torch.Tensor) -> float:
     return 1.0 if isinstance(scalar, FakeTensor) else float(scalar)
 
 
-def numbers_of(vector: torch.Tensor) -> list[float]:
-    """The numbers of a vector, as `number_of`."""
-    return [1.0] * len(vector) if isinstance(vector, FakeTensor) else vector.tolist()
-
-
-def added(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Sums of pairs, in order."""
-    return sum(first for first, _ in pairs), sum(second for _, second in pairs)
+def pairs_of(pairs: torch.Tensor) -> list[list[float]]:
+    """The numbers of a tensor [n, 2], as `number_of`."""
+    return [[1.0, 1.0]] * len(pairs) if isinstance(pairs, FakeTensor) else pairs.tolist()
 
 
 def is_one_span(length: int) -> bool:
@@ -140,15 +135,3 @@ def spread(work: Callable[[slice], Any], sizes: np.ndarray[Any, Any]) -> None:
         work(slice(0, len(sizes)))
         return
     in_threads(work, shares(sizes))
-
-
-def spread_each(work: Callable[[T], Any], items: Sequence[T], size: int) -> None:
-    """`spread` of items that are about equally large, `size` in all."""
-    def of(run: slice) -> None:
-        for item in items[run]:
-            work(item)
-
-    if len(items) == 1:
-        work(items[0])
-    elif items:
-        spread(of, np.full(len(items), size / len(items)))
