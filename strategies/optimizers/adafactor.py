@@ -12,7 +12,7 @@ from strategies.common.shards import Layout, Piece, add_over, layout_of, local, 
 from strategies.optimizers import adafactor_passes as passes_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
 from strategies.optimizers.passes import Compiles, is_together, number_of, pairs_of, passable
-from strategies.optimizers.rectangles import Rectangle, blocks_of, stack_of, vector_of
+from strategies.optimizers.rectangles import Rectangle, blocks_of, stack_of
 from strategies.optimizers.transient import Sharing, traced_one_by_one
 
 
@@ -196,20 +196,18 @@ class _Slice:
     def __init__(self, piece: Piece, weight: torch.Tensor, gradient: torch.Tensor, found: dict[str, torch.Tensor],
                  settings: dict[str, Any], rate: torch.Tensor) -> None:
         self.weight, self.gradient, self.settings, self.rate = weight, gradient, settings, rate
-        self.matrix, self.numel = len(piece.shape) > 1, math.prod(piece.shape)
-        self.blocks: list[Rectangle] = []
+        self.piece, self.matrix, self.numel = piece, len(piece.shape) > 1, math.prod(piece.shape)
         smallest = settings["eps"][0]
         self.eps = torch.finfo(weight.dtype).eps if smallest is None else smallest
         if self.matrix:
             stack, rows, columns = stack_of(piece.shape)
             self.row, self.column = found["row_var"].view(stack, rows), found["col_var"].view(stack, columns)
-            self.blocks = blocks_of(piece)
         else:
             self.variance = found["variance"].view(-1)
 
     def add_squares(self, row: torch.Tensor, column: torch.Tensor) -> None:
         """Add this rank's part of the means over columns to `row` [L, R] and over rows to `column` [L, C]."""
-        for block in self.blocks:
+        for block in blocks_of(self.piece):
             squares = block.of(self.gradient).square()  # pairwise sums, faster than norms over columns
             row[block.matrices, block.rows] += squares.sum(2).div_(column.shape[1])
             column[block.matrices, block.columns] += squares.sum(1).div_(row.shape[1])
@@ -219,7 +217,7 @@ class _Slice:
         if not self.matrix:
             return [self.variance.clamp(min=self.eps**2).rsqrt_().mul_(self.gradient)]
         share = self.row / self.row.mean(1, keepdim=True).clamp_(min=self.eps)
-        return [self._block_update(share, block) for block in self.blocks]
+        return [self._block_update(share, block) for block in blocks_of(self.piece)]
 
     def _block_update(self, share: torch.Tensor, block: Rectangle) -> torch.Tensor:
         variance = (share[block.matrices, block.rows].unsqueeze(2)
@@ -263,8 +261,7 @@ class _PassedWork(_Work):
     def _add_squares(self, sums: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         spans = passes_of.Spans()
         for slice_, (row, column) in zip(self._matrices(), sums, strict=True):
-            for block in slice_.blocks:
-                spans.add(block, slice_.weight, slice_.gradient, row, column)
+            spans.add(slice_.piece, slice_.weight, slice_.gradient, row, column)
         passes_of.add_squares(spans, self.slices[0].weight)
 
     def shares(self) -> torch.Tensor:
@@ -274,9 +271,8 @@ class _PassedWork(_Work):
         self._held = rows, one  # the spans know only where they are
         for number, slice_ in enumerate(self.slices):
             row = next(shares) if slice_.matrix else one
-            column = slice_.column if slice_.matrix else slice_.variance.view(1, -1)
-            for block in slice_.blocks if slice_.matrix else vector_of(slice_.weight.numel()):
-                self._spans.add(block, slice_.weight, slice_.gradient, row, column, number)
+            column = slice_.column if slice_.matrix else slice_.variance
+            self._spans.add(slice_.piece, slice_.weight, slice_.gradient, row, column, number)
         return passes_of.norms_of(self._spans, len(self.slices), self.slices[0].eps)
 
     def step(self, norms: torch.Tensor) -> None:
@@ -296,12 +292,13 @@ class _PassedWork(_Work):
 def views(state: dict[str, torch.Tensor], layout: Layout) -> list[dict[str, torch.Tensor]]:
     """Views of each piece's part of a state: `row_var` and `col_var` in torch's shapes, or `variance`, flat."""
     at = dict.fromkeys(("row_var", "col_var", "variance"), 0)
+    flat = {name: state[name].view(-1) for name in at if name in state}
     found = []
     for piece in layout.pieces:
         own = {}
         for name, shape in _shapes(piece).items():
             size = math.prod(shape)
-            own[name] = state[name].view(-1)[at[name]:at[name] + size].view(shape)
+            own[name] = flat[name][at[name]:at[name] + size].view(shape)
             at[name] += size
         found.append(own)
     return found

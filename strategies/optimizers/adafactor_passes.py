@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from strategies.common.shards import Layout, local, local_of
+from strategies.common.shards import Layout, Piece, local, local_of
+from strategies.optimizers import passes
 from strategies.optimizers.passes import number_of, row_spans, spread, without_data
-from strategies.optimizers.rectangles import Rectangle, stack_of
+from strategies.optimizers.rectangles import blocks_of, stack_of
 
 Array = np.ndarray[Any, Any]
 
@@ -75,24 +77,22 @@ class Spans:
         self.owners: list[int] = []  # of each rectangle
         self._rows: list[tuple[int, ...]] = []
 
-    def add(self, block: Rectangle, weight: torch.Tensor, gradient: torch.Tensor, row: torch.Tensor,
+    def add(self, piece: Piece, weight: torch.Tensor, gradient: torch.Tensor, row: torch.Tensor,
             column: torch.Tensor, owner: int = 0) -> None:
-        """Add a rectangle of a flat weight and its gradient, whose matrices have numbers row [L, R] and column [L, C].
+        """Add a piece's rectangles: flat weight and gradient, numbers of rows [L, R] and of columns [L, C].
 
-        Of the elements of all five shapes that a span has, each follows the one before: it is of whole matrices, of
-        whole rows of one, or of one row.
+        Of the elements of all four that a span has, each follows the one before: it is of whole matrices, of whole
+        rows of one, or of one row.
         """
-        self.owners.append(owner)
-        (rows, columns), shape = (row.shape[1], column.shape[1]), block.shape
-        at = [0] * 4 if without_data(weight) else [one.data_ptr() for one in (weight, gradient, row, column)]
-        for span in row_spans(*shape):
-            matrix, top = block.matrices.start + span.matrices.start, block.rows.start + span.rows.start
-            begin = block.begin + (span.matrices.start * shape[1] + span.rows.start) * shape[2]
-            offsets = begin, begin, matrix * rows + top, matrix * columns + block.columns.start
-            size = span.matrices.stop - span.matrices.start, span.rows.stop - span.rows.start, shape[2]
-            self._rows.append((*(address + 4 * offset for address, offset in zip(at, offsets, strict=True)), *size))
-            self.sizes.append((*size, rows, columns))
-            self.blocks.append(len(self.owners) - 1)
+        one, two, three, four = (0,) * 4 if without_data(weight) else (
+            weight.data_ptr(), gradient.data_ptr(), row.data_ptr(), column.data_ptr())
+        before = len(self.owners)
+        for block, begin, top, left, sizes in _spans_of(piece, passes.SPAN):
+            self._rows.append((one + begin, two + begin, three + top, four + left, *sizes[:3]))
+            self.sizes.append(sizes)
+            self.blocks.append(before + block)
+            if before + block == len(self.owners):
+                self.owners.append(owner)
 
     @property
     def table(self) -> Array:
@@ -157,3 +157,25 @@ def shares_of(rows: Sequence[torch.Tensor], eps: float) -> list[torch.Tensor]:
 
         row_shares_of(np.array([(row.data_ptr(), *row.shape) for row in rows], dtype=np.int64), together.numpy(), eps)
     return [share.view(row.shape) for share, row in zip(together.split(sizes), rows, strict=True)]
+
+
+@lru_cache(maxsize=1 << 16)
+def _spans_of(piece: Piece, most: int) -> list[tuple[int, int, int, int, tuple[int, int, int, int, int]]]:
+    """Of each span: its rectangle, bytes before it in elements, numbers of rows and of columns, and `Spans.sizes`.
+
+    Args:
+        most: elements of a span.
+    """
+    if len(piece.shape) < 2:  # one row, of which a rank has the numbers of its own columns
+        return [(0, 0, 0, 0, (1, 1, piece.numel, 1, piece.numel))] if piece.numel else []
+    _, rows, columns = stack_of(piece.shape)
+    found = []
+    for number, block in enumerate(blocks_of(piece)):
+        _, height, width = block.shape
+        for span in row_spans(*block.shape, most):
+            matrix, top = block.matrices.start + span.matrices.start, block.rows.start + span.rows.start
+            begin = block.begin + (span.matrices.start * height + span.rows.start) * width
+            size = span.matrices.stop - span.matrices.start, span.rows.stop - span.rows.start, width
+            found.append((number, 4 * begin, 4 * (matrix * rows + top), 4 * (matrix * columns + block.columns.start),
+                          (*size, rows, columns)))
+    return found

@@ -100,25 +100,20 @@ def spans(length: int) -> list[tuple[int, int]]:
 
 
 class RowSpan(NamedTuple):
-    """Whole matrices of [L, R, C], or rows of one.
-
-    Attributes:
-        number: how many spans of the same matrix come before.
-    """
+    """Whole matrices of [L, R, C], or rows of one."""
 
     matrices: slice
     rows: slice
-    number: int
 
 
-def row_spans(stack: int, rows: int, columns: int) -> list[RowSpan]:
-    """Spans of [L, R, C], each of at most `SPAN` elements, or of one row."""
-    if rows * columns <= SPAN:
-        count = SPAN // max(1, rows * columns)
-        return [RowSpan(slice(at, min(at + count, stack)), slice(0, rows), 0) for at in range(0, stack, count)]
-    height = max(1, SPAN // columns)
-    return [RowSpan(slice(matrix, matrix + 1), slice(at, min(at + height, rows)), number)
-            for matrix in range(stack) for number, at in enumerate(range(0, rows, height))]
+def row_spans(stack: int, rows: int, columns: int, most: int) -> list[RowSpan]:
+    """Spans of [L, R, C], each of at most `most` elements, or of one row."""
+    if rows * columns <= most:
+        count = most // max(1, rows * columns)
+        return [RowSpan(slice(at, min(at + count, stack)), slice(0, rows)) for at in range(0, stack, count)]
+    height = max(1, most // columns)
+    return [RowSpan(slice(matrix, matrix + 1), slice(at, min(at + height, rows)))
+            for matrix in range(stack) for at in range(0, rows, height)]
 
 
 def shares(sizes: np.ndarray[Any, Any]) -> list[slice]:

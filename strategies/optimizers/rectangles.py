@@ -58,8 +58,3 @@ def blocks_of(piece: Piece) -> list[Rectangle]:
         found.append(Rectangle(at - piece.start, *(slice(a, a + b) for a, b in zip(first, size, strict=True))))
         at += math.prod(size)
     return found
-
-
-def vector_of(length: int) -> list[Rectangle]:
-    """A rank's elements of a parameter that is no matrix, as one row; none if it has no element."""
-    return [Rectangle(0, slice(0, 1), slice(0, 1), slice(0, length))] if length else []
