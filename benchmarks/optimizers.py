@@ -8,7 +8,7 @@ all; `seconds` is the median of the rounds, `ratio` the median over rounds of th
 in the same round; `of_threads` has both for other numbers of threads. State bytes are those of distinct storages,
 scalars and code maps included. A peer that is not installed is listed as absent. Muon's row includes the AdamW of
 embeddings and norms that is part of it. A sharded row has all weights in one flat part, as ZeRO does, in a group of one
-rank: what a rank computes, with an all-reduce that costs nothing.
+rank: what a rank computes, without its all-reduces.
 
 `in_backward`: forward and backward of linear layers of the same shapes, with steps in the backward, over the same with
 the norm of all gradients, a check that it is finite, and a step after it (CPU seconds on CPU).

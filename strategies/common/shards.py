@@ -111,7 +111,7 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def add_over(group: dist.ProcessGroup | None, tensors: Sequence[torch.Tensor]) -> None:
     """All-reduce tensors of one dtype over the ranks of a group, in place, with a single call."""
-    if group is None or not tensors:
+    if group is None or not tensors or dist.get_world_size(group) == 1:
         return
     together = torch.cat([tensor.reshape(-1) for tensor in tensors])
     if together.device.type == "cpu" and dist.get_backend(group) == "nccl":  # offloaded, but NCCL needs GPU tensors

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy
 import torch
+from torch._C._autograd import _enable_profiler
+from torch._C._profiler import RecordScope
 from torch.autograd import profiler
 
 from strategies.memory.tracker import ENTERED, strided_parts, tensors_of
@@ -50,7 +52,7 @@ def measure(step: Callable[[], object], device: torch.device | str, resident: It
 
     On CPU, torch's allocator is profiled, for eager and compiled code. This covers the calling thread and what autograd
     runs for it, but not the threads and processes of a data loader, nor memory that libraries allocate without torch
-    (BLAS packing buffers). Profiling costs about 15 microseconds per operation, and reading the events 25 more; no
+    (BLAS packing buffers). Operations are not recorded, only allocations and frees, some microseconds each, and no
     events are kept. No other profiler may be running.
 
     On CUDA, the allocator's own peak is read, which costs two synchronizations, and its trace without stacks, which is
@@ -75,10 +77,10 @@ def measure(step: Callable[[], object], device: torch.device | str, resident: It
         raise ValueError(f"memory is measured on cpu and cuda, not on {device.type}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read at this point; else each profile writes two lines to stderr
     base, watchers = _watch(resident)
-    with patient_waiting(), profiler.profile(use_kineto=True, profile_memory=True) as profile:
+    with patient_waiting(), _Allocations(use_kineto=True, profile_memory=True) as profile:
         step()
     changes, marks = changes_of(_walk(profile.kineto_results.experimental_event_tree()))
-    del watchers
+    del watchers, profile  # its events
     timeline = cumulative(changes, base)
     return Measured(int(timeline[:, 1].max(initial=base)), base, None, timeline, marks)
 
@@ -135,8 +137,7 @@ def mark(name: str) -> None:
         tracker.mark(name)
     if _cuda_marks is not None:
         _cuda_marks.append((time.time_ns() / 1000, name))
-    with torch._C._profiler._RecordFunctionFast(_MARK + name):
-        pass
+    _record(_MARK + name)
 
 
 def resident_tensors(*things: Any) -> int:
@@ -154,6 +155,31 @@ def _storages(things: Iterable[Any]) -> list[torch.UntypedStorage]:
 
 # ---- CPU: the profiler's events
 
+class _Allocations(profiler.profile):
+    """A profile of allocations, and of what `_record` writes into it, without the operations around them.
+
+    Operations would be most of it: they cost time, and of a training step's memory what is then never used again.
+    """
+
+    running = False
+
+    def _start_trace(self) -> None:
+        self.entered = True
+        _enable_profiler(self.config(), self.kineto_activities, {RecordScope.USER_SCOPE})
+        _Allocations.running = True
+
+    def __exit__(self, *error: Any) -> None:
+        _Allocations.running = False
+        super().__exit__(*error)
+
+
+def _record(name: str) -> None:
+    """Write a name into the profile of `measure`, if one is running."""
+    if _Allocations.running:
+        torch.ops.profiler._record_function_exit._RecordFunction(
+            torch.ops.profiler._record_function_enter_new(name, None))
+
+
 def _watch(things: Iterable[Any]) -> tuple[int, list[weakref.ref]]:
     """Bytes of resident storages on CPU, and weak references that record each one's free in the profile.
 
@@ -161,8 +187,7 @@ def _watch(things: Iterable[Any]) -> tuple[int, list[weakref.ref]]:
     """
     def ended(size: int) -> Callable[[Any], None]:
         def write(_: Any) -> None:
-            with torch._C._profiler._RecordFunctionFast(f"{_FREE}{size}"):
-                pass
+            _record(f"{_FREE}{size}")
         return write
 
     storages = [storage for storage in _storages(things) if storage.device.type == "cpu"]

@@ -11,7 +11,7 @@ import torch
 from strategies.common.shards import Layout, Piece, add_over, layout_of, local, local_of
 from strategies.optimizers import adafactor_passes as passes_of
 from strategies.optimizers.norms import begun, check, evaluated, flat_gradient, squared_norm, wide, with_gradient
-from strategies.optimizers.passes import Compiles, added, is_together, number_of, numbers_of, passable
+from strategies.optimizers.passes import Compiles, is_together, number_of, pairs_of, passable
 from strategies.optimizers.rectangles import Rectangle, blocks_of, stack_of
 from strategies.optimizers.transient import Sharing, traced_one_by_one
 
@@ -99,7 +99,7 @@ class Adafactor(Compiles, torch.optim.Optimizer):
             if compiled and is_together(layout):
                 passes_of.add_whole(together, tensor, state, layout, settings)
                 continue
-            work = _Work(tensor, state, settings, layout, compiled)
+            work = (_PassedWork if compiled else _Work)(tensor, state, settings, layout)
             if work.group is None:
                 _update([work], None)
             else:
@@ -119,41 +119,55 @@ def _update(works: Sequence[_Work], group: Any) -> None:
         work.blend(own)
     del sums
     if group is None:
-        for slice_ in (slice_ for work in works for slice_ in work.slices):
-            slice_.step_whole()
+        for work in works:
+            work.step_whole()
         return
-    slices = [slice_ for work in works for slice_ in work.slices]
-    norms = torch.stack([slice_.shares() for slice_ in slices])
+    norms = torch.cat([work.shares() for work in works])
     add_over(group, [norms])
-    for slice_, norm in zip(slices, norms, strict=True):
-        slice_.step(norm)
+    for work, own in zip(works, norms.split([len(work.slices) for work in works]), strict=True):
+        work.step(own)
 
 
 class _Work:
     """One tensor in one step: its pieces, and the partial sums that are reduced over ranks together."""
 
-    def __init__(self, tensor: torch.Tensor, state: dict[str, torch.Tensor], settings: dict[str, Any], layout: Layout,
-                 compiled: bool) -> None:
+    def __init__(self, tensor: torch.Tensor, state: dict[str, torch.Tensor], settings: dict[str, Any], layout: Layout
+                 ) -> None:
         weight, gradient = local_of(tensor), flat_gradient(tensor)
         self.group = layout.group
         step = state["step"].to(wide(weight.device))
         self.fresh = (step ** settings["beta2_decay"]).to(weight.dtype)  # 1 - beta, the weight of the new mean
         rate = step.rsqrt().clamp(max=settings["lr"])
-        kind = _PassedSlice if compiled else _Slice
-        self.slices = [kind(piece, piece.of(weight), piece.of(gradient), found, settings, rate)
+        self.slices = [_Slice(piece, piece.of(weight), piece.of(gradient), found, settings, rate)
                        for piece, found in zip(layout.pieces, views(state, layout), strict=True)]
 
     def square_sums(self) -> torch.Tensor:
         """The rank's sums of squares over columns, then over rows, of all its matrices, concatenated."""
         statistics = self._statistics()
         sums = self.slices[0].weight.new_zeros(sum(own.numel() for own in statistics))
-        at = 0
-        for slice_ in (slice_ for slice_ in self.slices if slice_.matrix):
-            row, column = (sums[begin:begin + own.numel()].view(own.shape) for begin, own in (
-                (at, slice_.row), (at + slice_.row.numel(), slice_.column)))
-            slice_.add_squares(row, column)
-            at += slice_.row.numel() + slice_.column.numel()
+        parts = [part.view(own.shape) for part, own in zip(
+            sums.split([own.numel() for own in statistics]), statistics, strict=True)]
+        self._add_squares(list(zip(parts[::2], parts[1::2], strict=True)))
         return sums
+
+    def _add_squares(self, sums: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Add the rank's part of the means over columns [L, R] and over rows [L, C] of each matrix."""
+        for slice_, (row, column) in zip(self._matrices(), sums, strict=True):
+            slice_.add_squares(row, column)
+
+    def shares(self) -> torch.Tensor:
+        """[slices, 2]: the rank's shares of the squared norms of weights and updates."""
+        return torch.stack([slice_.shares() for slice_ in self.slices])
+
+    def step(self, norms: torch.Tensor) -> None:
+        """Decay and update the weights. `norms`: [slices, 2], squared, of whole weights and updates."""
+        for slice_, norm in zip(self.slices, norms, strict=True):
+            slice_.step(norm)
+
+    def step_whole(self) -> None:
+        """Decay and update whole parameters, whose updates are computed once."""
+        for slice_ in self.slices:
+            slice_.step_whole()
 
     def blend(self, sums: torch.Tensor) -> None:
         """Update the running means of whole parameters, given `sums` over all ranks."""
@@ -165,7 +179,10 @@ class _Work:
                 slice_.variance.lerp_(slice_.gradient.square(), self.fresh)
 
     def _statistics(self) -> list[torch.Tensor]:
-        return [own for slice_ in self.slices if slice_.matrix for own in (slice_.row, slice_.column)]
+        return [own for slice_ in self._matrices() for own in (slice_.row, slice_.column)]
+
+    def _matrices(self) -> list[_Slice]:
+        return [slice_ for slice_ in self.slices if slice_.matrix]
 
 
 class _Slice:
@@ -179,20 +196,18 @@ class _Slice:
     def __init__(self, piece: Piece, weight: torch.Tensor, gradient: torch.Tensor, found: dict[str, torch.Tensor],
                  settings: dict[str, Any], rate: torch.Tensor) -> None:
         self.weight, self.gradient, self.settings, self.rate = weight, gradient, settings, rate
-        self.matrix, self.numel = len(piece.shape) > 1, math.prod(piece.shape)
-        self.blocks: list[Rectangle] = []
+        self.piece, self.matrix, self.numel = piece, len(piece.shape) > 1, math.prod(piece.shape)
         smallest = settings["eps"][0]
         self.eps = torch.finfo(weight.dtype).eps if smallest is None else smallest
         if self.matrix:
             stack, rows, columns = stack_of(piece.shape)
             self.row, self.column = found["row_var"].view(stack, rows), found["col_var"].view(stack, columns)
-            self.blocks = blocks_of(piece)
         else:
             self.variance = found["variance"].view(-1)
 
     def add_squares(self, row: torch.Tensor, column: torch.Tensor) -> None:
         """Add this rank's part of the means over columns to `row` [L, R] and over rows to `column` [L, C]."""
-        for block in self.blocks:
+        for block in blocks_of(self.piece):
             squares = block.of(self.gradient).square()  # pairwise sums, faster than norms over columns
             row[block.matrices, block.rows] += squares.sum(2).div_(column.shape[1])
             column[block.matrices, block.columns] += squares.sum(1).div_(row.shape[1])
@@ -202,7 +217,7 @@ class _Slice:
         if not self.matrix:
             return [self.variance.clamp(min=self.eps**2).rsqrt_().mul_(self.gradient)]
         share = self.row / self.row.mean(1, keepdim=True).clamp_(min=self.eps)
-        return [self._block_update(share, block) for block in self.blocks]
+        return [self._block_update(share, block) for block in blocks_of(self.piece)]
 
     def _block_update(self, share: torch.Tensor, block: Rectangle) -> torch.Tensor:
         variance = (share[block.matrices, block.rows].unsqueeze(2)
@@ -240,37 +255,33 @@ class _Slice:
             at += update.numel()
 
 
-class _PassedSlice(_Slice):
-    """A `_Slice` whose updates are computed by compiled passes, once for their norm and once to be applied."""
+class _PassedWork(_Work):
+    """A `_Work` of compiled passes over all its rectangles; updates are computed for their norms and to be applied."""
 
-    def add_squares(self, row: torch.Tensor, column: torch.Tensor) -> None:
-        for block in self.blocks:
-            over_columns, over_rows = passes_of.sums_of(block.of(self.gradient))
-            row[block.matrices, block.rows] += over_columns.div_(column.shape[1])
-            column[block.matrices, block.columns] += over_rows.div_(row.shape[1])
-
-    def _blocks(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Weight and gradient [L, R, C] and factors of their variance [L, R] and [L, C], of each block."""
-        if not self.weight.numel():
-            return []
-        if not self.matrix:
-            one = self.weight.new_ones(1, 1)
-            return [(self.weight.view(1, 1, -1), self.gradient.view(1, 1, -1), one, self.variance.view(1, -1))]
-        share = passes_of.shares_of(self.row, self.eps)
-        return [(block.of(self.weight), block.of(self.gradient), share[block.matrices, block.rows],
-                 self.column[block.matrices, block.columns]) for block in self.blocks]
+    def _add_squares(self, sums: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        spans = passes_of.Spans()
+        for slice_, (row, column) in zip(self._matrices(), sums, strict=True):
+            spans.add(slice_.piece, slice_.weight, slice_.gradient, row, column)
+        passes_of.add_squares(spans, self.slices[0].weight)
 
     def shares(self) -> torch.Tensor:
-        self._known = self._blocks()
-        norms = added([passes_of.norms_of(*each, self.eps) for each in self._known])
-        return torch.tensor(norms, dtype=torch.float64)
+        self._spans = passes_of.Spans()
+        rows = passes_of.shares_of([slice_.row for slice_ in self._matrices()], self.slices[0].eps)
+        shares, one = iter(rows), self.slices[0].weight.new_ones(1, 1)
+        self._held = rows, one  # the spans know only where they are
+        for number, slice_ in enumerate(self.slices):
+            row = next(shares) if slice_.matrix else one
+            column = slice_.column if slice_.matrix else slice_.variance
+            self._spans.add(slice_.piece, slice_.weight, slice_.gradient, row, column, number)
+        return passes_of.norms_of(self._spans, len(self.slices), self.slices[0].eps)
 
     def step(self, norms: torch.Tensor) -> None:
-        _, floor, threshold, keep = passes_of.scalars_of(self.settings, self.weight.dtype)
-        weight_rms, update_rms = (norm / max(1, self.numel) for norm in numbers_of(norms))
-        rate = max(weight_rms ** 0.5, floor) * number_of(self.rate) / max(1.0, update_rms ** 0.5 / threshold)
-        for each in self._known:
-            passes_of.apply(*each, self.eps, keep, rate)
+        first = self.slices[0]
+        eps, floor, threshold, keep = passes_of.scalars_of(first.settings, first.weight.dtype)
+        rates = [max((weight / max(1, slice_.numel)) ** 0.5, floor) * number_of(first.rate)
+                 / max(1.0, (update / max(1, slice_.numel)) ** 0.5 / threshold)
+                 for slice_, (weight, update) in zip(self.slices, pairs_of(norms), strict=True)]
+        passes_of.apply(self._spans, rates, eps, keep)
 
     def step_whole(self) -> None:
         self.step(self.shares())
@@ -281,12 +292,13 @@ class _PassedSlice(_Slice):
 def views(state: dict[str, torch.Tensor], layout: Layout) -> list[dict[str, torch.Tensor]]:
     """Views of each piece's part of a state: `row_var` and `col_var` in torch's shapes, or `variance`, flat."""
     at = dict.fromkeys(("row_var", "col_var", "variance"), 0)
+    flat = {name: state[name].view(-1) for name in at if name in state}
     found = []
     for piece in layout.pieces:
         own = {}
         for name, shape in _shapes(piece).items():
             size = math.prod(shape)
-            own[name] = state[name].view(-1)[at[name]:at[name] + size].view(shape)
+            own[name] = flat[name][at[name]:at[name] + size].view(shape)
             at[name] += size
         found.append(own)
     return found

@@ -235,3 +235,74 @@ def adafactor_step(table: Array, scalars: Array) -> None:
             if matrix:
                 row_shares(row[i:i + 1], share, eps)
             adafactor_apply(weight[i:i + 1], gradient[i:i + 1], share, column[i:i + 1], eps, keep, rate)
+
+
+# ---- Adafactor, span by span of rectangles: tables are those of `adafactor_passes.Spans`
+
+@strict
+def adafactor_sums(table: Array, begins: Array, sums: Array) -> None:
+    """Sums of squares of each span, over columns [L, R] and over rows [L, C], into zeros that begin at int64 [k, 2]."""
+    for k in range(len(table)):
+        stack, rows, columns = table[k, 4], table[k, 5], table[k, 6]
+        gradient = _floats(table[k, 1], stack * rows * columns).reshape(stack, rows, columns)
+        over_columns = sums[begins[k, 0]:begins[k, 0] + stack * rows].reshape(stack, rows)
+        over_rows = sums[begins[k, 1]:begins[k, 1] + stack * columns].reshape(stack, columns)
+        add_squares(gradient, over_columns, over_rows)
+
+
+@strict
+def adafactor_add_means(table: Array, begins: Array, sizes: Array, blocks: Array, sums: Array) -> None:
+    """Add those sums over the whole matrices' columns and rows to the fp32 numbers that the table names.
+
+    Args:
+        sizes: int64 [k, 5]: L, R and C of a span, R and C of the whole matrix.
+        blocks: int64 [k]: the same for the spans of one rectangle, whose columns are summed before they are rounded.
+    """
+    for k in range(len(table)):
+        count, width = table[k, 4] * table[k, 5], table[k, 4] * table[k, 6]
+        row, column = _floats(table[k, 2], count), _floats(table[k, 3], width)
+        for i in range(count):
+            row[i] = np.float32(row[i] + sums[begins[k, 0] + i] / sizes[k, 4])
+        follows = k + 1 < len(table) and blocks[k + 1] == blocks[k] and table[k + 1, 3] == table[k, 3]
+        for j in range(width):
+            total = sums[begins[k, 1] + j]
+            if follows:
+                sums[begins[k + 1, 1] + j] += total
+            else:
+                column[j] = np.float32(column[j] + total / sizes[k, 3])
+
+
+@strict
+def row_shares_of(rows: Array, share: Array, eps: float) -> None:
+    """`row_shares` of n row means, one after another: int64 [n, 3] of address, L and R; share: flat fp32 of all."""
+    at = 0
+    for k in range(len(rows)):
+        stack, count = rows[k, 1], rows[k, 2]
+        row_shares(_floats(rows[k, 0], stack * count).reshape(stack, count),
+                   share[at:at + stack * count].reshape(stack, count), eps)
+        at += stack * count
+
+
+@strict
+def _of_span(row: Array) -> Any:
+    stack, rows, columns = row[4], row[5], row[6]
+    weight, gradient = _floats(row[0], stack * rows * columns), _floats(row[1], stack * rows * columns)
+    share, column = _floats(row[2], stack * rows), _floats(row[3], stack * columns)
+    return (weight.reshape(stack, rows, columns), gradient.reshape(stack, rows, columns), share.reshape(stack, rows),
+            column.reshape(stack, columns))
+
+
+@strict
+def adafactor_norms_of(table: Array, eps: float, norms: Array) -> None:
+    """`adafactor_norms` of each span, into float64 [k, 2]."""
+    for k in range(len(table)):
+        weight, gradient, share, column = _of_span(table[k])
+        norms[k, 0], norms[k, 1] = adafactor_norms(weight, gradient, share, column, eps)
+
+
+@strict
+def adafactor_apply_to(table: Array, eps: float, keep: float, rates: Array) -> None:
+    """`adafactor_apply` to each span; rates: float64 [k]."""
+    for k in range(len(table)):
+        weight, gradient, share, column = _of_span(table[k])
+        adafactor_apply(weight, gradient, share, column, eps, keep, rates[k])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -79,14 +79,9 @@ def number_of(scalar: torch.Tensor) -> float:
     return 1.0 if isinstance(scalar, FakeTensor) else float(scalar)
 
 
-def numbers_of(vector: torch.Tensor) -> list[float]:
-    """The numbers of a vector, as `number_of`."""
-    return [1.0] * len(vector) if isinstance(vector, FakeTensor) else vector.tolist()
-
-
-def added(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Sums of pairs, in order."""
-    return sum(first for first, _ in pairs), sum(second for _, second in pairs)
+def pairs_of(pairs: torch.Tensor) -> list[list[float]]:
+    """The numbers of a tensor [n, 2], as `number_of`."""
+    return [[1.0, 1.0]] * len(pairs) if isinstance(pairs, FakeTensor) else pairs.tolist()
 
 
 def is_one_span(length: int) -> bool:
@@ -105,25 +100,20 @@ def spans(length: int) -> list[tuple[int, int]]:
 
 
 class RowSpan(NamedTuple):
-    """Whole matrices of [L, R, C], or rows of one.
-
-    Attributes:
-        number: how many spans of the same matrix come before.
-    """
+    """Whole matrices of [L, R, C], or rows of one."""
 
     matrices: slice
     rows: slice
-    number: int
 
 
-def row_spans(stack: int, rows: int, columns: int) -> list[RowSpan]:
-    """Spans of [L, R, C], each of at most `SPAN` elements, or of one row."""
-    if rows * columns <= SPAN:
-        count = SPAN // max(1, rows * columns)
-        return [RowSpan(slice(at, min(at + count, stack)), slice(0, rows), 0) for at in range(0, stack, count)]
-    height = max(1, SPAN // columns)
-    return [RowSpan(slice(matrix, matrix + 1), slice(at, min(at + height, rows)), number)
-            for matrix in range(stack) for number, at in enumerate(range(0, rows, height))]
+def row_spans(stack: int, rows: int, columns: int, most: int) -> list[RowSpan]:
+    """Spans of [L, R, C], each of at most `most` elements, or of one row."""
+    if rows * columns <= most:
+        count = most // max(1, rows * columns)
+        return [RowSpan(slice(at, min(at + count, stack)), slice(0, rows)) for at in range(0, stack, count)]
+    height = max(1, most // columns)
+    return [RowSpan(slice(matrix, matrix + 1), slice(at, min(at + height, rows)))
+            for matrix in range(stack) for at in range(0, rows, height)]
 
 
 def shares(sizes: np.ndarray[Any, Any]) -> list[slice]:
@@ -140,15 +130,3 @@ def spread(work: Callable[[slice], Any], sizes: np.ndarray[Any, Any]) -> None:
         work(slice(0, len(sizes)))
         return
     in_threads(work, shares(sizes))
-
-
-def spread_each(work: Callable[[T], Any], items: Sequence[T], size: int) -> None:
-    """`spread` of items that are about equally large, `size` in all."""
-    def of(run: slice) -> None:
-        for item in items[run]:
-            work(item)
-
-    if len(items) == 1:
-        work(items[0])
-    elif items:
-        spread(of, np.full(len(items), size / len(items)))

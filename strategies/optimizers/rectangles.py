@@ -24,10 +24,15 @@ class Rectangle:
     rows: slice
     columns: slice
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Numbers of matrices, rows and columns."""
+        return (self.matrices.stop - self.matrices.start, self.rows.stop - self.rows.start,
+                self.columns.stop - self.columns.start)
+
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """[matrices, rows, columns]: view of the rectangle in the rank's piece."""
-        shape = [part.stop - part.start for part in (self.matrices, self.rows, self.columns)]
-        return flat[self.begin:self.begin + math.prod(shape)].view(shape)
+        return flat[self.begin:self.begin + math.prod(self.shape)].view(self.shape)
 
 
 def stack_of(shape: tuple[int, ...]) -> tuple[int, int, int]:

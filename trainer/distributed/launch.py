@@ -176,7 +176,8 @@ def _engine(setup: RankSetup, loss_scale: LossScale, accelerator: Accelerator, s
     wrapped, optimizer = accelerator.prepare(student.to(accelerator.device), build(student))
     if setup.engine == "ddp":
         assert setup.topology.ranks == 1 or isinstance(wrapped, nn.parallel.DistributedDataParallel)
-    return Engine(wrapped, accelerator.unwrap_model(wrapped), optimizer, accelerator.no_sync)
+    # `unwrap_model` would import DeepSpeed to find what it is given here.
+    return Engine(wrapped, student, optimizer, accelerator.no_sync)
 
 
 def place_teacher(setup: RankSetup, accelerator: Accelerator, teacher: nn.Module) -> nn.Module:

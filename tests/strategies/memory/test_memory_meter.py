@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from strategies.memory import meter
 from strategies.memory.external import unknown_bytes
 from strategies.memory.meter import (
     Measured,
@@ -325,6 +326,22 @@ def test_measuring_writes_nothing():
     code = "import torch; from strategies.memory.meter import measure; measure(lambda: torch.empty(10), 'cpu')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_measuring_keeps_no_operations(monkeypatch):
+    """Only allocations and our marks: a training step runs thousands of operations, whose records would take memory."""
+    seen = []
+    monkeypatch.setattr(meter, "_walk", lambda events: seen.extend(events) or iter(()))
+
+    def step():
+        mark("here")
+        kept = torch.ones(1000)
+        for _ in range(10):
+            kept.add_(1.0)
+
+    measure(step, "cpu")
+    assert [event.name for event in seen if event.tag.name != "Allocation"] == ["limbeck.mark.here"]
+    assert any(event.extra_fields.alloc_size == 4000 for event in seen if event.tag.name == "Allocation")
 
 
 def test_resident_tensors_count_each_storage_once():

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from strategies.common.shards import Layout, Piece, lay_out, layout_of, local_of
 from strategies.memory.meter import measure
-from strategies.optimizers import adafactor, lamb
+from strategies.optimizers import adafactor, lamb, passes
 from strategies.optimizers.adafactor import Adafactor
 from strategies.optimizers.adamw import adamw
 from strategies.optimizers.adamw8bit import AdamW8bit
@@ -186,8 +186,8 @@ def test_partial_sums_of_any_cut_add_up_to_the_whole(use_passes, shape, cuts):
             flat.grad = flat_part(slopes, begin, end)
             one, two = Adafactor([flat]), Lamb([flat])
             two.compiled = use_passes
-            work = adafactor._Work(flat, one.fresh_state(flat), one.param_groups[0], layout_of(flat),
-                                   use_passes)
+            kind = adafactor._PassedWork if use_passes else adafactor._Work
+            work = kind(flat, one.fresh_state(flat), one.param_groups[0], layout_of(flat))
             statistics = statistics + work.square_sums()
             norms = norms + squared_norm(flat.grad)
             two.state[flat] = two.fresh_state(flat) | {"step": torch.ones(())}
@@ -198,6 +198,36 @@ def test_partial_sums_of_any_cut_add_up_to_the_whole(use_passes, shape, cuts):
     whole, cut = parts([0, size]), parts([0, *sorted(min(cut, size) for cut in cuts), size])
     for found, wanted in zip(cut, whole, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("span", [64, 1 << 19])
+def test_adafactor_passes_over_parts_are_its_operations_on_the_whole(span, monkeypatch):
+    """Parts cut within rows and matrices, whose sums are added up as ranks would, two steps."""
+    monkeypatch.setattr(passes, "SPAN", span)
+    shapes = {"stack": (3, 9, 11), "bias": (7,), "matrix": (30, 20)}
+    whole = {name: nn.Parameter(value.clone()) for name, value in numbers(0, shapes).items()}
+    plain, total = Adafactor(whole.values(), lr=1e-2), sum(value.numel() for value in whole.values())
+    edges = [0, 130, 131, 300, 305, 420, total]
+    parts = [flat_part(numbers(0, shapes), begin, end) for begin, end in pairwise(edges)]
+    states = [plain.fresh_state(part) for part in parts]
+    for step in (1, 2):
+        for name, slope in numbers(step, shapes).items():
+            whole[name].grad = slope
+        plain.step()
+        works = []
+        for part, state, (begin, end) in zip(parts, states, pairwise(edges), strict=True):
+            part.grad = flat_part(numbers(step, shapes), begin, end)
+            state["step"] += 1
+            works.append(adafactor._PassedWork(part, state, plain.param_groups[0], layout_of(part)))
+        sums = sum(work.square_sums() for work in works)
+        for work in works:
+            work.blend(sums)
+        norms = sum(work.shares() for work in works)
+        for work in works:
+            work.step(norms)
+    joined = torch.cat([piece.of(part) for part in parts for piece in layout_of(part).pieces])
+    wanted = torch.cat([value.detach().reshape(-1) for value in whole.values()])
+    torch.testing.assert_close(joined, wanted, rtol=2e-6, atol=1e-7)
 
 
 # ---- sharded
