@@ -26,8 +26,10 @@ from strategies.rematerialization.price.block_options import (
     options,
 )
 from strategies.rematerialization.price.costs import Prices
+from strategies.rematerialization.price.margin import with_margin, without_margin
 from strategies.rematerialization.price.non_region_memory import NonRegionMemory
 from strategies.rematerialization.price.option_store import OptionStore
+from strategies.rematerialization.price.uncaptured_options import unchanged_option
 from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
 from strategies.rematerialization.solve.chain_program import (
     ChainSchedule,
@@ -42,10 +44,8 @@ from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.keep_frontier import Kept, least_total
 from strategies.rematerialization.solve.lower_bound import least_bytes
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
+from strategies.rematerialization.solve.unchanged_blocks import with_unchanged
 
-# Margin for what counting tensors misses, such as small temporaries and kernels' own buffers: a share of the memory
-# allocated during the step, plus 96 KiB or 1% of that memory, whichever is less.
-MARGIN_SHARE, MARGIN_BYTES, MARGIN_OF_SMALL = 0.003, 98_304, 0.01
 CLOSE_ENOUGH = 1e-3  # of a step's time: the search over a whole network stops once no plan can save more than this
 LEAST_MOVES = 400_000  # moves in the search for the lowest peak of a whole network
 STATES = 12_288  # bytes of RNG states that a segment saves on CPU, before its first block and after its last run
@@ -82,6 +82,7 @@ class Planner:
         self._steady: dict[str, tuple[Option, ...]] = {}
         self._steady_priced: dict[str, tuple[Option, ...]] = {}
         self._whole: dict[str, Option] = {}
+        self._as_it_is: dict[str, Option] = {}
         self._made_for: dict[int, str] = {}
 
     @property
@@ -108,7 +109,7 @@ class Planner:
             margin: also leave room for kernels' own buffers, which a step without regions does not count.
         """
         peak = self.keep_all().peak
-        return (self._more(peak) if margin and not self.calls else peak) <= budget
+        return (with_margin(peak, self.frame.base) if margin and not self.calls else peak) <= budget
 
     def keep_all(self) -> RecomputePlan:
         """The plan without recomputation."""
@@ -143,10 +144,10 @@ class Planner:
         everything = self.keep_all()
         if everything.peak <= budget:
             everything.budget = budget
-            return everything
+            return self._with_unchanged(everything)
         if self.single:
             return self._plan_single(budget, seconds)
-        room = self._without_margin(budget)
+        room = without_margin(budget, self.frame.base)
         schedule = solve_chain(self.links, self.frame.head, room) if self._around <= room else None
         if schedule is not None and self._plan(budget, schedule, self.links, 0.0).peak > budget:  # RNG states
             schedule = solve_chain(self.links, self.frame.head, room - STATES * len(self.links))
@@ -156,7 +157,28 @@ class Planner:
             return replace(self.least, budget=budget, bound=self._bound(budget))
         if schedule is None:
             raise self._refusal(budget)
-        return self._plan(budget, schedule, self.links, self._bound(budget))
+        return self._with_unchanged(self._plan(budget, schedule, self.links, self._bound(budget)))
+
+    def _with_unchanged(self, plan: RecomputePlan) -> RecomputePlan:
+        """The plan with those of its captured blocks running unchanged for which its budget has room."""
+        links, unchanged = list(plan.links), {}
+        for index, call in enumerate(self.calls):
+            if call.captured is not None and call.measured is not None:
+                unchanged[index] = len(links[index].options)
+                links[index] = replace(links[index], options=(*links[index].options, self._unchanged(call)))
+
+        def made(schedule: ChainSchedule) -> RecomputePlan:
+            return self._plan(plan.budget, schedule, links, plan.bound)
+
+        schedule = with_unchanged(links, plan.schedule, unchanged, lambda trial: made(trial).peak <= plan.budget)
+        return plan if schedule == plan.schedule else replace(made(schedule), solver=plan.solver)
+
+    def _unchanged(self, call: RegionCall) -> Option:
+        signature = call.captured.signature
+        if signature not in self._as_it_is:
+            self._as_it_is[signature] = unchanged_option(call.measured, self.prices.price(call.captured)[1],
+                                                         call.captured.forward)
+        return self._as_it_is[signature]
 
     @cached_property
     def least(self) -> RecomputePlan:
@@ -218,19 +240,10 @@ class Planner:
 
     def _with_margin(self, count: int) -> int:
         """A counted peak plus a margin for what counting misses; without regions the count is of the real step."""
-        return self._more(count) if self.calls else count
-
-    def _more(self, count: int) -> int:
-        moving = count - self.frame.base
-        return count + int(MARGIN_SHARE * moving + min(MARGIN_BYTES, MARGIN_OF_SMALL * moving))
-
-    def _without_margin(self, budget: int) -> int:
-        moving = budget - self.frame.base
-        return self.frame.base + int(max((moving - MARGIN_BYTES) / (1 + MARGIN_SHARE),
-                                         moving / (1 + MARGIN_SHARE + MARGIN_OF_SMALL))) - 1
+        return with_margin(count, self.frame.base) if self.calls else count
 
     def _plan_single(self, budget: int, seconds: float) -> RecomputePlan:
-        call, fitting = self.calls[0], self._without_margin(budget)
+        call, fitting = self.calls[0], without_margin(budget, self.frame.base)
         graph = self._in_place(0)
         try:
             if self._around > fitting:
