@@ -157,10 +157,14 @@ class Planner:
             return replace(self.least, budget=budget, bound=self._bound(budget))
         if schedule is None:
             raise self._refusal(budget)
-        return self._with_unchanged(self._plan(budget, schedule, self.links, self._bound(budget)))
+        return self._plan(budget, schedule, self.links, self._bound(budget))
 
     def _with_unchanged(self, plan: RecomputePlan) -> RecomputePlan:
-        """The plan with those of its captured blocks running unchanged for which its budget has room."""
+        """The plan with those of its captured blocks running unchanged for which its budget has room.
+
+        It is for plans that follow from bytes alone: graphs of blocks with dropout, or of several that read one tensor,
+        may round otherwise, and measured times, which differ between processes, must not decide about bits.
+        """
         links, unchanged = list(plan.links), {}
         for index, call in enumerate(self.calls):
             if call.captured is not None and call.measured is not None:
@@ -229,7 +233,8 @@ class Planner:
     def _plan(self, budget: int | None, schedule: ChainSchedule, links: Sequence[Link], bound: float) -> RecomputePlan:
         found = replay(links, schedule, self.frame.head)
         states = STATES * segments_in(schedule)
-        peak = self._with_margin(max(found.peak + states, self._around))
+        peak = max(found.peak + states, self._around)
+        peak = with_margin(peak, self.frame.base) if self.calls else peak  # else it is counted in the real step
         return RecomputePlan(budget, peak, schedule, found, self.frame, links, self.calls, self.seconds, bound,
                     resident=self._resident, solver=self.solver)
 
@@ -237,10 +242,6 @@ class Planner:
         graph = self._problem(self.calls[position].captured)
         resident, border = simulate(graph, option.order).resident.tolist(), list(option.order).index(graph.forward)
         return resident[:border], resident[border + 1:]
-
-    def _with_margin(self, count: int) -> int:
-        """A counted peak plus a margin for what counting misses; without regions the count is of the real step."""
-        return with_margin(count, self.frame.base) if self.calls else count
 
     def _plan_single(self, budget: int, seconds: float) -> RecomputePlan:
         call, fitting = self.calls[0], without_margin(budget, self.frame.base)

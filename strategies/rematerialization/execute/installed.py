@@ -85,6 +85,10 @@ class Planned:
             if forward is not None and forward.planned is self:
                 forward.remove()
 
+    def run_alone(self, position: int, args: tuple, kwargs: dict) -> object:
+        """Run a region by its option, outside of the step and of segments."""
+        return self._runner(self._option[position])(self.modules[position], *args, **kwargs)
+
     def _unfolded(self, item: Block | Segment) -> Block | Segment:
         """Turn a block that keeps only its input into a segment of one block that keeps everything when recomputed."""
         if isinstance(item, Segment):

@@ -1,7 +1,7 @@
 """Let blocks of a schedule run unchanged where there is memory for what autograd keeps.
 
-A block that runs by its graph keeps less than autograd does, but calls its operations from Python: about a millisecond
-on a CPU. What a schedule leaves of the budget pays for some blocks' own forward.
+A block that runs by its graph often keeps less than autograd does, but calls its operations from Python: about a
+millisecond on a CPU. What a schedule leaves of the budget pays for some blocks' own forward.
 """
 
 from __future__ import annotations
