@@ -120,7 +120,6 @@ class Ways:
         position, option = next(one for one in ran if id(one[1]) == frequent)
         ways = {inductor: self.install(inductor) for inductor in (False, True)}
         module = ways[True].modules[position]
-        given = made_up(self.plan.calls[position], next(module.parameters()).device)
 
         def turn(inductor: bool) -> float:
             began = _now(kind)
@@ -130,6 +129,7 @@ class Ways:
             return _now(kind) - began
 
         with undisturbed([module]), attributes_kept([module]), torch.enable_grad():
+            given = made_up(self.plan.calls[position], next(module.parameters()).device)
             turn(False)
             first = turn(True)
             taken = [(turn(False), turn(True)) for _ in range(ROUNDS)]
