@@ -26,6 +26,7 @@ from strategies.rematerialization.price.block_options import (
     options,
 )
 from strategies.rematerialization.price.costs import Prices
+from strategies.rematerialization.price.in_place import in_place
 from strategies.rematerialization.price.margin import with_margin, without_margin
 from strategies.rematerialization.price.non_region_memory import NonRegionMemory
 from strategies.rematerialization.price.option_store import OptionStore
@@ -47,6 +48,7 @@ from strategies.rematerialization.solve.solver import Infeasible, least_peak, so
 from strategies.rematerialization.solve.unchanged_blocks import with_unchanged
 
 CLOSE_ENOUGH = 1e-3  # of a step's time: the search over a whole network stops once no plan can save more than this
+NEARLY = 0.1  # of what comes and goes in a step: budgets so much lower may still let blocks run unchanged
 LEAST_MOVES = 400_000  # moves in the search for the lowest peak of a whole network
 STATES = 12_288  # bytes of RNG states that a segment saves on CPU, before its first block and after its last run
 
@@ -148,6 +150,9 @@ class Planner:
         if self.single:
             return self._plan_single(budget, seconds)
         room = without_margin(budget, self.frame.base)
+        nearly = self._nearly_all_kept(budget, room, everything.peak)
+        if nearly is not None:
+            return nearly
         schedule = solve_chain(self.links, self.frame.head, room) if self._around <= room else None
         if schedule is not None and self._plan(budget, schedule, self.links, 0.0).peak > budget:  # RNG states
             schedule = solve_chain(self.links, self.frame.head, room - STATES * len(self.links))
@@ -158,6 +163,20 @@ class Planner:
         if schedule is None:
             raise self._refusal(budget)
         return self._plan(budget, schedule, self.links, self._bound(budget))
+
+    def _nearly_all_kept(self, budget: int, room: int, peak: int) -> RecomputePlan | None:
+        """For a budget a little below what keeping all needs, a plan some of whose blocks run unchanged; else None.
+
+        It follows from bytes and roofline times, which are the same in every process; see `_with_unchanged`.
+        """
+        if self.solver == "exact" or self._around > room or budget < peak - NEARLY * (peak - self.frame.base):
+            return None
+        schedule = solve_chain(self._steady_links, self.frame.head, room)
+        if schedule is None:
+            return None
+        plan = self._plan(budget, schedule, self._priced_links, self._bound(budget))
+        found = self._with_unchanged(plan)
+        return None if found is plan or found.peak > budget else found
 
     def _with_unchanged(self, plan: RecomputePlan) -> RecomputePlan:
         """The plan with those of its captured blocks running unchanged for which its budget has room.
@@ -199,9 +218,7 @@ class Planner:
             option = self._own(captured, option_of(captured, self._problem(captured), found.order))
             return replace(self._plan(None, whole(1), [self._link(0, (option,), self._forward(self.calls[0]))], 0.0),
                            solver="auto")
-        for call in tracked(self._kinds, "kinds of blocks"):
-            self._steady_ways(call)
-        steady = [self._link(index, *self._steady_ways(call)) for index, call in enumerate(self.calls)]
+        steady = self._steady_links
         low, high = self.least_bound, self.keep_all().peak
         best = whole(len(self.calls))
         while high - low > max(1024, high // 500):
@@ -212,9 +229,20 @@ class Planner:
             else:
                 best = found
                 high = max(self._around, replay(steady, found, self.frame.head).peak)
-        priced = [self._link(index, self._priced(call, link.options), self._forward(call))
-                  for index, (call, link) in enumerate(zip(self.calls, steady, strict=True))]
-        return replace(self._plan(None, best, priced, 0.0), solver="auto")
+        return replace(self._plan(None, best, self._priced_links, 0.0), solver="auto")
+
+    @cached_property
+    def _steady_links(self) -> list[Link]:
+        """The regions with reproducible options and times, found by the roofline."""
+        for call in tracked(self._kinds, "kinds of blocks"):
+            self._steady_ways(call)
+        return [self._link(index, *self._steady_ways(call)) for index, call in enumerate(self.calls)]
+
+    @cached_property
+    def _priced_links(self) -> list[Link]:
+        """The regions with the same options, priced."""
+        return [self._link(index, self._priced(call, link.options), self._forward(call))
+                for index, (call, link) in enumerate(zip(self.calls, self._steady_links, strict=True))]
 
     @cached_property
     def least_bound(self) -> int:
@@ -261,23 +289,10 @@ class Planner:
         return replace(plan, solver="auto" if best is None else "exact")
 
     def _in_place(self, index: int, seconds: np.ndarray | None = None) -> Graph:
-        """A region's rematerialization problem with the memory that others hold during each of its phases.
-
-        Memory held in only one of the phases is added to the workspace of every operation of that phase. Between
-        forward and backward that is `head` for the last region, which includes the region's own output and its
-        gradient. Times are the planner's prices unless `seconds` is given.
-        """
-        frame, call, graph = self.frame, self.calls[index], self._problem(self.calls[index].captured)
-        border = graph.forward
-        fixed = min(frame.before[index], frame.behind[index])
-        beside = np.where(np.arange(len(graph.seconds)) < border, frame.before[index], frame.behind[index])
-        workspace = graph.workspace + beside - fixed
-        leaving, arriving = (sum(int(graph.size[value]) for value in values)
-                             for values in (graph.reads[border], graph.makes[border]))
-        last = index == len(self.calls) - 1
-        workspace[border] = (frame.head - arriving if last else frame.behind[index]) - leaving - fixed
-        return replace(graph, seconds=graph.seconds if seconds is None else np.insert(seconds, border, 0.0),
-                       workspace=workspace, fixed=fixed + (call.input if self.single else 0))
+        """A region's rematerialization problem with the memory that others hold during each of its phases."""
+        call = self.calls[index]
+        return in_place(self._problem(call.captured), self.frame, index, index == len(self.calls) - 1,
+                        call.input if self.single else 0, seconds)
 
     def _refusal(self, budget: int) -> BudgetError:
         least = self.least
