@@ -11,6 +11,8 @@ def takes_part(module: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether a gradient will flow back through this call of a module."""
     if not torch.is_grad_enabled():
         return False
+    if any(isinstance(value, torch.Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
+        return True  # at once: to flatten all arguments takes longer than many kernels
     return (any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_flatten((args, kwargs))[0])
             or any(parameter.requires_grad for parameter in module.parameters()))
 
