@@ -33,6 +33,7 @@ from benchmarks.quantization.bit_allocation import table as allocation_table
 from benchmarks.quantization.runtimes import table as runtimes_table
 from benchmarks.quantization.trained_quantized import costs_table, losses_table
 from benchmarks.quickstart import table as quickstart_table
+from benchmarks.rematerialization.overhead import table as overhead_table
 from benchmarks.sharding.bytes_by_engine import table as ledger_table
 from benchmarks.sharding.engines import table as engines_table
 from benchmarks.sharding.scale import growth_table
@@ -145,6 +146,7 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "end-to-end": ("end-to-end-cpu.json", lambda found: end_to_end_table(found["rows"])),
     "end-to-end-busy": ("end-to-end-busy-cpu.json", lambda found: end_to_end_table(found["rows"])),
     "frontier": ("rematerialization-frontier-cpu.json", frontier_table),
+    "overhead": ("rematerialization-overhead-cpu.json", overhead_table),
     "instances": ("rematerialization-instances-cpu.json", instances_table),
     "layered": ("rematerialization-layered-cpu.json", layered_table),
     "proof": ("rematerialization-proof-cpu.json", proof_table),

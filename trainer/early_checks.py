@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from strategies.rematerialization.inductor_choice import missing_compiler
 from trainer.data.classified import class_names
 from trainer.data.classified_here import class_names_here
 from trainer.data.dataset import cache_folder
@@ -73,6 +74,10 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
     if experiment.memory.device is not None and not torch.cuda.is_available():
         raise UserError("memory.device", "a run is on the device that is there, which is no GPU",
                         value=experiment.memory.device, way_out="leave it out, or add --dry-run to plan for it")
+    lacking = missing_compiler("cuda" if topology.on_gpu else "cpu") if experiment.memory.compile is True else None
+    if lacking is not None:
+        raise UserError("memory.compile", lacking, value=True,
+                        way_out="install one (g++ or clang++; CXX names another), or leave memory.compile out")
     plans = plans or Plans()
     if experiment.memory.bytes is not None:
         plans.step(experiment, topology, teacher, student)

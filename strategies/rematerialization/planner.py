@@ -26,8 +26,11 @@ from strategies.rematerialization.price.block_options import (
     options,
 )
 from strategies.rematerialization.price.costs import Prices
+from strategies.rematerialization.price.in_place import in_place
+from strategies.rematerialization.price.margin import with_margin, without_margin
 from strategies.rematerialization.price.non_region_memory import NonRegionMemory
 from strategies.rematerialization.price.option_store import OptionStore
+from strategies.rematerialization.price.uncaptured_options import unchanged_option
 from strategies.rematerialization.recompute_plan import BudgetError, RecomputePlan
 from strategies.rematerialization.solve.chain_program import (
     ChainSchedule,
@@ -42,11 +45,10 @@ from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.keep_frontier import Kept, least_total
 from strategies.rematerialization.solve.lower_bound import least_bytes
 from strategies.rematerialization.solve.solver import Infeasible, least_peak, solve
+from strategies.rematerialization.solve.unchanged_blocks import with_unchanged
 
-# Margin for what counting tensors misses, such as small temporaries and kernels' own buffers: a share of the memory
-# allocated during the step, plus 96 KiB or 1% of that memory, whichever is less.
-MARGIN_SHARE, MARGIN_BYTES, MARGIN_OF_SMALL = 0.003, 98_304, 0.01
 CLOSE_ENOUGH = 1e-3  # of a step's time: the search over a whole network stops once no plan can save more than this
+NEARLY = 0.1  # of what comes and goes in a step: budgets so much lower may still let blocks run unchanged
 LEAST_MOVES = 400_000  # moves in the search for the lowest peak of a whole network
 STATES = 12_288  # bytes of RNG states that a segment saves on CPU, before its first block and after its last run
 
@@ -82,6 +84,7 @@ class Planner:
         self._steady: dict[str, tuple[Option, ...]] = {}
         self._steady_priced: dict[str, tuple[Option, ...]] = {}
         self._whole: dict[str, Option] = {}
+        self._as_it_is: dict[str, Option] = {}
         self._made_for: dict[int, str] = {}
 
     @property
@@ -108,7 +111,7 @@ class Planner:
             margin: also leave room for kernels' own buffers, which a step without regions does not count.
         """
         peak = self.keep_all().peak
-        return (self._more(peak) if margin and not self.calls else peak) <= budget
+        return (with_margin(peak, self.frame.base) if margin and not self.calls else peak) <= budget
 
     def keep_all(self) -> RecomputePlan:
         """The plan without recomputation."""
@@ -143,10 +146,13 @@ class Planner:
         everything = self.keep_all()
         if everything.peak <= budget:
             everything.budget = budget
-            return everything
+            return self._with_unchanged(everything)
         if self.single:
             return self._plan_single(budget, seconds)
-        room = self._without_margin(budget)
+        room = without_margin(budget, self.frame.base)
+        nearly = self._nearly_all_kept(budget, room, everything.peak)
+        if nearly is not None:
+            return nearly
         schedule = solve_chain(self.links, self.frame.head, room) if self._around <= room else None
         if schedule is not None and self._plan(budget, schedule, self.links, 0.0).peak > budget:  # RNG states
             schedule = solve_chain(self.links, self.frame.head, room - STATES * len(self.links))
@@ -157,6 +163,45 @@ class Planner:
         if schedule is None:
             raise self._refusal(budget)
         return self._plan(budget, schedule, self.links, self._bound(budget))
+
+    def _nearly_all_kept(self, budget: int, room: int, peak: int) -> RecomputePlan | None:
+        """For a budget a little below what keeping all needs, a plan some of whose blocks run unchanged; else None.
+
+        It follows from bytes and roofline times, which are the same in every process; see `_with_unchanged`.
+        """
+        if self.solver == "exact" or self._around > room or budget < peak - NEARLY * (peak - self.frame.base):
+            return None
+        schedule = solve_chain(self._steady_links, self.frame.head, room)
+        if schedule is None:
+            return None
+        plan = self._plan(budget, schedule, self._priced_links, self._bound(budget))
+        found = self._with_unchanged(plan)
+        return None if found is plan or found.peak > budget else found
+
+    def _with_unchanged(self, plan: RecomputePlan) -> RecomputePlan:
+        """The plan with those of its captured blocks running unchanged for which its budget has room.
+
+        It is for plans that follow from bytes alone: graphs of blocks with dropout, or of several that read one tensor,
+        may round otherwise, and measured times, which differ between processes, must not decide about bits.
+        """
+        links, unchanged = list(plan.links), {}
+        for index, call in enumerate(self.calls):
+            if call.captured is not None and call.measured is not None:
+                unchanged[index] = len(links[index].options)
+                links[index] = replace(links[index], options=(*links[index].options, self._unchanged(call)))
+
+        def made(schedule: ChainSchedule) -> RecomputePlan:
+            return self._plan(plan.budget, schedule, links, plan.bound)
+
+        schedule = with_unchanged(links, plan.schedule, unchanged, lambda trial: made(trial).peak <= plan.budget)
+        return plan if schedule == plan.schedule else replace(made(schedule), solver=plan.solver)
+
+    def _unchanged(self, call: RegionCall) -> Option:
+        signature = call.captured.signature
+        if signature not in self._as_it_is:
+            self._as_it_is[signature] = unchanged_option(call.measured, self.prices.price(call.captured)[1],
+                                                         call.captured.forward)
+        return self._as_it_is[signature]
 
     @cached_property
     def least(self) -> RecomputePlan:
@@ -173,9 +218,7 @@ class Planner:
             option = self._own(captured, option_of(captured, self._problem(captured), found.order))
             return replace(self._plan(None, whole(1), [self._link(0, (option,), self._forward(self.calls[0]))], 0.0),
                            solver="auto")
-        for call in tracked(self._kinds, "kinds of blocks"):
-            self._steady_ways(call)
-        steady = [self._link(index, *self._steady_ways(call)) for index, call in enumerate(self.calls)]
+        steady = self._steady_links
         low, high = self.least_bound, self.keep_all().peak
         best = whole(len(self.calls))
         while high - low > max(1024, high // 500):
@@ -186,9 +229,20 @@ class Planner:
             else:
                 best = found
                 high = max(self._around, replay(steady, found, self.frame.head).peak)
-        priced = [self._link(index, self._priced(call, link.options), self._forward(call))
-                  for index, (call, link) in enumerate(zip(self.calls, steady, strict=True))]
-        return replace(self._plan(None, best, priced, 0.0), solver="auto")
+        return replace(self._plan(None, best, self._priced_links, 0.0), solver="auto")
+
+    @cached_property
+    def _steady_links(self) -> list[Link]:
+        """The regions with reproducible options and times, found by the roofline."""
+        for call in tracked(self._kinds, "kinds of blocks"):
+            self._steady_ways(call)
+        return [self._link(index, *self._steady_ways(call)) for index, call in enumerate(self.calls)]
+
+    @cached_property
+    def _priced_links(self) -> list[Link]:
+        """The regions with the same options, priced."""
+        return [self._link(index, self._priced(call, link.options), self._forward(call))
+                for index, (call, link) in enumerate(zip(self.calls, self._steady_links, strict=True))]
 
     @cached_property
     def least_bound(self) -> int:
@@ -207,7 +261,8 @@ class Planner:
     def _plan(self, budget: int | None, schedule: ChainSchedule, links: Sequence[Link], bound: float) -> RecomputePlan:
         found = replay(links, schedule, self.frame.head)
         states = STATES * segments_in(schedule)
-        peak = self._with_margin(max(found.peak + states, self._around))
+        peak = max(found.peak + states, self._around)
+        peak = with_margin(peak, self.frame.base) if self.calls else peak  # else it is counted in the real step
         return RecomputePlan(budget, peak, schedule, found, self.frame, links, self.calls, self.seconds, bound,
                     resident=self._resident, solver=self.solver)
 
@@ -216,21 +271,8 @@ class Planner:
         resident, border = simulate(graph, option.order).resident.tolist(), list(option.order).index(graph.forward)
         return resident[:border], resident[border + 1:]
 
-    def _with_margin(self, count: int) -> int:
-        """A counted peak plus a margin for what counting misses; without regions the count is of the real step."""
-        return self._more(count) if self.calls else count
-
-    def _more(self, count: int) -> int:
-        moving = count - self.frame.base
-        return count + int(MARGIN_SHARE * moving + min(MARGIN_BYTES, MARGIN_OF_SMALL * moving))
-
-    def _without_margin(self, budget: int) -> int:
-        moving = budget - self.frame.base
-        return self.frame.base + int(max((moving - MARGIN_BYTES) / (1 + MARGIN_SHARE),
-                                         moving / (1 + MARGIN_SHARE + MARGIN_OF_SMALL))) - 1
-
     def _plan_single(self, budget: int, seconds: float) -> RecomputePlan:
-        call, fitting = self.calls[0], self._without_margin(budget)
+        call, fitting = self.calls[0], without_margin(budget, self.frame.base)
         graph = self._in_place(0)
         try:
             if self._around > fitting:
@@ -247,23 +289,10 @@ class Planner:
         return replace(plan, solver="auto" if best is None else "exact")
 
     def _in_place(self, index: int, seconds: np.ndarray | None = None) -> Graph:
-        """A region's rematerialization problem with the memory that others hold during each of its phases.
-
-        Memory held in only one of the phases is added to the workspace of every operation of that phase. Between
-        forward and backward that is `head` for the last region, which includes the region's own output and its
-        gradient. Times are the planner's prices unless `seconds` is given.
-        """
-        frame, call, graph = self.frame, self.calls[index], self._problem(self.calls[index].captured)
-        border = graph.forward
-        fixed = min(frame.before[index], frame.behind[index])
-        beside = np.where(np.arange(len(graph.seconds)) < border, frame.before[index], frame.behind[index])
-        workspace = graph.workspace + beside - fixed
-        leaving, arriving = (sum(int(graph.size[value]) for value in values)
-                             for values in (graph.reads[border], graph.makes[border]))
-        last = index == len(self.calls) - 1
-        workspace[border] = (frame.head - arriving if last else frame.behind[index]) - leaving - fixed
-        return replace(graph, seconds=graph.seconds if seconds is None else np.insert(seconds, border, 0.0),
-                       workspace=workspace, fixed=fixed + (call.input if self.single else 0))
+        """A region's rematerialization problem with the memory that others hold during each of its phases."""
+        call = self.calls[index]
+        return in_place(self._problem(call.captured), self.frame, index, index == len(self.calls) - 1,
+                        call.input if self.single else 0, seconds)
 
     def _refusal(self, budget: int) -> BudgetError:
         least = self.least

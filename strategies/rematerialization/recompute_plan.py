@@ -58,6 +58,7 @@ class RecomputePlan:
         resident: given a region's position and an option, resident bytes at every operation of forward and backward.
         solver: how the regions' schedules were found: "auto", or "exact" if Checkmate's program proves for each that no
             schedule of its kind recomputes less with the same bytes kept and the same peak.
+        compiled: where that was chosen, whether Inductor or eager kernels run the schedules, and why.
     """
 
     budget: int | None
@@ -72,6 +73,7 @@ class RecomputePlan:
     planned: Planned | None = field(default=None, repr=False)
     resident: Callable[[int, Option], tuple[list[int], list[int]]] | None = field(default=None, repr=False)
     solver: str = "auto"
+    compiled: str | None = None
 
     @property
     def recomputed(self) -> float:
@@ -190,6 +192,7 @@ class RecomputePlan:
                  f"blocks' time, at most {self.gap:.1%} more than any schedule needs"]
         if self.solver == "exact":
             lines.append(f"  {PROVEN}")
+        lines += [] if self.compiled is None else [f"  {self.compiled}"]
         largest = sorted(parts.items(), key=lambda part: -part[1])
         lines += [f"  {name:<22} {count:>16,}" for name, count in largest if count]
         return "\n".join([*lines, *(f"  not planned: {text}" for text in self.fallbacks)])

@@ -6,13 +6,13 @@ network. A region is captured when torch.compile has traced it into a joint forw
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from strategies.rematerialization.capture.compile_region import own_forward, sto
 from strategies.rematerialization.capture.fake_tensors import fake_batch, without_data
 from strategies.rematerialization.capture.regions import RegionCall, calling, find_regions, record
 from strategies.rematerialization.execute.installed import uninstall
+from strategies.rematerialization.inductor_choice import Ways
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.price.costs import DEVICES, Prices, this_device
 from strategies.rematerialization.price.equal_blocks import equal_runs
@@ -55,7 +56,8 @@ Loss = Callable[[nn.Module, object], torch.Tensor]
 def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
                   optimizer: torch.optim.Optimizer | None = None, loss: Loss | None = None,
                   autocast: torch.dtype | None = None, accumulate: bool = False, others: Sequence[object] = (),
-                  compile: bool = False, solver: str = "auto", cache: str | Path | None = None) -> RecomputePlan:
+                  compile: bool | Literal["auto"] = False, solver: str = "auto", cache: str | Path | None = None
+                  ) -> RecomputePlan:
     """Make a model train within a memory budget with as little recomputation as possible, and report how much that is.
 
         plan = limbeck.rematerialize(model, batch, budget="8GiB", optimizer=optimizer)
@@ -78,8 +80,9 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
         autocast: mixed-precision dtype, if training uses autocast and the model's forward does not enter it itself.
         accumulate: whether gradients of earlier micro-batches already exist when a step begins.
         others: modules and tensors that stay in memory beside the model, such as a teacher.
-        compile: run the schedules through Inductor instead of eager kernels. Tensors fused away take no memory, so the
-            predicted peak is then an upper estimate.
+        compile: run the schedules through Inductor instead of eager kernels; "auto" does if that pays within the first
+            50 steps, each of one batch, which may take a trial; `plan.compiled` then says what and why. Tensors fused
+            away take no memory, so the predicted peak is an upper estimate.
         solver: "auto" searches and reports a bound on what is left to gain; "exact" solves Checkmate's program (Jain et
             al. 2020) for each block to proven optimality, and is for blocks with few operations.
         cache: existing folder in which the solutions found for each block are kept for later processes; None keeps
@@ -108,7 +111,12 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
             raise error.beside(whole.keep_all()) from None
         planner, plan = whole, whole.plan(budget)
     uninstall(model)
-    planner.install(plan, inductor=compile)
+    ways = Ways(planner, plan)
+    if compile == "auto":
+        kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        choice = ways.choose(kind, around=nullcontext if autocast is None else partial(torch.autocast, kind, autocast))
+        plan.compiled = str(choice)
+    ways.install(choice.inductor if compile == "auto" else compile)
     return plan
 
 
@@ -159,7 +167,7 @@ def study(model: nn.Module, batch: object, *, optimizer: torch.optim.Optimizer |
         return found
 
     standing = {name: module for name, module in model.named_modules() if stood_in(module)}
-    with calling(standing, lambda _, module: functools.partial(own_forward, module)):  # bypass an installed plan
+    with calling(standing, lambda _, module: partial(own_forward, module)):  # bypass an installed plan
         return _study(model, batch, step, optimizer, accumulate, others, device, reserved or {}, regions, residency,
                       in_backward, measure, refuted or {}, solver, None if cache is None else OptionStore(cache),
                       shared or Shared(), alike)

@@ -253,8 +253,8 @@ class Memory(Node):
     """Processes to plan a dry run for, one per device, over all nodes; a run must be launched with as many."""
     solver: Literal["auto", "exact"] = "auto"
     """auto: search, with a proven optimality gap; exact: Checkmate's MILP, for blocks of at most 28 operations."""
-    compile: bool = False
-    """Compile planned blocks with Inductor instead of running eager kernels; needs a C++ compiler and a warm-up."""
+    compile: bool | Literal["auto"] = False
+    """Compile planned blocks with Inductor (needs a C++ compiler); auto: only if it pays within the first 50 steps."""
     reserve: Bytes = None
     """Bytes of the budget that plans leave free for memory that they cannot foresee; null leaves none."""
     exceeded: Literal["warn", "stop"] = "warn"

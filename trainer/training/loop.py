@@ -54,6 +54,7 @@ from trainer.teacher.start_features import start_features
 from trainer.teacher.target_cache import CachedTargets
 from trainer.training.best_evaluation import BestEvaluation
 from trainer.training.cadence import Cadence
+from trainer.training.compile_choice import install_schedule
 from trainer.training.evaluation import held_out_evaluator
 from trainer.training.evaluations import Evaluations
 from trainer.training.memory_check import MemoryCheck
@@ -136,8 +137,6 @@ class TrainLoop:
             balancing=balancing_weight(experiment.objective, self.unwrapped.config),
             others=[one.judge for one in self.others], present=present,
             exits=build_exits(experiment.objective, self.unwrapped))
-        if plan.step is not None:
-            plan.step.install(self.unwrapped, inductor=experiment.memory.compile)
         self.memory = MemoryCheck(experiment.memory, plan.memory, self.ranks, self._resident, lambda excess: ways_out(
             experiment, teacher_config, self.unwrapped.config, plan.topology, excess))
         self.backward = Backward(self.unwrapped)
@@ -147,6 +146,8 @@ class TrainLoop:
         self.sparse = SparseTraining(experiment.student.sparsity, self.unwrapped, self.steps)
         self.engine.sparse = self.sparse.weights
         self.saver.resume(self.state)
+        install_schedule(plan.step, experiment.memory.compile, self.state, self.unwrapped, self.ranks,
+                         plan.accumulation, self._autocast, setup.is_sharded, self._say)
         self.sparse.resumed(self.state.step)
         self.exported: int | None = None
         self._scheduled: dict[str, Any] = {}  # what of the objective moves, and its values in the present step

@@ -20,6 +20,7 @@ class TrainState:
         rows: rows of the data that these have taken: full batches, except where the run ended within one.
         empty_steps: total number of steps without any target token.
         nonfinite: current number of consecutive steps whose loss or gradient was not finite.
+        compiled: with `memory.compile: auto`, whether Inductor runs the planned blocks; else None.
     """
 
     precision: MixedPrecision
@@ -28,6 +29,7 @@ class TrainState:
     rows: int = 0
     empty_steps: int = 0
     nonfinite: int = 0
+    compiled: bool | None = None
 
     def advance(self, rows: int, end: int | None) -> None:
         """Count a step that took `rows` rows, or fewer if the data of the run ends after `end` rows."""
@@ -38,6 +40,7 @@ class TrainState:
         """The state as plain data."""
         return {"step": self.step, "rows": self.rows, "precision": self.precision.state_dict(),
                 "nonfinite": self.nonfinite, "empty_steps": self.empty_steps,
+                **({} if self.compiled is None else {"compiled": self.compiled}),
                 **({} if self.best is None else {"best": self.best.state_dict()})}
 
     def load_state_dict(self, state: dict[str, Any], batch_size: int) -> None:
@@ -48,6 +51,7 @@ class TrainState:
         """
         self.precision.load_state_dict(state["precision"])
         self.step, self.empty_steps, self.nonfinite = state["step"], state.get("empty_steps", 0), 0
+        self.compiled = state.get("compiled")
         self.rows = state.get("rows", self.step * batch_size)
         if self.best is not None and "best" in state:
             self.best.load_state_dict(state["best"])

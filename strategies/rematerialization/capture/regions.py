@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from strategies.common.progress import report
 from strategies.memory.meter import resident_tensors
+from strategies.rematerialization.capture.call_arguments import takes_part, without_cache
 from strategies.rematerialization.capture.compile_region import (
     compiled,
     own_forward,
@@ -77,7 +78,7 @@ class RegionCall:
         chained: whether the previous region returned them.
         read: indices of arguments that its backward is known to read.
         unfit: why it cannot be recomputed, or replaced by a stand-in; empty if it can.
-        measured: memory and operations of an uncaptured call.
+        measured: memory and operations of a call that runs unchanged.
         arguments, outputs: flattened arguments and outputs, tensors as `Meta`, and their tree structure.
         attributes: (submodule, name, metadata) of tensors that it stores on its submodules instead of returning them.
     """
@@ -252,6 +253,7 @@ class _Capturing:
 
     def __init__(self) -> None:
         self.tried: dict[tuple, bool] = {}  # by kind of module: whether the captured graph gives its gradients
+        self.unchanged: dict[str, MeasuredCall] = {}  # by graph: what a call needs uncaptured
         self.inherited = F.scaled_dot_product_attention in TRACERS
         self.tracer = TRACERS.setdefault(F.scaled_dot_product_attention, _Tracer())
 
@@ -291,10 +293,20 @@ class _Capturing:
                 read = {storage for node, storage in zip(call.captured.primals, inputs, strict=True) if node in wanted}
                 call.read = frozenset(index for index, leaf in enumerate(leaves)
                                       if isinstance(leaf, torch.Tensor) and _storage(leaf) in read)
+                call.measured = self._unchanged(call, args, kwargs)
                 return out
             call.reason = ("its gradients are others when torch.compile has captured it" if self.seen
                            else "torch.compile made no graph of it")
         return self._as_it_is(call, args, kwargs)
+
+    def _unchanged(self, call: RegionCall, args: tuple, kwargs: dict) -> MeasuredCall:
+        """What a captured region needs where it runs unchanged; equal ones are measured once."""
+        signature = call.captured.signature
+        if signature not in self.unchanged:
+            torch.clear_autocast_cache()  # so that 16-bit copies of its weights are counted
+            with undisturbed([call.module]), attributes_kept([call.module]):
+                self.unchanged[signature] = measured_call(call.module, args, kwargs)[1]
+        return self.unchanged[signature]
 
     def _as_it_is(self, call: RegionCall, args: tuple, kwargs: dict) -> object:
         """Call a region without capturing it, and note what it needs."""
@@ -329,31 +341,6 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[None, None]:
         return None, None
-
-
-def takes_part(module: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether a gradient will flow back through this call of a module."""
-    if not torch.is_grad_enabled():
-        return False
-    return (any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_flatten((args, kwargs))[0])
-            or any(parameter.requires_grad for parameter in module.parameters()))
-
-
-def without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Arguments without transformers' key-value cache.
-
-    The cache would hold tensors that are to be recomputed, and would be appended to twice. transformers' own activation
-    checkpointing drops it as well.
-    """
-    def is_cache(value: object) -> bool:
-        return any(kind.__name__ == "Cache" and kind.__module__.startswith("transformers.")
-                   for kind in type(value).__mro__)
-
-    args = tuple(None if is_cache(value) else value for value in args)
-    dropped = {name: None for name, value in kwargs.items() if is_cache(value)}
-    if dropped and kwargs.get("use_cache"):
-        dropped["use_cache"] = False
-    return args, {**kwargs, **dropped}
 
 
 def _note_input(call: RegionCall, leaves: Sequence[object], before: Sequence[torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from strategies.rematerialization.capture.call_arguments import takes_part, without_cache
 from strategies.rematerialization.capture.compile_region import (
     compiled,
     own_forward,
@@ -25,7 +26,7 @@ from strategies.rematerialization.capture.compile_region import (
 )
 from strategies.rematerialization.capture.joint_graph import Captured
 from strategies.rematerialization.capture.partition import fits
-from strategies.rematerialization.capture.regions import first_line, takes_part, without_cache
+from strategies.rematerialization.capture.regions import first_line
 from strategies.rematerialization.execute.segments import Recorder
 from strategies.rematerialization.solve.chain_program import (
     CHECKPOINT,
@@ -83,6 +84,10 @@ class Planned:
             forward = installed(module)
             if forward is not None and forward.planned is self:
                 forward.remove()
+
+    def run_alone(self, position: int, args: tuple, kwargs: dict) -> object:
+        """Run a region by its option, outside of the step and of segments."""
+        return self._runner(self._option[position])(self.modules[position], *args, **kwargs)
 
     def _unfolded(self, item: Block | Segment) -> Block | Segment:
         """Turn a block that keeps only its input into a segment of one block that keeps everything when recomputed."""

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from strategies.memory.meter import resident_tensors
 from strategies.memory.residency import Residency
 from strategies.memory.tracker import LiveBytes
+from strategies.rematerialization.capture.call_arguments import takes_part, without_cache
 from strategies.rematerialization.capture.compile_region import own_forward
 from strategies.rematerialization.capture.fake_tensors import FakeItemMode
-from strategies.rematerialization.capture.regions import Meta, RegionCall, calling, takes_part, without_cache
+from strategies.rematerialization.capture.regions import Meta, RegionCall, calling
 from strategies.rematerialization.capture.trial_run import attributes_kept
 from strategies.rematerialization.price.equal_blocks import (
     EqualRun,

@@ -72,10 +72,10 @@ def assert_equal(found: dict, expected: dict, what: object = "") -> None:
                                                             for name in wrong[:6] if name != "generator"])
 
 
-def by_hand(planner, schedule) -> Planned:
-    """A schedule installed without having been chosen for a budget."""
-    planned = Planned([call.module for call in planner.calls], schedule, [link.options for link in planner.links],
-                      planner.orders)
+def by_hand(planner, schedule, links=None) -> Planned:
+    """A schedule installed without having been chosen for a budget; `links` if not the planner's."""
+    planned = Planned([call.module for call in planner.calls], schedule,
+                      [link.options for link in links or planner.links], planner.orders)
     planned._functions = planner.__dict__.setdefault("functions", {})  # what was compiled for other schedules serves
     planned.install()
     return planned

@@ -52,7 +52,7 @@ def compare(planner, run, expected):
         if planner.single:
             planner.install(plan)
         else:
-            plan.planned = by_hand(planner, plan.schedule)
+            plan.planned = by_hand(planner, plan.schedule, plan.links)
         assert_equal(run(), expected, f"budget {plan.budget}, {plan.schedule}")
         plan.remove()
     if planner.single:

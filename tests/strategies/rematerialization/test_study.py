@@ -86,6 +86,28 @@ def assert_kept(model, batch, shares=(0.0, 0.15, 0.4), **settings) -> None:
         assert measured <= plan.budget, (share, plan.schedule)
 
 
+# ---- blocks that run unchanged
+
+@pytest.mark.parametrize("kind, autocast", [("llama", None), ("llama", torch.bfloat16), ("gpt2", None)])
+def test_what_the_plain_model_needs_lets_blocks_run_unchanged(kind, autocast):
+    """A budget of the plain step's bytes leaves most blocks, or all, as they are; between that and graphs, some."""
+    model = language_model(kind, layers=6)
+    data = {name: value.repeat(8, 1) for name, value in text_batch().items()}
+    expected, plain = results(model, data, autocast), peak(model, data, autocast=autocast)
+    planner = study(model, data, autocast=autocast)
+    captured = planner.keep_all().peak
+    counts = []
+    for budget in (captured, plain, (captured + 2 * plain) // 2, 2 * plain):
+        plan = planner.plan(budget)
+        counts.append([block["mode"] for block in plan.blocks()].count("keep"))
+        planner.install(plan)
+        assert peak(model, data, autocast=autocast) <= budget and plan.recomputed <= 0.02 * plan.seconds
+        if kind == "llama":  # without dropout, which graphs round otherwise
+            assert_equal(results(model, data, autocast), expected, str(budget))
+        plan.remove()
+    assert counts[-1] == 6 and counts[-1] >= counts[1]
+
+
 # ---- nothing is disturbed
 
 class Leaves(MLP):

@@ -104,12 +104,15 @@ def test_another_budget_goes_on_with_the_same_run_and_the_same_teacher(write_exp
     first = train_py("--config", str(file), f"memory.budget={full + 10**6}", "training.steps=4")
     assert first.returncode == 0, first.stderr[-3000:]
     other = tmp_path / "other"
-    again = train_py("--config", str(file), f"memory.budget={int(0.8 * full)}", f"run.folder={other}")
+    auto = (f"run.folder={other}", "memory.compile=auto")  # chosen once, and kept by the checkpoint
+    again = train_py("--config", str(file), f"memory.budget={int(0.8 * full)}", *auto)
+    assert "memory.compile=auto takes eager kernels: compiling takes" in " ".join(again.stdout.split()), again.stdout
     assert again.returncode == 0 and "teacher from the cache" in again.stdout, again.stdout + again.stderr[-3000:]
     for finished in ("report.md", "student"):  # as if it had been stopped after its last checkpoint
         (other / finished).rename(tmp_path / finished)
-    resumed = train_py("--config", str(file), f"memory.budget={int(0.85 * full)}", f"run.folder={other}")
+    resumed = train_py("--config", str(file), f"memory.budget={int(0.85 * full)}", *auto)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "memory.compile=auto takes eager kernels: as this run began" in " ".join(resumed.stdout.split())
     losses = [[line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
               for folder in (tmp_path / "tiny", other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
