@@ -1,4 +1,7 @@
-"""Compiled functions also where nothing can be kept on disk."""
+"""Compiled functions: where nothing can be kept on disk, and before one is called."""
+
+import subprocess
+import sys
 
 import numba
 
@@ -19,4 +22,15 @@ def test_a_function_is_compiled_where_nothing_can_be_kept(monkeypatch):
     def halved(number):
         return number / 2
 
-    assert halved(3) == 1.5 and halved.signatures
+    assert halved(3) == 1.5 and halved.by_numba().signatures
+
+
+def test_numba_is_imported_with_the_first_call_and_functions_call_each_other():
+    code = ("import sys; from strategies.rematerialization.solve import chain_program, solver\n"
+            "assert 'numba' not in sys.modules\n"
+            "from strategies.rematerialization.solve.chain_program import Link, Option, solve_chain\n"
+            "option = Option(kept=4, forward_peak=8, backward_peak=8, seconds=0.0)\n"
+            "solve_chain([Link((option,), 4, 1.0, 0, 0)], 0, 100)\n"
+            "assert chain_program._fill.signatures and chain_program._program.signatures")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
