@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ def _uncollected() -> Iterator[None]:
     """Within the context no garbage is collected, and afterwards what was imported is never looked through for any.
 
     Collections are due after so many new objects, and modules are hundreds of thousands that stay: looking them through
-    again and again takes a fifth of the time of the imports. Where torch is there already, somebody else's objects are
-    as well, and all is left as it is.
+    again and again takes a fifth of the time of the imports; once more, as the interpreter does when it ends, takes
+    more than a second. Where torch is there already, somebody else's objects are as well, and all is left as it is.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
@@ -37,6 +38,7 @@ def _uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(gc.freeze)
 
 
 @contextmanager

@@ -31,6 +31,6 @@ def test_numba_is_imported_with_the_first_call_and_functions_call_each_other():
             "from strategies.rematerialization.solve.chain_program import Link, Option, solve_chain\n"
             "option = Option(kept=4, forward_peak=8, backward_peak=8, seconds=0.0)\n"
             "solve_chain([Link((option,), 4, 1.0, 0, 0)], 0, 100)\n"
-            "assert chain_program._fill.signatures and chain_program._program.signatures")
+            "assert chain_program._program.signatures, chain_program._program")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
