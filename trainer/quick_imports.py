@@ -7,7 +7,10 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -16,6 +19,8 @@ def import_heavy() -> None:
     with _uncollected():
         with _models_read_once():
             import transformers.models  # noqa: F401
+        with _matching_later():
+            import transformers.loss.loss_utils  # noqa: F401
         import transformers.modeling_utils  # noqa: F401
 
         import trainer.stages.run_stages  # noqa: F401
@@ -64,3 +69,34 @@ def _models_read_once() -> Iterator[None]:
         yield
     finally:
         import_utils.define_import_structure = own
+
+
+@contextmanager
+def _matching_later() -> Iterator[None]:
+    """Within the context `scipy.optimize` is imported when something of it is used.
+
+    transformers' losses, which every model imports, take one function from it, to match boxes of detected objects.
+    """
+    name = "scipy.optimize"
+    if name in sys.modules or find_spec("scipy") is None:
+        yield
+        return
+
+    def linear_sum_assignment(*arguments: Any, **keywords: Any) -> Any:
+        return import_module(name).linear_sum_assignment(*arguments, **keywords)
+
+    def of_the_module(attribute: str) -> Any:
+        if attribute.startswith("__"):  # `inspect` looks through all modules
+            raise AttributeError(attribute)
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+        return getattr(import_module(name), attribute)
+
+    stand_in = ModuleType(name)
+    stand_in.__dict__.update(linear_sum_assignment=linear_sum_assignment, __getattr__=of_the_module)
+    sys.modules[name] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]

@@ -5,7 +5,8 @@ import sys
 
 from tests.conftest import ROOT
 
-LATER = "{'numba', 'deepspeed', 'networkx', 'matplotlib', 'peft', 'torchvision', 'torch._functorch.aot_autograd'}"
+LATER = ("{'numba', 'scipy.optimize', 'deepspeed', 'networkx', 'matplotlib', 'peft', 'torchvision', "
+         "'torch._functorch.aot_autograd'}")
 
 
 def in_a_new_process(code):
@@ -36,4 +37,18 @@ from trainer.quick_imports import _uncollected
 with _uncollected():
     assert gc.isenabled()
 assert not gc.get_freeze_count()
+""")
+
+
+def test_boxes_are_matched_by_scipy_when_they_are():
+    in_a_new_process("""
+import sys
+from trainer.quick_imports import import_heavy
+import_heavy()
+from transformers.loss import loss_for_object_detection
+assert 'scipy.optimize' not in sys.modules
+rows, columns = loss_for_object_detection.linear_sum_assignment([[4, 1, 3], [2, 0, 5], [3, 2, 2]])
+assert list(columns) == [1, 0, 2]
+from scipy.optimize import linear_sum_assignment, milp
+assert sys.modules['scipy.optimize'].milp is milp
 """)
