@@ -81,9 +81,10 @@ def timed(tree: Path, blocks: int, overrides: list[str], repeats: int) -> dict:
 
 def run(command: list[str], folder: str, tree: Path) -> dict:
     """One command in an empty folder."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as in a shell
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"})
+                          env={**kept, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"})
     seconds, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode == 0:
         peak = json.loads(done.stdout)["plan"]["memory"]["peak"]

@@ -13,10 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_alone = ["torch" not in sys.modules]  # whether the process holds nothing of anybody else, as that of a command
+
 
 def import_heavy() -> None:
     """Import what every plan and every run needs: torch, transformers and this project's own modules."""
-    with _uncollected():
+    with uncollected():
         with _models_read_once():
             import transformers.models  # noqa: F401
         with _matching_later():
@@ -24,17 +26,18 @@ def import_heavy() -> None:
         import transformers.modeling_utils  # noqa: F401
 
         import trainer.stages.run_stages  # noqa: F401
+    _alone[0] = False
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Within the context no garbage is collected, and afterwards what was imported is never looked through for any.
 
     Collections are due after so many new objects, and modules are hundreds of thousands that stay: looking them through
     again and again takes a fifth of the time of the imports; once more, as the interpreter does when it ends, takes
-    more than a second. Where torch is there already, somebody else's objects are as well, and all is left as it is.
+    more than a second. Where torch was there before, somebody else's objects are as well, and all is left as it is.
     """
-    if "torch" in sys.modules or not gc.isenabled():
+    if not _alone[0] or not gc.isenabled():
         yield
         return
     gc.disable()
@@ -43,6 +46,7 @@ def _uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.unregister(gc.freeze)
         atexit.register(gc.freeze)
 
 

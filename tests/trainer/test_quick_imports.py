@@ -17,7 +17,9 @@ def in_a_new_process(code):
 def test_models_are_those_that_transformers_finds_and_collections_begin_again():
     in_a_new_process(f"""
 import gc, sys
-from trainer.quick_imports import import_heavy
+from trainer.quick_imports import import_heavy, uncollected
+with uncollected():
+    import torch
 import_heavy()
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
 assert not {LATER} & set(sys.modules), {LATER} & set(sys.modules)
@@ -33,8 +35,8 @@ for what in ('_class_to_module', '_modules', '_object_missing_backend', '_import
 def test_a_process_that_has_torch_keeps_its_garbage_as_it_is():
     in_a_new_process("""
 import gc, torch
-from trainer.quick_imports import _uncollected
-with _uncollected():
+from trainer.quick_imports import uncollected
+with uncollected():
     assert gc.isenabled()
 assert not gc.get_freeze_count()
 """)
