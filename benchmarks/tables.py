@@ -20,6 +20,7 @@ from benchmarks.figures import FILES as FIGURES
 from benchmarks.figures import table as figures_table
 from benchmarks.generation import table as generation_table
 from benchmarks.judged_on_tasks import table as judged_table
+from benchmarks.planning_time import table as planning_time_table
 from benchmarks.pruning.bytes_on_disk import table as sparse_bytes_table
 from benchmarks.pruning.early_exit import table as early_exit_table
 from benchmarks.pruning.fiftieth import CUTS as FIFTIETH
@@ -38,6 +39,7 @@ from benchmarks.sharding.bytes_by_engine import table as ledger_table
 from benchmarks.sharding.engines import table as engines_table
 from benchmarks.sharding.scale import growth_table
 from benchmarks.sharding.scale import table as scale_table
+from benchmarks.start import table as start_table
 from benchmarks.tasks.classification import SHAPES
 from benchmarks.tasks.classification import table as classification_table
 
@@ -149,6 +151,8 @@ TABLES: dict[str, tuple[str | tuple[str, ...], Callable]] = {
     "overhead": ("rematerialization-overhead-cpu.json", overhead_table),
     "instances": ("rematerialization-instances-cpu.json", instances_table),
     "layered": ("rematerialization-layered-cpu.json", layered_table),
+    "start": ("start-cpu.json", start_table),
+    "planning-time": ("planning-time-cpu.json", lambda found: planning_time_table(found["rows"])),
     "proof": ("rematerialization-proof-cpu.json", proof_table),
     "engines": ("sharding-engines-cpu.json", lambda found: engines_table(found["rows"])),
     "ledger": ("sharding-ledger.json", lambda found: ledger_table(found["rows"])),

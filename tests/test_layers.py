@@ -14,7 +14,7 @@ TRAINER = ("experiment", "data", "run", "models", "distributed", "teacher", "che
            "training", "student", "sweep")
 BELOW_ALL = ("errors", "files", "model_files")
 ABOVE_ALL = ("early_checks", "preparation", "starting_student", "pipeline", "script", "stages", "command_line",
-             "failures", "starter", "cli")
+             "failures", "starter", "quick_imports", "cli")
 REMATERIALIZATION = ("solve", "capture", "price", "execute")
 MOST_WITH_EXPERIMENT = 30  # functions outside of experiment/, planning/ and the pipeline
 

@@ -17,6 +17,7 @@ from trainer.errors import ExperimentErrors, OtherRun, RunFailed, Stopped, UserE
 from trainer.experiment.explain import schema
 from trainer.experiment.load import Source, read_experiment
 from trainer.failures import FAILURE, OTHERS_WAIT, USER_ERROR, exit_code, failure, is_lost, messages, tell
+from trainer.quick_imports import import_heavy, uncollected
 from trainer.run.folder import RunFolder
 from trainer.run.run_status import status
 
@@ -26,9 +27,11 @@ def train(arguments: list[str]) -> int:
     source = None
     try:
         options = parse_train(arguments)
-        source = read_experiment(options.config, options.overrides)
+        with uncollected():  # some values are checked by modules that import torch
+            source = read_experiment(options.config, options.overrides)
         if options.dry_run:
-            # A heavy import, so only once the experiment is known to be valid.
+            # Heavy imports, so only once the experiment is known to be valid.
+            import_heavy()
             from trainer.stages.run_stages import dry_run
 
             dry_run(source, as_json=options.json)
@@ -60,6 +63,7 @@ def _run_experiment(source: Source) -> int:
     note.begin_again()
     try:
         with signals.handle_signals(_leaving(note)):
+            import_heavy()
             from trainer.stages.run_stages import run
 
             run(source)

@@ -9,16 +9,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from scipy.optimize import OptimizeResult, milp
+import scipy  # whose `optimize` is imported when it is first used
 
 _lock = threading.Lock()
 _diverted = [0, -1]  # number of running solves, and a copy of the original standard output
 
 
-def mixed_integer(cost, **program) -> OptimizeResult:
+def mixed_integer(cost, **program) -> scipy.optimize.OptimizeResult:
     """`scipy.optimize.milp` with nothing written to standard output, which is for tables and JSON."""
     with _output_on_stderr():
-        return milp(cost, **program)
+        return scipy.optimize.milp(cost, **program)
 
 
 @contextmanager

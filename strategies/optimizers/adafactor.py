@@ -73,6 +73,7 @@ class Adafactor(Compiles, torch.optim.Optimizer):
         return state
 
     gathers_updates = False
+    one_by_one = True  # a whole tensor's step keeps nothing until the next, so that planning traces a few of many equal
 
     def transient_bytes(self, sharing: Sharing) -> int:
         """One update at a time and sums of its squares, as traced; no kernel here allocates memory of its own."""

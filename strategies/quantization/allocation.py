@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import scipy
 import torch
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint
 
 from strategies.common.highs import mixed_integer
 from strategies.quantization.quantizer import WeightQuantizer
@@ -187,15 +186,16 @@ def _solve(rises: numpy.ndarray, costs: numpy.ndarray, budget: float, time_limit
     lowest = rises.min(1, keepdims=True)
     unit = (float((rises - lowest).max()) or 1.0) / _LARGEST_RISE
     limits, carries = _limits(costs, budget)
-    one = sparse.kron(sparse.eye_array(layers), numpy.ones((1, columns)))
-    matrix = [sparse.hstack([one, numpy.zeros((layers, carries))]), *(row for row, _ in limits)]
+    one = scipy.sparse.kron(scipy.sparse.eye_array(layers), numpy.ones((1, columns)))
+    matrix = [scipy.sparse.hstack([one, numpy.zeros((layers, carries))]), *(row for row, _ in limits)]
     low, high = [1.0] * layers + [-numpy.inf] * len(limits), [1.0] * layers + [room for _, room in limits]
     upper = numpy.append(numpy.ones(rises.size), numpy.full(carries, numpy.inf))
     end = time.monotonic() + time_limit
     while True:
         found = mixed_integer(
-            numpy.append(((rises - lowest) / unit).ravel(), numpy.zeros(carries)), bounds=Bounds(0, upper),
-            constraints=LinearConstraint(sparse.vstack(matrix, format="csr"), low, high),
+            numpy.append(((rises - lowest) / unit).ravel(), numpy.zeros(carries)),
+            bounds=scipy.optimize.Bounds(0, upper),
+            constraints=scipy.optimize.LinearConstraint(scipy.sparse.vstack(matrix, format="csr"), low, high),
             integrality=numpy.ones(rises.size + carries),
             options={"mip_rel_gap": 0.0, "time_limit": max(0.0, end - time.monotonic())})
         chosen = costs.argmin(1) if found.x is None else found.x[:rises.size].reshape(rises.shape).argmax(1)

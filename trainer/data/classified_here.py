@@ -10,9 +10,9 @@ from typing import Any
 
 from trainer.data import sources
 from trainer.data.class_names import classes_of
+from trainer.data.temporary_folder import temporary_folder
 from trainer.errors import UserError
 from trainer.experiment.data_nodes import Data
-from trainer.run.temporary_folder import temporary_folder
 
 ELSEWHERE = {"sequence_length", "tokenizer", "packing", "workers", "class_names"}  # keys that no record depends on
 

@@ -254,8 +254,11 @@ def _python_library(streaming: bool) -> Documents:
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "site-packages", "dist-packages", "encodings", "__pycache__"}
-    files = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py")
-                   if not skipped & set(file.relative_to(root).parts))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - skipped  # they may hold far more files than all the rest
+        files += [(Path(folder) / name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
+    files.sort()
     if not files:
         raise UserError("data.path", "this interpreter has no library sources on disk", value=PYTHON_LIBRARY,
                         way_out="name a text file or folder instead")

@@ -23,11 +23,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer.data.temporary_folder import remove_folders
 from trainer.errors import UserError
 from trainer.experiment.experiment import Experiment
 from trainer.run.folder import RunFolder
 from trainer.run.run_status import AGAIN_LATER, ENDED
-from trainer.run.temporary_folder import remove_folders
 
 AT_ONCE = 130  # exit code: the shell's for SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -92,14 +92,15 @@ class StepStudy:
         teacher, student: configurations of its models.
         topology: the ranks that share a step.
         refuted: blocks that do not compute what their captured graphs compute, by name.
+        brief: whether only peaks are asked for, and not what there is at each moment of the optimizer's step.
     """
 
     def __init__(self, experiment: Experiment, teacher: PretrainedConfig | None, student: PretrainedConfig,
-                 topology: Topology, refuted: Mapping[str, Refuted] = NONE) -> None:
+                 topology: Topology, refuted: Mapping[str, Refuted] = NONE, brief: bool = False) -> None:
         self.experiment, self.topology, self.refuted = experiment, topology, refuted
         self._configs = teacher, student
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._shared = Shared()
+        self._shared = Shared(brief=brief)
 
     def __call__(self, regions: bool, tile: int | None = None) -> Planner:
         """Study the step.

@@ -87,7 +87,7 @@ def plan_step(experiment: Experiment, topology: Topology, teacher: PretrainedCon
         UserError: the budget cannot be promised for this architecture, because it cannot run without data.
     """
     def study(changed: Experiment) -> Study:
-        return StepStudy(changed, teacher, student, topology, refuted)
+        return StepStudy(changed, teacher, student, topology, refuted, brief=changed is not experiment)
 
     try:
         with as_in_training(topology):

@@ -12,8 +12,6 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 from torch import fx, nn
-from torch._functorch.aot_autograd import aot_module_simplified
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx.graph import _BoxedCodeGen
 
 from strategies.rematerialization.capture.joint_graph import Captured, capture
@@ -124,6 +122,9 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def _backend(choose: Choose, inductor: bool, notice: Notice | None) -> Callable:
+    # Not imported before something is captured: it takes 0.2 s, and a run without a budget captures nothing.
+    from torch._functorch.aot_autograd import aot_module_simplified
+
     def split(joint: fx.GraphModule, joint_inputs: object, *, num_fwd_outputs: int, **_) -> tuple:
         captured = capture(joint, num_fwd_outputs)
         forward, backward = partition(captured, choose(captured))
@@ -144,24 +145,25 @@ def _backend(choose: Choose, inductor: bool, notice: Notice | None) -> Callable:
 
         # No caches on disk: their keys contain the code, but not the schedule.
         with (torch._functorch.config.patch(donated_buffer=False, enable_autograd_cache=False),
-              torch._inductor.config.patch(custom_partitioner_fn=_Partitioner(split), fx_graph_cache=False)):
+              torch._inductor.config.patch(custom_partitioner_fn=_partitioner(split), fx_graph_cache=False)):
             return compile_fx(gm, inputs)
 
     return fused if inductor else eager
 
 
-class _Partitioner(CustomPartitionerFn):
-    """Partitioner in the form that Inductor's hook takes."""
+def _partitioner(split: Callable) -> object:
+    """A partitioner in the form that Inductor's hook takes."""
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-    def __init__(self, split: Callable) -> None:
-        self.split = split
+    class Partitioner(CustomPartitionerFn):
+        def __call__(self, joint: fx.GraphModule, joint_inputs: object, **keywords) -> tuple:
+            return split(joint, joint_inputs, **keywords)
 
-    def __call__(self, joint: fx.GraphModule, joint_inputs: object, **keywords) -> tuple:
-        return self.split(joint, joint_inputs, **keywords)
+        def uuid(self) -> None:
+            """None, which disables caching: the schedule is not part of the code that Inductor hashes."""
+            return None
 
-    def uuid(self) -> None:
-        """None, which disables caching: the schedule is not part of the code that Inductor hashes."""
-        return None
+    return Partitioner()
 
 
 def boxed(gm: fx.GraphModule, inputs: Sequence[torch.Tensor] = (), notice: Notice | None = None) -> Callable:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from strategies.memory.meter import CUDA_BLOCK
 from strategies.memory.residency import Residency
@@ -105,7 +106,9 @@ class Step:
         with mode:
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
-            state, update = ([stepped.state], stepped.step) if stepped else self._updating(optimizer, parameters)
+            few = self.runs if shared.brief and getattr(optimizer, "one_by_one", False) else ()
+            with _few_stepped(few, optimizer):
+                state, update = ([stepped.state], stepped.step) if stepped else self._updating(optimizer, parameters)
             if optimizer is not None and not self.stand_in and self.in_backward is None and state and (
                     state[0] is optimizer.state):
                 shared.optimizer = optimizer
@@ -121,7 +124,8 @@ class Step:
             hooks, update = self.in_backward(optimizer), lambda: None
 
         def advance() -> None:
-            update()
+            with _few_stepped(few, None):
+                update()
             for parameter in parameters:
                 parameter.grad = None
 
@@ -163,6 +167,28 @@ class Step:
         return [optimizer.state], optimizer.step
 
 
+@contextmanager
+def _few_stepped(runs: Sequence[EqualRun], optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Within the context only parameters of blocks that run have gradients, so that no others are stepped.
+
+    An optimizer that steps tensors `one_by_one` peaks at one of these. Afterwards the others have a state as well, that
+    of `optimizer` if it is new.
+    """
+    stood_for = [pair for run in runs for pair in run.stands_for()]
+    gradients = [parameter.grad for parameter, _ in stood_for]
+    for parameter, _ in stood_for:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for (parameter, _), gradient in zip(stood_for, gradients, strict=True):
+            parameter.grad = gradient
+    if optimizer is not None:
+        for parameter, one in stood_for:
+            if parameter not in optimizer.state and one in optimizer.state:
+                optimizer.state[parameter] = tree_map_only(torch.Tensor, torch.empty_like, optimizer.state[one])
+
+
 @dataclass
 class Shared:
     """What several studies of one model's step have in common, found by the first that needs it.
@@ -173,12 +199,14 @@ class Shared:
         optimizer: the optimizer on fake parameters, after a step; None until one was taken, or where parameters have
             data and get new stand-ins in each study.
         even: whether equal blocks were found to need the same memory, change for change; None until it is known.
+        brief: whether only peaks are asked for, and not what there is at each moment of the optimizer's step.
     """
 
     calls: list[RegionCall] | None = None
     idle: frozenset[str] | None = None
     optimizer: torch.optim.Optimizer | None = None
     even: bool | None = None
+    brief: bool = False
 
     def of(self, step: Step, mode: FakeTensorMode) -> frozenset[int]:
         """The parameters in `Step.idle`, by id."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint
+import scipy
 
 from strategies.common.highs import mixed_integer
 from strategies.rematerialization.solve.graph import Graph
@@ -119,15 +118,16 @@ class _Checkmate:
     def solve(self, whole: bool, seconds: float):
         """Minimize eq. 1 with R and S binary or in [0, 1]; FREE reaches its upper bound without being binary."""
         rows, columns, factors = zip(*self.entries, strict=True)
-        matrix = sparse.csr_array((factors, (rows, columns)), shape=(len(self.limits), self.columns))
+        matrix = scipy.sparse.csr_array((factors, (rows, columns)), shape=(len(self.limits), self.columns))
         cost = np.zeros(self.columns)
         cost[self.run] = self.graph.seconds
         integer = np.zeros(self.columns)
         integer[: self.whole] = int(whole)
         options = {} if np.isinf(seconds) else {"time_limit": seconds}
         low, high = np.array(self.limits).T
-        return mixed_integer(cost, constraints=LinearConstraint(matrix, low, high), integrality=integer,
-                             bounds=Bounds(self.lower, self.upper), options={**options, "mip_rel_gap": 0.0})
+        return mixed_integer(cost, constraints=scipy.optimize.LinearConstraint(matrix, low, high), integrality=integer,
+                             bounds=scipy.optimize.Bounds(self.lower, self.upper),
+                             options={**options, "mip_rel_gap": 0.0})
 
     def row(self, terms: list[tuple[int, float]], low: float = -np.inf, high: float = np.inf) -> None:
         """Add the constraint low <= sum of factor * column <= high."""

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult
+import scipy
 
 from strategies.common.highs import mixed_integer
 from strategies.rematerialization.solve.graph import Graph
@@ -32,12 +31,12 @@ class Program:
     moments: tuple[int, ...]
     cost: np.ndarray
     constant: float
-    rows: sparse.csr_array
+    rows: scipy.sparse.csr_array
     limit: np.ndarray
     keep: np.ndarray
     run: np.ndarray
 
-    def solve(self, seconds: float, nodes: int | None = None) -> OptimizeResult:
+    def solve(self, seconds: float, nodes: int | None = None) -> scipy.optimize.OptimizeResult:
         """HiGHS's answer; its `mip_dual_bound` plus `constant` is the lower bound.
 
         Costs are solved for in units of the largest one: HiGHS takes a program for solved within 1e-6 of its cost, and
@@ -49,11 +48,12 @@ class Program:
         """
         if not self.cost.size:
             status = 2 if (self.limit < 0).any() else 0
-            return OptimizeResult(status=status, fun=0.0, mip_dual_bound=0.0, x=np.zeros(0))
+            return scipy.optimize.OptimizeResult(status=status, fun=0.0, mip_dual_bound=0.0, x=np.zeros(0))
         unit = float(self.cost.max()) or 1.0
         options = {"mip_rel_gap": 0.0} | ({} if np.isinf(seconds) else {"time_limit": max(seconds, 0.01)})
         answer = mixed_integer(
-            self.cost / unit, constraints=LinearConstraint(self.rows, -np.inf, self.limit), bounds=Bounds(0, 1),
+            self.cost / unit, constraints=scipy.optimize.LinearConstraint(self.rows, -np.inf, self.limit),
+            bounds=scipy.optimize.Bounds(0, 1),
             integrality=np.ones(self.cost.size),
             options=options | ({} if nodes is None else {"node_limit": nodes}))
         for name in ("fun", "mip_dual_bound"):
@@ -127,7 +127,7 @@ class _Builder:
             self.run_after(k, self.moments[k - 1])
         row, column, factor = (np.concatenate(part) for part in zip(*self.entries, strict=True))
         cost = np.concatenate(self.cost) if self.cost else np.zeros(0)
-        rows = sparse.csr_array((factor, (row, column)), shape=(self.count, self.columns))
+        rows = scipy.sparse.csr_array((factor, (row, column)), shape=(self.count, self.columns))
         limit = np.concatenate(self.limits)
         return Program(tuple(self.moments), cost, float(self.seconds.sum()), rows, limit, self.keep, self.run)
 

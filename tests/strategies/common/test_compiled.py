@@ -1,16 +1,45 @@
-"""Compiled functions compute the same where their machine code is new and where it comes from disk."""
+"""Compiled functions: new and from disk they compute the same; where nothing can be kept; before one is called."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
 
 from strategies.common.compiled import compiled
 
 ROOT = Path(__file__).parents[3]
 FAST = {"fastmath": {"reassoc", "contract"}}
+
+
+def test_a_function_is_compiled_where_nothing_can_be_kept(monkeypatch):
+    njit = numba.njit
+
+    def refuses(*given, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*given, **options)
+
+    monkeypatch.setattr(numba, "njit", refuses)
+
+    @compiled(error_model="numpy")
+    def halved(number):
+        return number / 2
+
+    assert halved(3) == 1.5 and halved.by_numba().signatures
+
+
+def test_numba_is_imported_with_the_first_call_and_functions_call_each_other():
+    code = ("import sys; from strategies.rematerialization.solve import chain_program, solver\n"
+            "assert 'numba' not in sys.modules\n"
+            "from strategies.rematerialization.solve.chain_program import Link, Option, solve_chain\n"
+            "option = Option(kept=4, forward_peak=8, backward_peak=8, seconds=0.0)\n"
+            "solve_chain([Link((option,), 4, 1.0, 0, 0)], 0, 100)\n"
+            "assert chain_program._program.signatures, chain_program._program")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_may_be_rounded_otherwise_is_inlined():
@@ -36,7 +65,7 @@ def test_what_may_be_rounded_otherwise_is_inlined():
 
     for decorator, called in ((fast, of_plain), (plain, of_fast), (fast, of_fast)):
         with pytest.raises(TypeError, match="caller calls called, which must be compiled with forceinline=True"):
-            decorator(calling(called))
+            decorator(calling(called))(1.0)
 
     @fast
     def sums(x):

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from tests.clients import CLIENTS
 from tests.conftest import FORKED, ROOT, _in_fork, _train, train_py, two_ranks, with_clients
 from trainer.cli import limbeck
+from trainer.data.temporary_folder import temporary_folder
 from trainer.distributed import signals
 from trainer.experiment.load import read_experiment
 from trainer.run.metrics import read_lines
-from trainer.run.temporary_folder import temporary_folder
 
 QUICK = {"training": {"steps": 400, "micro_batch": 4, "evaluate_every": 1000, "checkpoint_every": 1000},
          "report": {"sample_tokens": 1}}

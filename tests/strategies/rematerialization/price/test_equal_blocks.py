@@ -61,6 +61,21 @@ def test_optimizers_that_step_by_other_operations(optimizer):
     assert even
 
 
+@pytest.mark.parametrize("optimizer", [Adafactor, Lamb])
+@pytest.mark.parametrize("regions", [False, True])
+def test_peaks_where_only_a_few_blocks_are_stepped(optimizer, regions):
+    model, batch = made("llama")
+    moments, found = [], []
+    for brief in (False, True):
+        frame = study(model, batch, optimizer=optimizer(model.parameters()), regions=regions, alike=True, device="h100",
+                      shared=Shared(brief=brief)).frame
+        found.append((frame.base, frame.start, frame.before, frame.behind, frame.head, frame.end, frame.update,
+                      frame.parts))
+        moments.append(len(frame.timeline))
+    assert found[0] == found[1]
+    assert (moments[1] < moments[0]) == (optimizer is Adafactor)  # LAMB steps several tensors at once
+
+
 @pytest.mark.parametrize("settings", [{"autocast": torch.bfloat16}, {"accumulate": True},
                                       {"in_backward": StepInBackward}])
 def test_mixed_precision_gradients_that_stay_and_gradients_that_are_used_up(settings):
