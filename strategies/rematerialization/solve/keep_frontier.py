@@ -7,6 +7,7 @@ duality; Everett 1963); the prices at which the line turns are found corner by c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from strategies.rematerialization.solve.relaxation import ALWAYS, NEVER, Program
 
 NODES = 200  # of a branch and bound, a limit on work and not on time, so that two processes find the same
 SOLVES = 48  # programs at most
+LONGEST = 60.0  # seconds for all of them; only a program whose linear relaxation HiGHS hardly solves takes so long
 FINE = 2e-3  # of the cost at the fewest bytes: a corner that lies less below the line between two others is left out
 
 
@@ -56,6 +58,7 @@ class _Search:
     def __init__(self, graph: Graph, moment: int) -> None:
         everything = int(graph.fixed + graph.size.sum() + graph.workspace.max(initial=0)) + 1
         self.graph, self.moment = graph, moment
+        self.deadline = time.perf_counter() + LONGEST
         self.program: Program = program(graph, everything, [moment])
         self.once = float(np.sum(graph.seconds))
         self.bytes = np.zeros(self.program.cost.size)
@@ -79,13 +82,15 @@ class _Search:
         free = _Corner(most, 0.0, tuple(range(len(self.graph.seconds))))
         self.corners = [fewest, free]
         open_ = [(fewest, free)]
-        while open_ and len(self.lines) < SOLVES:
+        while open_ and len(self.lines) < SOLVES and self.left():
             # the widest triangle first, so that the limit on programs leaves out the least
             open_.sort(key=lambda pair: (pair[0].seconds - pair[1].seconds) * (pair[1].kept - pair[0].kept))
             left, right = open_.pop()
             price = (left.seconds - right.seconds) / (right.kept - left.kept)
             level = right.seconds + price * right.kept
             found, least = self.at(price)
+            if least is None:  # without it the others' lines hold as they are
+                continue
             self.lines.append((price, least))
             if found is not None and left.kept < found.kept < right.kept and level - (
                     found.seconds + price * found.kept) > FINE * fewest.seconds:
@@ -97,15 +102,22 @@ class _Search:
     def fewest(self) -> _Corner:
         """The cheapest order found of those with the fewest bytes."""
         weight = 1e-4 * float(self.bytes[self.bytes > 0].min()) / float(self.program.cost.sum())
-        answer = replace(self.program, cost=self.bytes + weight * self.program.cost).solve(np.inf, nodes=NODES)
+        answer = replace(self.program, cost=self.bytes + weight * self.program.cost).solve(self.left(), nodes=NODES)
         return self.corner(np.ones(self.program.cost.size) if answer.x is None else answer.x)
 
-    def at(self, price: float) -> tuple[_Corner | None, float]:
-        """The best order at a price, and the least of seconds + price * bytes, proven."""
-        answer = replace(self.program, cost=self.program.cost + price * self.bytes).solve(np.inf, nodes=NODES)
+    def left(self) -> float:
+        """Seconds left."""
+        return max(0.0, self.deadline - time.perf_counter())
+
+    def at(self, price: float) -> tuple[_Corner | None, float | None]:
+        """The best order at a price, and the least of seconds + price * bytes, as proven; None where it is not found.
+
+        A linear relaxation that is not solved in time proves nothing.
+        """
+        answer = replace(self.program, cost=self.program.cost + price * self.bytes).solve(self.left(), nodes=NODES)
         found = answer.mip_dual_bound
         if found is None or not np.isfinite(found):
-            return None, 0.0
+            return None, None
         least = self.program.constant - self.once + price * self.always + found - TOLERANCE * abs(found)
         return None if answer.x is None else self.corner(answer.x), least
 

@@ -6,9 +6,12 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy.optimize import OptimizeResult
 
+from strategies.rematerialization.solve import keep_frontier as module
 from strategies.rematerialization.solve.graph import Graph, simulate
 from strategies.rematerialization.solve.keep_frontier import keep_frontier
+from strategies.rematerialization.solve.relaxation import Program
 from tests.strategies.rematerialization.solve.test_solver import random_graph
 
 
@@ -63,3 +66,30 @@ def test_no_choice_lies_below_the_lines_and_the_corners_lie_on_them(seed):
     extra = sorted(simulate(graph, order).seconds - graph.seconds.sum() for order in frontier.orders)
     fewest = min(count for count, _ in choices)
     assert extra[0] == 0 and extra[-1] == min(seconds for count, seconds in choices if count == fewest)
+
+
+def test_out_of_time_it_proves_nothing_and_keeps_everything(monkeypatch):
+    graph = random_graph(1, forward=5)
+    monkeypatch.setattr(module, "LONGEST", 0.0)
+    frontier = keep_frontier(graph, graph.forward)
+    assert frontier.lines == ((0.0, 0.0),)
+    for order in frontier.orders:
+        simulate(graph, order)
+
+
+@pytest.mark.parametrize("solved", range(1, 4))
+def test_programs_that_are_not_solved_leave_lines_that_hold(monkeypatch, solved):
+    real, calls = Program.solve, []
+
+    def some(self, seconds, nodes=None):
+        calls.append(seconds)
+        unsolved = OptimizeResult(status=1, fun=None, mip_dual_bound=-np.inf, x=None)
+        return real(self, seconds, nodes) if len(calls) <= solved else unsolved
+
+    monkeypatch.setattr(Program, "solve", some)
+    graph = random_graph(7, forward=6)
+    frontier = keep_frontier(graph, graph.forward)
+    assert len(calls) > solved and all(0 < seconds <= module.LONGEST for seconds in calls)
+    assert len(frontier.lines) == solved
+    for price, level in frontier.lines:
+        assert level <= min(seconds + price * count for count, seconds in every_choice(graph, graph.forward)) + 1e-9
