@@ -74,7 +74,8 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
     if experiment.memory.device is not None and not torch.cuda.is_available():
         raise UserError("memory.device", "a run is on the device that is there, which is no GPU",
                         value=experiment.memory.device, way_out="leave it out, or add --dry-run to plan for it")
-    lacking = missing_compiler("cuda" if topology.on_gpu else "cpu") if experiment.memory.compile is True else None
+    compiles = experiment.memory.compile is True and experiment.memory.bytes is not None
+    lacking = missing_compiler("cuda" if topology.on_gpu else "cpu") if compiles else None
     if lacking is not None:
         raise UserError("memory.compile", lacking, value=True,
                         way_out="install one (g++ or clang++; CXX names another), or leave memory.compile out")

@@ -11,7 +11,7 @@ that nothing is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -50,16 +50,34 @@ def faster_fp32_products(device: torch.device) -> Iterator[None]:
     if _plain or device.type != "cpu" or settings.fp32_precision != "none" or not is_faster():
         yield
         return
-    on_gpu = torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = on_gpu.fp32_precision
+    put_back = _as_on_gpu()
     # Which gives the permission on CPU and GPU: with that of one alone, `torch.get_float32_matmul_precision` raises.
     torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        if settings.fp32_precision == "bf16":  # else somebody has decided otherwise in between
-            torch.set_float32_matmul_precision("highest")
-            settings.fp32_precision, on_gpu.fp32_precision = "none", before
+        found = settings.fp32_precision
+        torch.set_float32_matmul_precision("highest")
+        settings.fp32_precision = "none" if found == "bf16" else found  # somebody has decided otherwise in between
+        put_back()
+
+
+def _as_on_gpu() -> Callable[[], None]:
+    """Puts back what a person has set for products on a GPU, by the older or the newer of torch's two ways."""
+    settings = torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    newer = settings.fp32_precision
+    try:
+        older = torch.get_float32_matmul_precision() != "highest" and settings.allow_tf32
+    except RuntimeError:  # what is set by the newer way is not known to the older
+        older = False
+
+    def put_back() -> None:
+        if older:
+            settings.allow_tf32 = True
+        else:
+            settings.fp32_precision = newer
+
+    return put_back
 
 
 @cache

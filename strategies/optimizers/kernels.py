@@ -35,7 +35,7 @@ def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
     return types.voidptr(address), code
 
 
-@strict
+@inlined
 def _floats(address: Any, length: Any) -> Any:
     return numba.carray(_pointer(address), length, np.float32)
 
@@ -73,7 +73,7 @@ def _lamb_advance(weight: Array, gradient: Array, mean: Array, square: Array, sc
     return weights, updates
 
 
-@strict
+@inlined
 def _lamb_apply(weight: Array, mean: Array, square: Array, scalars: Array, rate: float) -> None:
     scale, eps, decay = np.float32(scalars[0]), np.float32(scalars[1]), np.float32(scalars[2])
     factor = np.float32(rate)
@@ -81,7 +81,7 @@ def _lamb_apply(weight: Array, mean: Array, square: Array, scalars: Array, rate:
         weight[i] -= factor * _lamb_update(weight[i], mean[i], square[i], scale, eps, decay)
 
 
-@strict
+@inlined
 def lamb_advance(table: Array, scalars: Array, norms: Array) -> None:
     """Advance the moments of k runs of elements, and find the norms of their weights and updates.
 
@@ -98,7 +98,7 @@ def lamb_advance(table: Array, scalars: Array, norms: Array) -> None:
                                                  _floats(table[k, 2], length), _floats(table[k, 3], length), scalars[k])
 
 
-@strict
+@inlined
 def lamb_apply(table: Array, scalars: Array, rates: Array) -> None:
     """weight -= rate update, for `table` and `scalars` as in `lamb_advance` and float64 rates [k]."""
     for k in range(len(table)):
@@ -125,7 +125,7 @@ def _adafactor_update(gradient: Any, row: Any, column: Any, eps: Any) -> Any:
     return gradient / np.sqrt(max(row * column, eps))
 
 
-@strict
+@inlined
 def _blend(kept: Array, sums: Array, count: int, fresh: float) -> None:
     """kept = (1 - fresh) kept + fresh sums / count, fp32 and float64 of one shape [n]."""
     weight, rest = np.float32(fresh), np.float32(1 - fresh)
@@ -133,14 +133,14 @@ def _blend(kept: Array, sums: Array, count: int, fresh: float) -> None:
         kept[i] = _lerp(kept[i], np.float32(sums[i] / count), weight, rest)
 
 
-@strict
+@inlined
 def _blend_squares(kept: Array, gradient: Array, fresh: float) -> None:
     weight, rest = np.float32(fresh), np.float32(1 - fresh)
     for i in range(len(kept)):
         kept[i] = _lerp(kept[i], gradient[i] * gradient[i], weight, rest)
 
 
-@strict
+@inlined
 def row_shares(row: Array, share: Array, eps: float) -> None:
     """share = row / max(mean(row), eps) for each matrix, fp32 [L, R] both."""
     for matrix in range(row.shape[0]):
@@ -179,7 +179,7 @@ def adafactor_norms(weight: Array, gradient: Array, share: Array, column: Array,
     return weights, updates
 
 
-@strict
+@inlined
 def adafactor_apply(weight: Array, gradient: Array, share: Array, column: Array, eps: float, keep: float, rate: float
                     ) -> None:
     """weight = keep weight - rate gradient / sqrt(max(share column, eps^2)): fp32 [L, R, C], [L, R], [L, C]."""
@@ -283,7 +283,7 @@ def row_shares_of(rows: Array, share: Array, eps: float) -> None:
         at += stack * count
 
 
-@strict
+@inlined
 def _of_span(row: Array) -> Any:
     stack, rows, columns = row[4], row[5], row[6]
     weight, gradient = _floats(row[0], stack * rows * columns), _floats(row[1], stack * rows * columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -128,10 +129,13 @@ class Ways:
             turned_back(module, tree_flatten(given)[0], out)
             return _now(kind) - began
 
-        with undisturbed([module]), attributes_kept([module]), torch.enable_grad():
+        with undisturbed([module]), attributes_kept([module]), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a failure, which is told as the reason
             given = made_up(self.plan.calls[position], next(module.parameters()).device)
             turn(False)
             first = turn(True)
+            if ways[True].given_up:
+                raise RuntimeError(f"torch.compile failed: {ways[True].given_up[0]}")
             taken = [(turn(False), turn(True)) for _ in range(ROUNDS)]
         eager, fused = (statistics.median(one[way] for one in taken) for way in (0, 1))
         called, compiled = (sum(counts) / len(option.order) for counts in (
@@ -161,10 +165,11 @@ def made_up(call: RegionCall, device: torch.device) -> tuple[tuple, dict]:
     def value(leaf: object) -> object:
         if not isinstance(leaf, Meta):
             return leaf
-        tensor = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=device)
+        sizes = [1 if not stride else size for size, stride in zip(leaf.shape, leaf.stride, strict=True)]  # expanded
+        tensor = torch.empty_strided(sizes, leaf.stride, dtype=leaf.dtype, device=device)
         if leaf.dtype.is_floating_point:
-            return tensor.normal_().requires_grad_(leaf.requires_grad)
-        return tensor.fill_(leaf.dtype is torch.bool)
+            return tensor.normal_().expand(leaf.shape).requires_grad_(leaf.requires_grad)
+        return tensor.fill_(leaf.dtype is torch.bool).expand(leaf.shape)
 
     found, spec = call.arguments
     args, kwargs = tree_unflatten([value(leaf) for leaf in found], spec)

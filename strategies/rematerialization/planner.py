@@ -66,6 +66,9 @@ class Planner:
             Checkmate's program to proven optimality.
         store: keeps results from one process to the next.
 
+    Attributes:
+        unchanged: whether blocks that recompute nothing may run unchanged. Inductor would not compile these.
+
     Raises:
         NotExact: a region is too large for the exact program.
     """
@@ -78,6 +81,7 @@ class Planner:
         for call in calls if solver == "exact" else ():
             if call.captured is not None:
                 check_size(name_of(call), len(call.captured.operations) + 1)
+        self.unchanged = True
         self._options: dict[str, tuple[Option, ...]] = {}
         self._lines: dict[str, tuple[tuple[float, float], ...]] = {}
         self._problems: dict[str, Graph] = {}
@@ -146,11 +150,11 @@ class Planner:
         everything = self.keep_all()
         if everything.peak <= budget:
             everything.budget = budget
-            return self._with_unchanged(everything)
+            return self._with_unchanged(everything) if self.unchanged else everything
         if self.single:
             return self._plan_single(budget, seconds)
         room = without_margin(budget, self.frame.base)
-        nearly = self._nearly_all_kept(budget, room, everything.peak)
+        nearly = self._nearly_all_kept(budget, room, everything.peak) if self.unchanged else None
         if nearly is not None:
             return nearly
         schedule = solve_chain(self.links, self.frame.head, room) if self._around <= room else None

@@ -104,6 +104,7 @@ def rematerialize(model: nn.Module, example_batch: object, budget: int | str, *,
     whole = planner = study(model, example_batch, regions=False, **settings)
     if not planner.fits_as_it_is(budget, margin=True):
         planner = study(model, example_batch, **settings)
+    planner.unchanged = compile is not True
     try:
         plan = planner.plan(budget)
     except BudgetError as error:

@@ -222,7 +222,8 @@ def block_signals_in_children() -> Iterator[None]:
 
 def end(code: int) -> NoReturn:
     """End the process from any thread, whatever its other threads wait for."""
-    remove_folders()
+    with suppress(Exception):  # whatever happens, the process ends
+        remove_folders()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

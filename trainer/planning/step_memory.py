@@ -115,11 +115,14 @@ class StepStudy:
             RuntimeError, NotImplementedError: the architecture cannot run without data.
         """
         experiment, (made, how) = self.experiment, self._made
-        return study(made.model.train(), made.batch, loss=lambda model, batch: made.loss_of(model, batch, tile),
-                     others=[made.teacher] if made.teacher is not None else [], device=experiment.memory.device,
-                     regions=regions, measure=experiment.memory.device is None and self.topology.ranks == 1,
-                     refuted=self.refuted, solver=experiment.memory.solver, cache=plans_cache(experiment.run),
-                     shared=self._shared, alike=self._alike, **how)
+        planner = study(
+            made.model.train(), made.batch, loss=lambda model, batch: made.loss_of(model, batch, tile),
+            others=[made.teacher] if made.teacher is not None else [], device=experiment.memory.device, regions=regions,
+            measure=experiment.memory.device is None and self.topology.ranks == 1, refuted=self.refuted,
+            solver=experiment.memory.solver, cache=plans_cache(experiment.run), shared=self._shared, alike=self._alike,
+            **how)
+        planner.unchanged = experiment.memory.compile is not True
+        return planner
 
     @property
     def _alike(self) -> bool:

@@ -20,8 +20,9 @@ def install_schedule(step: StepPlan | None, compile: bool | Literal["auto"], sta
                      say: Callable[[str], None]) -> None:
     """Install a schedule in the student. A collective call.
 
-    With `auto` the first process chooses, in a run's first start, and the checkpoint's state keeps the choice: compiled
-    blocks round otherwise, and a resumed run must not.
+    With `auto` the first process chooses, in a run's first start, and where every process has a compiler. Checkpoints
+    keep whether blocks are compiled: these round otherwise, and a resumed run must not. A run that begins without
+    `auto` and goes on with it stays as it was.
 
     Args:
         state: the state that the run goes on from.
@@ -37,19 +38,20 @@ def install_schedule(step: StepPlan | None, compile: bool | Literal["auto"], sta
         return
     if compile != "auto":
         step.install(student, inductor=compile)
+        state.compiled = compile
         return
     ways = Ways(step.planner, step.schedule, student)
-    if state.compiled is None:
-        own = Choice(False, "blocks of a sharded model are not tried one by one") if sharded else ways.choose(
-            ranks.device.type, micro_batches, around)
-        choice = ranks.gather_objects([own])[0]
-    else:
-        choice = Choice(state.compiled, "as this run began")
-        lacking = missing_compiler(ranks.device.type) if choice.inductor else None
-        if lacking is not None:
+    lacking = next(filter(None, ranks.gather_objects([missing_compiler(ranks.device.type)])), None)
+    if state.step:
+        choice = Choice(bool(state.compiled), "as this run began")
+        if choice.inductor and lacking is not None:
             raise UserError("memory.compile", f"the run began with compiled blocks, and {lacking}", value="auto",
                             way_out="install one (g++ or clang++; CXX names another), or set memory.compile=false: "
                                     "eager kernels round otherwise")
+    elif lacking is not None or sharded:
+        choice = Choice(False, lacking or "blocks of a sharded model are not tried one by one")
+    else:
+        choice = ranks.gather_objects([ways.choose(ranks.device.type, micro_batches, around)])[0]
     state.compiled = choice.inductor
     say(f"memory.compile=auto takes {choice}")
     ways.install(choice.inductor)

@@ -20,7 +20,7 @@ class TrainState:
         rows: rows of the data that these have taken: full batches, except where the run ended within one.
         empty_steps: total number of steps without any target token.
         nonfinite: current number of consecutive steps whose loss or gradient was not finite.
-        compiled: with `memory.compile: auto`, whether Inductor runs the planned blocks; else None.
+        compiled: whether Inductor runs the planned blocks; None where nothing is planned.
     """
 
     precision: MixedPrecision

@@ -253,7 +253,7 @@ class _Capturing:
 
     def __init__(self) -> None:
         self.tried: dict[tuple, bool] = {}  # by kind of module: whether the captured graph gives its gradients
-        self.unchanged: dict[str, MeasuredCall] = {}  # by graph: what a call needs uncaptured
+        self.unchanged: dict[str, MeasuredCall | None] = {}  # by graph: what a call needs uncaptured
         self.inherited = F.scaled_dot_product_attention in TRACERS
         self.tracer = TRACERS.setdefault(F.scaled_dot_product_attention, _Tracer())
 
@@ -299,13 +299,16 @@ class _Capturing:
                            else "torch.compile made no graph of it")
         return self._as_it_is(call, args, kwargs)
 
-    def _unchanged(self, call: RegionCall, args: tuple, kwargs: dict) -> MeasuredCall:
-        """What a captured region needs where it runs unchanged; equal ones are measured once."""
+    def _unchanged(self, call: RegionCall, args: tuple, kwargs: dict) -> MeasuredCall | None:
+        """What a captured region needs where it runs unchanged, if that can be measured; equal ones are once."""
         signature = call.captured.signature
         if signature not in self.unchanged:
             torch.clear_autocast_cache()  # so that 16-bit copies of its weights are counted
             with undisturbed([call.module]), attributes_kept([call.module]):
-                self.unchanged[signature] = measured_call(call.module, args, kwargs)[1]
+                try:
+                    self.unchanged[signature] = measured_call(call.module, args, kwargs)[1]
+                except Exception:  # of operations that run captured alone, such as torch.cond on fake tensors
+                    self.unchanged[signature] = None
         return self.unchanged[signature]
 
     def _as_it_is(self, call: RegionCall, args: tuple, kwargs: dict) -> object:

@@ -160,6 +160,11 @@ class Planned:
         """An option's order, for any shapes whose graph has the same operations; for others, one from `orders`."""
         return option.order if fits(captured, option.order) else self.orders(captured, option)
 
+    @property
+    def given_up(self) -> list[str]:
+        """Reasons for which blocks have not run by their schedules."""
+        return [reason for _, reason in self._warned]
+
     def _warn(self, module: nn.Module, reason: str) -> None:
         key = type(module), reason
         if key not in self._warned:

@@ -63,7 +63,8 @@ def test_what_may_be_rounded_otherwise_is_inlined():
 
         return caller
 
-    for decorator, called in ((fast, of_plain), (plain, of_fast), (fast, of_fast)):
+    through = plain(calling(of_inlined))  # which holds what was inlined
+    for decorator, called in ((fast, of_plain), (plain, of_fast), (fast, of_fast), (plain, through)):
         with pytest.raises(TypeError, match="caller calls called, which must be compiled with forceinline=True"):
             decorator(calling(called))(1.0)
 
@@ -72,6 +73,25 @@ def test_what_may_be_rounded_otherwise_is_inlined():
         return of_inlined(x) + of_inlined(x + 1.0)
 
     assert sums(2.0) == 15.0
+
+
+def test_a_change_of_a_function_that_is_called_compiles_its_callers_anew(tmp_path):
+    """numba looks at the caller's file alone."""
+    (tmp_path / "caller.py").write_text(
+        "from called import f\nfrom strategies.common.compiled import compiled\n\n\n@compiled()\ndef g(x):\n"
+        "    return f(x) * 10\n\n\nprint(g(1), sum(g.stats.cache_hits.values()))\n")
+    said = []
+    for number in (1, 1, 2):
+        (tmp_path / "called.py").write_text(
+            "from strategies.common.compiled import compiled\n\n\n@compiled(forceinline=True)\ndef f(x):\n"
+            f"    return x + {number}\n")
+        os.utime(tmp_path / "called.py", ns=(number * 10**9,) * 2)
+        done = subprocess.run([sys.executable, "caller.py"], capture_output=True, text=True, cwd=tmp_path, timeout=100,
+                              env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "kept"), "PYTHONPATH": str(ROOT),
+                                   "PYTHONDONTWRITEBYTECODE": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.append(done.stdout.split())
+    assert said == [["20", "0"], ["20", "1"], ["30", "0"]]
 
 
 def test_a_process_that_compiles_has_the_bits_of_one_that_loads(tmp_path):

@@ -106,3 +106,12 @@ def test_the_precision_can_be_asked_for_within(monkeypatch):
     finally:
         gpu.fp32_precision = "none"
     assert torch.get_float32_matmul_precision() == "highest"
+    gpu.allow_tf32 = True  # the older way
+    try:
+        with faster_fp32_products(CPU):
+            assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_float32_matmul_precision() == "high" and gpu.allow_tf32 and setting() == "none"
+    finally:
+        gpu.allow_tf32 = False
+        gpu.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"
