@@ -33,7 +33,8 @@ time.sleep(60 if sys.argv[1:] != ["end"] else 0)
 
 def start(jobs, tmp_path, *words):
     script = tmp_path / "child.py"
-    script.write_text(CHILD)
+    if not script.exists():  # a child that is starting reads it
+        script.write_text(CHILD)
     log = tmp_path / "logs" / f"{len(jobs.running)}-{''.join(words)}.log"
     jobs.start(words, [sys.executable, str(script), *words], log)
     return log
