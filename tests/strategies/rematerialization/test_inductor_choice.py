@@ -4,12 +4,15 @@ import re
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from limbeck import rematerialize
 from strategies.rematerialization import inductor_choice
+from strategies.rematerialization.capture.regions import Meta, RegionCall
 from strategies.rematerialization.inductor_choice import STEPS, Ways, decided, missing_compiler
 from strategies.rematerialization.planner import Planner
 from strategies.rematerialization.rematerialize import study
+from strategies.rematerialization.solve.chain_program import leaves
 from tests.strategies.rematerialization.planning_cases import assert_equal, language_model, quick, results, text_batch
 
 
@@ -94,3 +97,31 @@ def test_without_a_compiler(tight, monkeypatch):
     assert missing_compiler("cpu") == "there is no C++ compiler at hand (no working C++ compiler)"
     model, batch, budget = tight
     assert rematerialize(model, batch, budget, compile="auto").compiled.startswith("eager kernels: there is no C++")
+
+
+def test_what_is_to_be_compiled_runs_by_its_graph():
+    """Inductor compiles graphs; a block that runs unchanged has none."""
+    model, batch = language_model("llama", layers=2), text_batch()
+    planner = study(model, batch)
+    budget = planner.keep_all().peak
+
+    def by_graphs(unchanged: bool) -> int:
+        planner.unchanged = unchanged
+        plan = planner.plan(budget)
+        assert plan.peak <= budget
+        return sum(bool(plan.links[position].options[which].order) for item in plan.schedule
+                   for position, which in leaves(item))
+
+    assert by_graphs(False) == 2 > by_graphs(True)
+
+
+def test_arguments_are_made_up_as_they_are_laid_out():
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        call = RegionCall("block", torch.nn.Identity(), arguments=([Meta.of(tensor)], tree_flatten(((0,), {}))[1]))
+        return inductor_choice.made_up(call, torch.device("cpu"))[0][0]
+
+    expanded = of(torch.randn(1, 4).expand(3, 4).requires_grad_())
+    assert expanded.stride() == (0, 1) and expanded.shape == (3, 4) and expanded.requires_grad
+    assert torch.equal(expanded[0], expanded[2])
+    assert of(torch.zeros(1, 5, dtype=torch.bool).expand(2, 5)).all()
+    assert of(torch.randn(6, 2).T).stride() == (1, 2)
