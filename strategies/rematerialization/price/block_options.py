@@ -31,8 +31,9 @@ _known: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
 
 def _remembered(key: tuple[Any, ...], store: OptionStore | None, find: Callable[[], Found],
-                write: Callable[[Found], list[Any]], read: Callable[[list[Any]], Found]) -> Found:
-    """The result of `find`, computed once per process, and only once overall if there is a `store`.
+                write: Callable[[Found], list[Any]], read: Callable[[list[Any]], Found],
+                final: Callable[[], bool] = lambda: True) -> Found:
+    """The result of `find`, computed once per process, and only once overall if there is a `store` and it is `final`.
 
     A run plans the same blocks several times: before it begins and with its model, with one tile of the loss and
     another.
@@ -47,7 +48,7 @@ def _remembered(key: tuple[Any, ...], store: OptionStore | None, find: Callable[
             _known[key] = find()
         if len(_known) > REMEMBERED:
             _known.popitem(last=False)
-    if store is not None:
+    if store is not None and final():
         store.keep(key, write(_known[key]))
     return _known[key]
 
@@ -206,7 +207,13 @@ def keep_lines(captured: Captured, seconds: np.ndarray, workspace: np.ndarray, s
     return _remembered(_key("bounds", captured, seconds, workspace), store,
                        lambda: _kept_frontier(captured, seconds, workspace).lines,
                        lambda found: [[price, level] for price, level in found],
-                       lambda kept: tuple((float(price), float(level)) for price, level in kept))
+                       lambda kept: tuple((float(price), float(level)) for price, level in kept),
+                       lambda: _is_whole(_key("frontier", captured, seconds, workspace)))
+
+
+def _is_whole(key: tuple[Any, ...]) -> bool:
+    """Whether no time limit has cut a frontier; one that comes from a store was not."""
+    return key not in _known or _known[key].whole
 
 
 def _kept_frontier(captured: Captured, seconds: np.ndarray, workspace: np.ndarray) -> Frontier:

@@ -32,10 +32,12 @@ class Frontier:
         orders: orders at the corners, fewest bytes first.
         lines: (price, level) by rising price in seconds a byte: no order has less than `level` seconds beyond running
             everything once plus `price` times the bytes it keeps.
+        whole: whether it took less than the time limit. What did not may be better elsewhere.
     """
 
     orders: tuple[tuple[int, ...], ...]
     lines: tuple[tuple[float, float], ...]
+    whole: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +99,7 @@ class _Search:
                 self.corners.append(found)
                 open_ += [pair for pair in ((left, found), (found, right)) if pair[0].seconds > pair[1].seconds]
         orders = tuple(corner.order for corner in sorted(self.corners, key=lambda one: one.kept))
-        return Frontier(orders, tuple(sorted([(0.0, 0.0), *self.lines])))
+        return Frontier(orders, tuple(sorted([(0.0, 0.0), *self.lines])), self.left() > 0)
 
     def fewest(self) -> _Corner:
         """The cheapest order found of those with the fewest bytes."""

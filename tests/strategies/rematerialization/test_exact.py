@@ -12,6 +12,7 @@ from strategies.rematerialization.price import block_options
 from strategies.rematerialization.price.costs import Prices
 from strategies.rematerialization.price.option_store import OptionStore
 from strategies.rematerialization.rematerialize import rematerialize, study
+from strategies.rematerialization.solve import keep_frontier
 from strategies.rematerialization.solve.checkmate import MOST_OPERATIONS, NotExact
 from tests.strategies.rematerialization.planning_cases import assert_equal, batch_for, language_model, results
 
@@ -80,6 +81,20 @@ def test_blocks_of_a_language_model_are_refused_with_their_name_and_size():
     assert rematerialize(model, batch, 2 * keep_all, solver="exact").recomputed == 0  # nothing is to be solved
     with pytest.raises(NotExact, match=rf"^transformer\.h\.0 with its \d+ operations .* {MOST_OPERATIONS} at most"):
         rematerialize(model, batch, int(0.7 * keep_all), solver="exact")
+
+
+def test_bounds_that_ran_out_of_time_are_not_kept_for_others(tmp_path, monkeypatch):
+    model = Perceptron(3).train()
+    budget = int(0.8 * study(model, BATCH).keep_all().peak)
+    counts = []
+    for name, seconds in (("cut", 0.0), ("whole", 60.0)):
+        monkeypatch.setattr(keep_frontier, "LONGEST", seconds)
+        block_options._known.clear()
+        folder = tmp_path / name
+        folder.mkdir()
+        rematerialize(model, BATCH, budget, cache=folder).remove()
+        counts.append(len(list((folder / "plans").iterdir())))
+    assert counts[0] < counts[1]
 
 
 def test_what_was_found_for_a_block_is_found_once(tmp_path, monkeypatch):
