@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from strategies.common.planned_device import kind_of
 from strategies.memory.meter import measure, resident_tensors
 from strategies.memory.tracker import LiveBytes
 
@@ -17,6 +18,8 @@ _INTRINSIC = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 # Indices of (mean, inverse deviation, weight) in the arguments: on CPU the kernels store statistics in the weight's
 # dtype, but torch's shape functions return the input's, which the backward kernels then reject.
 _STATISTICS = {"native_layer_norm_backward": (3, 4, 5), "native_batch_norm_backward": (5, 6, 2)}
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+_HALF = {torch.bfloat16, torch.float16}
 _found: dict[tuple, int | None] = {}
 
 
@@ -48,6 +51,24 @@ def workspace(operation: Any, args: tuple, kwargs: dict[str, Any] | None = None,
     if key not in _found:
         _found[key] = _try(operation, args, kwargs or {}, limit)
     return _found[key]
+
+
+def product_workspace(operation: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+    """`workspace` of a matrix product that oneDNN computes on a CPU, which packs operands into buffers; 0 for all else.
+
+    For a `LiveBytes` that counts what a step would take: products are what a step has everywhere, also where nothing
+    is captured, as in its loss.
+    """
+    if getattr(operation, "_opname", "") not in _PRODUCTS:
+        return 0
+    first = args[0]
+    if kind_of(first) != "cpu" or (first.dtype not in _HALF and not _fp32_by_onednn()):
+        return 0
+    return workspace(operation, args, kwargs) or 0
+
+
+def _fp32_by_onednn() -> bool:
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
 
 
 def _with_statistics(operation: OpOverload, args: tuple) -> tuple:

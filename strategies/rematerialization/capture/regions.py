@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from strategies.common.progress import report
 from strategies.memory.meter import resident_tensors
+from strategies.memory.workspace import product_workspace
 from strategies.rematerialization.capture.call_arguments import takes_part, without_cache
 from strategies.rematerialization.capture.compile_region import (
     compiled,
@@ -315,7 +316,7 @@ class _Capturing:
         """Call a region without capturing it, and note what it needs."""
         again = once_more(call.module, args, kwargs)
         torch.clear_autocast_cache()  # so that 16-bit copies of its weights are counted
-        out, call.measured = measured_call(call.module, args, kwargs)
+        out, call.measured = measured_call(call.module, args, kwargs, product_workspace)
         if again is not None and not equal(again, out):
             call.unfit = "it draws random numbers that cannot be drawn again, or does not do the same twice"
         return out

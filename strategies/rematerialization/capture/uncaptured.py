@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from strategies.memory.tracker import LiveBytes
 from strategies.rematerialization.capture.compile_region import own_forward
 
 HALF = (torch.float16, torch.bfloat16)
+
+Workspace = Callable[[Any, tuple, dict], int | None]
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,15 @@ class MeasuredCall:
     half: bool
 
 
-def measured_call(module: nn.Module, args: tuple, kwargs: dict) -> tuple[object, MeasuredCall]:
-    """Call a module's own forward, run its backward once with zero gradients; return the output and measurements."""
+def measured_call(module: nn.Module, args: tuple, kwargs: dict, workspace: Workspace | None = None
+                  ) -> tuple[object, MeasuredCall]:
+    """Call a module's own forward, run its backward once with zero gradients; return the output and measurements.
+
+    Args:
+        workspace: counts what kernels take beside their outputs, as in `LiveBytes`; None if somebody else does.
+    """
     given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-    with LiveBytes() as tracker:
+    with LiveBytes(workspace=workspace) as tracker:
         with FlopCounterMode(display=False) as flops:
             out = own_forward(module, *args, **kwargs)
         handed_out = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor)]

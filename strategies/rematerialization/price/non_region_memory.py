@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from strategies.memory.meter import resident_tensors
 from strategies.memory.residency import Residency
 from strategies.memory.tracker import LiveBytes
+from strategies.memory.workspace import product_workspace
 from strategies.rematerialization.capture.call_arguments import takes_part, without_cache
 from strategies.rematerialization.capture.compile_region import own_forward
 from strategies.rematerialization.capture.fake_tensors import FakeItemMode
@@ -133,7 +134,8 @@ def observe(calls: Sequence[RegionCall], mode: FakeTensorMode, loss: Callable[[]
         Uneven: the blocks of a run are not equal.
     """
     modules = {call.name: call.module for call in calls}
-    with attributes_kept(modules.values()), mode, FakeItemMode(), LiveBytes(round_to=round_to) as tracker:
+    with attributes_kept(modules.values()), mode, FakeItemMode(), LiveBytes(
+            round_to=round_to, workspace=product_workspace) as tracker:
         counted = {}
         for name, things in parts.items():
             before = tracker.current
