@@ -36,14 +36,14 @@ def share() -> None:
     def timed(node: Any, args: Any, kwargs: Any) -> Any:
         return "seconds", os.environ.get("RANK", "0"), costs._key(node)  # ranks differ in their prices, as elsewhere
 
-    def searched(captured: Any, seconds: Any, workspace: Any, *effort: Any, **named: Any) -> Any:
-        return (captured.signature, seconds.tobytes(), workspace.tobytes(), effort, sorted(named.items()),
+    def searched(captured: Any, seconds: Any, workspace: Any, *effort: Any, store: Any = None, **named: Any) -> Any:
+        return store is None and (captured.signature, seconds.tobytes(), workspace.tobytes(), effort, sorted(named.items()),
                 block_options.LEVELS, block_options.MOVES)
 
     costs._timed = _kept(costs._timed, timed)
     for name in ("options", "keep_lines"):
         setattr(planner, name, _kept(getattr(planner, name), lambda *args, name=name, **named: (
-            name, *searched(*args, **named))))
+            (found := searched(*args, **named)) and (name, *found)) or None))  # a store is to be asked itself
 
 
 def _share_plans() -> None:

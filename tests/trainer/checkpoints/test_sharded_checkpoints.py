@@ -95,7 +95,8 @@ def test_interrupted_runs_end_where_undisturbed_ones_do_to_the_last_bit(write_ex
         half = ["precision.dtype=fp16", "precision.loss_scale.initial=1048576", "precision.loss_scale.growth_interval=2"
                 ] if engine in ("ddp", "zero3") else []
         return {"name": f"{engine}-{folder}{part}", "file": str(write_experiment(f"{engine}-{folder}", **settings)),
-                "overrides": [*ENGINES[engine], f"student.architecture={json.dumps(DROPPING)}", *half],
+                "overrides": [*ENGINES[engine], f"student.architecture={json.dumps(DROPPING)}", *half,
+                              f"training.background_saves={str(folder != 'killed').lower()}"],  # kept before the kill
                 "fp16": bool(half), **how}
 
     first = []  # DeepSpeed changes torch's linear layers for the rest of a process: what is without it comes first
