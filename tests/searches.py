@@ -37,8 +37,8 @@ def share() -> None:
         return "seconds", os.environ.get("RANK", "0"), costs._key(node)  # ranks differ in their prices, as elsewhere
 
     def searched(captured: Any, seconds: Any, workspace: Any, *effort: Any, store: Any = None, **named: Any) -> Any:
-        return store is None and (captured.signature, seconds.tobytes(), workspace.tobytes(), effort, sorted(named.items()),
-                block_options.LEVELS, block_options.MOVES)
+        return store is None and (captured.signature, seconds.tobytes(), workspace.tobytes(), effort,
+                                  sorted(named.items()), block_options.LEVELS, block_options.MOVES)
 
     costs._timed = _kept(costs._timed, timed)
     for name in ("options", "keep_lines"):
