@@ -57,7 +57,8 @@ def _losses(found: dict) -> str:
                         for name in ("limbeck", "liger", "trl"))
     cases, shares = _faster(found["rows"])
     return (f"**Loss.** Forward KL in fp32 over {rows['limbeck']['vocabulary']:,} tokens of vocabulary takes {ours} "
-            f"for 2,048 positions, Liger's {liger}, TRL's {trl}. A peer was faster in {len(shares)} of {cases} cases, by {1 - min(shares):.0%} at most.")
+            f"for 2,048 positions, Liger's {liger}, TRL's {trl}. A peer was faster in {len(shares)} of {cases} cases, "
+            f"by {1 - min(shares, default=1.0):.0%} at most.")
 
 
 def _faster(rows: list[dict]) -> tuple[int, list[float]]:
