@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,16 @@ def share() -> None:
     def timed(node: Any, args: Any, kwargs: Any) -> Any:
         return "seconds", os.environ.get("RANK", "0"), costs._key(node)  # ranks differ in their prices, as elsewhere
 
-    def searched(captured: Any, seconds: Any, workspace: Any, *effort: Any, store: Any = None, **named: Any) -> Any:
-        return store is None and (captured.signature, seconds.tobytes(), workspace.tobytes(), effort,
-                                  sorted(named.items()), block_options.LEVELS, block_options.MOVES)
+    def searched(name: str, captured: Any, seconds: Any, workspace: Any, *effort: Any, store: Any = None, **named: Any
+                 ) -> Any:
+        if store is not None:
+            return None  # it is to be asked itself
+        return (name, captured.signature, seconds.tobytes(), workspace.tobytes(), effort, sorted(named.items()),
+                block_options.LEVELS, block_options.MOVES)
 
     costs._timed = _kept(costs._timed, timed)
     for name in ("options", "keep_lines"):
-        setattr(planner, name, _kept(getattr(planner, name), lambda *args, name=name, **named: (
-            (found := searched(*args, **named)) and (name, *found)) or None))  # a store is to be asked itself
+        setattr(planner, name, _kept(getattr(planner, name), partial(searched, name)))
 
 
 def _share_plans() -> None:

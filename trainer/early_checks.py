@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from strategies.rematerialization.inductor_choice import missing_compiler
+from strategies.rematerialization.inductor_choice import INSTALL, missing_compiler
 from trainer.data.classified import class_names
 from trainer.data.classified_here import class_names_here
 from trainer.data.dataset import cache_folder
@@ -77,8 +77,7 @@ def check_early(experiment: Experiment, topology: Topology = ALONE, plans: Plans
     compiles = experiment.memory.compile is True and experiment.memory.bytes is not None
     lacking = missing_compiler("cuda" if topology.on_gpu else "cpu") if compiles else None
     if lacking is not None:
-        raise UserError("memory.compile", lacking, value=True,
-                        way_out="install one (g++ or clang++; CXX names another), or leave memory.compile out")
+        raise UserError("memory.compile", lacking, value=True, way_out=f"{INSTALL}, or leave memory.compile out")
     plans = plans or Plans()
     if experiment.memory.bytes is not None:
         plans.step(experiment, topology, teacher, student)

@@ -28,7 +28,7 @@ _plain = False  # whether products stay as they are, whoever asks
 def fp32_products(device: torch.device, faster: bool) -> Iterator[None]:
     """Within the context, `faster_fp32_products`; or none at all, whoever asks for them inside.
 
-    oneDNN takes buffers from torch, of which only those in captured blocks are in a memory plan.
+    oneDNN takes buffers from torch, which plans count (`strategies/memory/workspace.py`).
     """
     global _plain
     before, _plain = _plain, _plain or not faster
@@ -63,7 +63,7 @@ def faster_fp32_products(device: torch.device) -> Iterator[None]:
 
 
 def _as_on_gpu() -> Callable[[], None]:
-    """Puts back what a person has set for products on a GPU, by the older or the newer of torch's two ways."""
+    """A function that puts back what is set for products on a GPU, by the older or the newer of torch's two ways."""
     settings = torch.backends.cuda.matmul  # type: ignore[attr-defined]
     newer = settings.fp32_precision
     try:

@@ -12,7 +12,7 @@ from strategies.common.compiled import compiled
 _inlined = compiled(fastmath={"contract"}, error_model="numpy", forceinline=True)
 
 SIGN, MAGNITUDE = np.int32(31), np.int32(0x7FFFFFFF)
-LOWEST_ORDER, HIGHEST_ORDER = np.int32(-(2**31)), np.int32(2**31 - 1)  # of any number, and of any at all
+LOWEST_ORDER, HIGHEST_ORDER = np.int32(-(2**31)), np.int32(2**31 - 1)  # the ends of 32 bits
 
 
 @_inlined

@@ -31,6 +31,7 @@ from strategies.rematerialization.solve.chain_program import Option, leaves
 STEPS = 50  # within which compiling has to pay
 ROUNDS = 5
 SLACK = 3.0  # operations timed alone, with warm caches, take up to this much less time than in a model
+INSTALL = "install one (g++ or clang++; CXX names another)"  # the way out where a compiler is missing
 COMPILING = {"cpu": 0.05, "cuda": 0.02}  # least seconds for each operation of a graph, on one core
 
 

@@ -142,8 +142,7 @@ class _Unmet(Exception):
 def as_in_training(topology: Topology) -> AbstractContextManager[None]:
     """Context manager within which fp32 products on a CPU are those of training, with their buffers.
 
-    Of several processes they are not oneDNN's: its buffers are in no plan where blocks are not captured, and budgets
-    are kept to the byte there.
+    Of several processes they are not oneDNN's: their budgets were measured without its buffers only.
     """
     return fp32_products(torch.device("cuda" if topology.on_gpu else "cpu"), faster=topology.ranks == 1)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from strategies.rematerialization.inductor_choice import Choice, Ways, missing_compiler
+from strategies.rematerialization.inductor_choice import INSTALL, Choice, Ways, missing_compiler
 from trainer.distributed.rank_group import RankGroup
 from trainer.errors import UserError
 from trainer.planning.step_plan import StepPlan
@@ -46,8 +46,7 @@ def install_schedule(step: StepPlan | None, compile: bool | Literal["auto"], sta
         choice = Choice(bool(state.compiled), "as this run began")
         if choice.inductor and lacking is not None:
             raise UserError("memory.compile", f"the run began with compiled blocks, and {lacking}", value="auto",
-                            way_out="install one (g++ or clang++; CXX names another), or set memory.compile=false: "
-                                    "eager kernels round otherwise")
+                            way_out=f"{INSTALL}, or set memory.compile=false: eager kernels round otherwise")
     elif lacking is not None or sharded:
         choice = Choice(False, lacking or "blocks of a sharded model are not tried one by one")
     else:
